@@ -1,0 +1,87 @@
+"""cupyep: Equilibrium Propagation with intermediate learning signals for deep convolutional convergent RNNs."""
+
+from cupyep._version import __version__
+from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh, get_activation
+from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
+from cupyep.backend import Device, array_module, get_device, gpu_status
+from cupyep.data import DATASETS, Batch, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
+from cupyep.dynamics import Nudge, State
+from cupyep.energy import Energy
+from cupyep.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ConvergenceWarning,
+    CupyepError,
+    DataError,
+    DeviceError,
+    DivergenceError,
+    TeacherError,
+)
+from cupyep.heads import Head, LossTerm
+from cupyep.layers import Conv2d, Edge, Linear
+from cupyep.learning import (
+    Backpropagation,
+    BackpropagationThroughTime,
+    EquilibriumPropagation,
+    StepResult,
+    check_gradients,
+)
+from cupyep.losses import CrossEntropy, SquaredError
+from cupyep.models import ARCHITECTURES, build, vgg
+from cupyep.network import Network
+from cupyep.optim import SGD, Adam
+from cupyep.settling import SettleStats
+
+__all__ = [
+    "ACTIVATIONS",
+    "ARCHITECTURES",
+    "Activation",
+    "Adam",
+    "Augmenter",
+    "Backpropagation",
+    "BackpropagationThroughTime",
+    "Batch",
+    "CheckpointError",
+    "Clip",
+    "ConfigurationError",
+    "ConvergenceWarning",
+    "Conv2d",
+    "CrossEntropy",
+    "CupyepError",
+    "DATASETS",
+    "DataError",
+    "Dataset",
+    "Device",
+    "DeviceError",
+    "Distillation",
+    "DivergenceError",
+    "Edge",
+    "Energy",
+    "EquilibriumPropagation",
+    "FeatureDistillation",
+    "Head",
+    "Linear",
+    "Loader",
+    "LocalError",
+    "LossTerm",
+    "Network",
+    "Nudge",
+    "SGD",
+    "SettleStats",
+    "SquaredError",
+    "State",
+    "StepResult",
+    "Tanh",
+    "TeacherError",
+    "TeacherFile",
+    "TeacherWriter",
+    "__version__",
+    "array_module",
+    "build",
+    "check_gradients",
+    "get_activation",
+    "get_device",
+    "gpu_status",
+    "load_dataset",
+    "vgg",
+]

@@ -1,0 +1,187 @@
+"""Activations sigma: each with its derivative, its range, its stable increment and its share of the energy.
+
+A layer at rest obeys ``s = sigma(g)``. In the energy ``E = sum(potential(s)) - Phi`` the potential is the integral of
+the inverse of sigma, ``s**2 / 2`` for a clip of slope one, so that dE/ds = sigma^-1(s) - g vanishes at rest
+(Scellier & Bengio 2017 write the same with the clip as a projection).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cupyep.backend import array_module
+from cupyep.errors import choose
+
+
+class Activation:
+    """Base class: an increasing function of the total drive g.
+
+    Attributes
+    ----------
+    name : str
+    low, high : float
+        Range of the states; may be infinite.
+
+    Notes
+    -----
+    Subclass it with the five methods below to use your own; all work element by element and write into `out`,
+    which may be the first argument.
+    """
+
+    name = ""
+    low = -math.inf
+    high = math.inf
+
+    def value(self, g: Any, out: Any) -> None:
+        """Write sigma(g) into `out`."""
+        raise NotImplementedError
+
+    def slope(self, g: Any, out: Any) -> None:
+        """Write the derivative sigma'(g) into `out`."""
+        raise NotImplementedError
+
+    def rest_offset(self, g: Any, s: Any, out: Any) -> None:
+        """Write what `increment` needs to know of the rest point (g, ``s = sigma(g)``) into `out`."""
+        raise NotImplementedError
+
+    def increment(self, offset: Any, s: Any, dg: Any, scratch: Any) -> None:
+        """Overwrite `dg` by ``sigma(g + dg) - s`` to full relative accuracy, however small `dg` is.
+
+        Parameters
+        ----------
+        offset : array
+            From `rest_offset`.
+        s : array
+            The rest state ``sigma(g)``.
+        dg : array
+            Change of the drive; overwritten.
+        scratch : array
+            All four have one shape.
+        """
+        raise NotImplementedError
+
+    def potential(self, s: Any) -> Any:
+        """Return the integral of sigma^-1 from its zero to `s`, element by element."""
+        raise NotImplementedError
+
+
+class Clip(Activation):
+    """``sigma(g) = clip(slope * g, low, high)``; derivative `slope` strictly inside the range, zero elsewhere."""
+
+    def __init__(self, name: str, slope: float, low: float, high: float):
+        self.name = name
+        self.gain = slope
+        self.low = low
+        self.high = high
+
+    def value(self, g, out):
+        xp = array_module(g)
+        source = g
+        if self.gain != 1.0:
+            source = xp.multiply(g, self.gain, out=out)
+        xp.maximum(source, self.low, out=out)
+        if self.high < math.inf:
+            xp.minimum(out, self.high, out=out)
+
+    def slope(self, g, out):
+        inside = (g > self.low / self.gain) & (g < self.high / self.gain)
+        array_module(g).multiply(inside, self.gain, out=out)
+
+    def rest_offset(self, g, s, out):
+        xp = array_module(g)
+        xp.multiply(g, self.gain, out=out)
+        out -= s  # exactly zero where the unit is not clipped
+
+    def increment(self, offset, s, dg, scratch):
+        # A difference of two clips would lose a response below the precision of s; a clamp of the change does not.
+        xp = array_module(dg)
+        if self.gain != 1.0:
+            dg *= self.gain
+        dg += offset
+        xp.subtract(self.low, s, out=scratch)
+        xp.maximum(dg, scratch, out=dg)
+        if self.high < math.inf:
+            xp.subtract(self.high, s, out=scratch)
+            xp.minimum(dg, scratch, out=dg)
+
+    def potential(self, s):
+        return s * s * (0.5 / self.gain)
+
+
+class Tanh(Activation):
+    """``sigma(g) = center + height * tanh(rate * (g - center))``, a smooth clip."""
+
+    def __init__(self, name: str, center: float, height: float, rate: float):
+        self.name = name
+        self.center = center
+        self.height = height
+        self.rate = rate
+        self.low = center - height
+        self.high = center + height
+
+    def _tanh(self, g, out):
+        xp = array_module(g)
+        xp.subtract(g, self.center, out=out)
+        out *= self.rate
+        xp.tanh(out, out=out)
+
+    def value(self, g, out):
+        self._tanh(g, out)
+        out *= self.height
+        out += self.center
+
+    def slope(self, g, out):
+        self._tanh(g, out)
+        out *= out
+        array_module(g).subtract(1, out, out=out)
+        out *= self.height * self.rate
+
+    def rest_offset(self, g, s, out):
+        self._tanh(g, out)
+
+    def increment(self, offset, s, dg, scratch):
+        # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b)), free of cancellation for small b.
+        xp = array_module(dg)
+        dg *= self.rate
+        xp.tanh(dg, out=dg)
+        xp.multiply(dg, offset, out=scratch)
+        scratch += 1
+        dg /= scratch
+        xp.multiply(offset, offset, out=scratch)
+        xp.subtract(1, scratch, out=scratch)
+        dg *= scratch
+        dg *= self.height
+
+    def potential(self, s):
+        xp = array_module(s)
+        t = (s - self.center) / self.height
+        bulk = t * xp.arctanh(t) + 0.5 * xp.log1p(-t * t)
+        return self.center * s + self.height / self.rate * bulk
+
+
+ACTIVATIONS = {
+    activation.name: activation
+    for activation in (
+        Clip("hard_sigmoid", 1.0, 0.0, 1.0),
+        Clip("half_hard_sigmoid", 0.5, 0.0, 1.0),
+        Clip("relu6", 1.0, 0.0, 6.0),
+        Clip("relu", 1.0, 0.0, math.inf),
+        Tanh("sigmoid", 0.5, 0.5, 2.0),
+        Tanh("tanh", 0.0, 1.0, 1.0),
+    )
+}
+
+
+def get_activation(activation: str | Activation) -> Activation:
+    """Return the activation of the given name: ``hard_sigmoid`` clip(g, 0, 1), ``half_hard_sigmoid`` clip(g / 2, 0, 1)
+    (Laborieux et al. 2021), ``relu6``, ``relu``, ``sigmoid`` (logistic of 4 g - 2) or ``tanh``.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such name.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    return ACTIVATIONS[choose("activation", activation, ACTIVATIONS)]

@@ -1,0 +1,159 @@
+"""The device object: array module, transfers, dtypes, the one matrix product.
+
+Code that computes never asks "is there a GPU?": it asks an array for its module (`array_module`) or a
+`Device` for ``xp``. CuPy is imported once, on first need, and the reason why it cannot be used is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupyep.errors import ConfigurationError, DeviceError
+
+DTYPES = {"float32": np.float32, "float64": np.float64}
+
+
+@functools.cache
+def _import_cupy() -> tuple[ModuleType | None, str]:
+    """Import CuPy and prove that it computes; return (module or None, reason why not)."""
+    try:
+        import cupy
+    except ImportError as error:
+        return None, f"CuPy is not installed ({error}); install cupyep[cuda12] or cupyep[cuda13]"
+    if not cupy.cuda.is_available():
+        return None, "CuPy finds no CUDA device (no GPU, or no NVIDIA driver)"
+    try:
+        probe = cupy.ones((8, 8), dtype=cupy.float32)
+        total = float((probe @ probe).sum())
+    except Exception as error:  # any failure of driver, cuBLAS or NVRTC means "unusable", and is reported
+        return None, f"CuPy sees a GPU but cannot compute on it ({type(error).__name__}: {error})"
+    if total != 512.0:
+        return None, f"CuPy computes wrongly on this GPU (8x8 product sums to {total}, not 512)"
+    return cupy, ""
+
+
+def gpu_status() -> tuple[bool, str]:
+    """Return ``(usable, reason)``; the reason is empty when a GPU can be used."""
+    cupy, reason = _import_cupy()
+    return cupy is not None, reason
+
+
+def array_module(array: Any) -> ModuleType:
+    """Return the module (``numpy`` or ``cupy``) that `array` belongs to.
+
+    An array class from elsewhere names its module in an attribute ``array_module`` (tests use this to
+    prove that no NumPy call is ever applied to a device array).
+    """
+    if type(array) is np.ndarray:
+        return np
+    own = getattr(array, "array_module", None)
+    if own is not None:
+        return own
+    if type(array).__module__.startswith("cupy"):
+        cupy, reason = _import_cupy()
+        if cupy is None:
+            raise DeviceError(reason)
+        return cupy
+    raise TypeError(f"expected a NumPy or CuPy array, got {type(array).__name__}")
+
+
+class Device:
+    """Where arrays live.
+
+    Parameters
+    ----------
+    name : str
+        ``"cpu"`` or ``"cuda:N"``.
+
+    Attributes
+    ----------
+    xp : module
+        ``numpy`` or ``cupy``.
+    is_gpu : bool
+    reason : str
+        Why this device was chosen (for ``auto``), otherwise empty.
+    """
+
+    def __init__(self, name: str, reason: str = ""):
+        self.name = name
+        self.reason = reason
+        self.is_gpu = name != "cpu"
+        if self.is_gpu:
+            cupy, why_not = _import_cupy()
+            if cupy is None:
+                raise DeviceError(f"device '{name}' cannot be used: {why_not}; or use --device cpu")
+            count = cupy.cuda.runtime.getDeviceCount()
+            self.index = int(name.partition(":")[2])
+            if self.index >= count:
+                raise DeviceError(f"device '{name}' does not exist: this machine has {count} CUDA device(s)")
+            cupy.cuda.Device(self.index).use()
+            self.xp = cupy
+        else:
+            self.xp = np
+
+    def __repr__(self) -> str:
+        return f"Device({self.name!r})"
+
+    def asarray(self, array: Any, dtype: Any = None) -> Any:
+        """Copy `array` to this device if it is not there yet."""
+        return self.xp.asarray(array, dtype=dtype)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """Return a host copy (or, on the CPU, the array itself)."""
+        return self.xp.asnumpy(array) if self.is_gpu else np.asarray(array)
+
+    def synchronize(self) -> None:
+        """Wait until all work on this device is done."""
+        if self.is_gpu:
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Return the peak memory in bytes: of CuPy's pool on a GPU, of the process (resident) on the CPU."""
+        if self.is_gpu:
+            return int(self.xp.get_default_memory_pool().total_bytes())
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def get_device(device: str | Device = "auto") -> Device:
+    """Return the device of the given name.
+
+    Parameters
+    ----------
+    device : {"cpu", "cuda", "cuda:N", "auto"} or Device
+        ``auto`` takes the first GPU that works, else the CPU; ``Device.reason`` says what it chose and why.
+
+    Raises
+    ------
+    ConfigurationError
+        If the name is none of these.
+    DeviceError
+        If a GPU is asked for and cannot be used; the message says why.
+    """
+    if isinstance(device, Device):
+        return device
+    if device == "cpu":
+        return Device("cpu")
+    if device == "auto":
+        usable, reason = gpu_status()
+        if usable:
+            return Device("cuda:0", "a CUDA device answers")
+        return Device("cpu", reason)
+    if device == "cuda":
+        return Device("cuda:0")
+    if re.fullmatch(r"cuda:\d+", str(device)):
+        return Device(device)
+    raise ConfigurationError(f"unknown device '{device}' (choose from auto, cpu, cuda, cuda:N)")
+
+
+def gemm(a: Any, b: Any, out: Any) -> Any:
+    """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here."""
+    return array_module(a).matmul(a, b, out=out)

@@ -1,0 +1,19 @@
+"""Data: the data sets, the loader that feeds batches to a device, and the teacher file."""
+
+from cupyep.data.dataset import VIEWS, Dataset, Split, data_directory, load_dataset
+from cupyep.data.loader import Batch, Loader
+from cupyep.data.sources import DATASETS
+from cupyep.data.teacher import TeacherFile, TeacherWriter
+
+__all__ = [
+    "Batch",
+    "DATASETS",
+    "Dataset",
+    "Loader",
+    "Split",
+    "TeacherFile",
+    "TeacherWriter",
+    "VIEWS",
+    "data_directory",
+    "load_dataset",
+]

@@ -1,0 +1,215 @@
+"""Data sets in memory: images as uint8, labels, per-channel statistics."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cupyep.data import cifar, digits, idx, svhn
+from cupyep.data.download import fetch
+from cupyep.data.files import check_labels
+from cupyep.data.images import channel_statistics, shrink
+from cupyep.data.sources import DATASETS, SOURCES, Layout, Source
+from cupyep.errors import ConfigurationError, DataError, choose, require
+
+READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
+VIEWS = ("identity", "hflip")
+"""The views of an image; a batch and a teacher file number them by their place here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The training or the test part of a data set.
+
+    Parameters
+    ----------
+    name : {"train", "test"}
+    images : ndarray of uint8, shape (N, H, W, C)
+    labels : ndarray of int64, shape (N,)
+    total : int, optional
+        Number of samples of the whole split, when this is only its beginning; default N. Sample n is always
+        sample n of the whole split (its canonical index).
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        choose("split", self.name, ("train", "test"))
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or 0 in self.images.shape:
+            raise DataError(
+                f"split {self.name}: images should be uint8 (N, H, W, C), found {self.images.dtype} {self.images.shape}"
+            )
+        if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
+            raise DataError(
+                f"split {self.name}: labels should be int64 {self.images.shape[:1]}, "
+                f"found {self.labels.dtype} {self.labels.shape}"
+            )
+        object.__setattr__(self, "total", max(self.total, len(self)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, count: int) -> Split:
+        """Return the first `count` samples; 1 <= count <= N, otherwise `ConfigurationError`."""
+        if not 1 <= count <= len(self):
+            raise ConfigurationError(f"cannot take {count} {self.name} images: choose from 1 to {len(self)}")
+        return Split(self.name, self.images[:count].copy(), self.labels[:count].copy(), self.total)  # frees the rest
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images, labels and what is needed to prepare them for a network.
+
+    Attributes
+    ----------
+    name : str
+    classes : tuple of str
+    train, test : Split
+    mean, std : ndarray of float32, shape (C,)
+        Statistics over all pixels of the whole training split, of images divided by 255. A channel without
+        any variation has std 1.
+    flip : bool
+        Whether a mirrored image keeps its class.
+    pad : int
+        Pixels by which a random crop may shift an image.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    mean: np.ndarray
+    std: np.ndarray
+    flip: bool = False
+    pad: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+            raise DataError(
+                f"data set {self.name}: train images are {self.train.images.shape[1:]}, "
+                f"test images {self.test.images.shape[1:]}; they must agree"
+            )
+        for split in (self.train, self.test):
+            check_labels(split.labels, len(self.classes), f"data set {self.name}, split {split.name}")
+
+    @classmethod
+    def from_splits(
+        cls, name: str, classes: tuple[str, ...], train: Split, test: Split, flip: bool = False, pad: int = 0
+    ) -> Dataset:
+        """Return a data set whose mean and std are those of `train`."""
+        mean, std = channel_statistics(train.images)
+        return cls(name, tuple(classes), train, test, mean, std, flip, pad)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one image."""
+        return self.train.images.shape[1:]
+
+    def split(self, name: str) -> Split:
+        """Return the split called `name`."""
+        return {"train": self.train, "test": self.test}[choose("split", name, ("train", "test"))]
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    download: bool = True,
+    image_size: int | None = None,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> Dataset:
+    """Load a data set from its original files, looking below `data_dir` and downloading what is not there.
+
+    Parameters
+    ----------
+    name : str
+        One of `DATASETS`.
+    data_dir : path, optional
+        See `data_directory`. Accepted: the extracted folders, the original archives, or such a folder itself.
+    download : bool, default True
+        Whether to fetch the original archives (with checksum) when none is there.
+    image_size : int, optional
+        Height and width of the images: theirs divided by an integer, by averaging areas, rounded half up.
+    limit_train, limit_test : int, optional
+        Keep the first samples only. `mean` and `std` stay those of the whole training split, so that a network
+        can be evaluated with other limits than it was trained with.
+
+    Raises
+    ------
+    ConfigurationError
+        If the name, the image size or a limit is not possible.
+    DataError
+        If files are missing and cannot be downloaded, or are not what they should be.
+    """
+    source = SOURCES[choose("data set", name, DATASETS)]
+    _check_limits(source, limit_train, limit_test)
+    factor = _shrink_factor(source, image_size)
+    arrays = digits.read(source) if name == "digits" else _find(source, data_directory(data_dir), download).read()
+    train, test = (Split(s, shrink(x, factor), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
+    mean, std = channel_statistics(train.images)
+    train, test = train.take(limit_train or len(train)), test.take(limit_test or len(test))
+    return Dataset(name, source.classes, train, test, mean, std, source.flip, max(1, source.pad // factor))
+
+
+def data_directory(data_dir: str | Path | None = None) -> Path:
+    """Return the folder of data files: the argument, else ``CUPYEP_DATA``, else the user's cache folder.
+
+    The cache folder is ``$XDG_CACHE_HOME/cupyep``, or ``~/.cache/cupyep``.
+    """
+    if data_dir:
+        return Path(data_dir).expanduser()
+    if os.environ.get("CUPYEP_DATA"):
+        return Path(os.environ["CUPYEP_DATA"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cupyep"
+
+
+def _check_limits(source: Source, limit_train: int | None, limit_test: int | None) -> None:
+    for what, limit, count in (("train", limit_train, source.train_count), ("test", limit_test, source.test_count)):
+        require(
+            limit is None or 1 <= limit <= count,
+            f"limit-{what} is {limit}: {source.name} has {count} {what} images, choose from 1 to {count}",
+        )
+
+
+def _shrink_factor(source: Source, image_size: int | None) -> int:
+    size = source.shape[0]
+    if image_size is None:
+        return 1
+    sizes = [n for n in range(size, 1, -1) if size % n == 0]
+    require(
+        image_size in sizes,
+        f"image-size is {image_size}: {source.name} is {size} x {size} and can become {', '.join(map(str, sizes))}",
+    )
+    return size // image_size
+
+
+def _find(source: Source, folder: Path, download: bool) -> Layout:
+    """Return the first complete layout below `folder`, downloading the original archives if there is none."""
+    layout, note = _complete_layout(source, folder)
+    if layout is None:
+        reason = fetch(source, folder) if download else "download not asked for"
+        layout = None if reason else _complete_layout(source, folder)[0]
+        if layout is None:
+            raise DataError(
+                f"data set {source.name} not found in {folder} ({note}{reason}): put there {source.accepts}, "
+                "or name the folder that has it by --data-dir or CUPYEP_DATA"
+            )
+    return layout
+
+
+def _complete_layout(source: Source, folder: Path) -> tuple[Layout | None, str]:
+    """Return the first complete layout, or None and a note about a file missing from an incomplete one."""
+    note = ""
+    for layout in READERS[source.name].layouts(source, folder):
+        missing = [file for file in layout.files if not file.is_file()]
+        if not missing:
+            return layout, ""
+        if len(missing) < len(layout.files) and not note:
+            note = f"{missing[0]} is missing; "
+    return None, note

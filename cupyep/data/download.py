@@ -1,0 +1,31 @@
+"""Fetching the original archives, with their published checksums, by pooch (extra ``download``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cupyep.data.files import one_line
+from cupyep.data.sources import Source
+
+
+def fetch(source: Source, folder: Path) -> str:
+    """Download the files of `source` that `folder` lacks.
+
+    Returns
+    -------
+    str
+        Empty when all files are there, otherwise the reason why not, to be put into one line for the user.
+    """
+    try:
+        import pooch
+    except ImportError:
+        return 'no download: pooch is not installed, pip install "cupyep[download]"'
+    for remote in source.remotes:
+        target = folder / remote.place
+        try:
+            pooch.retrieve(remote.url, f"md5:{remote.md5}", fname=target.name, path=target.parent, progressbar=True)
+        except OSError as error:  # no network, no such host, no permission to write; requests' errors are OSErrors
+            return f"download of {remote.url} failed: {one_line(error)}"
+        except ValueError:  # pooch's answer to a wrong checksum; it has deleted the file
+            return f"download of {remote.url} discarded: its MD5 sum is not the published {remote.md5}"
+    return ""

@@ -1,0 +1,159 @@
+"""Batches on the device: images gathered, cropped, mirrored and normalised there, from draws made on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend import Device, get_device
+from cupyep.data.dataset import Dataset
+from cupyep.errors import require
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples of one split, ready for a network.
+
+    Attributes
+    ----------
+    images : array of float, shape (N, H, W, C), on the device
+        Normalised images.
+    labels : ndarray of int64, shape (N,), on the host
+    index : ndarray of int64, shape (N,), on the host, optional
+        Canonical index of each sample in its split; teacher logits are looked up by it.
+    view : ndarray of uint8, shape (N,), on the host, optional
+        0 where the image is as stored, 1 where it is mirrored (see `cupyep.data.VIEWS`).
+    """
+
+    images: Any
+    labels: np.ndarray
+    index: np.ndarray | None = None
+    view: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The random numbers of one epoch, one per position in it."""
+
+    order: np.ndarray  # (N,) index into the split
+    dy: np.ndarray  # (N,) first row of the crop in the padded image, 0 .. 2 pad
+    dx: np.ndarray  # (N,)
+    flip: np.ndarray  # (N,) 0 or 1
+
+
+class Loader:
+    """Iterable of `Batch` over one split; every sample once, the last batch as small as it comes out.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    split_name : {"train", "test"}
+    batch_size : int
+        At least 1.
+    device : Device or str
+        The uint8 images are copied there once.
+    dtype : dtype
+        Of the batches: float32 or float64.
+    augment : bool, default False
+        Random crop and, where the data set allows it, horizontal flip.
+    shuffle : bool, default False
+        A new random order in every epoch.
+    generator : numpy.random.Generator, optional
+        Needed by `augment` and `shuffle`.
+    pad : int, optional
+        The crop is taken from the image widened by so many pixels on each side; default ``dataset.pad``. The added
+        pixels are zero after normalisation, that is, they have the mean colour.
+    flip : bool, default True
+        False forbids mirroring; True allows it only where ``dataset.flip`` does.
+
+    Notes
+    -----
+    A value x of channel c becomes (x / 255 - mean[c]) / std[c].
+
+    Iterating draws all random numbers of the epoch at once, on the host, by sample and not by batch: the order and
+    augmentation of an epoch depend on nothing but the generator's state when it begins (not on device, batch size,
+    or how far the last epoch was consumed), and the state afterwards is that of the next epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split_name: str,
+        batch_size: int,
+        device: Device | str,
+        dtype: Any,
+        augment: bool = False,
+        shuffle: bool = False,
+        generator: np.random.Generator | None = None,
+        pad: int | None = None,
+        flip: bool = True,
+    ):
+        require(batch_size >= 1, f"batch size is {batch_size}: it must be at least 1")
+        require(pad is None or pad >= 0, f"pad is {pad}: it must be at least 0")
+        require(generator is not None or not (augment or shuffle), "shuffle and augment need a generator")
+        self.split = dataset.split(split_name)
+        self.batch_size = batch_size
+        self.device = get_device(device)
+        self.dtype = np.dtype(dtype)
+        self.augment = augment
+        self.shuffle = shuffle
+        self.generator = generator
+        self.pad = dataset.pad if pad is None else pad
+        self.flip = flip and dataset.flip
+        self._images = self.device.asarray(self.split.images)
+        mean, std = dataset.mean.astype(np.float64), dataset.std.astype(np.float64)
+        self._scale = self.device.asarray(1 / (255 * std), self.dtype)
+        self._shift = self.device.asarray(-mean / std, self.dtype)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        draws = self._draw()  # here, not in the generator below: an epoch's draws are made when it begins
+        return (self._batch(draws, start) for start in range(0, len(self.split), self.batch_size))
+
+    def _draw(self) -> _Draws:
+        count, rng = len(self.split), self.generator
+        order = rng.permutation(count) if self.shuffle else np.arange(count)
+        dy, dx = rng.integers(0, 2 * self.pad, (2, count), endpoint=True) if self.augment else np.zeros((2, count), int)
+        flip = rng.integers(0, 1, count, endpoint=True) if self.augment and self.flip else np.zeros(count, int)
+        return _Draws(order, dy, dx, flip)
+
+    def _batch(self, draws: _Draws, start: int) -> Batch:
+        rows = slice(start, start + self.batch_size)
+        index, flip = draws.order[rows], draws.flip[rows]
+        if self.augment:
+            images = self._crop(index, draws.dy[rows], draws.dx[rows], flip)
+        elif self.shuffle:
+            images = self._normalise(self.device.xp.take(self._images, self.device.asarray(index), axis=0))
+        else:
+            images = self._normalise(self._images[rows])
+        return Batch(images, self.split.labels[index], index.astype(np.int64), flip.astype(np.uint8))
+
+    def _normalise(self, pixels: Any) -> Any:
+        images = pixels.astype(self.dtype)
+        images *= self._scale
+        images += self._shift
+        return images
+
+    def _crop(self, index: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Any:
+        """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device."""
+        xp = self.device.xp
+        count, height, width, channels = self._images.shape
+        index, dy, dx, flip = self.device.asarray(np.stack([index, dy, dx, flip]))[:, :, None]  # one small transfer
+        y = xp.arange(height) + dy - self.pad  # (B, H) row of the stored image, or outside of it
+        x = xp.arange(width)
+        x = xp.where(flip == 1, width - 1 - x, x) + dx - self.pad  # (B, W)
+        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+        y, x = y.clip(0, height - 1), x.clip(0, width - 1)
+        pixel = ((index * height + y) * width)[:, :, None] + x[:, None, :]  # (B, H, W) row in the flat image list
+        images = self._normalise(xp.take(self._images.reshape(-1, channels), pixel, axis=0))
+        images *= inside[..., None]
+        return images

@@ -1,0 +1,255 @@
+"""Reading a teacher file: every way in which it can be wrong is one line that names the file and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from cupyep.data.dataset import VIEWS, Dataset
+from cupyep.data.files import one_line
+from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
+from cupyep.errors import TeacherError, choose
+
+MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory
+AGAIN = "make the file again with tools/export_teacher_logits.py"
+
+
+class TeacherFile:
+    """Read a teacher file; the constructor checks all that can be checked without the data set.
+
+    Parameters
+    ----------
+    path : path
+
+    Attributes
+    ----------
+    dataset, teacher : str
+    classes, views : tuple of str
+    feature_layers : dict of str to (H, W, C)
+
+    Raises
+    ------
+    TeacherError
+        If the file is missing, truncated, or not a version-1 teacher file.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._memory: dict[str, np.ndarray] = {}
+        if not self.path.is_file():
+            raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
+        with self._disk():
+            self._file = h5py.File(self.path, "r")
+        try:
+            with self._disk():
+                self._read_header()
+                layers = [self._read_split(name) for name in SPLITS]
+            self._check(layers[0] == layers[1], f"features of train {layers[0]} and test {layers[1]} differ; {AGAIN}")
+            self.feature_layers = layers[0]
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> TeacherFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read_header(self) -> None:
+        found = self._file.attrs.get("format")
+        self._check(isinstance(found, str) and found == FORMAT, f"is not a cupyep teacher file; {AGAIN}")
+        version = self._file.attrs.get("version")
+        self._check(
+            isinstance(version, np.integer) and version == VERSION,
+            f"has version {version}, this cupyep reads version {VERSION}; update cupyep or {AGAIN}",
+        )
+        self.dataset, self.teacher = self._text("dataset"), self._text("teacher")
+        self.classes, self.views = self._names("classes"), self._names("views")
+        self._check(not views_problem(self.views), f"{views_problem(self.views)}; {AGAIN}")
+
+    def _text(self, name: str) -> str:
+        value = self._file.attrs.get(name)
+        self._check(isinstance(value, str), f"attribute '{name}' is missing or not text; {AGAIN}")
+        return value
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        values = self._file.attrs.get(name)
+        values = tuple(values) if isinstance(values, np.ndarray) and values.ndim == 1 else ()
+        self._check(
+            bool(values) and all(isinstance(value, str) for value in values),
+            f"attribute '{name}' is missing or not a list of names; {AGAIN}",
+        )
+        return values
+
+    def _read_split(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Check one group; return the shapes of its features."""
+        self._check(isinstance(self._file.get(name), h5py.Group), f"has no group '{name}'; {AGAIN}")
+        labels, logits = self._array(f"{name}/labels"), self._array(f"{name}/logits")
+        self._check(labels.ndim == 1 and labels.dtype.kind in "iu", f"{name}/labels is not a list of integers; {AGAIN}")
+        shape = (len(self.views), len(labels), len(self.classes))
+        self._check_values(logits, f"{name}/logits", shape)
+        accuracy = self._file[name].attrs.get("accuracy")
+        self._check(
+            isinstance(accuracy, np.floating) and 0 <= accuracy <= 1,
+            f"{name}: attribute 'accuracy' is {accuracy}, expected a number from 0 to 1; {AGAIN}",
+        )
+        layers = {}
+        for layer in self._file[name].get("features", ()):
+            features = self._array(f"{name}/features/{layer}")
+            self._check(features.ndim == 5, f"{name}/features/{layer} has {features.ndim} axes, expected 5; {AGAIN}")
+            self._check_values(features, f"{name}/features/{layer}", (*shape[:2], *features.shape[2:]))
+            layers[layer] = features.shape[2:]
+        return layers
+
+    def _array(self, name: str) -> h5py.Dataset:
+        array = self._file.get(name)
+        # An array whose values lie in another file could make us read anything.
+        ours = (
+            isinstance(array, h5py.Dataset) and array.file == self._file and not array.external and not array.is_virtual
+        )
+        self._check(ours, f"has no array '{name}'; {AGAIN}")
+        return array
+
+    def _check_values(self, array: h5py.Dataset, name: str, shape: tuple[int, ...]) -> None:
+        self._check(array.dtype.name in DTYPES, f"{name} is {array.dtype}, expected {' or '.join(DTYPES)}; {AGAIN}")
+        self._check(
+            array.shape == shape,
+            f"{name} has shape {array.shape}, expected {shape} (views, labels, classes); {AGAIN}",
+        )
+
+    def check(self, dataset: Dataset) -> None:
+        """Raise `TeacherError` unless the file is a finite teacher of just these samples, in this order."""
+        remedy = f"make one for {dataset.name} with tools/export_teacher_logits.py"
+        self._check(
+            self.dataset == dataset.name, f"is a teacher for data set {self.dataset}, not {dataset.name}; {remedy}"
+        )
+        self._check_classes(dataset, remedy)
+        for name in SPLITS:
+            with self._disk():
+                self._check_labels(dataset, name, remedy)
+                self._check_finite(name)
+
+    def _check_classes(self, dataset: Dataset, remedy: str) -> None:
+        ours, theirs = dataset.classes, self.classes
+        self._check(
+            len(ours) == len(theirs), f"has {len(theirs)} classes, data set {dataset.name} has {len(ours)}; {remedy}"
+        )
+        for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+            self._check(a == b, f"calls class {i} '{a}', data set {dataset.name} calls it '{b}'; {remedy}")
+
+    def _check_labels(self, dataset: Dataset, name: str, remedy: str) -> None:
+        split, labels = dataset.split(name), self._file[f"{name}/labels"]
+        self._check(
+            len(split) <= len(labels) <= split.total,
+            f"covers {len(labels)} {name} samples of data set {dataset.name}, which has {split.total} "
+            f"and of which {len(split)} are used; {remedy}",
+        )
+        wrong = np.flatnonzero(labels[: len(split)] != split.labels)
+        if wrong.size:
+            first = int(wrong[0])
+            self._check(
+                False,
+                f"{wrong.size} of {len(split)} {name} labels disagree with data set {dataset.name} (first: sample "
+                f"{first} has {labels[first]}, not {split.labels[first]}); it was made from other data or in another "
+                f"order, {remedy}",
+            )
+
+    def _check_finite(self, name: str) -> None:
+        logits = self._file[f"{name}/logits"]
+        for rows in blocks(logits):
+            finite = np.isfinite(logits[:, rows]).all(axis=2)
+            if not finite.all():
+                view, row = (int(i[0]) for i in np.nonzero(~finite))
+                sample = rows.start + row
+                self._check(
+                    False, f"{name}/logits of sample {sample}, view {self.views[view]}, are not finite; {AGAIN}"
+                )
+
+    def count(self, split_name: str) -> int:
+        """Return the number of samples of a split that the file covers."""
+        return self._file[f"{split_name}/logits"].shape[1]
+
+    def accuracy(self, split_name: str) -> float:
+        """Return the teacher's accuracy on a split, from 0 to 1, identity view."""
+        return float(self._file[split_name].attrs["accuracy"])
+
+    def logits(self, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
+        """Return the raw logits of some samples.
+
+        Parameters
+        ----------
+        split_name : {"train", "test"}
+        index : ndarray of int, shape (B,)
+            Canonical indices.
+        view : ndarray of int, shape (B,), or int
+            Numbers of views in `cupyep.data.VIEWS`: 0 identity, 1 hflip.
+
+        Returns
+        -------
+        ndarray of float32, shape (B, classes)
+        """
+        name = f"{choose('split', split_name, SPLITS)}/logits"
+        array = self._file[name]
+        if array.nbytes < MEMORY_LIMIT and name not in self._memory:
+            with self._disk():
+                self._memory[name] = array[...]
+        return self._rows(self._memory.get(name, array), name, index, view)
+
+    def feature(self, layer: str, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
+        """Return the teacher's activations of one layer, float32 (B, H, W, C); arguments as for `logits`."""
+        known = ", ".join(self.feature_layers) or "no layer"
+        self._check(layer in self.feature_layers, f"has no features of layer '{layer}' (it has {known}); {AGAIN}")
+        name = f"{choose('split', split_name, SPLITS)}/features/{layer}"
+        values = self._rows(self._file[name], name, index, view)
+        self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite; {AGAIN}")
+        return values
+
+    def _rows(
+        self, array: h5py.Dataset | np.ndarray, name: str, index: np.ndarray, view: np.ndarray | int
+    ) -> np.ndarray:
+        index = np.asarray(index)
+        view = np.broadcast_to(view, index.shape)
+        count = array.shape[1]
+        self._check(
+            bool(((index >= 0) & (index < count)).all()), f"{name} covers samples 0..{count - 1}, others are asked for"
+        )
+        values = np.empty((len(index), *array.shape[2:]), np.float32)
+        for code in np.unique(view):
+            here = view == code
+            # HDF5 wants increasing rows without repetition; the inverse scatters them back.
+            rows, inverse = np.unique(index[here], return_inverse=True)
+            with self._disk():
+                values[here] = array[self._place_of_view(int(code)), rows][inverse]
+        return values
+
+    def _place_of_view(self, code: int) -> int:
+        name = VIEWS[code] if 0 <= code < len(VIEWS) else f"number {code}"
+        self._check(
+            name in self.views, f"has no view '{name}': export it again with both views, or train with --no-flip"
+        )
+        return self.views.index(name)
+
+    def _check(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise TeacherError(f"teacher file {self.path}: {problem}")
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Turn whatever h5py raises on a damaged file into one line."""
+        try:
+            yield
+        except TeacherError:
+            raise
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TeacherError(
+                f"teacher file {self.path}: is not HDF5, truncated or damaged ({one_line(error)}); {AGAIN}"
+            ) from error

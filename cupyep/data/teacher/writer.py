@@ -1,0 +1,188 @@
+"""Writing a teacher file: streamed, checked, and in its place only when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from cupyep.data.dataset import VIEWS, Dataset
+from cupyep.data.files import one_line
+from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
+from cupyep.errors import TeacherError
+
+
+class TeacherWriter:
+    """Write a teacher file batch by batch; the file appears, complete, when the ``with`` block ends without error.
+
+    Parameters
+    ----------
+    path : path
+        An existing file is replaced at the end, not before.
+    dataset : Dataset
+        Gives the data set's name, the class names, and each split's size and labels.
+    teacher : str
+        What made the logits; free text.
+    views : sequence of str, default ("identity", "hflip")
+        Must contain "identity".
+    features : mapping of str to (H, W, C), optional
+        Shape of the activations stored for each layer.
+    dtype : {"float32", "float16"}
+
+    Attributes
+    ----------
+    accuracy : dict of str to float
+        Per split, from 0 to 1, identity view; filled by `finish`.
+
+    Raises
+    ------
+    TeacherError
+        If an argument is wrong, a batch does not fit, values are not finite, or rows are missing at the end.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        dataset: Dataset,
+        teacher: str,
+        views: Sequence[str] = VIEWS,
+        features: Mapping[str, tuple[int, int, int]] | None = None,
+        dtype: Any = np.float32,
+    ):
+        self.path = Path(path)
+        self.views = tuple(views)
+        self.features = dict(features or {})
+        self.accuracy: dict[str, float] = {}
+        self._classes = len(dataset.classes)
+        self._check(not views_problem(self.views), views_problem(self.views))
+        self._check(np.dtype(dtype).name in DTYPES, f"dtype is {np.dtype(dtype).name}: choose from {', '.join(DTYPES)}")
+        self._check(
+            all(name and "/" not in name and name != "." for name in self.features), "layer names must not hold '/'"
+        )
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._written = {name: np.zeros((len(self.views), len(dataset.split(name))), bool) for name in SPLITS}
+        with self._disk():
+            self._file = h5py.File(self._temporary, "w")
+        try:
+            with self._disk():
+                self._lay_out(dataset, teacher, np.dtype(dtype))
+        except BaseException:
+            self.abort()
+            raise
+
+    def _lay_out(self, dataset: Dataset, teacher: str, dtype: np.dtype) -> None:
+        self._file.attrs.update(format=FORMAT, version=VERSION, dataset=dataset.name, teacher=teacher)
+        self._file.attrs["classes"] = list(dataset.classes)
+        self._file.attrs["views"] = list(self.views)
+        for name in SPLITS:
+            split = dataset.split(name)
+            group = self._file.create_group(name)
+            rows = (len(self.views), len(split))
+            group["labels"] = split.labels
+            group.create_dataset("logits", (*rows, self._classes), dtype)
+            for layer, shape in self.features.items():
+                group.create_dataset(f"features/{layer}", (*rows, *shape), dtype)
+
+    def __enter__(self) -> TeacherWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abort()
+
+    def write(
+        self,
+        split_name: str,
+        view_name: str,
+        start: int,
+        logits: np.ndarray,
+        features: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Store a batch: row i belongs to sample ``start + i``.
+
+        Parameters
+        ----------
+        split_name : {"train", "test"}
+        view_name : str
+            One of the writer's views.
+        start : int
+        logits : ndarray, shape (B, classes), on the host
+        features : mapping of str to ndarray (B, H, W, C)
+            Exactly the layers announced.
+        """
+        features = features or {}
+        self._check(split_name in SPLITS, f"unknown split '{split_name}' (choose from {', '.join(SPLITS)})")
+        self._check(view_name in self.views, f"unknown view '{view_name}' (choose from {', '.join(self.views)})")
+        self._check(
+            features.keys() == self.features.keys(),
+            f"features given: {sorted(features)}, announced: {sorted(self.features)}",
+        )
+        view, written = self.views.index(view_name), self._written[split_name]
+        rows = slice(start, start + len(logits))
+        where = f"{split_name} rows {rows.start}..{rows.stop - 1}"
+        self._check(0 <= start < rows.stop <= written.shape[1], f"{where}: outside 0..{written.shape[1] - 1}")
+        group = self._file[split_name]
+        with self._disk():
+            self._store(group["logits"], view, rows, logits, f"{where}: logits")
+            for layer, values in features.items():
+                self._store(group[f"features/{layer}"], view, rows, values, f"{where}: features of {layer}")
+        written[view, rows] = True
+
+    def _store(self, target: h5py.Dataset, view: int, rows: slice, values: np.ndarray, where: str) -> None:
+        shape = (rows.stop - rows.start, *target.shape[2:])
+        values = np.asarray(values)
+        self._check(values.shape == shape, f"{where} have shape {values.shape}, expected {shape}")
+        with np.errstate(over="ignore"):  # an overflow of float16 becomes infinite, which the next line reports
+            values = values.astype(target.dtype)
+        self._check(bool(np.isfinite(values).all()), f"{where} are not all finite as {target.dtype.name}")
+        target[view, rows] = values
+
+    def finish(self) -> None:
+        """Check that every row was written, store the accuracies, and put the file in its place."""
+        try:
+            for name in SPLITS:
+                view, row = np.nonzero(~self._written[name])
+                if view.size:
+                    what = f"{view.size} rows of {name} were never written"
+                    self._check(False, f"{what}, the first: {self.views[view[0]]} {row[0]}")
+                self.accuracy[name] = self._accuracy(self._file[name])
+                self._file[name].attrs["accuracy"] = self.accuracy[name]
+            with self._disk():
+                self._file.close()
+                with open(self._temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(self._temporary, self.path)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _accuracy(self, group: h5py.Group) -> float:
+        logits, labels = group["logits"], group["labels"][:]
+        view, correct = self.views.index("identity"), 0
+        for rows in blocks(logits):
+            correct += int((logits[view, rows].argmax(axis=1) == labels[rows]).sum())
+        return correct / len(labels)
+
+    def abort(self) -> None:
+        """Give up: remove the temporary file; nothing appears at `path`."""
+        with contextlib.suppress(OSError, RuntimeError):  # e.g. a full disk: what cannot be flushed is removed anyway
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _check(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise TeacherError(f"cannot write teacher file {self.path}: {problem}")
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TeacherError(f"cannot write teacher file {self.path}: {one_line(error)}") from error

@@ -1,0 +1,295 @@
+"""The two systems that settle: states of the energy itself, and deviations from a free state.
+
+Feedback weight lambda: the energy ``E = sum_n a_n (potential(s^n) - <s^n, d^n>)``, ``a_n = lambda^-(L - n)``, gives
+``s^n <- sigma(d^n + lambda * topdown^n + force^n / a_n)``. lambda = 1 is the convolutional Hopfield network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupyep.activations import Activation
+from cupyep.backend.device import Device
+from cupyep.heads import LossTerm
+from cupyep.layers import Edge
+from cupyep.settling import SettleStats
+from cupyep.workspace import Workspace
+
+
+class Nudge(NamedTuple):
+    """One summand ``weight * term.loss(s^layer, target)`` of the loss that nudges."""
+
+    term: LossTerm
+    weight: float
+    target: Any
+
+
+@dataclass
+class State:
+    """States of a settled phase.
+
+    Attributes
+    ----------
+    layers : list of arrays (B, *shape)
+        s^1 .. s^L, after pooling. With several phases in one batch, B = phases * N, phase-major.
+    drives : list of arrays or None
+        Total drive g^n of the last update, ``s^n = sigma(g^n)``.
+    winners : list of uint8 arrays or None
+        Max-pooling winners of the last drives, None for edges without.
+    stats : SettleStats or None
+    deviations : list of arrays or None
+        Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.
+    scales : list of float or None
+        The a_n that belong to them.
+    """
+
+    layers: list[Any]
+    drives: list[Any] | None = None
+    winners: list[Any] | None = None
+    stats: SettleStats | None = None
+    deviations: list[Any] | None = None
+    scales: list[float] | None = None
+
+    def copy(self) -> State:
+        """Return a state whose arrays are its own."""
+
+        def copied(arrays):
+            return None if arrays is None else [None if a is None else a.copy() for a in arrays]
+
+        return State(
+            copied(self.layers),
+            copied(self.drives),
+            copied(self.winners),
+            self.stats,
+            copied(self.deviations),
+            self.scales,
+        )
+
+
+def layer_weights(depth: int, feedback: float) -> list[float]:
+    """Return ``a_n = feedback^-(depth - n)`` for n = 1..depth."""
+    return [feedback ** -(depth - n) for n in range(1, depth + 1)]
+
+
+class _System:
+    """What both systems share: the network's parts, the nudges a layer, the residual."""
+
+    def __init__(
+        self,
+        edges: Sequence[Edge],
+        activation: Activation,
+        feedback: float,
+        device: Device,
+        workspace: Workspace,
+        nudges: Sequence[Nudge],
+        betas: Sequence[float],
+    ):
+        self.edges = edges
+        self.activation = activation
+        self.feedback = feedback
+        self.device = device
+        self.xp = device.xp
+        self.workspace = workspace
+        self.depth = len(edges)
+        self.weights = layer_weights(self.depth, feedback)
+        self.phases = len(betas)
+        self.samples = workspace.batch // self.phases
+        self.residual = workspace.buffers.get("residual", (self.depth, workspace.batch))
+        self.drive = workspace.states("drive")
+        self.topdown = workspace.states("topdown")
+        self._nudges: dict[int, list[tuple[LossTerm, Any, Any]]] = {}
+        beta = np.repeat(np.asarray(betas, float), self.samples)
+        for term, weight, target in nudges:
+            scale = device.asarray((-weight * beta).astype(workspace.buffers.dtype))
+            self._nudges.setdefault(term.layer, []).append((term, self._tiled(target), scale))
+
+    def _tiled(self, array: Any) -> Any:
+        return array if array is None or self.phases == 1 else self.xp.concatenate([array] * self.phases)
+
+    def host(self, array: Any) -> np.ndarray:
+        return self.device.to_numpy(array)
+
+    def _measure(self, n: int, new: Any, old: Any) -> None:
+        change = self.workspace.buffers.get(("change", n), new.shape)
+        self.xp.subtract(new, old, out=change)
+        change *= change
+        row = self.workspace.buffers.get("row", (len(new),))
+        self.xp.mean(change.reshape(len(new), -1), axis=1, out=row)
+        self.residual[n - 1] += row
+
+    def _moving(self) -> list[Any]:
+        """Return the arrays that the iteration moves."""
+        raise NotImplementedError
+
+    def remember(self) -> None:
+        """Keep a copy of the states for `distance_from_remembered`."""
+        for kept, now in zip(self.workspace.states("remembered"), self._moving(), strict=True):
+            kept[...] = now
+
+    def distance_from_remembered(self) -> float:
+        """Return the largest root-mean-square distance of any layer and sample from the states remembered."""
+        distances = [
+            float(((now - kept) ** 2).reshape(len(now), -1).mean(axis=1).max())
+            for kept, now in zip(self.workspace.states("remembered"), self._moving(), strict=True)
+        ]
+        return math.sqrt(max(distances))
+
+
+class Classical(_System):
+    """States of the energy: ``s^n <- sigma(d^n + lambda * topdown^n - (beta / a_n) dL/ds^n)``.
+
+    Parameters
+    ----------
+    x : array of shape (N, H, W, C)
+    state : State
+        Start, overwritten; its `drives` and `winners` are written too.
+    nudges : sequence of Nudge
+    betas : sequence of float
+        One a phase; phases are settled as one batch of ``len(betas) * N``.
+    """
+
+    drives_current = False
+
+    def __init__(self, edges, activation, feedback, device, workspace, x, state, nudges=(), betas=(0.0,)):
+        super().__init__(edges, activation, feedback, device, workspace, nudges, betas)
+        self.state = state
+        for n, terms in self._nudges.items():
+            self._nudges[n] = [(term, target, scale / self.weights[n - 1]) for term, target, scale in terms]
+        for topdown in self.topdown:
+            topdown[...] = 0
+        self._drive_from_input(x)
+
+    def _drive_from_input(self, x: Any) -> None:
+        """Compute the first drive, constant for the whole phase, once for all phases."""
+        first, n = self.edges[0], self.samples
+        winners = self.state.winners[0]
+        top = None if winners is None else winners[:n]
+        first.drive(x, self.drive[0][:n], top, self.workspace.input_scratch(n))
+        for phase in range(1, self.phases):
+            self.drive[0][phase * n : (phase + 1) * n] = self.drive[0][:n]
+            if winners is not None:
+                winners[phase * n : (phase + 1) * n] = top
+
+    def _moving(self):
+        return self.state.layers
+
+    def forward(self, n: int) -> None:
+        if n > 1:
+            below, scratch = self.state.layers[n - 2], self.workspace.scratch[n - 1]
+            self.edges[n - 1].drive(below, self.drive[n - 1], self.state.winners[n - 1], scratch)
+
+    def backward(self, n: int) -> None:
+        if n < self.depth:
+            above, winners = self.state.layers[n], self.state.winners[n]
+            self.edges[n].topdown(above, winners, self.topdown[n - 1], self.workspace.scratch[n])
+
+    def update(self, n: int, measure: bool) -> None:
+        s, g = self.state.layers[n - 1], self.state.drives[n - 1]
+        if n < self.depth:
+            self.xp.multiply(self.topdown[n - 1], self.feedback, out=g)
+            g += self.drive[n - 1]
+        else:
+            g[...] = self.drive[n - 1]
+        for term, target, scale in self._nudges.get(n, ()):
+            term.add_force(s, target, scale, g)
+        if measure:
+            new = self.workspace.buffers.get(("new", n), s.shape)
+            self.activation.value(g, new)
+            self._measure(n, new, s)
+            s[...] = new
+        else:
+            self.activation.value(g, s)
+
+
+class Deviation(_System):
+    """Scaled deviations ``eps^n = a_n (s^n - s*^n)`` from a free state, at its pooling winners.
+
+    ``eps^n <- a_n [sigma(g*^n + t^n / a_n) - s*^n]`` with
+    ``t^n = w_{n+1}^T * U(eps^{n+1}) + lambda G(w_n * eps^{n-1}) - beta dL/ds^n(s* + eps / a)``,
+    started at zero. Every layer's eps is of order beta however small lambda and however deep the network.
+
+    Parameters
+    ----------
+    free : State
+        With drives and winners, N samples.
+    tangent : bool
+        Take the limit beta -> 0, ``eps^n <- sigma'(g*^n) t^n`` with the loss gradient at s*: recurrent
+        backpropagation.
+    """
+
+    drives_current = True  # all zero, as at the free state
+
+    def __init__(self, edges, activation, feedback, device, workspace, free, nudges, betas, tangent=False):
+        super().__init__(edges, activation, feedback, device, workspace, nudges, betas)
+        self.free = free
+        self.tangent = tangent
+        self.eps = workspace.states("eps")
+        self.winners = [self._tiled(w) for w in free.winners]
+        self.rest = []
+        for n, (g, s) in enumerate(zip(free.drives, free.layers, strict=True), 1):
+            rest = workspace.buffers.get(("rest", n), s.shape)
+            if tangent:
+                activation.slope(g, rest)
+            else:
+                activation.rest_offset(g, s, rest)
+            self.rest.append(rest)
+        for arrays in (self.eps, self.drive, self.topdown):
+            for array in arrays:
+                array[...] = 0
+
+    def _moving(self):
+        return self.eps
+
+    def forward(self, n: int) -> None:
+        if n > 1:
+            scratch = self.workspace.scratch[n - 1]
+            self.edges[n - 1].linear_drive(self.eps[n - 2], self.drive[n - 1], self.winners[n - 1], scratch)
+
+    def backward(self, n: int) -> None:
+        if n < self.depth:
+            self.edges[n].topdown(self.eps[n], self.winners[n], self.topdown[n - 1], self.workspace.scratch[n])
+
+    def _phase_slices(self):
+        return [slice(m * self.samples, (m + 1) * self.samples) for m in range(self.phases)]
+
+    def _add_forces(self, n: int, t: Any) -> None:
+        terms = self._nudges.get(n)
+        if not terms:
+            return
+        s = self.free.layers[n - 1]
+        if not self.tangent:
+            nudged = self.workspace.buffers.get(("nudged", n), t.shape)
+            self.xp.multiply(self.eps[n - 1], 1 / self.weights[n - 1], out=nudged)
+            for part in self._phase_slices():
+                nudged[part] += s
+            s = nudged
+        for term, target, scale in terms:
+            term.add_force(s, target, scale, t)
+
+    def update(self, n: int, measure: bool) -> None:
+        t = self.workspace.buffers.get(("new", n), self.eps[n - 1].shape)
+        self.xp.multiply(self.drive[n - 1], self.feedback, out=t)
+        t += self.topdown[n - 1]
+        self._add_forces(n, t)
+        if self.tangent:
+            t *= self.rest[n - 1]
+        else:
+            self._increment(n, t)
+        if measure:
+            self._measure(n, t, self.eps[n - 1])
+        self.eps[n - 1][...] = t
+
+    def _increment(self, n: int, t: Any) -> None:
+        a, s, rest = self.weights[n - 1], self.free.layers[n - 1], self.rest[n - 1]
+        scratch = self.workspace.buffers.get(("scratch", n), s.shape)
+        if a != 1.0:
+            t *= 1 / a
+        for part in self._phase_slices():
+            self.activation.increment(rest, s, t[part], scratch)
+        if a != 1.0:
+            t *= a

@@ -1,0 +1,105 @@
+"""The energy that settles, as an explicit function: value a sample, state gradient, parameter gradient.
+
+``F(s) = sum_n a_n (sum potential(s^n) - <s^n, d^n(s^(n-1))>) + beta * sum_i weight_i L_i(s)`` with
+``a_n = lambda^-(L - n)``. With lambda = 1 this is ``E = 1/2 sum |s|^2 - Phi`` of Scellier & Bengio (2017) and Laborieux et al. (2021, eq. 4) for a
+clip of slope one. Settling (`dynamics`) never evaluates F; it is the definition that tests and gradients refer to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cupyep.activations import Activation
+from cupyep.backend.device import Device
+from cupyep.dynamics import Nudge, layer_weights
+from cupyep.layers import Edge
+from cupyep.workspace import Workspace
+
+
+class Energy:
+    """Energy of the states of given edges.
+
+    Parameters
+    ----------
+    edges : sequence of Edge
+    activation : Activation
+    feedback : float
+        lambda.
+    device : Device
+    dtype : dtype
+    """
+
+    def __init__(self, edges: Sequence[Edge], activation: Activation, feedback: float, device: Device, dtype: Any):
+        self.edges = edges
+        self.activation = activation
+        self.weights = layer_weights(len(edges), feedback)
+        self.device = device
+        self.dtype = dtype
+
+    def _workspace(self, x: Any) -> Workspace:
+        workspace = Workspace(self.edges, len(x), self.device, self.dtype)
+        workspace.refresh()
+        return workspace
+
+    def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
+        drives, winners = workspace.states("drive"), workspace.winners("winners")
+        for n, edge in enumerate(self.edges):
+            edge.drive(x if n == 0 else layers[n - 1], drives[n], winners[n], workspace.scratch[n])
+        return drives, winners
+
+    def phi(self, x: Any, layers: Sequence[Any]) -> Any:
+        """Return ``<s^n, d^n(s^(n-1))>`` layer by layer, shape (L, B)."""
+        drives, _ = self._drives(x, layers, self._workspace(x))
+        xp = self.device.xp
+        return xp.stack([(s * d).reshape(len(s), -1).sum(axis=1) for s, d in zip(layers, drives, strict=True)])
+
+    def value(self, x: Any, layers: Sequence[Any], nudges: Sequence[Nudge] = (), beta: Any = 0.0) -> Any:
+        """Return F a sample, shape (B,).
+
+        Parameters
+        ----------
+        x : array of shape (B, H, W, C)
+        layers : sequence of arrays (B, *shape)
+            Inside the range of the activation.
+        nudges : sequence of Nudge
+        beta : float or array of shape (B,)
+        """
+        total = self.device.xp.zeros(len(x), self.dtype)
+        for s, phi, a in zip(layers, self.phi(x, layers), self.weights, strict=True):
+            total += a * (self.activation.potential(s).reshape(len(s), -1).sum(axis=1) - phi)
+        for term, weight, target in nudges:
+            total += beta * weight * term.loss(layers[term.layer - 1], target)
+        return total
+
+    def force(self, x: Any, layers: Sequence[Any], nudges: Sequence[Nudge] = (), beta: Any = 0.0) -> list[Any]:
+        """Return ``a_n g^n`` a layer, g^n the total drive: the part of -dF/ds^n that is not from the potential.
+
+        -dF/ds^n is this minus ``a_n sigma^-1(s^n)`` (``a_n s^n`` for a clip of slope one).
+        """
+        workspace = self._workspace(x)
+        drives, winners = self._drives(x, layers, workspace)
+        forces = []
+        for n, (drive, a) in enumerate(zip(drives, self.weights, strict=True)):
+            force = a * drive
+            if n + 1 < len(self.edges):
+                topdown = workspace.states("topdown")[n]
+                self.edges[n + 1].topdown(layers[n + 1], winners[n + 1], topdown, workspace.scratch[n + 1])
+                force += self.weights[n + 1] * topdown
+            forces.append(force)
+        scale = -beta * self.device.xp.ones(len(x), self.dtype)
+        for term, weight, target in nudges:
+            term.add_force(layers[term.layer - 1], target, weight * scale, forces[term.layer - 1])
+        return forces
+
+    def parameter_gradient(self, x: Any, layers: Sequence[Any]) -> dict[str, Any]:
+        """Return dF/dtheta summed over the batch, ``-a_n corr(s^(n-1), U_n(s^n))`` for weights, by parameter path."""
+        workspace = self._workspace(x)
+        _, winners = self._drives(x, layers, workspace)
+        gradients = {}
+        for n, edge in enumerate(self.edges):
+            weight, bias = self.device.xp.zeros_like(edge.weight), self.device.xp.zeros_like(edge.bias)
+            below = x if n == 0 else layers[n - 1]
+            edge.add_gradient(below, -self.weights[n] * layers[n], winners[n], weight, bias, workspace.scratch[n])
+            gradients[f"layers.{n + 1}.weight"], gradients[f"layers.{n + 1}.bias"] = weight, bias
+        return gradients

@@ -1,0 +1,58 @@
+"""The exceptions and warnings that a user can meet. Every message is one line that names the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CupyepError(Exception):
+    """Base of all errors raised on purpose by cupyep; the command line exits with code 1."""
+
+
+class ConfigurationError(CupyepError, ValueError):
+    """An argument or option is out of range or unknown; the command line exits with code 2."""
+
+
+class DeviceError(CupyepError, RuntimeError):
+    """The device asked for cannot be used; the message says why."""
+
+
+class DataError(CupyepError, ValueError):
+    """A data set is missing, truncated or not what its format promises."""
+
+
+class TeacherError(CupyepError, ValueError):
+    """A teacher file is malformed or belongs to other data."""
+
+
+class CheckpointError(CupyepError, ValueError):
+    """A run directory or checkpoint is malformed, foreign or in the way."""
+
+
+class DivergenceError(CupyepError, ArithmeticError):
+    """States, gradients or the loss stopped being finite."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A settle phase ended above its tolerance; the message names the layer and the knob to turn."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or ``""``."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def choose(what: str, name: str, known: Iterable[str]) -> str:
+    """Return `name` if it is one of `known`, else raise `ConfigurationError` that lists them."""
+    known = list(known)
+    if name not in known:
+        raise ConfigurationError(f"unknown {what} '{name}'{nearest(str(name), known)} (choose from {', '.join(known)})")
+    return name
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigurationError` with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigurationError(message)

@@ -1,0 +1,1 @@
+"""Array maths without state: columns, pooling and its adjoint, reusable buffers."""

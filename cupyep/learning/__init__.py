@@ -1,0 +1,16 @@
+"""Gradients by Equilibrium Propagation, backpropagation through time and feed-forward backpropagation, compared."""
+
+from cupyep.learning.backprop import Backpropagation
+from cupyep.learning.bptt import BackpropagationThroughTime
+from cupyep.learning.check import check_gradients
+from cupyep.learning.equilibrium import EquilibriumPropagation
+from cupyep.learning.learner import Learner, StepResult
+
+__all__ = [
+    "Backpropagation",
+    "BackpropagationThroughTime",
+    "EquilibriumPropagation",
+    "Learner",
+    "StepResult",
+    "check_gradients",
+]

@@ -1,0 +1,372 @@
+"""The network: edges, activation, feedback weight and readout; it settles, and predicts from the settled state."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep.activations import Activation, get_activation
+from cupyep.augment import Augmenter
+from cupyep.backend.device import DTYPES, Device, get_device
+from cupyep.data.loader import Batch
+from cupyep.dynamics import Classical, Deviation, Nudge, State, layer_weights
+from cupyep.energy import Energy
+from cupyep.errors import choose, require
+from cupyep.heads import Head
+from cupyep.layers import Edge
+from cupyep.losses import get_loss, one_hot
+from cupyep.settling import settle
+from cupyep.workspace import Workspace
+
+NUDGES = ("classical", "deviation", "tangent")
+
+
+class Network:
+    """A deep convergent recurrent network.
+
+    Parameters
+    ----------
+    layers : sequence of Edge
+        `Conv2d` and `Linear` edges, each taking the shape that the one before gives. With ``loss="squared_error"``
+        the last must be a `Linear` to `classes` units.
+    classes : int
+    activation : str or Activation
+    loss : {"cross_entropy", "squared_error"}
+        ``cross_entropy``: softmax readout ``w_o s^L + b_o``, not part of the state. ``squared_error``: the output layer
+        is the last state.
+    feedback : float
+        Weight lambda of the top-down input, 0 < lambda <= 1; 1 is the Hopfield network of the papers.
+    gain : float or sequence of float
+        Weights are drawn from N(0, gain^2 / fan_in), one gain or one a layer.
+    seed : int
+        Of the weights.
+    device : str or Device
+    precision : {"float32", "float64"}
+
+    Raises
+    ------
+    ConfigurationError
+        If shapes do not fit or a value is out of range.
+    """
+
+    WORKSPACES_KEPT = 4
+
+    def __init__(
+        self,
+        layers: Sequence[Edge],
+        classes: int,
+        *,
+        activation: str | Activation = "hard_sigmoid",
+        loss: str = "cross_entropy",
+        feedback: float = 1.0,
+        gain: float | Sequence[float] = 1.0,
+        seed: int = 0,
+        device: str | Device = "auto",
+        precision: str = "float32",
+    ):
+        self.layers = list(layers)
+        self.classes = classes
+        self.activation = get_activation(activation)
+        self.device = get_device(device)
+        self.dtype = np.dtype(DTYPES[choose("precision", precision, DTYPES)])
+        self.feedback = self._checked_feedback(feedback)
+        self._check_chain()
+        self.readout = self._make_readout(loss)
+        self._initialize(gain, seed)
+        self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
+        self.config: dict[str, Any] = {}
+
+    def _checked_feedback(self, feedback: float) -> float:
+        require(0 < feedback <= 1, f"feedback (lambda) must be above 0 and at most 1, not {feedback}")
+        largest = feedback ** -(len(self.layers) - 1)
+        limit = float(np.finfo(self.dtype).max) ** 0.75
+        require(
+            largest < limit,
+            f"feedback {feedback} in {len(self.layers)} layers makes layer weights of {largest:.0e}, too large for "
+            f"{self.dtype}; raise the feedback or use precision float64",
+        )
+        return float(feedback)
+
+    def _check_chain(self) -> None:
+        require(len(self.layers) > 0, "a network needs at least one layer")
+        for n, (below, edge) in enumerate(zip(self.layers, self.layers[1:], strict=False), 2):
+            require(
+                math.prod(edge.in_shape) == math.prod(below.out_shape)
+                and (len(edge.in_shape) == 1 or edge.in_shape == below.out_shape),
+                f"layer {n} takes {edge.in_shape} but layer {n - 1} gives {below.out_shape}",
+            )
+
+    def _make_readout(self, loss: str) -> Head:
+        shape, criterion = self.layers[-1].out_shape, get_loss(loss)
+        if criterion.name == "cross_entropy":
+            return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True)
+        require(
+            shape == (self.classes,),
+            f"squared error needs a last layer of shape ({self.classes},), the classes; it gives {shape}",
+        )
+        return Head(self.depth, shape, criterion, self.classes, identity=True)
+
+    def _initialize(self, gain: float | Sequence[float], seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        gains = [float(gain)] * self.depth if np.isscalar(gain) else [float(g) for g in gain]
+        require(len(gains) == self.depth, f"give one gain or {self.depth}, one a layer, not {len(gains)}")
+        for edge, layer_gain in zip(self.layers, gains, strict=True):
+            edge.initialize(generator, layer_gain, self.device, self.dtype)
+        self.readout.initialize(generator, 1.0, self.device, self.dtype)
+
+    @property
+    def depth(self) -> int:
+        """Number of state layers L."""
+        return len(self.layers)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape (H, W, C) of an image."""
+        return self.layers[0].in_shape
+
+    @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of s^1 .. s^L without the batch axis."""
+        return [edge.out_shape for edge in self.layers]
+
+    @property
+    def energy(self) -> Energy:
+        """The energy that this network's free phase settles in."""
+        return Energy(self.layers, self.activation, self.feedback, self.device, self.dtype)
+
+    def __repr__(self) -> str:
+        lines = [f"  {n}: {edge!r}" for n, edge in enumerate(self.layers, 1)]
+        readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
+        return "\n".join(
+            [
+                f"Network({self.activation.name}, feedback {self.feedback:g}, {self.dtype}, {self.device.name}",
+                *lines,
+                f"  readout: {readout}, {self.readout.criterion.name})",
+            ]
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the trained arrays by path, ``layers.1.weight`` .. ``readout.bias``."""
+        parameters = {
+            f"layers.{n}.{name}": array
+            for n, edge in enumerate(self.layers, 1)
+            for name, array in edge.parameters().items()
+        }
+        return parameters | {f"readout.{name}": array for name, array in self.readout.parameters().items()}
+
+    def load_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Copy arrays by path into the parameters.
+
+        Raises
+        ------
+        ConfigurationError
+            If a name is missing or unknown or a shape differs; nothing is changed then.
+        """
+        own = self.parameters()
+        missing, unknown = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
+        require(
+            not missing and not unknown, f"parameters do not fit this network: missing {missing}, unknown {unknown}"
+        )
+        for path, array in own.items():
+            require(
+                tuple(parameters[path].shape) == array.shape,
+                f"parameter {path} has shape {tuple(parameters[path].shape)}, this network's has {array.shape}",
+            )
+        for path, array in own.items():
+            array[...] = self.device.asarray(parameters[path], self.dtype)
+
+    def workspace(self, batch: int) -> Workspace:
+        """Return the buffers for a batch size; those of the last few sizes are kept."""
+        if batch not in self._workspaces:
+            arena = next(iter(self._workspaces.values())).arena if self._workspaces else None
+            self._workspaces[batch] = Workspace(self.layers, batch, self.device, self.dtype, arena)
+            while len(self._workspaces) > self.WORKSPACES_KEPT:
+                self._workspaces.popitem(last=False)
+        self._workspaces.move_to_end(batch)
+        return self._workspaces[batch]
+
+    def images(self, x: Any) -> Any:
+        """Return images as an array of this network's device and dtype, checked for shape.
+
+        Raises
+        ------
+        ConfigurationError
+            If `x` is not (N, H, W, C) with this network's H, W, C.
+        """
+        x = self.device.asarray(x, self.dtype)
+        require(
+            x.ndim == len(self.input_shape) + 1 and x.shape[1:] == self.input_shape and len(x) > 0,
+            f"images have shape {tuple(x.shape)}, this network takes (N, {', '.join(map(str, self.input_shape))}), "
+            "channels last",
+        )
+        return x
+
+    def batch(self, x: Any, targets: Any = None) -> Batch:
+        """Return `x` as a `Batch` on the device: itself if it is one, else images with labels `targets`."""
+        if isinstance(x, Batch):
+            return Batch(self.images(x.images), x.labels, x.index, x.view)
+        labels = targets.labels if isinstance(targets, Batch) else targets
+        index = targets.index if isinstance(targets, Batch) else None
+        view = targets.view if isinstance(targets, Batch) else None
+        x = self.images(x)
+        if labels is not None:
+            labels = np.asarray(self.device.to_numpy(labels))
+            require(
+                labels.shape == (len(x),), f"{len(x)} images need {len(x)} labels, not an array of shape {labels.shape}"
+            )
+        return Batch(x, labels, index, view)
+
+    def nudges(self, batch: Batch, signals: Sequence[Augmenter] = ()) -> list[Nudge]:
+        """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
+        require(batch.labels is not None, "a nudge needs targets (labels)")
+        readout = Nudge(self.readout, 1.0, self.targets(batch.labels))
+        return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
+
+    def targets(self, labels: Any) -> Any:
+        """Return labels (N,) as the readout's target, one-hot rows (N, classes) on the device."""
+        return one_hot(labels, self.classes, self.dtype, self.device)
+
+    def bind(self, signal: Augmenter) -> Augmenter:
+        """Fit a signal to this network's layers (once) and return it."""
+        if signal.network is not self:
+            signal.bind(self.state_shapes, self.classes, self.device, self.dtype)
+            signal.network = self
+        return signal
+
+    def settle(
+        self,
+        x: Any,
+        start: State | None = None,
+        *,
+        steps: int = 60,
+        schedule: str = "synchronous",
+        tolerance: float | None = None,
+        check_every: int = 10,
+        targets: Any = None,
+        beta: float | Sequence[float] = 0.0,
+        nudge: str = "classical",
+        signals: Sequence[Augmenter] = (),
+        record: bool = False,
+        copy: bool = True,
+    ) -> State:
+        """Settle the free phase, or nudged phases from a free state.
+
+        Parameters
+        ----------
+        x : array of shape (N, H, W, C), or Batch
+        start : State, optional
+            Where to start, zeros otherwise. Nudged phases start at the free state.
+        steps, schedule, tolerance, check_every, record
+            See `cupyep.settling.settle`.
+        targets : array of shape (N,) or Batch, optional
+            Labels. With them the phase is nudged.
+        beta : float or sequence of float
+            Strength of the nudge, not 0. Several betas are settled as one batch; the state then holds the phases one
+            after the other.
+        nudge : {"classical", "deviation", "tangent"}
+            How nudged states are represented; the last two give ``State.deviations`` too (`cupyep.dynamics`).
+        signals : sequence of Augmenter
+            Intermediate signals of the nudged phase.
+        copy : bool
+            With False the arrays are buffers of the network, valid until its next settle of this size.
+
+        Returns
+        -------
+        State
+            With `stats`: residual a layer and sample, steps, converged.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If a tolerance was given and not reached.
+        """
+        how = {
+            "steps": steps,
+            "schedule": schedule,
+            "tolerance": tolerance,
+            "check_every": check_every,
+            "record": record,
+        }
+        batch = self.batch(x, targets)
+        if targets is None and not isinstance(x, Batch):
+            require(np.isscalar(beta) and beta == 0, "a nudged phase (beta not 0) needs targets")
+        if np.isscalar(beta) and beta == 0:
+            require(targets is None, "a nudged phase (targets given) needs a beta that is not 0")
+            state = self.settle_free(batch, start, **how)
+        else:
+            betas = [float(beta)] if np.isscalar(beta) else [float(b) for b in beta]
+            require(start is not None, "a nudged phase starts at a free state: settle without targets first")
+            state = self.settle_nudged(batch, start, betas, self.nudges(batch, signals), nudge, **how)
+        if nudge != "classical" and state.deviations is not None:
+            self._add_deviations(state, start)
+        return state.copy() if copy else state
+
+    def settle_free(self, batch: Batch, start: State | None = None, **how: Any) -> State:
+        """Settle the free phase into this network's buffers; see `settle` for the arguments."""
+        workspace = self.workspace(len(batch.images))
+        workspace.refresh()
+        state = State(workspace.states("free"), workspace.states("free drive"), workspace.winners("free winners"))
+        self._fill(state, start, 1)
+        system = Classical(self.layers, self.activation, self.feedback, self.device, workspace, batch.images, state)
+        state.stats = settle(system, warm=start is not None, phase="free", **how)
+        return state
+
+    def settle_nudged(
+        self, batch: Batch, free: State, betas: Sequence[float], nudges: Sequence[Nudge], form: str, **how: Any
+    ) -> State:
+        """Settle one nudged phase a beta, as one batch, into this network's buffers; see `settle`."""
+        choose("nudge", form, NUDGES)
+        require(
+            all(b != 0 and math.isfinite(b) for b in betas), f"beta must be a number other than 0, not {list(betas)}"
+        )
+        workspace = self.workspace(len(batch.images) * len(betas))
+        workspace.refresh()
+        parts = (self.layers, self.activation, self.feedback, self.device, workspace)
+        if form == "classical":
+            state = State(
+                workspace.states("nudged"), workspace.states("nudged drive"), workspace.winners("nudged winners")
+            )
+            self._fill(state, free, len(betas))
+            system = Classical(*parts, batch.images, state, nudges, betas)
+        else:
+            system = Deviation(*parts, free, nudges, betas, tangent=form == "tangent")
+            state = State(
+                [], winners=free.winners, deviations=system.eps, scales=layer_weights(self.depth, self.feedback)
+            )
+        state.stats = settle(system, warm=True, phase="nudged", **how)
+        return state
+
+    def _fill(self, state: State, start: State | None, phases: int) -> None:
+        for n, s in enumerate(state.layers):
+            if start is None:
+                s[...] = min(max(0.0, self.activation.low), self.activation.high)
+                continue
+            require(
+                len(start.layers) == self.depth and phases * len(start.layers[n]) == len(s),
+                f"the start state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
+                f"the batch {len(s) // phases} in {self.depth}",
+            )
+            if start.layers[n] is not s:
+                s.reshape(phases, *start.layers[n].shape)[...] = start.layers[n]
+
+    def _add_deviations(self, state: State, free: State) -> None:
+        state.layers = []
+        for eps, a, s in zip(state.deviations, state.scales, free.layers, strict=True):
+            delta = (eps / a).reshape(-1, *s.shape)
+            state.layers.append((delta + s).reshape(eps.shape))
+
+    def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
+        """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`."""
+        state = self.settle_free(self.batch(x), start, **({"steps": 60, "schedule": "synchronous"} | how))
+        return self.readout.output(state.layers[-1]).copy()
+
+    def predict(self, x: Any, k: int = 1, **how: Any) -> np.ndarray:
+        """Return the most likely classes on the host: shape (N,) for ``k = 1``, else (N, k) in falling order."""
+        require(1 <= k <= self.classes, f"k must be from 1 to {self.classes}, not {k}")
+        scores = self.device.to_numpy(self.scores(x, **how))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return order[:, 0] if k == 1 else order

@@ -1,0 +1,316 @@
+"""Optimizers (SGD, Adam) and learning-rate schedules.
+
+An optimizer updates the parameter arrays in place, so a network whose `parameters()` it was given learns by
+`optimizer.step(result.gradients)`. All buffers exist after construction: a step allocates no array. The same code
+runs on NumPy and CuPy arrays and keeps each parameter's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend import array_module
+from cupyep.errors import CheckpointError, ConfigurationError, nearest, require
+
+
+def constant(progress: float) -> float:
+    """Return 1: the learning rate stays as it is."""
+    _check_progress(progress)
+    return 1.0
+
+
+def cosine(progress: float) -> float:
+    """Return ``(1 + cos(pi * progress)) / 2``: 1 at the start, 0 at the end.
+
+    Parameters
+    ----------
+    progress : float
+        Fraction of the training that is done, in [0, 1].
+
+    References
+    ----------
+    Loshchilov & Hutter, "SGDR", arXiv 1608.03983 (one cycle, minimum 0).
+    """
+    _check_progress(progress)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def step_decay(progress: float) -> float:
+    """Return 1, then 0.1 from half of the training on, then 0.01 from three quarters on."""
+    _check_progress(progress)
+    return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+
+
+#: The learning-rate schedules by name: each maps progress in [0, 1] to the factor of the learning rate.
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine, "step": step_decay}
+
+
+def _check_progress(progress: float) -> None:
+    require(0.0 <= progress <= 1.0, f"progress must be between 0 and 1 (got {progress})")
+
+
+class Optimizer:
+    """What SGD and Adam share: rates by path, buffers, checks, state.
+
+    Parameters
+    ----------
+    parameters : mapping of str to array
+        By path; the arrays are updated in place.
+    learning_rate : float or mapping of str to float
+        One rate for all, or one for each path (layer-wise). Above 0.
+    weight_decay : float
+        L2 penalty; adds ``weight_decay * p`` to the gradient of *every* parameter, biases included, as PyTorch's
+        optimizers and both published EP code bases (Laborieux 2021, Scellier 2023) do. At least 0.
+    slots : tuple of str
+        Names of the buffers kept for every parameter.
+    scratches : int
+        Number of temporary arrays that an update needs.
+
+    Raises
+    ------
+    ConfigurationError
+        If a hyper-parameter is out of range, or a rate is missing or belongs to no parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        learning_rate: float | Mapping[str, float],
+        weight_decay: float,
+        slots: tuple[str, ...],
+        scratches: int,
+    ):
+        require(len(parameters) > 0, "an optimizer needs at least one parameter")
+        _require_number("weight_decay", weight_decay, low=0.0)
+        self.parameters = dict(parameters)
+        self.rates = _rates(self.parameters, learning_rate)
+        self.weight_decay = float(weight_decay)
+        self.steps = 0
+        self._buffers = {
+            f"{slot}.{path}": array_module(p).zeros_like(p) for slot in slots for path, p in self.parameters.items()
+        }
+        self._scratch = [_scratch_views(self.parameters) for _ in range(scratches)]
+
+    def step(self, gradients: Mapping[str, Any], factor: float = 1.0) -> None:
+        """Update every parameter in place.
+
+        Parameters
+        ----------
+        gradients : mapping of str to array
+            By path: exactly the paths, shapes and dtypes of the parameters; not modified.
+        factor : float, default=1.0
+            Multiplies every learning rate (what a schedule returns).
+
+        Raises
+        ------
+        ConfigurationError
+            If a gradient is missing, belongs to no parameter or has another shape.
+        """
+        _check_names("gradient", gradients, self.parameters, ConfigurationError)
+        self.steps += 1
+        for path, parameter in self.parameters.items():
+            self._update(path, parameter, gradients[path], self.rates[path] * factor)
+
+    def _update(self, path: str, parameter: Any, gradient: Any, rate: float) -> None:
+        raise NotImplementedError
+
+    def _decayed(self, path: str, parameter: Any, gradient: Any) -> Any:
+        """Return gradient + weight_decay * parameter in the first scratch array."""
+        xp, total = array_module(parameter), self._scratch[0][path]
+        xp.multiply(parameter, self.weight_decay, out=total)
+        total += gradient
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs to go on: ``"steps"`` and the buffers as ``"<slot>.<path>"`` (not copied)."""
+        return {"steps": np.asarray(self.steps, dtype=np.int64), **self._buffers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy `state` (host or device arrays) into this optimizer.
+
+        Raises
+        ------
+        CheckpointError
+            If an entry is missing, unknown or has another shape: the state of another network or optimizer.
+        """
+        _check_names("optimizer state", state, self.state_dict(), CheckpointError)
+        self.steps = int(state["steps"])
+        for name, buffer in self._buffers.items():
+            buffer[...] = array_module(buffer).asarray(state[name])
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, in PyTorch's convention.
+
+    With gradient g, rate lr, momentum m and weight decay d, a step does::
+
+        g <- g + d * p
+        v <- m * v + g              (v starts at 0)
+        p <- p - lr * v             or, with Nesterov's form,  p <- p - lr * (g + m * v)
+
+    Parameters
+    ----------
+    parameters : mapping of str to array
+    learning_rate : float or mapping of str to float, default=0.05
+    momentum : float, default=0.9
+        In [0, 1).
+    nesterov : bool, default=False
+        Needs a momentum above 0.
+    weight_decay : float, default=0.0
+
+    Raises
+    ------
+    ConfigurationError
+        If a hyper-parameter is out of range.
+
+    See Also
+    --------
+    Optimizer : the meaning of layer-wise rates and of `weight_decay`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        learning_rate: float | Mapping[str, float] = 0.05,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ):
+        _require_number("momentum", momentum, low=0.0, below=1.0)
+        require(not nesterov or momentum > 0, "nesterov needs a momentum above 0")
+        slots = ("velocity",) if momentum > 0 else ()
+        super().__init__(parameters, learning_rate, weight_decay, slots, scratches=1)
+        self.momentum = float(momentum)
+        self.nesterov = bool(nesterov)
+
+    def _update(self, path: str, parameter: Any, gradient: Any, rate: float) -> None:
+        total = self._decayed(path, parameter, gradient)
+        if self.momentum > 0:
+            velocity = self._buffers[f"velocity.{path}"]
+            velocity *= self.momentum
+            velocity += total
+        if self.momentum == 0 or self.nesterov:  # the gradient's own term
+            total *= rate
+            parameter -= total
+        if self.momentum > 0:  # the velocity's term
+            share = self.momentum if self.nesterov else 1.0
+            array_module(parameter).multiply(velocity, rate * share, out=total)
+            parameter -= total
+
+
+class Adam(Optimizer):
+    """Adam with bias correction and classic L2 weight decay (added to the gradient, not decoupled).
+
+    With gradient g, step count t = 1, 2, ..., a step does::
+
+        g <- g + d * p
+        m <- b1 * m + (1 - b1) * g
+        v <- b2 * v + (1 - b2) * g * g
+        p <- p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
+
+    Parameters
+    ----------
+    parameters : mapping of str to array
+    learning_rate : float or mapping of str to float, default=0.001
+    betas : tuple of two floats, default=(0.9, 0.999)
+        b1 and b2, each in [0, 1).
+    epsilon : float, default=1e-8
+        Above 0.
+    weight_decay : float, default=0.0
+
+    Raises
+    ------
+    ConfigurationError
+        If a hyper-parameter is out of range.
+
+    References
+    ----------
+    Kingma & Ba, "Adam: a method for stochastic optimization", arXiv 1412.6980, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        learning_rate: float | Mapping[str, float] = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        require(len(betas) == 2, f"betas must be two numbers (got {betas})")
+        for beta in betas:
+            _require_number("each of betas", beta, low=0.0, below=1.0)
+        _require_number("epsilon", epsilon, above=0.0)
+        super().__init__(parameters, learning_rate, weight_decay, ("mean", "square"), scratches=2)
+        self.betas = (float(betas[0]), float(betas[1]))
+        self.epsilon = float(epsilon)
+
+    def _update(self, path: str, parameter: Any, gradient: Any, rate: float) -> None:
+        xp, (b1, b2) = array_module(parameter), self.betas
+        total, other = self._decayed(path, parameter, gradient), self._scratch[1][path]
+        mean, square = self._buffers[f"mean.{path}"], self._buffers[f"square.{path}"]
+        mean *= b1
+        xp.multiply(total, 1.0 - b1, out=other)
+        mean += other
+        square *= b2
+        total *= total
+        total *= 1.0 - b2
+        square += total
+        xp.multiply(square, 1.0 / (1.0 - b2**self.steps), out=total)
+        xp.sqrt(total, out=total)
+        total += self.epsilon
+        xp.divide(mean, total, out=other)
+        other *= rate / (1.0 - b1**self.steps)
+        parameter -= other
+
+
+#: The optimizers by name, as the option ``--optimizer`` takes them.
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam}
+
+
+def _scratch_views(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one temporary array a parameter, all views of one buffer a dtype (parameters are updated one by one)."""
+    sizes: dict[Any, int] = {}
+    for p in parameters.values():
+        sizes[p.dtype] = max(sizes.get(p.dtype, 0), p.size)
+    module = array_module(next(iter(parameters.values())))
+    buffers = {dtype: module.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+    return {path: buffers[p.dtype][: p.size].reshape(p.shape) for path, p in parameters.items()}
+
+
+def _rates(parameters: Mapping[str, Any], learning_rate: float | Mapping[str, float]) -> dict[str, float]:
+    """Return the learning rate of every path."""
+    if not isinstance(learning_rate, Mapping):
+        _require_number("learning_rate", learning_rate, above=0.0)
+        return dict.fromkeys(parameters, float(learning_rate))
+    for path, rate in learning_rate.items():
+        require(path in parameters, f"learning_rate names no parameter: '{path}'{nearest(path, parameters)}")
+        _require_number(f"learning_rate of '{path}'", rate, above=0.0)
+    for path in parameters:
+        require(path in learning_rate, f"learning_rate has no entry for '{path}'; give every parameter one")
+    return {path: float(learning_rate[path]) for path in parameters}
+
+
+def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any], error: type[Exception]) -> None:
+    """Raise `error` unless `given` has exactly the names and shapes of `known`."""
+    for name in given:
+        if name not in known:
+            raise error(f"{what} '{name}' belongs to no parameter here{nearest(name, known)}")
+    for name, array in known.items():
+        if name not in given:
+            raise error(f"{what} of '{name}' is missing")
+        if given[name].shape != array.shape:
+            raise error(f"{what} '{name}' has shape {given[name].shape} where {array.shape} is needed")
+
+
+def _require_number(
+    name: str, value: float, low: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raise ConfigurationError unless low <= value, above < value < below, and value is finite."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    rules = [("at least", low, -math.inf), ("above", above, -math.inf), ("below", below, math.inf)]
+    rule = " and ".join(f"{word} {limit:g}" for word, limit, none in rules if limit != none)
+    require(is_number and value >= low and value > above and value < below, f"{name} must be {rule} (got {value})")

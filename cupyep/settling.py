@@ -1,0 +1,188 @@
+"""The fixed-point loop: in which order layers are updated, when to stop, how settled each layer is.
+
+This module knows no layer type. A *system* offers, for layers n = 1..depth, ``forward(n)`` (take up the drive from
+below), ``backward(n)`` (take up the feedback from above), ``update(n, measure)`` (set the state from both) and the
+array ``residual`` (depth, B) into which a measured update adds the mean squared change of each sample. Its flag
+``drives_current`` says that its drives belong to its start already.
+One iteration of every schedule costs one product of each kind an edge.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cupyep.errors import ConvergenceWarning, choose, require
+
+SCHEDULES = ("synchronous", "evenodd", "sweeps")
+
+
+@dataclass
+class SettleStats:
+    """How a phase ended.
+
+    Attributes
+    ----------
+    steps : int
+        Iterations done.
+    residual : ndarray of shape (depth,)
+        For each layer, the mean over samples of the residual at the last iteration. The residual of a sample is the
+        undamped root-mean-square change ``sqrt(mean((sigma(g) - s)^2))`` of the layer's units in one iteration (for
+        sweeps, of both halves together); in a deviation phase, of the scaled deviation.
+    per_sample : ndarray of shape (depth, B)
+        The same for every sample.
+    converged : bool or None
+        Whether the largest residual of any layer and sample fell to the tolerance; None where none was given.
+    tolerance : float or None
+    oscillating : bool
+        Whether the states return after two iterations though each moves them (synchronous updates can do that).
+    trace : list of ndarray of shape (depth,)
+        Residual a layer at every iteration, if recorded.
+    """
+
+    steps: int
+    residual: np.ndarray
+    per_sample: np.ndarray
+    converged: bool | None = None
+    tolerance: float | None = None
+    oscillating: bool = False
+    trace: list[np.ndarray] = field(default_factory=list)
+
+    def worst_layer(self) -> int:
+        """Return the layer, counted from 1, with the largest residual of any sample."""
+        return int(self.per_sample.max(axis=1).argmax()) + 1
+
+
+def _synchronous(system: Any, measure: bool, downward: bool) -> None:
+    layers = range(1, system.depth + 1)
+    for n in layers:
+        system.forward(n)
+    for n in layers:
+        system.backward(n)
+    for n in layers:
+        system.update(n, measure)
+
+
+def _even_odd(system: Any, measure: bool, downward: bool) -> None:
+    # The winners of edge n + 1, seen by layer n's feedback, are current: they were found when layer n + 1 was last
+    # updated, and layer n has not moved since.
+    for first in (2, 1):
+        for n in range(first, system.depth + 1, 2):
+            system.forward(n)
+            system.backward(n)
+            system.update(n, measure)
+
+
+def _sweeps(system: Any, measure: bool, downward: bool) -> None:
+    for down in (downward, not downward):
+        for n in range(system.depth, 0, -1) if down else range(1, system.depth + 1):
+            if down:
+                system.backward(n)
+            else:
+                system.forward(n)
+            system.update(n, measure)
+
+
+_ITERATIONS = {"synchronous": _synchronous, "evenodd": _even_odd, "sweeps": _sweeps}
+
+
+def _prime(system: Any, schedule: str) -> None:
+    """Make drives and winners belong to a given start, as far as the schedule reads them before it renews them."""
+    if schedule == "evenodd":
+        for n in range(3, system.depth + 1, 2):
+            system.forward(n)
+    elif schedule == "sweeps":
+        for n in range(1, system.depth + 1):
+            system.forward(n)
+
+
+def settle(
+    system: Any,
+    steps: int,
+    schedule: str,
+    *,
+    warm: bool,
+    tolerance: float | None = None,
+    check_every: int = 10,
+    record: bool = False,
+    phase: str = "free",
+) -> SettleStats:
+    """Iterate `system` and report how settled it is.
+
+    Parameters
+    ----------
+    system : object
+        See the module's docstring.
+    steps : int
+        Number of iterations; the maximum where a tolerance is given.
+    schedule : {"synchronous", "evenodd", "sweeps"}
+        Sweeps go up and then down from a cold start, down and then up from a warm one.
+    warm : bool
+        Whether the start is a given state (drives are first made to belong to it) rather than zeros.
+    tolerance : float, optional
+        Stop as soon as no layer of any sample has a larger residual; looked at every `check_every` iterations,
+        because on a GPU a look waits for the device.
+    record : bool
+        Keep the residual of every iteration.
+    phase : str
+        Named in the warning.
+
+    Warns
+    -----
+    ConvergenceWarning
+        If a tolerance was given and not reached.
+    """
+    choose("schedule", schedule, SCHEDULES)
+    require(int(steps) == steps and steps >= 1, f"steps of the {phase} phase must be a positive integer, not {steps}")
+    require(tolerance is None or tolerance > 0, f"tolerance must be positive, not {tolerance}")
+    require(check_every >= 1, f"check_every must be at least 1, not {check_every}")
+    iterate = _ITERATIONS[schedule]
+    if warm and not system.drives_current:
+        _prime(system, schedule)
+    watch_period = tolerance is not None and schedule == "synchronous" and steps >= 2
+    trace: list[np.ndarray] = []
+    converged = None if tolerance is None else False
+    for step in range(1, steps + 1):
+        measure = record or step == steps or (tolerance is not None and step % check_every == 0)
+        if watch_period and step == steps - 1:
+            system.remember()
+        if measure:
+            system.residual[...] = 0
+        iterate(system, measure, warm)
+        if record:
+            trace.append(_residual(system).mean(axis=1))
+        if tolerance is not None and measure and _residual(system).max() <= tolerance:
+            converged = True
+            break
+    per_sample = _residual(system)
+    stats = SettleStats(step, per_sample.mean(axis=1), per_sample, converged, tolerance, False, trace)
+    if converged is False:
+        stats.oscillating = watch_period and bool(
+            system.distance_from_remembered() < 0.1 * per_sample.max(axis=1).max()
+        )
+        _warn(stats, phase)
+    return stats
+
+
+def _residual(system: Any) -> np.ndarray:
+    return np.sqrt(system.host(system.residual))
+
+
+def _warn(stats: SettleStats, phase: str) -> None:
+    layer = stats.worst_layer()
+    unsettled = int((stats.per_sample.max(axis=0) > stats.tolerance).sum())
+    remedy = (
+        "it oscillates with period two: use schedule 'evenodd' or 'sweeps'"
+        if stats.oscillating
+        else f"raise the {phase} steps, lower the gain or the feedback, or raise the tolerance"
+    )
+    warnings.warn(
+        f"the {phase} phase did not settle in {stats.steps} steps: layer {layer} has residual "
+        f"{stats.per_sample[layer - 1].max():.2g} > {stats.tolerance:.2g} "
+        f"({unsettled} of {stats.per_sample.shape[1]} samples); {remedy}",
+        ConvergenceWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,27 @@
+"""Training: configuration, run directory, checkpoint, trainer, teachers, and the functions behind the commands."""
+
+from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cupyep.training.config import TrainConfig, make_config, read_toml
+from cupyep.training.run_directory import RunDirectory
+from cupyep.training.runs import evaluate_run, resume_run, start_run
+from cupyep.training.teacher import export_logits, feedforward, train_teacher
+from cupyep.training.trainer import Trainer, TrainSummary, evaluate
+
+__all__ = [
+    "Checkpoint",
+    "RunDirectory",
+    "TrainConfig",
+    "TrainSummary",
+    "Trainer",
+    "evaluate",
+    "evaluate_run",
+    "export_logits",
+    "feedforward",
+    "load_checkpoint",
+    "make_config",
+    "read_toml",
+    "resume_run",
+    "save_checkpoint",
+    "start_run",
+    "train_teacher",
+]

@@ -1,0 +1,157 @@
+"""From a `TrainConfig` to the objects of a run: data set, network, signals, learner, optimizer, trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.augment import Augmenter, Distillation, LocalError
+from cupyep.backend import Device
+from cupyep.data import Dataset, Loader, TeacherFile, load_dataset
+from cupyep.errors import require
+from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
+from cupyep.models import build
+from cupyep.network import Network
+from cupyep.optim import SGD, Adam, Optimizer
+from cupyep.training.config import TrainConfig, parse_layers
+from cupyep.training.run_directory import RunDirectory
+from cupyep.training.statistics import layer_names, layer_of
+from cupyep.training.trainer import Trainer
+
+
+def build_dataset(config: TrainConfig) -> Dataset:
+    """Load the data set; see `cupyep.data.load_dataset` for the errors."""
+    return load_dataset(
+        config.dataset,
+        config.data_dir,
+        image_size=config.image_size,
+        limit_train=config.limit_train,
+        limit_test=config.limit_test,
+    )
+
+
+def build_network(config: TrainConfig, dataset: Dataset, device: Device | str) -> Network:
+    """Return the untrained network for the images and classes of `dataset`."""
+    return build(
+        config.arch,
+        classes=len(dataset.classes),
+        input_shape=dataset.image_shape,
+        width=config.width,
+        activation=config.activation,
+        pooling=config.pooling,
+        loss=config.loss,
+        feedback=config.feedback,
+        gain=config.gain,
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+    )
+
+
+def build_signals(config: TrainConfig, network: Network, dataset: Dataset, teacher: Path | None) -> list[Augmenter]:
+    """Return the intermediate signals: none, local error, or distillation from the file `teacher`."""
+    if config.aug == "none":
+        return []
+    common = {
+        "layers": parse_layers(config.signal_layers, network.depth),
+        "kappa": config.kappa,
+        "annealing": config.kappa_annealing,
+        "loss": config.signal_loss,
+        "pool": config.signal_pool,
+        "seed": config.seed,
+    }
+    if config.aug == "le":
+        return [LocalError(**common)]
+    file = TeacherFile(teacher)
+    file.check(dataset)
+    if config.flip and dataset.flip:
+        file.logits(
+            "train", np.zeros(1, int), 1
+        )  # a file without mirrored views is refused here, not in the first batch
+    return [Distillation(file, temperature=config.temperature, learned=config.learned_maps, **common)]
+
+
+def build_learner(
+    config: TrainConfig, network: Network, signals: Sequence[Augmenter], generator: np.random.Generator
+) -> Any:
+    """Return the learner of ``config.algorithm``; `generator` draws the signs of the scheme ``random``."""
+    phases = {"free_steps": config.free_steps, "schedule": config.schedule, "signals": signals}
+    if config.algorithm == "bp":
+        return Backpropagation(network, signals=signals)
+    if config.algorithm == "bptt":
+        return BackpropagationThroughTime(network, unrolled_steps=config.nudged_steps, **phases)
+    return EquilibriumPropagation(
+        network,
+        beta=config.beta,
+        nudged_steps=config.nudged_steps,
+        scheme=config.scheme,
+        nudge=config.nudge,
+        tolerance=config.tolerance,
+        generator=generator,
+        **phases,
+    )
+
+
+def build_optimizer(config: TrainConfig, parameters: dict[str, Any]) -> Optimizer:
+    """Return the optimizer; a list of learning rates is one a layer, and learned maps of signals take the last."""
+    rates: Any = config.learning_rate
+    if isinstance(rates, list):
+        layers = layer_names(path for path in parameters if not path.startswith("signals."))
+        require(
+            len(rates) == len(layers),
+            f"--learning-rate has {len(rates)} numbers, but the layers are {', '.join(layers)}",
+        )
+        by_layer = dict(zip(layers, rates, strict=True))
+        rates = {path: by_layer.get(layer_of(path), rates[-1]) for path in parameters}
+    if config.optimizer == "adam":
+        return Adam(parameters, rates, weight_decay=config.weight_decay)
+    return SGD(parameters, rates, config.momentum, config.nesterov, config.weight_decay)
+
+
+def build_loaders(
+    config: TrainConfig, dataset: Dataset, network: Network, generator: np.random.Generator
+) -> tuple[Loader, Loader]:
+    """Return the training batches (shuffled and augmented by draws of `generator`) and the test batches."""
+    common = {"batch_size": config.batch_size, "device": network.device, "dtype": network.dtype}
+    train = Loader(
+        dataset,
+        "train",
+        augment=config.crop or config.flip,
+        shuffle=True,
+        generator=generator,
+        pad=None if config.crop else 0,
+        flip=config.flip,
+        **common,
+    )
+    return train, Loader(dataset, "test", **common)
+
+
+def build_trainer(
+    config: TrainConfig,
+    dataset: Dataset,
+    network: Network,
+    signals: Sequence[Augmenter] = (),
+    directory: RunDirectory | None = None,
+    quiet: bool = False,
+    report: Callable[[str], None] = print,
+) -> Trainer:
+    """Return the trainer of `network`, with all generators drawn from ``config.seed``."""
+    seeds = np.random.SeedSequence(config.seed).spawn(2)
+    generators = dict(zip(("data", "learner"), map(np.random.default_rng, seeds), strict=True))
+    train, test = build_loaders(config, dataset, network, generators["data"])
+    learner = build_learner(config, network, signals, generators["learner"])
+    return Trainer(
+        learner,
+        build_optimizer(config, learner.parameters()),
+        train,
+        test,
+        epochs=config.epochs,
+        lr_schedule=config.lr_schedule,
+        directory=directory,
+        generators=generators,
+        quiet=quiet,
+        report=report,
+    )

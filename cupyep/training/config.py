@@ -1,0 +1,277 @@
+"""`TrainConfig`: every option of ``cupyep train`` in one table, and its TOML form (config.toml, recipes).
+
+One field is one option: its default, its help line, its group in ``--help`` and the rule that its values obey. The
+command line is generated from this table, recipes and config.toml use the same names, one function writes all messages.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cupyep.activations import ACTIVATIONS
+from cupyep.augment import ANNEALINGS
+from cupyep.backend.device import DTYPES
+from cupyep.data import DATASETS
+from cupyep.errors import ConfigurationError, choose, nearest, require
+from cupyep.learning.equilibrium import FORMS, SCHEMES
+from cupyep.models import ARCHITECTURES
+from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
+from cupyep.settling import SCHEDULES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LOSSES = ("cross_entropy", "squared_error")
+KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a number or a list of numbers",
+}
+#: Rules for numbers: key in an option's table entry -> words of the message, comparison.
+RULES = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
+    """Return a dataclass field that is one option.
+
+    Parameters
+    ----------
+    group : str
+        Heading in ``--help``.
+    default : object
+        None where the option may be left out.
+    kind : {int, float, str, bool, list}
+        ``list`` is one number, or several (one a layer).
+    text : str
+        Help line, without the default.
+    **rule
+        `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number.
+    """
+    return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
+
+
+NETWORK, DATA, GRADIENT, SIGNALS, OPTIMIZER, RUN = (
+    partial(option, group) for group in ("Network", "Data", "Gradient", "Intermediate signals", "Optimizer", "Run")
+)
+
+
+@dataclass
+class TrainConfig:
+    """Every option of a training run; the fields are described by ``cupyep train --help``.
+
+    Raises
+    ------
+    ConfigurationError
+        On construction, if a value breaks the rule of its option or two options contradict each other.
+    """
+
+    # fmt: off
+    arch: str = NETWORK("vgg5", str, "Architecture.", choices=ARCHITECTURES)
+    width: float = NETWORK(1.0, float, "Multiplies the number of channels of every layer.", above=0)
+    activation: str = NETWORK("hard_sigmoid", str, "Activation of the states.", choices=tuple(ACTIVATIONS))
+    pooling: str = NETWORK("max", str, "Pooling of the convolutions.", choices=("max", "average"))
+    loss: str = NETWORK("cross_entropy", str, "cross_entropy: a softmax readout on top; squared_error: the output "
+                        "layer is a state.", choices=LOSSES)
+    gain: float | list[float] | None = NETWORK(None, list, "Gain of the initial weights, one number or one a layer; "
+                                               "unset: chosen for activation and feedback.", above=0)
+    feedback: float = NETWORK(1.0, float, "Feedback weight lambda: 1 is the Hopfield network, towards 0 "
+                              "backpropagation.", above=0, high=1)
+
+    dataset: str = DATA("cifar10", str, "Data set.", choices=DATASETS)
+    data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
+    image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are.", low=1)
+    limit_train: int | None = DATA(None, int, "Use the first N training images; unset: all.", low=1)
+    limit_test: int | None = DATA(None, int, "Use the first N test images; unset: all.", low=1)
+    crop: bool = DATA(True, bool, "Random crops of the padded training images.")
+    flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).")
+
+    algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
+                              "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
+    beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0)
+    free_steps: int = GRADIENT(60, int, "Steps of the free phase (the most, with --tolerance).", low=1)
+    nudged_steps: int = GRADIENT(20, int, "Steps of a nudged phase; for bptt the steps unrolled.", low=1)
+    schedule: str = GRADIENT("synchronous", str, "Order in which layers are updated.", choices=SCHEDULES)
+    tolerance: float | None = GRADIENT(None, float, "End a phase when the residual is below this; unset: "
+                                              "never.", above=0)
+    scheme: str = GRADIENT("centered", str, "Which nudged phases estimate the gradient.", choices=SCHEMES)
+    nudge: str = GRADIENT("deviation", str, "Nudged phases as states (classical) or as deviations from the free state.",
+                          choices=FORMS)
+
+    aug: str = SIGNALS("none", str, "No signals, le (local error) or kd (knowledge distillation).",
+                       choices=("none", "le", "kd"))
+    signal_layers: str = SIGNALS("all", str, "Layers with a signal, such as 2,3,4 or 2-5 or all.")
+    kappa: float = SIGNALS(0.5, float, "Weight of the signals at the start.", low=0)
+    kappa_annealing: str = SIGNALS("cosine", str, "Course of kappa over the training.", choices=ANNEALINGS)
+    signal_loss: str = SIGNALS("cross_entropy", str, "Loss of the signals.", choices=LOSSES)
+    signal_pool: int | None = SIGNALS(None, int, "Average a state over N x N pixels before its signal's map.", low=1)
+    temperature: float = SIGNALS(3.0, float, "Temperature of the teacher's outputs (kd).", above=0)
+    learned_maps: bool = SIGNALS(False, bool, "Learn the maps of the signals (kd) instead of fixing them.")
+    teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.")
+    teacher_epochs: int = SIGNALS(30, int, "Epochs of the teacher that kd trains without --teacher.", low=1)
+
+    epochs: int = OPTIMIZER(10, int, "Number of passes over the training images.", low=1)
+    batch_size: int = OPTIMIZER(128, int, "Images in a batch.", low=1)
+    optimizer: str = OPTIMIZER("sgd", str, "Optimizer.", choices=tuple(OPTIMIZERS))
+    learning_rate: float | list[float] = OPTIMIZER(0.05, list, "Learning rate, one number or one a layer, readout "
+                                                   "last.", above=0)
+    lr_schedule: str = OPTIMIZER("cosine", str, "Course of the learning rate over the training.",
+                                 choices=tuple(LR_SCHEDULES))
+    momentum: float = OPTIMIZER(0.9, float, "Momentum of sgd.", low=0, below=1)
+    nesterov: bool = OPTIMIZER(False, bool, "Nesterov's form of the momentum.")
+    weight_decay: float = OPTIMIZER(0.0, float, "L2 penalty on every parameter.", low=0)
+
+    seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
+    device: str = RUN("auto", str, "auto, cpu, cuda or cuda:N.")
+    precision: str = RUN("float32", str, "Number format of states and parameters.", choices=tuple(DTYPES))
+    # fmt: on
+
+    def __post_init__(self):
+        for spec in fields(self):
+            setattr(self, spec.name, _checked(spec, getattr(self, spec.name)))
+        require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
+        require(self.teacher is None or self.aug == "kd", "--teacher needs --aug kd")
+        require(not self.learned_maps or self.aug == "kd", "--learned-maps needs --aug kd")
+        parse_layers(self.signal_layers, sys.maxsize)
+
+    def to_toml(self) -> str:
+        """Return the options as TOML, grouped by comments; options that are unset (None) are left out."""
+        lines, group = [], None
+        for spec in fields(self):
+            if spec.metadata["group"] != group:
+                group = spec.metadata["group"]
+                lines += ["", f"# {group}"]
+            value = getattr(self, spec.name)
+            if value is not None:
+                lines.append(f"{spec.name} = {_toml_value(value)}")
+        return "\n".join(lines[1:]) + "\n"
+
+
+#: The options by name, in the order of ``--help``.
+OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}
+
+
+def option_name(name: str) -> str:
+    """Return the command-line spelling of a field: ``free_steps`` -> ``--free-steps``."""
+    return "--" + name.replace("_", "-")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read options from a config.toml or recipe.
+
+    Returns
+    -------
+    dict
+        Options by name; values are checked when a `TrainConfig` is made from them.
+
+    Raises
+    ------
+    ConfigurationError
+        If the file is missing or not TOML, or names an unknown option.
+    """
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read '{path}': {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"'{path}' is not valid TOML: {error}") from error
+    for name in values:
+        require(name in OPTIONS, f"'{path}': unknown option '{name}'{nearest(name, OPTIONS)}")
+    return values
+
+
+def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration in which later `layers` (such as recipe, command line) override earlier ones."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(layer)
+    for name in merged:
+        require(name in OPTIONS, f"unknown option '{name}'{nearest(name, OPTIONS)}")
+    return TrainConfig(**merged)
+
+
+def parse_layers(text: str, depth: int) -> list[int]:
+    """Return the layer numbers that `text` names: ``"all"``, ``"2,3,4"``, ``"2-5"`` or ``"1,3-5"``.
+
+    Parameters
+    ----------
+    text : str
+    depth : int
+        Number of state layers; layers count from 1 to `depth`.
+
+    Raises
+    ------
+    ConfigurationError
+        If the text is none of these forms or names a layer that does not exist.
+    """
+    if text == "all":
+        return list(range(1, depth + 1)) if depth < sys.maxsize else []
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numeric = (
+            first.strip().isdecimal() and (not last or last.strip().isdecimal()) and not part.strip().endswith("-")
+        )
+        require(numeric, f"--signal-layers must be like 2,3,4 or 2-5 or all (got '{text}')")
+        begin, end = int(first), int(last or first)
+        require(1 <= begin <= end, f"--signal-layers counts layers upwards from 1 (got '{text}')")
+        require(end <= depth, f"--signal-layers names layer {end}, but the network has layers 1 to {depth}")
+        layers += range(begin, end + 1)
+    require(len(set(layers)) == len(layers), f"--signal-layers names a layer twice (got '{text}')")
+    return sorted(layers)
+
+
+def _checked(spec: Field, value: Any) -> Any:
+    """Return `value` in the kind of the option `spec`, or raise ConfigurationError naming option, rule and value."""
+    kind, name = spec.metadata["kind"], option_name(spec.name)
+    if value is None:
+        require(spec.default is None, f"{name} must be {KIND_NAMES[kind]}")
+        return None
+    if kind is list and isinstance(value, (list, tuple)):
+        require(len(value) > 0, f"{name} must hold at least one number")
+        numbers = [_number(spec, name, v, float) for v in value]
+        return numbers[0] if len(numbers) == 1 else numbers
+    if kind in (list, float, int):
+        return _number(spec, name, value, float if kind is list else kind)
+    require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {value!r})")
+    if "choices" in spec.metadata:
+        choose(name, value, spec.metadata["choices"])
+    return value
+
+
+def _number(spec: Field, name: str, value: Any, kind: type) -> Any:
+    accepted = (int, float) if kind is float else (int,)
+    is_number = isinstance(value, accepted) and not isinstance(value, bool) and math.isfinite(value)
+    require(is_number, f"{name} must be {KIND_NAMES[spec.metadata['kind']]} (got {value!r})")
+    for key, (words, holds) in RULES.items():
+        limit = spec.metadata.get(key)
+        require(limit is None or holds(value, limit), f"{name} must be {words} {limit} (got {value})")
+    return kind(value)
+
+
+def _toml_value(value: Any) -> str:
+    """Return `value` (bool, int, float, str or list of numbers) as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return repr(value)

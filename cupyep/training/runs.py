@@ -1,0 +1,146 @@
+"""What the command line does, as functions: start a run, resume one, evaluate one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cupyep.backend import Device, get_device
+from cupyep.data import Dataset, Loader
+from cupyep.errors import require
+from cupyep.network import Network
+from cupyep.training.build import build_dataset, build_network, build_signals, build_trainer
+from cupyep.training.checkpoint import restore_parameters
+from cupyep.training.config import TrainConfig, option_name
+from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory, check_free, default_path
+from cupyep.training.teacher import cached_teacher
+from cupyep.training.trainer import Trainer, evaluate
+
+# What may differ when a run is resumed: how long it goes on, and where it finds machine and files.
+RESUME_OPTIONS = ("epochs", "device", "data_dir", "teacher")
+EVALUATE_DEFAULTS: dict[str, Any] = {}
+
+
+def start_run(
+    config: TrainConfig, path: str | Path | None = None, quiet: bool = False, report: Callable[[str], None] = print
+) -> Trainer:
+    """Prepare a new run; its directory is created when everything else is known to be in order.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    path : path, optional
+        Run directory; ``runs/<arch>-<aug>-<dataset>-seed<seed>``, numbered if taken, by default.
+    quiet : bool
+        No progress bar and no line an epoch.
+    report : callable
+        Takes each line that tells what is going on.
+
+    Returns
+    -------
+    Trainer
+        Call its `run`.
+
+    Raises
+    ------
+    CupyepError
+        One clear line for whatever stands in the way.
+    """
+    path = default_path(config) if path is None else check_free(path)
+    trainer = _prepare(config, quiet, report)
+    trainer.directory = RunDirectory.create(path, config)
+    return trainer
+
+
+def resume_run(
+    path: str | Path, given: Mapping[str, Any], quiet: bool = False, report: Callable[[str], None] = print
+) -> Trainer:
+    """Prepare to go on with the run in `path` after its last finished epoch.
+
+    Parameters
+    ----------
+    given : mapping
+        Options given now; only `RESUME_OPTIONS` may differ from the run's own.
+    path, quiet, report
+        See `start_run`.
+    """
+    directory = RunDirectory.open(path)
+    for name, value in given.items():
+        old = getattr(directory.config, name)
+        same = value == old or name in RESUME_OPTIONS
+        allowed = ", ".join(map(option_name, RESUME_OPTIONS))
+        require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
+    directory.config = dataclasses.replace(directory.config, **given)
+    trainer = _prepare(directory.config, quiet, report)
+    trainer.directory = directory
+    trainer.resume()
+    directory.write_config()
+    report(f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}")
+    return trainer
+
+
+def evaluate_run(path: str | Path, which: str, given: Mapping[str, Any], quiet: bool = False) -> list[str]:
+    """Measure the test split with the checkpoint `which` ("best" or "last") of the run in `path`.
+
+    Returns
+    -------
+    list of str
+        Lines: what was measured; accuracy and loss; for 100 classes or more also the top-5 accuracy.
+    """
+    directory = RunDirectory.open(path)
+    saved = directory.load(which)
+    config = dataclasses.replace(directory.config, aug="none", teacher=None, learned_maps=False, **given)
+    dataset = build_dataset(config)
+    network = build_network(config, dataset, get_device(config.device))
+    trainer = build_trainer(config, dataset, network, quiet=quiet)
+    own = {name: array for name, array in saved.parameters.items() if not name.startswith("signals.")}
+    restore_parameters(directory.path / CHECKPOINT_FILES[which], own, network.parameters(), network.device)
+    loss, accuracy = evaluate(trainer.learner, trainer.test, quiet=quiet)
+    lines = [
+        f"{config.arch} on the {len(dataset.test)} test images of {config.dataset}, epoch {saved.epoch} ({which})",
+        f"test accuracy {accuracy:.2%}, loss {loss:.4f}",
+    ]
+    if network.classes >= 100:
+        lines[1] += f", top-5 accuracy {top_k_accuracy(trainer.learner, trainer.test, 5):.2%}"
+    return lines
+
+
+def top_k_accuracy(learner: Any, batches: Loader, k: int) -> float:
+    """Return the fraction of samples whose label is among the `k` highest scores of `learner`."""
+    hits = 0
+    for batch in batches:
+        scores = learner.scores(batch)
+        device = learner.network.device
+        own = scores[device.xp.arange(len(batch)), device.asarray(batch.labels)]
+        hits = hits + ((scores > own[:, None]).sum(axis=1) < k).sum()
+    return int(hits) / len(batches.split)
+
+
+def _prepare(config: TrainConfig, quiet: bool, report: Callable[[str], None]) -> Trainer:
+    """Return the trainer of `config`, without a run directory."""
+    device = get_device(config.device)
+    dataset = build_dataset(config)
+    network = build_network(config, dataset, device)
+    report(_headline(config, dataset, network))
+    report(f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
+    signals = build_signals(config, network, dataset, _teacher(config, dataset, device, quiet, report))
+    return build_trainer(config, dataset, network, signals, quiet=quiet, report=report)
+
+
+def _teacher(
+    config: TrainConfig, dataset: Dataset, device: Device, quiet: bool, report: Callable[[str], None]
+) -> Path | None:
+    if config.aug != "kd":
+        return None
+    return Path(config.teacher) if config.teacher else cached_teacher(config, dataset, device, quiet, report)
+
+
+def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:
+    size = "x".join(map(str, dataset.image_shape))
+    count = sum(p.size for p in network.parameters().values())
+    return (
+        f"{config.arch}, {count:,} parameters, {config.algorithm}, signals {config.aug}; "
+        f"{config.dataset} {size}, {len(dataset.train)} training and {len(dataset.test)} test images"
+    )

@@ -1,0 +1,71 @@
+"""Everything that depends on the batch size: chunk plans, scratch and reusable buffers of one network's edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cupyep.backend.device import Device
+from cupyep.kernels.buffers import Arena, Buffers
+from cupyep.layers import Edge
+
+SCRATCH_BYTES = {
+    "cpu": 4 << 20,
+    "cuda": 48 << 20,
+}  # the columns of a chunk stay in cache (L2 / L3 of a core, L2 of a GPU)
+
+
+class Workspace:
+    """Scratch and buffers for one batch size, made once and reused by every settle of that size.
+
+    Parameters
+    ----------
+    edges : sequence of Edge
+    batch : int
+        Samples processed together (2N for two nudged phases in one batch).
+    device : Device
+    dtype : dtype
+    arena : Arena, optional
+        Scratch memory to share with other workspaces of the same edges; a larger one is made where it is too small.
+    """
+
+    def __init__(self, edges: Sequence[Edge], batch: int, device: Device, dtype: Any, arena: Arena | None = None):
+        self.edges = edges
+        self._input_scratch: dict[int, Any] = {}
+        self.batch = batch
+        self.buffers = Buffers(device.xp, dtype)
+        budget = SCRATCH_BYTES["cuda" if device.is_gpu else "cpu"]
+        self.scratch = [edge.prepare(batch, budget, dtype, device.xp) for edge in edges]
+        needed = max(scratch.nbytes for scratch in self.scratch)
+        if arena is None or arena.block.nbytes < needed:
+            arena = Arena(device.xp, needed)
+        self.arena = arena
+        for scratch in self.scratch:
+            scratch.bind(arena)
+
+    def refresh(self) -> None:
+        """Take up the current weights; call before a settle, after every change of the parameters."""
+        for edge, scratch in zip(self.edges, self.scratch, strict=True):
+            edge.refresh(scratch)
+
+    def states(self, name: str) -> list[Any]:
+        """Return one buffer a layer, of shapes (batch, *shape of the layer)."""
+        return [self.buffers.get((name, n), (self.batch, *edge.out_shape)) for n, edge in enumerate(self.edges, 1)]
+
+    def winners(self, name: str) -> list[Any]:
+        """Return one uint8 buffer a max-pooling edge, None for the others."""
+        return [
+            self.buffers.get((name, n), (self.batch, *edge.out_shape), "uint8") if edge.has_winners else None
+            for n, edge in enumerate(self.edges, 1)
+        ]
+
+    def input_scratch(self, samples: int) -> Any:
+        """Return scratch of the first edge for a batch of `samples`, which sees the input only once a phase."""
+        if samples == self.batch:
+            return self.scratch[0]
+        if samples not in self._input_scratch:
+            edge = self.edges[0]
+            scratch = edge.prepare(samples, self.arena.block.nbytes, self.buffers.dtype, self.buffers.xp)
+            scratch.bind(self.arena)
+            self._input_scratch[samples] = scratch
+        return self._input_scratch[samples]

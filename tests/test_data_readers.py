@@ -1,0 +1,451 @@
+"""The file formats: right files are read exactly, wrong ones are refused in one line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import struct
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import scipy.io
+from data_files import (
+    assert_one_line,
+    cifar_binary_files,
+    cifar_python_files,
+    idx_bytes,
+    idx_files,
+    planes,
+    python2_pickle,
+    python3_pickle,
+    random_arrays,
+    shrink_source,
+    write_archive,
+    write_files,
+    write_svhn,
+)
+
+from cupyep.data import cifar, load_dataset
+from cupyep.data.idx import read_idx
+from cupyep.errors import DataError
+
+CIFAR = {
+    "cifar10": ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz", 10),
+    "cifar100": ("cifar-100-binary", "cifar-100-python", "cifar-100-binary.tar.gz", "cifar-100-python.tar.gz", 100),
+}
+
+
+def load(name, folder):
+    return load_dataset(name, folder, download=False)
+
+
+def assert_same(dataset, arrays):
+    for split, (images, labels) in zip((dataset.train, dataset.test), arrays, strict=True):
+        assert split.images.dtype == np.uint8
+        assert split.labels.dtype == np.int64
+        np.testing.assert_array_equal(split.images, images)
+        np.testing.assert_array_equal(split.labels, labels)
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def name(request, monkeypatch):
+    shrink_source(monkeypatch, request.param)
+    return request.param
+
+
+@pytest.fixture
+def arrays(name):
+    return random_arrays((32, 32, 3), CIFAR[name][4])
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_cifar_binary_folder(name, arrays, tmp_path, itself):
+    folder = tmp_path if itself else tmp_path / CIFAR[name][0]
+    write_files(folder, cifar_binary_files(name, arrays))
+    assert_same(load(name, tmp_path), arrays)
+
+
+def test_cifar_pixel_order_by_hand(name, tmp_path):
+    """One red pixel at row 2, column 5 is byte 2 * 32 + 5 of the first plane; a blue one lies in the third."""
+    record = np.zeros(3072, np.uint8)
+    record[2 * 32 + 5] = 200
+    record[2 * 1024 + 31 * 32] = 100
+    head = b"\x00\x03" if name == "cifar100" else b"\x03"
+    files = cifar_binary_files(name, random_arrays((32, 32, 3), 10))
+    first = "train.bin" if name == "cifar100" else "data_batch_1.bin"
+    files[first] = head + record.tobytes() + files[first][len(head) + 3072 :]
+    write_files(tmp_path, files)
+    split = load(name, tmp_path).train
+    expected = np.zeros((32, 32, 3))
+    expected[2, 5, 0], expected[31, 0, 2] = 200, 100
+    np.testing.assert_array_equal(split.images[0], expected)
+    assert split.labels[0] == 3
+
+
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("dump", [python2_pickle, python3_pickle])
+def test_cifar_python_folder(name, arrays, tmp_path, dump, itself):
+    folder = tmp_path if itself else tmp_path / CIFAR[name][1]
+    write_files(folder, cifar_python_files(name, arrays, dump))
+    assert_same(load(name, tmp_path), arrays)
+
+
+def test_cifar_archives(name, arrays, tmp_path):
+    binary, python, binary_archive, python_archive, _ = CIFAR[name]
+    write_archive(tmp_path / binary_archive, binary, cifar_binary_files(name, arrays))
+    assert_same(load(name, tmp_path), arrays)
+    (tmp_path / binary_archive).unlink()
+    write_archive(tmp_path / python_archive, python, cifar_python_files(name, arrays, python2_pickle))
+    before = sorted(tmp_path.iterdir())
+    assert_same(load(name, tmp_path), arrays)
+    assert sorted(tmp_path.iterdir()) == before  # nothing was extracted
+
+
+@pytest.mark.parametrize("form", [0, 1])
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.7, 0.999])
+def test_truncated_cifar_files(name, arrays, tmp_path, form, part):
+    files = (cifar_binary_files, cifar_python_files)[form](name, arrays)
+    victim = sorted(files)[-1]
+    files[victim] = files[victim][: int(part * len(files[victim]))]
+    write_files(tmp_path / CIFAR[name][form], files)
+    with pytest.raises(DataError) as error:
+        load(name, tmp_path)
+    assert_one_line(error, victim)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 1000, 0.5, 0.9, -9, -1])
+def test_truncated_cifar_archive(name, arrays, tmp_path, cut):
+    path = tmp_path / CIFAR[name][3]
+    write_archive(path, CIFAR[name][1], cifar_python_files(name, arrays))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(cut * len(content)) if isinstance(cut, float) else cut])
+    with pytest.raises(DataError) as error:
+        load(name, tmp_path)
+    assert_one_line(error, path)
+
+
+def test_damaged_cifar_archive(name, arrays, tmp_path):
+    path = tmp_path / CIFAR[name][2]
+    write_archive(path, CIFAR[name][0], cifar_binary_files(name, arrays))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load(name, tmp_path)
+    assert_one_line(error, path)
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for info, content in members:
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_archive_with_a_link_or_device_is_refused(name, arrays, tmp_path, kind):
+    folder, path = CIFAR[name][0], tmp_path / CIFAR[name][2]
+    members = [(tarfile.TarInfo(f"{folder}/{file}"), raw) for file, raw in cifar_binary_files(name, arrays).items()]
+    make_tar(path, members)
+    assert_same(load(name, tmp_path), arrays)  # without the odd member it is a good archive
+    odd = tarfile.TarInfo(f"{folder}/odd")
+    odd.type, odd.linkname = kind, "/etc/passwd"
+    make_tar(path, [*members, (odd, b"")])
+    with pytest.raises(DataError, match="links, devices") as error:
+        load(name, tmp_path)
+    assert_one_line(error, path)
+
+
+def test_archive_without_a_member(name, arrays, tmp_path):
+    files = cifar_binary_files(name, arrays)
+    gone = sorted(files)[0]
+    del files[gone]
+    write_archive(tmp_path / CIFAR[name][2], CIFAR[name][0], files)
+    with pytest.raises(DataError, match=f"has no member {CIFAR[name][0]}/{gone}"):
+        load(name, tmp_path)
+
+
+def test_archive_that_is_too_large_is_refused(name, arrays, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "SLACK", 1 << 20)
+    bomb = tmp_path / CIFAR[name][2]
+    bomb.write_bytes(gzip.compress(bytes(8 << 20), 1))
+    with pytest.raises(DataError, match="more than the") as error:
+        load(name, tmp_path)
+    assert_one_line(error, bomb)
+
+
+def test_archive_that_is_no_tar(name, tmp_path):
+    path = tmp_path / CIFAR[name][2]
+    path.write_bytes(gzip.compress(b"no tar at all" * 100))
+    with pytest.raises(DataError, match="not a readable tar"):
+        load(name, tmp_path)
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_cifar_label_out_of_range(name, arrays, tmp_path, form):
+    (train, (images, labels)), classes = arrays, CIFAR[name][4]
+    labels = labels.copy()
+    labels[4] = classes
+    files = (cifar_binary_files, cifar_python_files)[form](name, (train, (images, labels)))
+    write_files(tmp_path / CIFAR[name][form], files)
+    with pytest.raises(
+        DataError, match=rf"1 of 10 labels lie outside 0..{classes - 1} \(first: {classes} at sample 4\)"
+    ):
+        load(name, tmp_path)
+
+
+def test_cifar_folder_with_a_missing_batch(name, arrays, tmp_path):
+    files = cifar_binary_files(name, arrays)
+    gone = sorted(files)[-1]
+    del files[gone]
+    write_files(tmp_path / CIFAR[name][0], files)
+    with pytest.raises(DataError) as error:
+        load(name, tmp_path)
+    assert_one_line(error, f"{gone} is missing", "--data-dir", "CUPYEP_DATA", CIFAR[name][3])
+
+
+class Odd:
+    """Pickles as a call of `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_pickle_that_would_run_code_is_refused(tmp_path):
+    marker = tmp_path / "executed"
+    evil = pickle.dumps({"data": Odd(open, str(marker), "w"), "labels": []}, protocol=2)
+    pickle.loads(evil)["data"].close()
+    assert marker.exists()  # the attack works on the plain unpickler
+    marker.unlink()
+    with pytest.raises(DataError, match="asks for .*open") as error:
+        cifar.load_pickle(evil, "file")
+    assert_one_line(error, "file")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        np.zeros(3, np.float32),
+        np.array([None, "text"], dtype=object),
+        np.float32(1.0),
+        Odd(sys.exit, 0),
+        Odd(eval, "1"),
+        Odd(np.fromfile, "/etc/passwd"),
+        Odd(getattr, "text", "upper"),
+        {1, 2},
+        Odd(bytearray, 1 << 40),
+    ],
+    ids=["float", "object", "scalar", "exit", "eval", "fromfile", "getattr", "set", "bytearray"],
+)
+def test_pickle_with_anything_else_is_refused(content):
+    with pytest.raises(DataError) as error:
+        cifar.load_pickle(pickle.dumps({"data": content}, protocol=2), "file")
+    assert_one_line(error, "file: is not a readable CIFAR pickle")
+
+
+def test_pickle_text_only_in_latin1():
+    def encoded(codec):
+        return b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX" + struct.pack("<i", len(codec)) + codec + b"\x86R."
+
+    assert cifar.load_pickle(encoded(b"latin1"), "file") == b"a"
+    with pytest.raises(DataError, match="encoding 'rot13'"):
+        cifar.load_pickle(encoded(b"rot13"), "file")
+
+
+def test_every_truncation_of_a_pickle_is_refused():
+    images, labels = random_arrays((2, 2, 3), 10)[1]
+    for dump in (python2_pickle, python3_pickle):
+        content = dump({"data": planes(images), "labels": [int(y) for y in labels]})
+        for end in range(0, len(content), 7):
+            with pytest.raises(DataError) as error:
+                cifar.load_pickle(content[:end], "file")
+            assert_one_line(error, "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, "'data' should be a uint8 array of shape \\(10, 3072\\), found none"),
+        ({"data": np.zeros((9, 3072), np.uint8)}, "found \\(9, 3072\\)"),
+        ({"labels": list(range(9))}, "'labels' should be a list of 10 integers"),
+        ({"labels": ["1"] * 10}, "'labels' should be a list of 10 integers"),
+        ({"labels": [10**30] + [0] * 9}, "1 of 10 labels lie outside"),
+        ({"labels": [-(10**30)] + [0] * 9}, "1 of 10 labels lie outside"),
+    ],
+)
+def test_python_batch_with_wrong_content(monkeypatch, tmp_path, change, message):
+    shrink_source(monkeypatch, "cifar10")
+    arrays = random_arrays((32, 32, 3), 10)
+    files = cifar_python_files("cifar10", arrays)
+    images, labels = arrays[1]
+    content = {"data": planes(images), "labels": [int(y) for y in labels]} | change
+    files["test_batch"] = python3_pickle(content)
+    write_files(tmp_path, files)
+    with pytest.raises(DataError, match=message) as error:
+        load("cifar10", tmp_path)
+    assert_one_line(error, tmp_path / "test_batch")
+
+
+def test_python_batch_that_is_no_dictionary(monkeypatch, tmp_path):
+    shrink_source(monkeypatch, "cifar10")
+    files = cifar_python_files("cifar10", random_arrays((32, 32, 3), 10))
+    write_files(tmp_path, files | {"data_batch_3": python3_pickle([1, 2])})
+    with pytest.raises(DataError, match="data_batch_3: is not a CIFAR batch"):
+        load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize(
+    ("which", "folder"),
+    [
+        ("mnist", "."),
+        ("mnist", "mnist"),
+        ("mnist", "MNIST/raw"),
+        ("fashion-mnist", "fashion-mnist"),
+        ("fashion-mnist", "FashionMNIST/raw"),
+    ],
+)
+def test_idx_folders(monkeypatch, tmp_path, which, folder, compress):
+    shrink_source(monkeypatch, which)
+    arrays = random_arrays((28, 28, 1), 10)
+    write_files(tmp_path / folder, idx_files(arrays, compress))
+    assert_same(load(which, tmp_path), arrays)
+
+
+def test_idx_data_dir_named_after_fashion_mnist(monkeypatch, tmp_path):
+    """The files of both sets have the same names: each is only found where it cannot be the other."""
+    for which in ("mnist", "fashion-mnist"):
+        shrink_source(monkeypatch, which)
+    arrays = random_arrays((28, 28, 1), 10)
+    for folder in ("fashion-mnist", "FashionMNIST/raw"):
+        write_files(tmp_path / "a" / folder, idx_files(arrays))
+        assert_same(load("fashion-mnist", tmp_path / "a" / folder), arrays)
+        with pytest.raises(DataError, match="data set mnist not found"):
+            load("mnist", tmp_path / "a" / folder)
+    write_files(tmp_path / "plain", idx_files(arrays))
+    with pytest.raises(DataError, match="data set fashion-mnist not found"):
+        load("fashion-mnist", tmp_path / "plain")
+
+
+def test_idx_by_hand(tmp_path):
+    path = tmp_path / "two"
+    path.write_bytes(b"\0\0\x08\x02" + b"\0\0\0\x02" + b"\0\0\0\x03" + b"abcdef")
+    assert read_idx(path, (2, 3)).tolist() == [[97, 98, 99], [100, 101, 102]]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "ends within its header"),
+        (b"\0\0\x08\x02\0\0\0\x02", "ends within its header"),
+        (b"\0\0\x0d\x02\0\0\0\x02\0\0\0\x03abcdef", "not an IDX file of uint8 with 2 dimensions"),
+        (b"\0\0\x08\x03\0\0\0\x02\0\0\0\x03abcdef", "not an IDX file of uint8 with 2 dimensions"),
+        (b"\0\0\x08\x02\0\0\0\x03\0\0\0\x02abcdef", "shape \\(3, 2\\), expected \\(2, 3\\)"),
+        (b"\0\0\x08\x02\0\0\0\x02\0\0\0\x03abcde", "holds 17 bytes, expected 18"),
+        (b"\0\0\x08\x02\0\0\0\x02\0\0\0\x03abcdefg", "more than the 18 bytes"),
+    ],
+)
+@pytest.mark.parametrize("compress", [True, False])
+def test_wrong_idx_files(tmp_path, raw, message, compress):
+    path = tmp_path / ("file.gz" if compress else "file")
+    path.write_bytes(gzip.compress(raw) if compress else raw)
+    with pytest.raises(DataError, match=message) as error:
+        read_idx(path, (2, 3))
+    assert_one_line(error, path)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, 0.5, -8, -1])
+def test_truncated_gz(tmp_path, cut):
+    raw = gzip.compress(idx_bytes(np.arange(200).reshape(10, 20) % 251 * 7 % 256))
+    path = tmp_path / "file.gz"
+    path.write_bytes(raw[: int(cut * len(raw)) if isinstance(cut, float) else cut])
+    with pytest.raises(DataError) as error:
+        read_idx(path, (10, 20))
+    assert_one_line(error, path)
+
+
+def test_idx_label_out_of_range(monkeypatch, tmp_path):
+    shrink_source(monkeypatch, "mnist")
+    (images, labels), test = random_arrays((28, 28, 1), 10)
+    labels[7] = 11
+    write_files(tmp_path, idx_files(((images, labels), test)))
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz: 1 of 50 labels lie outside 0..9"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("folder", [".", "svhn", "SVHN"])
+def test_svhn(monkeypatch, tmp_path, folder):
+    shrink_source(monkeypatch, "svhn")
+    arrays = random_arrays((32, 32, 3), 10)
+    assert (arrays[0][1] == 0).any()  # so that 10 -> 0 is tested
+    write_svhn(tmp_path / folder, arrays)
+    dataset = load("svhn", tmp_path)
+    assert_same(dataset, arrays)
+    assert dataset.flip is False
+
+
+@pytest.mark.parametrize("cut", [0, 64, 127, 130, 500, 0.5, 0.9, -1])
+def test_truncated_svhn(monkeypatch, tmp_path, cut):
+    shrink_source(monkeypatch, "svhn")
+    write_svhn(tmp_path, random_arrays((32, 32, 3), 10))
+    path = tmp_path / "train_32x32.mat"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(cut * len(raw)) if isinstance(cut, float) else cut])
+    with pytest.raises(DataError) as error:
+        load("svhn", tmp_path)
+    assert_one_line(error, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"y": np.ones((50, 1), np.uint8)}, "array 'X' should have shape .*no such array"),
+        ({"X": np.zeros((32, 32, 3, 50), np.uint8)}, "array 'y' should have shape .*no such array"),
+        (
+            {"X": np.zeros((32, 32, 3, 49), np.uint8), "y": np.ones((49, 1), np.uint8)},
+            "found shape \\(32, 32, 3, 49\\)",
+        ),
+        ({"X": np.zeros((32, 32, 3, 50)), "y": np.ones((50, 1), np.uint8)}, "should be uint8, found float64"),
+        ({"X": np.zeros((32, 32, 3, 50), np.uint8), "y": np.ones((50, 1)) + np.nan}, "found uint8 and float64"),
+        (
+            {"X": np.zeros((32, 32, 3, 50), np.uint8), "y": np.full((50, 1), 11, np.uint8)},
+            "50 of 50 labels lie outside",
+        ),
+    ],
+)
+def test_wrong_svhn_files(monkeypatch, tmp_path, content, message):
+    shrink_source(monkeypatch, "svhn")
+    write_svhn(tmp_path, random_arrays((32, 32, 3), 10))
+    path = tmp_path / "train_32x32.mat"
+    scipy.io.savemat(path, content)
+    with pytest.raises(DataError, match=message) as error:
+        load("svhn", tmp_path)
+    assert_one_line(error, path)
+
+
+def test_digits():
+    bundle = pytest.importorskip("sklearn.datasets").load_digits()
+    dataset = load_dataset("digits")
+    assert len(dataset.train) == 1437
+    assert len(dataset.test) == 360
+    assert dataset.image_shape == (8, 8, 1)
+    assert (dataset.flip, dataset.pad) == (False, 1)
+    first = [[int(np.floor(value * 255 / 16 + 0.5)) for value in row] for row in bundle.images[0]]
+    assert dataset.train.images[0, ..., 0].tolist() == first
+    assert dataset.test.labels.tolist() == bundle.target[1437:].tolist()
+    assert dataset.test.images.max() == 255
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match='pip install "cupyep\\[demo\\]"') as error:
+        load_dataset("digits")
+    assert_one_line(error)

@@ -1,0 +1,218 @@
+"""Optimizers and schedules. Oracle: scalar recurrences in plain Python floats, closed forms and hand values."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from cupyep.errors import CheckpointError, ConfigurationError
+from cupyep.optim import LR_SCHEDULES, OPTIMIZERS, SGD, Adam
+
+START = {"layers.1.weight": [[1.0, -2.0], [0.5, 3.0]], "layers.1.bias": [0.25, -0.75]}
+GRADIENTS = [0.3, -0.7, 1.1, 0.2, -0.4]  # times (1 + index of the element): every element has its own sequence
+
+
+def make_parameters(dtype=np.float64):
+    return {path: np.array(value, dtype=dtype) for path, value in START.items()}
+
+
+def gradient_sequence(parameters):
+    for scale in GRADIENTS:
+        yield {
+            path: (scale * (1 + np.arange(p.size, dtype=np.float64).reshape(p.shape))).astype(p.dtype)
+            for path, p in parameters.items()
+        }
+
+
+def run(optimizer):
+    for gradients in gradient_sequence(optimizer.parameters):
+        optimizer.step(gradients)
+
+
+def scalar_sgd(p, scale, rate, momentum, nesterov, decay):
+    v = 0.0
+    for g0 in GRADIENTS:
+        g = g0 * scale + decay * p
+        v = momentum * v + g
+        p = p - rate * ((g + momentum * v) if nesterov else v)
+    return p
+
+
+def scalar_adam(p, scale, rate, b1, b2, epsilon, decay):
+    m = v = 0.0
+    for t, g0 in enumerate(GRADIENTS, start=1):
+        g = g0 * scale + decay * p
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        p = p - rate * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + epsilon)
+    return p
+
+
+def expected(scalar, *arguments):
+    result = {}
+    for path, value in START.items():
+        array = np.array(value)
+        flat = [scalar(p, 1 + i, *arguments) for i, p in enumerate(array.ravel().tolist())]
+        result[path] = np.array(flat).reshape(array.shape)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "decay"),
+    [(0.0, False, 0.0), (0.0, False, 0.1), (0.9, False, 0.0), (0.5, False, 0.2), (0.9, True, 0.0), (0.6, True, 0.05)],
+)
+def test_sgd_follows_the_scalar_recurrence(momentum, nesterov, decay):
+    parameters = make_parameters()
+    run(SGD(parameters, 0.07, momentum=momentum, nesterov=nesterov, weight_decay=decay))
+    for path, value in expected(scalar_sgd, 0.07, momentum, nesterov, decay).items():
+        np.testing.assert_allclose(parameters[path], value, rtol=1e-13, err_msg=path)
+
+
+@pytest.mark.parametrize(("b1", "b2", "epsilon", "decay"), [(0.9, 0.999, 1e-8, 0.0), (0.5, 0.8, 0.1, 0.3)])
+def test_adam_follows_the_scalar_recurrence(b1, b2, epsilon, decay):
+    parameters = make_parameters()
+    run(Adam(parameters, 0.02, betas=(b1, b2), epsilon=epsilon, weight_decay=decay))
+    for path, value in expected(scalar_adam, 0.02, b1, b2, epsilon, decay).items():
+        np.testing.assert_allclose(parameters[path], value, rtol=1e-13, err_msg=path)
+
+
+def test_sgd_by_hand():
+    """Gradient 1, rate 0.1, momentum 0.9: velocities 1, 1.9, 2.71; p = -0.1 * 5.61, Nesterov -0.1 * (1.9 + 2.71)."""
+    for nesterov, steps, value in [(False, 3, -0.561), (True, 2, -0.461)]:
+        p = np.zeros(1)
+        optimizer = SGD({"w": p}, 0.1, momentum=0.9, nesterov=nesterov)
+        for _ in range(steps):
+            optimizer.step({"w": np.ones(1)})
+        np.testing.assert_allclose(p, [value], rtol=1e-14)
+
+
+def test_adam_moves_by_the_rate_under_a_constant_gradient():
+    """Closed form: both corrected means equal g and g^2 at every step, so each step is -lr * g / (|g| + epsilon)."""
+    p = np.zeros(2)
+    optimizer = Adam({"w": p}, 0.01, epsilon=1e-3)
+    for _ in range(4):
+        optimizer.step({"w": np.array([2.0, -0.5])})
+    np.testing.assert_allclose(p, [-0.04 * 2 / 2.001, 0.04 * 0.5 / 0.501], rtol=1e-12)
+
+
+def test_layerwise_rates_and_the_schedule_factor():
+    parameters = {"a": np.zeros(2), "b": np.zeros(3)}
+    optimizer = SGD(parameters, {"a": 0.5, "b": 0.02}, momentum=0.0)
+    optimizer.step({"a": np.ones(2), "b": np.ones(3)}, factor=0.25)
+    np.testing.assert_allclose(parameters["a"], -0.125)
+    np.testing.assert_allclose(parameters["b"], -0.005)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_float32_parameters_change_in_place_and_gradients_do_not(name):
+    parameters = make_parameters(np.float32)
+    before = dict(parameters)
+    optimizer = OPTIMIZERS[name](parameters, 0.1, weight_decay=0.1)
+    gradients = next(gradient_sequence(parameters))
+    copies = {path: g.copy() for path, g in gradients.items()}
+    optimizer.step(gradients)
+    for path, p in parameters.items():
+        assert p is before[path]
+        assert p.dtype == np.float32
+        assert not np.array_equal(p, np.float32(START[path]))
+        np.testing.assert_array_equal(gradients[path], copies[path])
+    assert all(array.dtype == np.float32 for key, array in optimizer.state_dict().items() if key != "steps")
+
+
+@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True, weight_decay=0.1), lambda p: Adam(p, 0.1)])
+def test_a_step_allocates_no_array(make):
+    parameters = {"w": np.zeros((200, 200)), "b": np.zeros(200)}
+    gradients = {path: np.ones_like(p) for path, p in parameters.items()}
+    optimizer = make(parameters)
+    optimizer.step(gradients)
+    tracemalloc.start()
+    for _ in range(3):
+        optimizer.step(gradients)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1600, f"a step allocated {peak} bytes; the smallest parameter has 1600"
+
+
+@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True), lambda p: Adam(p, 0.1, weight_decay=0.1)])
+def test_a_restored_state_continues_bit_for_bit(make):
+    straight = make(make_parameters())
+    run(straight)
+    run(straight)
+    first = make(make_parameters())
+    run(first)
+    parameters = {path: p.copy() for path, p in first.parameters.items()}
+    state = {name: array.copy() for name, array in first.state_dict().items()}
+    second = make(parameters)
+    second.load_state_dict(state)
+    run(second)
+    for path, p in straight.parameters.items():
+        np.testing.assert_array_equal(parameters[path], p)
+
+
+def test_state_names_are_flat_paths():
+    parameters = make_parameters()
+    assert set(SGD(parameters).state_dict()) == {"steps", "velocity.layers.1.weight", "velocity.layers.1.bias"}
+    assert set(SGD(parameters, momentum=0.0).state_dict()) == {"steps"}
+    assert "square.layers.1.bias" in Adam(parameters).state_dict()
+
+
+def test_foreign_states_are_refused():
+    optimizer = SGD(make_parameters())
+    state = optimizer.state_dict()
+    with pytest.raises(CheckpointError, match="'velocity.layers.1.wieght' belongs to no parameter.*layers.1.weight"):
+        optimizer.load_state_dict({**state, "velocity.layers.1.wieght": np.zeros(2)})
+    with pytest.raises(CheckpointError, match="'steps' is missing"):
+        optimizer.load_state_dict({name: a for name, a in state.items() if name != "steps"})
+    with pytest.raises(CheckpointError, match=r"shape \(3,\) where \(2,\)"):
+        optimizer.load_state_dict({**state, "velocity.layers.1.bias": np.zeros(3)})
+
+
+def test_foreign_gradients_are_refused_before_anything_changes():
+    parameters = make_parameters()
+    optimizer = SGD(parameters)
+    good = next(gradient_sequence(parameters))
+    bad = [
+        ({**good, "layers.2.weight": np.zeros(1)}, "belongs to no parameter"),
+        ({"layers.1.weight": good["layers.1.weight"]}, "'layers.1.bias' is missing"),
+        ({**good, "layers.1.bias": np.zeros(1)}, "has shape"),
+    ]
+    for gradients, message in bad:
+        with pytest.raises(ConfigurationError, match=message):
+            optimizer.step(gradients)
+    for path, p in parameters.items():
+        np.testing.assert_array_equal(p, START[path])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: SGD(p, 0.0), r"learning_rate must be above 0 \(got 0.0\)"),
+        (lambda p: SGD(p, math.nan), "learning_rate must be above 0"),
+        (lambda p: SGD(p, momentum=1.0), "momentum must be at least 0 and below 1"),
+        (lambda p: SGD(p, momentum=-0.1), "momentum must be"),
+        (lambda p: SGD(p, momentum=0.0, nesterov=True), "nesterov needs a momentum above 0"),
+        (lambda p: SGD(p, weight_decay=-1e-4), "weight_decay must be at least 0"),
+        (lambda p: SGD({}), "at least one parameter"),
+        (lambda p: SGD(p, {"layers.1.weight": 0.1}), "no entry for 'layers.1.bias'"),
+        (lambda p: SGD(p, {**dict.fromkeys(p, 0.1), "layers.1.bais": 1.0}), "did you mean 'layers.1.bias'"),
+        (lambda p: SGD(p, {**dict.fromkeys(p, 0.1), "layers.1.bias": -1.0}), "of 'layers.1.bias' must be above 0"),
+        (lambda p: Adam(p, betas=(0.9, 1.0)), "each of betas must be at least 0 and below 1"),
+        (lambda p: Adam(p, betas=(0.9,)), "betas must be two numbers"),
+        (lambda p: Adam(p, epsilon=0.0), "epsilon must be above 0"),
+    ],
+)
+def test_bad_hyperparameters_are_refused(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make(make_parameters())
+
+
+def test_schedules_closed_forms():
+    assert [LR_SCHEDULES["constant"](x) for x in (0, 0.3, 1)] == [1, 1, 1]
+    np.testing.assert_allclose([LR_SCHEDULES["cosine"](x) for x in (0, 1 / 3, 0.5, 1)], [1, 0.75, 0.5, 0], atol=1e-15)
+    assert [LR_SCHEDULES["step"](x) for x in (0, 0.49, 0.5, 0.74, 0.75, 1)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    for schedule in LR_SCHEDULES.values():
+        with pytest.raises(ConfigurationError, match="progress must be between 0 and 1"):
+            schedule(1.01)
