@@ -24,6 +24,8 @@ Examples:
   cupyep evaluate runs/mine                        test accuracy of its best epoch
 """
 
+EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "device"), "as the run")
+
 
 class Names(click.ParamType):
     """One of some names; a wrong one is answered with the nearest."""
@@ -59,10 +61,8 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
             group = OPTIONS[param.name].metadata["group"] if param.name in OPTIONS else "Run"
-            if record is not None:
-                sections.setdefault(group, []).append(record)
+            sections.setdefault(group, []).append(param.get_help_record(ctx))
         for group, records in sections.items():
             with formatter.section(group):
                 formatter.write_dl(records)
@@ -183,7 +183,10 @@ def main(context: click.Context) -> None:
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir after its last finished epoch.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no line an epoch; only the result.")
 def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, **options: Any) -> None:
-    """Train a network and write a run directory: config.toml, metrics.jsonl, checkpoint.h5, best.h5."""
+    """Train a network in a new run directory.
+
+    The directory holds config.toml, metrics.jsonl, checkpoint.h5 and best.h5.
+    """
     given = _given(options)
     if resume:
         if run_dir is None or recipe is not None:
@@ -199,7 +202,7 @@ def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, *
         raise Interrupted(f"interrupted; go on with: cupyep train --run-dir {path} --resume") from None
 
 
-@main.command(cls=SectionedCommand)
+@main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
@@ -208,10 +211,13 @@ def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, *
     show_default=True,
     help="Which of the run's checkpoints.",
 )
-@config_options(("data_dir", "limit_test", "batch_size", "device"), runs.EVALUATE_DEFAULTS)
+@config_options(EVALUATE_DEFAULTS, EVALUATE_DEFAULTS)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def evaluate(run: Path, checkpoint: str, quiet: bool, **options: Any) -> None:
-    """Measure the test accuracy and loss of the run directory RUN."""
+    """Show the test accuracy of a run.
+
+    RUN is a run directory.
+    """
     for line in runs.evaluate_run(run, checkpoint, _given(options), quiet=quiet):
         click.echo(line)
 
@@ -220,7 +226,10 @@ def evaluate(run: Path, checkpoint: str, quiet: bool, **options: Any) -> None:
 @config_options(diagnostics.CHECK_OPTIONS, diagnostics.CHECK_DEFAULTS)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
 def check(json_path: Path | None, **options: Any) -> None:
-    """Compare the gradient of Equilibrium Propagation with that of backpropagation through time, layer by layer."""
+    """Compare EP's gradient with BPTT's.
+
+    Layer by layer, from the same settled free state, for the nudge form asked for and the other one.
+    """
     config = make_config(diagnostics.CHECK_DEFAULTS, _given(options))
     report = diagnostics.check_gradient(config, report=click.echo)
     click.echo(report.table())
@@ -232,7 +241,7 @@ def check(json_path: Path | None, **options: Any) -> None:
 @main.command()
 @config_options(("data_dir",))
 def info(data_dir: str | None) -> None:
-    """Show the device, the libraries, why there is no GPU, the data folder."""
+    """Show device, libraries, data folder."""
     for name, value in diagnostics.system_report(data_dir):
         click.echo(f"{name:<14} {value}")
 

@@ -102,6 +102,9 @@ class _System:
         self.residual = workspace.buffers.get("residual", (self.depth, workspace.batch))
         self.drive = workspace.states("drive")
         self.topdown = workspace.states("topdown")
+        self.new = workspace.states("new")
+        self.change = workspace.states("change")
+        self.row = workspace.buffers.get("row", (workspace.batch,))
         self._nudges: dict[int, list[tuple[LossTerm, Any, Any]]] = {}
         beta = np.repeat(np.asarray(betas, float), self.samples)
         for term, weight, target in nudges:
@@ -115,12 +118,11 @@ class _System:
         return self.device.to_numpy(array)
 
     def _measure(self, n: int, new: Any, old: Any) -> None:
-        change = self.workspace.buffers.get(("change", n), new.shape)
+        change = self.change[n - 1]
         self.xp.subtract(new, old, out=change)
         change *= change
-        row = self.workspace.buffers.get("row", (len(new),))
-        self.xp.mean(change.reshape(len(new), -1), axis=1, out=row)
-        self.residual[n - 1] += row
+        self.xp.mean(change.reshape(len(new), -1), axis=1, out=self.row)
+        self.residual[n - 1] += self.row
 
     def _moving(self) -> list[Any]:
         """Return the arrays that the iteration moves."""
@@ -169,7 +171,7 @@ class Classical(_System):
         first, n = self.edges[0], self.samples
         winners = self.state.winners[0]
         top = None if winners is None else winners[:n]
-        first.drive(x, self.drive[0][:n], top, self.workspace.input_scratch(n))
+        first.drive(x, self.drive[0][:n], top, self.workspace.input_ops(n))
         for phase in range(1, self.phases):
             self.drive[0][phase * n : (phase + 1) * n] = self.drive[0][:n]
             if winners is not None:
@@ -180,13 +182,13 @@ class Classical(_System):
 
     def forward(self, n: int) -> None:
         if n > 1:
-            below, scratch = self.state.layers[n - 2], self.workspace.scratch[n - 1]
-            self.edges[n - 1].drive(below, self.drive[n - 1], self.state.winners[n - 1], scratch)
+            below, ops = self.state.layers[n - 2], self.workspace.ops[n - 1]
+            self.edges[n - 1].drive(below, self.drive[n - 1], self.state.winners[n - 1], ops)
 
     def backward(self, n: int) -> None:
         if n < self.depth:
             above, winners = self.state.layers[n], self.state.winners[n]
-            self.edges[n].topdown(above, winners, self.topdown[n - 1], self.workspace.scratch[n])
+            self.edges[n].topdown(above, winners, self.topdown[n - 1], self.workspace.ops[n])
 
     def update(self, n: int, measure: bool) -> None:
         s, g = self.state.layers[n - 1], self.state.drives[n - 1]
@@ -198,7 +200,7 @@ class Classical(_System):
         for term, target, scale in self._nudges.get(n, ()):
             term.add_force(s, target, scale, g)
         if measure:
-            new = self.workspace.buffers.get(("new", n), s.shape)
+            new = self.new[n - 1]
             self.activation.value(g, new)
             self._measure(n, new, s)
             s[...] = new
@@ -247,12 +249,12 @@ class Deviation(_System):
 
     def forward(self, n: int) -> None:
         if n > 1:
-            scratch = self.workspace.scratch[n - 1]
-            self.edges[n - 1].linear_drive(self.eps[n - 2], self.drive[n - 1], self.winners[n - 1], scratch)
+            ops = self.workspace.ops[n - 1]
+            self.edges[n - 1].linear_drive(self.eps[n - 2], self.drive[n - 1], self.winners[n - 1], ops)
 
     def backward(self, n: int) -> None:
         if n < self.depth:
-            self.edges[n].topdown(self.eps[n], self.winners[n], self.topdown[n - 1], self.workspace.scratch[n])
+            self.edges[n].topdown(self.eps[n], self.winners[n], self.topdown[n - 1], self.workspace.ops[n])
 
     def _phase_slices(self):
         return [slice(m * self.samples, (m + 1) * self.samples) for m in range(self.phases)]
@@ -272,7 +274,7 @@ class Deviation(_System):
             term.add_force(s, target, scale, t)
 
     def update(self, n: int, measure: bool) -> None:
-        t = self.workspace.buffers.get(("new", n), self.eps[n - 1].shape)
+        t = self.new[n - 1]
         self.xp.multiply(self.drive[n - 1], self.feedback, out=t)
         t += self.topdown[n - 1]
         self._add_forces(n, t)

@@ -1,8 +1,9 @@
 """The energy that settles, as an explicit function: value a sample, state gradient, parameter gradient.
 
 ``F(s) = sum_n a_n (sum potential(s^n) - <s^n, d^n(s^(n-1))>) + beta * sum_i weight_i L_i(s)`` with
-``a_n = lambda^-(L - n)``. With lambda = 1 this is ``E = 1/2 sum |s|^2 - Phi`` of Scellier & Bengio (2017) and Laborieux et al. (2021, eq. 4) for a
-clip of slope one. Settling (`dynamics`) never evaluates F; it is the definition that tests and gradients refer to.
+``a_n = lambda^-(L - n)``. With lambda = 1 and a clip of slope one this is ``E = 1/2 sum |s|^2 - Phi`` of Scellier &
+Bengio (2017) and Laborieux et al. (2021). Settling (`dynamics`) never evaluates F; it is the definition that gradients
+refer to.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Energy:
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
         drives, winners = workspace.states("drive"), workspace.winners("winners")
         for n, edge in enumerate(self.edges):
-            edge.drive(x if n == 0 else layers[n - 1], drives[n], winners[n], workspace.scratch[n])
+            edge.drive(x if n == 0 else layers[n - 1], drives[n], winners[n], workspace.ops[n])
         return drives, winners
 
     def phi(self, x: Any, layers: Sequence[Any]) -> Any:
@@ -84,7 +85,7 @@ class Energy:
             force = a * drive
             if n + 1 < len(self.edges):
                 topdown = workspace.states("topdown")[n]
-                self.edges[n + 1].topdown(layers[n + 1], winners[n + 1], topdown, workspace.scratch[n + 1])
+                self.edges[n + 1].topdown(layers[n + 1], winners[n + 1], topdown, workspace.ops[n + 1])
                 force += self.weights[n + 1] * topdown
             forces.append(force)
         scale = -beta * self.device.xp.ones(len(x), self.dtype)
@@ -100,6 +101,6 @@ class Energy:
         for n, edge in enumerate(self.edges):
             weight, bias = self.device.xp.zeros_like(edge.weight), self.device.xp.zeros_like(edge.bias)
             below = x if n == 0 else layers[n - 1]
-            edge.add_gradient(below, -self.weights[n] * layers[n], winners[n], weight, bias, workspace.scratch[n])
+            edge.add_gradient(below, -self.weights[n] * layers[n], winners[n], weight, bias, workspace.ops[n])
             gradients[f"layers.{n + 1}.weight"], gradients[f"layers.{n + 1}.bias"] = weight, bias
         return gradients

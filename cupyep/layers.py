@@ -15,8 +15,8 @@ import numpy as np
 from cupyep.backend.device import Device, gemm
 from cupyep.errors import ConfigurationError, choose, require
 from cupyep.kernels.buffers import Arena
-from cupyep.kernels.columns import im2col, inner_view, output_size
-from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
+from cupyep.kernels.columns import output_size
+from cupyep.kernels.conv import ConvGeometry, ConvOps
 
 POOLINGS = ("none", "max", "average")
 
@@ -100,7 +100,7 @@ class Conv2d(Edge):
         self.pooling = choose("pooling", pooling, POOLINGS)
         self.pool = 1 if pooling == "none" else pool
         self.has_winners = pooling == "max"
-        height, width, self.in_channels = in_shape
+        height, width, _ = in_shape
         self.map_shape = (
             output_size(height, kernel, stride, padding),
             output_size(width, kernel, stride, padding),
@@ -112,7 +112,10 @@ class Conv2d(Edge):
                 f"a {height}x{width} map is too small for a {kernel}x{kernel} convolution (stride {stride}, padding "
                 f"{padding}) with {self.pool}x{self.pool} pooling; use larger images or fewer pools"
             )
-        self.weight_shape = (kernel, kernel, self.in_channels, channels)
+        self.weight_shape = (kernel, kernel, self.in_shape[2], channels)
+        self.geometry = ConvGeometry(
+            self.in_shape, self.map_shape, self.out_shape, kernel, stride, padding, pooling, self.pool
+        )
 
     def __repr__(self) -> str:
         pooled = "" if self.pooling == "none" else f", {self.pooling} pool {self.pool}"
@@ -121,44 +124,22 @@ class Conv2d(Edge):
             f"padding {self.padding}{pooled})"
         )
 
-    def scratch(self, samples: int, dtype: Any) -> list[tuple[tuple[int, ...], Any]]:
-        """Return shapes and dtypes of the scratch for `samples` samples: up, down and pooling arrays."""
-        k, (h, w, c), (ho, wo, channels) = self.kernel, self.in_shape, self.map_shape
-        return [
-            ((samples, h + 2 * self.padding, w + 2 * self.padding, c), dtype),
-            ((samples, ho, wo, k, k * c), dtype),
-            ((samples, ho, wo, channels), dtype),
-            ((samples, h + k - 1, w + k - 1, channels), dtype),
-            ((samples, h, w, k, k * channels), dtype),
-            ((samples, *self.out_shape), np.bool_),
-        ]
+    def prepare(self, batch: int, nbytes: int, dtype: Any, xp: Any) -> ConvOps:
+        """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
+        return ConvOps(self.geometry, batch, nbytes, dtype, xp)
 
-    def prepare(self, batch: int, arena_bytes: int, dtype: Any, xp: Any) -> ConvScratch:
-        """Plan the chunks for `batch` samples within `arena_bytes`; `ConvScratch.bind` then gives it memory."""
-        return ConvScratch(self, batch, arena_bytes, dtype, xp)
-
-    def refresh(self, scratch: ConvScratch) -> None:
+    def refresh(self, ops: ConvOps) -> None:
         """Take up the current weights for the top-down product (once a settle, not once a step)."""
-        flipped = self.weight[::-1, ::-1].transpose(0, 1, 3, 2)
-        scratch.flipped.reshape(flipped.shape)[...] = flipped
+        ops.refresh(self.weight)
 
-    def _columns(self, s: Any, scratch: ConvScratch, m: int) -> Any:
-        padded = scratch.padded[:m]
-        inner_view(padded, self.in_shape[:2], self.padding)[...] = s
-        columns = scratch.columns[:m]
-        im2col(padded, self.kernel, self.stride, columns)
-        return columns.reshape(-1, self.kernel * self.kernel * self.in_channels)
-
-    def _matrix(self) -> Any:
-        return self.weight.reshape(-1, self.map_shape[2])
-
-    def _product(self, s: Any, out: Any, scratch: ConvScratch, m: int) -> Any:
+    def _product(self, s: Any, out: Any, ops: ConvOps, m: int) -> Any:
         """Return ``w * s`` before pooling, written into `out` itself where there is no pooling."""
-        u = out if self.pooling == "none" else scratch.map[:m]
-        gemm(self._columns(s, scratch, m), self._matrix(), out=u.reshape(-1, self.map_shape[2]))
+        u = out if self.pooling == "none" else ops.map(m)
+        channels = self.map_shape[2]
+        gemm(ops.columns(s, m), self.weight.reshape(-1, channels), out=u.reshape(-1, channels))
         return u
 
-    def drive(self, s: Any, out: Any, winners: Any, scratch: ConvScratch) -> None:
+    def drive(self, s: Any, out: Any, winners: Any, ops: ConvOps) -> None:
         """Write ``d = P(w * s + b)`` into `out` and the pooling winners into `winners` (None without max-pooling).
 
         Parameters
@@ -166,34 +147,19 @@ class Conv2d(Edge):
         s : array of shape (B, *in_shape)
         out : array of shape (B, *out_shape)
         winners : uint8 array of the shape of `out`, or None
-        scratch : ConvScratch
+        ops : ConvOps
         """
-        for part, m in scratch.chunks:
-            u = self._product(s[part], out[part], scratch, m)
-            if self.pooling == "max":
-                max_pool(u, self.pool, out[part], winners[part], scratch.mask[:m])
-            elif self.pooling == "average":
-                average_pool(u, self.pool, out[part])
-            out[part] += self.bias  # after pooling: both poolings commute with a constant a channel
+        for part, m in ops.chunks:
+            u = self._product(s[part], out[part], ops, m)
+            ops.pool(u, self.bias, out[part], _part(winners, part), m)
 
-    def linear_drive(self, s: Any, out: Any, winners: Any, scratch: ConvScratch) -> None:
+    def linear_drive(self, s: Any, out: Any, winners: Any, ops: ConvOps) -> None:
         """Write ``G(w * s)`` into `out`: no bias, max-pooling replaced by reading the units at given `winners`."""
-        for part, m in scratch.chunks:
-            u = self._product(s[part], out[part], scratch, m)
-            if self.pooling == "max":
-                max_gather(u, self.pool, winners[part], out[part], scratch.mask[:m])
-            elif self.pooling == "average":
-                average_pool(u, self.pool, out[part])
+        for part, m in ops.chunks:
+            u = self._product(s[part], out[part], ops, m)
+            ops.gather(u, _part(winners, part), out[part], m)
 
-    def _unpool(self, s: Any, winners: Any, out: Any, mask: Any) -> None:
-        if self.pooling == "max":
-            max_scatter(s, self.pool, winners, out, mask)
-        elif self.pooling == "average":
-            average_scatter(s, self.pool, out)
-        else:
-            out[...] = s
-
-    def topdown(self, s: Any, winners: Any, out: Any, scratch: ConvScratch) -> None:
+    def topdown(self, s: Any, winners: Any, out: Any, ops: ConvOps) -> None:
         """Write ``w^T * U(s)``, the adjoint of `linear_drive`, into `out`.
 
         Parameters
@@ -202,16 +168,11 @@ class Conv2d(Edge):
         winners : uint8 array of shape (B, *out_shape), or None
         out : array of shape (B, *in_shape)
         """
-        k, channels = self.kernel, self.map_shape[2]
-        for part, m in scratch.chunks:
-            padded = scratch.padded_up[:m]
-            view = inner_view(padded, self.map_shape[:2], k - 1 - self.padding, self.stride)
-            self._unpool(s[part], None if winners is None else winners[part], view, scratch.mask[:m])
-            columns = scratch.columns_up[:m]
-            im2col(padded, k, 1, columns)
-            gemm(columns.reshape(-1, k * k * channels), scratch.flipped, out=out[part].reshape(-1, self.in_channels))
+        for part, m in ops.chunks:
+            columns = ops.columns_up(s[part], _part(winners, part), m)
+            gemm(columns, ops.flipped, out=out[part].reshape(-1, self.in_shape[2]))
 
-    def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, scratch: ConvScratch) -> None:
+    def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: ConvOps) -> None:
         """Add ``corr(s_below, U(s))``, the derivative of ``<s, d(s_below)>`` at fixed winners, to `weight` and (unless
         None) the sum of ``U(s)`` to `bias`.
 
@@ -222,50 +183,21 @@ class Conv2d(Edge):
         weight, bias : arrays of the shapes of the parameters
         """
         channels = self.map_shape[2]
-        for part, m in scratch.chunks:
-            u = s[part]
-            if self.pooling != "none":
-                u = scratch.map[:m]
-                self._unpool(s[part], None if winners is None else winners[part], u, scratch.mask[:m])
-            columns = self._columns(s_below[part], scratch, m)
-            gemm(columns.T, u.reshape(-1, channels), out=scratch.weight.reshape(-1, channels))
-            weight += scratch.weight
+        for part, m in ops.chunks:
+            u = ops.unpool(s[part], _part(winners, part), m)
+            columns = ops.columns(s_below[part], m)
+            gemm(columns.T, u.reshape(-1, channels), out=ops.weight.reshape(-1, channels))
+            weight += ops.weight
         if bias is not None:
             bias += s.reshape(-1, channels).sum(axis=0)  # pooling adjoints keep the sum
 
     def flops(self) -> int:
         """Return the operations (multiply and add counted apart) of one product for one sample."""
-        return 2 * math.prod(self.map_shape) * self.kernel**2 * self.in_channels
+        return 2 * math.prod(self.map_shape) * self.kernel**2 * self.in_shape[2]
 
 
-class ConvScratch:
-    """Chunks and scratch of one `Conv2d` for one batch size.
-
-    Samples are processed in chunks whose scratch fits the byte budget (at least one sample), so that the columns stay
-    in cache; the arrays are views of an arena shared by all edges.
-    """
-
-    def __init__(self, edge: Conv2d, batch: int, arena_bytes: int, dtype: Any, xp: Any):
-        one = Arena.size(edge.scratch(1, dtype))
-        samples = max(1, min(batch, arena_bytes // one))
-        samples = -(-batch // -(-batch // samples))  # equal chunks
-        self.chunks = [
-            (slice(start, min(start + samples, batch)), min(samples, batch - start))
-            for start in range(0, batch, samples)
-        ]
-        self.requests = edge.scratch(samples, dtype)
-        k = edge.kernel
-        self.flipped = xp.empty((k * k * edge.map_shape[2], edge.in_channels), dtype)
-        self.weight = xp.empty(edge.weight_shape, dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes wanted from the arena."""
-        return Arena.size(self.requests)
-
-    def bind(self, arena: Arena) -> None:
-        """Take views of the arena."""
-        self.padded, self.columns, self.map, self.padded_up, self.columns_up, self.mask = arena.views(self.requests)
+def _part(winners: Any, part: slice) -> Any:
+    return None if winners is None else winners[part]
 
 
 class Linear(Edge):
@@ -286,30 +218,30 @@ class Linear(Edge):
     def __repr__(self) -> str:
         return f"Linear({self.in_shape} -> {self.out_shape})"
 
-    def prepare(self, batch: int, arena_bytes: int, dtype: Any, xp: Any) -> LinearScratch:
+    def prepare(self, batch: int, nbytes: int, dtype: Any, xp: Any) -> LinearOps:
         """Return the scratch; a dense map needs none from the arena."""
-        return LinearScratch(self, dtype, xp)
+        return LinearOps(self, dtype, xp)
 
-    def refresh(self, scratch: LinearScratch) -> None:
+    def refresh(self, ops: LinearOps) -> None:
         """Nothing to take up: the top-down product reads the weights themselves."""
 
-    def drive(self, s: Any, out: Any, winners: Any, scratch: LinearScratch) -> None:
+    def drive(self, s: Any, out: Any, winners: Any, ops: LinearOps) -> None:
         """Write ``s w + b`` into `out` (B, units)."""
-        self.linear_drive(s, out, winners, scratch)
+        self.linear_drive(s, out, winners, ops)
         out += self.bias
 
-    def linear_drive(self, s: Any, out: Any, winners: Any, scratch: LinearScratch) -> None:
+    def linear_drive(self, s: Any, out: Any, winners: Any, ops: LinearOps) -> None:
         """Write ``s w`` into `out` (B, units)."""
         gemm(s.reshape(len(s), -1), self.weight, out=out)
 
-    def topdown(self, s: Any, winners: Any, out: Any, scratch: LinearScratch) -> None:
+    def topdown(self, s: Any, winners: Any, out: Any, ops: LinearOps) -> None:
         """Write ``s w^T`` into `out` (B, *in_shape)."""
         gemm(s, self.weight.T, out=out.reshape(len(s), -1))
 
-    def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, scratch: LinearScratch) -> None:
+    def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: LinearOps) -> None:
         """Add the derivative of ``<s, d(s_below)>`` to `weight` and (unless None) `bias`."""
-        gemm(s_below.reshape(len(s), -1).T, s, out=scratch.weight)
-        weight += scratch.weight
+        gemm(s_below.reshape(len(s), -1).T, s, out=ops.weight)
+        weight += ops.weight
         if bias is not None:
             bias += s.sum(axis=0)
 
@@ -318,7 +250,7 @@ class Linear(Edge):
         return 2 * math.prod(self.weight_shape)
 
 
-class LinearScratch:
+class LinearOps:
     """Scratch of one `Linear`: its weight gradient."""
 
     nbytes = 0

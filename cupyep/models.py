@@ -31,8 +31,8 @@ ARCHITECTURES = tuple(f"vgg{depth}" for depth in CHANNELS)
 def default_gain(activation: str | Activation, feedback: float) -> float:
     """Return the weight gain that this project found to train.
 
-    Weak feedback wants the gain of a feed-forward net. With lambda = 1 every layer is driven from both sides and too high a gain saturates or never settles. The halved
-    hard sigmoid has slope 1/2 and wants twice the gain.
+    Weak feedback wants the gain of a feed-forward net. With lambda = 1 every layer is driven from both sides, and too
+    high a gain saturates or never settles. The halved hard sigmoid has slope 1/2 and wants twice the gain.
     """
     name = activation if isinstance(activation, str) else activation.name
     gain = 0.6 if feedback > 0.3 else 1.2

@@ -31,22 +31,22 @@ class Workspace:
 
     def __init__(self, edges: Sequence[Edge], batch: int, device: Device, dtype: Any, arena: Arena | None = None):
         self.edges = edges
-        self._input_scratch: dict[int, Any] = {}
+        self._input_ops: dict[int, Any] = {}
         self.batch = batch
         self.buffers = Buffers(device.xp, dtype)
         budget = SCRATCH_BYTES["cuda" if device.is_gpu else "cpu"]
-        self.scratch = [edge.prepare(batch, budget, dtype, device.xp) for edge in edges]
-        needed = max(scratch.nbytes for scratch in self.scratch)
+        self.ops = [edge.prepare(batch, budget, dtype, device.xp) for edge in edges]
+        needed = max(ops.nbytes for ops in self.ops)
         if arena is None or arena.block.nbytes < needed:
             arena = Arena(device.xp, needed)
         self.arena = arena
-        for scratch in self.scratch:
-            scratch.bind(arena)
+        for ops in self.ops:
+            ops.bind(arena)
 
     def refresh(self) -> None:
         """Take up the current weights; call before a settle, after every change of the parameters."""
-        for edge, scratch in zip(self.edges, self.scratch, strict=True):
-            edge.refresh(scratch)
+        for edge, ops in zip(self.edges, self.ops, strict=True):
+            edge.refresh(ops)
 
     def states(self, name: str) -> list[Any]:
         """Return one buffer a layer, of shapes (batch, *shape of the layer)."""
@@ -59,13 +59,13 @@ class Workspace:
             for n, edge in enumerate(self.edges, 1)
         ]
 
-    def input_scratch(self, samples: int) -> Any:
-        """Return scratch of the first edge for a batch of `samples`, which sees the input only once a phase."""
+    def input_ops(self, samples: int) -> Any:
+        """Return the operations of the first edge for a batch of `samples`, which sees the input only once a phase."""
         if samples == self.batch:
-            return self.scratch[0]
-        if samples not in self._input_scratch:
+            return self.ops[0]
+        if samples not in self._input_ops:
             edge = self.edges[0]
-            scratch = edge.prepare(samples, self.arena.block.nbytes, self.buffers.dtype, self.buffers.xp)
-            scratch.bind(self.arena)
-            self._input_scratch[samples] = scratch
-        return self._input_scratch[samples]
+            ops = edge.prepare(samples, self.arena.block.nbytes, self.buffers.dtype, self.buffers.xp)
+            ops.bind(self.arena)
+            self._input_ops[samples] = ops
+        return self._input_ops[samples]

@@ -121,6 +121,31 @@ def test_layout_on_disk(path, dataset):
         np.testing.assert_array_equal(file["train/labels"], dataset.train.labels)
 
 
+def test_text_of_fixed_length(path, dataset):
+    """As other HDF5 libraries store text."""
+    with h5py.File(path, "r+") as file:
+        file.attrs["format"] = np.bytes_(b"cupyep-teacher")
+        file.attrs["teacher"] = np.bytes_("Schüler".encode())
+        file.attrs["classes"] = np.array([b"cat", b"dog", b"owl"])
+    with TeacherFile(path) as teacher:
+        teacher.check(dataset)
+        assert teacher.teacher == "Schüler"
+
+
+def test_damaged_structures_are_found(path):
+    """A flipped byte anywhere before the first array's values is an error or changes nothing, never a crash."""
+    content = path.read_bytes()
+    refused = 0
+    for place in range(0, 200):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        try:
+            TeacherFile(path).close()
+        except TeacherError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 150
+
+
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_accuracy_is_that_of_the_identity_view(tmp_path, dataset, monkeypatch, block):
     monkeypatch.setattr(layout, "BLOCK_BYTES", block)

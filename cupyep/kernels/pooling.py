@@ -52,7 +52,7 @@ def max_pool(u: Any, p: int, out: Any, winners: Any, mask: Any) -> None:
 
 
 def max_gather(u: Any, p: int, winners: Any, out: Any, mask: Any) -> None:
-    """Write the units of `u` at given winners into `out`: max-pooling linearised, the operator G (shapes as `max_pool`)."""
+    """Write the units of `u` at given winners into `out`: max-pooling linearised, the operator G."""
     xp = array_module(u)
     for offset, view in _windows(u, p):
         xp.equal(winners, winners.dtype.type(offset), out=mask)

@@ -34,7 +34,7 @@ class Backpropagation(Learner):
         )
         below = batch.images
         for n, edge in enumerate(network.layers):
-            edge.drive(below, state.drives[n], state.winners[n], workspace.scratch[n])
+            edge.drive(below, state.drives[n], state.winners[n], workspace.ops[n])
             network.activation.value(state.drives[n], state.layers[n])
             below = state.layers[n]
         return state
@@ -60,10 +60,10 @@ class Backpropagation(Learner):
                     term.add_force(state.layers[n - 1], target, scale, here)
             network.activation.slope(state.drives[n - 1], slope[n - 1])
             here *= slope[n - 1]
-            winners, scratch = state.winners[n - 1], workspace.scratch[n - 1]
+            winners, ops = state.winners[n - 1], workspace.ops[n - 1]
             below = state.layers[n - 2] if n > 1 else batch.images
-            self._add_edge(gradients, n, below, here, winners, scratch)
+            self._add_edge(gradients, n, below, here, winners, ops)
             if n > 1:
                 down = slope[n - 2]
-                network.layers[n - 1].topdown(here, winners, down, scratch)
+                network.layers[n - 1].topdown(here, winners, down, ops)
         return self._result(gradients, state.layers[-1], state.layers, batch)

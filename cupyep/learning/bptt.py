@@ -99,7 +99,7 @@ class BackpropagationThroughTime(Learner):
     def _step_back(self, x: Any, state: State, mu: list[Any], gradients: dict[str, Any]) -> list[Any]:
         """Return dL/ds_t from dL/ds_{t+1} and add this step's parameter gradients."""
         network, xp = self.network, self.network.device.xp
-        scratch, feedback = network.workspace(len(x)).scratch, network.feedback
+        ops, feedback = network.workspace(len(x)).ops, network.feedback
         q = []
         for g, m in zip(state.drives, mu, strict=True):
             slope = xp.empty_like(g)
@@ -109,15 +109,15 @@ class BackpropagationThroughTime(Learner):
         for n, edge in enumerate(network.layers, 1):
             winners = state.winners[n - 1]
             below = state.layers[n - 2] if n > 1 else x
-            self._add_edge(gradients, n, below, q[n - 1], winners, scratch[n - 1])
+            self._add_edge(gradients, n, below, q[n - 1], winners, ops[n - 1])
             if n == 1:
                 continue
             down = xp.empty_like(state.layers[n - 2])
-            edge.topdown(q[n - 1], winners, down, scratch[n - 1])
+            edge.topdown(q[n - 1], winners, down, ops[n - 1])
             before[n - 2] += down
             up = xp.empty_like(state.layers[n - 1])
             scaled = q[n - 2] * feedback
-            edge.linear_drive(scaled, up, winners, scratch[n - 1])
+            edge.linear_drive(scaled, up, winners, ops[n - 1])
             before[n - 1] += up
-            self._add_edge(gradients, n, scaled, state.layers[n - 1], winners, scratch[n - 1], bias=False)
+            self._add_edge(gradients, n, scaled, state.layers[n - 1], winners, ops[n - 1], bias=False)
         return before

@@ -2,7 +2,7 @@
 
 With ``F = E + beta L`` and its equilibrium ``s_beta``, ``dL/dtheta = d/dbeta [dF/dtheta(s_beta)]`` at beta = 0. The
 centered estimate (Laborieux et al. 2021) is ``-[dPhi/dtheta(s_+beta) - dPhi/dtheta(s_-beta)] / (2 beta N)``, plus the
-direct derivative of L for the readout and learned maps. With a feedback weight lambda, edge n's part is multiplied by a_n.
+direct derivative of L for the readout and learned maps. Feedback weight lambda multiplies edge n's part by a_n.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class EquilibriumPropagation(Learner):
         two = len(betas) == 2
         span = betas[0] - (betas[1] if two else 0.0)
         weights = network.energy.weights
-        scratch = network.workspace(len(betas) * samples).scratch
+        ops = network.workspace(len(betas) * samples).ops
         response = []
         for n in range(1, network.depth + 1):
             factor = -weights[n - 1] / (span * samples)
@@ -145,10 +145,10 @@ class EquilibriumPropagation(Learner):
             signed[:samples] = first * factor
             if two:
                 signed[samples:] = second * -factor  # one product over both phases
-            self._add_edge(gradients, n, below, signed, winners, scratch[n - 1])
+            self._add_edge(gradients, n, below, signed, winners, ops[n - 1])
             if not two:
                 below = free.layers[n - 2] if n > 1 else batch.images
-                self._add_edge(gradients, n, below, second * -factor, free.winners[n - 1], scratch[n - 1])
+                self._add_edge(gradients, n, below, second * -factor, free.winners[n - 1], ops[n - 1])
             response.append(xp.abs(first - second).mean())
         for phase in range(len(betas)):
             part = slice(phase * samples, (phase + 1) * samples)
@@ -182,11 +182,11 @@ class EquilibriumPropagation(Learner):
             differences.append(difference * (-1 / (span * samples)))
             response.append(xp.abs(difference).mean() / a)
         for n in range(1, network.depth + 1):
-            winners, scratch = free.winners[n - 1], workspace.scratch[n - 1]
-            self._add_edge(gradients, n, means[n - 1], differences[n], winners, scratch)
+            winners, ops = free.winners[n - 1], workspace.ops[n - 1]
+            self._add_edge(gradients, n, means[n - 1], differences[n], winners, ops)
             if n > 1:
                 below = differences[n - 1] * network.feedback
-                self._add_edge(gradients, n, below, means[n], winners, scratch, bias=False)
+                self._add_edge(gradients, n, below, means[n], winners, ops, bias=False)
         self._add_term_gradients(gradients, nudges, free, nudged, samples)
         return response
 

@@ -106,12 +106,12 @@ class Learner:
         return {path: xp.zeros_like(array) for path, array in self.parameters().items()}
 
     def _add_edge(
-        self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, scratch: Any, bias=True
+        self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, ops: Any, bias=True
     ):
         """Add ``corr(below, U_n(above))`` to edge n's gradient (and the sum of ``U_n(above)`` to its bias')."""
         path = f"layers.{n}"
         bias = gradients[f"{path}.bias"] if bias else None
-        self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, scratch)
+        self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
 
     def _add_terms(self, gradients: dict[str, Any], nudges: Sequence[Nudge], states: Any, share: float) -> None:
         """Add the direct derivative of the loss for readout and learned maps, batch mean times `share`.

@@ -4,7 +4,7 @@ from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from cupyep.training.config import TrainConfig, make_config, read_toml
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.runs import evaluate_run, resume_run, start_run
-from cupyep.training.teacher import export_logits, feedforward, train_teacher
+from cupyep.training.teacher import export_logits, feedforward, teacher_config, train_teacher
 from cupyep.training.trainer import Trainer, TrainSummary, evaluate
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "resume_run",
     "save_checkpoint",
     "start_run",
+    "teacher_config",
     "train_teacher",
 ]

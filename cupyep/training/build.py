@@ -111,22 +111,25 @@ def build_optimizer(config: TrainConfig, parameters: dict[str, Any]) -> Optimize
     return SGD(parameters, rates, config.momentum, config.nesterov, config.weight_decay)
 
 
-def build_loaders(
-    config: TrainConfig, dataset: Dataset, network: Network, generator: np.random.Generator
-) -> tuple[Loader, Loader]:
-    """Return the training batches (shuffled and augmented by draws of `generator`) and the test batches."""
-    common = {"batch_size": config.batch_size, "device": network.device, "dtype": network.dtype}
-    train = Loader(
+def training_batches(config: TrainConfig, dataset: Dataset, network: Network, generator: np.random.Generator) -> Loader:
+    """Return the training batches, shuffled and augmented by draws of `generator`."""
+    return Loader(
         dataset,
         "train",
+        config.batch_size,
+        network.device,
+        network.dtype,
         augment=config.crop or config.flip,
         shuffle=True,
         generator=generator,
         pad=None if config.crop else 0,
         flip=config.flip,
-        **common,
     )
-    return train, Loader(dataset, "test", **common)
+
+
+def evaluation_batches(config: TrainConfig, dataset: Dataset, network: Network) -> Loader:
+    """Return the test batches, in their order and as they are."""
+    return Loader(dataset, "test", config.batch_size, network.device, network.dtype)
 
 
 def build_trainer(
@@ -141,13 +144,12 @@ def build_trainer(
     """Return the trainer of `network`, with all generators drawn from ``config.seed``."""
     seeds = np.random.SeedSequence(config.seed).spawn(2)
     generators = dict(zip(("data", "learner"), map(np.random.default_rng, seeds), strict=True))
-    train, test = build_loaders(config, dataset, network, generators["data"])
     learner = build_learner(config, network, signals, generators["learner"])
     return Trainer(
         learner,
         build_optimizer(config, learner.parameters()),
-        train,
-        test,
+        training_batches(config, dataset, network, generators["data"]),
+        evaluation_batches(config, dataset, network),
         epochs=config.epochs,
         lr_schedule=config.lr_schedule,
         directory=directory,

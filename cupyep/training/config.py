@@ -130,8 +130,8 @@ class TrainConfig:
     optimizer: str = OPTIMIZER("sgd", str, "Optimizer.", choices=tuple(OPTIMIZERS))
     learning_rate: float | list[float] = OPTIMIZER(0.05, list, "Learning rate, one number or one a layer, readout "
                                                    "last.", above=0)
-    lr_schedule: str = OPTIMIZER("cosine", str, "Course of the learning rate over the training.",
-                                 choices=tuple(LR_SCHEDULES))
+    lr_schedule: str = OPTIMIZER("cosine", str, "Course of the learning rate; step: a tenth from 1/2 of the run, and "
+                                 "again from 3/4.", choices=tuple(LR_SCHEDULES))
     momentum: float = OPTIMIZER(0.9, float, "Momentum of sgd.", low=0, below=1)
     nesterov: bool = OPTIMIZER(False, bool, "Nesterov's form of the momentum.")
     weight_decay: float = OPTIMIZER(0.0, float, "L2 penalty on every parameter.", low=0)

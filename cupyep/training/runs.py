@@ -7,11 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend import Device, get_device
 from cupyep.data import Dataset, Loader
 from cupyep.errors import require
 from cupyep.network import Network
-from cupyep.training.build import build_dataset, build_network, build_signals, build_trainer
+from cupyep.training.build import (
+    build_dataset,
+    build_learner,
+    build_network,
+    build_signals,
+    build_trainer,
+    evaluation_batches,
+)
 from cupyep.training.checkpoint import restore_parameters
 from cupyep.training.config import TrainConfig, option_name
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory, check_free, default_path
@@ -20,7 +29,6 @@ from cupyep.training.trainer import Trainer, evaluate
 
 # What may differ when a run is resumed: how long it goes on, and where it finds machine and files.
 RESUME_OPTIONS = ("epochs", "device", "data_dir", "teacher")
-EVALUATE_DEFAULTS: dict[str, Any] = {}
 
 
 def start_run(
@@ -94,16 +102,19 @@ def evaluate_run(path: str | Path, which: str, given: Mapping[str, Any], quiet: 
     config = dataclasses.replace(directory.config, aug="none", teacher=None, learned_maps=False, **given)
     dataset = build_dataset(config)
     network = build_network(config, dataset, get_device(config.device))
-    trainer = build_trainer(config, dataset, network, quiet=quiet)
+    learner, test = (
+        build_learner(config, network, [], np.random.default_rng(config.seed)),
+        evaluation_batches(config, dataset, network),
+    )
     own = {name: array for name, array in saved.parameters.items() if not name.startswith("signals.")}
     restore_parameters(directory.path / CHECKPOINT_FILES[which], own, network.parameters(), network.device)
-    loss, accuracy = evaluate(trainer.learner, trainer.test, quiet=quiet)
+    loss, accuracy = evaluate(learner, test, quiet=quiet)
     lines = [
         f"{config.arch} on the {len(dataset.test)} test images of {config.dataset}, epoch {saved.epoch} ({which})",
         f"test accuracy {accuracy:.2%}, loss {loss:.4f}",
     ]
     if network.classes >= 100:
-        lines[1] += f", top-5 accuracy {top_k_accuracy(trainer.learner, trainer.test, 5):.2%}"
+        lines[1] += f", top-5 accuracy {top_k_accuracy(learner, test, 5):.2%}"
     return lines
 
 

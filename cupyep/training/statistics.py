@@ -67,8 +67,8 @@ class EpochStatistics:
                 self._add(f"{phase}_residual", stats.residual * result.count)
         # A sum that stopped being finite stays so: the number of batches after which it was finite gives the bad one.
         self._add("batches", 1)
-        self._add("finite_losses", xp.isfinite(self._sums["loss"]).astype(np.int64))
-        self._add("finite_gradients", xp.isfinite(self._sums["gradient_norm"]).all().astype(np.int64))
+        self._add("finite_losses", (xp.isfinite(self._sums["loss"]) & xp.isfinite(self._sums["activity"]).all()) * 1)
+        self._add("finite_gradients", xp.isfinite(self._sums["gradient_norm"]).all() * 1)
 
     def _add(self, name: str, value: Any) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value

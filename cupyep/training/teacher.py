@@ -36,7 +36,8 @@ SHARED = (
     "seed",
     "device",
 )
-# ... and what not: it is trained feed-forward. This project's own choice, measured on CIFAR-10.
+# ... and what not: it is trained feed-forward. This project's own choice: of VGG-7 teachers at one
+# eighth width (5000 CIFAR-10 images, 10 epochs) those with ReLU or ReLU6 were 3 points better than with a hard sigmoid.
 TEACHER_SETTINGS = {
     "algorithm": "bp",
     "loss": "cross_entropy",

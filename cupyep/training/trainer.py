@@ -55,9 +55,10 @@ class TrainSummary:
 def evaluate(learner: Any, batches: Any, bar_text: str = "testing", quiet: bool = True) -> tuple[float, float]:
     """Return (mean loss, accuracy) of `learner` over `batches` (a `Loader` without augmentation)."""
     loss, correct, count = 0.0, 0, 0
-    for batch in tqdm(batches, desc=bar_text, unit=" batches", leave=False, disable=True if quiet else None):
-        batch_loss, batch_correct = learner.evaluate(batch)
-        loss, correct, count = loss + batch_loss, correct + batch_correct, count + len(batch.labels)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for batch in tqdm(batches, desc=bar_text, unit=" batches", leave=False, disable=True if quiet else None):
+            batch_loss, batch_correct = learner.evaluate(batch)
+            loss, correct, count = loss + batch_loss, correct + batch_correct, count + len(batch)
     return float(loss) / count, int(correct) / count
 
 
@@ -235,7 +236,10 @@ class Trainer:
             leave=False,
             disable=True if self.quiet else None,
         )
-        with bar:
+        with (
+            bar,
+            np.errstate(over="ignore", invalid="ignore"),
+        ):  # what is not finite is found and named by the statistics
             shown = time.monotonic()
             for number, batch in enumerate(self.train):
                 factor = self._set_progress((epoch - 1 + number / len(self.train)) / self.epochs)

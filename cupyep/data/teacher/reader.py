@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -65,8 +66,7 @@ class TeacherFile:
         self._file.close()
 
     def _read_header(self) -> None:
-        found = self._file.attrs.get("format")
-        self._check(isinstance(found, str) and found == FORMAT, f"is not a cupyep teacher file; {AGAIN}")
+        self._check(_decoded(self._file.attrs.get("format")) == FORMAT, f"is not a cupyep teacher file; {AGAIN}")
         version = self._file.attrs.get("version")
         self._check(
             isinstance(version, np.integer) and version == VERSION,
@@ -77,13 +77,13 @@ class TeacherFile:
         self._check(not views_problem(self.views), f"{views_problem(self.views)}; {AGAIN}")
 
     def _text(self, name: str) -> str:
-        value = self._file.attrs.get(name)
+        value = _decoded(self._file.attrs.get(name))
         self._check(isinstance(value, str), f"attribute '{name}' is missing or not text; {AGAIN}")
         return value
 
     def _names(self, name: str) -> tuple[str, ...]:
         values = self._file.attrs.get(name)
-        values = tuple(values) if isinstance(values, np.ndarray) and values.ndim == 1 else ()
+        values = tuple(map(_decoded, values)) if isinstance(values, np.ndarray) and values.ndim == 1 else ()
         self._check(
             bool(values) and all(isinstance(value, str) for value in values),
             f"attribute '{name}' is missing or not a list of names; {AGAIN}",
@@ -253,3 +253,8 @@ class TeacherFile:
             raise TeacherError(
                 f"teacher file {self.path}: is not HDF5, truncated or damaged ({one_line(error)}); {AGAIN}"
             ) from error
+
+
+def _decoded(value: Any) -> Any:
+    """Return text for what HDF5 gives back for text of fixed length; anything else as it is."""
+    return bytes(value).decode() if isinstance(value, np.bytes_) else value

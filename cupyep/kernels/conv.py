@@ -1,0 +1,148 @@
+"""The array operations of one convolution with pooling, in chunks: columns, pooling, adjoint of pooling.
+
+`ConvOps` is plain array code for NumPy and CuPy alike, and the reference. Every operation works on one chunk of samples
+and writes into scratch that exists before: a view of an `Arena` that all edges share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyep.kernels.buffers import Arena
+from cupyep.kernels.columns import im2col, inner_view
+from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Sizes of a convolution: `in_shape` (H, W, C), `map_shape` (Ho, Wo, K) before and `out_shape` after pooling."""
+
+    in_shape: tuple[int, int, int]
+    map_shape: tuple[int, int, int]
+    out_shape: tuple[int, int, int]
+    kernel: int
+    stride: int
+    padding: int
+    pooling: str
+    pool: int
+
+
+class ConvOps:
+    """Chunks, scratch and operations of one convolution for one batch size.
+
+    Samples are processed in chunks whose scratch fits the byte budget (at least one sample), so that the columns stay
+    in cache.
+
+    Parameters
+    ----------
+    geometry : ConvGeometry
+    batch : int
+    nbytes : int
+        Budget of the scratch.
+    dtype : dtype
+    xp : module
+        ``numpy`` or ``cupy``.
+
+    Attributes
+    ----------
+    chunks : list of (slice, int)
+        Samples of each chunk and their number.
+    nbytes : int
+        Bytes wanted from the arena.
+    flipped : array of shape (k * k * K, C)
+        The weight of the top-down product, see `refresh`.
+    weight : array of shape (k, k, C, K)
+        Scratch for a chunk's weight gradient.
+    """
+
+    def __init__(self, geometry: ConvGeometry, batch: int, nbytes: int, dtype: Any, xp: Any):
+        self.geometry = geometry
+        one = Arena.size(self._requests(1, dtype))
+        samples = max(1, min(batch, nbytes // one))
+        samples = -(-batch // -(-batch // samples))  # equal chunks
+        self.chunks = [
+            (slice(start, min(start + samples, batch)), min(samples, batch - start))
+            for start in range(0, batch, samples)
+        ]
+        self.requests = self._requests(samples, dtype)
+        self.nbytes = Arena.size(self.requests)
+        k, channels, outputs = geometry.kernel, geometry.in_shape[2], geometry.map_shape[2]
+        self.flipped = xp.empty((k * k * outputs, channels), dtype)
+        self.weight = xp.empty((k, k, channels, outputs), dtype)
+
+    def _requests(self, samples: int, dtype: Any) -> list[tuple[tuple[int, ...], Any]]:
+        g = self.geometry
+        k, (height, width, channels), outputs = g.kernel, g.in_shape, g.map_shape[2]
+        return [
+            ((samples, height + 2 * g.padding, width + 2 * g.padding, channels), dtype),
+            ((samples, *g.map_shape[:2], k, k * channels), dtype),
+            ((samples, *g.map_shape), dtype),
+            ((samples, height + k - 1, width + k - 1, outputs), dtype),
+            ((samples, height, width, k, k * outputs), dtype),
+            ((samples, *g.out_shape), np.bool_),
+        ]
+
+    def bind(self, arena: Arena) -> None:
+        """Take views of the arena."""
+        views = arena.views(self.requests)
+        self._padded, self._columns, self._map, self._padded_up, self._columns_up, self._mask = views
+
+    def refresh(self, weight: Any) -> None:
+        """Take up a weight (k, k, C, K) for the top-down product: mirrored, channels exchanged."""
+        mirrored = weight[::-1, ::-1].transpose(0, 1, 3, 2)
+        self.flipped.reshape(mirrored.shape)[...] = mirrored
+
+    def map(self, m: int) -> Any:
+        """Return the scratch map before pooling for `m` samples, shape (m, Ho, Wo, K)."""
+        return self._map[:m]
+
+    def columns(self, s: Any, m: int) -> Any:
+        """Return the column matrix (m * Ho * Wo, k * k * C) of `s` (m, H, W, C)."""
+        g, padded, columns = self.geometry, self._padded[:m], self._columns[:m]
+        inner_view(padded, g.in_shape[:2], g.padding)[...] = s
+        im2col(padded, g.kernel, g.stride, columns)
+        return columns.reshape(-1, g.kernel * g.kernel * g.in_shape[2])
+
+    def columns_up(self, s: Any, winners: Any, m: int) -> Any:
+        """Return the column matrix (m * H * W, k * k * K) of ``U(s)`` for the top-down product."""
+        g, padded, columns = self.geometry, self._padded_up[:m], self._columns_up[:m]
+        self._scatter(s, winners, inner_view(padded, g.map_shape[:2], g.kernel - 1 - g.padding, g.stride), m)
+        im2col(padded, g.kernel, 1, columns)
+        return columns.reshape(-1, g.kernel * g.kernel * g.map_shape[2])
+
+    def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
+        """Write ``P(u + bias)`` into `out` and its winners into `winners`; without pooling `u` is `out`."""
+        g = self.geometry
+        if g.pooling == "max":
+            max_pool(u, g.pool, out, winners, self._mask[:m])
+        elif g.pooling == "average":
+            average_pool(u, g.pool, out)
+        out += bias  # after pooling: both poolings commute with a constant a channel
+
+    def gather(self, u: Any, winners: Any, out: Any, m: int) -> None:
+        """Write ``G(u)`` into `out`: max-pooling replaced by reading `u` at `winners`."""
+        g = self.geometry
+        if g.pooling == "max":
+            max_gather(u, g.pool, winners, out, self._mask[:m])
+        elif g.pooling == "average":
+            average_pool(u, g.pool, out)
+
+    def unpool(self, s: Any, winners: Any, m: int) -> Any:
+        """Return ``U(s)``, shape (m, Ho, Wo, K): `s` itself without pooling, else in the scratch map."""
+        if self.geometry.pooling == "none":
+            return s
+        u = self._map[:m]
+        self._scatter(s, winners, u, m)
+        return u
+
+    def _scatter(self, s: Any, winners: Any, out: Any, m: int) -> None:
+        g = self.geometry
+        if g.pooling == "max":
+            max_scatter(s, g.pool, winners, out, self._mask[:m])
+        elif g.pooling == "average":
+            average_scatter(s, g.pool, out)
+        else:
+            out[...] = s

@@ -1,0 +1,115 @@
+"""Small networks, batches and signals for the tests of the core."""
+
+from __future__ import annotations
+
+import numpy as np
+from oracle import Oracle, Term
+
+import cupyep as ep
+
+CLASSES = 3
+
+
+def network(
+    kind="conv",
+    device="cpu",
+    *,
+    pooling="average",
+    loss="cross_entropy",
+    feedback=1.0,
+    activation="sigmoid",
+    gain=0.5,
+    precision="float64",
+    seed=0,
+    bias=0.3,
+):
+    """Return a network of three state layers (four with squared error) with biases that are not zero."""
+    if kind == "conv":
+        layers = [
+            ep.Conv2d((6, 6, 2), 3, pooling=pooling),
+            ep.Conv2d((3, 3, 3), 4),
+            ep.Conv2d((3, 3, 4), 4, kernel=2, pooling=pooling),
+        ]
+    else:
+        layers = [ep.Linear((6, 6, 2), 7), ep.Linear((7,), 6), ep.Linear((6,), 5)]
+    if loss == "squared_error":
+        layers.append(ep.Linear(layers[-1].out_shape, CLASSES))
+    net = ep.Network(
+        layers,
+        CLASSES,
+        activation=activation,
+        loss=loss,
+        feedback=feedback,
+        gain=gain,
+        seed=seed,
+        device=device,
+        precision=precision,
+    )
+    generator = np.random.default_rng([seed, 1])
+    for path, array in net.parameters().items():
+        if path.endswith(".bias"):
+            array[...] = net.device.asarray(bias * generator.uniform(0.5, 1.5, array.shape), net.dtype)
+    return net
+
+
+def batch_of(net, samples=3, seed=0):
+    """Return a batch with index and view; images are uniform in [0, 1], as float64 on every precision."""
+    generator = np.random.default_rng([seed, 2])
+    images = generator.uniform(0, 1, (samples, *net.input_shape))
+    labels = np.arange(samples) % CLASSES
+    view = (np.arange(samples) % 2).astype(np.uint8)
+    return ep.Batch(net.device.asarray(images, net.dtype), labels, np.arange(samples) + 5, view)
+
+
+class Teacher:
+    """Logits that depend on sample and view, made of nothing but these two; also features."""
+
+    feature_layers = {"middle": (3, 3, 4)}
+
+    def logits(self, split, index, view):
+        assert split == "train"
+        return np.stack(
+            [np.sin([i + 1.0 + 10 * v, 2 * i - v, 3 * i + 2 * v]) * 2 for i, v in zip(index, view, strict=True)]
+        )
+
+    def feature(self, layer, split, index, view):
+        assert (layer, split) == ("middle", "train")
+        return np.stack(
+            [
+                np.random.default_rng([i, v]).uniform(0, 1, self.feature_layers[layer])
+                for i, v in zip(index, view, strict=True)
+            ]
+        )
+
+
+def signals_of(kind, **options):
+    """Return ``plain``: none, ``le``: local errors, ``kd``: distillation with a learned map and temperature."""
+    if kind == "plain":
+        return []
+    if kind == "le":
+        return [ep.LocalError([1, 2], kappa=0.7, seed=3, **options)]
+    return [ep.Distillation(Teacher(), [2], kappa=0.4, temperature=2.0, learned=True, seed=4, **options)]
+
+
+def oracle_terms(net, batch, signals=(), parameters=None):
+    """Return the loss of a nudge as oracle terms; learned maps are read from `parameters` where they are there."""
+    parameters = parameters or {}
+    terms = [Oracle(net, {k: v for k, v in parameters.items() if k.startswith("readout")}).readout_term(batch.labels)]
+    for i, signal in enumerate(signals):
+        for layer in signal.layers:
+            own = np.array(net.device.to_numpy(signal.term(layer).weight), np.float64)
+            matrix = parameters.get(f"signals.{i}.layer{layer}.weight", own)
+            loss, temperature = signal.criterion.name, getattr(signal.criterion, "temperature", 1.0)
+            if isinstance(signal, ep.Distillation):
+                z = Teacher().logits("train", batch.index, batch.view)
+                e = np.exp(z / temperature)
+                target = z if loss == "squared_error" else e / e.sum(axis=1, keepdims=True)
+            else:
+                target = np.eye(net.classes)[batch.labels]
+            terms.append(Term(layer, loss, target, signal.kappa, matrix, 0.0, temperature, signal.pool or 1))
+    return terms
+
+
+def on_host(net, mapping):
+    """Return arrays by path as float64 NumPy."""
+    return {path: np.array(net.device.to_numpy(array), np.float64) for path, array in mapping.items()}

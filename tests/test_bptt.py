@@ -1,0 +1,94 @@
+"""BPTT. Oracle: finite differences of the loss after K steps of the network re-implemented in oracle.py."""
+
+import numpy as np
+import pytest
+from oracle import Oracle, finite_difference
+from small import batch_of, network, on_host, oracle_terms, signals_of
+
+import cupyep as ep
+
+FREE, UNROLLED = 3, 4
+
+
+def numeric_gradients(net, batch, signals, learner):
+    """Return, by path, d(mean loss after UNROLLED steps)/d parameter; the start, of FREE steps, stays where it is."""
+    images = net.device.to_numpy(batch.images)
+    start = Oracle(net).settle(images, FREE)
+    parameters = on_host(net, learner.parameters())
+
+    def loss():
+        oracle = Oracle(net, {path: p for path, p in parameters.items() if not path.startswith("signals")})
+        layers = oracle.settle(images, UNROLLED, start)
+        return oracle.loss_value(layers, oracle_terms(net, batch, signals, parameters)).mean()
+
+    generator = np.random.default_rng(0)
+    return {
+        path: finite_difference(loss, p, 1e-6, generator.choice(p.size, min(p.size, 6), replace=False))
+        for path, p in parameters.items()
+    }
+
+
+def assert_gradients(net, signals=()):
+    batch = batch_of(net)
+    learner = ep.BackpropagationThroughTime(net, FREE, UNROLLED, signals=signals)
+    found = on_host(net, learner.step(batch).gradients)
+    expected = numeric_gradients(net, batch, signals, learner)
+    assert found.keys() == expected.keys()
+    for path, numeric in expected.items():
+        checked = ~np.isnan(numeric)
+        np.testing.assert_allclose(found[path][checked], numeric[checked], rtol=2e-6, atol=2e-9, err_msg=path)
+        assert np.abs(numeric[checked]).max() > 1e-6, f"{path}: nothing was compared"
+
+
+@pytest.mark.parametrize("feedback", [1.0, 0.3])
+@pytest.mark.parametrize("signal", ["plain", "le", "kd"])
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_gradients_with_signals(device, pooling, signal, feedback):
+    net = network("conv", device, pooling=pooling, feedback=feedback)
+    assert_gradients(net, signals_of(signal))
+
+
+@pytest.mark.parametrize("activation", ["hard_sigmoid", "half_hard_sigmoid", "relu6", "relu", "tanh"])
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_gradients_with_activations(device, kind, activation):
+    """In a clip some units are cut off: their slope is zero."""
+    net = network(kind, device, activation=activation, pooling="max", gain=1.0, bias=0.1)
+    assert_gradients(net, signals_of("le"))
+
+
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_gradients_with_squared_error(device, kind):
+    assert_gradients(network(kind, device, loss="squared_error", feedback=0.5), signals_of("kd", loss="squared_error"))
+
+
+def test_loss_and_hits_are_those_of_the_last_state(device):
+    net = network("dense", device)
+    batch = batch_of(net, samples=5)
+    result = ep.BackpropagationThroughTime(net, FREE, UNROLLED, signals=signals_of("le")).step(batch)
+    oracle = Oracle(net)
+    top = oracle.settle(net.device.to_numpy(batch.images), FREE + UNROLLED)[-1]
+    term = oracle.readout_term(batch.labels)
+    assert float(result.loss) == pytest.approx(term.value(top).mean(), rel=1e-12)
+    assert int(result.correct) == (term.output(top).argmax(axis=1) == batch.labels).sum()
+    assert result.nudge_response is None
+
+
+def test_unrolling_starts_where_it_is_told(device):
+    """`step_from` uses the given state and leaves it as it was."""
+    net = network("dense", device)
+    batch = batch_of(net)
+    start = net.settle(batch, steps=FREE)
+    before = [net.device.to_numpy(s).copy() for s in start.layers]
+    learner = ep.BackpropagationThroughTime(net, 50, UNROLLED)
+    top = Oracle(net).settle(net.device.to_numpy(batch.images), UNROLLED, before)[-1]
+    expected = Oracle(net).readout_term(batch.labels).value(top).mean()
+    assert float(learner.step_from(batch, start).loss) == pytest.approx(expected, rel=1e-12)
+    for kept, s in zip(before, start.layers, strict=True):
+        np.testing.assert_array_equal(net.device.to_numpy(s), kept)
+
+
+@pytest.mark.parametrize("options", [{"free_steps": 0}, {"unrolled_steps": -1}, {"schedule": "sweep"}])
+def test_wrong_arguments_are_one_line(options):
+    with pytest.raises(ep.ConfigurationError, match=f"{next(iter(options))}") as error:
+        ep.BackpropagationThroughTime(network("dense"), **options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,328 @@
+"""The command line: whole commands on tiny CIFAR-10 files, exit codes, one-line errors, nothing half-written.
+
+Oracle: the documented contract (exit 0 done, 1 failed, 2 wrong usage, 130 interrupted), the files that a run leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from data_files import cifar_binary_files, random_arrays, shrink_source, write_files
+
+import cupyep as ep
+from cupyep.cli import main
+from cupyep.errors import ConvergenceWarning
+from cupyep.training import trainer
+from cupyep.training.config import OPTIONS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
+METRICS = {
+    "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "kappa", "free_residual",
+    "nudged_residual", "images_per_s", "elapsed_s", "peak_memory_bytes", "activity", "nudge_response", "gradient_norm",
+}  # fmt: skip
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A data folder with CIFAR-10 of 50 training and 10 test images; the working folder is empty."""
+    shrink_source(monkeypatch, "cifar10")
+    folder = tmp_path / "data"
+    write_files(folder / "cifar-10-batches-bin", cifar_binary_files("cifar10", random_arrays((32, 32, 3), 10)))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("CUPYEP_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture
+def invoke(capsys):
+    """Run the command line in this process; return (exit code, stdout, stderr)."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in args], prog_name="cupyep")
+        streams = capsys.readouterr()
+        return end.value.code, streams.out, streams.err
+
+    return run
+
+
+def records(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("aug", ["none", "le", "kd"])
+def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
+    code, out, err = invoke("train", *TINY, "--aug", aug, "--epochs", 2, "--teacher-epochs", 1, "--seed", 3)
+    assert (code, err) == (0, "")
+    path = tmp_path / "work" / "runs" / f"vgg5-{aug}-cifar10-seed3"
+    assert sorted(p.name for p in path.iterdir()) == ["best.h5", "checkpoint.h5", "config.toml", "metrics.jsonl"]
+    settings = tomllib.loads((path / "config.toml").read_text())
+    assert (settings["aug"], settings["epochs"], settings["width"], settings["seed"]) == (aug, 2, 0.02, 3)
+    assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "tolerance", "signal_pool",
+                            "teacher"} == set(OPTIONS)  # fmt: skip
+    lines = records(path)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert set(lines[0]) == METRICS
+    assert [len(lines[0][name]) for name in ("activity", "nudge_response", "gradient_norm")] == [4, 4, 5]
+    assert lines[0]["kappa"] == (None if aug == "none" else 0.5)
+    assert f"test accuracy {lines[1]['test_accuracy']:.2%} (best" in out.splitlines()[-1]
+    assert f"run directory {path.relative_to(tmp_path / 'work')}" in out.splitlines()[-1]
+    assert out.count("epoch 1/2") == 1
+    assert ("trained by backpropagation" in out) == (aug == "kd")
+    assert (cifar / "teachers").exists() == (aug == "kd")
+
+
+def test_quiet_prints_no_line_an_epoch(cifar, invoke):
+    _, out, err = invoke("train", *TINY, "--epochs", 1, "--quiet")
+    assert "epoch 1/1" not in out
+    assert out.splitlines()[-1].startswith("test accuracy")
+    assert err == ""
+
+
+def test_run_folders_get_numbers_and_given_ones_are_not_overwritten(cifar, invoke, tmp_path):
+    for _ in range(2):
+        assert invoke("train", *TINY, "--epochs", 1, "--limit-train", 10, "--quiet")[0] == 0
+    assert {p.name for p in (tmp_path / "work" / "runs").iterdir()} == {
+        "vgg5-none-cifar10-seed0", "vgg5-none-cifar10-seed0-2"}  # fmt: skip
+    path = tmp_path / "work" / "runs" / "vgg5-none-cifar10-seed0"
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    code, out, err = invoke("train", *TINY, "--run-dir", path)
+    assert (code, out) == (1, "")
+    assert err == f"Error: '{path}' holds another run; continue it with --resume or choose another --run-dir\n"
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_resume_and_evaluate(cifar, invoke, tmp_path):
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--run-dir", path, "--epochs", 1, "--quiet")[0] == 0
+    code, _, err = invoke("train", "--run-dir", path, "--resume")
+    assert (code, err) == (2, "Error: all 1 epochs are done; give more --epochs to go on\n")
+    code, out, _ = invoke("train", "--run-dir", path, "--resume", "--epochs", 2)
+    assert code == 0
+    assert "resuming" in out
+    assert [line["epoch"] for line in records(path)] == [1, 2]
+    code, out, _ = invoke("evaluate", path, "--checkpoint", "last")
+    assert code == 0
+    last = records(path)[-1]
+    assert f"test accuracy {last['test_accuracy']:.2%}, loss {last['test_loss']:.4f}" in out
+    assert "top-5" not in out
+    code, out, _ = invoke("evaluate", path, "--limit-test", 4)
+    assert "on the 4 test images" in out
+
+
+def test_evaluate_shows_top_5_for_many_classes(invoke, tmp_path, monkeypatch):
+    shrink_source(monkeypatch, "cifar100")
+    arrays = random_arrays((32, 32, 3), 100)
+    write_files(tmp_path / "cifar-100-binary", cifar_binary_files("cifar100", arrays))
+    options = ["--dataset", "cifar100", "--data-dir", tmp_path, "--run-dir", tmp_path / "run", "--quiet"]
+    assert invoke("train", *TINY, *options, "--epochs", 1, "--algorithm", "bp")[0] == 0
+    assert ", top-5 accuracy " in invoke("evaluate", tmp_path / "run")[1]
+
+
+def test_a_recipe_fills_what_is_not_given(cifar, invoke, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('width = 0.03\nbeta = 0.2\nschedule = "evenodd"\nepochs = 1\nlimit_train = 10\n')
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--recipe", recipe, "--run-dir", path, "--no-crop")[0] == 0
+    settings = tomllib.loads((path / "config.toml").read_text())
+    assert (settings["width"], settings["beta"], settings["schedule"]) == (0.02, 0.2, "evenodd")
+    assert (settings["crop"], settings["flip"]) == (False, True)
+
+
+def test_numbers_with_commas(cifar, invoke, tmp_path):
+    path = tmp_path / "run"
+    rates = "0.25,0.15,0.1,0.08,0.05"
+    assert invoke("train", *TINY, "--learning-rate", rates, "--gain", "0.5", "--epochs", 1, "--run-dir", path)[0] == 0
+    settings = tomllib.loads((path / "config.toml").read_text())
+    assert settings["learning_rate"] == [0.25, 0.15, 0.1, 0.08, 0.05]
+    assert settings["gain"] == 0.5
+
+
+def test_check_prints_both_forms_and_writes_json(cifar, invoke, tmp_path):
+    path = tmp_path / "check.json"
+    options = ["--width", 0.02, "--batch-size", 4, "--precision", "float64", "--beta", 0.01, "--pooling", "average"]
+    code, out, err = invoke("check", *options, "--activation", "sigmoid", "--json", path)
+    assert (code, err) == (0, "")
+    assert "deviation form" in out
+    assert "classical form" in out
+    content = json.loads(path.read_text())
+    names = ["layers.1", "layers.2", "layers.3", "layers.4", "readout"]
+    assert [row["name"] for row in content["layers"]] == names
+    assert (content["nudge"], content["other"]["nudge"]) == ("deviation", "classical")
+    for row in content["layers"] + content["other"]["layers"]:
+        assert row["cosine"] > 0.99, "smooth activation and pooling: both forms are close to the truth"
+        assert 0 <= row["relative_error"] < 0.1
+        assert 0.9 < row["sign_agreement"] <= 1
+        assert f"{row['cosine']:.4g}" in out
+    assert content["options"]["beta"] == 0.01
+
+
+def test_info_names_device_libraries_and_data_folder(invoke, tmp_path):
+    code, out, _ = invoke("info", "--data-dir", tmp_path)
+    assert code == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["numpy"] == np.__version__
+    assert lines["cupyep"] == ep.__version__
+    usable, reason = ep.gpu_status()
+    assert usable or reason in out
+    assert str(tmp_path) in out
+
+
+def test_version_help_and_no_command(invoke):
+    assert invoke("--version")[:2] == (0, f"cupyep {ep.__version__}\n")
+    code, out, _ = invoke("--help")
+    assert code == 0
+    assert "cupyep train --arch vgg7 --aug kd" in out
+    assert invoke()[1] == out
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "check", "info"])
+def test_every_option_has_a_help_line_and_its_default(command):
+    for param in main.commands[command].params:
+        if param.param_type_name == "option":
+            assert param.help.rstrip("]").strip(), param.name
+            unset = any(word in param.help for word in ("unset", "[default", "state over", "a recipe", "Also write"))
+            assert unset or param.is_flag or param.show_default, f"{param.name} does not say its default: {param.help}"
+
+
+def test_train_has_every_option_of_the_configuration():
+    names = {param.name for param in main.commands["train"].params}
+    assert names == set(OPTIONS) | {"recipe", "run_dir", "resume", "quiet"}
+
+
+WRONG = {
+    "command misspelt": (["trian"], 2, "unknown command 'trian'; did you mean 'train'?"),
+    "option misspelt": (["train", "--epoch", "3"], 2, "no such option '--epoch'; did you mean '--epochs'?"),
+    "option of another command": (["check", "--epochs", "3"], 2, "no such option '--epochs'"),
+    "choice misspelt": (["train", "--aug", "kdd"], 2, "unknown --aug 'kdd'; did you mean 'kd'?"),
+    "unknown arch": (["train", "--arch", "vgg8"], 2, "unknown --arch 'vgg8'; did you mean 'vgg"),
+    "unknown dataset": (["train", "--dataset", "cifar11"], 2, "did you mean 'cifar10"),
+    "unknown recipe": (["train", "--recipe", "vgg5-dhcn"], 2, "did you mean 'vgg5-dchn'?"),
+    "layer index": (
+        ["train", "--aug", "le", "--signal-layers", "5"],
+        2,
+        "names layer 5, but the network has layers 1 to 4",
+    ),
+    "beta 0": (["train", "--beta", "0"], 2, "--beta must be above 0 (got 0.0)"),
+    "negative steps": (["train", "--free-steps", "-1"], 2, "--free-steps must be at least 1 (got -1)"),
+    "not a number": (["train", "--epochs", "many"], 2, "'many' is not a valid integer"),
+    "not numbers": (["train", "--gain", "0.1,a"], 2, "'0.1,a' is neither a number nor numbers with commas"),
+    "image size": (["train", "--image-size", "7"], 2, "image-size is 7"),
+    "image too small": (["train", "--image-size", "4"], 2, "too small for VGG-5"),
+    "limit": (["train", "--limit-train", "51"], 2, "cifar10 has 50 train images"),
+    "resume without folder": (["train", "--resume"], 2, "--resume needs --run-dir"),
+    "resume nothing": (["train", "--resume", "--run-dir", "none"], 1, "'none' is not a run directory"),
+    "evaluate nothing": (["evaluate", "none"], 1, "'none' is not a run directory"),
+    "evaluate without folder": (["evaluate"], 2, "Missing argument 'RUN'"),
+    "missing data": (["train", "--data-dir", "empty"], 1, "data set cifar10 not found in empty"),
+    "missing teacher": (["train", "--aug", "kd", "--teacher", "t.h5"], 1, "teacher file t.h5 does not exist"),
+    "teacher without kd": (["train", "--teacher", "t.h5"], 2, "--teacher needs --aug kd"),
+    "unknown device": (["train", "--device", "gpu"], 2, "unknown device 'gpu'"),
+    "check with kd": (["check", "--aug", "kd"], 2, "knows --aug none and le"),
+    "tangent as states": (["train", "--scheme", "tangent", "--nudge", "classical"], 2, "use nudge 'deviation'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(case, cifar, invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("cupyep.data.dataset.fetch", lambda *_: "no network")
+    args, wanted, message = WRONG[case]
+    tiny = TINY[:2] if args[0] in ("train", "check") else []
+    code, _, err = invoke(args[0], *tiny, *args[1:])
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert code == wanted
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_no_gpu_is_said_with_the_reason(cifar, invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("cupyep.backend.device._import_cupy", lambda: (None, "the reason"))
+    code, _, err = invoke("train", *TINY, "--device", "cuda")
+    assert code == 1
+    assert err.startswith("Error: device 'cuda:0' cannot be used: the reason")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "work" / "runs").exists()
+    assert "device cpu: the reason" in invoke("train", *TINY[:-2], "--limit-train", 5, "--epochs", 1, "--quiet")[1]
+
+
+def test_a_teacher_for_another_data_set_is_refused(cifar, invoke, tmp_path, monkeypatch):
+    dataset = ep.load_dataset("cifar10", cifar)
+    teacher = tmp_path / "t.h5"
+    with ep.TeacherWriter(teacher, dataset, "zeros", views=("identity",)) as writer:
+        writer.write("train", "identity", 0, np.zeros((50, 10)))
+        writer.write("test", "identity", 0, np.zeros((10, 10)))
+    shrink_source(monkeypatch, "svhn")
+    arrays = random_arrays((32, 32, 3), 10)
+    write_files(
+        cifar / "cifar-10-batches-bin", cifar_binary_files("cifar10", (arrays[0][:1] + (arrays[0][1] * 0,), arrays[1]))
+    )
+    code, _, err = invoke("train", *TINY, "--aug", "kd", "--teacher", teacher)
+    assert code == 1
+    assert "train labels disagree with data set cifar10" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "work" / "runs").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(cifar, invoke, tmp_path):
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--run-dir", path, "--epochs", 1, "--limit-train", 10, "--quiet")[0] == 0
+    content = (path / "checkpoint.h5").read_bytes()
+    (path / "checkpoint.h5").write_bytes(content[: len(content) // 2])
+    for args in (["train", "--run-dir", path, "--resume", "--epochs", 2], ["evaluate", path, "--checkpoint", "last"]):
+        code, _, err = invoke(*args)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "truncated or damaged" in err
+    assert len(records(path)) == 1
+
+
+def test_interruption_exits_130_and_says_how_to_go_on(cifar, invoke, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "evaluate", interrupt)
+    path = tmp_path / "run"
+    code, _, err = invoke("train", *TINY, "--run-dir", path, "--epochs", 1)
+    assert (code, err) == (130, f"Error: interrupted; go on with: cupyep train --run-dir {path} --resume\n")
+    monkeypatch.undo()
+    monkeypatch.setattr("cupyep.cli.diagnostics.system_report", interrupt)
+    code, _, err = invoke("info")
+    assert (code, err.strip()) == (130, "Error: interrupted")
+
+
+def test_warnings_are_one_line_and_come_once_a_kind(cifar, invoke):
+    options = ["--tolerance", "1e-12", "--schedule", "evenodd", "--limit-train", 40, "--epochs", 2, "--quiet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ConvergenceWarning)
+        code, _, err = invoke("train", *TINY, *options)
+    assert code == 0
+    assert err.startswith("Warning: the free phase did not settle in 4 steps")
+    assert err.count("\n") == 1
+
+
+def test_no_traceback_and_the_exit_code_from_a_shell():
+    command = [sys.executable, "-m", "cupyep.cli", "train", "--epochs", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "Error: --epochs must be at least 1 (got 0)\n"
+
+
+def test_the_digits_need_no_files(invoke, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke("train", "--recipe", "digits-kd", "--limit-train", 50, "--limit-test", 20, "--epochs", 1,
+                            "--teacher-epochs", 1, "--data-dir", tmp_path / "data", "--width", 0.05)  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "digits 8x8x1, 50 training and 20 test images" in out

@@ -1,0 +1,486 @@
+"""Statistics, trainer, whole runs, teachers.
+
+Oracles: closed forms and hand values for schedules, means and records; a straight run for a resumed one; NumPy on the
+raw images for exported logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cupyep as ep
+from cupyep.data import Dataset, Split
+from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError, TeacherError
+from cupyep.learning.learner import StepResult
+from cupyep.training import build, runs, teacher
+from cupyep.training.config import TrainConfig, make_config
+from cupyep.training.run_directory import RunDirectory
+from cupyep.training.statistics import EpochStatistics, gradient_norms
+from cupyep.training.trainer import Trainer
+
+TIMES = {"images_per_s", "elapsed_s", "peak_memory_bytes"}
+TINY = {"arch": "vgg5", "width": 0.02, "free_steps": 6, "nudged_steps": 4, "batch_size": 16, "device": "cpu"}
+
+
+def quadrant_data(train=40, test=20, flip=True):
+    """Two classes of 16 x 16 images: the upper or the lower half is brighter. Mirroring keeps the class."""
+    rng = np.random.default_rng(5)
+
+    def split(name, count):
+        labels = np.arange(count) % 2
+        images = rng.integers(0, 100, (count, 16, 16, 3))
+        for image, label in zip(images, labels, strict=True):
+            image[8 * label : 8 * label + 8] += 120
+        return Split(name, images.astype(np.uint8), labels.astype(np.int64))
+
+    return Dataset.from_splits("quadrants", ("up", "down"), split("train", train), split("test", test), flip, pad=2)
+
+
+@pytest.fixture
+def quadrants(monkeypatch):
+    """Whatever data set a configuration names, the quadrants are loaded."""
+    dataset = quadrant_data()
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: dataset)
+    return dataset
+
+
+def silent(_):
+    pass
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0.0, 0.0)):
+    stats = SimpleNamespace(residual=np.asarray(residual))
+    gradients = {"layers.1.weight": np.asarray(gradient, np.float64), "layers.1.bias": np.array([4.0])}
+    return StepResult(
+        gradients,
+        np.asarray(loss),
+        np.asarray(correct),
+        count,
+        np.array([0.5, loss]),
+        stats,
+        None,
+        np.asarray(response),
+    )
+
+
+def test_means_are_weighted_by_images():
+    statistics = EpochStatistics(ep.get_device("cpu"), 1)
+    statistics.add(fake_result(3, 2.0, 1, [[3.0, 0.0]], (0.1, 0.4), (1.0, 2.0)))
+    statistics.add(fake_result(1, 6.0, 1, [[0.0, 0.0]], (0.5, 0.0), (5.0, 6.0)))
+    means = statistics.read()
+    assert means["loss"] == pytest.approx((3 * 2 + 6) / 4)
+    assert means["accuracy"] == 2 / 4
+    assert means["free_residual"] == pytest.approx(max((3 * 0.1 + 0.5) / 4, 3 * 0.4 / 4))
+    assert means["nudged_residual"] is None
+    assert means["nudge_response"] == pytest.approx([2.0, 3.0])
+    assert means["activity"] == pytest.approx([0.5, 3.0])
+    assert means["gradient_norm"] == pytest.approx([(3 * 5 + 4) / 4])
+
+
+def test_gradient_norm_joins_weight_and_bias_of_a_layer():
+    gradients = {"a.weight": np.array([[1.0, 2.0]]), "a.bias": np.array([2.0]), "b.weight": np.array([-7.0])}
+    np.testing.assert_allclose(gradient_norms(gradients, np), [3.0, 7.0])
+
+
+@pytest.mark.parametrize(
+    ("epoch", "bad", "message"),
+    [
+        (2, {"loss": math.nan}, "the loss is not finite in epoch 2, batch 3; lower --learning-rate"),
+        (1, {"gradient": [math.inf]}, "the gradient is not finite in epoch 1, batch 3; lower --beta"),
+    ],
+)
+def test_divergence_names_the_batch_even_when_noticed_later(epoch, bad, message):
+    statistics = EpochStatistics(ep.get_device("cpu"), epoch)
+    good = {"count": 2, "loss": 1.0, "correct": 1, "gradient": [1.0]}
+    for number in range(1, 6):
+        statistics.add(fake_result(**(good | bad if number == 3 else good)))
+    with pytest.raises(DivergenceError, match=message):
+        statistics.read()
+
+
+def test_divergence_in_the_very_first_batch_blames_the_gain():
+    statistics = EpochStatistics(ep.get_device("cpu"), 1)
+    with np.errstate(invalid="ignore"):
+        statistics.add(fake_result(2, math.inf, 1, [1.0]))
+    with pytest.raises(DivergenceError, match="epoch 1, batch 1; lower --gain"):
+        statistics.read()
+
+
+# --- trainer, with a learner whose numbers are known --------------------------------------------------------------
+
+
+class FakeLearner:
+    """Gradient 1 for one number; test accuracies as listed."""
+
+    def __init__(self, accuracies):
+        self.parameter = np.zeros(1)
+        self.network = SimpleNamespace(device=ep.get_device("cpu"), config={"arch": "fake", "shape": (1, 2)})
+        self.signals = [ep.LocalError([1], kappa=0.8)]
+        self.kappas = []
+        self.accuracies = list(accuracies)
+
+    def parameters(self):
+        return {"layers.1.weight": self.parameter}
+
+    def step(self, batch):
+        self.kappas.append(self.signals[0].kappa)
+        zero = np.zeros(1)
+        return StepResult({"layers.1.weight": np.ones(1)}, np.asarray(1.0), np.asarray(0), len(batch), zero)
+
+    def evaluate(self, batch):
+        return np.asarray(2.0 * len(batch)), np.asarray(round(self.accuracies.pop(0) * len(batch)))
+
+
+class FakeBatches(list):
+    @property
+    def split(self):
+        return [x for batch in self for x in batch]
+
+
+def fake_trainer(accuracies=(0.5, 0.75, 0.75), **more):
+    learner = FakeLearner(accuracies)
+    optimizer = ep.SGD(learner.parameters(), 0.1, momentum=0.0)
+    batches = FakeBatches([range(4), range(4)])
+    return Trainer(learner, optimizer, batches, FakeBatches([range(4)]), epochs=len(accuracies), report=silent, **more)
+
+
+def test_schedules_follow_the_fraction_of_steps_done():
+    """3 epochs of 2 steps: the cosine is taken at 0, 1/6, ..., 5/6, for the learning rate and for kappa."""
+    trainer = fake_trainer(lr_schedule="cosine")
+    trainer.run()
+    factors = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
+    np.testing.assert_allclose(trainer.learner.parameter, -0.1 * sum(factors), rtol=1e-12)
+    np.testing.assert_allclose(trainer.learner.kappas, [0.8 * f for f in factors], rtol=1e-12)
+
+
+def test_records_best_epoch_and_summary(tmp_path):
+    directory = RunDirectory.create(tmp_path / "run", TrainConfig())
+    generator = np.random.default_rng(3)
+    trainer = fake_trainer(directory=directory, lr_schedule="cosine", generators={"data": generator})
+    summary = trainer.run()
+    records = directory.metrics()
+    assert list(records[0]) == [
+        "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "kappa", "images_per_s",
+        "elapsed_s", "peak_memory_bytes", "free_residual", "nudged_residual", "activity", "nudge_response",
+        "gradient_norm",
+    ]  # fmt: skip
+    assert [r["test_accuracy"] for r in records] == [0.5, 0.75, 0.75]
+    assert [r["test_loss"] for r in records] == [2.0, 2.0, 2.0]
+    np.testing.assert_allclose([r["learning_rate"] for r in records], [0.1, 0.075, 0.025], rtol=1e-12)
+    np.testing.assert_allclose([r["kappa"] for r in records], [0.8, 0.6, 0.2], rtol=1e-12)
+    assert (summary.test_accuracy, summary.best_accuracy, summary.best_epoch) == (0.75, 0.75, 2)
+    assert directory.load("best").epoch == 2
+    last = directory.load("last")
+    assert (last.epoch, last.best_accuracy, last.best_epoch) == (3, 0.75, 2)
+    assert last.generators == {"data": generator.bit_generator.state}
+    np.testing.assert_array_equal(last.parameters["layers.1.weight"], trainer.learner.parameter)
+    assert str(summary) == f"test accuracy 75.00% (best 75.00% in epoch 2), 0.0 minutes, run directory {directory.path}"
+
+
+def test_a_finished_run_does_not_go_on(tmp_path):
+    directory = RunDirectory.create(tmp_path / "run", TrainConfig())
+    fake_trainer(directory=directory).run()
+    again = fake_trainer(directory=directory)
+    again.resume()
+    with pytest.raises(ConfigurationError, match="all 3 epochs are done; give more --epochs"):
+        again.run()
+
+
+def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
+    directory = RunDirectory.create(tmp_path / "run", TrainConfig())
+    fake_trainer(directory=directory).run()
+    other = fake_trainer(directory=directory)
+    other.network.config["arch"] = "vgg5"
+    with pytest.raises(CheckpointError, match="belongs to a network with arch = fake, not vgg5"):
+        other.resume()
+    other = fake_trainer(directory=directory, generators={"data": np.random.default_rng()})
+    with pytest.raises(CheckpointError, match="lacks the state of a random generator"):
+        other.resume()
+
+
+# --- whole runs on tiny images -------------------------------------------------------------------------------------
+
+
+def run(values, path, **more):
+    return runs.start_run(make_config(TINY, values), path, quiet=True, report=silent, **more)
+
+
+def numbers(directory):
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in directory.metrics()]
+
+
+def assert_same_state(one, two):
+    for group in ("parameters", "optimizer"):
+        first, second = getattr(one, group), getattr(two, group)
+        assert set(first) == set(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert one.generators == two.generators
+
+
+RESUMED = {
+    "ep with local error": {"aug": "le", "scheme": "random", "lr_schedule": "cosine", "nesterov": True},
+    "ep with learned distillation": {"aug": "kd", "learned_maps": True, "teacher_epochs": 1, "nudge": "classical"},
+    "adam, bptt": {"algorithm": "bptt", "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "step"},
+    "layer-wise rates, bp": {"algorithm": "bp", "learning_rate": [0.1, 0.05, 0.04, 0.03, 0.02], "weight_decay": 1e-3},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_an_interrupted_run_ends_like_a_straight_one_bit_for_bit(case, quadrants, tmp_path, monkeypatch):
+    values = {**RESUMED[case], "epochs": 3, "data_dir": str(tmp_path / "data")}
+    straight = run(values, tmp_path / "straight")
+    straight.run()
+    broken = run(values, tmp_path / "broken")
+    step, calls = broken.learner.step, []
+
+    def interrupt(batch):
+        calls.append(1)
+        if len(calls) == 5:  # in the middle of the second epoch of 3 batches
+            raise KeyboardInterrupt
+        return step(batch)
+
+    monkeypatch.setattr(broken.learner, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = runs.resume_run(tmp_path / "broken", {}, quiet=True, report=silent)
+    assert resumed.epochs_done == 1
+    resumed.run()
+    assert numbers(resumed.directory) == numbers(straight.directory)
+    for which in ("last", "best"):
+        assert_same_state(resumed.directory.load(which), straight.directory.load(which))
+
+
+def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
+    values = {"lr_schedule": "constant", "aug": "le", "kappa_annealing": "constant"}
+    straight = run({**values, "epochs": 3}, tmp_path / "straight")
+    straight.run()
+    run({**values, "epochs": 1}, tmp_path / "short").run()
+    longer = runs.resume_run(tmp_path / "short", {"epochs": 3, "beta": 0.5}, quiet=True, report=silent)
+    longer.run()
+    assert_same_state(longer.directory.load(), straight.directory.load())
+    assert RunDirectory.open(tmp_path / "short").config.epochs == 3
+    with pytest.raises(
+        ConfigurationError, match="--beta 0.3 is not the run's 0.5; a resumed run may only change --epo"
+    ):
+        runs.resume_run(tmp_path / "short", {"beta": 0.3}, quiet=True, report=silent)
+
+
+def test_a_run_without_any_checkpoint_resumes_from_the_start(quadrants, tmp_path):
+    straight = run({"epochs": 1}, tmp_path / "straight")
+    straight.run()
+    run({"epochs": 1}, tmp_path / "killed")  # prepared, and never begun
+    resumed = runs.resume_run(tmp_path / "killed", {}, quiet=True, report=silent)
+    resumed.run()
+    assert_same_state(resumed.directory.load(), straight.directory.load())
+
+
+def test_ep_learns_the_quadrants(quadrants, tmp_path):
+    values = {"epochs": 6, "optimizer": "adam", "learning_rate": 5e-3, "width": 0.05, "gain": 1.0, "batch_size": 8}
+    trainer = run({**values, "feedback": 0.3}, tmp_path / "run")
+    summary = trainer.run()
+    losses = [r["train_loss"] for r in trainer.directory.metrics()]
+    assert losses[-1] < 0.5 * losses[0]
+    assert summary.test_accuracy >= 0.9
+
+
+def test_evaluation_repeats_the_record_of_its_epoch(quadrants, tmp_path):
+    trainer = run({"epochs": 2, "aug": "le", "algorithm": "bp"}, tmp_path / "run")
+    trainer.run()
+    for which in ("best", "last"):
+        epoch = trainer.directory.load(which).epoch
+        wanted = trainer.directory.metrics()[epoch - 1]
+        first, second = runs.evaluate_run(tmp_path / "run", which, {}, quiet=True)
+        assert first == f"vgg5 on the 20 test images of cifar10, epoch {epoch} ({which})"
+        assert second == f"test accuracy {wanted['test_accuracy']:.2%}, loss {wanted['test_loss']:.4f}"
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(quadrants, tmp_path):
+    trainer = run({"epochs": 2, "batch_size": 40}, tmp_path / "run")
+    step = trainer.learner.step
+
+    def poisoned(batch):
+        result = step(batch)
+        if trainer.epochs_done == 1:
+            result.gradients["layers.1.weight"][...] = math.nan
+        return result
+
+    trainer.learner.step = poisoned
+    with pytest.raises(DivergenceError, match="the gradient is not finite in epoch 2, batch 1"):
+        trainer.run()
+    assert trainer.directory.load().epoch == 1
+    assert len(trainer.directory.metrics()) == 1
+
+
+def test_a_huge_learning_rate_ends_in_a_divergence_error(quadrants, tmp_path):
+    with pytest.raises(DivergenceError, match="in epoch 1, batch .* lower --"):
+        run({"algorithm": "bp", "activation": "relu", "learning_rate": 1e30}, tmp_path / "run").run()
+
+
+def test_layer_wise_rates_need_one_number_a_layer(quadrants, tmp_path):
+    trainer = run({"learning_rate": [0.5, 0.4, 0.3, 0.2, 0.1]}, tmp_path / "run")
+    assert trainer.optimizer.rates["layers.2.bias"] == 0.4
+    assert trainer.optimizer.rates["readout.weight"] == 0.1
+    with pytest.raises(
+        ConfigurationError, match="--learning-rate has 2 numbers, but the layers are layers.1, .*readout"
+    ):
+        run({"learning_rate": [0.5, 0.4]}, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+# --- every option reaches its object --------------------------------------------------------------------------------
+
+
+def test_options_of_network_and_learner(quadrants):
+    values = {
+        "width": 0.03, "activation": "tanh", "pooling": "average", "loss": "squared_error", "gain": 0.7, "feedback": 0.4,
+        "seed": 5, "precision": "float64", "beta": 0.2, "free_steps": 7, "nudged_steps": 5, "scheme": "onesided",
+        "nudge": "classical", "schedule": "evenodd", "tolerance": 1e-4,
+    }  # fmt: skip
+    settings = make_config({"arch": "vgg7", "device": "cpu"}, values)
+    network = build.build_network(settings, quadrants, "cpu")
+    for name in ("width", "activation", "pooling", "loss", "gain", "feedback", "seed", "precision", "arch"):
+        assert network.config[name] == getattr(settings, name), name
+    assert (network.classes, network.input_shape) == (2, (16, 16, 3))
+    learner = build.build_learner(settings, network, [], np.random.default_rng(0))
+    assert isinstance(learner, ep.EquilibriumPropagation)
+    for name in ("beta", "free_steps", "nudged_steps", "scheme", "nudge", "schedule", "tolerance"):
+        assert getattr(learner, name) == getattr(settings, name), name
+    through_time = dataclasses.replace(settings, algorithm="bptt")
+    learner = build.build_learner(through_time, network, [], np.random.default_rng(0))
+    assert (learner.free_steps, learner.unrolled_steps, learner.schedule) == (7, 5, "evenodd")
+
+
+def test_options_of_the_signals(quadrants, tmp_path):
+    values = {"aug": "le", "signal_layers": "2-3", "kappa": 0.3, "kappa_annealing": "constant", "seed": 9,
+              "signal_loss": "squared_error", "signal_pool": 2, "device": "cpu"}  # fmt: skip
+    settings = make_config(TINY, values)
+    network = build.build_network(settings, quadrants, "cpu")
+    (signal,) = build.build_signals(settings, network, quadrants, None)
+    assert isinstance(signal, ep.LocalError)
+    assert (signal.layers, signal.kappa, signal.annealing, signal.pool, signal.seed) == ([2, 3], 0.3, "constant", 2, 9)
+    assert signal.criterion.name == "squared_error"
+    path = tmp_path / "t.h5"
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), quadrants, path, teacher="constant", quiet=True)
+    more = {"aug": "kd", "temperature": 2.5, "learned_maps": True, "signal_loss": "cross_entropy"}
+    (signal,) = build.build_signals(dataclasses.replace(settings, **more), network, quadrants, path)
+    assert isinstance(signal, ep.Distillation)
+    assert (signal.criterion.temperature, signal.learned, signal.layers) == (2.5, True, [2, 3])
+    assert build.build_signals(make_config(TINY), network, quadrants, None) == []
+
+
+def test_options_of_the_optimizer():
+    parameters = {"layers.1.weight": np.zeros(2), "signals.0.layer1.weight": np.zeros(1)}
+    values = {"learning_rate": [0.3], "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
+    sgd = build.build_optimizer(TrainConfig(**values), parameters)
+    assert isinstance(sgd, ep.SGD)
+    assert (sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.8, True, 0.01)
+    assert sgd.rates == dict.fromkeys(parameters, 0.3)
+    adam = build.build_optimizer(TrainConfig(optimizer="adam", weight_decay=0.02, learning_rate=1e-3), parameters)
+    assert isinstance(adam, ep.Adam)
+    assert (adam.weight_decay, adam.rates["layers.1.weight"]) == (0.02, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("crop", "flip", "augment", "pad"),
+    [(True, True, True, 2), (True, False, True, 2), (False, True, True, 0), (False, False, False, 0)],
+)
+def test_options_of_the_batches(crop, flip, augment, pad, quadrants):
+    settings = make_config(TINY, {"crop": crop, "flip": flip, "batch_size": 7})
+    network = build.build_network(settings, quadrants, "cpu")
+    loader = build.training_batches(settings, quadrants, network, np.random.default_rng(0))
+    assert (loader.augment, loader.pad, loader.flip, loader.shuffle, loader.batch_size) == (augment, pad, flip, True, 7)
+    plain = build.evaluation_batches(settings, quadrants, network)
+    assert (plain.augment, plain.shuffle, plain.split.name) == (False, False, "test")
+
+
+# --- teachers ------------------------------------------------------------------------------------------------------
+
+
+def test_exported_logits_are_those_of_each_view(tmp_path):
+    """Oracle: a linear teacher applied by NumPy to the normalised raw images and their mirror images."""
+    dataset = quadrant_data(train=7, test=5)
+    weight = np.random.default_rng(1).standard_normal((16 * 16 * 3, 2)).astype(np.float32)
+    accuracy = teacher.export_logits(
+        lambda images: images.reshape(len(images), -1) @ weight, dataset, tmp_path / "t.h5", teacher="linear",
+        batch_size=3, quiet=True,
+    )  # fmt: skip
+    with ep.TeacherFile(tmp_path / "t.h5") as file:
+        file.check(dataset)
+        for name in ("train", "test"):
+            split = dataset.split(name)
+            x = (split.images / 255.0 - dataset.mean) / dataset.std
+            for view, images in enumerate((x, x[:, :, ::-1])):
+                expected = images.reshape(len(x), -1) @ weight
+                np.testing.assert_allclose(file.logits(name, np.arange(len(x)), view), expected, rtol=1e-4, atol=1e-3)
+                if view == 0:
+                    assert accuracy[name] == np.mean(expected.argmax(axis=1) == split.labels)
+        assert file.teacher == "linear"
+
+
+def test_only_the_identity_view_where_mirroring_is_not_allowed(tmp_path):
+    dataset = quadrant_data(train=4, test=2, flip=False)
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), dataset, tmp_path / "t.h5", teacher="constant", quiet=True)
+    with ep.TeacherFile(tmp_path / "t.h5") as file:
+        assert file.views == ("identity",)
+
+
+def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkeypatch):
+    student = make_config(TINY, {"aug": "kd", "teacher_epochs": 2, "data_dir": str(tmp_path), "beta": 0.1})
+    lines = []
+    path = teacher.cached_teacher(student, quadrants, "cpu", True, lines.append)
+    assert path.parent == tmp_path / "teachers"
+    assert "trained by backpropagation for 2 epochs" in lines[0]
+    with ep.TeacherFile(path) as file:
+        file.check(quadrants)
+        assert file.views == ("identity", "hflip")
+    monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    same = dataclasses.replace(student, beta=0.9, signal_layers="2", epochs=99, feedback=0.5)
+    assert teacher.cached_teacher(same, quadrants, "cpu", True, lines.append) == path
+    assert "from an earlier run" in lines[-1]
+    for change in ({"seed": 1}, {"width": 0.03}, {"teacher_epochs": 3}, {"crop": False}):
+        other = teacher.teacher_config(dataclasses.replace(student, **change))
+        assert teacher._digest(other, quadrants) not in path.name
+    quadrants.test.images[-1, -1, -1, -1] ^= 1
+    assert teacher._digest(teacher.teacher_config(student), quadrants) not in path.name
+
+
+def test_the_teacher_is_a_feed_forward_network_of_the_students_shape():
+    student = TrainConfig(
+        arch="vgg9", aug="kd", width=0.5, seed=3, teacher_epochs=4, feedback=0.1, loss="squared_error"
+    )
+    own = teacher.teacher_config(student)
+    assert (own.arch, own.width, own.seed, own.epochs) == ("vgg9", 0.5, 3, 4)
+    assert (own.algorithm, own.aug, own.loss) == ("bp", "none", "cross_entropy")
+
+
+def test_a_teacher_without_mirrored_views_is_refused_before_the_run_begins(quadrants, tmp_path):
+    path, still = tmp_path / "t.h5", quadrant_data(flip=False)
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), still, path, teacher="constant", quiet=True)
+    with pytest.raises(TeacherError, match="no view 'hflip'"):
+        run({"aug": "kd", "teacher": str(path)}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run({"aug": "kd", "teacher": str(path), "flip": False, "epochs": 1}, tmp_path / "run").run()
+
+
+def test_top_k_accuracy_by_hand():
+    scores = np.array([[5.0, 4.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0], [0.0, 9.0, 1.0, 2.0]])
+    learner = SimpleNamespace(
+        scores=lambda batch: scores[batch.index], network=SimpleNamespace(device=ep.get_device("cpu"))
+    )
+
+    class Batches(list):
+        split = range(3)
+
+    batches = Batches(
+        [ep.Batch(None, np.array([1, 0]), np.array([0, 1])), ep.Batch(None, np.array([3]), np.array([2]))]
+    )
+    assert [runs.top_k_accuracy(learner, batches, k) for k in (1, 2, 3, 4)] == [0, 2 / 3, 2 / 3, 1]
