@@ -45,10 +45,8 @@ def windows(shape, p):
 def max_pool(u, p):
     """Return maxima and winners (offset dy * p + dx, ties to the first in row order) of u (N, H, W, C)."""
     n, c = len(u), u.shape[3]
-    d, winners = (
-        np.zeros((n, u.shape[1] // p, u.shape[2] // p, c)),
-        np.zeros((n, u.shape[1] // p, u.shape[2] // p, c), int),
-    )
+    shape = (n, u.shape[1] // p, u.shape[2] // p, c)
+    d, winners = np.zeros(shape), np.zeros(shape, int)
     for y, x, rows, columns in windows(u.shape[1:], p):
         flat = u[:, rows, columns].reshape(n, p * p, c)
         winners[:, y, x] = flat.argmax(axis=1)  # NumPy's argmax takes the first of equals

@@ -68,18 +68,13 @@ class Teacher:
 
     def logits(self, split, index, view):
         assert split == "train"
-        return np.stack(
-            [np.sin([i + 1.0 + 10 * v, 2 * i - v, 3 * i + 2 * v]) * 2 for i, v in zip(index, view, strict=True)]
-        )
+        index, view = np.asarray(index, float), np.asarray(view, float)
+        return 2 * np.sin(np.stack([index + 1 + 10 * view, 2 * index - view, 3 * index + 2 * view], axis=1))
 
     def feature(self, layer, split, index, view):
         assert (layer, split) == ("middle", "train")
-        return np.stack(
-            [
-                np.random.default_rng([i, v]).uniform(0, 1, self.feature_layers[layer])
-                for i, v in zip(index, view, strict=True)
-            ]
-        )
+        shape = self.feature_layers[layer]
+        return np.stack([np.random.default_rng(pair).uniform(0, 1, shape) for pair in zip(index, view, strict=True)])
 
 
 def signals_of(kind, **options):

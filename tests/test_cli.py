@@ -317,12 +317,3 @@ def test_no_traceback_and_the_exit_code_from_a_shell():
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "Error: --epochs must be at least 1 (got 0)\n"
-
-
-def test_the_digits_need_no_files(invoke, tmp_path, monkeypatch):
-    pytest.importorskip("sklearn")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = invoke("train", "--recipe", "digits-kd", "--limit-train", 50, "--limit-test", 20, "--epochs", 1,
-                            "--teacher-epochs", 1, "--data-dir", tmp_path / "data", "--width", 0.05)  # fmt: skip
-    assert (code, err) == (0, "")
-    assert "digits 8x8x1, 50 training and 20 test images" in out

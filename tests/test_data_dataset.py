@@ -24,7 +24,7 @@ from data_files import (
 )
 
 from cupyep.data import DATASETS, Dataset, Split, data_directory, load_dataset, sources
-from cupyep.data.images import channel_statistics, shrink
+from cupyep.data.images import channel_statistics, resize, shrink
 from cupyep.errors import ConfigurationError, DataError
 
 
@@ -181,9 +181,17 @@ def test_image_size(cifar10):
     assert load_dataset("cifar10", folder, image_size=32).pad == 4
 
 
-@pytest.mark.parametrize("size", [0, 5, 24, 64, -16])
+def test_enlarged_images_repeat_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    large = resize(images, 12)
+    for y in range(12):
+        for x in range(12):
+            np.testing.assert_array_equal(large[:, y, x], images[:, y // 3, x // 3])
+
+
+@pytest.mark.parametrize("size", [0, 5, 24, 160, -16])
 def test_impossible_image_size(cifar10, size):
-    message = f"image-size is {size}: cifar10 is 32 x 32 and can become 32, 16, 8, 4, 2"
+    message = f"image-size is {size}: cifar10 is 32 x 32 and can become 2, 4, 8, 16, 32, 64, 96, 128"
     with pytest.raises(ConfigurationError, match=message):
         load_dataset("cifar10", cifar10[0], image_size=size)
 

@@ -1,8 +1,8 @@
-"""EP against the true gradient. Oracle: BPTT from the same free state (itself proven in test_bptt.py by finite differences).
+"""EP against the true gradient. Oracle: BPTT from the same free state (test_bptt.py proves it by finite differences).
 
 EP's error must fall as beta (one-sided) and as beta^2 (centered): the orders are asserted, because a wrong factor or a
-missing term leaves an error that does not fall at all. Where units are clipped or windows have winners, the tests assert
-that none of them changes within the nudge: only then are the orders defined.
+missing term leaves an error that does not fall at all. Where units are clipped or windows have winners, the tests
+assert that none of them changes within the nudge: only then are the orders defined.
 """
 
 import numpy as np

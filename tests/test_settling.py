@@ -443,7 +443,7 @@ def test_other_unrest_is_not_called_period_two(system):
 
 
 def test_a_real_network_that_oscillates(device):
-    """Two units that inhibit each other jump between (0, 0) and (1, 1), updated together; one after the other they rest."""
+    """Two units that inhibit each other jump between (0, 0) and (1, 1) if updated together, and else come to rest."""
     net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, device=device, precision="float64")
     for path, value in {"layers.1.weight": 1.0, "layers.2.weight": -5.0, "layers.2.bias": 1.0}.items():
         net.parameters()[path][...] = value

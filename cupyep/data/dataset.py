@@ -11,7 +11,7 @@ import numpy as np
 from cupyep.data import cifar, digits, idx, svhn
 from cupyep.data.download import fetch
 from cupyep.data.files import check_labels
-from cupyep.data.images import channel_statistics, shrink
+from cupyep.data.images import channel_statistics, resize
 from cupyep.data.sources import DATASETS, SOURCES, Layout, Source
 from cupyep.errors import ConfigurationError, DataError, choose, require
 
@@ -135,7 +135,8 @@ def load_dataset(
     download : bool, default True
         Whether to fetch the original archives (with checksum) when none is there.
     image_size : int, optional
-        Height and width of the images: theirs divided by an integer, by averaging areas, rounded half up.
+        Height and width of the images: theirs divided by an integer, by averaging areas, rounded half up; or theirs
+        times 2, 3 or 4, by repeating pixels.
     limit_train, limit_test : int, optional
         Keep the first samples only. `mean` and `std` stay those of the whole training split, so that a network
         can be evaluated with other limits than it was trained with.
@@ -149,12 +150,13 @@ def load_dataset(
     """
     source = SOURCES[choose("data set", name, DATASETS)]
     _check_limits(source, limit_train, limit_test)
-    factor = _shrink_factor(source, image_size)
+    size = _checked_size(source, image_size)
     arrays = digits.read(source) if name == "digits" else _find(source, data_directory(data_dir), download).read()
-    train, test = (Split(s, shrink(x, factor), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
+    train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
     mean, std = channel_statistics(train.images)
     train, test = train.take(limit_train or len(train)), test.take(limit_test or len(test))
-    return Dataset(name, source.classes, train, test, mean, std, source.flip, max(1, source.pad // factor))
+    pad = max(1, source.pad * size // source.shape[0])
+    return Dataset(name, source.classes, train, test, mean, std, source.flip, pad)
 
 
 def data_directory(data_dir: str | Path | None = None) -> Path:
@@ -177,16 +179,16 @@ def _check_limits(source: Source, limit_train: int | None, limit_test: int | Non
         )
 
 
-def _shrink_factor(source: Source, image_size: int | None) -> int:
+def _checked_size(source: Source, image_size: int | None) -> int:
     size = source.shape[0]
     if image_size is None:
-        return 1
-    sizes = [n for n in range(size, 1, -1) if size % n == 0]
+        return size
+    sizes = [n for n in range(2, 4 * size + 1) if size % n == 0 or n % size == 0]
     require(
         image_size in sizes,
         f"image-size is {image_size}: {source.name} is {size} x {size} and can become {', '.join(map(str, sizes))}",
     )
-    return size // image_size
+    return image_size
 
 
 def _find(source: Source, folder: Path, download: bool) -> Layout:

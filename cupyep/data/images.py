@@ -1,4 +1,4 @@
-"""Arithmetic on uint8 images (N, H, W, C): shrinking by area, statistics per channel. Exact, in bounded memory."""
+"""Arithmetic on uint8 images (N, H, W, C): resizing by area, statistics per channel. Exact, in bounded memory."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def shrink(images: np.ndarray, factor: int) -> np.ndarray:
         total //= area
         small[rows] = total
     return small
+
+
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """Return square `images` as `size` x `size`: shrunk (`shrink`), or enlarged by repeating pixels."""
+    old = images.shape[1]
+    if size <= old:
+        return shrink(images, old // size)
+    return images.repeat(size // old, axis=1).repeat(size // old, axis=2)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

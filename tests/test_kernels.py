@@ -1,0 +1,180 @@
+"""Array kernels. Oracle: loops over single elements, by the definitions; integers, so that equality is exact."""
+
+import numpy as np
+import pytest
+
+from cupyep.kernels.buffers import Arena, Buffers
+from cupyep.kernels.columns import im2col, inner_view, output_size
+from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
+
+
+def integers(rng, shape, high=100):
+    return rng.integers(-high, high, shape).astype(np.float64)
+
+
+def window(u, n, y, x, c, p):
+    """Return the units of one window in row order."""
+    return [u[n, y * p + dy, x * p + dx, c] for dy in range(p) for dx in range(p)]
+
+
+def pooled_shape(u, p):
+    return (u.shape[0], u.shape[1] // p, u.shape[2] // p, u.shape[3])
+
+
+def run_max_pool(device, u, p):
+    xp = device.xp
+    shape = pooled_shape(u, p)
+    out, winners, mask = xp.full(shape, np.nan), xp.full(shape, 77, np.uint8), xp.empty(shape, bool)
+    max_pool(device.asarray(u), p, out, winners, mask)
+    return device.to_numpy(out), device.to_numpy(winners)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        (5, 3, 1, 1),
+        (6, 3, 2, 1),
+        (7, 3, 2, 0),
+        (4, 2, 1, 0),
+        (8, 5, 3, 2),
+        (3, 1, 1, 0),
+        (9, 4, 2, 3),
+    ],
+)
+def test_output_size_counts_positions(size, kernel, stride, padding):
+    expected = len([start for start in range(0, size + 2 * padding, stride) if start + kernel <= size + 2 * padding])
+    assert output_size(size, kernel, stride, padding) == expected
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 1), (3, 2), (1, 1), (2, 3)])
+def test_im2col(device, rng, kernel, stride):
+    padded = integers(rng, (2, 7, 6, 3))
+    ho, wo = (7 - kernel) // stride + 1, (6 - kernel) // stride + 1
+    out = device.xp.full((2, ho, wo, kernel, kernel * 3), np.nan)
+    im2col(device.asarray(padded), kernel, stride, out)
+    found = device.to_numpy(out).reshape(2, ho, wo, kernel, kernel, 3)
+    for n, y, x, i, j, c in np.ndindex(*found.shape):
+        assert found[n, y, x, i, j, c] == padded[n, y * stride + i, x * stride + j, c]
+
+
+@pytest.mark.parametrize(("size", "offset", "step"), [((3, 2), 1, 1), ((3, 2), 0, 1), ((2, 3), 2, 1), ((3, 2), 1, 2)])
+def test_inner_view_is_a_map_in_a_zero_frame(device, size, offset, step):
+    """Whatever was in the padded array before, all but the map itself is zero afterwards."""
+    padded = device.xp.full((2, 8, 9, 3), 5.0)
+    view = inner_view(padded, size, offset, step)
+    assert view.shape == (2, *size, 3)
+    view[...] = 1.0
+    expected = np.zeros((2, 8, 9, 3))
+    for y in range(size[0]):
+        for x in range(size[1]):
+            expected[:, offset + y * step, offset + x * step] = 1
+    np.testing.assert_array_equal(device.to_numpy(padded), expected)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("size", [(6, 6), (7, 8)])
+def test_max_pool(device, rng, size, p):
+    u = integers(rng, (2, *size, 3))
+    out, winners = run_max_pool(device, u, p)
+    for place in np.ndindex(*out.shape):
+        values = window(u, *place, p)
+        assert out[place] == max(values)
+        assert winners[place] == values.index(max(values))
+
+
+def test_ties_go_to_the_first_in_row_order(device, rng):
+    u = integers(rng, (3, 6, 6, 4), high=2)  # values from -2 to 1: most windows have ties
+    out, winners = run_max_pool(device, u, 2)
+    ties = 0
+    for place in np.ndindex(*out.shape):
+        values = window(u, *place, 2)
+        ties += values.count(max(values)) > 1
+        assert winners[place] == values.index(max(values))
+    assert ties > 20
+    assert set(run_max_pool(device, np.zeros((1, 4, 4, 1)), 2)[1].ravel()) == {0}
+
+
+@pytest.mark.parametrize("p", [2, 3])
+@pytest.mark.parametrize("size", [(6, 6), (7, 8)])
+def test_gather_and_scatter_at_winners(device, rng, size, p):
+    """Gather reads the units at the winners, scatter is its transpose: zero elsewhere, dropped rows included."""
+    u = integers(rng, (2, *size, 3))
+    shape = pooled_shape(u, p)
+    winners = rng.integers(0, p * p, shape).astype(np.uint8)
+    s = integers(rng, shape)
+    xp = device.xp
+    gathered, mask = xp.full(shape, np.nan), xp.empty(shape, bool)
+    max_gather(device.asarray(u), p, device.asarray(winners), gathered, mask)
+    spread = xp.full(u.shape, np.nan)
+    max_scatter(device.asarray(s), p, device.asarray(winners), spread, mask)
+    expected = np.zeros(u.shape)
+    for place in np.ndindex(*shape):
+        n, y, x, c = place
+        dy, dx = divmod(int(winners[place]), p)
+        assert device.to_numpy(gathered)[place] == u[n, y * p + dy, x * p + dx, c]
+        expected[n, y * p + dy, x * p + dx, c] = s[place]
+    np.testing.assert_array_equal(device.to_numpy(spread), expected)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+@pytest.mark.parametrize("size", [(6, 6), (7, 8)])
+def test_average_pool_and_its_adjoint(device, rng, size, p):
+    u = integers(rng, (2, *size, 3))
+    shape = pooled_shape(u, p)
+    s = integers(rng, shape)
+    out, spread = device.xp.full(shape, np.nan), device.xp.full(u.shape, np.nan)
+    average_pool(device.asarray(u), p, out)
+    average_scatter(device.asarray(s), p, spread)
+    expected = np.zeros(u.shape)
+    for n, y, x, c in np.ndindex(*shape):
+        assert device.to_numpy(out)[n, y, x, c] == pytest.approx(sum(window(u, n, y, x, c, p)) / p**2, rel=1e-14)
+        expected[n, y * p : y * p + p, x * p : x * p + p, c] = s[n, y, x, c] / p**2
+    np.testing.assert_allclose(device.to_numpy(spread), expected, rtol=1e-15)
+
+
+def test_pooling_works_on_strided_views(device, rng):
+    """The adjoint of a strided convolution scatters into every second pixel of a larger map."""
+    u = integers(rng, (1, 4, 4, 2))
+    _, winners = run_max_pool(device, u, 2)
+    s = integers(rng, winners.shape)
+    large = device.xp.zeros((1, 8, 8, 2))
+    view = large[:, 1:8:2, 1:8:2]
+    max_scatter(device.asarray(s), 2, device.asarray(winners), view, device.xp.empty(winners.shape, bool))
+    expected = np.zeros((1, 8, 8, 2))
+    for n, y, x, c in np.ndindex(*winners.shape):
+        dy, dx = divmod(int(winners[n, y, x, c]), 2)
+        expected[n, 1 + 2 * (2 * y + dy), 1 + 2 * (2 * x + dx), c] = s[n, y, x, c]
+    np.testing.assert_array_equal(device.to_numpy(large), expected)
+
+
+def test_buffers_are_allocated_once(device):
+    buffers = Buffers(device.xp, "float32")
+    first = buffers.get("a", (2, 3))
+    assert buffers.get("a", (2, 3)) is first
+    assert (first.dtype, first.shape) == (np.float32, (2, 3))
+    other = buffers.get("b", (4,), "uint8")
+    assert other.dtype == np.uint8
+    assert buffers.nbytes == 2 * 3 * 4 + 4
+    changed = buffers.get("a", (5,))
+    assert changed.shape == (5,)
+    assert buffers.nbytes == 5 * 4 + 4
+    assert buffers.get("a", (5,), "float64").dtype == np.float64
+
+
+def test_arena_hands_out_disjoint_aligned_views(device):
+    requests = [((3, 5), "float32"), ((7,), "uint8"), ((2, 2, 2), "float64")]
+    # 60, 7 and 64 bytes, each rounded up to 256
+    assert Arena.size(requests) == 3 * 256
+    arena = Arena(device.xp, Arena.size(requests))
+    views = arena.views(requests)
+    for value, view, (shape, dtype) in zip((1, 2, 3), views, requests, strict=True):
+        assert (view.shape, view.dtype) == (shape, np.dtype(dtype))
+        view[...] = value
+    for value, view in zip((1, 2, 3), views, strict=True):
+        assert set(device.to_numpy(view).ravel()) == {value}
+    again = arena.views([((15,), "float32")])[0]  # the next user starts at the beginning: the same memory
+    np.testing.assert_array_equal(device.to_numpy(again), 1)
+
+
+def test_arena_of_an_exact_multiple(device):
+    assert Arena.size([((64,), "float32"), ((65,), "float32")]) == 256 + 512

@@ -1,0 +1,164 @@
+"""From options to objects, and the teachers of distillation.
+
+Oracles: the options themselves; NumPy on the raw images for exported logits; a flag that no second training happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from quadrants import TINY, quadrant_data, silent
+
+import cupyep as ep
+from cupyep.errors import TeacherError
+from cupyep.training import build, runs, teacher
+from cupyep.training.config import TrainConfig, make_config
+
+
+@pytest.fixture
+def quadrants(monkeypatch):
+    """Whatever data set a configuration names, the quadrants are loaded."""
+    dataset = quadrant_data()
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: dataset)
+    return dataset
+
+
+# --- every option reaches its object --------------------------------------------------------------------------------
+
+
+def test_options_of_network_and_learner(quadrants):
+    values = {
+        "width": 0.03, "activation": "tanh", "pooling": "average", "loss": "squared_error", "gain": 0.7,
+        "feedback": 0.4, "seed": 5, "precision": "float64", "beta": 0.2, "free_steps": 7, "nudged_steps": 5,
+        "scheme": "onesided", "nudge": "classical", "schedule": "evenodd", "tolerance": 1e-4,
+    }  # fmt: skip
+    settings = make_config({"arch": "vgg7", "device": "cpu"}, values)
+    network = build.build_network(settings, quadrants, "cpu")
+    for name in ("width", "activation", "pooling", "loss", "gain", "feedback", "seed", "precision", "arch"):
+        assert network.config[name] == getattr(settings, name), name
+    assert (network.classes, network.input_shape) == (2, (16, 16, 3))
+    learner = build.build_learner(settings, network, [], np.random.default_rng(0))
+    assert isinstance(learner, ep.EquilibriumPropagation)
+    for name in ("beta", "free_steps", "nudged_steps", "scheme", "nudge", "schedule", "tolerance"):
+        assert getattr(learner, name) == getattr(settings, name), name
+    through_time = dataclasses.replace(settings, algorithm="bptt")
+    learner = build.build_learner(through_time, network, [], np.random.default_rng(0))
+    assert (learner.free_steps, learner.unrolled_steps, learner.schedule) == (7, 5, "evenodd")
+
+
+def test_options_of_the_signals(quadrants, tmp_path):
+    values = {"aug": "le", "signal_layers": "2-3", "kappa": 0.3, "kappa_annealing": "constant", "seed": 9,
+              "signal_loss": "squared_error", "signal_pool": 2, "device": "cpu"}  # fmt: skip
+    settings = make_config(TINY, values)
+    network = build.build_network(settings, quadrants, "cpu")
+    (signal,) = build.build_signals(settings, network, quadrants, None)
+    assert isinstance(signal, ep.LocalError)
+    assert (signal.layers, signal.kappa, signal.annealing, signal.pool, signal.seed) == ([2, 3], 0.3, "constant", 2, 9)
+    assert signal.criterion.name == "squared_error"
+    path = tmp_path / "t.h5"
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), quadrants, path, teacher="constant", quiet=True)
+    more = {"aug": "kd", "temperature": 2.5, "learned_maps": True, "signal_loss": "cross_entropy"}
+    (signal,) = build.build_signals(dataclasses.replace(settings, **more), network, quadrants, path)
+    assert isinstance(signal, ep.Distillation)
+    assert (signal.criterion.temperature, signal.learned, signal.layers) == (2.5, True, [2, 3])
+    assert build.build_signals(make_config(TINY), network, quadrants, None) == []
+
+
+def test_options_of_the_optimizer():
+    parameters = {"layers.1.weight": np.zeros(2), "signals.0.layer1.weight": np.zeros(1)}
+    values = {"learning_rate": [0.3], "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
+    sgd = build.build_optimizer(TrainConfig(**values), parameters)
+    assert isinstance(sgd, ep.SGD)
+    assert (sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.8, True, 0.01)
+    assert sgd.rates == dict.fromkeys(parameters, 0.3)
+    adam = build.build_optimizer(TrainConfig(optimizer="adam", weight_decay=0.02, learning_rate=1e-3), parameters)
+    assert isinstance(adam, ep.Adam)
+    assert (adam.weight_decay, adam.rates["layers.1.weight"]) == (0.02, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("crop", "flip", "augment", "pad"),
+    [(True, True, True, 2), (True, False, True, 2), (False, True, True, 0), (False, False, False, 0)],
+)
+def test_options_of_the_batches(crop, flip, augment, pad, quadrants):
+    settings = make_config(TINY, {"crop": crop, "flip": flip, "batch_size": 7})
+    network = build.build_network(settings, quadrants, "cpu")
+    loader = build.training_batches(settings, quadrants, network, np.random.default_rng(0))
+    assert (loader.augment, loader.pad, loader.flip, loader.shuffle, loader.batch_size) == (augment, pad, flip, True, 7)
+    plain = build.evaluation_batches(settings, quadrants, network)
+    assert (plain.augment, plain.shuffle, plain.split.name) == (False, False, "test")
+
+
+# --- teachers ------------------------------------------------------------------------------------------------------
+
+
+def test_exported_logits_are_those_of_each_view(tmp_path):
+    """Oracle: a linear teacher applied by NumPy to the normalised raw images and their mirror images."""
+    dataset = quadrant_data(train=7, test=5)
+    weight = np.random.default_rng(1).standard_normal((16 * 16 * 3, 2)).astype(np.float32)
+    accuracy = teacher.export_logits(
+        lambda images: images.reshape(len(images), -1) @ weight, dataset, tmp_path / "t.h5", teacher="linear",
+        batch_size=3, quiet=True,
+    )  # fmt: skip
+    with ep.TeacherFile(tmp_path / "t.h5") as file:
+        file.check(dataset)
+        for name in ("train", "test"):
+            split = dataset.split(name)
+            x = (split.images / 255.0 - dataset.mean) / dataset.std
+            for view, images in enumerate((x, x[:, :, ::-1])):
+                expected = images.reshape(len(x), -1) @ weight
+                np.testing.assert_allclose(file.logits(name, np.arange(len(x)), view), expected, rtol=1e-4, atol=1e-3)
+                if view == 0:
+                    assert accuracy[name] == np.mean(expected.argmax(axis=1) == split.labels)
+        assert file.teacher == "linear"
+
+
+def test_only_the_identity_view_where_mirroring_is_not_allowed(tmp_path):
+    dataset = quadrant_data(train=4, test=2, flip=False)
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), dataset, tmp_path / "t.h5", teacher="constant", quiet=True)
+    with ep.TeacherFile(tmp_path / "t.h5") as file:
+        assert file.views == ("identity",)
+
+
+def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkeypatch):
+    student = make_config(TINY, {"aug": "kd", "teacher_epochs": 2, "data_dir": str(tmp_path), "beta": 0.1})
+    lines = []
+    path = teacher.cached_teacher(student, quadrants, "cpu", True, lines.append)
+    assert path.parent == tmp_path / "teachers"
+    assert "trained by backpropagation for 2 epochs" in lines[0]
+    with ep.TeacherFile(path) as file:
+        file.check(quadrants)
+        assert file.views == ("identity", "hflip")
+    monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    same = dataclasses.replace(student, beta=0.9, signal_layers="2", epochs=99, feedback=0.5)
+    assert teacher.cached_teacher(same, quadrants, "cpu", True, lines.append) == path
+    assert "from an earlier run" in lines[-1]
+    for change in ({"seed": 1}, {"width": 0.03}, {"teacher_epochs": 3}, {"crop": False}):
+        other = teacher.teacher_config(dataclasses.replace(student, **change))
+        assert teacher._digest(other, quadrants) not in path.name
+    quadrants.test.images[-1, -1, -1, -1] ^= 1
+    assert teacher._digest(teacher.teacher_config(student), quadrants) not in path.name
+
+
+def test_the_teacher_is_a_feed_forward_network_of_the_students_shape():
+    student = TrainConfig(
+        arch="vgg9", aug="kd", width=0.5, seed=3, teacher_epochs=4, feedback=0.1, loss="squared_error"
+    )
+    own = teacher.teacher_config(student)
+    assert (own.arch, own.width, own.seed, own.epochs) == ("vgg9", 0.5, 3, 4)
+    assert (own.algorithm, own.aug, own.loss) == ("bp", "none", "cross_entropy")
+
+
+def test_a_teacher_without_mirrored_views_is_refused_before_the_run_begins(quadrants, tmp_path):
+    path, still = tmp_path / "t.h5", quadrant_data(flip=False)
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), still, path, teacher="constant", quiet=True)
+
+    def start(values):
+        return runs.start_run(make_config(TINY, values), tmp_path / "run", quiet=True, report=silent)
+
+    with pytest.raises(TeacherError, match="no view 'hflip'"):
+        start({"aug": "kd", "teacher": str(path)})
+    assert not (tmp_path / "run").exists()
+    start({"aug": "kd", "teacher": str(path), "flip": False, "epochs": 1}).run()
