@@ -333,6 +333,11 @@ class Network:
             self._fill(state, free, len(betas))
             system = Classical(*parts, batch.images, state, nudges, betas)
         else:
+            self._check_start(free, len(batch.images))
+            require(
+                free.drives is not None and free.winners is not None,
+                "deviations start at a settled state with its drives and winners: pass what settle() returned",
+            )
             system = Deviation(*parts, free, nudges, betas, tangent=form == "tangent")
             state = State(
                 [], winners=free.winners, deviations=system.eps, scales=layer_weights(self.depth, self.feedback)
@@ -340,17 +345,24 @@ class Network:
         state.stats = settle(system, warm=True, phase="nudged", **how)
         return state
 
+    def _check_start(self, start: State, samples: int) -> None:
+        require(
+            [tuple(s.shape) for s in start.layers] == [(samples, *shape) for shape in self.state_shapes],
+            f"the start state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
+            f"the batch {samples} in {self.depth}, and their shapes must agree",
+        )
+
     def _fill(self, state: State, start: State | None, phases: int) -> None:
+        if start is not None:
+            self._check_start(start, len(state.layers[0]) // phases)
+        else:
+            for winners in state.winners:  # even/odd reads some before it finds them
+                if winners is not None:
+                    winners[...] = 0
         for n, s in enumerate(state.layers):
             if start is None:
                 s[...] = min(max(0.0, self.activation.low), self.activation.high)
-                continue
-            require(
-                len(start.layers) == self.depth and phases * len(start.layers[n]) == len(s),
-                f"the start state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
-                f"the batch {len(s) // phases} in {self.depth}",
-            )
-            if start.layers[n] is not s:
+            elif start.layers[n] is not s:
                 s.reshape(phases, *start.layers[n].shape)[...] = start.layers[n]
 
     def _add_deviations(self, state: State, free: State) -> None:

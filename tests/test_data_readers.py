@@ -233,6 +233,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path):
     "content",
     [
         np.zeros(3, np.float32),
+        np.zeros(3, np.int8),
         np.array([None, "text"], dtype=object),
         np.float32(1.0),
         Odd(sys.exit, 0),
@@ -242,12 +243,20 @@ def test_pickle_that_would_run_code_is_refused(tmp_path):
         {1, 2},
         Odd(bytearray, 1 << 40),
     ],
-    ids=["float", "object", "scalar", "exit", "eval", "fromfile", "getattr", "set", "bytearray"],
+    ids=["float", "int8", "object", "scalar", "exit", "eval", "fromfile", "getattr", "set", "bytearray"],
 )
 def test_pickle_with_anything_else_is_refused(content):
     with pytest.raises(DataError) as error:
         cifar.load_pickle(pickle.dumps({"data": content}, protocol=2), "file")
     assert_one_line(error, "file: is not a readable CIFAR pickle")
+
+
+def test_array_needs_a_dtype():
+    content = python2_pickle({"data": np.zeros((2, 3), np.uint8)})
+    start, end = content.index(b"cnumpy\ndtype"), content.index(b"tb\x89T") + 2
+    assert cifar.load_pickle(content, "file")[b"data"].array.shape == (2, 3)
+    with pytest.raises(DataError, match="array is not plain uint8"):
+        cifar.load_pickle(content[:start] + b"N" + content[end:], "file")
 
 
 def test_pickle_text_only_in_latin1():

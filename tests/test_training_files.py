@@ -90,6 +90,23 @@ def test_wrong_values_are_refused_in_one_line(values, message):
 
 
 @pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ({}, (2, 2)),
+        ({"feedback": 1.0}, (6, 4)),
+        ({"schedule": "synchronous"}, (60, 20)),
+        ({"schedule": "evenodd", "nudged_steps": 7}, (60, 7)),
+        ({"algorithm": "bptt"}, (2, 20)),
+        ({"free_steps": 3}, (3, 2)),
+    ],
+)
+def test_steps_that_are_not_given_follow_schedule_and_feedback(values, steps):
+    settings = TrainConfig(**values)
+    assert (settings.free_steps, settings.nudged_steps) == steps
+    assert tomllib.loads(settings.to_toml())["free_steps"] == steps[0], "config.toml says what was run"
+
+
+@pytest.mark.parametrize(
     ("text", "layers"),
     [("all", [1, 2, 3, 4, 5, 6]), ("2,3,4", [2, 3, 4]), ("2-5", [2, 3, 4, 5]), ("6,1-2", [1, 2, 6]), (" 3 ", [3])],
 )

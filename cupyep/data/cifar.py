@@ -180,7 +180,7 @@ class _ArrayState:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, _DtypeState) or not isinstance(raw, bytes):
+        if not isinstance(dtype, _DtypeState):
             raise pickle.UnpicklingError("array is not plain uint8")
         self.array = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
 

@@ -90,8 +90,8 @@ class TrainConfig:
                         "layer is a state.", choices=LOSSES)
     gain: float | list[float] | None = NETWORK(None, list, "Gain of the initial weights, one number or one a layer; "
                                                "unset: chosen for activation and feedback.", above=0)
-    feedback: float = NETWORK(1.0, float, "Feedback weight lambda: 1 is the Hopfield network, towards 0 "
-                              "backpropagation.", above=0, high=1)
+    feedback: float = NETWORK(0.1, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
+                              "towards 0 backpropagation.", above=0, high=1)
 
     dataset: str = DATA("cifar10", str, "Data set.", choices=DATASETS)
     data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
@@ -104,9 +104,11 @@ class TrainConfig:
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
     beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0)
-    free_steps: int = GRADIENT(60, int, "Steps of the free phase (the most, with --tolerance).", low=1)
-    nudged_steps: int = GRADIENT(20, int, "Steps of a nudged phase; for bptt the steps unrolled.", low=1)
-    schedule: str = GRADIENT("synchronous", str, "Order in which layers are updated.", choices=SCHEDULES)
+    free_steps: int | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 sweeps, "
+                                      "6 with a feedback above 0.3, 60 of the other schedules.", low=1)
+    nudged_steps: int | None = GRADIENT(None, int, "Steps of a nudged phase, for bptt the steps unrolled; unset: 2 "
+                                        "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1)
+    schedule: str = GRADIENT("sweeps", str, "Order in which layers are updated.", choices=SCHEDULES)
     tolerance: float | None = GRADIENT(None, float, "End a phase when the residual is below this; unset: "
                                               "never.", above=0)
     scheme: str = GRADIENT("centered", str, "Which nudged phases estimate the gradient.", choices=SCHEMES)
@@ -148,6 +150,8 @@ class TrainConfig:
         require(self.teacher is None or self.aug == "kd", "--teacher needs --aug kd")
         require(not self.learned_maps or self.aug == "kd", "--learned-maps needs --aug kd")
         parse_layers(self.signal_layers, sys.maxsize)
+        free, nudged = default_steps(self)
+        self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged
 
     def to_toml(self) -> str:
         """Return the options as TOML, grouped by comments; options that are unset (None) are left out."""
@@ -160,6 +164,18 @@ class TrainConfig:
             if value is not None:
                 lines.append(f"{spec.name} = {_toml_value(value)}")
         return "\n".join(lines[1:]) + "\n"
+
+
+def default_steps(config: TrainConfig) -> tuple[int, int]:
+    """Return the numbers of free and nudged steps for a schedule and feedback weight.
+
+    A sweep crosses the whole network up and down, and little is left to settle where the feedback is weak; in the other
+    schedules news moves on by one layer a step, and so it does in the unrolled steps of BPTT.
+    """
+    if config.schedule != "sweeps":
+        return 60, 20
+    free, nudged = (2, 2) if config.feedback <= 0.3 else (6, 4)
+    return free, 20 if config.algorithm == "bptt" else nudged
 
 
 #: The options by name, in the order of ``--help``.

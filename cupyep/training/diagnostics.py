@@ -45,7 +45,7 @@ CHECK_OPTIONS = (
     "free_steps", "nudged_steps", "schedule", "scheme", "nudge", "aug", "signal_layers", "kappa", "signal_loss",
     "batch_size", "seed", "device", "precision",
 )  # fmt: skip
-CHECK_DEFAULTS = {"beta": 0.05, "batch_size": 8}
+CHECK_DEFAULTS = {"feedback": 1.0, "schedule": "synchronous", "beta": 0.05, "batch_size": 8}
 COLUMNS = {
     "cosine": "cosine",
     "relative_error": "rel. error",

@@ -1,0 +1,169 @@
+"""A stand-in for a GPU without one: arrays that refuse to be mixed with NumPy's, on a device of their own.
+
+A `DeviceArray` wraps a NumPy array and shows it to nobody. It computes through its operators, its methods and the
+functions of its namespace `XP`; a NumPy function applied to one, an operation of one with a host array, or (within
+`no_host_reads`) an implicit read by the host, as in ``if a:``, ``float(a)``, ``a.item()``, raises, where CuPy would
+raise too or silently wait for the GPU. The crossings are those of a device: ``asarray`` and ``to_numpy``. Scalars of
+Python and NumPy mix freely, as they do with CuPy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+
+from cupyep import Device
+
+
+class MixedDevices(TypeError):
+    """Host and device arrays met outside of a crossing."""
+
+
+_host_reads_allowed = [True]
+
+
+@contextlib.contextmanager
+def no_host_reads():
+    """Within it, every implicit read of a device array by the host raises."""
+    _host_reads_allowed[0] = False
+    try:
+        yield
+    finally:
+        _host_reads_allowed[0] = True
+
+
+def _unwrap(value):
+    """Return the NumPy arrays in device arrays, inside containers too; a host array among them raises."""
+    if isinstance(value, DeviceArray):
+        return value._host
+    if isinstance(value, (list, tuple)):
+        return type(value)([_unwrap(v) for v in value])
+    if isinstance(value, dict):
+        return {name: _unwrap(v) for name, v in value.items()}
+    if isinstance(value, np.ndarray):
+        raise MixedDevices(f"a host array of shape {value.shape} meets a device array")
+    return value
+
+
+def _wrap(value):
+    """Return NumPy's arrays and scalars as device arrays: CuPy's reductions return arrays of no dimension."""
+    return DeviceArray(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def _call(function, *args, **kwargs):
+    result = function(*_unwrap(args), **_unwrap(kwargs))
+    return _wrap(result) if kwargs.get("out") is None else kwargs["out"]
+
+
+class _Namespace:
+    """The functions of NumPy that may be used on device arrays: CuPy has all of them."""
+
+    FUNCTIONS = frozenset(
+        """abs absolute add arange arctanh argmax argsort concatenate copyto divide empty empty_like equal exp full
+        greater less log log1p matmul max maximum mean min minimum multiply ones ones_like sign sqrt stack subtract sum
+        take tanh where zeros zeros_like as_strided""".split()
+    )
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        if name in ("lib", "stride_tricks"):
+            return _Namespace(getattr(self._module, name))
+        if name not in self.FUNCTIONS:
+            raise AttributeError(f"no function '{name}' on the device: use what CuPy has too, and add it to the list")
+        function = getattr(self._module, name)
+        return lambda *args, **kwargs: _call(function, *args, **kwargs)
+
+    def asarray(self, array, dtype=None):
+        """The crossing from the host."""
+        return DeviceArray(np.array(array._host if isinstance(array, DeviceArray) else array, dtype=dtype))
+
+    def asnumpy(self, array):
+        """The crossing to the host."""
+        return np.array(array._host if isinstance(array, DeviceArray) else array)
+
+
+XP = _Namespace(np)
+
+
+class DeviceArray:
+    """See the module."""
+
+    array_module = XP
+
+    def __init__(self, host):
+        self._host = host
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method == "__call__" and any(isinstance(value, np.generic) for value in inputs):
+            return _call(ufunc, *inputs, **kwargs)  # a NumPy scalar on the left of an operator
+        raise MixedDevices(f"numpy.{ufunc.__name__} applied to a device array")
+
+    def __array_function__(self, function, types, args, kwargs):
+        raise MixedDevices(f"numpy.{function.__name__} applied to a device array")
+
+    def __array__(self, *args, **kwargs):
+        raise MixedDevices("implicit conversion of a device array to the host")
+
+    def __iter__(self):
+        raise MixedDevices("iteration over a device array")
+
+    def __len__(self):
+        return len(self._host)
+
+    def __getitem__(self, key):
+        return _wrap(self._host[_unwrap(key)])
+
+    def __setitem__(self, key, value):
+        self._host[_unwrap(key)] = _unwrap(value)
+
+
+def _attribute(name):
+    return property(lambda self: _wrap(getattr(self._host, name)))
+
+
+def _method(name):
+    return lambda self, *args, **kwargs: _call(getattr(np.ndarray, name), self, *args, **kwargs)
+
+
+def _in_place(name):
+    def method(self, other):
+        getattr(self._host, name)(_unwrap(other))
+        return self
+
+    return method
+
+
+def _read(name):
+    def method(self, *args):
+        if not _host_reads_allowed[0]:
+            raise MixedDevices("the host reads a device array where it must not wait for the device")
+        return getattr(self._host, name)(*args)
+
+    return method
+
+
+for _name in ("shape", "dtype", "ndim", "size", "nbytes", "strides", "T"):
+    setattr(DeviceArray, _name, _attribute(_name))
+for _name in ("sum", "mean", "max", "min", "argmax", "astype", "copy", "reshape", "transpose", "ravel", "view", "clip"):
+    setattr(DeviceArray, _name, _method(_name))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "mod", "and", "or"):
+    setattr(DeviceArray, f"__{_name}__", _method(f"__{_name}__"))
+    setattr(DeviceArray, f"__r{_name}__", _method(f"__r{_name}__"))
+    setattr(DeviceArray, f"__i{_name}__", _in_place(f"__i{_name}__"))
+for _name in ("__neg__", "__abs__", "__invert__", "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
+    setattr(DeviceArray, _name, _method(_name))
+for _name in ("__bool__", "__float__", "__int__", "__index__", "item", "tolist"):
+    setattr(DeviceArray, _name, _read(_name))
+
+
+class StrictDevice(Device):
+    """A device on which only `DeviceArray` lives."""
+
+    def __init__(self):
+        self.name, self.reason, self.is_gpu, self.xp = "strict", "", True, XP
+
+    def synchronize(self):
+        """Nothing runs behind the host's back here."""

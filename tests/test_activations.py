@@ -1,0 +1,135 @@
+"""Activations. Oracle: closed forms, finite differences, and for tiny increments an identity free of cancellation."""
+
+import math
+
+import numpy as np
+import pytest
+from oracle import INVERSE, SIGMA
+
+import cupyep as ep
+from cupyep.activations import get_activation
+
+NAMES = sorted(ep.ACTIVATIONS)
+RANGES = {
+    "hard_sigmoid": (0, 1), "half_hard_sigmoid": (0, 1), "relu6": (0, 6), "relu": (0, math.inf), "sigmoid": (0, 1),
+    "tanh": (-1, 1),
+}  # fmt: skip
+G = np.array([-30.0, -1.7, -0.4, 0.01, 0.2, 0.5, 0.9, 1.3, 1.9, 2.4, 5.7, 6.4, 30.0])  # no kink among them
+
+
+def call(device, method, *arrays):
+    """Return what `method` writes into its last argument, an array like the first."""
+    on_device = [device.asarray(a) for a in arrays]
+    out = device.xp.full(on_device[0].shape, np.nan, on_device[0].dtype)
+    method(*on_device, out)
+    return device.to_numpy(out)
+
+
+def increment(device, activation, g, dg, dtype):
+    """Return the increment of the rest point g by dg."""
+    g, dg = device.asarray(np.array(g, dtype)), device.asarray(np.array(dg, dtype))  # copies: dg is overwritten
+    s, offset = device.xp.empty_like(g), device.xp.empty_like(g)
+    activation.value(g, s)
+    activation.rest_offset(g, s, offset)
+    activation.increment(offset, s, dg, device.xp.empty_like(g))
+    assert dg.dtype == dtype
+    return device.to_numpy(dg)
+
+
+def exact_increment(name, g, dg):
+    """Return sigma(g + dg) - sigma(g) without cancellation, in float64."""
+    g, dg = np.asarray(g, np.float64), np.asarray(dg, np.float64)
+    if name in ("sigmoid", "tanh"):  # tanh(a + b) - tanh(a) = sinh(b) / (cosh(a) cosh(a + b))
+        center, height, rate = (0.5, 0.5, 2.0) if name == "sigmoid" else (0.0, 1.0, 1.0)
+        a, b = rate * (g - center), rate * dg
+        return height * np.sinh(b) / (np.cosh(a) * np.cosh(a + b))
+    slope = 0.5 if name == "half_hard_sigmoid" else 1.0
+    low, high = RANGES[name]
+    before, after = slope * g, slope * (g + dg)
+    inside = (before > low) & (before < high) & (after > low) & (after < high)
+    return np.where(inside, slope * dg, np.clip(after, low, high) - np.clip(before, low, high))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value(device, name):
+    np.testing.assert_allclose(call(device, ep.ACTIVATIONS[name].value, G), SIGMA[name](G), rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_slope_in_place(device, name):
+    activation = ep.ACTIVATIONS[name]
+    for method in (activation.value, activation.slope):
+        g = device.asarray(G.copy())
+        method(g, g)
+        np.testing.assert_array_equal(device.to_numpy(g), call(device, method, G))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slope_is_the_derivative(device, name):
+    activation, h = ep.ACTIVATIONS[name], 1e-6
+    inner = G[1:-1]
+    numeric = (call(device, activation.value, inner + h) - call(device, activation.value, inner - h)) / (2 * h)
+    np.testing.assert_allclose(call(device, activation.slope, inner), numeric, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_range(device, name):
+    activation = ep.ACTIVATIONS[name]
+    low, high = RANGES[name]
+    assert (activation.low, activation.high) == (low, high)
+    values = call(device, activation.value, np.linspace(-50, 50, 1001))
+    assert values.min() >= low
+    assert values.max() <= high
+    assert values.min() == pytest.approx(low, abs=1e-12)
+    assert values.max() == pytest.approx(min(high, 50), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1e-12, -1e-12, 1e-30])
+def test_a_tiny_increment_keeps_its_digits_in_float32(device, name, size):
+    """A difference of two float32 states near 0.5 would return 0 or 6e-8."""
+    g = np.array([0.1, 0.3, 0.5, 0.62, 0.9, -0.7, 1.4, 7.0], np.float32)
+    dg = np.full_like(g, size)
+    expected = exact_increment(name, g, dg)
+    found = increment(device, ep.ACTIVATIONS[name], g, dg, np.float32)
+    regular = np.abs(g) < 2 if name in ("sigmoid", "tanh") else slice(None)  # 1 - tanh^2 is rounded where it is tiny
+    np.testing.assert_allclose(found[regular], expected[regular], rtol=1e-5, atol=0)
+    assert (expected[:5] != 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_increment(device, name):
+    """Large ones too, across the bounds of a clip in both directions."""
+    g, dg = (a.ravel() for a in np.meshgrid(G[1:-1], [-3.0, -0.6, -0.05, 0.0, 0.05, 0.7, 4.0]))
+    found = increment(device, ep.ACTIVATIONS[name], g, dg, np.float64)
+    np.testing.assert_allclose(found, exact_increment(name, g, dg), rtol=1e-6, atol=1e-14)  # 1 - tanh^2 rounds
+    np.testing.assert_allclose(found, SIGMA[name](g + dg) - SIGMA[name](g), rtol=1e-6, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_potential_is_the_integral_of_the_inverse(device, name):
+    activation, h = ep.ACTIVATIONS[name], 1e-6
+    low, high = RANGES[name]
+    s = np.linspace(low + 0.05, min(high, 6) - 0.05, 9)
+    up, down = (device.to_numpy(activation.potential(device.asarray(s + d))) for d in (h, -h))
+    inverse = (up - down) / (2 * h)
+    np.testing.assert_allclose(inverse, INVERSE[name](s), rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(SIGMA[name](inverse), s, rtol=1e-7, atol=1e-8)
+
+
+def test_lookup():
+    assert get_activation("relu6") is ep.ACTIVATIONS["relu6"]
+    own = ep.Clip("own", 2.0, -1.0, 1.0)
+    assert get_activation(own) is own
+    with pytest.raises(ep.ConfigurationError, match="did you mean 'hard_sigmoid'") as error:
+        get_activation("hardsigmoid")
+    assert "\n" not in str(error.value)
+
+
+def test_own_clip(device):
+    own = ep.Clip("own", 2.0, -1.0, 1.0)
+    g = np.array([-0.8, -0.3, 0.0, 0.2, 0.7])
+    np.testing.assert_allclose(call(device, own.value, g), [-1.0, -0.6, 0.0, 0.4, 1.0])
+    np.testing.assert_allclose(call(device, own.slope, g), [0.0, 2.0, 2.0, 2.0, 0.0])
+    found = increment(device, own, g, np.full(5, 0.35), np.float64)
+    np.testing.assert_allclose(found, [0.1, 0.7, 0.7, 0.6, 0.0], atol=1e-15)

@@ -1,0 +1,220 @@
+"""The network as a user meets it. Oracle: oracle.py, sorting by hand, and the messages a user must see."""
+
+import numpy as np
+import pytest
+from oracle import Oracle
+from small import CLASSES, batch_of, network, on_host
+
+import cupyep as ep
+
+
+def one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_parameters_are_updated_in_place(device):
+    net = network("conv", device)
+    names = [f"layers.{n}.{name}" for n in (1, 2, 3) for name in ("weight", "bias")]
+    assert list(net.parameters()) == [*names, "readout.weight", "readout.bias"]
+    net.parameters()["layers.2.weight"][...] = 0.5
+    assert float(net.layers[1].weight.max()) == 0.5
+    assert list(network("dense", device, loss="squared_error").parameters())[-1] == "layers.4.bias"
+
+
+def test_load_parameters(device):
+    a, b = network("conv", device, seed=1), network("conv", device, seed=2)
+    b.load_parameters({path: p.astype(np.float32) for path, p in on_host(a, a.parameters()).items()})
+    for path, p in on_host(b, b.parameters()).items():
+        np.testing.assert_array_equal(p, on_host(a, a.parameters())[path].astype(np.float32))
+    assert b.parameters()["readout.weight"].dtype == np.float64
+    batch = batch_of(a)
+    for path, p in a.parameters().items():
+        p[...] = b.parameters()[path]
+    for s, t in zip(a.settle(batch, steps=4).layers, b.settle(batch, steps=4).layers, strict=True):
+        np.testing.assert_array_equal(a.device.to_numpy(s), b.device.to_numpy(t))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"layers.1.weight": None}, ["missing ['layers.1.weight']", "unknown []"]),
+        ({"layers.9.weight": np.zeros(3)}, ["unknown ['layers.9.weight']"]),
+        ({"readout.bias": np.zeros(7)}, ["readout.bias", "(7,)", "(3,)"]),
+        ({"layers.2.weight": np.zeros((3, 3, 4, 3))}, ["layers.2.weight", "(3, 3, 4, 3)", "(3, 3, 3, 4)"]),
+    ],
+)
+def test_load_parameters_refuses_what_does_not_fit(device, change, parts):
+    """One line, and nothing is changed: not even the arrays that would have fitted."""
+    net = network("conv", device)
+    before = on_host(net, net.parameters())
+    wrong = {path: p + 1 for path, p in before.items()} | change
+    with pytest.raises(ep.ConfigurationError) as error:
+        net.load_parameters({path: p for path, p in wrong.items() if p is not None})
+    one_line(error, *parts)
+    for path, p in on_host(net, net.parameters()).items():
+        np.testing.assert_array_equal(p, before[path])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+def test_scores_are_the_readout_of_the_settled_state(device, loss):
+    net = network("conv", device, loss=loss)
+    batch = batch_of(net, samples=5)
+    oracle = Oracle(net)
+    top = oracle.settle(net.device.to_numpy(batch.images), 6)[-1]
+    expected = oracle.readout_term(batch.labels).output(top)
+    scores = net.scores(batch.images, steps=6)
+    np.testing.assert_allclose(net.device.to_numpy(scores), expected, rtol=1e-11)
+    net.scores(batch_of(net, samples=5, seed=9).images, steps=6)
+    np.testing.assert_allclose(net.device.to_numpy(scores), expected, rtol=1e-11, err_msg="scores were overwritten")
+
+
+def test_predict_top_k(device):
+    net = network("conv", device)
+    images = net.device.to_numpy(batch_of(net, samples=6).images)
+    oracle = Oracle(net)
+    z = oracle.readout_term(np.zeros(6, int)).output(oracle.settle(images, 6)[-1])
+    ranked = [sorted(range(CLASSES), key=lambda c, row=row: -row[c]) for row in z]
+    for k in (2, 3):
+        found = net.predict(images, k=k, steps=6)
+        assert type(found) is np.ndarray
+        assert found.tolist() == [row[:k] for row in ranked]
+    assert net.predict(images, steps=6).tolist() == [row[0] for row in ranked]
+    for k in (0, 4):
+        with pytest.raises(ep.ConfigurationError) as error:
+            net.predict(images, k=k)
+        one_line(error, "k must be from 1 to 3")
+
+
+def test_learners_evaluate_by_the_same_scores(device):
+    net = network("conv", device)
+    batch = batch_of(net, samples=5)
+    oracle = Oracle(net)
+    term = oracle.readout_term(batch.labels)
+    top = oracle.settle(net.device.to_numpy(batch.images), 6)[-1]
+    for learner in (ep.EquilibriumPropagation(net, free_steps=6), ep.BackpropagationThroughTime(net, free_steps=6)):
+        loss, correct = learner.evaluate(batch.images, batch.labels)
+        assert float(loss) == pytest.approx(term.value(top).sum(), rel=1e-11)
+        assert int(correct) == (term.output(top).argmax(axis=1) == batch.labels).sum()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 6, 3), (2, 2, 6, 6), (6, 6, 2), (2, 5, 6, 2), (0, 6, 6, 2)])
+def test_images_of_a_wrong_shape_are_one_line(device, shape):
+    net = network("conv", device)
+    for call in (net.settle, net.scores, net.predict):
+        with pytest.raises(ep.ConfigurationError) as error:
+            call(device.xp.zeros(shape))
+        one_line(error, str(shape), "(N, 6, 6, 2)")
+
+
+X = np.zeros((2, 6, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (lambda net, free: net.settle(X, targets=[0, 1]), ["beta that is not 0"]),
+        (lambda net, free: net.settle(X, beta=0.5), ["needs targets"]),
+        (lambda net, free: net.settle(X, targets=[0, 1], beta=0.5), ["starts at a free state"]),
+        (lambda net, free: net.settle(X, free, targets=[0, 1, 2], beta=0.5), ["2 images need 2 labels"]),
+        (lambda net, free: net.settle(X, free, targets=[0, 3], beta=0.5), ["from 0 to 2"]),
+        (lambda net, free: net.settle(X, free, targets=[0, 1], beta=[0.5, 0.0]), ["other than 0"]),
+        (lambda net, free: net.settle(X, free, targets=[0, 1], beta=float("nan")), ["other than 0"]),
+        (lambda net, free: net.settle(X, free, targets=[0, 1], beta=1, nudge="tangents"), ["did you mean 'tangent'"]),
+        (lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free), ["2 samples", "3"]),
+        (lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free, targets=[0, 1, 2], beta=1), ["2 samples", "3"]),
+        (
+            lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free, targets=[0, 1, 2], beta=1, nudge="deviation"),
+            ["2 samples", "3"],
+        ),
+        (lambda net, free: net.settle(X, ep.State(free.layers[:2])), ["2 layers", "3"]),
+        (
+            lambda net, free: net.settle(X, ep.State(free.layers), targets=[0, 1], beta=1, nudge="deviation"),
+            ["drives"],
+        ),
+    ],
+)
+def test_wrong_settles_are_one_line(call, parts):
+    net = network("conv")
+    free = net.settle(X, steps=2)
+    with pytest.raises(ep.ConfigurationError) as error:
+        call(net, free)
+    one_line(error, *parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: ep.Network([], 3), ["at least one layer"]),
+        (lambda: ep.Network([ep.Linear((4,), 5), ep.Linear((6,), 3)], 3), ["layer 2 takes (6,)", "layer 1 gives (5,)"]),
+        (
+            lambda: ep.Network([ep.Conv2d((4, 4, 1), 2), ep.Conv2d((2, 8, 2), 2)], 3),
+            ["layer 2 takes (2, 8, 2)", "layer 1 gives (4, 4, 2)"],
+        ),
+        (lambda: ep.Network([ep.Linear((4,), 5)], 3, loss="squared_error"), ["(3,)", "(5,)"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, loss="mse"), ["unknown loss 'mse'"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, activation="relu7"), ["did you mean 'relu"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, precision="float23"), ["did you mean 'float32'"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, feedback=0), ["feedback", "not 0"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, feedback=1.5), ["feedback", "not 1.5"]),
+        (lambda: ep.Network([ep.Linear((3,), 3)] * 12, 3, feedback=1e-3), ["feedback 0.001", "float32", "float64"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, gain=[1.0, 2.0]), ["one gain or 1", "not 2"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, device="gpu"), ["unknown device 'gpu'"]),
+    ],
+)
+def test_wrong_networks_are_one_line(make, parts):
+    with pytest.raises(ep.ConfigurationError) as error:
+        make()
+    one_line(error, *parts)
+
+
+def test_a_dense_edge_may_flatten_a_map(device):
+    """An edge that takes (36,) fits a layer that gives (3, 3, 4): the same numbers as one that takes (3, 3, 4)."""
+    images = np.random.default_rng(0).uniform(0, 1, (2, 3, 3, 2))
+    ends = []
+    for shape in [(3, 3, 4), (36,)]:
+        edges = [ep.Conv2d((3, 3, 2), 4), ep.Linear(shape, 5)]
+        net = ep.Network(edges, CLASSES, activation="sigmoid", device=device, precision="float64")
+        result = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=4).step(images, [0, 2])
+        ends.append(on_host(net, result.gradients))
+    for path in ends[0]:
+        np.testing.assert_array_equal(*(gradients[path] for gradients in ends))
+
+
+def test_gain_a_layer(device):
+    edges = [ep.Linear((400,), 100), ep.Linear((100,), 400)]
+    net = ep.Network(edges, 2, gain=[0.5, 2.0], device=device)
+    # N(0, gain^2 / fan_in): 0.5 / 20 and 2 / 10; 40000 draws each
+    assert float(net.layers[0].weight.std()) == pytest.approx(0.025, rel=0.02)
+    assert float(net.layers[1].weight.std()) == pytest.approx(0.2, rel=0.02)
+
+
+def test_workspaces_of_the_last_few_batch_sizes_are_kept(device):
+    """Settling many batch sizes must not keep the buffers of all of them, nor change a result."""
+    net = network("conv", device)
+    batch = batch_of(net, samples=8)
+    first = net.device.to_numpy(net.settle(batch.images[:2], steps=3).layers[0]).copy()
+    for samples in range(3, 9):
+        net.settle(batch.images[:samples], steps=3)
+    assert len(net._workspaces) == net.WORKSPACES_KEPT
+    again = net.device.to_numpy(net.settle(batch.images[:2], steps=3).layers[0])
+    np.testing.assert_array_equal(again, first)
+
+
+def test_state_copies_are_independent(device):
+    net = network("conv", device, pooling="max")
+    batch = batch_of(net)
+    state = net.settle(batch, steps=3)
+    copy = state.copy()
+    copy.layers[0][...] = 0
+    copy.winners[0][...] = 9
+    assert float(state.layers[0].max()) > 0
+    assert int(state.winners[0].max()) < 4
+
+
+def test_repr_names_what_it_is():
+    text = repr(network("conv", pooling="max", feedback=0.5))
+    for part in ("sigmoid", "feedback 0.5", "float64", "(6, 6, 2) -> (3, 3, 3)", "max pool 2", "cross_entropy"):
+        assert part in text
