@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cupyep._version import __version__
-from cupyep.errors import ConfigurationError, CupyepError, choose, nearest
+from cupyep.errors import ConfigurationError, CupyepError, choose, nearest, require
 from cupyep.recipes import find_recipe, recipe_names
 from cupyep.training import diagnostics, runs
 from cupyep.training.config import OPTIONS, make_config, option_name, read_toml
@@ -189,8 +189,8 @@ def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, *
     """
     given = _given(options)
     if resume:
-        if run_dir is None or recipe is not None:
-            raise ConfigurationError("--resume needs --run-dir and takes no --recipe: options come from the run")
+        given_right = run_dir is not None and recipe is None
+        require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
         run = runs.resume_run(run_dir, given, quiet=quiet, report=click.echo)
     else:
         config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
@@ -230,6 +230,8 @@ def check(json_path: Path | None, **options: Any) -> None:
 
     Layer by layer, from the same settled free state, for the nudge form asked for and the other one.
     """
+    if json_path is not None:
+        require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
     config = make_config(diagnostics.CHECK_DEFAULTS, _given(options))
     report = diagnostics.check_gradient(config, report=click.echo)
     click.echo(report.table())

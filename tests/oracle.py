@@ -271,6 +271,42 @@ class Oracle:
         )
 
 
+def iterate(oracle, x, start, schedule, steps, warm):
+    """Return all states that a schedule goes through, as lists of layers; each half of a sweep counts."""
+    sigma, states = SIGMA[oracle.activation], [start]
+    layers = [s.copy() for s in start]
+    drives = [d for d, _ in oracle.drives(x, layers)]
+    winners = [w for _, w in oracle.drives(x, layers)]
+    feedback = [np.zeros_like(s) for s in layers]
+
+    def from_below(n):
+        drives[n], winners[n] = oracle.edges[n].drive(layers[n - 1] if n else x)
+
+    def from_above(n):
+        if n + 1 < oracle.depth:
+            feedback[n] = oracle.feedback * oracle.edges[n + 1].topdown(layers[n + 1], winners[n + 1])
+
+    def update(n):
+        layers[n] = sigma(drives[n] + feedback[n])
+
+    everything = range(oracle.depth)
+    for _ in range(steps):
+        if schedule == "synchronous":
+            layers[:] = [sigma(g) for g in oracle.totals(x, layers)]
+        elif schedule == "evenodd":
+            for n in [*everything[1::2], *everything[0::2]]:  # even layers counted from 1, then odd ones
+                layers[n] = sigma(oracle.totals(x, layers)[n])
+        else:
+            for down in (warm, not warm):
+                for n in reversed(everything) if down else everything:
+                    (from_above if down else from_below)(n)
+                    update(n)
+                states.append([s.copy() for s in layers])
+            continue
+        states.append([s.copy() for s in layers])
+    return states
+
+
 def finite_difference(function, array, step=1e-5, entries=None):
     """Return d function / d array by central differences, at all or the given flat `entries` (others NaN)."""
     gradient = np.full(array.size, np.nan)

@@ -108,3 +108,8 @@ def oracle_terms(net, batch, signals=(), parameters=None):
 def on_host(net, mapping):
     """Return arrays by path as float64 NumPy."""
     return {path: np.array(net.device.to_numpy(array), np.float64) for path, array in mapping.items()}
+
+
+def hosts(net, arrays):
+    """Return arrays as float64 NumPy."""
+    return [np.array(net.device.to_numpy(array), np.float64) for array in arrays]

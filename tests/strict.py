@@ -59,11 +59,14 @@ def _call(function, *args, **kwargs):
 class _Namespace:
     """The functions of NumPy that may be used on device arrays: CuPy has all of them."""
 
-    FUNCTIONS = frozenset(
-        """abs absolute add arange arctanh argmax argsort concatenate copyto divide empty empty_like equal exp full
-        greater less log log1p matmul max maximum mean min minimum multiply ones ones_like sign sqrt stack subtract sum
-        take tanh where zeros zeros_like as_strided""".split()
-    )
+    # fmt: off
+    FUNCTIONS = {
+        "abs", "absolute", "add", "arange", "arctanh", "argmax", "argsort", "as_strided", "concatenate", "copyto",
+        "divide", "empty", "empty_like", "equal", "exp", "full", "greater", "less", "log", "log1p", "matmul", "max",
+        "maximum", "mean", "min", "minimum", "multiply", "ones", "ones_like", "sign", "sqrt", "stack", "subtract",
+        "sum", "take", "tanh", "where", "zeros", "zeros_like",
+    }
+    # fmt: on
 
     def __init__(self, module):
         self._module = module
@@ -108,7 +111,7 @@ class DeviceArray:
         raise MixedDevices("implicit conversion of a device array to the host")
 
     def __iter__(self):
-        raise MixedDevices("iteration over a device array")
+        return (self[i] for i in range(len(self)))
 
     def __len__(self):
         return len(self._host)
@@ -163,7 +166,11 @@ class StrictDevice(Device):
     """A device on which only `DeviceArray` lives."""
 
     def __init__(self):
-        self.name, self.reason, self.is_gpu, self.xp = "strict", "", True, XP
+        # Not a GPU: kernels written in CUDA would be chosen for one, and they cannot run here.
+        self.name, self.reason, self.is_gpu, self.xp = "strict", "", False, XP
+
+    def to_numpy(self, array):
+        return XP.asnumpy(array)
 
     def synchronize(self):
         """Nothing runs behind the host's back here."""

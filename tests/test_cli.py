@@ -230,6 +230,7 @@ WRONG = {
     "missing teacher": (["train", "--aug", "kd", "--teacher", "t.h5"], 1, "teacher file t.h5 does not exist"),
     "teacher without kd": (["train", "--teacher", "t.h5"], 2, "--teacher needs --aug kd"),
     "unknown device": (["train", "--device", "gpu"], 2, "unknown device 'gpu'"),
+    "json nowhere": (["check", "--json", "no/check.json"], 2, "there is no folder 'no'"),
     "check with kd": (["check", "--aug", "kd"], 2, "knows --aug none and le"),
     "tangent as states": (["train", "--scheme", "tangent", "--nudge", "classical"], 2, "use nudge 'deviation'"),
 }
@@ -317,3 +318,12 @@ def test_no_traceback_and_the_exit_code_from_a_shell():
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "Error: --epochs must be at least 1 (got 0)\n"
+
+
+def test_the_digits_recipe_needs_no_files(invoke, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    less = ["--limit-train", 50, "--limit-test", 20, "--epochs", 1, "--teacher-epochs", 1, "--width", 0.05]
+    code, out, err = invoke("train", "--recipe", "digits-kd", "--data-dir", tmp_path / "data", "--device", "cpu", *less)
+    assert (code, err) == (0, "")
+    assert "digits 16x16x1, 50 training and 20 test images" in out

@@ -55,6 +55,57 @@ def assert_orders(net, batch, signals=(), beta=0.02):
             assert max(coarse.values()) > 1e-5, "nothing was compared"
 
 
+def host_states(net, state):
+    """Return states and winners on the host."""
+    to_numpy = net.device.to_numpy
+    return [to_numpy(s) for s in state.layers], [None if w is None else to_numpy(w) for w in state.winners]
+
+
+@pytest.mark.parametrize("feedback", [1.0, 0.4])
+@pytest.mark.parametrize("scheme", ["centered", "onesided"])
+def test_classical_estimate_is_the_difference_of_two_energies(device, scheme, feedback):
+    """-a_n [dPhi/dw(s_1) - dPhi/dw(s_2)] / span at the nudged states, each with its own winners; beta is large."""
+    net = network("conv", device, pooling="max", activation="hard_sigmoid", feedback=feedback, gain=0.4, seed=4)
+    batch, signals, beta = batch_of(net), signals_of("le"), 0.4
+    images = net.device.to_numpy(batch.images)
+    free = settled(net, batch)
+    second_beta = {"centered": -beta, "onesided": 0.0}[scheme]
+    phases, winners = [], []
+    for b in (beta, second_beta):
+        nudge = {"targets": batch, "beta": b, "signals": signals, "steps": STEPS}
+        state = net.settle(batch, free, **nudge) if b else free
+        assert state.stats.residual.max() < 1e-12
+        layers, its_winners = host_states(net, state)
+        phases.append(layers)
+        winners.append(its_winners[2])
+    assert not np.array_equal(*winners), "no winner changes: the case tests nothing"
+    found = estimate(net, batch, free, signals, scheme=scheme, nudge="classical", beta=beta)
+    parameters = on_host(net, net.parameters())
+    for path in ("layers.1.weight", "layers.2.weight", "layers.3.weight", "layers.3.bias"):
+        n = int(path.split(".")[1])
+
+        def difference(n=n):
+            oracle = Oracle(net, parameters)
+            phi = [(s[n - 1] * oracle.drives(images, s)[n - 1][0]).sum() for s in phases]
+            return -oracle.scales[n - 1] * (phi[0] - phi[1]) / ((beta - second_beta) * len(images))
+
+        array = parameters[path]
+        entries = np.random.default_rng(0).choice(array.size, min(array.size, 8), replace=False)
+        expected = finite_difference(difference, array, 1e-6, entries).ravel()[entries]
+        np.testing.assert_allclose(found[path].ravel()[entries], expected, rtol=1e-6, atol=1e-8, err_msg=path)
+
+
+def test_forms_agree_where_nothing_is_kinked(device):
+    """With one branch only, classical and deviation form are the same estimate, at any beta."""
+    net = network("conv", device, feedback=0.3)
+    batch, signals = batch_of(net), signals_of("le")
+    free = settled(net, batch)
+    classical, deviation = (
+        estimate(net, batch, free, signals, beta=0.05, nudge=nudge) for nudge in ("classical", "deviation")
+    )
+    assert max(errors(classical, deviation).values()) < 1e-9
+
+
 @pytest.mark.parametrize("feedback", [1.0, 0.3])
 @pytest.mark.parametrize("signal", ["plain", "le", "kd"])
 def test_error_orders_with_every_signal(device, signal, feedback):
@@ -76,12 +127,6 @@ def test_error_orders_with_every_loss_and_edge(device, kind, loss, feedback):
 def test_error_orders_of_signal_losses(device, signal, loss, activation):
     net = network("dense", device, activation=activation, gain=0.4)
     assert_orders(net, batch_of(net), signals_of(signal, loss=loss))
-
-
-def host_states(net, state):
-    """Return states and winners on the host."""
-    to_numpy = net.device.to_numpy
-    return [to_numpy(s) for s in state.layers], [None if w is None else to_numpy(w) for w in state.winners]
 
 
 def assert_same_branch(net, batch, signals, beta, clipping=True):
@@ -262,17 +307,6 @@ def test_tiny_responses_survive_float32(device, activation, pooling, scheme):
         cosine = (gradient * true[path]).sum() / np.linalg.norm(gradient) / np.linalg.norm(true[path])
         assert cosine > 0.99, (path, cosine)
         assert 0.9 < np.linalg.norm(gradient) / np.linalg.norm(true[path]) < 1.1, path
-
-
-def test_forms_agree_where_nothing_is_kinked(device):
-    """With one branch only, classical and deviation form are the same estimate, at any beta."""
-    net = network("conv", device, feedback=0.3)
-    batch, signals = batch_of(net), signals_of("le")
-    free = settled(net, batch)
-    classical, deviation = (
-        estimate(net, batch, free, signals, beta=0.05, nudge=nudge) for nudge in ("classical", "deviation")
-    )
-    assert max(errors(classical, deviation).values()) < 1e-9
 
 
 @pytest.mark.parametrize("nudge", ["classical", "deviation"])

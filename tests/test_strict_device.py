@@ -53,7 +53,6 @@ def test_the_strict_device_is_strict():
         lambda: a.__setitem__(0, host[0]),
         lambda: host.__setitem__(0, a[0]),
         lambda: a[np.array([0, 1])],
-        lambda: list(a),
         lambda: a == host,
         lambda: a.clip(host, 2.0),
         lambda: strict.XP.concatenate([a, host]),

@@ -47,6 +47,7 @@ def check_gradients(
     nudge: str = "deviation",
     schedule: str = "synchronous",
     unrolled_steps: int | None = None,
+    tolerance: float | None = None,
     signals: Sequence[Augmenter] = (),
 ) -> list[dict[str, Any]]:
     """Compare the weight gradients of EP with those of BPTT from the same settled free state.
@@ -61,6 +62,8 @@ def check_gradients(
     unrolled_steps : int, optional
         Steps of BPTT. By default `nudged_steps` for the synchronous schedule, whose every step EP then mirrors
         (Ernoult et al. 2019), and for the others enough for an error to cross the network twice, up and down.
+    tolerance : float, optional
+        End the free phase at this residual; its theorem asks for an equilibrium.
 
     Returns
     -------
@@ -75,7 +78,7 @@ def check_gradients(
         network, beta, free_steps, nudged_steps, scheme=scheme, nudge=nudge, schedule=schedule, signals=signals
     )
     bptt = BackpropagationThroughTime(network, free_steps, unrolled_steps, schedule=schedule, signals=signals)
-    free = ep.settle_free(batch).copy()
+    free = network.settle_free(batch, steps=free_steps, schedule=schedule, tolerance=tolerance).copy()
     estimate, truth = ep.step_from(batch, free), bptt.step_from(batch, free)
     response = network.device.to_numpy(estimate.nudge_response)
     rows = []

@@ -104,8 +104,8 @@ class TrainConfig:
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
     beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0)
-    free_steps: int | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 sweeps, "
-                                      "6 with a feedback above 0.3, 60 of the other schedules.", low=1)
+    free_steps: int | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
+                                      "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1)
     nudged_steps: int | None = GRADIENT(None, int, "Steps of a nudged phase, for bptt the steps unrolled; unset: 2 "
                                         "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1)
     schedule: str = GRADIENT("sweeps", str, "Order in which layers are updated.", choices=SCHEDULES)

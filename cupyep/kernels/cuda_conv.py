@@ -1,0 +1,204 @@
+"""Launch code of ``conv.cu``: the operations of `ConvOps` as CUDA kernels, with less scratch.
+
+Padding is implicit and the unpooled map of the top-down product never exists: scratch holds the columns of one chunk
+(of either direction, they are never needed together) and one map before pooling.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend.device import gemm
+from cupyep.errors import require
+from cupyep.kernels.buffers import Arena
+from cupyep.kernels.conv import ConvGeometry, ConvOps
+from cupyep.kernels.launch import map_grid, type_name, vector_width
+
+SOURCE = Path(__file__).with_name("conv.cu")
+POOLING = {"none": 0, "max": 1, "average": 2}  # enum Pooling
+
+
+class CudaConvOps(ConvOps):
+    """`ConvOps` through the kernels of ``conv.cu``.
+
+    Parameters
+    ----------
+    geometry, batch, nbytes, dtype, xp
+        See `ConvOps`; `dtype` (float32, float64, float16 or bfloat16) is that of states and columns.
+    launcher : Launcher
+        Of `SOURCE`.
+    product_dtype : dtype, optional
+        What the products `map` and `products` are stored in; `dtype` unless given (float32 for halves, say).
+    product_first : bool
+        Top-down map by product and then col2im instead of columns and then product. Its intermediate has
+        ``k * k * C`` instead of ``k * k * K`` elements a pixel and needs `U(s)` as a map.
+
+    Notes
+    -----
+    All arrays must be C-contiguous; they are accessed 16 bytes at once where the number of channels allows.
+    """
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        batch: int,
+        nbytes: int,
+        dtype: Any,
+        xp: Any,
+        launcher: Any,
+        product_dtype: Any = None,
+        product_first: bool = False,
+    ):
+        self.launcher = launcher
+        self.dtype = np.dtype(dtype)
+        self.product_dtype = self.dtype if product_dtype is None else np.dtype(product_dtype)
+        self.product_first = product_first
+        super().__init__(geometry, batch, nbytes, dtype, xp)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the elements a sample of the column matrices of drive and top-down product."""
+        g = self.geometry
+        window = g.kernel**2
+        return (
+            math.prod(g.map_shape[:2]) * window * g.in_shape[2],
+            math.prod(g.in_shape[:2]) * window * g.map_shape[2],
+        )
+
+    def _requests(self, samples: int, dtype: Any) -> list[tuple[tuple[int, ...], Any]]:
+        down, up = self._sizes()
+        require(
+            max(down, up) < 2**31,
+            f"the columns of one sample have {max(down, up)} elements, more than a GPU kernel can index; "
+            "use smaller images or fewer channels",
+        )
+        columns = max(down * self.dtype.itemsize, (down if self.product_first else up) * self._up_dtype().itemsize)
+        requests = [((samples * columns,), np.uint8)]
+        if self.geometry.pooling != "none":
+            requests.append(((samples, *self.geometry.map_shape), max(self.product_dtype, self.dtype, key=_itemsize)))
+        return requests
+
+    def _up_dtype(self) -> np.dtype:
+        return self.product_dtype if self.product_first else self.dtype
+
+    def bind(self, arena: Arena) -> None:
+        """Take views of the arena."""
+        self._columns, *maps = arena.views(self.requests)
+        self._map = maps[0].reshape(-1).view(np.uint8) if maps else None
+
+    def _view(self, block: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return block[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    def map(self, m: int) -> Any:
+        """Return the scratch map before pooling for `m` samples, shape (m, Ho, Wo, K)."""
+        return self._view(self._map, (m, *self.geometry.map_shape), self.product_dtype)
+
+    def products(self, m: int) -> Any:
+        """Return the scratch of the product-first top-down map for `m` samples, shape (m * Ho * Wo, k * k * C)."""
+        g = self.geometry
+        rows = m * math.prod(g.map_shape[:2])
+        return self._view(self._columns, (rows, g.kernel**2 * g.in_shape[2]), self.product_dtype)
+
+    def columns(self, s: Any, m: int) -> Any:
+        g = self.geometry
+        height, width, channels = g.in_shape
+        ho, wo, _ = g.map_shape
+        columns = self._view(self._columns, (m * ho * wo, g.kernel**2 * channels), self.dtype)
+        vec = vector_width(channels, s, columns)
+        frame = [(size - 1) * g.stride + g.kernel for size in (ho, wo)]
+        self._launch(
+            ("im2col", [type_name(s.dtype), vec]),
+            (frame[1] * (channels // vec), frame[0], m),
+            (s, columns),
+            (height, width, channels // vec, g.kernel, g.stride, g.padding, ho, wo),
+        )
+        return columns
+
+    def columns_up(self, s: Any, winners: Any, m: int) -> Any:
+        g = self.geometry
+        height, width, _ = g.in_shape
+        ho, wo, channels = g.map_shape
+        columns = self._view(self._columns, (m * height * width, g.kernel**2 * channels), self.dtype)
+        vec = vector_width(channels, s, winners, columns)
+        self._launch(
+            ("unpool_im2col", [type_name(s.dtype), vec, POOLING[g.pooling]]),
+            ((width + g.kernel - 1) * (channels // vec), height + g.kernel - 1, m),
+            (s, winners, columns),
+            (height, width, channels // vec, g.kernel, g.stride, g.padding, ho, wo, *g.out_shape[:2], g.pool),
+        )
+        return columns
+
+    def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
+        g = self.geometry
+        vec = vector_width(g.out_shape[2], u, bias, out, winners)
+        self._launch(
+            ("bias_pool", [type_name(u.dtype), type_name(out.dtype), vec, POOLING[g.pooling]]),
+            self._pooled_threads(vec, m),
+            (u, bias, out, winners),
+            (*g.map_shape[:2], *g.out_shape[:2], g.out_shape[2] // vec, g.pool),
+        )
+
+    def gather(self, u: Any, winners: Any, out: Any, m: int) -> None:
+        g = self.geometry
+        if g.pooling == "none":
+            return  # `u` is `out`
+        vec = vector_width(g.out_shape[2], u, out, winners)
+        self._launch(
+            ("gather", [type_name(u.dtype), type_name(out.dtype), vec, POOLING[g.pooling]]),
+            self._pooled_threads(vec, m),
+            (u, winners, out),
+            (*g.map_shape[:2], *g.out_shape[:2], g.out_shape[2] // vec, g.pool),
+        )
+
+    def unpool(self, s: Any, winners: Any, m: int) -> Any:
+        g = self.geometry
+        if g.pooling == "none":
+            return s
+        ho, wo, channels = g.map_shape
+        u = self._view(self._map, (m, ho, wo, channels), self.dtype)
+        vec = vector_width(channels, s, winners, u)
+        self._launch(
+            ("unpool", [type_name(s.dtype), vec, POOLING[g.pooling]]),
+            (wo * (channels // vec), ho, m),
+            (s, winners, u),
+            (ho, wo, *g.out_shape[:2], channels // vec, g.pool),
+        )
+        return u
+
+    def topdown(self, s: Any, winners: Any, weight: Any, out: Any, m: int) -> None:
+        """Write ``w^T * U(s)`` into `out` (m, H, W, C), by columns of ``U(s)`` or product first."""
+        if not self.product_first:
+            gemm(self.columns_up(s, winners, m), self.flipped, out=out.reshape(-1, self.geometry.in_shape[2]))
+            return
+        u, products = self.unpool(s, winners, m), self.products(m)
+        outputs = self.geometry.map_shape[2]
+        gemm(u.reshape(-1, outputs), weight.reshape(-1, outputs).T, out=products)
+        self.col2im(products, out, m)
+
+    def col2im(self, products: Any, out: Any, m: int) -> None:
+        """Write the transpose of `columns` applied to `products` (m * Ho * Wo, k * k * C) into `out` (m, H, W, C)."""
+        g = self.geometry
+        height, width, channels = g.in_shape
+        vec = vector_width(channels, products, out)
+        self._launch(
+            ("col2im", [type_name(products.dtype), type_name(out.dtype), vec]),
+            (width * (channels // vec), height, m),
+            (products, out),
+            (height, width, channels // vec, g.kernel, g.stride, g.padding, *g.map_shape[:2]),
+        )
+
+    def _pooled_threads(self, vec: int, m: int) -> tuple[int, int, int]:
+        height, width, channels = self.geometry.out_shape
+        return width * (channels // vec), height, m
+
+    def _launch(self, kernel: tuple[str, list], threads: tuple[int, int, int], arrays: tuple, sizes: tuple) -> None:
+        name, types = kernel
+        grid, block = map_grid(*threads)
+        self.launcher.launch(name, types, grid, block, (*arrays, *map(np.int32, sizes)))
+
+
+def _itemsize(dtype: np.dtype) -> int:
+    return dtype.itemsize

@@ -1,0 +1,101 @@
+"""Launch code of ``update.cu``: `UpdateOps` with one kernel an update, and a small one where it is measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.kernels.launch import BLOCK, arithmetic, check_axes, map_grid, type_name, vector_width
+from cupyep.kernels.update import UpdateOps
+
+SOURCE = Path(__file__).with_name("update.cu")
+RULES = {"clip": 0, "tanh": 1}  # enum Rule
+SLOPE = 2
+WARP = 32
+
+
+class CudaUpdateOps(UpdateOps):
+    """`UpdateOps` through the kernels of ``update.cu``.
+
+    Parameters
+    ----------
+    xp : module
+    activation : Activation
+        One that the kernels know, by its attribute ``code``: ``("clip", (slope, low, high))`` or
+        ``("tanh", (center, height, rate))``. Any other works with `UpdateOps`.
+    launcher : Launcher
+        Of `SOURCE`.
+
+    Notes
+    -----
+    `drive` and `topdown` have one type, that of the scratch or narrower; `force`, `g`, `rest`, the rest state, the
+    slope and the residual have that of the scratch.
+    """
+
+    def __init__(self, xp: Any, activation: Any, launcher: Any):
+        super().__init__(xp, activation)
+        self.launcher = launcher
+        name, self._numbers = activation.code
+        self._rule = RULES[name]
+
+    def scratch_size(self, batch, size):
+        return batch * -(-size // BLOCK)  # one partial sum a block
+
+    def states(self, s, drive, topdown, feedback, force, g, residual, scratch):
+        number = arithmetic(s.dtype).type
+        self._launch(
+            ("update_states", self._rule, 1),
+            (s, drive, topdown, number(feedback), force, *map(number, self._numbers), g),
+            residual,
+            scratch,
+        )
+
+    def deviations(self, eps, drive, topdown, feedback, force, weight, rest, s, residual, scratch):
+        number = arithmetic(eps.dtype).type
+        weights = number(weight), number(1 / weight)
+        self._launch(
+            ("update_deviations", self._rule, len(eps) // len(rest)),
+            (eps, drive, topdown, number(feedback), force, *weights, rest, s, *map(number, self._numbers)),
+            residual,
+            scratch,
+        )
+
+    def tangents(self, eps, drive, topdown, feedback, force, slope, residual, scratch):
+        number = arithmetic(eps.dtype).type
+        unused = [number(0)] * 3
+        self._launch(
+            ("update_deviations", SLOPE, len(eps) // len(slope)),
+            (eps, drive, topdown, number(feedback), force, number(1), number(1), slope, None, *unused),
+            residual,
+            scratch,
+        )
+
+    def _launch(self, kernel: tuple[str, int, int], arguments: tuple, residual: Any, scratch: Any) -> None:
+        """Launch an update and, where a residual is wanted, the sum of its partials."""
+        name, rule, phases = kernel
+        s, drive, topdown = arguments[:3]
+        batch, size = len(s), math.prod(s.shape[1:])
+        vec = vector_width(size, *(argument for argument in arguments if getattr(argument, "ndim", 0)))
+        count = size // vec
+        block = BLOCK
+        while block // 2 >= max(count, WARP):
+            block //= 2  # stays a power of two, as the sum over a block needs
+        parts = -(-count // block)
+        check_axes(batch // phases)
+        stored = next((array.dtype for array in (drive, topdown) if array is not None), s.dtype)
+        measure = "false" if residual is None else "true"
+        self.launcher.launch(
+            name,
+            [type_name(s.dtype), type_name(stored), vec, rule, measure],
+            (parts, phases, batch // phases),
+            (block, 1, 1),
+            (*arguments, None if residual is None else scratch, np.int32(count)),
+        )
+        if residual is None:
+            return
+        grid, threads = map_grid(batch, 1, 1)
+        sizes = map(np.int32, (parts, batch, size))
+        self.launcher.launch("add_residual", [type_name(residual.dtype)], grid, threads, (scratch, residual, *sizes))

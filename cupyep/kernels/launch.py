@@ -1,0 +1,67 @@
+"""What the launch code of all kernels shares: names of element types, width of accesses, grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend.cuda import address
+from cupyep.errors import require
+
+TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+ACCESS_BYTES = 16
+BLOCK = 256
+LARGEST_GRID = 65535  # of the y and z axes
+
+
+def type_name(dtype: Any) -> str:
+    """Return the CUDA name of an element type."""
+    return TYPES[np.dtype(dtype).name]
+
+
+def arithmetic(dtype: Any) -> np.dtype:
+    """Return the type that kernels compute in: float64 for float64, float32 for everything narrower."""
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+def vector_width(channels: int, *arrays: Any) -> int:
+    """Return how many neighbouring channels one thread can handle.
+
+    Parameters
+    ----------
+    channels : int
+        Length of the runs.
+    *arrays : array or None
+        All that the kernel accesses in packs. None of them is skipped.
+
+    Returns
+    -------
+    int
+        As many as the narrowest floating type has in 16 bytes, or 1 where channels or addresses do not divide.
+    """
+    arrays = [array for array in arrays if array is not None]
+    width = ACCESS_BYTES // min(array.dtype.itemsize for array in arrays if array.dtype.kind != "u")
+    divides = channels % width == 0 and all(
+        address(array) % min(ACCESS_BYTES, width * array.dtype.itemsize) == 0 for array in arrays
+    )
+    return width if divides else 1
+
+
+def map_grid(items: int, rows: int, samples: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return grid and block for `items` threads in each of `rows` rows of `samples` maps.
+
+    The items are divided into equal blocks of at most 256 threads, rounded up to whole warps.
+    """
+    check_axes(rows, samples)
+    blocks = -(-items // BLOCK)
+    warps = -(-items // (blocks * 32))
+    return (blocks, rows, samples), (32 * warps, 1, 1)
+
+
+def check_axes(*lengths: int) -> None:
+    """Raise `ConfigurationError` if the y or z axis of a grid cannot be so long."""
+    require(
+        max(lengths) <= LARGEST_GRID,
+        f"a GPU kernel takes at most {LARGEST_GRID} samples or rows, not {max(lengths)}; use a smaller batch size",
+    )

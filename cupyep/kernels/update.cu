@@ -1,0 +1,171 @@
+// The fused state update; the NumPy reference is update.py.
+//
+// One thread updates one pack of neighbouring units: everything is read once and written once. Grid: x runs over the
+// packs of a sample, y over phases, z over the samples of a phase, so that phases which share a rest point run side by
+// side and find it in the cache. With MEASURE each block also leaves the sum of its squared changes; `add_residual` adds
+// these up in a fixed order. No atomics: results repeat bit for bit.
+//
+// Where a clamp meets NaN both comparisons fail and the NaN passes, so that divergence stays visible.
+
+#include "common.cuh"
+
+enum Rule { CLIP = 0, TANH = 1, SLOPE = 2 };
+
+// The numbers of an activation: slope, low, high of a CLIP; center, height, rate of a TANH.
+template <typename A> struct Numbers { A a, b, c; };
+
+template <typename A> __device__ __forceinline__ A clamp(A x, A low, A high)
+{
+    return x < low ? low : (x > high ? high : x);
+}
+
+// sigma(g)
+template <typename A, int RULE> __device__ __forceinline__ A activate(A g, const Numbers<A>& n)
+{
+    if (RULE == CLIP) return clamp(n.a * g, n.b, n.c);
+    return n.a + n.b * tanh(n.c * (g - n.a));
+}
+
+// sigma(g + dg) - sigma(g) to full relative accuracy however small dg is; `rest` is what the activation's rest_offset
+// gives for the rest point and s = sigma(g). A difference of two values of sigma would lose a response of 1e-12.
+template <typename A, int RULE> __device__ __forceinline__ A increment(A dg, A rest, A s, const Numbers<A>& n)
+{
+    if (RULE == CLIP) return clamp(n.a * dg + rest, n.b - s, n.c - s);
+    const A t = tanh(n.c * dg);
+    return n.b * (t / (t * rest + A(1)) * (A(1) - rest * rest));
+}
+
+// Sum over the block, in a fixed order, and store it; every thread of the block must take part. The size of the block
+// is a power of two, at most 256.
+template <typename A> __device__ __forceinline__ void store_block_sum(A value, A* target)
+{
+    __shared__ A sums[256];
+    const int thread = threadIdx.x;
+    sums[thread] = value;
+    __syncthreads();
+    for (int half = blockDim.x / 2; half > 0; half /= 2) {
+        if (thread < half) sums[thread] += sums[thread + half];
+        __syncthreads();
+    }
+    if (thread == 0) *target = sums[0];
+}
+
+// total = feedback * topdown + drive + force; each may be absent. Which of the two the feedback weight scales is the
+// difference between states and scaled deviations: SCALE_DRIVE.
+template <typename D, int VEC, bool SCALE_DRIVE>
+__device__ __forceinline__ void total_drive(
+    const D* drive, const D* topdown, typename Arithmetic<D>::type feedback,
+    const typename Arithmetic<D>::type* force, size_t at, typename Arithmetic<D>::type (&total)[VEC])
+{
+    typedef typename Arithmetic<D>::type A;
+    Pack<D, VEC> below, above;
+    Pack<A, VEC> push;
+    below.clear();
+    above.clear();
+    push.clear();
+    if (drive != nullptr) below.load(drive + at);
+    if (topdown != nullptr) above.load(topdown + at);
+    if (force != nullptr) push.load(force + at);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        const A d = widen(below.values[i]), t = widen(above.values[i]);
+        total[i] = (SCALE_DRIVE ? feedback * d + t : feedback * t + d) + push.values[i];
+    }
+}
+
+// Store new values over the old ones and return the sum of the squared changes of what is stored.
+template <typename S, int VEC, bool MEASURE>
+__device__ __forceinline__ typename Arithmetic<S>::type replace(
+    S* s, const typename Arithmetic<S>::type (&fresh)[VEC])
+{
+    typename Arithmetic<S>::type sum = 0;
+    Pack<S, VEC> old, now;
+    if (MEASURE) old.load(s);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        now.values[i] = narrow<S>(fresh[i]);
+        if (MEASURE) {
+            const typename Arithmetic<S>::type change = widen(now.values[i]) - widen(old.values[i]);
+            sum += change * change;
+        }
+    }
+    now.store(s);
+    return sum;
+}
+
+// s <- sigma(drive + feedback * topdown + force), the total drive into g where it is wanted.
+// S: storage of the states, D: of drive and top-down input. count: packs a sample.
+template <typename S, typename D, int VEC, int RULE, bool MEASURE>
+__global__ void update_states(
+    S* s, const D* __restrict__ drive, const D* __restrict__ topdown, typename Arithmetic<S>::type feedback,
+    const typename Arithmetic<S>::type* __restrict__ force, typename Arithmetic<S>::type a,
+    typename Arithmetic<S>::type b, typename Arithmetic<S>::type c, typename Arithmetic<S>::type* __restrict__ g,
+    typename Arithmetic<S>::type* __restrict__ partials, int count)
+{
+    typedef typename Arithmetic<S>::type A;
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t sample = blockIdx.z;
+    A sum = 0;
+    if (item < count) {
+        const size_t at = (sample * count + item) * VEC;
+        const Numbers<A> numbers = {a, b, c};
+        A total[VEC];
+        total_drive<D, VEC, false>(drive, topdown, feedback, force, at, total);
+        if (g != nullptr) {
+            Pack<A, VEC> kept;
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) kept.values[i] = total[i];
+            kept.store(g + at);
+        }
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) total[i] = activate<A, RULE>(total[i], numbers);
+        sum = replace<S, VEC, MEASURE>(s + at, total);
+    }
+    if (MEASURE) store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
+}
+
+// eps <- weight * increment(t / weight) with t = feedback * drive + topdown + force, or, for the rule SLOPE,
+// eps <- rest * t. rest and s (the rest state) have one phase's samples, the other arrays those of every phase.
+template <typename S, typename D, int VEC, int RULE, bool MEASURE>
+__global__ void update_deviations(
+    S* eps, const D* __restrict__ drive, const D* __restrict__ topdown, typename Arithmetic<S>::type feedback,
+    const typename Arithmetic<S>::type* __restrict__ force, typename Arithmetic<S>::type weight,
+    typename Arithmetic<S>::type inverse, const typename Arithmetic<S>::type* __restrict__ rest,
+    const typename Arithmetic<S>::type* __restrict__ s, typename Arithmetic<S>::type a,
+    typename Arithmetic<S>::type b, typename Arithmetic<S>::type c,
+    typename Arithmetic<S>::type* __restrict__ partials, int count)
+{
+    typedef typename Arithmetic<S>::type A;
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t sample = size_t(blockIdx.y) * gridDim.z + blockIdx.z;
+    A sum = 0;
+    if (item < count) {
+        const size_t at = (sample * count + item) * VEC, rest_at = (size_t(blockIdx.z) * count + item) * VEC;
+        const Numbers<A> numbers = {a, b, c};
+        Pack<A, VEC> offset, state;
+        offset.load(rest + rest_at);
+        if (RULE != SLOPE) state.load(s + rest_at);
+        A t[VEC];
+        total_drive<D, VEC, true>(drive, topdown, feedback, force, at, t);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            if (RULE == SLOPE)
+                t[i] *= offset.values[i];
+            else
+                t[i] = weight * increment<A, RULE>(t[i] * inverse, offset.values[i], state.values[i], numbers);
+        }
+        sum = replace<S, VEC, MEASURE>(eps + at, t);
+    }
+    if (MEASURE) store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
+}
+
+// residual[sample] += (sum of a sample's `parts` partials) / size, one thread a sample.
+template <typename A>
+__global__ void add_residual(const A* __restrict__ partials, A* residual, int parts, int samples, int size)
+{
+    const int sample = blockIdx.x * blockDim.x + threadIdx.x;
+    if (sample >= samples) return;
+    A sum = 0;
+    for (int part = 0; part < parts; ++part) sum += partials[size_t(sample) * parts + part];
+    residual[sample] += sum / A(size);
+}

@@ -1,0 +1,142 @@
+"""The update of one layer's state in one call: total drive, activation, change.
+
+`UpdateOps` is plain array code for NumPy and CuPy alike, and the reference; ``update.cu`` does the same in one pass
+(`cupyep.kernels.cuda_update`). States and deviations may be stored in a narrower type than the one computed in, which
+is that of the scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class UpdateOps:
+    """Updates in place, without allocation.
+
+    Parameters
+    ----------
+    xp : module
+        ``numpy`` or ``cupy``.
+    activation : Activation
+
+    Notes
+    -----
+    Arrays are C-contiguous, of shape (B, *shape) where nothing else is said. `drive`, `topdown` and `force` may be None
+    for nothing there. `residual` (B,), or None, gains the mean squared change of each sample, taken of the values as
+    stored. `scratch` is 1-D with at least `scratch_size` elements of the type to compute in.
+    """
+
+    def __init__(self, xp: Any, activation: Any):
+        self.xp = xp
+        self.activation = activation
+
+    def scratch_size(self, batch: int, size: int) -> int:
+        """Return the elements of scratch that a batch of states with `size` units needs."""
+        return 2 * batch * size + batch
+
+    def states(
+        self,
+        s: Any,
+        drive: Any,
+        topdown: Any,
+        feedback: float,
+        force: Any,
+        g: Any,
+        residual: Any,
+        scratch: Any,
+    ) -> None:
+        """Overwrite the states `s` by ``sigma(drive + feedback * topdown + force)``.
+
+        Parameters
+        ----------
+        g : array or None
+            Receives the total drive, the argument of sigma.
+        """
+        fresh, change, row = self._parts(s, scratch)
+        total = fresh if g is None else g
+        self._total(total, topdown, feedback, drive, force)
+        self.activation.value(total, fresh)
+        self._replace(s, fresh, change, row, residual)
+
+    def deviations(
+        self,
+        eps: Any,
+        drive: Any,
+        topdown: Any,
+        feedback: float,
+        force: Any,
+        weight: float,
+        rest: Any,
+        s: Any,
+        residual: Any,
+        scratch: Any,
+    ) -> None:
+        """Overwrite deviations `eps` by ``a [sigma(g + t / a) - s]``, ``t = feedback * drive + topdown + force``.
+
+        Parameters
+        ----------
+        weight : float
+            a, the weight of the layer in the energy.
+        rest : array of shape (N, *shape)
+            ``activation.rest_offset`` of the rest drive g. B is a multiple of N, phase-major.
+        s : array of shape (N, *shape)
+            Rest state ``sigma(g)``, of the type to compute in: rounded to halves it would move the rest point.
+        """
+        t, scratch_t, row = self._parts(eps, scratch)
+        self._total(t, drive, feedback, topdown, force)
+        if weight != 1.0:
+            t *= 1 / weight
+        for start in range(0, len(eps), len(s)):
+            part = slice(start, start + len(s))
+            self.activation.increment(rest, s, t[part], scratch_t[part])
+        if weight != 1.0:
+            t *= weight
+        self._replace(eps, t, scratch_t, row, residual)
+
+    def tangents(
+        self,
+        eps: Any,
+        drive: Any,
+        topdown: Any,
+        feedback: float,
+        force: Any,
+        slope: Any,
+        residual: Any,
+        scratch: Any,
+    ) -> None:
+        """Overwrite `eps` by ``slope * (feedback * drive + topdown + force)``, `slope` (N, *shape) the derivative."""
+        t, change, row = self._parts(eps, scratch)
+        self._total(t, drive, feedback, topdown, force)
+        for start in range(0, len(eps), len(slope)):
+            t[start : start + len(slope)] *= slope
+        self._replace(eps, t, change, row, residual)
+
+    def _parts(self, s: Any, scratch: Any) -> tuple[Any, Any, Any]:
+        """Return two arrays of the shape of `s` and one of shape (B,)."""
+        size = math.prod(s.shape)
+        return scratch[:size].reshape(s.shape), scratch[size : 2 * size].reshape(s.shape), scratch[2 * size :][: len(s)]
+
+    def _total(self, total: Any, scaled: Any, feedback: float, plain: Any, force: Any) -> None:
+        """Write ``feedback * scaled + plain + force`` into `total`."""
+        if scaled is not None:
+            self.xp.multiply(scaled, feedback, out=total, dtype=total.dtype)
+            if plain is not None:
+                total += plain
+        elif plain is not None:
+            total[...] = plain
+        else:
+            total[...] = 0
+        if force is not None:
+            total += force
+
+    def _replace(self, s: Any, fresh: Any, change: Any, row: Any, residual: Any) -> None:
+        if residual is None:
+            s[...] = fresh
+            return
+        change[...] = s
+        s[...] = fresh
+        self.xp.subtract(s, change, out=change)
+        change *= change
+        self.xp.mean(change.reshape(len(s), -1), axis=1, out=row)
+        residual += row

@@ -1,0 +1,152 @@
+"""The CUDA kernels on the CPU: the very same .cu files through g++ and the headers in ``shim/``, called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from cupyep.backend.cuda import address, instance, kernel_argument
+
+SHIM = Path(__file__).parent / "shim"
+WARNINGS = ("-Wall", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", *WARNINGS)
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZED = "CUPYEP_SHIM_SANITIZE"  # environment variable: "1" builds with the sanitizers, whose library is preloaded
+WIDTHS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}
+# storage and the type that products, drives or inputs have beside it
+PAIRS = [
+    ("float", "float"),
+    ("double", "double"),
+    ("float", "__half"),
+    ("float", "__nv_bfloat16"),
+    ("__half", "__half"),
+    ("__nv_bfloat16", "__nv_bfloat16"),
+]
+
+
+def instances(source: Path) -> list[str]:
+    """Return every instance of the kernels of a source file that the launch code can ask for."""
+    return _INSTANCES[source.name]()
+
+
+def _widths(*types):
+    return sorted({1, max(WIDTHS[name] for name in types)})
+
+
+def _conv_instances():
+    names = []
+    for t in WIDTHS:
+        for vec in _widths(t):
+            names.append(instance("im2col", [t, vec]))
+            names += [instance("unpool_im2col", [t, vec, pool]) for pool in (0, 1, 2)]
+            names += [instance("unpool", [t, vec, pool]) for pool in (1, 2)]
+    for product, out in PAIRS:
+        for vec in _widths(product, out):
+            names += [instance("bias_pool", [product, out, vec, pool]) for pool in (0, 1, 2)]
+            names += [instance("gather", [product, out, vec, pool]) for pool in (1, 2)]
+            names.append(instance("col2im", [product, out, vec]))
+    return names
+
+
+def _update_instances():
+    names = [instance("add_residual", [t]) for t in ("float", "double")]
+    for drive, state in PAIRS:
+        for vec, measure in itertools.product(_widths(drive, state), ("false", "true")):
+            names += [instance("update_states", [state, drive, vec, rule, measure]) for rule in (0, 1)]
+            names += [instance("update_deviations", [state, drive, vec, rule, measure]) for rule in (0, 1, 2)]
+    return names
+
+
+_INSTANCES = {"conv.cu": _conv_instances, "update.cu": _update_instances}
+
+
+def compiler() -> str | None:
+    """Return the path of g++, or None."""
+    return shutil.which("g++")
+
+
+def sanitizer_library() -> str:
+    """Return the AddressSanitizer library that a process must preload to use a sanitized build."""
+    run = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@functools.cache
+def load(source: Path, names: tuple[str, ...], sanitize: bool) -> ctypes.CDLL:
+    """Compile instances of kernels (once for a given text, in the temporary folder) and load them."""
+    table = "\n".join(
+        f'    {{"{name}", [](void** arguments) {{ shim::launch(&{name}, arguments); }}}},' for name in names
+    )
+    text = f"""#include "cuda_shim.h"
+#include "{source}"
+
+static const shim::Instance INSTANCES[] = {{
+{table}
+}};
+
+extern "C" int shim_launch(const char* name, const unsigned* size, void** arguments)
+{{
+    gridDim = {{size[0], size[1], size[2]}};
+    blockDim = {{size[3], 1, 1}};
+    for (const shim::Instance& instance : INSTANCES) {{
+        if (std::strcmp(instance.name, name) != 0) continue;
+        instance.launch(arguments);
+        return 0;
+    }}
+    return 1;
+}}
+"""
+    command = [compiler(), *FLAGS, *(SANITIZE if sanitize else ()), f"-I{SHIM}", "-x", "c++"]
+    parts = [text, *command, *(path.read_text() for path in sorted([*SHIM.iterdir(), *source.parent.glob("*.cu*")]))]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir()) / f"cupyep-shim-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{source.stem}-{key}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-", "-o", str(unfinished)], input=text, text=True, check=True)
+        os.replace(unfinished, library)
+    return ctypes.CDLL(str(library))
+
+
+class ShimLauncher:
+    """Stands in for `cupyep.backend.cuda.Launcher` on NumPy arrays.
+
+    Attributes
+    ----------
+    launched : list of str
+        The instances launched, in order.
+    """
+
+    def __init__(self, source: Path, names: list[str] | None = None):
+        sanitize = os.environ.get(SANITIZED) == "1"
+        self.library = load(source, tuple(instances(source) if names is None else names), sanitize)
+        self.launched: list[str] = []
+
+    def launch(self, kernel, type_arguments, grid, block, arguments):
+        name = instance(kernel, type_arguments)
+        assert max(grid[1:]) <= 65535, f"no GPU has a grid of {grid}"
+        assert block[0] <= 1024, f"no GPU has a block of {block}"
+        assert block[1:] == (1, 1)
+        values = [self._value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        size = (ctypes.c_uint * 4)(*grid, block[0])
+        assert self.library.shim_launch(name.encode(), size, pointers) == 0, f"{name} is not among the instances"
+        self.launched.append(name)
+
+    @staticmethod
+    def _value(argument):
+        argument = kernel_argument(argument)
+        if isinstance(argument, np.generic):
+            return ctypes.create_string_buffer(argument.tobytes(), argument.itemsize)
+        assert argument.flags.aligned
+        return ctypes.c_void_p(address(argument))

@@ -1,0 +1,238 @@
+"""Do the tests notice? Plant one small defect at a time in a copy of the package and demand that tests fail.
+
+Run it from anywhere, with the environment that runs the tests::
+
+    python tests/mutation.py            # all defects, a few seconds each
+    python tests/mutation.py lambda     # those whose description contains the word
+
+Each defect is one line: the file, its old text (which must occur exactly once), the new text, what it breaks, and the
+test files that must notice. Exit status 1 if a defect survives, if an old text is not there, or if the tests could not
+run at all. pytest does not collect this file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Defect(NamedTuple):
+    """One planted defect."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+EP = "test_equilibrium"
+DEFECTS = [
+    Defect("classical: drop the 1/2 of 2 beta", "learning/equilibrium.py",
+           "span = betas[0] - (betas[1] if two else 0.0)", "span = betas[0]", EP),
+    Defect("deviation: drop the 1/2 of 2 beta", "learning/equilibrium.py",
+           "span = betas[0] - (betas[1] if len(betas) == 2 else 0.0)", "span = betas[0]", EP),
+    Defect("both phases nudged with +beta", "dynamics.py",
+           "np.repeat(np.asarray(betas, float), self.samples)", "np.repeat(np.abs(betas), self.samples)",
+           "test_rest_points test_equilibrium"),
+    Defect("nudge away from the target: sign of beta", "dynamics.py",
+           "(-weight * beta)", "(weight * beta)", "test_rest_points"),
+    Defect("deviation: plus and minus swapped", "learning/equilibrium.py",
+           "difference, total = eps[:samples] - eps[samples:]",
+           "difference, total = eps[samples:] - eps[:samples]", EP),
+    Defect("classical: plus and minus swapped", "learning/equilibrium.py",
+           "factor = -weights[n - 1] / (span * samples)", "factor = weights[n - 1] / (span * samples)", EP),
+    Defect("random scheme: always +beta", "learning/equilibrium.py",
+           "return [self.beta if self.generator.random() < 0.5 else -self.beta]", "return [self.beta]", EP),
+    Defect("deviation: gradient at s* and not at the mean of the phases", "learning/equilibrium.py",
+           "means.append(s if tangent else s + total * (0.5 / a))", "means.append(s)", EP),
+    Defect("deviation: mean state without 1 / a_n", "learning/equilibrium.py", "total * (0.5 / a)", "total * 0.5", EP),
+    Defect("learned maps: both phases count in full", "learning/equilibrium.py",
+           "self._add_terms(gradients, nudges, lambda n, phase=phase: state(n, phase), 1 / phases)",
+           "self._add_terms(gradients, nudges, lambda n, phase=phase: state(n, phase), 1.0)", EP),
+    Defect("classical: winners of the free state in the gradient", "learning/equilibrium.py",
+           "s, winners = nudged.layers[n - 1], nudged.winners[n - 1]",
+           "s, winners = nudged.layers[n - 1], None if nudged.winners[n - 1] is None else "
+           "self._repeated(free.winners[n - 1], len(betas))", EP),
+    Defect("classical: one-sided without the free state's winners", "learning/equilibrium.py",
+           "self._add_edge(gradients, n, below, second * -factor, free.winners[n - 1], ops[n - 1])",
+           "self._add_edge(gradients, n, below, second * -factor, winners, ops[n - 1])", EP),
+    Defect("response of the scaled deviation", "learning/equilibrium.py",
+           "response.append(xp.abs(difference).mean() / a)", "response.append(xp.abs(difference).mean())", EP),
+    Defect("comparison without the truth's norm", "learning/check.py",
+           "/ np.linalg.norm(b_unit)", "/ np.linalg.norm(a_unit)", "test_check"),
+    Defect("classical: gradients without a_n", "learning/equilibrium.py",
+           "factor = -weights[n - 1] /", "factor = -1.0 /", EP),
+    Defect("deviation: second product of the gradient without lambda", "learning/equilibrium.py",
+           "below = differences[n - 1] * network.feedback", "below = differences[n - 1] * 1.0", EP),
+    Defect("kappa forgotten in the nudge", "dynamics.py", "(-weight * beta)", "(-1.0 * beta)", "test_rest_points"),
+    Defect("kappa forgotten by mapped signals", "augment.py",
+           "Nudge(term, self.kappa, target)", "Nudge(term, 1.0, target)", "test_augment"),
+    Defect("kappa annealed at the wrong end", "augment.py",
+           "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(", "test_augment"),
+    Defect("kappa forgotten for learned maps", "learning/learner.py",
+           "share * weight / len(state)", "share / len(state)", "test_augment test_bptt"),
+    Defect("lambda forgotten in the deviation's drive", "dynamics.py",
+           "self.xp.multiply(self.drive[n - 1], self.feedback, out=t)",
+           "self.xp.multiply(self.drive[n - 1], 1.0, out=t)", "test_rest_points"),
+    Defect("lambda forgotten in the feedback", "dynamics.py",
+           "self.xp.multiply(self.topdown[n - 1], self.feedback, out=g)",
+           "self.xp.multiply(self.topdown[n - 1], 1.0, out=g)", "test_rest_points"),
+    Defect("a_n forgotten in classical forces", "dynamics.py",
+           "scale / self.weights[n - 1])", "scale)", "test_rest_points"),
+    Defect("a_n forgotten where the deviation's loss is taken", "dynamics.py",
+           "1 / self.weights[n - 1], out=nudged", "1.0, out=nudged", "test_rest_points"),
+    Defect("deviation: increment at the scaled drive", "dynamics.py", "t *= 1 / a", "t *= 1", "test_rest_points"),
+    Defect("residual of the last half of a sweep only", "dynamics.py",
+           "self.residual[n - 1] += self.row", "self.residual[n - 1] = self.row", "test_schedules"),
+    Defect("residual halved", "settling.py",
+           "return np.sqrt(system.host(system.residual))", "return np.sqrt(system.host(system.residual)) / 2",
+           "test_schedules test_settling"),
+    Defect("convergence judged by the mean", "settling.py",
+           "_residual(system).max() <= tolerance", "_residual(system).mean() <= tolerance", "test_settling"),
+    Defect("convergence reported at the last step", "settling.py",
+           "converged = None if tolerance is None else False", "converged = None if tolerance is None else True",
+           "test_settling"),
+    Defect("stale drives and winners after a warm even/odd start", "settling.py",
+           "for n in range(3, system.depth + 1, 2):", "for n in range(3, 3, 2):", "test_schedules"),
+    Defect("odd layers before even ones", "settling.py",
+           "for first in (2, 1):", "for first in (1, 2):", "test_schedules"),
+    Defect("a warm sweep goes up first", "settling.py",
+           "for down in (downward, not downward):", "for down in (False, True):", "test_schedules"),
+    Defect("winners forgotten on the way down", "kernels/conv.py",
+           "max_scatter(s, g.pool, winners, out,", "max_scatter(s, g.pool, winners * 0, out,", "test_layers"),
+    Defect("deviations read the maximum, not the free winner", "kernels/conv.py",
+           "max_gather(u, g.pool, winners, out, self._mask[:m])",
+           "max_pool(u, g.pool, out, winners.copy(), self._mask[:m])", "test_layers"),
+    Defect("padding of the way down off", "kernels/conv.py", "g.kernel - 1 - g.padding", "g.padding", "test_layers"),
+    Defect("kernel of the way down mirrored on one axis", "kernels/conv.py",
+           "weight[::-1, ::-1]", "weight[::-1]", "test_layers"),
+    Defect("last chunk takes a sample too few", "kernels/conv.py",
+           "slice(start, min(start + samples, batch))", "slice(start, min(start + samples, batch - 1))", "test_layers"),
+    Defect("ties go to the last winner", "kernels/pooling.py",
+           "xp.greater(view, out, out=mask)", "xp.greater_equal(view, out, out=mask)", "test_kernels"),
+    Defect("dropped rows keep what they held", "kernels/pooling.py",
+           "if height < u.shape[1]:", "if height > u.shape[1]:", "test_kernels"),
+    Defect("average pooling by p", "kernels/pooling.py",
+           "out *= out.dtype.type(1 / p**2)", "out *= out.dtype.type(1 / p)", "test_kernels"),
+    Defect("bias gradient dropped", "layers.py",
+           "bias += s.reshape(-1, channels).sum(axis=0)", "bias += 0 * s.reshape(-1, channels).sum(axis=0)",
+           "test_layers"),
+    Defect("new weights not taken up by the way down", "network.py",
+           "workspace = self.workspace(len(batch.images))\n        workspace.refresh()",
+           "workspace = self.workspace(len(batch.images))", "test_network test_schedules"),
+    Defect("T^2 factor of the loss", "losses.py", "-(self.temperature**2) *", "-self.temperature *", "test_losses"),
+    Defect("T factor of the gradient", "losses.py",
+           "out *= self.temperature", "out /= self.temperature", "test_losses"),
+    Defect("one-hot of the next class", "losses.py",
+           "rows[np.arange(len(labels)), labels] = 1", "rows[np.arange(len(labels)), labels - 1] = 1", "test_losses"),
+    Defect("clip increment as a plain difference", "activations.py",
+           "        dg += offset\n", "        dg += offset + s\n        dg -= s\n",
+           "test_activations test_equilibrium"),
+    Defect("slope of a clip outside its range", "activations.py",
+           "inside = (g > self.low / self.gain) & (g < self.high / self.gain)",
+           "inside = (g > self.low / self.gain) | (g < self.high / self.gain)", "test_activations"),
+    Defect("energy: feedback weighted by the layer below", "energy.py",
+           "force += self.weights[n + 1] * topdown", "force += self.weights[n] * topdown", "test_energy"),
+    Defect("BPTT forgets lambda on the way up", "learning/bptt.py",
+           "scaled = q[n - 2] * feedback", "scaled = q[n - 2] * 1.0", "test_bptt"),
+    Defect("BPTT forgets the way up", "learning/bptt.py",
+           "before[n - 1] += up", "before[n - 1] += 0 * up", "test_bptt"),
+    Defect("BPTT sums over the batch", "learning/bptt.py",
+           "xp.full(samples, weight / samples,", "xp.full(samples, weight,", "test_bptt"),
+    Defect("backpropagation forgets the slope", "learning/backprop.py",
+           "here *= slope[n - 1]", "here *= 1.0", "test_backprop"),
+    Defect("teacher's view ignored by the signal", "augment.py",
+           "logits = self.teacher.logits(self.split, batch.index, batch.view)",
+           "logits = self.teacher.logits(self.split, batch.index, 0 * batch.view)", "test_augment"),
+    Defect("teacher's view ignored by the file", "data/teacher/reader.py",
+           "array[self._place_of_view(int(code)), rows]", "array[0, rows]", "test_teacher"),
+    Defect("momentum of the wrong sign", "optim.py", "velocity += total", "velocity -= total", "test_optim"),
+    Defect("weight decay away from zero", "optim.py",
+           "xp.multiply(parameter, self.weight_decay, out=total)",
+           "xp.multiply(parameter, -self.weight_decay, out=total)", "test_optim"),
+    Defect("mirrored view not reported to the teacher", "data/loader.py",
+           "flip.astype(np.uint8))", "0 * flip.astype(np.uint8))", "test_data_loader"),
+    Defect("batch index counted from the batch", "data/loader.py",
+           "index.astype(np.int64), flip", "np.arange(len(index)), flip", "test_data_loader"),
+]  # fmt: skip
+
+
+def copy_project(folder: Path) -> None:
+    """Copy package, tests and settings, and a pytest plugin that proves that the copy is what runs."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "cupyep", folder / "cupyep", ignore=ignore)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    if (ROOT / "tools").is_dir():
+        shutil.copytree(ROOT / "tools", folder / "tools", ignore=ignore)
+    for name in ("pyproject.toml", "setup.cfg", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "from_the_copy.py").write_text(
+        f"import cupyep\nassert cupyep.__file__.startswith({str(folder)!r}), cupyep.__file__\n"
+    )
+
+
+def run_tests(folder: Path, tests: str) -> tuple[int, str]:
+    """Run test files in the copy up to the first failure; return pytest's exit status and the end of its output."""
+    files = [f"tests/{name}.py" for name in tests.split()]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "CUPYEP_REQUIRE_GPU": "0"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "from_the_copy", *files]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, (done.stdout + done.stderr)[-2000:]
+
+
+def plant(folder: Path, defect: Defect) -> str:
+    """Write the defect into the copy and return what was there; raise if its place is not found exactly once."""
+    path = folder / "cupyep" / defect.file
+    source = path.read_text()
+    if source.count(defect.old) != 1:
+        raise LookupError(f"'{defect.old}' occurs {source.count(defect.old)} times in {defect.file}, not once")
+    path.write_text(source.replace(defect.old, defect.new))
+    return source
+
+
+def judge(folder: Path, defect: Defect) -> str:
+    """Return ``killed``, or what is wrong."""
+    try:
+        source = plant(folder, defect)
+    except LookupError as error:
+        return f"NOT PLANTED: {error}"
+    status, output = run_tests(folder, defect.tests)
+    (folder / "cupyep" / defect.file).write_text(source)
+    if status == 1:
+        return "killed"
+    return "SURVIVED" if status == 0 else f"TESTS DID NOT RUN (pytest status {status})\n{output}"
+
+
+def main() -> int:
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [defect for defect in DEFECTS if word in defect.what]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy_project(folder)
+        files = sorted({test for defect in chosen for test in defect.tests.split()})
+        status, output = run_tests(folder, " ".join(files))
+        if status != 0:
+            print(f"the tests must pass before a defect is planted (pytest status {status})\n{output}")
+            return 1
+        wrong = 0
+        for defect in chosen:
+            start = time.perf_counter()
+            verdict = judge(folder, defect)
+            wrong += verdict != "killed"
+            print(f"{time.perf_counter() - start:5.1f} s  {defect.what}: {verdict}", flush=True)
+    print(f"{len(chosen) - wrong} of {len(chosen)} defects killed")
+    return 1 if wrong or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

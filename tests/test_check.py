@@ -1,0 +1,66 @@
+"""The comparison of two gradients. Oracle: hand values, and the gradients themselves put into formulas here."""
+
+import math
+
+import numpy as np
+import pytest
+from small import batch_of, network, on_host, signals_of
+
+import cupyep as ep
+from cupyep.learning.check import compare
+
+
+def test_compare_by_hand():
+    row = compare(np.array([[3.0, 0.0], [4.0, -1.0]]), np.array([[3.0, 0.0], [-4.0, -1.0]]))
+    # products 9 - 16 + 1 = -6, both norms sqrt(26); difference (0, 0, 8, 0); signs agree in 2 of 3 entries not zero
+    assert row["cosine"] == pytest.approx(-6 / 26)
+    assert row["relative_error"] == pytest.approx(8 / math.sqrt(26))
+    assert row["sign_agreement"] == pytest.approx(2 / 3)
+
+
+def test_compare_knows_size_from_direction():
+    truth = np.array([1.0, -2.0, 2.0])
+    row = compare(1.5 * truth, truth)
+    assert row["cosine"] == pytest.approx(1.0)
+    assert row["relative_error"] == pytest.approx(0.5)
+    assert compare(2.0 * truth, truth)["relative_error"] == pytest.approx(1.0)
+    assert compare(truth, 2.0 * truth)["relative_error"] == pytest.approx(0.5)
+
+
+def test_compare_does_not_underflow():
+    row = compare(np.array([3e-200, 4e-200]), np.array([4e-200, 3e-200]))
+    assert row["cosine"] == pytest.approx(24 / 25)
+    assert row["relative_error"] == pytest.approx(math.sqrt(2) / 5)
+
+
+@pytest.mark.parametrize(("a", "b"), [([0.0, 0.0], [1.0, 0.0]), ([1.0, 0.0], [0.0, 0.0])])
+def test_a_gradient_of_zero_has_no_direction(a, b):
+    assert all(math.isnan(value) for value in compare(np.array(a), np.array(b)).values())
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "sweeps"])
+@pytest.mark.parametrize("signal", ["plain", "kd"])
+def test_rows_compare_ep_with_bptt_from_one_free_state(device, signal, schedule):
+    net = network("conv", device, pooling="max", activation="hard_sigmoid")
+    batch, signals = batch_of(net), signals_of(signal)
+    rows = ep.check_gradients(
+        net, batch, beta=0.2, free_steps=30, nudged_steps=7, schedule=schedule, signals=signals, nudge="classical"
+    )
+    how = {"signals": signals, "schedule": schedule}
+    free = net.settle(batch, steps=30, schedule=schedule)
+    found = ep.EquilibriumPropagation(net, 0.2, 30, 7, nudge="classical", **how).step_from(batch, free)
+    unrolled = 7 if schedule == "synchronous" else 12  # up and down the three layers twice
+    true = on_host(net, ep.BackpropagationThroughTime(net, 30, unrolled, **how).step_from(batch, free).gradients)
+    gradients = on_host(net, found.gradients)
+    names = [path.removesuffix(".weight") for path in gradients if path.endswith(".weight")]
+    assert [row["name"] for row in rows] == names
+    response = net.device.to_numpy(found.nudge_response)
+    for row in rows:
+        a, b = (g[f"{row['name']}.weight"].ravel() for g in (gradients, true))
+        assert row["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-9)
+        assert row["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-6)
+        assert row["sign_agreement"] == pytest.approx(np.mean(np.sign(a[b != 0]) == np.sign(b[b != 0])))
+        assert row["gradient_norm"] == pytest.approx(np.linalg.norm(a), rel=1e-9)
+        layer = row["name"].split(".")
+        expected = response[int(layer[1]) - 1] if layer[0] == "layers" else None
+        assert row["nudge_response"] == (expected if expected is None else pytest.approx(expected, rel=1e-9))

@@ -1,0 +1,330 @@
+"""The kernels of conv.cu and their launch code, run on the CPU through the shim.
+
+Oracle: loops over single elements, by the definitions. Values are small integers, exact in every type, halves included.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from cuda_cpu import ShimLauncher, compiler
+
+from cupyep import Conv2d
+from cupyep.errors import ConfigurationError
+from cupyep.kernels.buffers import Arena
+from cupyep.kernels.conv import ConvOps
+from cupyep.kernels.cuda_conv import SOURCE, CudaConvOps
+from cupyep.kernels.launch import check_axes, map_grid, vector_width
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+PRODUCTS = [("float32", "float32"), ("float64", "float64"), ("float32", "float16"), ("float32", "bfloat16"),
+            ("float16", "float16"), ("bfloat16", "bfloat16")]  # fmt: skip
+EDGES = {
+    "usual": ((6, 6, 16), 8, {"pooling": "max"}),
+    "image": ((7, 5, 3), 5, {"pooling": "max"}),  # odd sizes leave a remainder; no vectors
+    "plain": ((5, 6, 8), 16, {"padding": 0}),
+    "average": ((6, 8, 8), 8, {"pooling": "average"}),
+    "strided": ((8, 7, 8), 16, {"stride": 2, "pooling": "average"}),
+    "strided plain": ((7, 8, 3), 8, {"stride": 2, "padding": 2}),
+    "large": ((9, 10, 8), 24, {"kernel": 5, "stride": 3, "padding": 2, "pooling": "max", "pool": 3}),
+    "even": ((5, 5, 16), 8, {"kernel": 4, "padding": 3, "pooling": "max", "pool": 3}),
+    "pointwise": ((4, 5, 8), 7, {"kernel": 1, "padding": 0, "pooling": "max"}),
+    "single": ((2, 2, 8), 8, {"padding": 0, "kernel": 2}),
+}
+SAMPLES = 3
+
+
+def dtype_of(name):
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+@functools.cache
+def launcher():
+    return ShimLauncher(SOURCE)
+
+
+def integers(rng, shape, dtype, high=100):
+    return rng.integers(-high, high + 1, shape).astype(dtype)
+
+
+def operations(edge, dtype, batch=SAMPLES, nbytes=1 << 24, **options):
+    """Return CUDA operations of an edge whose scratch is full of NaN."""
+    ops = CudaConvOps(edge.geometry, batch, nbytes, dtype, np, launcher(), **options)
+    arena = Arena(np, ops.nbytes)
+    arena.block[...] = 255
+    ops.bind(arena)
+    return ops
+
+
+def last_width():
+    """Return VEC of the last launch: the first number among its template arguments."""
+    arguments = launcher().launched[-1].partition("<")[2].rstrip(">").split(", ")
+    return int(next(argument for argument in arguments if argument.isdigit()))
+
+
+def edge_and(name, dtype_name):
+    shape, channels, options = EDGES[name]
+    return Conv2d(shape, channels, **options), dtype_of(dtype_name)
+
+
+def pooled_case(edge, rng, dtype):
+    """Return s (n, *out_shape) and valid winners, or None without max-pooling."""
+    s = integers(rng, (SAMPLES, *edge.out_shape), dtype)
+    winners = rng.integers(0, edge.pool**2, s.shape).astype(np.uint8) if edge.has_winners else None
+    return s, winners
+
+
+def unpooled(edge, s, winners):
+    """Return U(s) as float64, by the definition."""
+    s = s.astype(float)
+    u = np.zeros((len(s), *edge.map_shape))
+    p = edge.pool
+    for n, y, x, c in np.ndindex(*s.shape):
+        if edge.pooling == "average":
+            u[n, y * p : y * p + p, x * p : x * p + p, c] = s[n, y, x, c] / p**2
+        else:
+            dy, dx = divmod(int(winners[n, y, x, c]), p) if edge.has_winners else (0, 0)
+            u[n, y * p + dy, x * p + dx, c] = s[n, y, x, c]
+    return u
+
+
+def rounding(dtype):
+    """Return the relative error of one rounding to `dtype` (ten for the sums of its own accumulation)."""
+    return {"float64": 1e-15, "float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype.name]
+
+
+cases = pytest.mark.parametrize(("name", "dtype_name"), list(itertools.product(EDGES, DTYPES)))
+product_cases = pytest.mark.parametrize(("name", "types"), list(itertools.product(EDGES, PRODUCTS)))
+
+
+@cases
+def test_columns(rng, name, dtype_name):
+    edge, dtype = edge_and(name, dtype_name)
+    s = integers(rng, (SAMPLES, *edge.in_shape), dtype)
+    found = operations(edge, dtype).columns(s, SAMPLES)
+    k, stride, padding = edge.kernel, edge.stride, edge.padding
+    (height, width, channels), (ho, wo, _) = edge.in_shape, edge.map_shape
+    expected = np.zeros((SAMPLES, ho, wo, k, k, channels))
+    for y, x, i, j in np.ndindex(ho, wo, k, k):
+        row, column = y * stride + i - padding, x * stride + j - padding
+        if 0 <= row < height and 0 <= column < width:
+            expected[:, y, x, i, j] = s[:, row, column].astype(float)
+    np.testing.assert_array_equal(found.astype(float), expected.reshape(found.shape))
+
+
+@pytest.mark.parametrize(("name", "dtype_name"), list(itertools.product(["usual", "image"], DTYPES)))
+def test_wide_accesses_are_used_where_channels_divide(rng, name, dtype_name):
+    edge, dtype = edge_and(name, dtype_name)
+    ops = operations(edge, dtype)
+    ops.columns(integers(rng, (SAMPLES, *edge.in_shape), dtype), SAMPLES)
+    assert last_width() == (16 // dtype.itemsize if name == "usual" else 1)
+
+
+@cases
+def test_columns_of_the_unpooled_map(rng, name, dtype_name):
+    """columns_up times the mirrored weight is the adjoint of the strided convolution after the adjoint of pooling."""
+    edge, dtype = edge_and(name, dtype_name)
+    s, winners = pooled_case(edge, rng, dtype)
+    found = operations(edge, dtype).columns_up(s, winners, SAMPLES)
+    u = unpooled(edge, s, winners)
+    k, stride, padding = edge.kernel, edge.stride, edge.padding
+    height, width, _ = edge.in_shape
+    expected = np.zeros((SAMPLES, height, width, k, k, edge.map_shape[2]))
+    for y, x, i, j in np.ndindex(height, width, k, k):
+        # Output (oy, ox) saw input (y, x) through kernel offset (a, b); the kernel is mirrored: i = k - 1 - a.
+        down, right = y + padding - (k - 1 - i), x + padding - (k - 1 - j)
+        if down % stride or right % stride or min(down, right) < 0:
+            continue
+        oy, ox = down // stride, right // stride
+        if oy < edge.map_shape[0] and ox < edge.map_shape[1]:
+            expected[:, y, x, i, j] = u[:, oy, ox]
+    expected = expected.reshape(found.shape)
+    np.testing.assert_allclose(found.astype(float), expected, rtol=rounding(dtype) if edge.pooling == "average" else 0)
+
+
+@cases
+def test_unpool(rng, name, dtype_name):
+    edge, dtype = edge_and(name, dtype_name)
+    s, winners = pooled_case(edge, rng, dtype)
+    found = operations(edge, dtype).unpool(s, winners, SAMPLES)
+    assert found.dtype == dtype
+    expected = unpooled(edge, s, winners)
+    np.testing.assert_allclose(found.astype(float), expected, rtol=rounding(dtype) if edge.pooling == "average" else 0)
+
+
+def product_case(name, types, rng, high):
+    edge, product = edge_and(name, types[0])
+    dtype = dtype_of(types[1])
+    if edge.pooling == "none":
+        product = dtype  # the product is the output
+    ops = operations(edge, dtype, product_dtype=product)
+    values = integers(rng, (SAMPLES, *edge.map_shape), product, high)
+    out = np.full((SAMPLES, *edge.out_shape), np.nan, dtype)
+    u = out if edge.pooling == "none" else ops.map(SAMPLES)
+    assert u.dtype == product
+    u[...] = values
+    return edge, ops, values.astype(float), u, out
+
+
+@product_cases
+def test_bias_and_pool(rng, name, types):
+    """Few distinct values, so that most windows have ties: the first in row order wins."""
+    edge, ops, values, u, out = product_case(name, types, rng, 3)
+    bias = integers(rng, edge.out_shape[2], np.float64 if types[1] == "float64" else np.float32)
+    winners = np.full(out.shape, 77, np.uint8) if edge.has_winners else None
+    ops.pool(u, bias, out, winners, SAMPLES)
+    p = edge.pool
+    for n, y, x, c in np.ndindex(*out.shape):
+        window = list(values[n, y * p : y * p + p, x * p : x * p + p, c].ravel())
+        if edge.pooling == "average":
+            assert float(out[n, y, x, c]) == pytest.approx(sum(window) / p**2 + bias[c], rel=rounding(out.dtype))
+            continue
+        assert out[n, y, x, c] == max(window) + bias[c]
+        if edge.has_winners:
+            assert winners[n, y, x, c] == window.index(max(window))
+
+
+@product_cases
+def test_gather(rng, name, types):
+    edge, ops, values, u, out = product_case(name, types, rng, 100)
+    _, winners = pooled_case(edge, rng, out.dtype)
+    ops.gather(u, winners, out, SAMPLES)
+    p = edge.pool
+    for n, y, x, c in np.ndindex(*out.shape):
+        window = values[n, y * p : y * p + p, x * p : x * p + p, c].ravel()
+        if edge.pooling == "average":
+            assert float(out[n, y, x, c]) == pytest.approx(window.sum() / p**2, rel=rounding(out.dtype), abs=1e-6)
+        else:
+            assert out[n, y, x, c] == window[winners[n, y, x, c] if edge.has_winners else 0]
+
+
+@product_cases
+def test_col2im_is_the_transpose_of_columns(rng, name, types):
+    edge, dtype = edge_and(name, types[1])
+    ops = operations(edge, dtype, product_dtype=dtype_of(types[0]), product_first=True)
+    products = ops.products(SAMPLES)
+    products[...] = integers(rng, products.shape, products.dtype, 5)
+    out = np.full((SAMPLES, *edge.in_shape), np.nan, dtype)
+    ops.col2im(products, out, SAMPLES)
+    k, stride, padding = edge.kernel, edge.stride, edge.padding
+    (height, width, channels), (ho, wo, _) = edge.in_shape, edge.map_shape
+    windows = products.reshape(SAMPLES, ho, wo, k, k, channels).astype(float)
+    expected = np.zeros(out.shape)
+    for y, x, i, j in np.ndindex(ho, wo, k, k):
+        row, column = y * stride + i - padding, x * stride + j - padding
+        if 0 <= row < height and 0 <= column < width:
+            expected[:, row, column] += windows[:, y, x, i, j]
+    np.testing.assert_array_equal(out.astype(float), expected)
+
+
+def test_nan_is_not_hidden_by_a_maximum(rng):
+    """A network that diverged must be seen to have diverged."""
+    edge = Conv2d((4, 4, 4), 4, pooling="max")
+    ops = operations(edge, np.dtype("float32"))
+    for place in range(4):
+        u = ops.map(SAMPLES)
+        u[...] = integers(rng, u.shape, "float32")
+        u[:, place // 2 :: 2, place % 2 :: 2] = np.nan
+        out = np.zeros((SAMPLES, *edge.out_shape), np.float32)
+        ops.pool(u, np.zeros(4, np.float32), out, np.empty(out.shape, np.uint8), SAMPLES)
+        assert np.isnan(out).all()
+
+
+# --- CudaConvOps in an edge ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize(("dtype_name", "tolerance"), [("float32", 2e-5), ("float64", 1e-12)])
+def test_an_edge_computes_the_same_with_both_operations(rng, name, dtype_name, tolerance):
+    """Chunks of two and a last one of one sample; every output starts as NaN or, where it is added to, as ones."""
+    edge, dtype = edge_and(name, dtype_name)
+    batch = 5
+    edge.weight = rng.standard_normal(edge.weight_shape).astype(dtype)
+    edge.bias = rng.standard_normal(edge.out_shape[2]).astype(dtype)
+    below = rng.standard_normal((batch, *edge.in_shape)).astype(dtype)
+    s = rng.standard_normal((batch, *edge.out_shape)).astype(dtype)
+    results = []
+    for make in (lambda n: ConvOps(edge.geometry, batch, n, dtype, np),
+                 lambda n: CudaConvOps(edge.geometry, batch, n, dtype, np, launcher())):  # fmt: skip
+        ops = make(2 * make(0).nbytes + 600)
+        assert [m for _, m in ops.chunks] == [2, 2, 1]
+        ops.bind(Arena(np, ops.nbytes))
+        ops.refresh(edge.weight)
+        drive, linear = np.full(s.shape, np.nan, dtype), np.full(s.shape, np.nan, dtype)
+        winners = np.full(s.shape, 77, np.uint8) if edge.has_winners else None
+        topdown = np.full(below.shape, np.nan, dtype)
+        weight, bias = np.ones(edge.weight_shape, dtype), np.ones(edge.out_shape[2], dtype)
+        edge.drive(below, drive, winners, ops)
+        edge.linear_drive(below, linear, winners, ops)
+        edge.topdown(s, winners, topdown, ops)
+        edge.add_gradient(below, s, winners, weight, bias, ops)
+        results.append((drive, linear, topdown, weight, bias, winners if edge.has_winners else drive))
+    for reference, found in zip(*results, strict=True):
+        np.testing.assert_allclose(found, reference, rtol=tolerance, atol=tolerance * np.abs(reference).max())
+    np.testing.assert_array_equal(results[0][-1] > 0, results[1][-1] > 0)
+
+
+@pytest.mark.parametrize("product_first", [False, True])
+@pytest.mark.parametrize("name", EDGES)
+def test_topdown_by_columns_and_product_first(rng, name, product_first):
+    edge, dtype = edge_and(name, "float64")
+    ops = operations(edge, dtype, product_first=product_first)
+    weight = rng.standard_normal(edge.weight_shape)
+    ops.refresh(weight)
+    s, winners = pooled_case(edge, rng, dtype)
+    out = np.full((SAMPLES, *edge.in_shape), np.nan)
+    ops.topdown(s, winners, weight, out, SAMPLES)
+    expected = oracle.conv_adjoint(unpooled(edge, s, winners), weight, edge.in_shape, edge.stride, edge.padding)
+    np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-10)
+
+
+def test_scratch_is_the_columns_of_one_direction_and_a_map(rng):
+    """16 x 16 x 8 to 16 channels, float32: columns up 256 * 9 * 16, map 256 * 16."""
+    edge = Conv2d((16, 16, 8), 16, pooling="max")
+    ops = CudaConvOps(edge.geometry, 1, 1 << 20, np.float32, np, launcher())
+    assert ops.nbytes == 4 * (256 * 9 * 16 + 256 * 16)
+    first = CudaConvOps(edge.geometry, 1, 1 << 20, np.float32, np, launcher(), product_first=True)
+    assert first.nbytes == 4 * (256 * 9 * 8 + 256 * 16)
+    assert ConvOps(edge.geometry, 1, 1 << 20, np.float32, np).nbytes > 1.5 * ops.nbytes
+
+
+def test_a_sample_with_columns_beyond_32_bits_is_refused():
+    edge = Conv2d((1024, 1024, 256), 256)
+    with pytest.raises(ConfigurationError, match="2415919104 elements"):
+        CudaConvOps(edge.geometry, 1, 1 << 20, np.float32, np, launcher())
+
+
+# --- Launch helpers ------------------------------------------------------------------------------------------------
+
+
+def test_width_of_accesses():
+    floats, halves = np.zeros(64, np.float32), np.zeros(64, np.float16)
+    assert vector_width(8, floats) == 4
+    assert vector_width(8, floats, np.zeros(64, np.uint8), None) == 4
+    assert vector_width(8, floats, halves) == 8
+    assert vector_width(12, floats, halves) == 1
+    assert vector_width(8, np.zeros(64)) == 2
+    assert vector_width(8, floats[1:]) == 1  # its address is no multiple of 16
+
+
+@pytest.mark.parametrize("items", [1, 31, 32, 33, 255, 256, 257, 384, 5000])
+def test_grid_covers_every_item_with_little_waste(items):
+    (blocks, rows, samples), (threads, *others) = map_grid(items, 7, 5)
+    assert (rows, samples, others) == (7, 5, [1, 1])
+    assert threads % 32 == 0
+    assert threads <= 256
+    assert items <= blocks * threads < items + 32 * blocks
+
+
+def test_an_axis_that_no_grid_has_is_refused():
+    check_axes(65535, 1)
+    with pytest.raises(ConfigurationError, match="at most 65535 samples or rows, not 65536"):
+        map_grid(1, 1, 65536)

@@ -1,0 +1,110 @@
+"""Schedules, states and starts of a phase. Oracle: each schedule written out once more, step by step."""
+
+import numpy as np
+import pytest
+from oracle import Oracle, iterate
+from small import batch_of, hosts, network, signals_of
+
+import cupyep as ep
+
+SCHEDULES = ("synchronous", "evenodd", "sweeps")
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("pooling", ["average", "max"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_step_by_step(device, schedule, pooling, warm):
+    """States, residuals a sample and the trace of the first iterations equal the written-out schedule."""
+    net = network("conv", device, pooling=pooling, feedback=0.7, activation="hard_sigmoid", gain=0.8)
+    batch = batch_of(net)
+    oracle, images = Oracle(net), net.device.to_numpy(batch.images)
+    start = oracle.zeros(3)
+    state = None
+    if warm:
+        generator = np.random.default_rng(3)
+        start = [generator.uniform(0, 1, s.shape) for s in start]
+        state = ep.State([net.device.asarray(s) for s in start])
+    for steps in (1, 2, 3):
+        path = iterate(oracle, images, start, schedule, steps, warm)
+        found = net.settle(batch, state, steps=steps, schedule=schedule, record=True)
+        for a, b in zip(hosts(net, found.layers), path[-1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+        halves = 2 if schedule == "sweeps" else 1
+        squares = np.array(
+            [
+                [((a - b) ** 2).reshape(3, -1).mean(axis=1) for a, b in zip(after, before, strict=True)]
+                for before, after in zip(path, path[1:], strict=False)
+            ]
+        )
+        residuals = np.sqrt(squares.reshape(steps, halves, net.depth, 3).sum(axis=1))
+        np.testing.assert_allclose(found.stats.per_sample, residuals[-1], rtol=1e-9, atol=1e-13)
+        np.testing.assert_allclose(found.stats.residual, residuals[-1].mean(axis=1), rtol=1e-9, atol=1e-13)
+        np.testing.assert_allclose(found.stats.trace, residuals.mean(axis=2), rtol=1e-9, atol=1e-13)
+        assert (found.stats.steps, found.stats.converged) == (steps, None)
+
+
+@pytest.mark.parametrize("nudge", ["classical", "deviation"])
+@pytest.mark.parametrize("feedback", [1.0, 0.3])
+@pytest.mark.parametrize("signal", ["plain", "le"])
+def test_schedules_reach_one_fixed_point(device, signal, feedback, nudge):
+    net = network("conv", device, feedback=feedback)
+    batch, signals = batch_of(net), signals_of(signal)
+    ends = []
+    for schedule in SCHEDULES:
+        free = net.settle(batch, steps=100, schedule=schedule)
+        nudged = net.settle(
+            batch, free, targets=batch, beta=0.05, nudge=nudge, signals=signals, steps=100, schedule=schedule
+        )
+        ends.append(hosts(net, free.layers) + hosts(net, nudged.layers))
+    for other in ends[1:]:
+        for a, b in zip(ends[0], other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "evenodd"])
+def test_a_warm_start_goes_on_where_it_stopped(device, schedule):
+    net = network("conv", device, pooling="max", activation="hard_sigmoid")
+    batch = batch_of(net)
+    straight = net.settle(batch, steps=9, schedule=schedule)
+    first = net.settle(batch, steps=4, schedule=schedule)
+    second = net.settle(batch, first, steps=5, schedule=schedule)
+    for a, b in zip(hosts(net, straight.layers), hosts(net, second.layers), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("activation", ["hard_sigmoid", ep.Clip("never zero", 1.0, 0.2, 1.0)], ids=["zero", "not"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_depends_on_what_buffers_held(device, schedule, activation):
+    """Buffers are reused: full of NaN and impossible winners, they must give the states that fresh ones give."""
+    net = network("conv", device, pooling="max", activation=activation)
+    batch, signals = batch_of(net), signals_of("le")
+    how = {"steps": 3, "schedule": schedule}
+
+    def run(poisoned):
+        def poison(samples):
+            for array in net.workspace(samples).buffers._arrays.values() if poisoned else ():
+                array[...] = 200 if array.dtype == np.uint8 else np.nan
+
+        poison(3)
+        free = net.settle(batch, **how)
+        ends = hosts(net, free.layers)
+        for nudge in ("classical", "deviation"):
+            poison(3)
+            poison(6)
+            nudged = net.settle(batch, free, targets=batch, beta=[0.5, -0.5], nudge=nudge, signals=signals, **how)
+            ends += hosts(net, nudged.layers)
+        return ends
+
+    run(False)  # makes the buffers
+    for a, b in zip(run(False), run(True), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_samples_do_not_see_each_other(device):
+    net = network("conv", device, pooling="max")
+    batch = batch_of(net)
+    together = hosts(net, net.settle(batch, steps=7).layers)
+    for i in range(3):
+        alone = net.settle(batch.images[i : i + 1], steps=7)
+        for a, b in zip(together, hosts(net, alone.layers), strict=True):
+            np.testing.assert_allclose(a[i : i + 1], b, rtol=1e-12)
