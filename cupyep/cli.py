@@ -68,15 +68,11 @@ class SectionedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-class Commands(click.Group):
-    """The group of commands; reports every error that a user can make as one line on stderr.
+class OneLineErrors(click.Command):
+    """Reports every error that a user can make as one line on stderr.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        choose("command", args[0], self.commands)
-        return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> None:
         kwargs["standalone_mode"] = False
@@ -107,6 +103,14 @@ class Commands(click.Group):
         except click.Abort:
             return 130, "interrupted"
         return code if isinstance(code, int) else 0, ""
+
+
+class Commands(OneLineErrors, click.Group):
+    """The group of commands."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        choose("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
 
 
 def _show_once() -> Any:

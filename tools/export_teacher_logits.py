@@ -30,10 +30,6 @@ Examples:
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
-class Tool(OneLineErrors, click.Command):
-    """One command whose errors are one line."""
-
-
 def onnx_predictor(path: Path, layout: str) -> Predict:
     """Return the function from images (B, H, W, C) to logits (B, classes) of an ONNX model.
 
@@ -137,7 +133,7 @@ def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, s
     return lambda images: predict(images * scale + shift)
 
 
-@click.command(cls=Tool, epilog=EXAMPLES)
+@click.command(cls=OneLineErrors, epilog=EXAMPLES)
 @config_options(("dataset", "data_dir", "image_size", "limit_train", "limit_test", "batch_size", "seed", "device"))
 @click.option("--onnx", type=click.Path(path_type=Path), help="Teacher: an ONNX model, images in, logits out.")
 @click.option("--torch", "factory", metavar="PACKAGE.MODULE:FACTORY", help="Teacher: the PyTorch module this returns.")

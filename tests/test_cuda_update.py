@@ -1,0 +1,252 @@
+"""The fused update: `UpdateOps` on arrays, and update.cu through the shim, against the formulas in float64.
+
+Both implementations run the same test bodies. Arithmetic is float32 (float64 for float64); states and drives may be
+stored in halves.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+
+import numpy as np
+import pytest
+from cuda_cpu import ShimLauncher, compiler
+from oracle import SIGMA
+
+from cupyep.activations import ACTIVATIONS
+from cupyep.errors import ConfigurationError
+from cupyep.kernels.cuda_update import SOURCE, CudaUpdateOps
+from cupyep.kernels.launch import arithmetic
+from cupyep.kernels.update import UpdateOps
+
+CODES = {
+    "hard_sigmoid": ("clip", (1.0, 0.0, 1.0)),
+    "half_hard_sigmoid": ("clip", (0.5, 0.0, 1.0)),
+    "relu6": ("clip", (1.0, 0.0, 6.0)),
+    "relu": ("clip", (1.0, 0.0, np.inf)),
+    "sigmoid": ("tanh", (0.5, 0.5, 2.0)),
+    "tanh": ("tanh", (0.0, 1.0, 1.0)),
+}
+# storage of states, storage of drive and top-down input
+TYPES = [("float32", "float32"), ("float64", "float64"), ("float16", "float32"), ("bfloat16", "float32"),
+         ("float16", "float16"), ("bfloat16", "bfloat16")]  # fmt: skip
+SHAPES = {"wide": (5, 7, 16), "odd": (3, 5, 3), "one": (1,), "blocks": (6, 10, 40)}
+SAMPLES = 3
+
+types_and_shapes = pytest.mark.parametrize(("types", "shape"), list(itertools.product(TYPES, SHAPES.values())))
+activations = pytest.mark.parametrize("name", CODES)
+
+
+@functools.cache
+def launcher():
+    return ShimLauncher(SOURCE)
+
+
+@pytest.fixture(params=["arrays", "kernels"])
+def make_ops(request):
+    """Return a function from the name of an activation to its updates."""
+    if request.param == "kernels" and compiler() is None:
+        pytest.skip("g++ is not installed: kernels cannot run on the CPU")
+
+    def make(name):
+        activation = copy.copy(ACTIVATIONS[name])
+        activation.code = CODES[name]
+        return UpdateOps(np, activation) if request.param == "arrays" else CudaUpdateOps(np, activation, launcher())
+
+    return make
+
+
+def dtype_of(name):
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+def rounding(dtype):
+    return {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[dtype.name]
+
+
+def scratch_for(ops, s, number):
+    size = int(np.prod(s.shape[1:]))
+    return np.full(ops.scratch_size(len(s), size), np.nan, number)
+
+
+def inputs(rng, types, shape, samples=SAMPLES):
+    """Return state, drive, top-down input, force, and the type to compute in."""
+    stored, given = map(dtype_of, types)
+    number = arithmetic(stored)
+    s, drive, topdown, force = rng.normal(0.4, 1.0, (4, samples, *shape))
+    return s.astype(stored), drive.astype(given), topdown.astype(given), force.astype(number), number
+
+
+def wide(*arrays):
+    return [np.asarray(array, np.float64) for array in arrays]
+
+
+@activations
+@types_and_shapes
+def test_states(make_ops, rng, name, types, shape):
+    ops = make_ops(name)
+    s, drive, topdown, force, number = inputs(rng, types, shape)
+    d, t, f = wide(drive, topdown, force)
+    g = np.full(s.shape, np.nan, number)
+    ops.states(s, drive, topdown, 0.3, force, g, None, scratch_for(ops, s, number))
+    expected = d + 0.3 * t + f
+    np.testing.assert_allclose(g, expected, rtol=rounding(number), atol=rounding(number))
+    tolerance = rounding(s.dtype)
+    np.testing.assert_allclose(s.astype(float), SIGMA[name](expected), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("has_topdown", "has_force"), [(False, False), (False, True), (True, False)])
+def test_absent_parts_of_the_drive(make_ops, rng, has_topdown, has_force):
+    """The last layer has no input from above, most layers no force; the drive need not be kept."""
+    ops = make_ops("sigmoid")
+    s, drive, topdown, force, number = inputs(rng, ("float64", "float64"), (4, 4, 6))
+    ops.states(
+        s,
+        drive,
+        topdown if has_topdown else None,
+        0.3,
+        force if has_force else None,
+        None,
+        None,
+        scratch_for(ops, s, number),
+    )
+    expected = drive + 0.3 * topdown * has_topdown + force * has_force
+    np.testing.assert_allclose(s, SIGMA["sigmoid"](expected), rtol=1e-13, atol=1e-15)
+
+
+@types_and_shapes
+def test_residual_is_added_and_is_that_of_the_stored_values(make_ops, rng, types, shape):
+    ops = make_ops("tanh")
+    s, drive, topdown, force, number = inputs(rng, types, shape)
+    before = s.astype(float)
+    residual = np.arange(1, SAMPLES + 1).astype(number)
+    ops.states(s, drive, topdown, 0.3, force, None, residual, scratch_for(ops, s, number))
+    change = ((s.astype(float) - before) ** 2).reshape(SAMPLES, -1).mean(axis=1)
+    assert change.max() > 0.05
+    np.testing.assert_allclose(residual, np.arange(1, SAMPLES + 1) + change, rtol=1e-5)
+    residual[...] = 0
+    ops.states(s, drive, topdown, 0.3, force, None, residual, scratch_for(ops, s, number))
+    assert residual.tolist() == [0] * SAMPLES, "the same update again changes nothing, in halves neither"
+
+
+def rest_point(ops, rng, name, shape, number):
+    """Return a rest drive g, sigma(g) and what the activation keeps of it.
+
+    Clips are at rest inside and outside of their range; far out in a tanh the formula itself, like 1 - tanh^2, is inexact.
+    """
+    g = rng.normal(0.5, 1.5 if CODES[name][0] == "clip" else 0.3, shape).astype(number)
+    s, rest = np.empty_like(g), np.empty_like(g)
+    ops.activation.value(g, s)
+    ops.activation.rest_offset(g, s, rest)
+    return g, s, rest
+
+
+@activations
+@types_and_shapes
+@pytest.mark.parametrize("weight", [1.0, 8.0])
+def test_deviations(make_ops, rng, name, types, shape, weight):
+    """Two phases from one rest point; units clipped at rest among them."""
+    ops = make_ops(name)
+    eps, drive, topdown, force, number = inputs(rng, types, shape, 2 * SAMPLES)
+    g, s, rest = rest_point(ops, rng, name, (SAMPLES, *shape), number)
+    d, t, f = wide(drive, topdown, force)
+    residual = np.zeros(2 * SAMPLES, number)
+    before = eps.astype(float)
+    ops.deviations(eps, drive, topdown, 0.3, force, weight, rest, s, residual, scratch_for(ops, eps, number))
+    at_rest = np.concatenate([wide(g)[0]] * 2)
+    expected = weight * (SIGMA[name](at_rest + (0.3 * d + t + f) / weight) - SIGMA[name](at_rest))
+    # The reference is a difference of two values up to 8; its own rest point is not rounded.
+    np.testing.assert_allclose(
+        eps.astype(float), expected, rtol=4 * rounding(eps.dtype), atol=8 * weight * rounding(number)
+    )
+    change = ((eps.astype(float) - before) ** 2).reshape(2 * SAMPLES, -1).mean(axis=1)
+    np.testing.assert_allclose(residual, change, rtol=1e-5)
+
+
+@activations
+def test_deviations_keep_responses_far_below_the_precision_of_the_state(make_ops, rng, name):
+    """In float32, weights and drives of 1e-12: eps is sigma'(g) t to float32 accuracy, zero where clipped."""
+    ops = make_ops(name)
+    g, s, rest = rest_point(ops, rng, name, (SAMPLES, 4, 4, 8), np.float32)
+    t = (1e-12 * rng.standard_normal(g.shape)).astype(np.float32)
+    eps = np.zeros_like(t)
+    ops.deviations(eps, None, t, 1.0, None, 1.0, rest, s, None, scratch_for(ops, eps, np.float32))
+    kind, (a, b, c) = CODES[name]
+    at = g.astype(float)
+    slope = a * ((a * at > b) & (a * at < c)) if kind == "clip" else b * c / np.cosh(c * (at - a)) ** 2
+    np.testing.assert_allclose(eps, slope * t.astype(float), rtol=2e-5)
+    assert np.count_nonzero(eps) > 50
+
+
+@types_and_shapes
+def test_tangents(make_ops, rng, types, shape):
+    ops = make_ops("tanh")
+    eps, drive, topdown, force, number = inputs(rng, types, shape, 2 * SAMPLES)
+    slope = rng.uniform(0, 1, (SAMPLES, *shape)).astype(number)
+    before = eps.astype(float)
+    residual = np.ones(2 * SAMPLES, number)
+    ops.tangents(eps, drive, topdown, 0.3, force, slope, residual, scratch_for(ops, eps, number))
+    d, t, f, derivative = wide(drive, topdown, force, slope)
+    tolerance = rounding(eps.dtype)
+    expected = np.concatenate([derivative] * 2) * (0.3 * d + t + f)
+    np.testing.assert_allclose(eps.astype(float), expected, rtol=tolerance, atol=tolerance)
+    change = ((eps.astype(float) - before) ** 2).reshape(2 * SAMPLES, -1).mean(axis=1)
+    np.testing.assert_allclose(residual, 1 + change, rtol=1e-5)
+
+
+@pytest.mark.parametrize("topdown", [False, True])
+def test_first_and_last_layer_of_deviations(make_ops, rng, topdown):
+    """The first layer has no deviation below it, the last none above."""
+    ops = make_ops("relu")
+    eps, drive, above, _, number = inputs(rng, ("float64", "float64"), (4, 4, 6))
+    slope = np.ones_like(eps)
+    parts = (None, above) if topdown else (drive, None)
+    ops.tangents(eps, *parts, 0.3, None, slope, None, scratch_for(ops, eps, number))
+    np.testing.assert_allclose(eps, above if topdown else 0.3 * drive, rtol=1e-14)
+
+
+def test_nan_passes_a_clip(make_ops):
+    """A network that diverged must be seen to have diverged."""
+    ops = make_ops("hard_sigmoid")
+    s, drive = np.zeros((1, 8), np.float32), np.full((1, 8), np.nan, np.float32)
+    ops.states(s, drive, None, 1.0, None, None, None, scratch_for(ops, s, np.float32))
+    assert np.isnan(s).all()
+    eps, zero = np.zeros_like(s), np.zeros_like(s)
+    ops.deviations(eps, drive, None, 1.0, None, 1.0, zero, zero, None, scratch_for(ops, s, np.float32))
+    assert np.isnan(eps).all()
+
+
+def test_updates_repeat_bit_for_bit(make_ops, rng):
+    ops = make_ops("sigmoid")
+    s, drive, topdown, force, number = inputs(rng, ("float32", "float32"), SHAPES["blocks"])
+    found = []
+    for _ in range(2):
+        state, residual = s.copy(), np.zeros(SAMPLES, np.float32)
+        ops.states(state, drive, topdown, 0.7, force, None, residual, scratch_for(ops, s, number))
+        found.append((state.tobytes(), residual.tobytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
+def test_launches(rng):
+    """One launch an update, two where it is measured; packs of 16 bytes where the size divides; too large a batch."""
+    activation = copy.copy(ACTIVATIONS["relu"])
+    activation.code = CODES["relu"]
+    ops = CudaUpdateOps(np, activation, launcher())
+    for shape, types, width in [((4, 4, 3), ("float32", "float32"), 4), ((5,), ("float32", "float32"), 1),
+                                ((4, 6), ("float16", "float32"), 8)]:  # fmt: skip
+        s, drive, topdown, _, number = inputs(rng, types, shape)
+        del launcher().launched[:]
+        for residual in (None, np.zeros(SAMPLES, number)):
+            ops.states(s, drive, topdown, 1.0, None, None, residual, scratch_for(ops, s, number))
+        names = launcher().launched
+        assert [name.partition("<")[0] for name in names] == ["update_states", "update_states", "add_residual"]
+        assert f", {width}, 0, false>" in names[0]
+        assert f", {width}, 0, true>" in names[1]
+    many = np.zeros((65536, 1), np.float32)
+    with pytest.raises(ConfigurationError, match="not 65536"):
+        ops.states(many, many, None, 1.0, None, None, None, many[:, 0])
