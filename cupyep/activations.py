@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend import array_module
 from cupyep.errors import choose
 
@@ -22,6 +24,8 @@ class Activation:
     name : str
     low, high : float
         Range of the states; may be infinite.
+    code : (str, tuple of float) or None
+        What the CUDA kernels know it by; None where they do not, and plain array code serves.
 
     Notes
     -----
@@ -32,6 +36,7 @@ class Activation:
     name = ""
     low = -math.inf
     high = math.inf
+    code: tuple[str, tuple[float, ...]] | None = None
 
     def value(self, g: Any, out: Any) -> None:
         """Write sigma(g) into `out`."""
@@ -62,7 +67,7 @@ class Activation:
         raise NotImplementedError
 
     def potential(self, s: Any) -> Any:
-        """Return the integral of sigma^-1 from its zero to `s`, element by element."""
+        """Return an integral of sigma^-1 at `s`, element by element (up to a constant)."""
         raise NotImplementedError
 
 
@@ -74,6 +79,7 @@ class Clip(Activation):
         self.gain = slope
         self.low = low
         self.high = high
+        self.code = ("clip", (slope, low, high))
 
     def value(self, g, out):
         xp = array_module(g)
@@ -119,6 +125,7 @@ class Tanh(Activation):
         self.rate = rate
         self.low = center - height
         self.high = center + height
+        self.code = ("tanh", (center, height, rate))
 
     def _tanh(self, g, out):
         xp = array_module(g)
@@ -147,6 +154,7 @@ class Tanh(Activation):
         xp.tanh(dg, out=dg)
         xp.multiply(dg, offset, out=scratch)
         scratch += 1
+        xp.maximum(scratch, np.finfo(scratch.dtype).eps, out=scratch)  # a saturated unit swinging all the way back
         dg /= scratch
         xp.multiply(offset, offset, out=scratch)
         xp.subtract(1, scratch, out=scratch)

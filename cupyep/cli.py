@@ -155,7 +155,9 @@ def _config_option(name: str, default: Any) -> Any:
         return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", name, default=None, help=text)
     types = {int: click.INT, float: click.FLOAT, list: Numbers(), str: click.STRING}
     value_type = Names(flag, rule["choices"]) if "choices" in rule else types[kind]
-    text = rule["text"] if default is None else f"{rule['text']}  [default: {default}]"
+    text = rule["text"]
+    if default is not None:  # then what happens when it is unset says nothing
+        text = f"{text.partition('; unset:')[0].rstrip('.')}.  [default: {default}]"
     return click.option(flag, name, type=value_type, default=None, help=text)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 
 from cupyep.backend.device import Device, gemm
 from cupyep.errors import ConfigurationError, choose, require
+from cupyep.kernels import cuda_conv
 from cupyep.kernels.buffers import Arena
 from cupyep.kernels.columns import output_size
 from cupyep.kernels.conv import ConvGeometry, ConvOps
+from cupyep.kernels.cuda_conv import CudaConvOps
 
 POOLINGS = ("none", "max", "average")
 
@@ -124,9 +126,11 @@ class Conv2d(Edge):
             f"padding {self.padding}{pooled})"
         )
 
-    def prepare(self, batch: int, nbytes: int, dtype: Any, xp: Any) -> ConvOps:
+    def prepare(self, batch: int, nbytes: int, dtype: Any, device: Device) -> ConvOps:
         """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
-        return ConvOps(self.geometry, batch, nbytes, dtype, xp)
+        if device.is_gpu:
+            return CudaConvOps(self.geometry, batch, nbytes, dtype, device.xp, device.launcher(cuda_conv.SOURCE))
+        return ConvOps(self.geometry, batch, nbytes, dtype, device.xp)
 
     def refresh(self, ops: ConvOps) -> None:
         """Take up the current weights for the top-down product (once a settle, not once a step)."""
@@ -169,8 +173,7 @@ class Conv2d(Edge):
         out : array of shape (B, *in_shape)
         """
         for part, m in ops.chunks:
-            columns = ops.columns_up(s[part], _part(winners, part), m)
-            gemm(columns, ops.flipped, out=out[part].reshape(-1, self.in_shape[2]))
+            ops.topdown(s[part], _part(winners, part), self.weight, out[part], m)
 
     def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: ConvOps) -> None:
         """Add ``corr(s_below, U(s))``, the derivative of ``<s, d(s_below)>`` at fixed winners, to `weight` and (unless
@@ -218,9 +221,9 @@ class Linear(Edge):
     def __repr__(self) -> str:
         return f"Linear({self.in_shape} -> {self.out_shape})"
 
-    def prepare(self, batch: int, nbytes: int, dtype: Any, xp: Any) -> LinearOps:
+    def prepare(self, batch: int, nbytes: int, dtype: Any, device: Device) -> LinearOps:
         """Return the scratch; a dense map needs none from the arena."""
-        return LinearOps(self, dtype, xp)
+        return LinearOps(self, dtype, device.xp)
 
     def refresh(self, ops: LinearOps) -> None:
         """Nothing to take up: the top-down product reads the weights themselves."""

@@ -323,6 +323,10 @@ class Network:
         require(
             all(b != 0 and math.isfinite(b) for b in betas), f"beta must be a number other than 0, not {list(betas)}"
         )
+        require(
+            form == "tangent" or not self.readout.identity or all(abs(b) < 1 for b in betas),
+            f"squared error needs beta between -1 and 1, not {list(betas)}: s <- d - beta (s - y) never settles beyond",
+        )
         workspace = self.workspace(len(batch.images) * len(betas))
         workspace.refresh()
         parts = (self.layers, self.activation, self.feedback, self.device, workspace)

@@ -11,7 +11,7 @@ from cupyep.layers import Edge
 
 SCRATCH_BYTES = {
     "cpu": 4 << 20,
-    "cuda": 48 << 20,
+    "cuda": 40 << 20,
 }  # the columns of a chunk stay in cache (L2 / L3 of a core, L2 of a GPU)
 
 
@@ -33,9 +33,10 @@ class Workspace:
         self.edges = edges
         self._input_ops: dict[int, Any] = {}
         self.batch = batch
+        self.device = device
         self.buffers = Buffers(device.xp, dtype)
         budget = SCRATCH_BYTES["cuda" if device.is_gpu else "cpu"]
-        self.ops = [edge.prepare(batch, budget, dtype, device.xp) for edge in edges]
+        self.ops = [edge.prepare(batch, budget, dtype, device) for edge in edges]
         needed = max(ops.nbytes for ops in self.ops)
         if arena is None or arena.block.nbytes < needed:
             arena = Arena(device.xp, needed)
@@ -65,7 +66,7 @@ class Workspace:
             return self.ops[0]
         if samples not in self._input_ops:
             edge = self.edges[0]
-            ops = edge.prepare(samples, self.arena.block.nbytes, self.buffers.dtype, self.buffers.xp)
+            ops = edge.prepare(samples, self.arena.block.nbytes, self.buffers.dtype, self.device)
             ops.bind(self.arena)
             self._input_ops[samples] = ops
         return self._input_ops[samples]

@@ -4,8 +4,10 @@ import os
 
 import numpy as np
 import pytest
+from data_files import cifar_binary_files, random_arrays, shrink_source, write_files
 
 from cupyep import get_device, gpu_status
+from cupyep.cli import main
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -24,3 +26,29 @@ def device(request):
 def rng():
     """A generator that starts the same in every test."""
     return np.random.default_rng(20250820)
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A data folder with CIFAR-10 of 50 training and 10 test images; the working folder is empty."""
+    shrink_source(monkeypatch, "cifar10")
+    folder = tmp_path / "data"
+    write_files(folder / "cifar-10-batches-bin", cifar_binary_files("cifar10", random_arrays((32, 32, 3), 10)))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("CUPYEP_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture
+def invoke(capsys):
+    """Run the command line in this process; return (exit code, stdout, stderr)."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in args], prog_name="cupyep")
+        streams = capsys.readouterr()
+        return end.value.code, streams.out, streams.err
+
+    return run

@@ -111,6 +111,20 @@ def test_own_signal_and_features_in_settle_and_ep(device, kind):
         assert relative_error(found[path], true[path]) < 1e-9, path
 
 
+@pytest.mark.parametrize("kind", OWN_SIGNALS)
+def test_own_signal_and_features_in_the_energy(device, kind):
+    """Their loss, kappa included, is part of the nudged energy."""
+    make, make_terms = OWN_SIGNALS[kind]
+    net, signal = network("conv", device), make()
+    batch = batch_of(net)
+    host = [np.random.default_rng(n).uniform(0.2, 0.8, (3, *shape)) for n, shape in enumerate(net.state_shapes)]
+    layers = [net.device.asarray(s) for s in host]
+    nudged = net.energy.value(batch.images, layers, net.nudges(batch, [signal]), 0.3)
+    plain = net.energy.value(batch.images, layers)
+    expected = 0.3 * sum(term.value(host[term.layer - 1]) for term in make_terms(net, batch, signal))
+    np.testing.assert_allclose(net.device.to_numpy(nudged - plain), expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
 @pytest.mark.parametrize("learner_class", [ep.EquilibriumPropagation, ep.Backpropagation])
 def test_distillation_from_a_certain_teacher_is_the_local_error(device, loss, learner_class):

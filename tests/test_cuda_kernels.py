@@ -11,9 +11,10 @@ import itertools
 import numpy as np
 import oracle
 import pytest
+import small
 from cuda_cpu import ShimLauncher, compiler
 
-from cupyep import Conv2d
+from cupyep import Conv2d, EquilibriumPropagation
 from cupyep.errors import ConfigurationError
 from cupyep.kernels.buffers import Arena
 from cupyep.kernels.conv import ConvOps
@@ -285,6 +286,31 @@ def test_topdown_by_columns_and_product_first(rng, name, product_first):
     ops.topdown(s, winners, weight, out, SAMPLES)
     expected = oracle.conv_adjoint(unpooled(edge, s, winners), weight, edge.in_shape, edge.stride, edge.padding)
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("nudge", ["classical", "deviation"])
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_a_whole_step_is_the_same_through_the_kernels(monkeypatch, pooling, nudge):
+    """Free and nudged phases and the gradient of a convolutional network, all its chunks and scratch included."""
+    options = {"beta": 0.1, "free_steps": 8, "nudged_steps": 4, "nudge": nudge}
+    results = []
+    for kernels in (False, True):
+        if kernels:
+            monkeypatch.setattr(
+                Conv2d,
+                "prepare",
+                lambda edge, batch, nbytes, dtype, _: CudaConvOps(edge.geometry, batch, nbytes, dtype, np, launcher()),
+            )
+        net = small.network(pooling=pooling)
+        results.append(EquilibriumPropagation(net, **options).step(small.batch_of(net, 4)))
+    assert {name.partition("<")[0] for name in launcher().launched} >= {
+        "im2col",
+        "unpool_im2col",
+        "bias_pool",
+        "unpool",
+    }
+    for path, gradient in results[0].gradients.items():
+        np.testing.assert_allclose(results[1].gradients[path], gradient, rtol=1e-9, atol=1e-13, err_msg=path)
 
 
 def test_scratch_is_the_columns_of_one_direction_and_a_map(rng):

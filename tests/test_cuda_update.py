@@ -136,7 +136,7 @@ def test_residual_is_added_and_is_that_of_the_stored_values(make_ops, rng, types
 def rest_point(ops, rng, name, shape, number):
     """Return a rest drive g, sigma(g) and what the activation keeps of it.
 
-    Clips are at rest inside and outside of their range; far out in a tanh the formula itself, like 1 - tanh^2, is inexact.
+    Clips rest inside and outside of their range; far out in a tanh the formula itself, like 1 - tanh^2, is inexact.
     """
     g = rng.normal(0.5, 1.5 if CODES[name][0] == "clip" else 0.3, shape).astype(number)
     s, rest = np.empty_like(g), np.empty_like(g)
@@ -180,6 +180,17 @@ def test_deviations_keep_responses_far_below_the_precision_of_the_state(make_ops
     slope = a * ((a * at > b) & (a * at < c)) if kind == "clip" else b * c / np.cosh(c * (at - a)) ** 2
     np.testing.assert_allclose(eps, slope * t.astype(float), rtol=2e-5)
     assert np.count_nonzero(eps) > 50
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_a_saturated_unit_that_swings_all_the_way_back_stays_finite(make_ops, name):
+    ops = make_ops(name)
+    g = np.full((1, 8), 40, np.float32)
+    s, rest, eps, t = np.empty_like(g), np.empty_like(g), np.zeros_like(g), -2 * g
+    ops.activation.value(g, s)
+    ops.activation.rest_offset(g, s, rest)
+    ops.deviations(eps, t, None, 1.0, None, 1.0, rest, s, None, scratch_for(ops, eps, np.float32))
+    assert np.isfinite(eps).all()
 
 
 @types_and_shapes

@@ -191,6 +191,16 @@ def test_gain_a_layer(device):
     assert float(net.layers[1].weight.std()) == pytest.approx(0.2, rel=0.02)
 
 
+def test_defaults_are_what_the_documentation_says(device):
+    """Gain 1; scores and settles of 60 synchronous steps."""
+    net = ep.Network([ep.Linear((400,), 100)], 2, device=device)
+    assert float(net.layers[0].weight.std()) == pytest.approx(1 / 20, rel=0.02)
+    net = network("conv", device)
+    images = batch_of(net).images
+    np.testing.assert_array_equal(*on_host(net, {1: net.scores(images), 2: net.scores(images, steps=60)}).values())
+    assert net.settle(images).stats.steps == 60
+
+
 def test_workspaces_of_the_last_few_batch_sizes_are_kept(device):
     """Settling many batch sizes must not keep the buffers of all of them, nor change a result."""
     net = network("conv", device)

@@ -69,6 +69,18 @@ def test_gradient_norm_joins_weight_and_bias_of_a_layer():
     np.testing.assert_allclose(gradient_norms(gradients, np), [3.0, 7.0])
 
 
+def test_learned_maps_of_signals_are_no_layers_but_must_be_finite():
+    statistics = EpochStatistics(ep.get_device("cpu"), 1)
+    result = fake_result(2, 1.0, 1, [3.0])
+    result.gradients["signals.0.layer1.weight"] = np.array([7.0])
+    statistics.add(result)
+    assert statistics.read()["gradient_norm"] == [5.0]
+    result.gradients["signals.0.layer1.weight"] = np.array([math.nan])
+    statistics.add(result)
+    with pytest.raises(DivergenceError, match="the gradient is not finite in epoch 1, batch 2"):
+        statistics.read()
+
+
 @pytest.mark.parametrize(
     ("epoch", "bad", "message"),
     [

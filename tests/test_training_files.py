@@ -79,7 +79,6 @@ def test_every_numeric_rule_of_the_table_is_enforced():
         ({"arch": "vgg6"}, "unknown --arch 'vgg6'; did you mean"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum above 0"),
         ({"teacher": "t.h5"}, "--teacher needs --aug kd"),
-        ({"learned_maps": True, "aug": "le"}, "--learned-maps needs --aug kd"),
         ({"signal_layers": "2..4"}, "--signal-layers must be like"),
     ],
 )

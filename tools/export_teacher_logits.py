@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
+import os
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 from cupyep import __version__
 from cupyep.backend import get_device
-from cupyep.cli import OneLineErrors, config_options
+from cupyep.cli import Names, Numbers, OneLineErrors, config_options
 from cupyep.data import Dataset
-from cupyep.errors import ConfigurationError, TeacherError, require
+from cupyep.data.files import one_line
+from cupyep.errors import ConfigurationError, CupyepError, DeviceError, TeacherError, require
+from cupyep.models import ARCHITECTURES
 from cupyep.training.build import build_dataset
-from cupyep.training.config import make_config
+from cupyep.training.config import make_config, option_name
 from cupyep.training.teacher import export_logits, feedforward, teacher_config, train_teacher
 
 EXAMPLES = """\b
@@ -27,16 +35,45 @@ Examples:
   export_teacher_logits.py --dataset cifar10 --torch mymodels:resnet18 --weights resnet18.pt --output teacher.h5
   export_teacher_logits.py --dataset cifar10 --train-bp vgg7 --epochs 30 --output teacher.h5
 """
+# Options that would say nothing about another kind of teacher.
+FOREIGN, OWN = ("--onnx", "--torch"), ("--train-bp",)
+ONLY_WITH = {"layout": FOREIGN, "mean": FOREIGN, "std": FOREIGN, "weights": ("--torch",), "epochs": OWN, "width": OWN}
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
-def onnx_predictor(path: Path, layout: str) -> Predict:
+@contextlib.contextmanager
+def foreign_code(what: str) -> Iterator[None]:
+    """Turn whatever a model that is not ours raises into one line that begins with `what`."""
+    try:
+        yield
+    except (CupyepError, MemoryError):
+        raise
+    except Exception as error:  # such code raises anything
+        raise TeacherError(f"{what}: {one_line(error, 300)}") from error
+
+
+def gpu_chosen(device: str, usable: bool, reason: str) -> bool:
+    """Return whether a foreign model runs on the GPU, given the option ``--device`` and whether its library can.
+
+    Raises
+    ------
+    ConfigurationError, DeviceError
+        If there is no such device, or a GPU is asked for that the library cannot use for `reason`.
+    """
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)
+    require(known is not None, f"unknown device '{device}' (choose from auto, cpu, cuda, cuda:N)")
+    if device.startswith("cuda") and not usable:
+        raise DeviceError(f"device '{device}' cannot be used for this teacher: {reason}; use --device cpu")
+    return usable and device != "cpu"
+
+
+def onnx_predictor(path: Path, layout: str, device: str) -> Predict:
     """Return the function from images (B, H, W, C) to logits (B, classes) of an ONNX model.
 
     Raises
     ------
     ConfigurationError
-        If onnxruntime is not installed.
+        If onnxruntime is not installed, or there is no such file or device.
     TeacherError
         If the file is no model that onnxruntime can run, with one image input.
     """
@@ -45,14 +82,16 @@ def onnx_predictor(path: Path, layout: str) -> Predict:
     except ImportError:
         raise ConfigurationError('--onnx needs onnxruntime: pip install "cupyep[teacher]"') from None
     require(path.is_file(), f"--onnx: there is no file {path}")
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise TeacherError(f"{path} is not an ONNX model that can be run: {error}") from None
+    usable = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if gpu_chosen(device, usable, "this onnxruntime was built without CUDA"):
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
+    with foreign_code(f"{path} is not an ONNX model that can be run"):
+        session = onnxruntime.InferenceSession(str(path), providers=providers)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1:
         raise TeacherError(f"{path} has {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); one is needed")
-    name, first, size = inputs[0].name, outputs[0].name, inputs[0].shape[0]
+    name, first, size = inputs[0].name, outputs[0].name, (inputs[0].shape or [None])[0]
 
     def predict(images: np.ndarray) -> np.ndarray:
         images = _laid_out(images, layout)
@@ -62,10 +101,8 @@ def onnx_predictor(path: Path, layout: str) -> Predict:
         for start in range(0, len(images), step):
             part = images[start : start + step]
             padded = np.concatenate([part, np.zeros((step - len(part), *part.shape[1:]), part.dtype)])
-            try:
-                parts.append(session.run([first], {name: padded})[0][: len(part)])
-            except Exception as error:  # as above
-                raise TeacherError(f"{path} cannot run on images of shape {padded.shape}: {error}") from None
+            with foreign_code(f"{path} cannot run on images of shape {padded.shape}"):
+                parts.append(np.asarray(session.run([first], {name: padded})[0], np.float32)[: len(part)])
         return np.concatenate(parts)
 
     return predict
@@ -80,37 +117,63 @@ def torch_predictor(factory: str, weights: Path, layout: str, device: str) -> Pr
         ``package.module:callable``; called without arguments it returns the module.
     weights : path
         A state dict; loaded with ``weights_only=True``, which runs no code from the file.
+
+    Raises
+    ------
+    ConfigurationError
+        If PyTorch is not installed, or there is no such factory, file or device.
+    TeacherError
+        If the module cannot be made, or the file does not hold its weights, or holds more than weights.
     """
     try:
         import torch
     except ImportError:
         raise ConfigurationError("--torch needs PyTorch, which is yours to install (https://pytorch.org)") from None
-    model = _call_factory(factory)
     require(weights.is_file(), f"--weights: there is no file {weights}")
+    on_gpu = gpu_chosen(device, torch.cuda.is_available(), "PyTorch finds no CUDA device")
+    model = _call_factory(factory)
+    if not isinstance(model, torch.nn.Module):
+        raise TeacherError(f"--torch {factory} returned {type(model).__name__}, not a torch.nn.Module")
     try:
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises pickle, runtime, key and zip errors here
-        raise TeacherError(f"{weights} does not hold the weights of {factory}: {error}") from None
-    target = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = model.to(target).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the refusal below says all
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, runtime errors; PyTorch's own text advises to trust the file
+        raise TeacherError(
+            f"{weights} is damaged or holds more than weights; save them by torch.save(model.state_dict(), ...)"
+        ) from error
+    with foreign_code(f"{weights} does not hold the weights of {factory}"):
+        model.load_state_dict(state)
+    target = "cpu" if not on_gpu else "cuda" if device == "auto" else device
+    with foreign_code(f"{factory} cannot be moved to {target}"):
+        model = model.to(target).eval()
 
     def predict(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return model(torch.from_numpy(_laid_out(images, layout)).to(target)).float().cpu().numpy()
+        images = _laid_out(images, layout)
+        with foreign_code(f"{factory} cannot run on images of shape {images.shape}"), torch.inference_mode():
+            return model(torch.from_numpy(images).to(target)).float().cpu().numpy()
 
     return predict
 
 
 def _call_factory(factory: str) -> Any:
-    module, colon, name = factory.partition(":")
-    require(bool(module and colon and name), f"--torch takes package.module:factory, not '{factory}'")
-    sys.path.insert(0, str(Path.cwd()))
+    name, colon, attribute = factory.partition(":")
+    require(
+        bool(colon and attribute and all(part.isidentifier() for part in name.split("."))),
+        f"--torch takes package.module:factory, not '{factory}'",
+    )
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
-        return getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"--torch {factory}: {error}; run from the folder that holds {module}.py") from None
+        with foreign_code(f"--torch {factory}"):
+            try:
+                call = getattr(importlib.import_module(name), attribute)
+            except (ImportError, AttributeError) as error:
+                text = f"--torch {factory}: {one_line(error)}; run from the folder that holds {name.split('.')[0]}"
+                raise ConfigurationError(text) from error
+            return call()
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
 
 
 def _laid_out(images: np.ndarray, layout: str) -> np.ndarray:
@@ -119,15 +182,15 @@ def _laid_out(images: np.ndarray, layout: str) -> np.ndarray:
 
 def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, std: list[float] | None) -> Predict:
     """Return `predict` for images normalised by the data set's own statistics, given a model that wants others."""
+    channels = dataset.image_shape[2]
+    for flag, numbers in (("--mean", mean), ("--std", std)):
+        fits = numbers is None or (len(numbers) == channels and all(map(math.isfinite, numbers)))
+        require(fits, f"{flag} needs {channels} numbers for {dataset.name}, one a channel (got {numbers})")
+    require(std is None or min(std) > 0, f"--std must be above 0 (got {std})")
     if mean is None and std is None:
         return predict
-    channels = dataset.image_shape[2]
-    mean = np.zeros(channels) if mean is None else np.asarray(mean)
-    std = np.ones(channels) if std is None else np.asarray(std)
-    require(
-        len(mean) == channels and len(std) == channels and (std > 0).all(),
-        f"--mean and --std need {channels} numbers each, one a channel, --std positive",
-    )
+    mean = dataset.mean if mean is None else np.asarray(mean)
+    std = dataset.std if std is None else np.asarray(std)
     scale = (dataset.std / std).astype(np.float32)
     shift = ((dataset.mean - mean) / std).astype(np.float32)
     return lambda images: predict(images * scale + shift)
@@ -136,61 +199,79 @@ def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, s
 @click.command(cls=OneLineErrors, epilog=EXAMPLES)
 @config_options(("dataset", "data_dir", "image_size", "limit_train", "limit_test", "batch_size", "seed", "device"))
 @click.option("--onnx", type=click.Path(path_type=Path), help="Teacher: an ONNX model, images in, logits out.")
-@click.option("--torch", "factory", metavar="PACKAGE.MODULE:FACTORY", help="Teacher: the PyTorch module this returns.")
+@click.option("--torch", metavar="PACKAGE.MODULE:FACTORY", help="Teacher: the PyTorch module that this returns.")
 @click.option("--weights", type=click.Path(path_type=Path), help="State dict for --torch (loaded as weights only).")
-@click.option("--train-bp", metavar="ARCH", help="Teacher: train this architecture by backpropagation first.")
+@click.option(
+    "--train-bp", type=Names("--train-bp", ARCHITECTURES), help="Teacher: train this network by backpropagation first."
+)
 @click.option("--epochs", type=click.IntRange(1), default=30, show_default=True, help="Epochs of --train-bp.")
 @click.option("--width", type=float, default=1.0, show_default=True, help="Channel multiplier of --train-bp.")
 @click.option(
     "--layout",
-    type=click.Choice(("nchw", "nhwc")),
+    type=Names("--layout", ("nchw", "nhwc")),
     default="nchw",
     show_default=True,
     help="Axis order that an ONNX or PyTorch teacher expects.",
 )
-@click.option("--mean", help="Means, comma separated, that the teacher was trained with.  [default: the data set's]")
-@click.option("--std", help="Standard deviations likewise; with --mean 0,0,0 --std 1,1,1 pixels are in [0, 1].")
+@click.option(
+    "--mean", type=Numbers(), help="Channel means that such a teacher was trained with.  [default: the data set's]"
+)
+@click.option(
+    "--std",
+    type=Numbers(),
+    help="Standard deviations likewise; --mean 0,0,0 --std 1,1,1 means pixels in [0, 1].  [default: the data set's]",
+)
 @click.option("--teacher-name", help="Free text kept in the file.  [default: what was exported]")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The teacher file to write (HDF5).")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def main(onnx, factory, weights, train_bp, epochs, width, layout, mean, std, teacher_name, output, quiet, **options):
+def main(onnx, torch, weights, train_bp, epochs, width, layout, mean, std, teacher_name, output, quiet, **options):
     """Write the logits of a teacher for every image of a data set, as it is and mirrored.
 
     The teacher is one of --onnx, --torch with --weights, --train-bp.
     """
+    _check_usage({"--onnx": onnx, "--torch": torch, "--train-bp": train_bp}, weights, output)
     given = {name: value for name, value in options.items() if value is not None}
-    require(
-        sum(choice is not None for choice in (onnx, factory, train_bp)) == 1,
-        "name one teacher: --onnx FILE, or --torch PACKAGE.MODULE:FACTORY with --weights FILE, or --train-bp ARCH",
-    )
-    require((factory is None) == (weights is None), "--torch and --weights go together")
-    require(output.parent.is_dir(), f"--output: there is no folder {output.parent}")
     arch = {} if train_bp is None else {"arch": train_bp, "width": width, "teacher_epochs": epochs}
-    config = make_config({}, given | arch)
-    dataset = build_dataset(config)
+    config = make_config(given, arch)
     if train_bp is not None:
+        dataset = build_dataset(config)
         network = train_teacher(teacher_config(config), dataset, config.device, quiet, click.echo)
-        predict, name = feedforward(network), f"{train_bp} trained by backpropagation, {epochs} epochs"
-        device = network.device
+        predict, device = feedforward(network), network.device
+        name = f"{train_bp} trained by backpropagation, {epochs} epochs"
     else:
-        device = get_device("cpu")  # the loader's; the model itself may run elsewhere
         if onnx is not None:
-            predict, name = onnx_predictor(onnx, layout), onnx.name
+            predict, name = onnx_predictor(onnx, layout, config.device), onnx.name
         else:
-            predict, name = torch_predictor(factory, weights, layout, config.device), f"{factory} with {weights.name}"
-        predict = renormalized(predict, dataset, _numbers("--mean", mean), _numbers("--std", std))
-    name = teacher_name or f"{name}, cupyep {__version__}"
+            predict, name = torch_predictor(torch, weights, layout, config.device), f"{torch} with {weights.name}"
+        dataset = build_dataset(config)
+        predict = renormalized(predict, dataset, mean, std)
+        device = get_device("cpu")  # the loader's; the model itself may run elsewhere
     accuracy = export_logits(
-        predict, dataset, output, teacher=name, device=device, batch_size=config.batch_size, quiet=quiet
+        predict,
+        dataset,
+        output,
+        teacher=teacher_name or f"{name}, cupyep {__version__}",
+        device=device,
+        batch_size=config.batch_size,
+        quiet=quiet,
     )
     click.echo(f"{output}: train accuracy {accuracy['train']:.2%}, test accuracy {accuracy['test']:.2%}")
 
 
-def _numbers(flag: str, text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigurationError(f"{flag} takes numbers with commas between them, not '{text}'") from None
+def _check_usage(teachers: dict[str, Any], weights: Path | None, output: Path) -> None:
+    """Refuse, before anything is loaded, what cannot end well."""
+    kinds = [flag for flag, value in teachers.items() if value is not None]
+    require(
+        len(kinds) == 1,
+        "name one teacher: --onnx FILE, or --torch PACKAGE.MODULE:FACTORY with --weights FILE, or --train-bp ARCH",
+    )
+    require(kinds != ["--torch"] or weights is not None, "--torch needs --weights, the file of its state dict")
+    for name, flags in ONLY_WITH.items():
+        given = click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+        require(not given or kinds[0] in flags, f"{option_name(name)} is for {' and '.join(flags)}, not for {kinds[0]}")
+    require(output.parent.is_dir(), f"--output: there is no folder {output.parent}")
+    require(not output.is_dir(), f"--output: {output} is a folder")
+    require(os.access(output.parent, os.W_OK), f"--output: folder {output.parent} cannot be written")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def _missing_compiler(error: Exception) -> str | None:
     header = re.search(r'(?:cannot|could not) open source file "([^"]+)"', text)
     if header:
         return f"the header {header[1]} is missing"
-    if isinstance(error, ImportError | OSError) or "nvrtc" in first.lower() and "load" in first.lower():
+    if isinstance(error, ImportError | OSError) or re.search("(load|find).*nvrtc", first):
         return f"the compiler library NVRTC cannot be loaded ({first})"
     return None
 

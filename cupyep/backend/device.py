@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
 from cupyep.errors import ConfigurationError, DeviceError
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
@@ -83,6 +85,7 @@ class Device:
         self.name = name
         self.reason = reason
         self.is_gpu = name != "cpu"
+        self._launchers: dict[Path, Launcher] = {}
         if self.is_gpu:
             cupy, why_not = _import_cupy()
             if cupy is None:
@@ -106,6 +109,12 @@ class Device:
     def to_numpy(self, array: Any) -> np.ndarray:
         """Return a host copy (or, on the CPU, the array itself)."""
         return self.xp.asnumpy(array) if self.is_gpu else np.asarray(array)
+
+    def launcher(self, source: Path) -> Launcher:
+        """Return what compiles and launches the CUDA kernels of a file, the same one every time."""
+        if source not in self._launchers:
+            self._launchers[source] = Launcher(source, self.xp)
+        return self._launchers[source]
 
     def synchronize(self) -> None:
         """Wait until all work on this device is done."""
@@ -154,6 +163,19 @@ def get_device(device: str | Device = "auto") -> Device:
     raise ConfigurationError(f"unknown device '{device}' (choose from auto, cpu, cuda, cuda:N)")
 
 
+@functools.cache
+def _cublas(index: int) -> Cublas:
+    cupy, reason = _import_cupy()
+    if cupy is None:
+        raise DeviceError(reason)
+    with cupy.cuda.Device(index):
+        major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+        return Cublas(CublasLibrary(major), cupy, lambda: cupy.cuda.get_current_stream().ptr)
+
+
 def gemm(a: Any, b: Any, out: Any) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here."""
-    return array_module(a).matmul(a, b, out=out)
+    xp = array_module(a)
+    if xp.__name__ == "cupy":
+        return _cublas(a.device.id).gemm(a, b, out)
+    return xp.matmul(a, b, out=out)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.backend.device import gemm
 from cupyep.kernels.buffers import Arena
 from cupyep.kernels.columns import im2col, inner_view
 from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
@@ -112,6 +113,10 @@ class ConvOps:
         self._scatter(s, winners, inner_view(padded, g.map_shape[:2], g.kernel - 1 - g.padding, g.stride), m)
         im2col(padded, g.kernel, 1, columns)
         return columns.reshape(-1, g.kernel * g.kernel * g.map_shape[2])
+
+    def topdown(self, s: Any, winners: Any, weight: Any, out: Any, m: int) -> None:
+        """Write ``weight^T * U(s)`` into `out` (m, H, W, C), with the `weight` that `refresh` took up."""
+        gemm(self.columns_up(s, winners, m), self.flipped, out=out.reshape(-1, self.geometry.in_shape[2]))
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; without pooling `u` is `out`."""

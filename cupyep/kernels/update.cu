@@ -31,8 +31,10 @@ template <typename A, int RULE> __device__ __forceinline__ A activate(A g, const
 template <typename A, int RULE> __device__ __forceinline__ A increment(A dg, A rest, A s, const Numbers<A>& n)
 {
     if (RULE == CLIP) return clamp(n.a * dg + rest, n.b - s, n.c - s);
-    const A t = tanh(n.c * dg);
-    return n.b * (t / (t * rest + A(1)) * (A(1) - rest * rest));
+    const A t = tanh(n.c * dg), least = sizeof(A) == 8 ? A(0x1p-52) : A(0x1p-23);
+    A below = t * rest + A(1);
+    if (below < least) below = least;  // a saturated unit swinging all the way back
+    return n.b * (t / below * (A(1) - rest * rest));
 }
 
 // Sum over the block, in a fixed order, and store it; every thread of the block must take part. The size of the block

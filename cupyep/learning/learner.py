@@ -105,9 +105,7 @@ class Learner:
         xp = self.network.device.xp
         return {path: xp.zeros_like(array) for path, array in self.parameters().items()}
 
-    def _add_edge(
-        self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, ops: Any, bias=True
-    ):
+    def _add_edge(self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, ops: Any, bias=True):
         """Add ``corr(below, U_n(above))`` to edge n's gradient (and the sum of ``U_n(above)`` to its bias')."""
         path = f"layers.{n}"
         bias = gradients[f"{path}.bias"] if bias else None

@@ -64,6 +64,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def can_write(folder: Path) -> bool:
+    """Return whether files can be made in `folder`, or, where there is none yet, the folder itself."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` (arrays on the host) to `path`, atomically: the old file stays until the new one is complete.
 

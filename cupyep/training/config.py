@@ -118,12 +118,12 @@ class TrainConfig:
     aug: str = SIGNALS("none", str, "No signals, le (local error) or kd (knowledge distillation).",
                        choices=("none", "le", "kd"))
     signal_layers: str = SIGNALS("all", str, "Layers with a signal, such as 2,3,4 or 2-5 or all.")
-    kappa: float = SIGNALS(0.5, float, "Weight of the signals at the start.", low=0)
+    kappa: float = SIGNALS(0.1, float, "Weight of the signals at the start.", low=0)
     kappa_annealing: str = SIGNALS("cosine", str, "Course of kappa over the training.", choices=ANNEALINGS)
     signal_loss: str = SIGNALS("cross_entropy", str, "Loss of the signals.", choices=LOSSES)
     signal_pool: int | None = SIGNALS(None, int, "Average a state over N x N pixels before its signal's map.", low=1)
-    temperature: float = SIGNALS(3.0, float, "Temperature of the teacher's outputs (kd).", above=0)
-    learned_maps: bool = SIGNALS(False, bool, "Learn the maps of the signals (kd) instead of fixing them.")
+    temperature: float = SIGNALS(1.0, float, "Temperature of the teacher's outputs (kd).", above=0)
+    learned_maps: bool = SIGNALS(True, bool, "Learn the maps of the signals (kd) instead of fixing them.")
     teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.")
     teacher_epochs: int = SIGNALS(30, int, "Epochs of the teacher that kd trains without --teacher.", low=1)
 
@@ -148,7 +148,6 @@ class TrainConfig:
             setattr(self, spec.name, _checked(spec, getattr(self, spec.name)))
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(self.teacher is None or self.aug == "kd", "--teacher needs --aug kd")
-        require(not self.learned_maps or self.aug == "kd", "--learned-maps needs --aug kd")
         parse_layers(self.signal_layers, sys.maxsize)
         free, nudged = default_steps(self)
         self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged

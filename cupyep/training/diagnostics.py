@@ -19,7 +19,7 @@ from cupyep._version import __version__
 from cupyep.backend import get_device, gpu_status
 from cupyep.data import Loader, data_directory
 from cupyep.errors import require
-from cupyep.learning import check_gradients
+from cupyep.learning.check import compare_forms
 from cupyep.learning.equilibrium import FORMS
 from cupyep.training.build import build_dataset, build_network, build_signals
 from cupyep.training.checkpoint import replacing
@@ -42,10 +42,19 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"
 # Options of ``cupyep check``, and where its defaults differ from those of ``cupyep train``.
 CHECK_OPTIONS = (
     "arch", "width", "activation", "pooling", "loss", "gain", "feedback", "dataset", "data_dir", "image_size", "beta",
-    "free_steps", "nudged_steps", "schedule", "scheme", "nudge", "aug", "signal_layers", "kappa", "signal_loss",
-    "batch_size", "seed", "device", "precision",
+    "free_steps", "nudged_steps", "schedule", "tolerance", "scheme", "nudge", "aug", "signal_layers", "kappa",
+    "signal_loss", "batch_size", "seed", "device", "precision",
 )  # fmt: skip
-CHECK_DEFAULTS = {"feedback": 1.0, "schedule": "synchronous", "beta": 0.05, "batch_size": 8}
+# The network of the papers, well settled: EP's theorem is about equilibria.
+CHECK_DEFAULTS = {
+    "feedback": 1.0,
+    "schedule": "evenodd",
+    "free_steps": 500,
+    "nudged_steps": 40,
+    "tolerance": 1e-6,
+    "beta": 0.05,
+    "batch_size": 4,
+}
 COLUMNS = {
     "cosine": "cosine",
     "relative_error": "rel. error",
@@ -108,13 +117,10 @@ def check_gradient(config: TrainConfig, report: Callable[[str], None] = print) -
     report(
         f"{config.arch} on {len(batch)} images of {config.dataset}, device {network.device.name}, {config.precision}"
     )
-    names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule")
+    names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule", "tolerance")
     settings = {name: getattr(config, name) for name in names}
     others = [form for form in FORMS if form != config.nudge and config.scheme != "tangent"]
-    forms = {
-        form: check_gradients(network, batch, nudge=form, signals=signals, **settings)
-        for form in (config.nudge, *others)
-    }
+    forms = compare_forms(network, batch, forms=(config.nudge, *others), signals=signals, **settings)
     return GradientReport(config, forms)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cupyep._version import __version__
-from cupyep.errors import CheckpointError, require
-from cupyep.training.checkpoint import Checkpoint, load_checkpoint, replacing, save_checkpoint
+from cupyep.errors import CheckpointError, ConfigurationError, require
+from cupyep.training.checkpoint import Checkpoint, can_write, load_checkpoint, replacing, save_checkpoint
 from cupyep.training.config import TrainConfig, make_config, read_toml
 
 CONFIG, METRICS, CHECKPOINT, BEST = "config.toml", "metrics.jsonl", "checkpoint.h5", "best.h5"
@@ -67,7 +67,11 @@ class RunDirectory:
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"'{path}' is not a run directory: it has no {CONFIG}")
-        return cls(path, make_config(read_toml(path / CONFIG)))
+        values = read_toml(path / CONFIG)
+        try:
+            return cls(path, make_config(values))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"'{path / CONFIG}': {error}") from error
 
     def write_config(self) -> None:
         """Write config.toml atomically."""
@@ -81,10 +85,13 @@ class RunDirectory:
         Raises
         ------
         CheckpointError
-            If another line is not a JSON object.
+            If another line is not a JSON object, or the file cannot be read.
         """
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        except OSError as error:
+            raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
         records = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -133,8 +140,10 @@ class RunDirectory:
         Raises
         ------
         CheckpointError
-            If the checkpoint is damaged, or metrics.jsonl lacks epochs that it has done.
+            If the checkpoint is damaged, or metrics.jsonl lacks epochs that it has done, or the folder cannot be
+            written.
         """
+        _require_writable(self.path)
         has_checkpoint = (self.path / CHECKPOINT).exists()
         checkpoint = self.load("last") if has_checkpoint else None
         done = checkpoint.epoch if checkpoint else 0
@@ -153,7 +162,13 @@ def check_free(path: str | Path) -> Path:
         raise CheckpointError(f"'{path}' holds another run; continue it with --resume or choose another --run-dir")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another --run-dir")
+    _require_writable(path)
     return path
+
+
+def _require_writable(path: Path) -> None:
+    if not can_write(path):
+        raise CheckpointError(f"cannot write run directory '{path}': no permission, or a file on the way to it")
 
 
 def default_path(config: TrainConfig, root: str | Path = "runs") -> Path:

@@ -25,7 +25,7 @@ from cupyep.training.checkpoint import restore_parameters
 from cupyep.training.config import TrainConfig, option_name
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory, check_free, default_path
 from cupyep.training.teacher import cached_teacher
-from cupyep.training.trainer import Trainer, evaluate
+from cupyep.training.trainer import Trainer, check_same_network, evaluate
 
 # What may differ when a run is resumed: how long it goes on, and where it finds machine and files.
 RESUME_OPTIONS = ("epochs", "device", "data_dir", "teacher")
@@ -56,7 +56,7 @@ def start_run(
     CupyepError
         One clear line for whatever stands in the way.
     """
-    path = default_path(config) if path is None else check_free(path)
+    path = check_free(default_path(config) if path is None else path)
     trainer = _prepare(config, quiet, report)
     trainer.directory = RunDirectory.create(path, config)
     return trainer
@@ -84,6 +84,7 @@ def resume_run(
     trainer = _prepare(directory.config, quiet, report)
     trainer.directory = directory
     trainer.resume()
+    trainer.check_unfinished()
     directory.write_config()
     report(f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}")
     return trainer
@@ -106,6 +107,7 @@ def evaluate_run(path: str | Path, which: str, given: Mapping[str, Any], quiet: 
         build_learner(config, network, [], np.random.default_rng(config.seed)),
         evaluation_batches(config, dataset, network),
     )
+    check_same_network(directory.path / CHECKPOINT_FILES[which], saved, network)
     own = {name: array for name, array in saved.parameters.items() if not name.startswith("signals.")}
     restore_parameters(directory.path / CHECKPOINT_FILES[which], own, network.parameters(), network.device)
     loss, accuracy = evaluate(learner, test, quiet=quiet)
@@ -136,6 +138,10 @@ def _prepare(config: TrainConfig, quiet: bool, report: Callable[[str], None]) ->
     network = build_network(config, dataset, device)
     report(_headline(config, dataset, network))
     report(f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
+    if config.aug == "kd":
+        # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
+        trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
+        build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
     signals = build_signals(config, network, dataset, _teacher(config, dataset, device, quiet, report))
     return build_trainer(config, dataset, network, signals, quiet=quiet, report=report)
 

@@ -49,11 +49,13 @@ class EpochStatistics:
         self.epoch = epoch
         self.count = 0
         self._sums: dict[str, Any] = {}
+        self._layers: list[str] = []
 
     def add(self, result: Any) -> None:
         """Add one `StepResult` of a learner, weighted by its number of images."""
         xp = self.device.xp
         norms = gradient_norms(result.gradients, xp)
+        self._layers = layer_names(result.gradients)
         self.count += result.count
         self._add("loss", result.loss * result.count)
         self._add("correct", result.correct)
@@ -95,6 +97,8 @@ class EpochStatistics:
         residual = {
             phase: float(mean[phase].max()) if phase in mean else None for phase in ("free_residual", "nudged_residual")
         }
+        # Learned maps of signals belong to no layer; their gradients are only looked at for being finite.
+        norms = zip(self._layers, mean["gradient_norm"].tolist(), strict=True)
         response = mean["nudge_response"].tolist() if "nudge_response" in mean else None
         return {
             "loss": float(mean["loss"]),
@@ -102,7 +106,7 @@ class EpochStatistics:
             **residual,
             "activity": mean["activity"].tolist(),
             "nudge_response": response,
-            "gradient_norm": mean["gradient_norm"].tolist(),
+            "gradient_norm": [norm for layer, norm in norms if not layer.startswith("signals.")],
         }
 
     def _check_finite(self, losses: int, gradients: int) -> None:

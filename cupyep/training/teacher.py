@@ -15,9 +15,11 @@ from tqdm import tqdm
 from cupyep._version import __version__
 from cupyep.backend import Device
 from cupyep.data import VIEWS, Dataset, Loader, TeacherFile, TeacherWriter, data_directory
+from cupyep.errors import TeacherError
 from cupyep.learning import Backpropagation
 from cupyep.network import Network
 from cupyep.training.build import build_network, build_trainer
+from cupyep.training.checkpoint import can_write
 from cupyep.training.config import TrainConfig
 
 # What a teacher has in common with its student ...
@@ -155,6 +157,11 @@ def cached_teacher(
         with TeacherFile(path) as file:
             report(f"teacher: {path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")
         return path
+    if not can_write(path.parent):
+        raise TeacherError(
+            f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; give another "
+            "--data-dir, or a --teacher made by tools/export_teacher_logits.py"
+        )
     report(f"teacher: none given, so {own.arch} is trained by backpropagation for {own.epochs} epochs first")
     network = train_teacher(own, dataset, device, quiet, report)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,15 @@ def evaluate(learner: Any, batches: Any, bar_text: str = "testing", quiet: bool 
     return float(loss) / count, int(correct) / count
 
 
+def check_same_network(path: Path, saved: Checkpoint, network: Any) -> None:
+    """Raise `CheckpointError` unless the checkpoint `saved`, read from `path`, is of a network like `network`."""
+    for key, value in _portable(network.config).items():
+        if saved.network.get(key) != value:
+            raise CheckpointError(
+                f"checkpoint '{path}' belongs to a network with {key} = {saved.network.get(key)}, not {value}"
+            )
+
+
 class Trainer:
     """Trains a learner and keeps its run directory.
 
@@ -132,7 +141,7 @@ class Trainer:
         CheckpointError
             If the run directory cannot be written.
         """
-        require(self.epochs_done < self.epochs, f"all {self.epochs} epochs are done; give more --epochs to go on")
+        self.check_unfinished()
         record: dict[str, Any] = {}
         for epoch in range(self.epochs_done + 1, self.epochs + 1):
             record = self._run_epoch(epoch)
@@ -148,6 +157,10 @@ class Trainer:
         return TrainSummary(
             record["test_accuracy"], record["test_loss"], self.best_accuracy, self.best_epoch, self.elapsed_s, path
         )
+
+    def check_unfinished(self) -> None:
+        """Raise `ConfigurationError` if no epoch is left to do."""
+        require(self.epochs_done < self.epochs, f"all {self.epochs} epochs are done; give more --epochs to go on")
 
     def resume(self) -> None:
         """Take up the run of `directory` where its last checkpoint left it.
@@ -169,11 +182,7 @@ class Trainer:
         self.epochs_done, self.best_accuracy, self.best_epoch = saved.epoch, saved.best_accuracy, saved.best_epoch
 
     def _check_same_run(self, path: Path, saved: Checkpoint) -> None:
-        for key, value in _portable(self.network.config).items():
-            if saved.network.get(key) != value:
-                raise CheckpointError(
-                    f"checkpoint '{path}' belongs to a network with {key} = {saved.network.get(key)}, not {value}"
-                )
+        check_same_network(path, saved, self.network)
         if set(saved.generators) != set(self.generators):
             raise CheckpointError(
                 f"checkpoint '{path}' lacks the state of a random generator; it is of another version"
@@ -223,7 +232,8 @@ class Trainer:
 
     def _rates(self, factor: float) -> float | list[float]:
         """Return the learning rate, or one a layer (in the order of ``gradient_norm``) if they differ."""
-        by_layer = {layer_of(path): rate * factor for path, rate in self.optimizer.rates.items()}
+        rates = {path: rate for path, rate in self.optimizer.rates.items() if not path.startswith("signals.")}
+        by_layer = {layer_of(path): rate * factor for path, rate in rates.items()}
         return _one_or_list(by_layer.values())
 
     def _train_epoch(self, epoch: int) -> tuple[dict[str, Any], int]:

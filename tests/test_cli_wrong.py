@@ -1,0 +1,212 @@
+"""Wrong input on the command line: each one line on stderr, the right exit code, nothing half-written.
+
+Oracle: the documented contract: exit 2 for wrong usage, 1 for whatever else stands in the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from data_files import cifar_binary_files, random_arrays, write_archive, write_files
+
+import cupyep as ep
+
+TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
+
+WRONG = {
+    "command misspelt": (["trian"], 2, "unknown command 'trian'; did you mean 'train'?"),
+    "option misspelt": (["train", "--epoch", "3"], 2, "no such option '--epoch'; did you mean '--epochs'?"),
+    "option of another command": (["check", "--epochs", "3"], 2, "no such option '--epochs'"),
+    "choice misspelt": (["train", "--aug", "kdd"], 2, "unknown --aug 'kdd'; did you mean 'kd'?"),
+    "unknown arch": (["train", "--arch", "vgg8"], 2, "unknown --arch 'vgg8'; did you mean 'vgg"),
+    "unknown dataset": (["train", "--dataset", "cifar11"], 2, "did you mean 'cifar10"),
+    "unknown recipe": (["train", "--recipe", "vgg5-dhcn"], 2, "did you mean 'vgg5-dchn'?"),
+    "layer index": (
+        ["train", "--aug", "le", "--signal-layers", "5"],
+        2,
+        "names layer 5, but the network has layers 1 to 4",
+    ),
+    "beta 0": (["train", "--beta", "0"], 2, "--beta must be above 0 (got 0.0)"),
+    "negative steps": (["train", "--free-steps", "-1"], 2, "--free-steps must be at least 1 (got -1)"),
+    "negative kappa": (["train", "--aug", "le", "--kappa", "-0.1"], 2, "--kappa must be at least 0 (got -0.1)"),
+    "layers backwards": (["train", "--aug", "le", "--signal-layers", "9-2"], 2, "upwards from 1 (got '9-2')"),
+    "a file on the way": (
+        ["train", "--run-dir", "../data/cifar-10-batches-bin/test_batch.bin/run"],
+        1,
+        "cannot write run directory",
+    ),
+    "misspelt choice of evaluate": (["evaluate", "none", "--checkpoint", "bst"], 2, "did you mean 'best'?"),
+    "not a number": (["train", "--epochs", "many"], 2, "'many' is not a valid integer"),
+    "not numbers": (["train", "--gain", "0.1,a"], 2, "'0.1,a' is neither a number nor numbers with commas"),
+    "image size": (["train", "--image-size", "7"], 2, "image-size is 7"),
+    "image too small": (["train", "--image-size", "4"], 2, "too small for VGG-5"),
+    "limit": (["train", "--limit-train", "51"], 2, "cifar10 has 50 train images"),
+    "resume without folder": (["train", "--resume"], 2, "--resume needs --run-dir"),
+    "resume nothing": (["train", "--resume", "--run-dir", "none"], 1, "'none' is not a run directory"),
+    "evaluate nothing": (["evaluate", "none"], 1, "'none' is not a run directory"),
+    "evaluate without folder": (["evaluate"], 2, "Missing argument 'RUN'"),
+    "missing data": (["train", "--data-dir", "empty"], 1, "data set cifar10 not found in empty"),
+    "missing teacher": (["train", "--aug", "kd", "--teacher", "t.h5"], 1, "teacher file t.h5 does not exist"),
+    "teacher without kd": (["train", "--teacher", "t.h5"], 2, "--teacher needs --aug kd"),
+    "unknown device": (["train", "--device", "gpu"], 2, "unknown device 'gpu'"),
+    "json nowhere": (["check", "--json", "no/check.json"], 2, "there is no folder 'no'"),
+    "check with kd": (["check", "--aug", "kd"], 2, "knows --aug none and le"),
+    "tangent as states": (["train", "--scheme", "tangent", "--nudge", "classical"], 2, "use nudge 'deviation'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(case, cifar, invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("cupyep.data.dataset.fetch", lambda *_: "no network")
+    args, wanted, message = WRONG[case]
+    tiny = TINY[:2] if args[0] in ("train", "check") else []
+    code, _, err = invoke(args[0], *tiny, *args[1:])
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert code == wanted
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_no_gpu_is_said_with_the_reason(cifar, invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("cupyep.backend.device._import_cupy", lambda: (None, "the reason"))
+    code, _, err = invoke("train", *TINY, "--device", "cuda")
+    assert code == 1
+    assert err.startswith("Error: device 'cuda:0' cannot be used: the reason")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "work" / "runs").exists()
+    assert "device cpu: the reason" in invoke("train", *TINY[:-2], "--limit-train", 5, "--epochs", 1, "--quiet")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("svhn", "is a teacher for data set svhn, not cifar10"),
+        ("cifar10", "train labels disagree with data set cifar10"),
+    ],
+)
+def test_a_teacher_for_other_data_is_refused(name, message, cifar, invoke, tmp_path):
+    """Of another data set, or of the same with other labels."""
+    teacher = tmp_path / "t.h5"
+    dataset = dataclasses.replace(ep.load_dataset("cifar10", cifar), name=name)
+    with ep.TeacherWriter(teacher, dataset, "zeros", views=("identity",)) as writer:
+        writer.write("train", "identity", 0, np.zeros((50, 10)))
+        writer.write("test", "identity", 0, np.zeros((10, 10)))
+    (images, labels), test = random_arrays((32, 32, 3), 10)
+    write_files(cifar / "cifar-10-batches-bin", cifar_binary_files("cifar10", ((images, labels * 0), test)))
+    code, _, err = invoke("train", *TINY, "--aug", "kd", "--teacher", teacher)
+    assert (code, err.count("\n")) == (1, 1)
+    assert message in err
+    assert not (tmp_path / "work" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("widht = 0.1", "'../mine.toml': unknown option 'widht'; did you mean 'width'?"),
+        ("width = 'a'", "--width must be a number (got 'a')"),
+        ("width =", "'../mine.toml' is not valid TOML"),
+    ],
+)
+def test_a_wrong_recipe(content, message, cifar, invoke, tmp_path):
+    (tmp_path / "mine.toml").write_text(content)
+    code, _, err = invoke("train", "--recipe", "../mine.toml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1000])
+def test_a_truncated_archive(size, cifar, invoke, tmp_path):
+    archive = tmp_path / "archive" / "cifar-10-binary.tar.gz"
+    archive.parent.mkdir()
+    write_archive(archive, "cifar-10-batches-bin", {p.name: p.read_bytes() for p in cifar.glob("*/*")})
+    archive.write_bytes(archive.read_bytes()[:size])
+    code, _, err = invoke("train", *TINY, "--data-dir", archive.parent)
+    assert (code, err.count("\n")) == (1, 1)
+    assert str(archive) in err
+    assert "get it again" in err
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--signal-layers", "9"],
+        ["--signal-pool", "99"],
+        ["--learning-rate", "1,2"],
+        ["--scheme", "tangent", "--nudge", "classical"],
+    ],
+)
+def test_wrong_options_are_said_before_a_teacher_is_trained(wrong, cifar, invoke):
+    code, out, err = invoke("train", *TINY, "--aug", "kd", *wrong)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "teacher" not in out
+    assert not (cifar / "teachers").exists()
+
+
+def test_a_teacher_that_cannot_be_kept_is_not_trained(cifar, invoke, tmp_path):
+    (cifar / "teachers").write_text("in the way")
+    code, out, err = invoke("train", *TINY, "--aug", "kd")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(f"Error: cannot keep a teacher in {cifar / 'teachers'}")
+    assert "teacher" not in out
+    assert not (tmp_path / "work" / "runs").exists()
+
+
+DAMAGE = {
+    "cut": ("config.toml", b"arch = 'vgg5", 2, "run/config.toml' is not valid TOML"),
+    "no text": ("config.toml", b"\xff\xfe\x00", 2, "run/config.toml' is not valid TOML"),
+    "number for a name": ("config.toml", b"arch = 7", 2, "run/config.toml': --arch must be a text (got 7)"),
+    "other network": ("config.toml", b"width = 0.02\nfeedback = 0.3", 1, "a network with feedback = 0.1, not 0.3"),
+    "empty checkpoint": ("checkpoint.h5", b"", 1, "run/checkpoint.h5' is not a readable checkpoint"),
+    "no metrics": ("metrics.jsonl", b"\xff\n\xfe", 1, "metrics.jsonl' line 1 is not a record of an epoch"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_run_is_refused_and_left_alone(case, cifar, invoke, tmp_path):
+    name, content, wanted, message = DAMAGE[case]
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--run-dir", path, "--epochs", 1, "--limit-train", 10, "--quiet")[0] == 0
+    (path / name).write_bytes(content)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    commands = [["train", "--run-dir", path, "--resume", "--epochs", 2, "--device", "cpu"]]
+    commands += [["evaluate", path, "--checkpoint", "last"]] * (name != "metrics.jsonl")
+    for command in commands:
+        code, _, err = invoke(*command)
+        assert (code, err.count("\n")) == (wanted, 1)
+        assert message in err
+        assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_resuming_with_too_few_epochs_changes_nothing(cifar, invoke, tmp_path):
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--run-dir", path, "--epochs", 2, "--limit-train", 10, "--quiet")[0] == 0
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    code, _, err = invoke("train", "--run-dir", path, "--resume", "--epochs", 1)
+    assert (code, err) == (2, "Error: all 1 epochs are done; give more --epochs to go on\n")
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_refused(cifar, invoke, tmp_path):
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--run-dir", path, "--epochs", 1, "--limit-train", 10, "--quiet")[0] == 0
+    content = (path / "checkpoint.h5").read_bytes()
+    (path / "checkpoint.h5").write_bytes(content[: len(content) // 2])
+    for args in (["train", "--run-dir", path, "--resume", "--epochs", 2], ["evaluate", path, "--checkpoint", "last"]):
+        code, _, err = invoke(*args)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "truncated or damaged" in err
+    assert len((path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_no_traceback_and_the_exit_code_from_a_shell():
+    command = [sys.executable, "-m", "cupyep.cli", "train", "--epochs", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "Error: --epochs must be at least 1 (got 0)\n"

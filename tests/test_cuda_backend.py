@@ -1,0 +1,361 @@
+"""backend/cuda.py without a GPU: a stand-in for CuPy compiles and launches, two stand-ins for cuBLAS multiply.
+
+One multiplies column-major matrices of every type in NumPy, from raw addresses; the other is a C library with
+cuBLAS's own signatures, which proves the calls by ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cuda_cpu import SHIM, compiler
+
+from cupyep.backend import cuda
+from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher, instance, kernel_argument, source_text
+from cupyep.errors import DeviceError
+
+# --- Launcher ------------------------------------------------------------------------------------------------------
+
+
+class FakeModule:
+    """Stands in for cupy.RawModule; records what is compiled and launched."""
+
+    error = None
+
+    def __init__(self, code, options, name_expressions):
+        self.made.append((code, options, name_expressions))
+
+    def get_function(self, expression):
+        if self.error:
+            raise self.error
+        return lambda grid, block, arguments: self.launched.append((expression, grid, block, arguments))
+
+
+@pytest.fixture
+def module():
+    """A fresh class with records of its own."""
+    return type("Module", (FakeModule,), {"made": [], "launched": []})
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "shared.cuh").write_text("// shared\n")
+    (tmp_path / "kernels.cu").write_text('#include "shared.cuh"\n#include <cuda_fp16.h>\n// kernels\n')
+    return tmp_path / "kernels.cu"
+
+
+def test_included_files_are_put_in_the_text(source):
+    assert source_text(source) == "// shared\n\n#include <cuda_fp16.h>\n// kernels\n"
+
+
+def test_kernels_are_compiled_at_their_first_launch_only(module, source):
+    launcher = Launcher(source, SimpleNamespace(RawModule=module))
+    assert module.made == []
+    array = np.zeros(3, np.float32)
+    for _ in range(2):
+        launcher.launch("scale", ["float", 4], (2, 1, 1), (32, 1, 1), (array, np.int32(3), None))
+    launcher.launch("scale", ["double", 2], (1, 1, 1), (32, 1, 1), (array,))
+    assert module.made == [
+        (source_text(source), ("-std=c++17",), ("scale<float, 4>",)),
+        (source_text(source), ("-std=c++17",), ("scale<double, 2>",)),
+    ]
+    expression, grid, block, (first, count, null) = module.launched[0]
+    assert (expression, grid, block) == ("scale<float, 4>", (2, 1, 1), (32, 1, 1))
+    assert first is array
+    assert (count, count.dtype, null, null.dtype) == (3, np.int32, 0, np.uint64)
+    assert [name for name, *_ in module.launched] == ["scale<float, 4>"] * 2 + ["scale<double, 2>"]
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (ImportError("libnvrtc.so.12 is not there"), "NVRTC cannot be loaded (libnvrtc.so.12 is not there)"),
+        (RuntimeError("CuPy failed to load libnvrtc.so.12: OSError"), "NVRTC cannot be loaded"),
+        (
+            RuntimeError('Failure finding "libnvrtc.so.12": No such file'),
+            "NVRTC cannot be loaded (Failure finding",
+        ),
+        (
+            ValueError('k.cu(3): error: cannot open source file "cuda_fp16.h"\n1 error'),
+            "the header cuda_fp16.h is missing",
+        ),
+        (ValueError('k.cu(3): catastrophic error: could not open source file "x.h"'), "the header x.h is missing"),
+    ],
+)
+def test_a_missing_compiler_is_one_line_with_the_remedy(module, source, error, part):
+    module.error = error
+    launcher = Launcher(source, SimpleNamespace(RawModule=module))
+    with pytest.raises(DeviceError) as caught:
+        launcher.launch("scale", ["float"], (1, 1, 1), (32, 1, 1), ())
+    message = str(caught.value)
+    assert part in message
+    assert 'pip install "cupy-cuda12x[ctk]"' in message
+    assert "\n" not in message
+
+
+def test_other_errors_of_the_compiler_are_not_disguised(module, source):
+    module.error = ValueError("k.cu(7): error: identifier is undefined")
+    with pytest.raises(ValueError, match="identifier is undefined"):
+        Launcher(source, SimpleNamespace(RawModule=module)).launch("scale", ["float"], (1, 1, 1), (1, 1, 1), ())
+
+
+def test_arguments_that_a_kernel_would_misread_are_refused():
+    array = np.zeros((4, 4))
+    assert kernel_argument(array) is array
+    for wrong in (array.T[1:], array[:, ::2], 3, 0.5):
+        with pytest.raises(TypeError, match="C-contiguous arrays and NumPy scalars"):
+            kernel_argument(wrong)
+
+
+def test_name_of_an_instance():
+    assert instance("pool", ["float", "__half", 8, "true"]) == "pool<float, __half, 8, true>"
+
+
+# --- Cublas --------------------------------------------------------------------------------------------------------
+
+ELEMENTS = {0: np.float32, 1: np.float64, 2: np.float16}
+
+
+def element_type(code):
+    return ELEMENTS[code] if code != 14 else pytest.importorskip("ml_dtypes").bfloat16
+
+
+def column_major(address, code, rows, columns, leading):
+    """Return the matrix (rows, columns) at an address, element (i, j) at i + j * leading, as a writable view."""
+    assert leading >= max(rows, 1)
+    dtype = np.dtype(element_type(code))
+    count = (columns - 1) * leading + rows
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    flat = np.frombuffer(memory, dtype)
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
+
+
+class FakeCublas:
+    """The column-major product of cuBLAS in NumPy, and a record of everything else that it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def create(self):
+        self.calls.append(("create",))
+        return "handle"
+
+    def set_math_mode(self, handle, mode):
+        self.calls.append(("math mode", handle, mode))
+
+    def set_stream(self, handle, stream):
+        self.calls.append(("stream", handle, stream))
+
+    def set_workspace(self, handle, pointer, nbytes):
+        self.calls.append(("workspace", handle, pointer, nbytes))
+
+    def gemm_ex(self, handle, transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc,
+                compute):  # fmt: skip
+        left = column_major(a, a_type, k, m, lda).T if transa else column_major(a, a_type, m, k, lda)
+        right = column_major(b, b_type, n, k, ldb).T if transb else column_major(b, b_type, k, n, ldb)
+        out = column_major(c, c_type, m, n, ldc)
+        number = np.float64 if compute == 70 else np.float32
+        assert isinstance(alpha, ctypes.c_double if compute == 70 else ctypes.c_float)
+        product = alpha.value * (left.astype(number) @ right.astype(number))
+        if beta.value:
+            product += beta.value * out.astype(number)
+        out[...] = product
+        self.calls.append(("gemm", handle, (a_type, b_type, c_type), compute))
+
+
+class Stream:
+    address = 5
+
+    def __call__(self):
+        return self.address
+
+
+def matrices(rng, dtype, layouts, sizes=(5, 7, 3)):
+    """Return (M, K) and (K, N) integers in the given layouts."""
+    rows, inner, columns = sizes
+    return [
+        arrange(rng.integers(-9, 10, shape).astype(dtype), layout)
+        for shape, layout in zip([(rows, inner), (inner, columns)], layouts, strict=True)
+    ]
+
+
+def arrange(matrix, layout):
+    """Return the same matrix, laid out otherwise in memory."""
+    rows, columns = matrix.shape
+    if layout == "transposed":
+        return np.ascontiguousarray(matrix.T).T
+    if layout == "rows of a larger":
+        larger = np.full((rows + 1, columns + 3), 99, matrix.dtype)
+        larger[1:, 2 : 2 + columns] = matrix
+        return larger[1:, 2 : 2 + columns]
+    if layout == "columns of a larger":
+        larger = np.full((columns + 2, rows + 4), 99, matrix.dtype)
+        larger[1:-1, 3 : 3 + rows] = matrix.T
+        return larger[1:-1, 3 : 3 + rows].T
+    return matrix
+
+
+LAYOUTS = ["rows", "transposed", "rows of a larger", "columns of a larger"]
+TYPES = [
+    ("float32", "float32", 68),
+    ("float64", "float64", 70),
+    ("float16", "float16", 68),
+    ("float16", "float32", 68),
+    ("bfloat16", "bfloat16", 68),
+    ("bfloat16", "float32", 68),
+]
+CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+
+
+def dtype_of(name):
+    return np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_of_all_layouts(rng, layouts, accumulate):
+    a, b = matrices(rng, np.float32, layouts)
+    larger = np.full((6, 9), 7, np.float32)
+    out = larger[1:, 2:5]
+    assert Cublas(FakeCublas(), np, Stream()).gemm(a, b, out, accumulate) is out
+    expected = np.full((6, 9), 7.0)
+    expected[1:, 2:5] = np.einsum("ik,kj->ij", a.astype(float), b) + (7 if accumulate else 0)
+    np.testing.assert_array_equal(larger, expected)
+
+
+@pytest.mark.parametrize(("factor", "product", "compute"), TYPES)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_of_all_types(rng, factor, product, compute, accumulate):
+    library = FakeCublas()
+    a, b = matrices(rng, dtype_of(factor), ("rows", "transposed"), (4, 2, 3))
+    out = np.ones((4, 3), dtype_of(product))
+    Cublas(library, np, Stream()).gemm(a, b, out, accumulate)
+    expected = np.einsum("ik,kj->ij", a.astype(float), b.astype(float)) + accumulate
+    np.testing.assert_array_equal(out.astype(float), expected)  # sums below 256 are exact in every type
+    assert library.calls[-1] == ("gemm", "handle", (CODES[factor], CODES[factor], CODES[product]), compute)
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 3), (5, 1, 3), (5, 7, 1), (1, 1, 1), (1, 7, 1)])
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_products_with_an_axis_of_one(rng, sizes, layouts):
+    """Strides of an axis of length one say nothing."""
+    a, b = matrices(rng, np.float32, layouts, sizes)
+    out = np.full((sizes[0], sizes[2]), np.nan, np.float32)
+    Cublas(FakeCublas(), np, Stream()).gemm(a, b, out)
+    np.testing.assert_array_equal(out, np.einsum("ik,kj->ij", a.astype(float), b))
+
+
+def test_tf32_is_a_choice_for_float32_alone(rng):
+    library = FakeCublas()
+    cublas = Cublas(library, np, Stream(), tf32=True)
+    for factor, product, compute in [
+        ("float32", "float32", 77),
+        ("float16", "float32", 68),
+        ("float64", "float64", 70),
+    ]:
+        a, b = matrices(rng, factor, ("rows", "rows"))
+        cublas.gemm(a, b, np.empty((5, 3), product))
+        assert library.calls[-1][-1] == compute
+
+
+def test_handle_workspace_and_stream(rng):
+    """Sums stay in float32 (mode 16). A stream is set when it changes, and then the workspace that this takes away."""
+    library, stream = FakeCublas(), Stream()
+    cublas = Cublas(library, np, stream)
+    assert library.calls == [("create",), ("math mode", "handle", 16)]
+    a, b = matrices(rng, np.float32, ("rows", "rows"))
+    for stream.address in (5, 5, 0, 5):
+        cublas.gemm(a, b, np.empty((5, 3), np.float32))
+    names = [call[0] for call in library.calls[2:]]
+    assert names == ["stream", "workspace", "gemm", "gemm"] + ["stream", "workspace", "gemm"] * 2
+    assert [call[2] for call in library.calls if call[0] == "stream"] == [5, 0, 5]
+    workspaces = {call[2:] for call in library.calls if call[0] == "workspace"}
+    assert len(workspaces) == 1
+    assert workspaces.pop()[1] == 32 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("shapes", "types", "message"),
+    [
+        (((2, 3), (4, 5), (2, 5)), ("float32",) * 3, "no product of shapes"),
+        (((2, 3), (3, 5), (5, 2)), ("float32",) * 3, "no product of shapes"),
+        (((2, 3), (3, 5), (2, 5)), ("float32", "float64", "float64"), "no product of float32 and float64"),
+        (((2, 3), (3, 5), (2, 5)), ("float32", "float32", "float64"), "into float64"),
+        (((2, 3), (3, 5), (2, 5)), ("int32",) * 3, "no product of int32"),
+    ],
+)
+def test_products_that_do_not_exist(shapes, types, message):
+    a, b, out = (np.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True))
+    with pytest.raises(TypeError, match=message):
+        Cublas(FakeCublas(), np, Stream()).gemm(a, b, out)
+
+
+def test_layouts_that_no_product_can_read():
+    cublas = Cublas(FakeCublas(), np, Stream())
+    a, b, out = np.zeros((4, 6)), np.zeros((3, 4)), np.zeros((4, 4))
+    with pytest.raises(TypeError, match="contiguous rows or columns"):
+        cublas.gemm(a[:, ::2], b, out)
+    with pytest.raises(TypeError, match="output of a product"):
+        cublas.gemm(a[:, :3], b, out.T)
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """The C stand-in, found under the name of the library of CUDA 99."""
+    if compiler() is None:
+        pytest.skip("g++ is not installed: the C stand-in for cuBLAS cannot be built")
+    path = tmp_path / "stub.so"
+    subprocess.run([compiler(), "-shared", "-fPIC", "-o", path, SHIM / "cublas_stub.cpp"], check=True)
+    real = ctypes.CDLL
+
+    def load(name):
+        assert name == "libcublas.so.99"
+        return real(str(path))
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", load)
+    return CublasLibrary(99)
+
+
+class Told(ctypes.Structure):
+    _fields_ = [
+        ("stream", ctypes.c_size_t),
+        ("workspace", ctypes.c_size_t),
+        ("nbytes", ctypes.c_size_t),
+        ("mode", ctypes.c_int),
+        ("types", ctypes.c_int * 3),
+        ("compute", ctypes.c_int),
+        ("algorithm", ctypes.c_int),
+    ]
+
+
+@pytest.mark.parametrize("layouts", [("rows", "rows"), ("transposed", "rows of a larger"), ("rows", "transposed")])
+def test_calls_by_ctypes(rng, stub, layouts):
+    """Addresses above 4 GB, a stream's among them, arrive whole."""
+    stream = Stream()
+    stream.address = 0x7F12_3456_789A
+    cublas = Cublas(stub, np, stream)
+    a, b = matrices(rng, np.float32, layouts)
+    out = np.ones((5, 3), np.float32)
+    cublas.gemm(a, b, out)
+    cublas.gemm(a, b, out, accumulate=True)
+    np.testing.assert_array_equal(out, 2 * np.einsum("ik,kj->ij", a.astype(float), b))
+    told = Told.in_dll(stub._library, "told")
+    assert (told.stream, told.nbytes, told.mode) == (0x7F12_3456_789A, 32 * 2**20, 16)
+    assert told.workspace > 2**32
+    assert ([*told.types], told.compute, told.algorithm) == ([0, 0, 0], 68, -1)
+
+
+def test_a_failed_call_is_an_error(stub):
+    with pytest.raises(DeviceError, match=r"cublasSetWorkspace_v2 failed: invalid value \(status 7\)"):
+        stub.set_workspace(stub.create(), 0, 1)
+
+
+def test_a_missing_library_is_one_line_with_the_remedy():
+    with pytest.raises(DeviceError, match=r"cuBLAS cannot be loaded \(.*libcublas.so.0.*\); install CuPy") as caught:
+        CublasLibrary(0)
+    assert "\n" not in str(caught.value)
