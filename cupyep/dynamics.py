@@ -102,9 +102,9 @@ class _System:
         self.residual = workspace.buffers.get("residual", (self.depth, workspace.batch))
         self.drive = workspace.states("drive")
         self.topdown = workspace.states("topdown")
-        self.new = workspace.states("new")
-        self.change = workspace.states("change")
-        self.row = workspace.buffers.get("row", (workspace.batch,))
+        self.updates = workspace.update_ops(activation)
+        self.scratch = workspace.update_scratch(self.updates)
+        self.force = workspace.one_at_a_time("force")
         self._nudges: dict[int, list[tuple[LossTerm, Any, Any]]] = {}
         beta = np.repeat(np.asarray(betas, float), self.samples)
         for term, weight, target in nudges:
@@ -117,12 +117,19 @@ class _System:
     def host(self, array: Any) -> np.ndarray:
         return self.device.to_numpy(array)
 
-    def _measure(self, n: int, new: Any, old: Any) -> None:
-        change = self.change[n - 1]
-        self.xp.subtract(new, old, out=change)
-        change *= change
-        self.xp.mean(change.reshape(len(new), -1), axis=1, out=self.row)
-        self.residual[n - 1] += self.row
+    def _residual_row(self, n: int, measure: bool) -> Any:
+        return self.residual[n - 1] if measure else None
+
+    def _force(self, n: int, s: Any) -> Any:
+        """Return ``sum of scale * dloss/ds`` of layer n's nudges at `s`, None where it has none."""
+        terms = self._nudges.get(n)
+        if not terms:
+            return None
+        force = self.force[n - 1]
+        force[...] = 0
+        for term, target, scale in terms:
+            term.add_force(s, target, scale, force)
+        return force
 
     def _moving(self) -> list[Any]:
         """Return the arrays that the iteration moves."""
@@ -191,21 +198,17 @@ class Classical(_System):
             self.edges[n].topdown(above, winners, self.topdown[n - 1], self.workspace.ops[n])
 
     def update(self, n: int, measure: bool) -> None:
-        s, g = self.state.layers[n - 1], self.state.drives[n - 1]
-        if n < self.depth:
-            self.xp.multiply(self.topdown[n - 1], self.feedback, out=g)
-            g += self.drive[n - 1]
-        else:
-            g[...] = self.drive[n - 1]
-        for term, target, scale in self._nudges.get(n, ()):
-            term.add_force(s, target, scale, g)
-        if measure:
-            new = self.new[n - 1]
-            self.activation.value(g, new)
-            self._measure(n, new, s)
-            s[...] = new
-        else:
-            self.activation.value(g, s)
+        s, topdown = self.state.layers[n - 1], self.topdown[n - 1] if n < self.depth else None
+        self.updates.states(
+            s,
+            self.drive[n - 1],
+            topdown,
+            self.feedback,
+            self._force(n, s),
+            self.state.drives[n - 1],
+            self._residual_row(n, measure),
+            self.scratch,
+        )
 
 
 class Deviation(_System):
@@ -231,6 +234,7 @@ class Deviation(_System):
         self.free = free
         self.tangent = tangent
         self.eps = workspace.states("eps")
+        self.nudged = workspace.one_at_a_time("nudged state")
         self.winners = [self._tiled(w) for w in free.winners]
         self.rest = []
         for n, (g, s) in enumerate(zip(free.drives, free.layers, strict=True), 1):
@@ -256,42 +260,23 @@ class Deviation(_System):
         if n < self.depth:
             self.edges[n].topdown(self.eps[n], self.winners[n], self.topdown[n - 1], self.workspace.ops[n])
 
-    def _phase_slices(self):
-        return [slice(m * self.samples, (m + 1) * self.samples) for m in range(self.phases)]
-
-    def _add_forces(self, n: int, t: Any) -> None:
-        terms = self._nudges.get(n)
-        if not terms:
-            return
-        s = self.free.layers[n - 1]
-        if not self.tangent:
-            nudged = self.workspace.buffers.get(("nudged", n), t.shape)
-            self.xp.multiply(self.eps[n - 1], 1 / self.weights[n - 1], out=nudged)
-            for part in self._phase_slices():
-                nudged[part] += s
-            s = nudged
-        for term, target, scale in terms:
-            term.add_force(s, target, scale, t)
+    def _nudged(self, n: int) -> Any:
+        """Return the state that layer n's losses see: ``s* + eps / a``, s* in the tangent limit."""
+        if self.tangent or n not in self._nudges:
+            return self.free.layers[n - 1]
+        nudged = self.nudged[n - 1]
+        self.xp.multiply(self.eps[n - 1], 1 / self.weights[n - 1], out=nudged)
+        for start in range(0, len(nudged), self.samples):
+            nudged[start : start + self.samples] += self.free.layers[n - 1]
+        return nudged
 
     def update(self, n: int, measure: bool) -> None:
-        t = self.new[n - 1]
-        self.xp.multiply(self.drive[n - 1], self.feedback, out=t)
-        t += self.topdown[n - 1]
-        self._add_forces(n, t)
+        drive, topdown = self.drive[n - 1] if n > 1 else None, self.topdown[n - 1] if n < self.depth else None
+        force, residual = self._force(n, self._nudged(n)), self._residual_row(n, measure)
+        shared = (self.eps[n - 1], drive, topdown, self.feedback, force)
+        rest = self.rest[n - 1]
         if self.tangent:
-            t *= self.rest[n - 1]
+            self.updates.tangents(*shared, rest, residual, self.scratch)
         else:
-            self._increment(n, t)
-        if measure:
-            self._measure(n, t, self.eps[n - 1])
-        self.eps[n - 1][...] = t
-
-    def _increment(self, n: int, t: Any) -> None:
-        a, s, rest = self.weights[n - 1], self.free.layers[n - 1], self.rest[n - 1]
-        scratch = self.workspace.buffers.get(("scratch", n), s.shape)
-        if a != 1.0:
-            t *= 1 / a
-        for part in self._phase_slices():
-            self.activation.increment(rest, s, t[part], scratch)
-        if a != 1.0:
-            t *= a
+            s, weight = self.free.layers[n - 1], self.weights[n - 1]
+            self.updates.deviations(*shared, weight, rest, s, residual, self.scratch)

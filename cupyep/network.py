@@ -197,7 +197,7 @@ class Network:
         ConfigurationError
             If `x` is not (N, H, W, C) with this network's H, W, C.
         """
-        x = self.device.asarray(x, self.dtype)
+        x = self.device.xp.ascontiguousarray(self.device.asarray(x, self.dtype))
         require(
             x.ndim == len(self.input_shape) + 1 and x.shape[1:] == self.input_shape and len(x) > 0,
             f"images have shape {tuple(x.shape)}, this network takes (N, {', '.join(map(str, self.input_shape))}), "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from cupyep.activations import Activation
 from cupyep.backend.device import Device
+from cupyep.kernels import cuda_update
 from cupyep.kernels.buffers import Arena, Buffers
+from cupyep.kernels.cuda_update import CudaUpdateOps
+from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
 
 SCRATCH_BYTES = {
@@ -52,6 +57,26 @@ class Workspace:
     def states(self, name: str) -> list[Any]:
         """Return one buffer a layer, of shapes (batch, *shape of the layer)."""
         return [self.buffers.get((name, n), (self.batch, *edge.out_shape)) for n, edge in enumerate(self.edges, 1)]
+
+    def one_at_a_time(self, name: str) -> list[Any]:
+        """Return one array a layer as `states` does, all views of one buffer: only one of them holds data at a time."""
+        sizes = [math.prod(edge.out_shape) for edge in self.edges]
+        flat = self.buffers.get(name, (self.batch * max(sizes),))
+        return [
+            flat[: self.batch * size].reshape(self.batch, *edge.out_shape)
+            for size, edge in zip(sizes, self.edges, strict=True)
+        ]
+
+    def update_ops(self, activation: Activation) -> UpdateOps:
+        """Return what updates states with `activation` on this device."""
+        if self.device.is_gpu and activation.code is not None:
+            return CudaUpdateOps(self.device.xp, activation, self.device.launcher(cuda_update.SOURCE))
+        return UpdateOps(self.device.xp, activation)
+
+    def update_scratch(self, updates: UpdateOps) -> Any:
+        """Return scratch that serves every layer's update."""
+        sizes = (updates.scratch_size(self.batch, math.prod(edge.out_shape)) for edge in self.edges)
+        return self.buffers.get("update scratch", (max(sizes),))
 
     def winners(self, name: str) -> list[Any]:
         """Return one uint8 buffer a max-pooling edge, None for the others."""

@@ -9,6 +9,7 @@ from small import CLASSES, Teacher, batch_of
 import cupyep as ep
 from cupyep import layers as layers_module
 from cupyep import settling
+from cupyep.kernels import conv as conv_module
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
 
@@ -83,7 +84,8 @@ def test_a_step_computes_two_products_an_edge(monkeypatch, schedule, phase):
         work.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
         return gemm(a, b, out=out)
 
-    monkeypatch.setattr(layers_module, "gemm", counted)
+    for module in (layers_module, conv_module):
+        monkeypatch.setattr(module, "gemm", counted)
     totals = []
     for steps in (3, 7):
         work.clear()

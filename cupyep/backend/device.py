@@ -176,6 +176,6 @@ def _cublas(index: int) -> Cublas:
 def gemm(a: Any, b: Any, out: Any) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here."""
     xp = array_module(a)
-    if xp.__name__ == "cupy":
+    if getattr(xp, "__name__", "") == "cupy":
         return _cublas(a.device.id).gemm(a, b, out)
     return xp.matmul(a, b, out=out)

@@ -56,6 +56,9 @@ class UpdateOps:
         fresh, change, row = self._parts(s, scratch)
         total = fresh if g is None else g
         self._total(total, topdown, feedback, drive, force)
+        if residual is None and g is not None:
+            self.activation.value(total, s)
+            return
         self.activation.value(total, fresh)
         self._replace(s, fresh, change, row, residual)
 
