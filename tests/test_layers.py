@@ -83,7 +83,7 @@ class Case:
         self.below = rng.standard_normal((samples, *in_shape))
         self.s = rng.standard_normal((samples, *self.edge.out_shape))
         self.precision = precision
-        self.ops = self.edge.prepare(samples, budget, precision, device.xp)
+        self.ops = self.edge.prepare(samples, budget, precision, device)
         arena = Arena(device.xp, self.ops.nbytes)
         arena.block[...] = 255  # nothing may depend on what was there: floats of all ones are not numbers
         self.ops.bind(arena)
@@ -195,7 +195,7 @@ def test_chunks_change_nothing(device, rng, geometry, parts):
     """Five samples in one, two (3 + 2) or more chunks: the same numbers."""
     state = rng.bit_generator.state
     whole = Case(device, geometry, rng, samples=5)
-    one = whole.edge.prepare(1, 0, np.float64, device.xp).nbytes
+    one = whole.edge.prepare(1, 0, np.float64, device).nbytes
     rng.bit_generator.state = state
     budget = one * -(-5 // parts) + 1
     cut = Case(device, geometry, rng, samples=5, budget=budget)
@@ -235,7 +235,7 @@ def test_linear_edge(device, rng, in_shape):
     weight, bias = rng.standard_normal((size, 4)), rng.standard_normal(4)
     edge.weight, edge.bias = device.asarray(weight), device.asarray(bias)
     below, s = rng.standard_normal((3, *in_shape)), rng.standard_normal((3, 4))
-    ops = edge.prepare(3, 0, np.float64, device.xp)
+    ops = edge.prepare(3, 0, np.float64, device)
     flat = below.reshape(3, size)
     expected = np.zeros((3, 4))
     for n, k in np.ndindex(3, 4):
