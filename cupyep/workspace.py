@@ -15,7 +15,7 @@ from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
 
 SCRATCH_BYTES = {
-    "cpu": 4 << 20,
+    "cpu": 8 << 20,
     "cuda": 40 << 20,
 }  # the columns of a chunk stay in cache (L2 / L3 of a core, L2 of a GPU)
 

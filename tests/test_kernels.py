@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cupyep.kernels.buffers import Arena, Buffers
-from cupyep.kernels.columns import im2col, inner_view, output_size
+from cupyep.kernels.columns import col2im, im2col, inner_view, output_size
 from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
 
 
@@ -55,6 +55,18 @@ def test_im2col(device, rng, kernel, stride):
     found = device.to_numpy(out).reshape(2, ho, wo, kernel, kernel, 3)
     for n, y, x, i, j, c in np.ndindex(*found.shape):
         assert found[n, y, x, i, j, c] == padded[n, y * stride + i, x * stride + j, c]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 1), (3, 2), (1, 1), (2, 3)])
+def test_col2im_adds_what_falls_on_a_pixel(device, rng, kernel, stride):
+    ho, wo = (7 - kernel) // stride + 1, (6 - kernel) // stride + 1
+    columns = integers(rng, (2, ho, wo, kernel, kernel, 3))
+    expected = np.zeros((2, 7, 6, 3))
+    for n, y, x, i, j, c in np.ndindex(*columns.shape):
+        expected[n, y * stride + i, x * stride + j, c] += columns[n, y, x, i, j, c]
+    padded = device.xp.full(expected.shape, np.nan)
+    col2im(device.asarray(columns).reshape(2, ho, wo, kernel, kernel * 3), kernel, stride, padded)
+    np.testing.assert_array_equal(device.to_numpy(padded), expected)
 
 
 @pytest.mark.parametrize(("size", "offset", "step"), [((3, 2), 1, 1), ((3, 2), 0, 1), ((2, 3), 2, 1), ((3, 2), 1, 2)])

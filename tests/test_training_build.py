@@ -68,7 +68,7 @@ def test_options_of_the_signals(quadrants, tmp_path):
 
 def test_options_of_the_optimizer():
     parameters = {"layers.1.weight": np.zeros(2), "signals.0.layer1.weight": np.zeros(1)}
-    values = {"learning_rate": [0.3], "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
+    values = {"optimizer": "sgd", "learning_rate": [0.3], "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
     sgd = build.build_optimizer(TrainConfig(**values), parameters)
     assert isinstance(sgd, ep.SGD)
     assert (sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.8, True, 0.01)

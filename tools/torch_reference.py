@@ -27,7 +27,7 @@ class TorchReference:
         Of `Conv2d` and dense edges, with a clip as activation.
     device : str
         PyTorch's name of the device.
-    dtype : torch.dtype
+    dtype : {"float32", "float64"}
 
     Raises
     ------
@@ -35,17 +35,17 @@ class TorchReference:
         If the activation is no clip.
     """
 
-    def __init__(self, network: Network, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, network: Network, device: str = "cpu", dtype: str = "float32"):
         require(isinstance(network.activation, Clip), f"the reference has no activation '{network.activation.name}'")
         self.network = network
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = device, getattr(torch, dtype)
         self.activation = network.activation
         self.weights = network.energy.weights
         self.edges = nn.ModuleList([_torch_edge(edge) for edge in network.layers])
         self.readout = nn.Sequential(nn.Flatten(), _torch_linear(network.readout.shape, network.classes))
         self.criterion = network.readout.criterion.name
         for module in (self.edges, self.readout):
-            module.to(device, dtype)
+            module.to(device, self.dtype)
         self._copy_parameters()
 
     def _copy_parameters(self) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+ALIGNMENT = 256  # bytes, of every array in an arena
+Request = tuple[tuple[int, ...], Any]
+
 
 class Buffers:
     """Named arrays on one device, allocated at first request and reused afterwards.
@@ -45,26 +48,29 @@ class Arena:
     all edges share one arena as large as the hungriest needs.
     """
 
-    ALIGNMENT = 256
-
     def __init__(self, xp: Any, nbytes: int):
         self.block = xp.empty(nbytes, np.uint8)
 
-    @classmethod
-    def size(cls, requests: list[tuple[tuple[int, ...], Any]]) -> int:
+    @staticmethod
+    def size(requests: list[Request]) -> int:
         """Return the bytes that `requests`, pairs of shape and dtype, take together."""
-        return sum(cls._padded(shape, dtype) for shape, dtype in requests)
+        return sum(_padded(shape, dtype) for shape, dtype in requests)
 
-    @classmethod
-    def _padded(cls, shape: tuple[int, ...], dtype: Any) -> int:
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        return -(-nbytes // cls.ALIGNMENT) * cls.ALIGNMENT
-
-    def views(self, requests: list[tuple[tuple[int, ...], Any]]) -> list[Any]:
+    def views(self, requests: list[Request]) -> list[Any]:
         """Return one array a request, laid out one after the other from the start of the block."""
-        arrays, start = [], 0
-        for shape, dtype in requests:
-            nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-            arrays.append(self.block[start : start + nbytes].view(dtype).reshape(shape))
-            start += self._padded(shape, dtype)
-        return arrays
+        return carve(self.block, requests)
+
+
+def carve(block: Any, requests: list[Request]) -> list[Any]:
+    """Return one array a request, laid out one after the other from the start of `block`, an array of bytes."""
+    arrays, start = [], 0
+    for shape, dtype in requests:
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        arrays.append(block[start : start + nbytes].view(dtype).reshape(shape))
+        start += _padded(shape, dtype)
+    return arrays
+
+
+def _padded(shape: tuple[int, ...], dtype: Any) -> int:
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -62,3 +62,22 @@ def im2col(padded: Any, kernel: int, stride: int, out: Any) -> None:
         padded, (n, ho, wo, kernel, run), (sn, sy * stride, sx * stride, sy, sc)
     )
     out[...] = windows
+
+
+def col2im(columns: Any, kernel: int, stride: int, padded: Any) -> None:
+    """Write the transpose of `im2col` applied to `columns` into `padded`: what falls on one pixel is added.
+
+    Parameters
+    ----------
+    columns : array of shape (n, Ho, Wo, kernel, kernel * C)
+    kernel, stride : int
+    padded : array of shape (n, Hp, Wp, C)
+    """
+    _, ho, wo, _, run = columns.shape
+    channels = run // kernel
+    padded[...] = 0
+    for ky in range(kernel):
+        for kx in range(kernel):
+            bottom, right = ky + (ho - 1) * stride + 1, kx + (wo - 1) * stride + 1
+            place = padded[:, ky:bottom:stride, kx:right:stride]
+            place += columns[:, :, :, ky, kx * channels : (kx + 1) * channels]

@@ -6,14 +6,15 @@ and writes into scratch that exists before: a view of an `Arena` that all edges 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cupyep.backend.device import gemm
-from cupyep.kernels.buffers import Arena
-from cupyep.kernels.columns import im2col, inner_view
+from cupyep.kernels.buffers import Arena, carve
+from cupyep.kernels.columns import col2im, im2col, inner_view
 from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
 
 
@@ -29,6 +30,15 @@ class ConvGeometry:
     padding: int
     pooling: str
     pool: int
+
+    @property
+    def product_first(self) -> bool:
+        """Whether the top-down map multiplies before it spreads.
+
+        The columns of ``U(s)`` have a row a pixel of the input. Where the map before pooling has at most half as many
+        pixels (a stride, no padding on a small map), most of their entries are zeros.
+        """
+        return 2 * math.prod(self.map_shape[:2]) <= math.prod(self.in_shape[:2])
 
 
 class ConvOps:
@@ -46,6 +56,8 @@ class ConvOps:
     dtype : dtype
     xp : module
         ``numpy`` or ``cupy``.
+    product_first : bool, optional
+        Which form the top-down map takes; `ConvGeometry.product_first` unless given.
 
     Attributes
     ----------
@@ -53,14 +65,23 @@ class ConvOps:
         Samples of each chunk and their number.
     nbytes : int
         Bytes wanted from the arena.
-    flipped : array of shape (k * k * K, C)
-        The weight of the top-down product, see `refresh`.
+    flipped : array of shape (k * k * K, C), or None
+        The weight of the top-down product, see `refresh`; product first takes the weight as it is.
     weight : array of shape (k, k, C, K)
         Scratch for a chunk's weight gradient.
     """
 
-    def __init__(self, geometry: ConvGeometry, batch: int, nbytes: int, dtype: Any, xp: Any):
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        batch: int,
+        nbytes: int,
+        dtype: Any,
+        xp: Any,
+        product_first: bool | None = None,
+    ):
         self.geometry = geometry
+        self.product_first = geometry.product_first if product_first is None else product_first
         one = Arena.size(self._requests(1, dtype))
         samples = max(1, min(batch, nbytes // one))
         samples = -(-batch // -(-batch // samples))  # equal chunks
@@ -71,30 +92,45 @@ class ConvOps:
         self.requests = self._requests(samples, dtype)
         self.nbytes = Arena.size(self.requests)
         k, channels, outputs = geometry.kernel, geometry.in_shape[2], geometry.map_shape[2]
-        self.flipped = xp.empty((k * k * outputs, channels), dtype)
+        self.flipped = None if self.product_first else xp.empty((k * k * outputs, channels), dtype)
         self.weight = xp.empty((k, k, channels, outputs), dtype)
+        self._dtype = dtype
 
     def _requests(self, samples: int, dtype: Any) -> list[tuple[tuple[int, ...], Any]]:
         g = self.geometry
-        k, (height, width, channels), outputs = g.kernel, g.in_shape, g.map_shape[2]
+        columns = max(Arena.size(requests) for requests in self._column_requests(samples, dtype))
         return [
+            ((columns,), np.uint8),
+            ((samples if g.pooling != "none" else 0, *g.map_shape), dtype),
+            ((samples if g.pooling == "max" else 0, *g.out_shape), np.bool_),
+        ]
+
+    def _column_requests(self, samples: int, dtype: Any) -> list[list[tuple[tuple[int, ...], Any]]]:
+        """Return padded map and columns for the drive, and those for the top-down product: never needed together."""
+        g = self.geometry
+        k, (height, width, channels), outputs = g.kernel, g.in_shape, g.map_shape[2]
+        drive = [
             ((samples, height + 2 * g.padding, width + 2 * g.padding, channels), dtype),
             ((samples, *g.map_shape[:2], k, k * channels), dtype),
-            ((samples, *g.map_shape), dtype),
+        ]
+        topdown = [
             ((samples, height + k - 1, width + k - 1, outputs), dtype),
             ((samples, height, width, k, k * outputs), dtype),
-            ((samples, *g.out_shape), np.bool_),
         ]
+        return [drive, drive if self.product_first else topdown]
 
     def bind(self, arena: Arena) -> None:
         """Take views of the arena."""
-        views = arena.views(self.requests)
-        self._padded, self._columns, self._map, self._padded_up, self._columns_up, self._mask = views
+        scratch, self._map, self._mask = arena.views(self.requests)
+        drive, topdown = self._column_requests(self.chunks[0][1], self._dtype)
+        self._padded, self._columns = carve(scratch, drive)
+        self._padded_up, self._columns_up = carve(scratch, topdown)
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (k, k, C, K) for the top-down product: mirrored, channels exchanged."""
-        mirrored = weight[::-1, ::-1].transpose(0, 1, 3, 2)
-        self.flipped.reshape(mirrored.shape)[...] = mirrored
+        if self.flipped is not None:
+            mirrored = weight[::-1, ::-1].transpose(0, 1, 3, 2)
+            self.flipped.reshape(mirrored.shape)[...] = mirrored
 
     def map(self, m: int) -> Any:
         """Return the scratch map before pooling for `m` samples, shape (m, Ho, Wo, K)."""
@@ -115,8 +151,16 @@ class ConvOps:
         return columns.reshape(-1, g.kernel * g.kernel * g.map_shape[2])
 
     def topdown(self, s: Any, winners: Any, weight: Any, out: Any, m: int) -> None:
-        """Write ``weight^T * U(s)`` into `out` (m, H, W, C), with the `weight` that `refresh` took up."""
-        gemm(self.columns_up(s, winners, m), self.flipped, out=out.reshape(-1, self.geometry.in_shape[2]))
+        """Write ``weight^T * U(s)`` into `out` (m, H, W, C); `refresh` must have taken up the `weight`."""
+        g = self.geometry
+        if not self.product_first:
+            gemm(self.columns_up(s, winners, m), self.flipped, out=out.reshape(-1, g.in_shape[2]))
+            return
+        u, outputs, columns, padded = self.unpool(s, winners, m), g.map_shape[2], self._columns[:m], self._padded[:m]
+        rows = columns.reshape(-1, g.kernel * g.kernel * g.in_shape[2])
+        gemm(u.reshape(-1, outputs), weight.reshape(-1, outputs).T, out=rows)
+        col2im(columns, g.kernel, g.stride, padded)
+        out[...] = padded[:, g.padding : g.padding + g.in_shape[0], g.padding : g.padding + g.in_shape[1]]
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; without pooling `u` is `out`."""

@@ -56,8 +56,7 @@ class CudaConvOps(ConvOps):
         self.launcher = launcher
         self.dtype = np.dtype(dtype)
         self.product_dtype = self.dtype if product_dtype is None else np.dtype(product_dtype)
-        self.product_first = product_first
-        super().__init__(geometry, batch, nbytes, dtype, xp)
+        super().__init__(geometry, batch, nbytes, dtype, xp, product_first)
 
     def _sizes(self) -> tuple[int, int]:
         """Return the elements a sample of the column matrices of drive and top-down product."""

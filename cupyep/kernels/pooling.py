@@ -41,22 +41,32 @@ def max_pool(u: Any, p: int, out: Any, winners: Any, mask: Any) -> None:
         Scratch.
     """
     xp = array_module(u)
+    greater = mask.view(winners.dtype)
     for offset, view in _windows(u, p):
         if offset == 0:
             out[...] = view
             winners[...] = 0
             continue
         xp.greater(view, out, out=mask)
-        xp.copyto(winners, winners.dtype.type(offset), where=mask)
+        # Offsets rise, so the new one is the larger. (A copy by mask, ``copyto``, takes seven times as long in NumPy.)
+        xp.multiply(greater, offset, out=greater, dtype=winners.dtype)
+        xp.maximum(winners, greater, out=winners)
         xp.maximum(out, view, out=out)
 
 
 def max_gather(u: Any, p: int, winners: Any, out: Any, mask: Any) -> None:
-    """Write the units of `u` at given winners into `out`: max-pooling linearised, the operator G."""
+    """Write the units of `u` at given winners into `out`: max-pooling linearised, the operator G.
+
+    The other units of `u` are overwritten by zeros.
+    """
     xp = array_module(u)
     for offset, view in _windows(u, p):
         xp.equal(winners, winners.dtype.type(offset), out=mask)
-        xp.copyto(out, view, where=mask)
+        if offset == 0:
+            xp.multiply(view, mask, out=out)
+            continue
+        xp.multiply(view, mask, out=view)
+        out += view
 
 
 def max_scatter(s: Any, p: int, winners: Any, out: Any, mask: Any) -> None:

@@ -129,8 +129,8 @@ class TrainConfig:
 
     epochs: int = OPTIMIZER(10, int, "Number of passes over the training images.", low=1)
     batch_size: int = OPTIMIZER(128, int, "Images in a batch.", low=1)
-    optimizer: str = OPTIMIZER("sgd", str, "Optimizer.", choices=tuple(OPTIMIZERS))
-    learning_rate: float | list[float] = OPTIMIZER(0.05, list, "Learning rate, one number or one a layer, readout "
+    optimizer: str = OPTIMIZER("adam", str, "Optimizer.", choices=tuple(OPTIMIZERS))
+    learning_rate: float | list[float] = OPTIMIZER(1e-3, list, "Learning rate, one number or one a layer, readout "
                                                    "last.", above=0)
     lr_schedule: str = OPTIMIZER("cosine", str, "Course of the learning rate; step: a tenth from 1/2 of the run, and "
                                  "again from 3/4.", choices=tuple(LR_SCHEDULES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -172,7 +171,8 @@ def cached_teacher(
 
 
 def _digest(config: TrainConfig, dataset: Dataset) -> str:
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("device", "data_dir")}
+    settled = {*SHARED, *TEACHER_SETTINGS, "epochs"} - {"device", "data_dir"}
+    options = {name: getattr(config, name) for name in sorted(settled)}
     digest = hashlib.sha256(json.dumps([__version__, options], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
         for array in (split.images, split.labels):

@@ -1,0 +1,290 @@
+"""tools/benchmark.py: it runs, counts operations as a hand does, writes its report, and times nothing that is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cupyep as ep
+from cupyep import layers as layers_module
+from cupyep.kernels import conv as conv_module
+
+TOOLS = Path(__file__).parents[1] / "tools"
+SMALL = (
+    "--arch",
+    "vgg5",
+    "--width",
+    "0.03125",
+    "--image-size",
+    "16",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+    "--quick",
+)
+FEW = (*SMALL, "--free-steps", "3", "--nudged-steps", "2")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of tools/ as a script there would."""
+    monkeypatch.syspath_prepend(TOOLS)
+    yield importlib.import_module
+    for name in ("benchmark", "gate", "measuring", "torch_reference"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def torch():
+    """PyTorch on one thread: for networks this small, several mostly wait for each other."""
+    module = pytest.importorskip("torch")
+    threads = module.get_num_threads()
+    module.set_num_threads(1)
+    yield module
+    module.set_num_threads(threads)
+
+
+@pytest.fixture
+def benchmark(load, capsys):
+    """Run the tool; return (exit code, stdout, stderr)."""
+    tool = load("benchmark")
+
+    def run(*args):
+        with pytest.raises(SystemExit) as end:
+            tool.main([str(a) for a in args], prog_name="benchmark.py")
+        streams = capsys.readouterr()
+        return end.value.code, streams.out, streams.err
+
+    return run
+
+
+def test_quick_run_writes_its_report(benchmark, tmp_path):
+    path = tmp_path / "report.json"
+    code, out, err = benchmark(*FEW, "--json", path)
+    assert (code, err) == (0, "")
+    for title in ("edges", "settle", "learning", "2 + 2 sweeps", "residual 0.0001", "peak memory", "mean nothing"):
+        assert title in out
+    report = json.loads(path.read_text(encoding="utf-8"))
+    figures = {
+        *("gemm_gflops", "ep_step_s", "ep_step_deviation_s", "bptt_step_s", "bp_step_s", "images_per_s", "ep_over_bp"),
+        *("weak_ep_over_bp", "weak_tangent_over_bp", "peak_memory_bytes", "bptt_bytes_per_step"),
+    }
+    # A difference of two times; for a network this small the noise may be larger.
+    assert all(isinstance(report[name], float) for name in ("settle_step_s", "settle_fraction_of_gemm"))
+    for schedule in ("synchronous", "evenodd"):
+        reached = report[f"{schedule}_steps_to_residual"]
+        assert (reached is None) == (report[f"{schedule}_to_residual_s"] is None)
+        assert (reached is None) == (f"30 steps, {schedule}" in out)
+    assert all(report[name] > 0 for name in figures)
+    assert report["ep_step_speedup_vs_torch"] is None
+    assert report["images_per_s"] == pytest.approx(2 / report["ep_step_s"])
+    assert report["ep_over_bp"] == pytest.approx(report["ep_step_s"] / report["bp_step_s"])
+    assert report["versions"]["cupyep"] == ep.__version__
+    assert (report["options"]["width"], report["options"]["free_steps"]) == (0.03125, 3)
+    assert report["command"]
+    assert report["date"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_against_torch(torch, benchmark, tmp_path):
+    path = tmp_path / "report.json"
+    code, out, _ = benchmark(*FEW, "--against", "torch", "--json", path)
+    assert code == 0
+    assert "PyTorch's against EP's" in out
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["ep_step_speedup_vs_torch"] > 0
+    assert isinstance(report["settle_step_speedup_vs_torch"], float)
+    assert "torch" in report["versions"]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--against", "tensorflow"), "choose from torch"),
+        (("--against", "torch", "--schedule", "sweeps"), "--schedule synchronous"),
+        (("--arch", "vgg6"), "did you mean"),
+        (("--batch-size", "0"), "batch-size"),
+        (("--json", "nowhere/report.json"), "no folder 'nowhere'"),
+    ],
+)
+def test_wrong_use_is_one_line(benchmark, monkeypatch, tmp_path, args, told):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = benchmark(*SMALL, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_without_torch_the_reference_is_refused(benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, out, err = benchmark(*SMALL, "--against", "torch")
+    assert (code, out) == (2, "")
+    assert "needs PyTorch" in err
+
+
+# ------------------------------------------------------------------------------------------- the gate before timing
+
+
+@pytest.mark.parametrize("wrong", ["state", "gradient"])
+def test_a_wrong_reference_is_not_timed(torch, benchmark, load, monkeypatch, wrong):
+    reference = load("torch_reference").TorchReference
+    broken = "phi" if wrong == "state" else "loss"  # a loss of the wrong sign leaves the free phase right
+    right = getattr(reference, broken)
+    monkeypatch.setattr(reference, broken, lambda *args: -right(*args))
+    code, out, err = benchmark(*FEW, "--against", "torch")
+    assert code == 1
+    assert f"{wrong} " in err
+    assert "nothing was timed" in err
+    assert "GFLOP/s" not in out
+
+
+def test_a_wrong_gradient_is_not_timed(benchmark, monkeypatch):
+    """Without PyTorch the gate compares EP with BPTT."""
+    right = ep.BackpropagationThroughTime.step_from
+
+    def negated(self, *args):
+        result = right(self, *args)
+        for gradient in result.gradients.values():
+            gradient *= -1
+        return result
+
+    monkeypatch.setattr(ep.BackpropagationThroughTime, "step_from", negated)
+    code, out, err = benchmark(*FEW)
+    assert code == 1
+    assert "cosine -" in err
+    assert "GFLOP/s" not in out
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize("activation", ["hard_sigmoid", "half_hard_sigmoid"])
+def test_reference_and_cupyep_agree(torch, load, loss, pooling, activation):
+    """Independent code for one mathematics, lambda below 1 included; float64, a few unsettled steps."""
+    how = {"activation": activation, "pooling": pooling, "loss": loss, "feedback": 0.5, "gain": 0.9}
+    net = ep.vgg(5, 4, (16, 16, 3), 1 / 32, **how, device="cpu", precision="float64")
+    for path, array in net.parameters().items():
+        if path.endswith("bias"):
+            array[...] = np.random.default_rng(1).uniform(0, 0.3, array.shape)
+    generator = np.random.default_rng(2)
+    x, labels = generator.standard_normal((3, 16, 16, 3)), np.array([0, 3, 1])
+    reference = load("torch_reference").TorchReference(net, dtype="float64")
+    theirs = reference.settle(reference.images(x), reference.zeros(3), 6)
+    for own, their in zip(net.settle(x, steps=6).layers, theirs, strict=True):
+        np.testing.assert_allclose(reference.state_channels_last(their), own, rtol=0, atol=1e-13)
+    steps = (80, 40)  # settled, so that no pooling winner changes with the last update
+    gradients = reference.ep_step(reference.images(x), reference.labels(labels), 0.3, *steps)
+    learner = ep.EquilibriumPropagation(net, 0.3, *steps, nudge="classical")
+    expected = learner.step(x, labels).gradients
+    assert gradients.keys() == expected.keys()
+    for path, gradient in expected.items():
+        found = reference.channels_last(path, gradients[path])
+        assert np.linalg.norm(found - gradient) < 1e-7 * np.linalg.norm(gradient), path
+
+
+def test_reference_refuses_what_it_has_not(torch, load):
+    net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, activation="tanh", device="cpu")
+    with pytest.raises(ep.ConfigurationError, match="no activation 'tanh'"):
+        load("torch_reference").TorchReference(net)
+
+
+# ----------------------------------------------------------------------------------------------- counts and clocks
+
+
+def test_operations_of_vgg5_counted_by_hand(load):
+    """Products on maps of 16 x 16, 8 x 8 and (unpadded) 2 x 2, batch 128: 82 GFLOP a step."""
+    count = load("measuring").Operations(ep.vgg(5, device="cpu"), 128)
+    first = 2 * 32 * 32 * 27 * 128 * 128
+    second, third, fourth = 2 * 16**2 * 1152 * 256 * 128, 2 * 8**2 * 2304 * 512 * 128, 2 * 2**2 * 4608 * 512 * 128
+    assert count.edges == [first, second, third, fourth]
+    assert count.settle_step() == 2 * (second + third + fourth)
+    assert 81.5e9 < count.settle_step() < 82.5e9
+    assert count.bp_step() == 2 * first + 3 * (second + third + fourth)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """The operations of all large products, counted where they pass; float64 so that no count is rounded."""
+    done, gemm = [], layers_module.gemm
+
+    def counted(a, b, out):
+        done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return gemm(a, b, out=out)
+
+    for module in (layers_module, conv_module):
+        monkeypatch.setattr(module, "gemm", counted)
+    return done
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "evenodd", "sweeps"])
+@pytest.mark.parametrize("form", ["classical", "deviation", "tangent"])
+def test_operations_are_those_done(load, work, form, schedule):
+    """Padded edges: their products in both directions are of one size, as in the count."""
+    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
+    count = load("measuring").Operations(net, 2)
+    load("benchmark").learner(net, 3, 2, form, schedule).step(np.zeros((2, 16, 16, 3)), np.array([0, 1]))
+    assert sum(work) == count.ep_step(3, 2, form, schedule)
+
+
+def test_operations_of_bp_and_bptt_are_those_done(load, work):
+    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
+    count = load("measuring").Operations(net, 2)
+    x, y = np.zeros((2, 16, 16, 3)), np.array([0, 1])
+    ep.Backpropagation(net).step(x, y)
+    assert sum(work) == count.bp_step()
+    work.clear()
+    ep.BackpropagationThroughTime(net, 4, 3).step(x, y)
+    assert sum(work) == count.bptt_step(4, 3)
+
+
+def test_timings_are_taken_next_to_their_product(load):
+    timing = load("measuring").Timing(np.array([1.0, 2.0, 4.0]), np.array([8.0, 4.0, 2.0]), flops=4.0)
+    assert (timing.median, timing.rate) == (2.0, 2.0)
+    assert timing.fraction == 0.5  # in every round, though the machine's rate differs by four
+    assert timing.spread == pytest.approx((3.0 - 1.5) / 2)
+    step = timing.per_step(load("measuring").Timing(np.array([0.5, 1.0, 2.0]), timing.product), 5, 1.0)
+    np.testing.assert_allclose(step.seconds, [0.1, 0.2, 0.4])
+
+
+def test_stopwatch_measures_every_case_in_every_round(load):
+    calls = []
+    watch = load("measuring").Stopwatch(ep.get_device("cpu"), np.float32, 8, repeats=3, shortest=0)
+    case = load("measuring").Case
+    rows = watch.measure({"a": case(lambda: calls.append("a")), "b": case(lambda: calls.append("b"), 5.0)})
+    assert calls[-6:] == ["a", "b"] * 3
+    assert [len(row.seconds) for row in rows.values()] == [3, 3]
+    assert (rows["a"].fraction, rows["b"].flops) == (None, 5.0)
+    assert len(watch.product_rates) == 6
+
+
+def test_peak_is_that_of_arrays_alive_together(load):
+    device = ep.get_device("cpu")
+
+    def two_of_three():
+        first = np.zeros(10**6, np.uint8)
+        second = np.zeros(10**6, np.uint8)
+        del first
+        return second, np.zeros(10**6, np.uint8)
+
+    assert 2e6 <= load("measuring").peak_bytes(two_of_three, device) < 2.1e6
+
+
+def test_threads_without_threadpoolctl_start_the_process_anew(load, monkeypatch):
+    measuring, started = load("measuring"), []
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    monkeypatch.setattr(os, "execve", lambda *args: started.append(args))
+    for name in measuring.THREAD_VARIABLES:
+        monkeypatch.setenv(name, "7")
+    with measuring.limit_threads(7):
+        assert started == []
+    measuring.limit_threads(3)
+    ((program, arguments, environment),) = started
+    assert program == arguments[0] == sys.executable
+    assert {environment[name] for name in measuring.THREAD_VARIABLES} == {"3"}

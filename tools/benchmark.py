@@ -1,0 +1,319 @@
+#!/usr/bin/env python3
+"""Measure how fast and how lean networks settle and learn on this machine, against its own matrix product."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from gate import BETA, check_results, learner, random_batch, torch_reference
+from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threads, peak_bytes
+
+import cupyep as ep
+from cupyep.backend.device import DTYPES
+from cupyep.cli import Names, OneLineErrors
+from cupyep.settling import SCHEDULES
+from cupyep.training.checkpoint import replacing
+from cupyep.training.diagnostics import system_report
+
+EXAMPLES = """\b
+Examples:
+  benchmark.py --arch vgg5 --width 0.25 --batch-size 8
+  benchmark.py --arch vgg5 --batch-size 8 --threads 1 --against torch --json vgg5.json
+"""
+WEAK_FEEDBACK, SWEEPS = 0.1, 2
+RESIDUAL = 1e-4
+MOST_STEPS = 300  # given to a phase to reach that residual
+SETTLE_STEPS = 8  # between which a step is timed
+MEMORY_STEPS = (2, 4, 8)
+PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # a GPU is not filled by less
+
+
+@dataclass
+class Run:
+    """What all parts of the benchmark share; `report` is what ``--json`` writes."""
+
+    options: dict[str, Any]
+    network: ep.Network
+    batch: ep.Batch
+    stopwatch: Stopwatch
+    reference: Any = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def operations(self) -> Operations:
+        return Operations(self.network, len(self.batch))
+
+    def build(self, **changes: Any) -> ep.Network:
+        return ep.build(**{**self.network.config, **changes}, device=self.network.device)
+
+
+def build_run(options: dict[str, Any]) -> Run:
+    """Return the run that the command line asks for, its inputs standard normal noise."""
+    names = ("arch", "width", "feedback", "precision", "device")
+    network = ep.build(**{name: options[name] for name in names}, input_shape=(options["image_size"],) * 2 + (3,))
+    quick, device = options["quick"], network.device
+    size = 256 if quick else PRODUCT_SIZE["cuda" if device.is_gpu else "cpu"]
+    stopwatch = Stopwatch(device, network.dtype, size, options["repeats"], 0 if quick else SHORTEST)
+    reference = None
+    if options["against"] == "torch":
+        reference = torch_reference().TorchReference(network, "cuda" if device.is_gpu else "cpu")
+    return Run(options, network, random_batch(network, options["batch_size"]), stopwatch, reference)
+
+
+# ------------------------------------------------------------------------------------------------- what is timed
+
+
+def time_edges(run: Run) -> dict[str, Timing]:
+    """Time the products of every edge with all that belongs to them: columns, bias, pooling and its adjoint."""
+    network = run.network
+    workspace = network.workspace(len(run.batch))
+    state = network.settle(run.batch.images, steps=3)
+    up, down = workspace.states("drive"), workspace.states("topdown")
+    cases = {}
+    for n, edge in enumerate(network.layers, 1):
+        below = run.batch.images if n == 1 else state.layers[n - 2]
+        above, winners = state.layers[n - 1], state.winners[n - 1]
+        ops, flops = workspace.ops[n - 1], run.operations.edges[n - 1]
+        # The drive finds the winners, of the same states, that are there already.
+        cases[f"edge {n} drive"] = Case(functools.partial(edge.drive, below, up[n - 1], winners, ops), flops)
+        if n > 1:
+            cases[f"edge {n} topdown"] = Case(functools.partial(edge.topdown, above, winners, down[n - 2], ops), flops)
+    return run.stopwatch.measure(cases)
+
+
+def time_settle_steps(run: Run) -> dict[str, Timing]:
+    """Time one step of every schedule, as the difference of a long and a short free phase."""
+    network, reference, phases = run.network, run.reference, {}
+    for schedule in SCHEDULES:
+        phases[schedule] = functools.partial(network.settle_free, run.batch, schedule=schedule)
+    if reference is not None:
+        x, zeros = reference.images(run.batch.images), reference.zeros(len(run.batch))
+        phases["torch"] = lambda steps: reference.settle(x, zeros, steps)
+    cases = {
+        (name, steps): Case(functools.partial(settle, steps=steps))
+        for name, settle in phases.items()
+        for steps in (1, 1 + SETTLE_STEPS)
+    }
+    timings, flops = run.stopwatch.measure(cases), run.operations.settle_step()
+    rows = {
+        f"settle step, {name}": timings[name, 1 + SETTLE_STEPS].per_step(timings[name, 1], SETTLE_STEPS, flops)
+        for name in phases
+    }
+    step = rows["settle step, synchronous"]
+    run.report |= {"settle_step_s": step.median, "settle_fraction_of_gemm": step.fraction}
+    if reference is not None:
+        run.report["settle_step_speedup_vs_torch"] = rows["settle step, torch"].median / step.median
+    return rows
+
+
+def time_learning(run: Run) -> dict[str, Timing]:
+    """Time whole steps of EP, BPTT and BP, without the optimizer."""
+    network, batch, count = run.network, run.batch, run.operations
+    free, nudged, schedule = (run.options[name] for name in ("free_steps", "nudged_steps", "schedule"))
+    cases = {
+        f"EP step, {form}": Case(
+            functools.partial(learner(network, free, nudged, form, schedule).step, batch),
+            count.ep_step(free, nudged, form, schedule),
+        )
+        for form in ("classical", "deviation")
+    }
+    bptt = ep.BackpropagationThroughTime(network, free, nudged, schedule=schedule)
+    cases["BPTT step"] = Case(functools.partial(bptt.step, batch), count.bptt_step(free, nudged))
+    cases["BP step"] = Case(functools.partial(ep.Backpropagation(network).step, batch), count.bp_step())
+    if run.reference is not None:
+        arguments = (run.reference.images(batch.images), run.reference.labels(batch.labels), BETA, free, nudged)
+        cases["EP step, torch"] = Case(functools.partial(run.reference.ep_step, *arguments))
+    rows = run.stopwatch.measure(cases)
+    own = rows["EP step, classical"].median
+    run.report |= {
+        "ep_step_s": own,
+        "ep_step_deviation_s": rows["EP step, deviation"].median,
+        "bptt_step_s": rows["BPTT step"].median,
+        "bp_step_s": rows["BP step"].median,
+        "images_per_s": len(batch) / own,
+        "ep_over_bp": own / rows["BP step"].median,
+        "ep_step_speedup_vs_torch": None if run.reference is None else rows["EP step, torch"].median / own,
+    }
+    return rows
+
+
+def time_weak_feedback(run: Run) -> dict[str, Timing]:
+    """Time EP at weak feedback, where a few sweeps settle, against BP of the same network."""
+    network, batch = run.build(feedback=WEAK_FEEDBACK), run.batch
+    cases = {
+        f"EP step, {form}": Case(
+            functools.partial(learner(network, SWEEPS, SWEEPS, form, "sweeps").step, batch),
+            run.operations.ep_step(SWEEPS, SWEEPS, form, "sweeps"),
+        )
+        for form in ("deviation", "tangent")
+    }
+    cases["BP step"] = Case(functools.partial(ep.Backpropagation(network).step, batch), run.operations.bp_step())
+    rows = run.stopwatch.measure(cases)
+    bp = rows["BP step"].median
+    run.report["weak_ep_over_bp"] = rows["EP step, deviation"].median / bp
+    run.report["weak_tangent_over_bp"] = rows["EP step, tangent"].median / bp
+    return rows
+
+
+def time_to_residual(run: Run) -> dict[str, Timing]:
+    """Time free phases until no layer of any sample moves by more; those that never get there are only named."""
+    cases, steps, network = {}, {}, run.network
+    most = 30 if run.options["quick"] else MOST_STEPS
+    for schedule in ("synchronous", "evenodd"):
+        how = {"steps": most, "schedule": schedule, "tolerance": RESIDUAL}
+        stats = network.settle_free(run.batch, **how).stats
+        steps[schedule] = stats.steps if stats.converged else None
+        if stats.converged:
+            cases[schedule] = Case(functools.partial(network.settle_free, run.batch, **how))
+        else:
+            click.echo(f"\nresidual {RESIDUAL:g} is not reached in {most} steps, {schedule}")
+    if run.reference is not None and steps["synchronous"]:
+        # The reference takes the same path, and is not made to look at its residual.
+        x, zeros = run.reference.images(run.batch.images), run.reference.zeros(len(run.batch))
+        steps["torch"] = steps["synchronous"]
+        cases["torch"] = Case(functools.partial(run.reference.settle, x, zeros, steps["torch"]))
+    timings = run.stopwatch.measure(cases)
+    for name, count in steps.items():
+        run.report[f"{name}_steps_to_residual"] = count
+        run.report[f"{name}_to_residual_s"] = timings[name].median if name in timings else None
+    return {f"{name}, {steps[name]} steps": timing for name, timing in timings.items()}
+
+
+def measure_memory(run: Run) -> list[tuple[str, int, int]]:
+    """Return (algorithm, steps, peak bytes): EP with T free steps, BPTT with K unrolled ones, networks included."""
+    rows = []
+    for name, make in (
+        ("EP, T", lambda network, steps: learner(network, steps, 2, "deviation")),
+        ("BPTT, K", lambda network, steps: ep.BackpropagationThroughTime(network, 2, steps)),
+    ):
+        for steps in MEMORY_STEPS:
+            call = functools.partial(lambda make, steps: make(run.build(), steps).step(run.batch), make, steps)
+            rows.append((name, steps, peak_bytes(call, run.network.device)))
+    peaks = [peak for name, _, peak in rows if name == "BPTT, K"]
+    run.report["peak_memory_bytes"] = max(peak for name, _, peak in rows if name == "EP, T")
+    run.report["bptt_bytes_per_step"] = (peaks[-1] - peaks[0]) / (MEMORY_STEPS[-1] - MEMORY_STEPS[0])
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- output
+
+
+def table(title: str, rows: dict[str, Timing], compared: str | None = None) -> str:
+    """Return the rows as text; with `compared`, also how long each takes in terms of that one."""
+    lines = [f"\n{title}", f"  {'':<36}{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of product':>12}"]
+    if compared:
+        lines[1] += f"{'of ' + compared:>16}"
+    for name, row in rows.items():
+        rate = "" if row.rate is None else f"{row.rate / 1e9:.1f}"
+        fraction = "" if row.fraction is None else f"{row.fraction:.0%}"
+        lines.append(f"  {name:<36}{row.median * 1e3:>10.2f}{row.spread:>8.0%}{rate:>10}{fraction:>12}")
+        if compared:
+            lines[-1] += f"{row.median / rows[compared].median:>16.2f}"
+    return "\n".join(lines)
+
+
+def memory_table(rows: list[tuple[str, int, int]]) -> str:
+    lines = [f"  {name} = {steps:<28}{peak / 1e6:>10.1f}" for name, steps, peak in rows]
+    return "\n".join(["\npeak memory, MB", *lines])
+
+
+def write_json(path: Path, run: Run) -> None:
+    """Write the report, with what it was measured by, as one object."""
+    libraries = ["numpy", *(["torch"] if run.reference is not None else [])]
+    content = {
+        **run.report,
+        "gemm_gflops": float(np.median(run.stopwatch.product_rates)) / 1e9,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"cupyep": ep.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in libraries},
+        "system": dict(system_report()),
+        "options": run.options,
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def measure(options: dict[str, Any]) -> Run:
+    """Run all parts, print their tables and return the figures."""
+    for name, value in (*system_report(), ("--threads", options["threads"] or "as the libraries choose")):
+        click.echo(f"{name:<14} {value}")
+    run = build_run(options)
+    network, count = run.network, run.operations
+    click.echo(f"\n{network!r}\nbatch {len(run.batch)}, {count.settle_step() / 1e9:.2f} GFLOP a settle step")
+    check_results(network.device, None if run.reference is None else torch_reference())
+    click.echo("results checked: EP's gradient against BPTT's" + (", PyTorch's against EP's" if run.reference else ""))
+    steps = f"T = {options['free_steps']}, K = {options['nudged_steps']}, {options['schedule']}"
+    click.echo(table("edges", time_edges(run)))
+    click.echo(table("settle", time_settle_steps(run)))
+    click.echo(table(f"learning, {steps}", time_learning(run), "BP step"))
+    weak = time_weak_feedback(run)
+    click.echo(table(f"learning, feedback {WEAK_FEEDBACK}, {SWEEPS} + {SWEEPS} sweeps", weak, "BP step"))
+    if settled := time_to_residual(run):
+        click.echo(table(f"free phase to residual {RESIDUAL:g}", settled))
+    click.echo(memory_table(measure_memory(run)))
+    rates = np.array(run.stopwatch.product_rates) / 1e9
+    low, high = np.percentile(rates, [25, 75])
+    click.echo(f"\nproduct of this run: {np.median(rates):.1f} GFLOP/s, quartiles {low:.1f} and {high:.1f}")
+    for name in ("settle_step_speedup_vs_torch", "ep_step_speedup_vs_torch"):
+        if run.report.get(name) is not None:
+            click.echo(f"{name:<30} {run.report[name]:.2f}")
+    if options["quick"]:
+        click.echo("--quick: the figures above mean nothing")
+    return run
+
+
+POSITIVE = click.IntRange(1)
+
+
+@click.command(cls=OneLineErrors, epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--arch", type=Names("--arch", ep.ARCHITECTURES), default="vgg5")
+@click.option("--width", default=1.0, help="Channel multiplier.")
+@click.option("--image-size", type=POSITIVE, default=32, help="Pixels a side.")
+@click.option("--batch-size", type=POSITIVE, default=8)
+@click.option("--precision", type=Names("--precision", tuple(DTYPES)), default="float32")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=POSITIVE, help="Threads of BLAS and PyTorch.  [default: theirs]")
+@click.option("--free-steps", type=POSITIVE, default=20)
+@click.option("--nudged-steps", type=POSITIVE, default=5)
+@click.option("--feedback", default=1.0, help="Weight lambda of the top-down input.")
+@click.option("--schedule", type=Names("--schedule", SCHEDULES), default="synchronous", help="Of EP and BPTT steps.")
+@click.option("--repeats", type=POSITIVE, default=5)
+@click.option("--against", type=Names("--against", ("torch",)), help="Time a reference in PyTorch too.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@click.option("--quick", is_flag=True, help="Only show that everything runs: one repeat, a small product.")
+def main(json_path: Path | None, threads: int | None, **options: Any) -> None:
+    """Time products, settle steps and learning steps on random images, and measure peak memory.
+
+    The rate of a large matrix product, timed between all else, says what the machine can do at that moment.
+    """
+    if json_path is not None:
+        ep.errors.require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
+    if options["against"] is not None:
+        told = "--against torch is for --schedule synchronous, the reference's only one"
+        ep.errors.require(options["schedule"] == "synchronous", told)
+        torch_reference()
+    if options["quick"]:
+        options["repeats"] = 1
+    with limit_threads(threads) if threads else contextlib.nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ep.ConvergenceWarning)  # phases end unsettled here, which the table says
+        run = measure({**options, "threads": threads})
+        if json_path is not None:
+            write_json(json_path, run)
+
+
+if __name__ == "__main__":
+    main()

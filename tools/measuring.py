@@ -1,0 +1,218 @@
+"""What `benchmark.py` measures with: a clock, products timed between all else, counted operations, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend import Device
+from cupyep.backend.device import gemm
+from cupyep.network import Network
+
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+SHORTEST = 0.05  # seconds; what takes less is called several times for one reading of the clock
+
+
+@dataclass
+class Case:
+    """Something to time: `call`, and the operations that it must do (None where they are of no interest)."""
+
+    call: Callable[[], Any]
+    flops: float | None = None
+
+
+@dataclass
+class Timing:
+    """Repeated measurements of one case.
+
+    Attributes
+    ----------
+    seconds : array of shape (repeats,)
+    product : array of shape (repeats,)
+        Rate in FLOP/s of the large matrix product timed just before each of them.
+    flops : float or None
+    """
+
+    seconds: np.ndarray
+    product: np.ndarray
+    flops: float | None = None
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles as a part of the median."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float((high - low) / self.median)
+
+    @property
+    def rate(self) -> float | None:
+        """Median rate in FLOP/s."""
+        return None if self.flops is None else self.flops / self.median
+
+    @property
+    def fraction(self) -> float | None:
+        """Median of the rate as a part of the product's, each taken next to the other in time."""
+        return None if self.flops is None else float(np.median(self.flops / self.seconds / self.product))
+
+    def per_step(self, other: Timing, steps: int, flops: float) -> Timing:
+        """Return the timing of one step, where `self` does `steps` more of them than `other`."""
+        return Timing((self.seconds - other.seconds) / steps, self.product, flops)
+
+
+class Stopwatch:
+    """Times cases in rounds: before every case the product, so that both see the same state of the machine.
+
+    Parameters
+    ----------
+    device : Device
+    dtype : dtype
+        Of the product.
+    size : int
+        The product is of two square matrices of this size.
+    repeats : int
+        Number of rounds.
+    shortest : float
+        Seconds that one reading covers at least.
+    """
+
+    def __init__(self, device: Device, dtype: Any, size: int, repeats: int, shortest: float = SHORTEST):
+        self.device, self.repeats, self.shortest = device, repeats, shortest
+        generator = np.random.default_rng(0)
+        a, b = (device.asarray(generator.standard_normal((size, size)), dtype) for _ in range(2))
+        out = device.xp.empty_like(a)
+        self._product = Case(lambda: gemm(a, b, out=out), 2.0 * size**3)
+        self.product_rates: list[float] = []
+
+    def measure(self, cases: dict[str, Case]) -> dict[str, Timing]:
+        """Return the timings of `cases` by name, after a warm-up call of each."""
+        calls = {name: self._calls(case) for name, case in cases.items()}
+        product_calls = self._calls(self._product)
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        rates: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(self.repeats):
+            for name, case in cases.items():
+                rates[name].append(self._product.flops / self._read(self._product, product_calls))
+                seconds[name].append(self._read(case, calls[name]))
+        self.product_rates += [rate for row in rates.values() for rate in row]
+        return {
+            name: Timing(np.array(seconds[name]), np.array(rates[name]), case.flops) for name, case in cases.items()
+        }
+
+    def _calls(self, case: Case) -> int:
+        first = self._read(case, 1)  # the warm-up
+        if first > 10 * self.shortest:
+            return 1
+        return max(1, min(1000, math.ceil(self.shortest / self._read(case, 1))))
+
+    def _read(self, case: Case, calls: int) -> float:
+        """Return the seconds of one call, as the mean of `calls`."""
+        if not self.device.is_gpu:
+            start = time.perf_counter()
+            for _ in range(calls):
+                case.call()
+            return (time.perf_counter() - start) / calls
+        cuda = self.device.xp.cuda
+        start, end = cuda.Event(), cuda.Event()
+        cuda.Device().synchronize()
+        start.record()
+        for _ in range(calls):
+            case.call()
+        cuda.Device().synchronize()  # work on other streams (a captured graph, PyTorch) counts too
+        end.record()
+        end.synchronize()
+        return cuda.get_elapsed_time(start, end) / 1000 / calls
+
+
+class Operations:
+    """Operations (a multiply and an add are two) of the large products, without the readout's.
+
+    Parameters
+    ----------
+    network : Network
+    batch : int
+    """
+
+    def __init__(self, network: Network, batch: int):
+        self.edges = [edge.flops() * batch for edge in network.layers]
+        self.first, self.rest = self.edges[0], sum(self.edges[1:])
+
+    def settle_step(self) -> int:
+        """Two products an edge; the first edge's drive is constant and computed once a phase."""
+        return 2 * self.rest
+
+    def free_phase(self, steps: int) -> int:
+        return self.first + steps * self.settle_step()
+
+    def ep_step(self, free_steps: int, nudged_steps: int, form: str, schedule: str = "synchronous") -> int:
+        """Free phase, nudged phases and gradient of `EquilibriumPropagation`.
+
+        Parameters
+        ----------
+        form : {"classical", "deviation", "tangent"}
+            The first two centered (two nudged phases).
+        """
+        free = self.free_phase(free_steps)
+        if form == "classical":
+            start = {"synchronous": 0, "evenodd": sum(self.edges[2::2]), "sweeps": self.rest}[schedule]
+            nudged = self.first + 2 * (start + nudged_steps * self.settle_step())
+            return free + nudged + 2 * (self.first + self.rest)
+        phases = 1 if form == "tangent" else 2
+        return free + phases * nudged_steps * self.settle_step() + self.first + 2 * self.rest
+
+    def bp_step(self) -> int:
+        """Drive, gradient and, but for the first edge, the top-down product."""
+        return 2 * self.first + 3 * self.rest
+
+    def bptt_step(self, free_steps: int, unrolled_steps: int) -> int:
+        """Free steps, then unrolled ones with, a step back, two gradients and two products an edge above the first."""
+        unrolled = self.free_phase(unrolled_steps)
+        return self.free_phase(free_steps) + unrolled + unrolled_steps * (self.first + 4 * self.rest)
+
+
+def peak_bytes(call: Callable[[], Any], device: Device) -> int:
+    """Return the peak memory in bytes that `call` takes beyond what was there: arrays on the CPU, CuPy's pool on a GPU.
+
+    The call must make what it uses (its network), so that nothing is left out of the count.
+    """
+    if device.is_gpu:
+        pool = device.xp.get_default_memory_pool()
+        pool.free_all_blocks()
+        before = pool.used_bytes()
+        call()
+        device.synchronize()
+        return int(pool.total_bytes() - before)
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def limit_threads(threads: int) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which BLAS (and PyTorch, where it is loaded) use `threads` threads.
+
+    Without threadpoolctl the process starts itself again with the variables that BLAS libraries read as they load.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        wanted = dict.fromkeys(THREAD_VARIABLES, str(threads))
+        if any(os.environ.get(name) != value for name, value in wanted.items()):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
+        return contextlib.nullcontext()
+    return threadpool_limits(limits=threads)
