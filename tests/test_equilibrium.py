@@ -349,3 +349,22 @@ def test_wrong_arguments_are_one_line(options, word):
     with pytest.raises(ep.ConfigurationError, match=word) as error:
         ep.EquilibriumPropagation(network("dense"), **options)
     assert "\n" not in str(error.value)
+
+
+def test_classical_gradient_uses_the_winners_of_the_nudged_states():
+    """Far from rest winners still change: those of the last drives would belong to the states before."""
+    layers = [
+        ep.Conv2d((8, 8, 2), 5, pooling="max"),
+        ep.Conv2d((4, 4, 5), 6, pooling="max"),
+        ep.Conv2d((2, 2, 6), 4),
+    ]
+    net = ep.Network(layers, 3, device="cpu", precision="float64", gain=1.5, seed=1)
+    x, y = np.random.default_rng(0).random((4, 8, 8, 2)), np.array([0, 1, 2, 0])
+    learner = ep.EquilibriumPropagation(net, beta=0.5, free_steps=3, nudged_steps=3, nudge="classical")
+    free = net.settle(x, steps=3)
+    found = learner.step_from(net.batch(x, y), free).gradients
+    nudged = net.settle(x, free, targets=y, beta=[0.5, -0.5], steps=3)
+    plus, minus = (net.energy.parameter_gradient(net.images(x), [s[part] for s in nudged.layers])
+                   for part in (slice(4), slice(4, 8)))  # fmt: skip
+    for path, gradient in plus.items():
+        np.testing.assert_allclose(found[path], (gradient - minus[path]) / (2 * 0.5 * 4), rtol=1e-9, atol=1e-12)

@@ -134,10 +134,12 @@ class EquilibriumPropagation(Learner):
         span = betas[0] - (betas[1] if two else 0.0)
         weights = network.energy.weights
         ops = network.workspace(len(betas) * samples).ops
+        nudged_winners = self._winners_at(nudged, ops)
+        free_winners = None if two else self._winners_at(free, ops)
         response = []
         for n in range(1, network.depth + 1):
             factor = -weights[n - 1] / (span * samples)
-            s, winners = nudged.layers[n - 1], nudged.winners[n - 1]
+            s, winners = nudged.layers[n - 1], nudged_winners[n - 1]
             below = nudged.layers[n - 2] if n > 1 else self._repeated(batch.images, len(betas))
             first = s[:samples]
             second = s[samples:] if two else free.layers[n - 1]
@@ -148,12 +150,25 @@ class EquilibriumPropagation(Learner):
             self._add_edge(gradients, n, below, signed, winners, ops[n - 1])
             if not two:
                 below = free.layers[n - 2] if n > 1 else batch.images
-                self._add_edge(gradients, n, below, second * -factor, free.winners[n - 1], ops[n - 1])
+                self._add_edge(gradients, n, below, second * -factor, free_winners[n - 1], ops[n - 1])
             response.append(xp.abs(first - second).mean())
         for phase in range(len(betas)):
             part = slice(phase * samples, (phase + 1) * samples)
             self._add_terms(gradients, nudges, lambda n, part=part: nudged.layers[n - 1][part], 1 / len(betas))
         return response
+
+    def _winners_at(self, state: State, ops: list[Any]) -> list[Any]:
+        """Return the pooling winners of the states themselves: those that a phase leaves are of its last drives.
+
+        While winners still change the two differ, and with them the gradient of Phi. The first edge's are constant.
+        """
+        found = list(state.winners)
+        for n, edge in enumerate(self.network.layers[1:], 1):
+            if edge.has_winners:
+                found[n] = state.winners[n].copy()
+                drive = self.network.device.xp.empty_like(state.layers[n])
+                edge.drive(state.layers[n - 1], drive, found[n], ops[n])
+        return found
 
     def _repeated(self, array: Any, times: int) -> Any:
         return array if times == 1 else self.network.device.xp.concatenate([array] * times)
