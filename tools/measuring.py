@@ -147,6 +147,8 @@ class Operations:
     def __init__(self, network: Network, batch: int):
         self.edges = [edge.flops() * batch for edge in network.layers]
         self.first, self.rest = self.edges[0], sum(self.edges[1:])
+        pooled = zip(self.edges[1:], network.layers[1:], strict=True)
+        self.pooled = sum(flops for flops, edge in pooled if edge.has_winners)
 
     def settle_step(self) -> int:
         """Two products an edge; the first edge's drive is constant and computed once a phase."""
@@ -167,7 +169,8 @@ class Operations:
         if form == "classical":
             start = {"synchronous": 0, "evenodd": sum(self.edges[2::2]), "sweeps": self.rest}[schedule]
             nudged = self.first + 2 * (start + nudged_steps * self.settle_step())
-            return free + nudged + 2 * (self.first + self.rest)
+            winners = 2 * self.pooled  # of the nudged states themselves
+            return free + nudged + winners + 2 * (self.first + self.rest)
         phases = 1 if form == "tangent" else 2
         return free + phases * nudged_steps * self.settle_step() + self.first + 2 * self.rest
 
