@@ -129,7 +129,7 @@ class ShimLauncher:
 
     def __init__(self, source: Path, names: list[str] | None = None):
         sanitize = os.environ.get(SANITIZED) == "1"
-        self.library = load(source, tuple(instances(source) if names is None else names), sanitize)
+        self.compiled = load(source, tuple(instances(source) if names is None else names), sanitize)
         self.launched: list[str] = []
 
     def launch(self, kernel, type_arguments, grid, block, arguments):
@@ -140,7 +140,7 @@ class ShimLauncher:
         values = [self._value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         size = (ctypes.c_uint * 4)(*grid, block[0])
-        assert self.library.shim_launch(name.encode(), size, pointers) == 0, f"{name} is not among the instances"
+        assert self.compiled.shim_launch(name.encode(), size, pointers) == 0, f"{name} is not among the instances"
         self.launched.append(name)
 
     @staticmethod
