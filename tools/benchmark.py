@@ -23,7 +23,7 @@ from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threa
 
 import cupyep as ep
 from cupyep.backend.device import DTYPES
-from cupyep.cli import Names, OneLineErrors
+from cupyep.cli.shared import Names, OneLineErrors
 from cupyep.settling import SCHEDULES
 from cupyep.training.checkpoint import replacing
 from cupyep.training.diagnostics import system_report

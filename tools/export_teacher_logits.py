@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from cupyep import __version__
 from cupyep.backend import get_device
-from cupyep.cli import Names, Numbers, OneLineErrors, config_options
+from cupyep.cli.shared import Names, Numbers, OneLineErrors, config_options
 from cupyep.data import Dataset
 from cupyep.data.files import one_line
 from cupyep.errors import ConfigurationError, CupyepError, DeviceError, TeacherError, require

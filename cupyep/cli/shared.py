@@ -1,30 +1,15 @@
-"""The command line: options in, one call into `cupyep.training`, lines out. No numerics here."""
+"""What the commands share: types of options, the options of `TrainConfig`, errors as one line, exit codes."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import click
 
-from cupyep._version import __version__
-from cupyep.errors import ConfigurationError, CupyepError, choose, nearest, require
-from cupyep.recipes import find_recipe, recipe_names
-from cupyep.training import diagnostics, runs
-from cupyep.training.config import OPTIONS, make_config, option_name, read_toml
-
-EXAMPLES = """\b
-Examples:
-  cupyep train --recipe digits-kd                  a first run, on bundled images
-  cupyep train --arch vgg7 --aug kd                CIFAR-10, teacher included
-  cupyep train --run-dir runs/mine --resume        go on where a run stopped
-  cupyep check --arch vgg5 --dataset digits        is the gradient right?
-  cupyep evaluate runs/mine                        test accuracy of its best epoch
-"""
-
-EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "device"), "as the run")
+from cupyep.errors import ConfigurationError, CupyepError, choose, nearest
+from cupyep.training.config import OPTIONS, option_name
 
 
 class Names(click.ParamType):
@@ -161,98 +146,5 @@ def _config_option(name: str, default: Any) -> Any:
     return click.option(flag, name, type=value_type, default=None, help=text)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-@click.group(cls=Commands, invoke_without_command=True, epilog=EXAMPLES)
-@click.version_option(__version__, prog_name="cupyep", message="%(prog)s %(version)s")
-@click.pass_context
-def main(context: click.Context) -> None:
-    """Train deep convolutional networks by Equilibrium Propagation, with intermediate learning signals."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
-@main.command(cls=SectionedCommand, epilog=EXAMPLES)
-@config_options(OPTIONS)
-@click.option(
-    "--recipe",
-    metavar="NAME|FILE",
-    help=f"Take the options that are not given from a recipe: {', '.join(recipe_names())}, or a TOML file.",
-)
-@click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path),
-    help="Folder of this run.  [default: runs/ARCH-AUG-DATASET-seedSEED, numbered if taken]",
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir after its last finished epoch.")
-@click.option("--quiet", is_flag=True, help="No progress bar and no line an epoch; only the result.")
-def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, **options: Any) -> None:
-    """Train a network in a new run directory.
-
-    The directory holds config.toml, metrics.jsonl, checkpoint.h5 and best.h5.
-    """
-    given = _given(options)
-    if resume:
-        given_right = run_dir is not None and recipe is None
-        require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
-        run = runs.resume_run(run_dir, given, quiet=quiet, report=click.echo)
-    else:
-        config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
-        run = runs.start_run(config, run_dir, quiet=quiet, report=click.echo)
-    try:
-        click.echo(run.run())
-    except KeyboardInterrupt:
-        path = run.directory.path
-        raise Interrupted(f"interrupted; go on with: cupyep train --run-dir {path} --resume") from None
-
-
-@main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--checkpoint",
-    type=Names("--checkpoint", ("best", "last")),
-    default="best",
-    show_default=True,
-    help="Which of the run's checkpoints.",
-)
-@config_options(EVALUATE_DEFAULTS, EVALUATE_DEFAULTS)
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-def evaluate(run: Path, checkpoint: str, quiet: bool, **options: Any) -> None:
-    """Show the test accuracy of a run.
-
-    RUN is a run directory.
-    """
-    for line in runs.evaluate_run(run, checkpoint, _given(options), quiet=quiet):
-        click.echo(line)
-
-
-@main.command(cls=SectionedCommand)
-@config_options(diagnostics.CHECK_OPTIONS, diagnostics.CHECK_DEFAULTS)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
-def check(json_path: Path | None, **options: Any) -> None:
-    """Compare EP's gradient with BPTT's.
-
-    Layer by layer, from the same settled free state, for the nudge form asked for and the other one.
-    """
-    if json_path is not None:
-        require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
-    config = make_config(diagnostics.CHECK_DEFAULTS, _given(options))
-    report = diagnostics.check_gradient(config, report=click.echo)
-    click.echo(report.table())
-    if json_path is not None:
-        report.write_json(json_path)
-        click.echo(f"written to {json_path}")
-
-
-@main.command()
-@config_options(("data_dir",))
-def info(data_dir: str | None) -> None:
-    """Show device, libraries, data folder."""
-    for name, value in diagnostics.system_report(data_dir):
-        click.echo(f"{name:<14} {value}")
-
-
-if __name__ == "__main__":
-    main()

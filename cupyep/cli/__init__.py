@@ -1,0 +1,31 @@
+"""The command line, a module a command: options in, one call, lines out. No numerics here."""
+
+from __future__ import annotations
+
+import click
+
+from cupyep._version import __version__
+from cupyep.cli import check, evaluate, info, train
+from cupyep.cli.shared import Commands
+
+EXAMPLES = """\b
+Examples:
+  cupyep train --recipe digits-kd                  a first run, on bundled images
+  cupyep train --arch vgg7 --aug kd                CIFAR-10, teacher included
+  cupyep train --run-dir runs/mine --resume        go on where a run stopped
+  cupyep check --arch vgg5 --dataset digits        is the gradient right?
+  cupyep evaluate runs/mine                        test accuracy of its best epoch
+"""
+
+
+@click.group(cls=Commands, invoke_without_command=True, epilog=EXAMPLES)
+@click.version_option(__version__, prog_name="cupyep", message="%(prog)s %(version)s")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Train deep convolutional networks by Equilibrium Propagation, with intermediate learning signals."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for command in (train.train, evaluate.evaluate, check.check, info.info):
+    main.add_command(command)

@@ -1,0 +1,31 @@
+"""`cupyep check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cupyep.cli.shared import SectionedCommand, config_options, given_options
+from cupyep.errors import require
+from cupyep.training import diagnostics
+from cupyep.training.config import make_config
+
+
+@click.command(cls=SectionedCommand)
+@config_options(diagnostics.CHECK_OPTIONS, diagnostics.CHECK_DEFAULTS)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
+def check(json_path: Path | None, **options: Any) -> None:
+    """Compare EP's gradient with BPTT's.
+
+    Layer by layer, from the same settled free state, for the nudge form asked for and the other one.
+    """
+    if json_path is not None:
+        require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
+    config = make_config(diagnostics.CHECK_DEFAULTS, given_options(options))
+    report = diagnostics.check_gradient(config, report=click.echo)
+    click.echo(report.table())
+    if json_path is not None:
+        report.write_json(json_path)
+        click.echo(f"written to {json_path}")

@@ -1,0 +1,33 @@
+"""`cupyep evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cupyep.cli.shared import Names, config_options, given_options
+from cupyep.training import runs
+
+EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "device"), "as the run")
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=Names("--checkpoint", ("best", "last")),
+    default="best",
+    show_default=True,
+    help="Which of the run's checkpoints.",
+)
+@config_options(EVALUATE_DEFAULTS, EVALUATE_DEFAULTS)
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def evaluate(run: Path, checkpoint: str, quiet: bool, **options: Any) -> None:
+    """Show the test accuracy of a run.
+
+    RUN is a run directory.
+    """
+    for line in runs.evaluate_run(run, checkpoint, given_options(options), quiet=quiet):
+        click.echo(line)

@@ -1,0 +1,55 @@
+"""`cupyep train`: options in, one call into `cupyep.training`, lines out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cupyep.cli.shared import Interrupted, SectionedCommand, config_options, given_options
+from cupyep.errors import require
+from cupyep.recipes import find_recipe, recipe_names
+from cupyep.training import runs
+from cupyep.training.config import OPTIONS, make_config, read_toml
+
+EXAMPLES = """\b
+Examples:
+  cupyep train --recipe digits-kd                  a first run, on bundled images
+  cupyep train --arch vgg7 --aug kd                CIFAR-10, teacher included
+  cupyep train --run-dir runs/mine --resume        go on where a run stopped
+"""
+
+
+@click.command(cls=SectionedCommand, epilog=EXAMPLES)
+@config_options(OPTIONS)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help=f"Take the options that are not given from a recipe: {', '.join(recipe_names())}, or a TOML file.",
+)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Folder of this run.  [default: runs/ARCH-AUG-DATASET-seedSEED, numbered if taken]",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir after its last finished epoch.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no line an epoch; only the result.")
+def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, **options: Any) -> None:
+    """Train a network in a new run directory.
+
+    The directory holds config.toml, metrics.jsonl, checkpoint.h5 and best.h5.
+    """
+    given = given_options(options)
+    if resume:
+        given_right = run_dir is not None and recipe is None
+        require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
+        run = runs.resume_run(run_dir, given, quiet=quiet, report=click.echo)
+    else:
+        config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
+        run = runs.start_run(config, run_dir, quiet=quiet, report=click.echo)
+    try:
+        click.echo(run.run())
+    except KeyboardInterrupt:
+        path = run.directory.path
+        raise Interrupted(f"interrupted; go on with: cupyep train --run-dir {path} --resume") from None
