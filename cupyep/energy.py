@@ -39,7 +39,9 @@ class Energy:
         self.dtype = dtype
 
     def _workspace(self, x: Any) -> Workspace:
-        return Workspace(self.edges, len(x), self.device, self.dtype)
+        workspace = Workspace(self.edges, len(x), self.device, self.dtype)
+        workspace.refresh()
+        return workspace
 
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
         drives, winners = workspace.states("drive"), workspace.winners("winners")

@@ -26,8 +26,9 @@ else:
 
 TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
 METRICS = {
-    "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "kappa", "free_residual",
-    "nudged_residual", "images_per_s", "elapsed_s", "peak_memory_bytes", "activity", "nudge_response", "gradient_norm",
+    "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
+    "learning_rate", "kappa", "free_residual", "nudged_residual", "images_per_s", "elapsed_s", "peak_memory_bytes",
+    "activity", "nudge_response", "gradient_norm",
 }  # fmt: skip
 
 
@@ -44,8 +45,8 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
     assert sorted(p.name for p in path.iterdir()) == ["best.h5", "checkpoint.h5", "config.toml", "metrics.jsonl"]
     settings = tomllib.loads((path / "config.toml").read_text())
     assert (settings["aug"], settings["epochs"], settings["width"], settings["seed"]) == (aug, 2, 0.02, 3)
-    assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "tolerance", "signal_pool",
-                            "teacher"} == set(OPTIONS)  # fmt: skip
+    assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "validation", "tolerance",
+                            "signal_pool", "teacher"} == set(OPTIONS)  # fmt: skip
     lines = records(path)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert set(lines[0]) == METRICS
@@ -94,6 +95,23 @@ def test_resume_and_evaluate(cifar, invoke, tmp_path):
     assert "top-5" not in out
     code, out, _ = invoke("evaluate", path, "--limit-test", 4)
     assert "on the 4 test images" in out
+
+
+def test_validation_is_recorded_chooses_the_best_and_can_be_evaluated(cifar, invoke, tmp_path):
+    path = tmp_path / "run"
+    code, out, err = invoke("train", *TINY, "--epochs", 2, "--validation", 20, "--aug", "kd", "--teacher-epochs", 1,
+                            "--run-dir", path)  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "30 training, 20 validation and 10 test images" in out
+    assert "  validation loss " in out
+    lines = records(path)
+    best = max(lines, key=lambda line: line["validation_accuracy"])
+    assert f"best.h5: epoch {best['epoch']}, chosen by validation accuracy" in out
+    code, out, _ = invoke("evaluate", path, "--split", "validation")
+    assert code == 0
+    assert f"vgg5 on the 20 validation images of cifar10, epoch {best['epoch']} (best, chosen by validation" in out
+    assert f"validation accuracy {best['validation_accuracy']:.2%}, loss {best['validation_loss']:.4f}" in out
+    assert "on the 30 train images" in invoke("evaluate", path, "--split", "train")[1]
 
 
 def test_evaluate_shows_top_5_for_many_classes(invoke, tmp_path, monkeypatch):

@@ -45,6 +45,13 @@ WRONG = {
     "image size": (["train", "--image-size", "7"], 2, "image-size is 7"),
     "image too small": (["train", "--image-size", "4"], 2, "too small for VGG-5"),
     "limit": (["train", "--limit-train", "51"], 2, "cifar10 has 50 train images"),
+    "validation of everything": (["train", "--validation", "50"], 2, "validation is 50: cifar10 has 50 train images"),
+    "nothing left to train on": (
+        ["train", "--validation", "40", "--limit-train", "20"],
+        2,
+        "limit-train is 20: cifar10 has 50 train images, 40 of them held out, choose from 1 to 10",
+    ),
+    "split misspelt": (["evaluate", "none", "--split", "valid"], 2, "unknown --split 'valid'; did you mean 'valid"),
     "resume without folder": (["train", "--resume"], 2, "--resume needs --run-dir"),
     "resume nothing": (["train", "--resume", "--run-dir", "none"], 1, "'none' is not a run directory"),
     "evaluate nothing": (["evaluate", "none"], 1, "'none' is not a run directory"),

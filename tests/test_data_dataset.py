@@ -71,12 +71,14 @@ def test_environment_variable_is_used(monkeypatch, cifar10):
     np.testing.assert_array_equal(load_dataset("cifar10", download=False).test.images, arrays[1][0])
 
 
-def test_limits_take_the_first_and_leave_the_statistics(cifar10):
+def test_limits_take_the_first_of_each_class_and_leave_the_statistics(cifar10):
     folder, ((images, labels), _) = cifar10
     whole = load_dataset("cifar10", folder)
     dataset = load_dataset("cifar10", folder, limit_train=7, limit_test=1)
-    np.testing.assert_array_equal(dataset.train.images, images[:7])
-    np.testing.assert_array_equal(dataset.train.labels, labels[:7])
+    firsts = sorted({labels.tolist().index(c) for c in range(10)})[:7]
+    np.testing.assert_array_equal(dataset.train.images, images[firsts])
+    np.testing.assert_array_equal(dataset.train.labels, labels[firsts])
+    np.testing.assert_array_equal(dataset.train.index, firsts)
     assert (len(dataset.train), dataset.train.total) == (7, 50)
     assert (len(dataset.test), dataset.test.total) == (1, 10)
     np.testing.assert_array_equal(dataset.mean, whole.mean)

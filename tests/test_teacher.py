@@ -419,7 +419,7 @@ def test_view_that_the_file_lacks(tmp_path, dataset):
 @pytest.mark.parametrize("index", [[23], [-1]])
 def test_samples_that_the_file_lacks(path, index):
     with TeacherFile(path) as teacher:
-        with pytest.raises(TeacherError, match=r"train/logits covers samples 0..22, others are asked for"):
+        with pytest.raises(TeacherError, match=r"train/logits covers 23 of the samples 0..22, others are asked for"):
             teacher.logits("train", np.array(index), 0)
         with pytest.raises(ConfigurationError, match="unknown split 'valid'"):
             teacher.logits("valid", np.array(index), 0)

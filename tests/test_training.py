@@ -140,7 +140,8 @@ def fake_trainer(accuracies=(0.5, 0.75, 0.75), **more):
     learner = FakeLearner(accuracies)
     optimizer = ep.SGD(learner.parameters(), 0.1, momentum=0.0)
     batches = FakeBatches([range(4), range(4)])
-    return Trainer(learner, optimizer, batches, FakeBatches([range(4)]), epochs=len(accuracies), report=silent, **more)
+    more = {"epochs": len(accuracies), "report": silent} | more
+    return Trainer(learner, optimizer, batches, FakeBatches([range(4)]), **more)
 
 
 def test_schedules_follow_the_fraction_of_steps_done():
@@ -159,9 +160,9 @@ def test_records_best_epoch_and_summary(tmp_path):
     summary = trainer.run()
     records = directory.metrics()
     assert list(records[0]) == [
-        "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "kappa", "images_per_s",
-        "elapsed_s", "peak_memory_bytes", "free_residual", "nudged_residual", "activity", "nudge_response",
-        "gradient_norm",
+        "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
+        "learning_rate", "kappa", "images_per_s", "elapsed_s", "peak_memory_bytes", "free_residual", "nudged_residual",
+        "activity", "nudge_response", "gradient_norm",
     ]  # fmt: skip
     assert [r["test_accuracy"] for r in records] == [0.5, 0.75, 0.75]
     assert [r["test_loss"] for r in records] == [2.0, 2.0, 2.0]
@@ -173,7 +174,25 @@ def test_records_best_epoch_and_summary(tmp_path):
     assert (last.epoch, last.best_accuracy, last.best_epoch) == (3, 0.75, 2)
     assert last.generators == {"data": generator.bit_generator.state}
     np.testing.assert_array_equal(last.parameters["layers.1.weight"], trainer.learner.parameter)
-    assert str(summary) == f"test accuracy 75.00% (best 75.00% in epoch 2), 0.0 minutes, run directory {directory.path}"
+    assert str(summary) == (
+        "test accuracy 75.00% (best.h5: epoch 2, chosen by test accuracy 75.00%), 0.0 minutes, run directory "
+        f"{directory.path}"
+    )
+    assert records[0]["validation_loss"] is None
+
+
+def test_the_best_epoch_is_chosen_on_validation_where_there_is_one(tmp_path):
+    """Validation and test accuracy by turns: the test images alone would choose epoch 3."""
+    directory = RunDirectory.create(tmp_path / "run", TrainConfig())
+    learner_accuracies = (0.25, 0.25, 0.75, 0.5, 0.5, 1.0)
+    trainer = fake_trainer(learner_accuracies, directory=directory, validation=FakeBatches([range(4)]), epochs=3)
+    summary = trainer.run()
+    assert (summary.best_split, summary.best_epoch, summary.best_accuracy) == ("validation", 2, 0.75)
+    assert summary.test_accuracy == 1.0
+    assert [r["validation_accuracy"] for r in directory.metrics()] == [0.25, 0.75, 0.5]
+    assert [r["test_accuracy"] for r in directory.metrics()] == [0.25, 0.5, 1.0]
+    assert (directory.load("best").epoch, directory.load("last").best_accuracy) == (2, 0.75)
+    assert "best.h5: epoch 2, chosen by validation accuracy 75.00%" in str(summary)
 
 
 def test_a_finished_run_does_not_go_on(tmp_path):
@@ -290,7 +309,8 @@ def test_evaluation_repeats_the_record_of_its_epoch(quadrants, tmp_path):
         epoch = trainer.directory.load(which).epoch
         wanted = trainer.directory.metrics()[epoch - 1]
         first, second = runs.evaluate_run(tmp_path / "run", which, {}, quiet=True)
-        assert first == f"vgg5 on the 20 test images of cifar10, epoch {epoch} ({which})"
+        note = "best, chosen by test accuracy" if which == "best" else which
+        assert first == f"vgg5 on the 20 test images of cifar10, epoch {epoch} ({note})"
         assert second == f"test accuracy {wanted['test_accuracy']:.2%}, loss {wanted['test_loss']:.4f}"
 
 

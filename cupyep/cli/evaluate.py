@@ -22,12 +22,19 @@ EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "devi
     show_default=True,
     help="Which of the run's checkpoints.",
 )
+@click.option(
+    "--split",
+    type=Names("--split", ("test", "validation", "train")),
+    default="test",
+    show_default=True,
+    help="Which images: validation needs a run with --validation; train are the training images, not augmented.",
+)
 @config_options(EVALUATE_DEFAULTS, EVALUATE_DEFAULTS)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def evaluate(run: Path, checkpoint: str, quiet: bool, **options: Any) -> None:
-    """Show the test accuracy of a run.
+def evaluate(run: Path, checkpoint: str, split: str, quiet: bool, **options: Any) -> None:
+    """Show the accuracy of a run.
 
     RUN is a run directory.
     """
-    for line in runs.evaluate_run(run, checkpoint, given_options(options), quiet=quiet):
+    for line in runs.evaluate_run(run, checkpoint, given_options(options), quiet, split):
         click.echo(line)

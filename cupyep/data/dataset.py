@@ -12,35 +12,40 @@ from cupyep.data import cifar, digits, idx, svhn
 from cupyep.data.download import fetch
 from cupyep.data.files import check_labels
 from cupyep.data.images import channel_statistics, resize
+from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Layout, Source
-from cupyep.errors import ConfigurationError, DataError, choose, require
+from cupyep.errors import DataError, choose, require
 
 READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
 """The views of an image; a batch and a teacher file number them by their place here."""
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The training or the test part of a data set.
+    """One part of a data set, or some of its samples.
 
     Parameters
     ----------
-    name : {"train", "test"}
+    name : {"train", "validation", "test"}
+        The validation samples are taken out of the training part and keep their numbers there.
     images : ndarray of uint8, shape (N, H, W, C)
     labels : ndarray of int64, shape (N,)
+    index : ndarray of int64, shape (N,), optional
+        Canonical index: the number of each sample in the whole training or test part, increasing; default 0 .. N - 1.
     total : int, optional
-        Number of samples of the whole split, when this is only its beginning; default N. Sample n is always
-        sample n of the whole split (its canonical index).
+        Number of samples of that whole part; default the smallest possible.
     """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
+    index: np.ndarray | None = None
     total: int = 0
 
     def __post_init__(self) -> None:
-        choose("split", self.name, ("train", "test"))
+        choose("split", self.name, SPLITS)
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or 0 in self.images.shape:
             raise DataError(
                 f"split {self.name}: images should be uint8 (N, H, W, C), found {self.images.dtype} {self.images.shape}"
@@ -50,16 +55,36 @@ class Split:
                 f"split {self.name}: labels should be int64 {self.images.shape[:1]}, "
                 f"found {self.labels.dtype} {self.labels.shape}"
             )
-        object.__setattr__(self, "total", max(self.total, len(self)))
+        index = np.arange(len(self)) if self.index is None else self.index
+        if index.shape != self.labels.shape or index[0] < 0 or (np.diff(index) <= 0).any():
+            raise DataError(f"split {self.name}: the index should be {len(self)} increasing numbers from 0 on")
+        object.__setattr__(self, "index", index.astype(np.int64))
+        object.__setattr__(self, "total", max(self.total, int(index[-1]) + 1))
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def select(self, rows: np.ndarray, name: str | None = None) -> Split:
+        """Return the samples in the increasing `rows`, with their canonical indices; the rest can be freed."""
+        return Split(name or self.name, self.images[rows], self.labels[rows], self.index[rows], self.total)
+
     def take(self, count: int) -> Split:
         """Return the first `count` samples; 1 <= count <= N, otherwise `ConfigurationError`."""
-        if not 1 <= count <= len(self):
-            raise ConfigurationError(f"cannot take {count} {self.name} images: choose from 1 to {len(self)}")
-        return Split(self.name, self.images[:count].copy(), self.labels[:count].copy(), self.total)  # frees the rest
+        return self.select(np.arange(self._checked(count)))
+
+    def balanced(self, count: int) -> Split:
+        """Return `count` samples, the first ones of each class, equally many of each; see `cupyep.data.selection`."""
+        return self.select(balanced(self.labels, self._checked(count)))
+
+    def hold_out(self, count: int, seed: int) -> tuple[Split, Split]:
+        """Return (the rest, the validation split of `count` samples drawn by `seed`, equally many of each class)."""
+        rows = held_out(self.labels, self._checked(count), seed)
+        rest = np.setdiff1d(np.arange(len(self)), rows, assume_unique=True)
+        return self.select(rest), self.select(rows, "validation")
+
+    def _checked(self, count: int) -> int:
+        require(1 <= count <= len(self), f"cannot take {count} {self.name} images: choose from 1 to {len(self)}")
+        return count
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +97,14 @@ class Dataset:
     classes : tuple of str
     train, test : Split
     mean, std : ndarray of float32, shape (C,)
-        Statistics over all pixels of the whole training split, of images divided by 255. A channel without
-        any variation has std 1.
+        Statistics over all pixels of the whole training part (with the validation samples), of images divided by 255.
+        A channel without any variation has std 1.
     flip : bool
         Whether a mirrored image keeps its class.
     pad : int
         Pixels by which a random crop may shift an image.
+    validation : Split, optional
+        Samples of the training part that are not in `train`, to choose epochs and options by.
     """
 
     name: str
@@ -88,14 +115,17 @@ class Dataset:
     std: np.ndarray
     flip: bool = False
     pad: int = 0
+    validation: Split | None = None
 
     def __post_init__(self) -> None:
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            raise DataError(
-                f"data set {self.name}: train images are {self.train.images.shape[1:]}, "
-                f"test images {self.test.images.shape[1:]}; they must agree"
-            )
-        for split in (self.train, self.test):
+        for split in (self.train, self.test, self.validation):
+            if split is None:
+                continue
+            if split.images.shape[1:] != self.image_shape:
+                raise DataError(
+                    f"data set {self.name}: train images are {self.image_shape}, {split.name} images "
+                    f"{split.images.shape[1:]}; they must agree"
+                )
             check_labels(split.labels, len(self.classes), f"data set {self.name}, split {split.name}")
 
     @classmethod
@@ -112,8 +142,10 @@ class Dataset:
         return self.train.images.shape[1:]
 
     def split(self, name: str) -> Split:
-        """Return the split called `name`."""
-        return {"train": self.train, "test": self.test}[choose("split", name, ("train", "test"))]
+        """Return the split called `name`; `ConfigurationError` if there is none."""
+        split = {"train": self.train, "validation": self.validation, "test": self.test}[choose("split", name, SPLITS)]
+        require(split is not None, "no validation split was held out; ask for one by --validation")
+        return split
 
 
 def load_dataset(
@@ -123,6 +155,8 @@ def load_dataset(
     image_size: int | None = None,
     limit_train: int | None = None,
     limit_test: int | None = None,
+    validation: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Load a data set from its original files, looking below `data_dir` and downloading what is not there.
 
@@ -138,8 +172,12 @@ def load_dataset(
         Height and width of the images: theirs divided by an integer, by averaging areas, rounded half up; or theirs
         times 2, 3 or 4, by repeating pixels.
     limit_train, limit_test : int, optional
-        Keep the first samples only. `mean` and `std` stay those of the whole training split, so that a network
-        can be evaluated with other limits than it was trained with.
+        Keep so many samples only, the first ones of each class, equally many of each. `mean` and `std` stay those of
+        the whole training part, so that a network can be evaluated with other limits than it was trained with.
+    validation : int, optional
+        Hold so many training samples out, equally many of each class, before `limit_train` is applied.
+    seed : int
+        Which samples are held out.
 
     Raises
     ------
@@ -149,14 +187,16 @@ def load_dataset(
         If files are missing and cannot be downloaded, or are not what they should be.
     """
     source = SOURCES[choose("data set", name, DATASETS)]
-    _check_limits(source, limit_train, limit_test)
+    _check_limits(source, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
     arrays = digits.read(source) if name == "digits" else _find(source, data_directory(data_dir), download).read()
     train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
     mean, std = channel_statistics(train.images)
-    train, test = train.take(limit_train or len(train)), test.take(limit_test or len(test))
+    train, held = train.hold_out(validation, seed) if validation else (train, None)
+    train = train.balanced(limit_train) if limit_train else train
+    test = test.balanced(limit_test) if limit_test else test
     pad = max(1, source.pad * size // source.shape[0])
-    return Dataset(name, source.classes, train, test, mean, std, source.flip, pad)
+    return Dataset(name, source.classes, train, test, mean, std, source.flip, pad, held)
 
 
 def data_directory(data_dir: str | Path | None = None) -> Path:
@@ -171,11 +211,18 @@ def data_directory(data_dir: str | Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cupyep"
 
 
-def _check_limits(source: Source, limit_train: int | None, limit_test: int | None) -> None:
-    for what, limit, count in (("train", limit_train, source.train_count), ("test", limit_test, source.test_count)):
+def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
+    name, most = source.name, source.train_count - 1
+    require(
+        validation is None or 1 <= validation <= most,
+        f"validation is {validation}: {name} has {source.train_count} train images, choose from 1 to {most}",
+    )
+    limits = (("train", limit_train, source.train_count, validation or 0), ("test", limit_test, source.test_count, 0))
+    for what, limit, count, held in limits:
+        note = f", {held} of them held out" if held else ""
         require(
-            limit is None or 1 <= limit <= count,
-            f"limit-{what} is {limit}: {source.name} has {count} {what} images, choose from 1 to {count}",
+            limit is None or 1 <= limit <= count - held,
+            f"limit-{what} is {limit}: {name} has {count} {what} images{note}, choose from 1 to {count - held}",
         )
 
 

@@ -23,7 +23,7 @@ class Batch:
         Normalised images.
     labels : ndarray of int64, shape (N,), on the host
     index : ndarray of int64, shape (N,), on the host, optional
-        Canonical index of each sample in its split; teacher logits are looked up by it.
+        Canonical index of each sample (`Split.index`); teacher logits are looked up by it.
     view : ndarray of uint8, shape (N,), on the host, optional
         0 where the image is as stored, 1 where it is mirrored (see `cupyep.data.VIEWS`).
     """
@@ -41,7 +41,7 @@ class Batch:
 class _Draws:
     """The random numbers of one epoch, one per position in it."""
 
-    order: np.ndarray  # (N,) index into the split
+    order: np.ndarray  # (N,) place in the split
     dy: np.ndarray  # (N,) first row of the crop in the padded image, 0 .. 2 pad
     dx: np.ndarray  # (N,)
     flip: np.ndarray  # (N,) 0 or 1
@@ -53,7 +53,7 @@ class Loader:
     Parameters
     ----------
     dataset : Dataset
-    split_name : {"train", "test"}
+    split_name : {"train", "validation", "test"}
     batch_size : int
         At least 1.
     device : Device or str
@@ -128,14 +128,14 @@ class Loader:
 
     def _batch(self, draws: _Draws, start: int) -> Batch:
         rows = slice(start, start + self.batch_size)
-        index, flip = draws.order[rows], draws.flip[rows]
+        places, flip = draws.order[rows], draws.flip[rows]
         if self.augment:
-            images = self._crop(index, draws.dy[rows], draws.dx[rows], flip)
+            images = self._crop(places, draws.dy[rows], draws.dx[rows], flip)
         elif self.shuffle:
-            images = self._normalise(self.device.xp.take(self._images, self.device.asarray(index), axis=0))
+            images = self._normalise(self.device.xp.take(self._images, self.device.asarray(places), axis=0))
         else:
             images = self._normalise(self._images[rows])
-        return Batch(images, self.split.labels[index], index.astype(np.int64), flip.astype(np.uint8))
+        return Batch(images, self.split.labels[places], self.split.index[places], flip.astype(np.uint8))
 
     def _normalise(self, pixels: Any) -> Any:
         images = pixels.astype(self.dtype)
@@ -143,17 +143,17 @@ class Loader:
         images += self._shift
         return images
 
-    def _crop(self, index: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Any:
+    def _crop(self, places: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device."""
         xp = self.device.xp
         count, height, width, channels = self._images.shape
-        index, dy, dx, flip = self.device.asarray(np.stack([index, dy, dx, flip]))[:, :, None]  # one small transfer
+        places, dy, dx, flip = self.device.asarray(np.stack([places, dy, dx, flip]))[:, :, None]  # one small transfer
         y = xp.arange(height) + dy - self.pad  # (B, H) row of the stored image, or outside of it
         x = xp.arange(width)
         x = xp.where(flip == 1, width - 1 - x, x) + dx - self.pad  # (B, W)
         inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
         y, x = y.clip(0, height - 1), x.clip(0, width - 1)
-        pixel = ((index * height + y) * width)[:, :, None] + x[:, None, :]  # (B, H, W) row in the flat image list
+        pixel = ((places * height + y) * width)[:, :, None] + x[:, None, :]  # (B, H, W) row in the flat image list
         images = self._normalise(xp.take(self._images.reshape(-1, channels), pixel, axis=0))
         images *= inside[..., None]
         return images

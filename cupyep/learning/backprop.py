@@ -10,7 +10,6 @@ from cupyep.data.loader import Batch
 from cupyep.dynamics import State
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
-from cupyep.workspace import Workspace
 
 
 class Backpropagation(Learner):
@@ -28,10 +27,8 @@ class Backpropagation(Learner):
 
     def forward(self, batch: Batch) -> State:
         """Return the feed-forward states, in buffers that the next call overwrites."""
-        return self._forward(batch, self.network.workspace(len(batch.images)))
-
-    def _forward(self, batch: Batch, workspace: Workspace) -> State:
         network = self.network
+        workspace = network.workspace(len(batch.images))
         state = State(
             workspace.states("forward"), workspace.states("forward drive"), workspace.winners("forward winners")
         )
@@ -47,8 +44,9 @@ class Backpropagation(Learner):
 
     def _step(self, batch: Batch) -> StepResult:
         network, xp, samples = self.network, self.network.device.xp, len(batch)
+        state = self.forward(batch)
         workspace = network.workspace(samples)
-        state = self._forward(batch, workspace)
+        workspace.refresh()
         nudges = network.nudges(batch, self.signals)
         gradients = self._zero_gradients()
         self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0)

@@ -30,6 +30,8 @@ def build_dataset(config: TrainConfig) -> Dataset:
         image_size=config.image_size,
         limit_train=config.limit_train,
         limit_test=config.limit_test,
+        validation=config.validation,
+        seed=config.seed,
     )
 
 
@@ -68,9 +70,7 @@ def build_signals(config: TrainConfig, network: Network, dataset: Dataset, teach
     file = TeacherFile(teacher)
     file.check(dataset)
     if config.flip and dataset.flip:
-        file.logits(
-            "train", np.zeros(1, int), 1
-        )  # a file without mirrored views is refused here, not in the first batch
+        file.logits("train", dataset.train.index[:1], 1)  # one without mirrored views is refused before the first batch
     return [Distillation(file, temperature=config.temperature, learned=config.learned_maps, **common)]
 
 
@@ -127,9 +127,9 @@ def training_batches(config: TrainConfig, dataset: Dataset, network: Network, ge
     )
 
 
-def evaluation_batches(config: TrainConfig, dataset: Dataset, network: Network) -> Loader:
-    """Return the test batches, in their order and as they are."""
-    return Loader(dataset, "test", config.batch_size, network.device, network.dtype)
+def evaluation_batches(config: TrainConfig, dataset: Dataset, network: Network, split: str = "test") -> Loader:
+    """Return the batches of a split, in their order and as they are."""
+    return Loader(dataset, split, config.batch_size, network.device, network.dtype)
 
 
 def build_trainer(
@@ -150,6 +150,7 @@ def build_trainer(
         build_optimizer(config, learner.parameters()),
         training_batches(config, dataset, network, generators["data"]),
         evaluation_batches(config, dataset, network),
+        validation=evaluation_batches(config, dataset, network, "validation") if dataset.validation else None,
         epochs=config.epochs,
         lr_schedule=config.lr_schedule,
         directory=directory,

@@ -1,8 +1,9 @@
 """Checkpoints, version 1: one HDF5 file with everything that a run needs to go on.
 
 Root attributes: ``format="cupyep-checkpoint"``, ``version=1``, ``epoch`` (epochs done), ``best_accuracy`` and
-``best_epoch`` (on the test split), ``network`` (JSON: the keyword arguments that rebuild it), ``generators`` (JSON:
-name -> bit generator state). Groups ``parameters`` (by path) and ``optimizer`` (`Optimizer.state_dict` by name).
+``best_epoch`` (of the validation split where there is one, else of the test split), ``network`` (JSON: the keyword
+arguments that rebuild it), ``generators`` (JSON: name -> bit generator state). Groups ``parameters`` (by path) and
+``optimizer`` (`Optimizer.state_dict` by name).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Checkpoint:
     epoch : int
         Number of epochs done.
     best_accuracy, best_epoch : float, int
-        The best test accuracy so far, in [0, 1], and the epoch that reached it.
+        The best accuracy so far, in [0, 1], and the epoch that reached it; of the validation split where there is one,
+        else of the test split.
     generators : dict of str to dict
         States of the random generators, as ``Generator.bit_generator.state`` gives them.
     """

@@ -96,8 +96,12 @@ class TrainConfig:
     dataset: str = DATA("cifar10", str, "Data set.", choices=DATASETS)
     data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
     image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are.", low=1)
-    limit_train: int | None = DATA(None, int, "Use the first N training images; unset: all.", low=1)
-    limit_test: int | None = DATA(None, int, "Use the first N test images; unset: all.", low=1)
+    limit_train: int | None = DATA(None, int, "Use N training images, the first of each class, equally many of each; "
+                                   "unset: all.", low=1)
+    limit_test: int | None = DATA(None, int, "Use N test images, likewise; unset: all.", low=1)
+    validation: int | None = DATA(None, int, "Hold N training images out, equally many of each class, drawn by the "
+                                  "seed, and choose best.h5 by them; unset: none, the test images choose it.",
+                                  low=1)
     crop: bool = DATA(True, bool, "Random crops of the padded training images.")
     flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).")
 

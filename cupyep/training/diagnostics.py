@@ -110,7 +110,8 @@ def check_gradient(config: TrainConfig, report: Callable[[str], None] = print) -
         Takes the lines that say what is going on.
     """
     require(config.aug != "kd", "cupyep check knows --aug none and le; kd needs a teacher")
-    dataset = build_dataset(dataclasses.replace(config, limit_train=config.batch_size, limit_test=1))
+    dataset = build_dataset(dataclasses.replace(config, limit_test=1))
+    dataset = dataclasses.replace(dataset, train=dataset.train.take(min(config.batch_size, len(dataset.train))))
     network = build_network(config, dataset, get_device(config.device))
     batch = next(iter(Loader(dataset, "train", config.batch_size, network.device, network.dtype)))
     signals = build_signals(config, network, dataset, None)

@@ -90,8 +90,17 @@ def resume_run(
     return trainer
 
 
-def evaluate_run(path: str | Path, which: str, given: Mapping[str, Any], quiet: bool = False) -> list[str]:
-    """Measure the test split with the checkpoint `which` ("best" or "last") of the run in `path`.
+def evaluate_run(
+    path: str | Path, which: str, given: Mapping[str, Any], quiet: bool = False, split: str = "test"
+) -> list[str]:
+    """Measure a split with the checkpoint `which` ("best" or "last") of the run in `path`.
+
+    Parameters
+    ----------
+    given : mapping
+        Options that differ from the run's.
+    split : {"test", "validation", "train"}
+        The images are not augmented, the training images neither.
 
     Returns
     -------
@@ -103,20 +112,20 @@ def evaluate_run(path: str | Path, which: str, given: Mapping[str, Any], quiet: 
     config = dataclasses.replace(directory.config, aug="none", teacher=None, learned_maps=False, **given)
     dataset = build_dataset(config)
     network = build_network(config, dataset, get_device(config.device))
-    learner, test = (
-        build_learner(config, network, [], np.random.default_rng(config.seed)),
-        evaluation_batches(config, dataset, network),
-    )
+    learner = build_learner(config, network, [], np.random.default_rng(config.seed))
+    batches = evaluation_batches(config, dataset, network, split)
     check_same_network(directory.path / CHECKPOINT_FILES[which], saved, network)
     own = {name: array for name, array in saved.parameters.items() if not name.startswith("signals.")}
     restore_parameters(directory.path / CHECKPOINT_FILES[which], own, network.parameters(), network.device)
-    loss, accuracy = evaluate(learner, test, quiet=quiet)
+    loss, accuracy = evaluate(learner, batches, f"{split} images", quiet)
+    chosen = f"best, chosen by {'test' if dataset.validation is None else 'validation'} accuracy"
     lines = [
-        f"{config.arch} on the {len(dataset.test)} test images of {config.dataset}, epoch {saved.epoch} ({which})",
-        f"test accuracy {accuracy:.2%}, loss {loss:.4f}",
+        f"{config.arch} on the {len(batches.split)} {split} images of {config.dataset}, epoch {saved.epoch} "
+        f"({chosen if which == 'best' else which})",
+        f"{split} accuracy {accuracy:.2%}, loss {loss:.4f}",
     ]
     if network.classes >= 100:
-        lines[1] += f", top-5 accuracy {top_k_accuracy(learner, test, 5):.2%}"
+        lines[1] += f", top-5 accuracy {top_k_accuracy(learner, batches, 5):.2%}"
     return lines
 
 
@@ -157,7 +166,8 @@ def _teacher(
 def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:
     size = "x".join(map(str, dataset.image_shape))
     count = sum(p.size for p in network.parameters().values())
+    held = f", {len(dataset.validation)} validation" if dataset.validation else ""
     return (
         f"{config.arch}, {count:,} parameters, {config.algorithm}, signals {config.aug}; "
-        f"{config.dataset} {size}, {len(dataset.train)} training and {len(dataset.test)} test images"
+        f"{config.dataset} {size}, {len(dataset.train)} training{held} and {len(dataset.test)} test images"
     )

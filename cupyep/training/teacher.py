@@ -31,6 +31,7 @@ SHARED = (
     "image_size",
     "limit_train",
     "limit_test",
+    "validation",
     "crop",
     "flip",
     "batch_size",
@@ -98,7 +99,7 @@ def export_logits(
     batch_size: int = 256,
     quiet: bool = False,
 ) -> dict[str, float]:
-    """Write a teacher file: the logits of every image of both splits, in every view that the data set allows.
+    """Write a teacher file: the logits of every training and test image, in every view that the data set allows.
 
     Parameters
     ----------
@@ -128,13 +129,14 @@ def export_logits(
     bar = tqdm(total=total, desc="exporting logits", unit=" images", leave=False, disable=True if quiet else None)
     with bar, TeacherWriter(path, dataset=dataset, teacher=teacher, views=views) as writer:
         for split in ("train", "test"):
-            loader = Loader(dataset, split, batch_size, device, np.float32)
+            loader, start = Loader(dataset, split, batch_size, device, np.float32), 0
             for batch in loader:
                 for view in views:
                     images = batch.images if view == "identity" else batch.images[:, :, ::-1]
                     logits = loader.device.to_numpy(predict(images))
-                    writer.write(split, view, int(batch.index[0]), logits)
+                    writer.write(split, view, start, logits)
                     bar.update(len(logits))
+                start += len(batch)
     return writer.accuracy
 
 

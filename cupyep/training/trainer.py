@@ -31,6 +31,9 @@ class TrainSummary:
     test_accuracy, test_loss : float
         After the last epoch; the accuracy in [0, 1].
     best_accuracy, best_epoch : float, int
+        Of the validation images where there are some, else of the test images.
+    best_split : {"validation", "test"}
+        Which of the two.
     elapsed_s : float
         All epochs together, those before a resume included.
     path : Path or None
@@ -41,13 +44,14 @@ class TrainSummary:
     test_loss: float
     best_accuracy: float
     best_epoch: int
+    best_split: str
     elapsed_s: float
     path: Path | None
 
     def __str__(self) -> str:
         text = (
-            f"test accuracy {self.test_accuracy:.2%} (best {self.best_accuracy:.2%} in epoch {self.best_epoch}), "
-            f"{self.elapsed_s / 60:.1f} minutes"
+            f"test accuracy {self.test_accuracy:.2%} (best.h5: epoch {self.best_epoch}, chosen by {self.best_split} "
+            f"accuracy {self.best_accuracy:.2%}), {self.elapsed_s / 60:.1f} minutes"
         )
         return text if self.path is None else f"{text}, run directory {self.path}"
 
@@ -81,6 +85,8 @@ class Trainer:
         Over ``learner.parameters()``.
     train, test : Loader
         The training batches (shuffled, augmented) and the test batches.
+    validation : Loader, optional
+        Batches of samples held out of training: the best epoch is chosen by them, and by the test batches without.
     epochs : int
         At least 1.
     lr_schedule : {"constant", "cosine", "step"}
@@ -108,6 +114,7 @@ class Trainer:
         train: Any,
         test: Any,
         *,
+        validation: Any = None,
         epochs: int,
         lr_schedule: str = "constant",
         directory: RunDirectory | None = None,
@@ -121,6 +128,8 @@ class Trainer:
         self.optimizer = optimizer
         self.train = train
         self.test = test
+        self.validation = validation
+        self.best_split = "test" if validation is None else "validation"
         self.epochs = epochs
         self.schedule = LR_SCHEDULES[lr_schedule]
         self.directory = directory
@@ -145,18 +154,18 @@ class Trainer:
         record: dict[str, Any] = {}
         for epoch in range(self.epochs_done + 1, self.epochs + 1):
             record = self._run_epoch(epoch)
-            is_best = record["test_accuracy"] > self.best_accuracy
+            accuracy = record[f"{self.best_split}_accuracy"]
+            is_best = accuracy > self.best_accuracy
             if is_best:
-                self.best_accuracy, self.best_epoch = record["test_accuracy"], epoch
+                self.best_accuracy, self.best_epoch = accuracy, epoch
             self.epochs_done = epoch
             if self.directory is not None:
                 self.directory.commit(record, self._checkpoint(), is_best)
             if not self.quiet:
                 self.report(_epoch_line(record, self.epochs))
         path = None if self.directory is None else self.directory.path
-        return TrainSummary(
-            record["test_accuracy"], record["test_loss"], self.best_accuracy, self.best_epoch, self.elapsed_s, path
-        )
+        best = (self.best_accuracy, self.best_epoch, self.best_split)
+        return TrainSummary(record["test_accuracy"], record["test_loss"], *best, self.elapsed_s, path)
 
     def check_unfinished(self) -> None:
         """Raise `ConfigurationError` if no epoch is left to do."""
@@ -207,22 +216,32 @@ class Trainer:
         settings = {"learning_rate": self._rates(factor), "kappa": _one_or_list(s.kappa for s in self.learner.signals)}
         means, count = self._train_epoch(epoch)
         train_s = time.monotonic() - begin
-        test_loss, test_accuracy = evaluate(self.learner, self.test, f"epoch {epoch} testing", self.quiet)
-        if not math.isfinite(test_loss):
-            raise DivergenceError(f"the test loss is not finite after epoch {epoch}; lower --learning-rate")
+        held_out = self._evaluate(epoch)
         self.elapsed_s += time.monotonic() - begin
         return {
             "epoch": epoch,
             "train_loss": means.pop("loss"),
             "train_accuracy": means.pop("accuracy"),
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **held_out,
             **settings,
             "images_per_s": count / train_s,
             "elapsed_s": self.elapsed_s,
             "peak_memory_bytes": self.network.device.peak_memory_bytes(),
             **means,
         }
+
+    def _evaluate(self, epoch: int) -> dict[str, float | None]:
+        """Return loss and accuracy of the validation and the test batches; None where there are none."""
+        record: dict[str, float | None] = {}
+        for split, batches in (("validation", self.validation), ("test", self.test)):
+            if batches is None:
+                record |= {f"{split}_loss": None, f"{split}_accuracy": None}
+                continue
+            loss, accuracy = evaluate(self.learner, batches, f"epoch {epoch} {split}", self.quiet)
+            if not math.isfinite(loss):
+                raise DivergenceError(f"the {split} loss is not finite after epoch {epoch}; lower --learning-rate")
+            record |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
+        return record
 
     def _set_progress(self, progress: float) -> float:
         """Set kappa for `progress` in [0, 1) and return the factor of the learning rates."""
@@ -269,13 +288,11 @@ def _bar_text(means: dict[str, Any]) -> str:
 
 
 def _epoch_line(record: dict[str, Any], epochs: int) -> str:
-    residual = "" if record["free_residual"] is None else f"  residual {record['free_residual']:.1e}"
-    return (
-        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  "
-        f"train loss {record['train_loss']:.4f}  acc {record['train_accuracy']:6.2%}  "
-        f"test loss {record['test_loss']:.4f}  acc {record['test_accuracy']:6.2%}"
-        f"{residual}  {record['images_per_s']:.0f} images/s"
-    )
+    splits = [split for split in ("train", "validation", "test") if record[f"{split}_loss"] is not None]
+    losses = [f"{s} loss {record[f'{s}_loss']:.4f}  acc {record[f'{s}_accuracy']:6.2%}" for s in splits]
+    residual = [] if record["free_residual"] is None else [f"residual {record['free_residual']:.1e}"]
+    number = f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"
+    return "  ".join([number, *losses, *residual, f"{record['images_per_s']:.0f} images/s"])
 
 
 def _one_or_list(values: Iterable[float]) -> float | list[float] | None:

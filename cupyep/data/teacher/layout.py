@@ -1,4 +1,8 @@
-"""What writer and reader of a teacher file agree on."""
+"""What writer and reader of a teacher file agree on.
+
+Row n of a split belongs to sample n of the data set in canonical order, unless the group holds ``index`` (N,): then row
+i belongs to sample ``index[i]``, increasing. A file made from some samples only has one.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ class TeacherFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._memory: dict[str, np.ndarray] = {}
+        self._index: dict[str, np.ndarray] = {}  # canonical index of each row, where that is not the row's number
         if not self.path.is_file():
             raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
         with self._disk():
@@ -97,6 +98,8 @@ class TeacherFile:
         self._check(labels.ndim == 1 and labels.dtype.kind in "iu", f"{name}/labels is not a list of integers; {AGAIN}")
         shape = (len(self.views), len(labels), len(self.classes))
         self._check_values(logits, f"{name}/logits", shape)
+        if "index" in self._file[name]:
+            self._index[name] = self._read_index(name, len(labels))
         accuracy = self._file[name].attrs.get("accuracy")
         self._check(
             isinstance(accuracy, np.floating) and 0 <= accuracy <= 1,
@@ -126,6 +129,14 @@ class TeacherFile:
             f"{name} has shape {array.shape}, expected {shape} (views, labels, classes); {AGAIN}",
         )
 
+    def _read_index(self, name: str, count: int) -> np.ndarray:
+        array = self._array(f"{name}/index")
+        fits = array.shape == (count,) and array.dtype.kind in "iu"
+        index = array[...].astype(np.int64) if fits else np.zeros(0, np.int64)
+        fits = fits and bool((index >= 0).all() and (np.diff(index) > 0).all())
+        self._check(fits, f"{name}/index is not {count} increasing numbers from 0 on; {AGAIN}")
+        return index
+
     def check(self, dataset: Dataset) -> None:
         """Raise `TeacherError` unless the file is a finite teacher of just these samples, in this order."""
         remedy = f"make one for {dataset.name} with tools/export_teacher_logits.py"
@@ -147,21 +158,31 @@ class TeacherFile:
             self._check(a == b, f"calls class {i} '{a}', data set {dataset.name} calls it '{b}'; {remedy}")
 
     def _check_labels(self, dataset: Dataset, name: str, remedy: str) -> None:
-        split, labels = dataset.split(name), self._file[f"{name}/labels"]
+        split, labels = dataset.split(name), self._file[f"{name}/labels"][...]
+        rows, found = self._find(name, split.index)
+        covered = self._index.get(name, np.arange(len(labels)))
         self._check(
-            len(split) <= len(labels) <= split.total,
+            bool(found.all()) and len(covered) > 0 and covered[-1] < split.total,
             f"covers {len(labels)} {name} samples of data set {dataset.name}, which has {split.total} "
-            f"and of which {len(split)} are used; {remedy}",
+            f"and of which {len(split)} are used, {int((~found).sum())} of these not in the file; {remedy}",
         )
-        wrong = np.flatnonzero(labels[: len(split)] != split.labels)
+        wrong = np.flatnonzero(labels[rows] != split.labels)
         if wrong.size:
             first = int(wrong[0])
             self._check(
                 False,
                 f"{wrong.size} of {len(split)} {name} labels disagree with data set {dataset.name} (first: sample "
-                f"{first} has {labels[first]}, not {split.labels[first]}); it was made from other data or in another "
-                f"order, {remedy}",
+                f"{split.index[first]} has {labels[rows[first]]}, not {split.labels[first]}); it was made from other "
+                f"data or in another order, {remedy}",
             )
+
+    def _find(self, name: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of the samples with the canonical `index`, and which of them the file has at all."""
+        known, count = self._index.get(name), self.count(name)
+        if known is None:
+            return index, (index >= 0) & (index < count)
+        rows = np.searchsorted(known, index).clip(0, count - 1)
+        return rows, known[rows] == index
 
     def _check_finite(self, name: str) -> None:
         logits = self._file[f"{name}/logits"]
@@ -216,17 +237,19 @@ class TeacherFile:
     def _rows(
         self, array: h5py.Dataset | np.ndarray, name: str, index: np.ndarray, view: np.ndarray | int
     ) -> np.ndarray:
-        index = np.asarray(index)
+        split, index = name.partition("/")[0], np.asarray(index)
         view = np.broadcast_to(view, index.shape)
-        count = array.shape[1]
+        places, found = self._find(split, index)
+        covered = self._index.get(split, [0, array.shape[1] - 1])
         self._check(
-            bool(((index >= 0) & (index < count)).all()), f"{name} covers samples 0..{count - 1}, others are asked for"
+            bool(found.all()),
+            f"{name} covers {array.shape[1]} of the samples {covered[0]}..{covered[-1]}, others are asked for",
         )
         values = np.empty((len(index), *array.shape[2:]), np.float32)
         for code in np.unique(view):
             here = view == code
             # HDF5 wants increasing rows without repetition; the inverse scatters them back.
-            rows, inverse = np.unique(index[here], return_inverse=True)
+            rows, inverse = np.unique(places[here], return_inverse=True)
             with self._disk():
                 values[here] = array[self._place_of_view(int(code)), rows][inverse]
         return values

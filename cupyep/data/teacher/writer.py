@@ -85,6 +85,8 @@ class TeacherWriter:
             group = self._file.create_group(name)
             rows = (len(self.views), len(split))
             group["labels"] = split.labels
+            if split.index[-1] >= len(split):  # else row n is sample n
+                group["index"] = split.index
             group.create_dataset("logits", (*rows, self._classes), dtype)
             for layer, shape in self.features.items():
                 group.create_dataset(f"features/{layer}", (*rows, *shape), dtype)
@@ -106,7 +108,7 @@ class TeacherWriter:
         logits: np.ndarray,
         features: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Store a batch: row i belongs to sample ``start + i``.
+        """Store a batch: row i belongs to sample ``start + i`` of the data set's split.
 
         Parameters
         ----------
