@@ -18,7 +18,7 @@ from cupyep.data.teacher import TeacherFile
 from cupyep.dynamics import Nudge
 from cupyep.errors import ConfigurationError, choose, require
 from cupyep.heads import Head, LossTerm
-from cupyep.losses import get_loss, one_hot
+from cupyep.losses import SquaredError, get_loss, one_hot
 
 ANNEALINGS = ("constant", "cosine")
 
@@ -33,7 +33,7 @@ class _LayerTerm(LossTerm):
     def loss(self, state, target):
         return self.augmenter.loss(self.layer, state, target)
 
-    def add_force(self, state, target, scale, force):
+    def add_force(self, state, target, scale, force, scratch=None):
         gradient = self.augmenter.gradient(self.layer, state, target)
         force += scale.reshape(-1, *[1] * (force.ndim - 1)) * gradient
 
@@ -274,18 +274,14 @@ class FeatureDistillation(Augmenter):
                 f"teacher feature '{name}' has shape {tuple(available[name])}, layer {layer} has {tuple(shape)}; "
                 "unweighted distillation needs equal shapes"
             )
-        return super().make_term(layer, shape)
+        head = Head(layer, shape, SquaredError(), identity=True)
+        head.initialize(np.random.default_rng(0), 1.0, self.device, self.dtype)
+        return head
 
     def target(self, layer, batch):
         _require_index(batch)
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
         return self.device.asarray(feature.astype(self.dtype))
-
-    def loss(self, layer, state, target):
-        return 0.5 * ((state - target) ** 2).reshape(len(state), -1).sum(axis=1)
-
-    def gradient(self, layer, state, target):
-        return state - target
 
 
 def _require_index(batch: Batch) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import array_module
-from cupyep.backend.device import Device
+from cupyep.backend.cuda import address
+from cupyep.backend.device import Device, add_gemm, gemm
 from cupyep.errors import require
-from cupyep.kernels.buffers import Buffers
+from cupyep.kernels import cuda_head
 from cupyep.kernels.columns import output_size
-from cupyep.kernels.pooling import average_pool, average_scatter
+from cupyep.kernels.cuda_head import CudaHeadOps
+from cupyep.kernels.head import HeadOps
 from cupyep.losses import CrossEntropy, SquaredError
 
 
@@ -31,7 +33,11 @@ class LossTerm:
         """Return the loss a sample, shape (B,), of `state` (B, *shape)."""
         raise NotImplementedError
 
-    def add_force(self, state: Any, target: Any, scale: Any, force: Any) -> None:
+    def scratch_size(self, samples: int) -> int:
+        """Return the elements of scratch that `add_force` wants for a batch."""
+        return 0
+
+    def add_force(self, state: Any, target: Any, scale: Any, force: Any, scratch: Any = None) -> None:
         """Add ``scale * dloss/dstate`` to `force`.
 
         Parameters
@@ -40,8 +46,18 @@ class LossTerm:
         target : array with B rows, or None
         scale : array of shape (B,)
             ``-beta * kappa`` of each sample.
+        scratch : array of shape (scratch_size(B),), optional
+            Of the type of `force`; what it needs is allocated otherwise.
         """
         raise NotImplementedError
+
+    def capture_key(self) -> tuple[Any, ...] | None:
+        """Return all that `add_force` depends on besides its arguments: settings, and addresses of arrays.
+
+        Two calls with equal keys must do the same operations on the same arrays: then they may be captured in a CUDA
+        graph and replayed without calling `add_force` again. None forbids it.
+        """
+        return None
 
     def parameters(self) -> dict[str, Any]:
         """Return learned parameters by name; empty for a fixed map."""
@@ -104,11 +120,16 @@ class Head(LossTerm):
             self.inner_shape = self.shape
         self.weight: Any = None
         self.bias: Any = None
-        self._buffers: Buffers | None = None
+        self._dtype: Any = None
+        self._ops: HeadOps = HeadOps()
+        self._needs_back = False
 
     def initialize(self, generator: np.random.Generator, gain: float, device: Device, dtype: Any) -> None:
         """Draw the map; see Notes of the class."""
-        self._buffers = Buffers(device.xp, dtype)
+        self._dtype = np.dtype(dtype)
+        self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
+        if device.is_gpu:
+            self._ops = CudaHeadOps(device.launcher(cuda_head.SOURCE))
         if self.identity:
             return
         dim = math.prod(self.inner_shape)
@@ -118,48 +139,68 @@ class Head(LossTerm):
         if self.has_bias:
             self.bias = device.asarray(np.zeros(self.classes, dtype))
 
-    def _flat(self, state: Any) -> Any:
+    def scratch_size(self, samples: int) -> int:
+        dim = math.prod(self.inner_shape)
+        outputs = dim if self.identity else self.classes
+        return samples * (outputs + 1 + (dim if self._needs_back else 0))
+
+    def _parts(self, state: Any, scratch: Any) -> tuple[Any, Any, Any]:
+        """Return scratch for the outputs z, one column, and the pooled state or the force on it (flat; maybe empty)."""
+        samples = len(state)
+        if scratch is None:
+            scratch = array_module(state).empty(self.scratch_size(samples), self._dtype)
+        width = math.prod(self.inner_shape) if self.identity else self.classes
+        end = samples * width
+        back = scratch[end + samples : self.scratch_size(samples)]
+        return scratch[:end].reshape(samples, width), scratch[end : end + samples].reshape(samples, 1), back
+
+    def _flat(self, state: Any, back: Any) -> Any:
+        """Return the (pooled) state as rows."""
         if self.pool:
-            pooled = self._buffers.get("pooled", (len(state), *self.inner_shape), state.dtype)
-            average_pool(state, self.pool, pooled)
+            pooled = back.reshape(len(state), *self.inner_shape)
+            self._ops.pool(state, self.pool, pooled)
             state = pooled
         return state.reshape(len(state), -1)
 
     def output(self, state: Any) -> Any:
-        """Return z, shape (B, classes): logits, or the state itself for the identity. Valid until the next call."""
-        flat = self._flat(state)
+        """Return z, shape (B, classes): logits, or the state itself for the identity."""
         if self.identity:
-            return flat
-        z = self._buffers.get("z", (len(state), self.classes), state.dtype)
-        array_module(state).matmul(flat, self.weight, out=z)
+            return state.reshape(len(state), -1)
+        z, _, back = self._parts(state, None)
+        gemm(self._flat(state, back), self.weight, out=z)
         if self.bias is not None:
             z += self.bias
         return z
 
     def loss(self, state: Any, target: Any) -> Any:
-        return self.criterion.value(self.output(state), target)
-
-    def _scaled_error(self, state: Any, target: Any, scale: Any) -> Any:
         z = self.output(state)
-        error = self._buffers.get("error", z.shape, state.dtype)
-        column = self._buffers.get("column", (len(state), 1), state.dtype)
-        self.criterion.gradient(z, target, error, column)
-        error *= scale[:, None]
-        return error
+        return self.criterion.value(z, target.reshape(z.shape))
 
-    def add_force(self, state: Any, target: Any, scale: Any, force: Any) -> None:
-        error = self._scaled_error(state, target, scale)
+    def _scaled_error(self, state: Any, target: Any, scale: Any, parts: tuple[Any, Any, Any]) -> Any:
+        z, column, back = parts
+        if self.identity:
+            z[...] = state.reshape(z.shape)
+        else:
+            gemm(self._flat(state, back), self.weight, out=z)
+        self._ops.scaled_error(self.criterion, z, self.bias, target.reshape(z.shape), scale, column)
+        return z
+
+    def add_force(self, state: Any, target: Any, scale: Any, force: Any, scratch: Any = None) -> None:
+        parts = self._parts(state, scratch)
+        error, back = self._scaled_error(state, target, scale, parts), parts[2]
         if self.identity:
             force += error.reshape(force.shape)
-            return
-        back = self._buffers.get("back", (len(state), math.prod(self.inner_shape)), state.dtype)
-        array_module(state).matmul(error, self.weight.T, out=back)
-        back = back.reshape(len(state), *self.inner_shape)
-        if self.pool:
-            spread = self._buffers.get("spread", force.shape, state.dtype)
-            average_scatter(back, self.pool, spread)
-            back = spread
-        force += back
+        elif self.pool:
+            rows = back.reshape(len(state), -1)
+            gemm(error, self.weight.T, out=rows)
+            self._ops.add_spread(rows.reshape(-1, *self.inner_shape), self.pool, force)
+        else:
+            rows = force.reshape(len(state), -1)
+            add_gemm(error, self.weight.T, rows, back.reshape(rows.shape) if self._needs_back else None)
+
+    def capture_key(self) -> tuple[Any, ...]:
+        arrays = [None if array is None else address(array) for array in (self.weight, self.bias)]
+        return (id(self), self.criterion.name, self.criterion.temperature, *arrays)
 
     def parameters(self) -> dict[str, Any]:
         if not self.learned:
@@ -167,8 +208,10 @@ class Head(LossTerm):
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
     def add_parameter_gradient(self, state: Any, target: Any, scale: Any, gradients: dict[str, Any]) -> None:
-        error = self._scaled_error(state, target, scale)
-        gradients["weight"] += self._flat(state).T @ error
+        parts = self._parts(state, None)
+        error = self._scaled_error(state, target, scale, parts)
+        flat = parts[2].reshape(len(state), -1) if self.pool else state.reshape(len(state), -1)
+        add_gemm(flat.T, error, gradients["weight"], array_module(state).empty_like(self.weight))
         if self.bias is not None:
             gradients["bias"] += error.sum(axis=0)
 

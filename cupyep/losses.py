@@ -75,6 +75,7 @@ class SquaredError:
     """``1/2 |z - target|^2``, summed over classes."""
 
     name = "squared_error"
+    temperature = 1.0
 
     def value(self, z: Any, target: Any) -> Any:
         """Return the loss a sample, shape (N,)."""

@@ -66,7 +66,15 @@ def _update_instances():
     return names
 
 
-_INSTANCES = {"conv.cu": _conv_instances, "update.cu": _update_instances}
+def _head_instances():
+    names = [instance("scaled_error", [t, loss]) for t in ("float", "double") for loss in (0, 1)]
+    for t in WIDTHS:
+        number = "double" if t == "double" else "float"
+        names += [instance("window_means", [t, number, vec]) for vec in _widths(t)]
+    return names + [instance("add_spread", [t, vec]) for t in ("float", "double") for vec in _widths(t)]
+
+
+_INSTANCES = {"conv.cu": _conv_instances, "update.cu": _update_instances, "head.cu": _head_instances}
 
 
 def compiler() -> str | None:

@@ -70,6 +70,7 @@ class _Namespace:
 
     def __init__(self, module):
         self._module = module
+        self.__name__ = "strict"
 
     def __getattr__(self, name):
         if name in ("lib", "stride_tricks"):
@@ -167,7 +168,7 @@ class StrictDevice(Device):
 
     def __init__(self):
         # Not a GPU: kernels written in CUDA would be chosen for one, and they cannot run here.
-        self.name, self.reason, self.is_gpu, self.xp = "strict", "", False, XP
+        self.name, self.reason, self.is_gpu, self.adds_products, self.xp = "strict", "", False, False, XP
 
     def to_numpy(self, array):
         return XP.asnumpy(array)

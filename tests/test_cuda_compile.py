@@ -12,9 +12,9 @@ import pytest
 from cuda_cpu import instances
 
 from cupyep.backend.cuda import source_text
-from cupyep.kernels import cuda_conv, cuda_update
+from cupyep.kernels import cuda_conv, cuda_head, cuda_update
 
-SOURCES = {"conv.cu": cuda_conv.SOURCE, "update.cu": cuda_update.SOURCE}
+SOURCES = {"conv.cu": cuda_conv.SOURCE, "update.cu": cuda_update.SOURCE, "head.cu": cuda_head.SOURCE}
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,8 @@ class Device:
     xp : module
         ``numpy`` or ``cupy``.
     is_gpu : bool
+    adds_products : bool
+        Whether `add_gemm` needs no scratch.
     reason : str
         Why this device was chosen (for ``auto``), otherwise empty.
     """
@@ -84,7 +86,7 @@ class Device:
     def __init__(self, name: str, reason: str = ""):
         self.name = name
         self.reason = reason
-        self.is_gpu = name != "cpu"
+        self.is_gpu = self.adds_products = name != "cpu"
         self._launchers: dict[Path, Launcher] = {}
         if self.is_gpu:
             cupy, why_not = _import_cupy()
@@ -176,6 +178,17 @@ def _cublas(index: int) -> Cublas:
 def gemm(a: Any, b: Any, out: Any) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here."""
     xp = array_module(a)
-    if getattr(xp, "__name__", "") == "cupy":
+    if xp.__name__ == "cupy":
         return _cublas(a.device.id).gemm(a, b, out)
     return xp.matmul(a, b, out=out)
+
+
+def add_gemm(a: Any, b: Any, out: Any, scratch: Any) -> Any:
+    """Add the matrix product ``a @ b`` to `out`.
+
+    `scratch`, an array like `out`, takes the product where `Device.adds_products` is false; elsewhere it may be None.
+    """
+    if array_module(a).__name__ == "cupy":
+        return _cublas(a.device.id).gemm(a, b, out, accumulate=True)
+    out += gemm(a, b, out=scratch)
+    return out

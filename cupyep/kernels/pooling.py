@@ -95,3 +95,10 @@ def average_scatter(s: Any, p: int, out: Any) -> None:
     for _, view in _windows(out, p):
         xp.multiply(s, share, out=view)
     _clear_remainder(out, p)
+
+
+def add_average_scatter(s: Any, p: int, out: Any) -> None:
+    """Add to `out` (n, H, W, C) what `average_scatter` would write; `s` is overwritten by a unit's share."""
+    s *= s.dtype.type(1 / p**2)
+    for _, view in _windows(out, p):
+        view += s

@@ -1,0 +1,52 @@
+"""Launch code of ``head.cu``: the operations of `HeadOps` as one CUDA kernel each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.kernels.head import HeadOps
+from cupyep.kernels.launch import map_grid, type_name, vector_width
+
+SOURCE = Path(__file__).with_name("head.cu")
+LOSSES = {"cross_entropy": 0, "squared_error": 1}  # enum Loss
+THREADS = 32
+
+
+class CudaHeadOps(HeadOps):
+    """`HeadOps` through the kernels of ``head.cu``.
+
+    Parameters
+    ----------
+    launcher : Launcher
+        Of `SOURCE`.
+    """
+
+    def __init__(self, launcher: Any):
+        self.launcher = launcher
+
+    def scaled_error(self, loss, z, bias, target, scale, column):
+        self.launcher.launch(
+            "scaled_error",
+            [type_name(z.dtype), LOSSES[loss.name]],
+            (len(z), 1, 1),
+            (THREADS, 1, 1),
+            (z, bias, target, scale, z.dtype.type(loss.temperature), np.int32(z.shape[1])),
+        )
+
+    def pool(self, s, p, out):
+        height, width, channels = out.shape[1:]
+        vec = vector_width(channels, s, out)
+        grid, block = map_grid(width * (channels // vec), height, len(s))
+        sizes = (*s.shape[1:3], height, width, channels // vec, p)
+        types = [type_name(s.dtype), type_name(out.dtype), vec]
+        self.launcher.launch("window_means", types, grid, block, (s, out, *map(np.int32, sizes)))
+
+    def add_spread(self, s, p, force):
+        height, width, channels = s.shape[1:]
+        vec = vector_width(channels, s, force)
+        grid, block = map_grid(width * p * (channels // vec), height * p, len(s))
+        sizes = (*force.shape[1:3], height, width, channels // vec, p)
+        self.launcher.launch("add_spread", [type_name(s.dtype), vec], grid, block, (s, force, *map(np.int32, sizes)))

@@ -1,0 +1,109 @@
+// The array operations of heads; the NumPy reference is head.py.
+//
+// Outputs are small (a row of classes a sample), so that what counts is one launch instead of ten. Arithmetic is in the
+// type of the outputs, float or double.
+
+#include "common.cuh"
+
+enum Loss { CROSS_ENTROPY = 0, SQUARED_ERROR = 1 };
+
+enum { THREADS = 32 };  // of a block of `scaled_error`
+
+// The largest value, or the sum, of all threads of a block, in a fixed order; all of them must take part.
+template <typename A, bool LARGEST> __device__ __forceinline__ A over_block(A value)
+{
+    __shared__ A values[THREADS];
+    const int thread = threadIdx.x;
+    values[thread] = value;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if (thread < half) {
+            const A other = values[thread + half];
+            if (!LARGEST)
+                values[thread] += other;
+            else if (other > values[thread])
+                values[thread] = other;
+        }
+        __syncthreads();
+    }
+    const A result = values[0];
+    __syncthreads();
+    return result;
+}
+
+// z <- scale * dL/dz at z + bias, one block a row. Cross-entropy: T (softmax(z / T) - target), T the temperature.
+template <typename A, int LOSS>
+__global__ void scaled_error(
+    A* z, const A* __restrict__ bias, const A* __restrict__ target, const A* __restrict__ scale, A temperature,
+    int classes)
+{
+    z += size_t(blockIdx.x) * classes;
+    target += size_t(blockIdx.x) * classes;
+    const A factor = scale[blockIdx.x];
+    if (LOSS == SQUARED_ERROR) {
+        for (int c = threadIdx.x; c < classes; c += THREADS)
+            z[c] = factor * (z[c] + (bias == nullptr ? A(0) : bias[c]) - target[c]);
+        return;
+    }
+    const A inverse = A(1) / temperature;
+    A largest = A(-3e38);  // a thread without classes must not win
+    for (int c = threadIdx.x; c < classes; c += THREADS) {
+        z[c] = (z[c] + (bias == nullptr ? A(0) : bias[c])) * inverse;
+        if (z[c] > largest) largest = z[c];
+    }
+    largest = over_block<A, true>(largest);
+    A sum = 0;
+    for (int c = threadIdx.x; c < classes; c += THREADS) {
+        z[c] = exp(z[c] - largest);
+        sum += z[c];
+    }
+    sum = over_block<A, false>(sum);
+    for (int c = threadIdx.x; c < classes; c += THREADS)
+        z[c] = factor * temperature * (z[c] / sum - target[c]);
+}
+
+// out (n, height, width, C) = means over the p x p windows of s (n, map_height, map_width, C), C = groups * VEC.
+template <typename S, typename A, int VEC>
+__global__ void window_means(
+    const S* __restrict__ s, A* __restrict__ out, int map_height, int map_width, int height, int width, int groups,
+    int p)
+{
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= width * groups) return;
+    const int y = blockIdx.y, x = item / groups, group = item - x * groups, right = groups * VEC;
+    const size_t sample = blockIdx.z;
+    s += ((sample * map_height + y * p) * map_width + x * p) * right + group * VEC;
+    Pack<A, VEC> mean;
+    mean.clear();
+    for (int dy = 0; dy < p; ++dy) {
+        for (int dx = 0; dx < p; ++dx) {
+            Pack<S, VEC> unit;
+            unit.load(s + (size_t(dy) * map_width + dx) * right);
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) mean.values[i] += widen(unit.values[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) mean.values[i] *= A(1) / A(p * p);
+    mean.store(out + ((sample * height + y) * width + x) * right + group * VEC);
+}
+
+// force (n, map_height, map_width, C) += adjoint of `window_means` of s (n, height, width, C). One thread a pack of the
+// windows' units; those outside of all windows have no thread.
+template <typename A, int VEC>
+__global__ void add_spread(
+    const A* __restrict__ s, A* __restrict__ force, int map_height, int map_width, int height, int width, int groups,
+    int p)
+{
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= width * p * groups) return;
+    const int y = blockIdx.y, x = item / groups, group = item - x * groups, right = groups * VEC;
+    const size_t sample = blockIdx.z;
+    force += ((sample * map_height + y) * map_width + x) * right + group * VEC;
+    Pack<A, VEC> share, sum;
+    share.load(s + ((sample * height + y / p) * width + x / p) * right + group * VEC);
+    sum.load(force);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) sum.values[i] += share.values[i] * (A(1) / A(p * p));
+    sum.store(force);
+}

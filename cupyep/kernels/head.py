@@ -1,0 +1,40 @@
+"""The array operations of a head: the error of its outputs, pooling of its state, spreading of its force.
+
+`HeadOps` is plain array code for NumPy and CuPy alike, and the reference; ``head.cu`` does the same in one kernel each
+(`cupyep.kernels.cuda_head`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupyep.kernels.pooling import add_average_scatter, average_pool
+
+
+class HeadOps:
+    """Operations without allocation. Arrays are C-contiguous and of one floating type."""
+
+    def scaled_error(self, loss: Any, z: Any, bias: Any, target: Any, scale: Any, column: Any) -> None:
+        """Overwrite outputs `z` by ``scale * dL/dz`` at ``z + bias``.
+
+        Parameters
+        ----------
+        loss : CrossEntropy or SquaredError
+        z, target : arrays of shape (B, classes)
+        bias : array of shape (classes,), or None
+        scale : array of shape (B,)
+        column : array of shape (B, 1)
+            Scratch.
+        """
+        if bias is not None:
+            z += bias
+        loss.gradient(z, target, z, column)
+        z *= scale[:, None]
+
+    def pool(self, s: Any, p: int, out: Any) -> None:
+        """Write the means over ``p x p`` windows of `s` (B, H, W, C) into `out` (B, H // p, W // p, C)."""
+        average_pool(s, p, out)
+
+    def add_spread(self, s: Any, p: int, force: Any) -> None:
+        """Add the adjoint of `pool` at `s` (B, H // p, W // p, C) to `force` (B, H, W, C); `s` is overwritten."""
+        add_average_scatter(s, p, force)
