@@ -15,6 +15,7 @@ from cupyep.errors import (
     DataError,
     DeviceError,
     DivergenceError,
+    GraphWarning,
     TeacherError,
 )
 from cupyep.heads import Head, LossTerm
@@ -59,6 +60,7 @@ __all__ = [
     "Energy",
     "EquilibriumPropagation",
     "FeatureDistillation",
+    "GraphWarning",
     "Head",
     "Linear",
     "Loader",

@@ -110,9 +110,16 @@ class _System:
         for term, weight, target in nudges:
             scale = device.asarray((-weight * beta).astype(workspace.buffers.dtype))
             self._nudges.setdefault(term.layer, []).append((term, self._tiled(target), scale))
+        self.term_scratch = self._term_scratch()
 
     def _tiled(self, array: Any) -> Any:
         return array if array is None or self.phases == 1 else self.xp.concatenate([array] * self.phases)
+
+    def _term_scratch(self) -> Any:
+        """Return scratch for one term at a time: that of the updates, where it is large enough."""
+        batch = self.workspace.batch
+        needed = max((term.scratch_size(batch) for terms in self._nudges.values() for term, *_ in terms), default=0)
+        return self.scratch if needed <= self.scratch.size else self.workspace.buffers.get("term scratch", (needed,))
 
     def host(self, array: Any) -> np.ndarray:
         return self.device.to_numpy(array)
@@ -128,7 +135,7 @@ class _System:
         force = self.force[n - 1]
         force[...] = 0
         for term, target, scale in terms:
-            term.add_force(s, target, scale, force)
+            term.add_force(s, target, scale, force, self.term_scratch)
         return force
 
     def _moving(self) -> list[Any]:

@@ -38,6 +38,10 @@ class ConvergenceWarning(UserWarning):
     """A settle phase ended above its tolerance; the message names the layer and the knob to turn."""
 
 
+class GraphWarning(UserWarning):
+    """Work could not be captured in a CUDA graph; it is done by plain launches, slower and with the same results."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or ``""``."""
     close = difflib.get_close_matches(name, list(known), n=1)

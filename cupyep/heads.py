@@ -146,13 +146,14 @@ class Head(LossTerm):
 
     def _parts(self, state: Any, scratch: Any) -> tuple[Any, Any, Any]:
         """Return scratch for the outputs z, one column, and the pooled state or the force on it (flat; maybe empty)."""
-        samples = len(state)
+        samples, dim = len(state), math.prod(self.inner_shape)
         if scratch is None:
             scratch = array_module(state).empty(self.scratch_size(samples), self._dtype)
-        width = math.prod(self.inner_shape) if self.identity else self.classes
-        end = samples * width
-        back = scratch[end + samples : self.scratch_size(samples)]
-        return scratch[:end].reshape(samples, width), scratch[end : end + samples].reshape(samples, 1), back
+        width = dim if self.identity else self.classes
+        start = samples * dim if self._needs_back else 0
+        end = start + samples * width
+        z, column = scratch[start:end], scratch[end : end + samples]
+        return z.reshape(samples, width), column.reshape(samples, 1), scratch[:start]
 
     def _flat(self, state: Any, back: Any) -> Any:
         """Return the (pooled) state as rows."""

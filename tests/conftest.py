@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 from data_files import cifar_binary_files, random_arrays, shrink_source, write_files
+from fake_gpu import fake_gpu  # noqa: F401
 
 from cupyep import get_device, gpu_status
 from cupyep.cli import main

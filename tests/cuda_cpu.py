@@ -141,6 +141,10 @@ class ShimLauncher:
         self.launched: list[str] = []
 
     def launch(self, kernel, type_arguments, grid, block, arguments):
+        self.prepared(kernel, type_arguments, grid, block, arguments)()
+
+    def prepared(self, kernel, type_arguments, grid, block, arguments):
+        """Return a function that does the launch, as often as it is called."""
         name = instance(kernel, type_arguments)
         assert max(grid[1:]) <= 65535, f"no GPU has a grid of {grid}"
         assert block[0] <= 1024, f"no GPU has a block of {block}"
@@ -148,8 +152,12 @@ class ShimLauncher:
         values = [self._value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         size = (ctypes.c_uint * 4)(*grid, block[0])
-        assert self.compiled.shim_launch(name.encode(), size, pointers) == 0, f"{name} is not among the instances"
-        self.launched.append(name)
+
+        def launch():
+            assert self.compiled.shim_launch(name.encode(), size, pointers) == 0, f"{name} is not among the instances"
+            self.launched.append(name)
+
+        return launch
 
     @staticmethod
     def _value(argument):

@@ -5,11 +5,14 @@ functions of its namespace `XP`; a NumPy function applied to one, an operation o
 `no_host_reads`) an implicit read by the host, as in ``if a:``, ``float(a)``, ``a.item()``, raises, where CuPy would
 raise too or silently wait for the GPU. The crossings are those of a device: ``asarray`` and ``to_numpy``. Scalars of
 Python and NumPy mix freely, as they do with CuPy.
+
+While a `Tape` records, as a stream does that is being captured, operations are noted down and not done.
 """
 
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -33,6 +36,62 @@ def no_host_reads():
         _host_reads_allowed[0] = True
 
 
+class RefusedWhileRecording(RuntimeError):
+    """What a captured stream cannot do, or what a replay would not repeat."""
+
+
+class Tape:
+    """Operations on the memory of arrays, to be done later, as often as one likes.
+
+    Attributes
+    ----------
+    touched : list of ndarray
+        Every operand that an operation reads or writes, as a view of its memory.
+    """
+
+    current = None  # the one that records
+
+    def __init__(self):
+        self.operations, self.touched = [], []
+
+    def __enter__(self):
+        assert Tape.current is None
+        Tape.current = self
+
+    def __exit__(self, *error):
+        Tape.current = None
+
+    def play(self):
+        for operation in self.operations:
+            operation()
+
+
+def do(operation, *operands):
+    """Do what a device does: now, or where a tape records, later."""
+    if Tape.current is None:
+        operation()
+        return
+    Tape.current.operations.append(operation)
+    Tape.current.touched += [array for array in operands if isinstance(array, np.ndarray)]
+
+
+VIEWS = {"reshape", "transpose", "ravel", "view", "as_strided"}
+
+
+def _recorded(function, args, kwargs):
+    """Note a call down; views are made at once, as they are no work of the device's. A new array has no memory yet."""
+    name = getattr(function, "__name__", str(function))
+    if name in VIEWS:
+        result = function(*args, **kwargs)
+        if result.size and not np.may_share_memory(result, args[0]):
+            raise RefusedWhileRecording(f"'{name}' would allocate a copy while a graph is captured")
+        return result
+    if kwargs.get("out") is None and name != "copyto":
+        raise RefusedWhileRecording(f"'{name}' would allocate its result while a graph is captured")
+    do(lambda: function(*args, **kwargs), *args, *kwargs.values())
+    return kwargs.get("out")
+
+
 def _unwrap(value):
     """Return the NumPy arrays in device arrays, inside containers too; a host array among them raises."""
     if isinstance(value, DeviceArray):
@@ -52,7 +111,8 @@ def _wrap(value):
 
 
 def _call(function, *args, **kwargs):
-    result = function(*_unwrap(args), **_unwrap(kwargs))
+    given = _unwrap(args), _unwrap(kwargs)
+    result = function(*given[0], **given[1]) if Tape.current is None else _recorded(function, *given)
     return _wrap(result) if kwargs.get("out") is None else kwargs["out"]
 
 
@@ -82,11 +142,18 @@ class _Namespace:
 
     def asarray(self, array, dtype=None):
         """The crossing from the host."""
+        _refuse_while_recording("a transfer")
         return DeviceArray(np.array(array._host if isinstance(array, DeviceArray) else array, dtype=dtype))
 
     def asnumpy(self, array):
         """The crossing to the host."""
+        _refuse_while_recording("a transfer")
         return np.array(array._host if isinstance(array, DeviceArray) else array)
+
+
+def _refuse_while_recording(what):
+    if Tape.current is not None:
+        raise RefusedWhileRecording(f"{what} while a graph is captured")
 
 
 XP = _Namespace(np)
@@ -118,10 +185,26 @@ class DeviceArray:
         return len(self._host)
 
     def __getitem__(self, key):
-        return _wrap(self._host[_unwrap(key)])
+        result = self._host[_unwrap(key)]
+        if Tape.current is not None and np.size(result) and not np.may_share_memory(result, self._host):
+            _refuse_while_recording("indexing that copies")
+        return _wrap(result)
 
     def __setitem__(self, key, value):
-        self._host[_unwrap(key)] = _unwrap(value)
+        key, value = _unwrap(key), _unwrap(value)
+        do(lambda: self._host.__setitem__(key, value), self._host, value)
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self._host.ctypes.data)
+
+    @property
+    def flags(self):
+        return self._host.flags
+
+    @property
+    def device(self):
+        return SimpleNamespace(id=0)
 
 
 def _attribute(name):
@@ -134,7 +217,8 @@ def _method(name):
 
 def _in_place(name):
     def method(self, other):
-        getattr(self._host, name)(_unwrap(other))
+        other = _unwrap(other)
+        do(lambda: getattr(self._host, name)(other), self._host, other)
         return self
 
     return method
@@ -144,12 +228,13 @@ def _read(name):
     def method(self, *args):
         if not _host_reads_allowed[0]:
             raise MixedDevices("the host reads a device array where it must not wait for the device")
+        _refuse_while_recording("the host reads a device array")
         return getattr(self._host, name)(*args)
 
     return method
 
 
-for _name in ("shape", "dtype", "ndim", "size", "nbytes", "strides", "T"):
+for _name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "T"):
     setattr(DeviceArray, _name, _attribute(_name))
 for _name in ("sum", "mean", "max", "min", "argmax", "astype", "copy", "reshape", "transpose", "ravel", "view", "clip"):
     setattr(DeviceArray, _name, _method(_name))
@@ -167,8 +252,8 @@ class StrictDevice(Device):
     """A device on which only `DeviceArray` lives."""
 
     def __init__(self):
-        # Not a GPU: kernels written in CUDA would be chosen for one, and they cannot run here.
-        self.name, self.reason, self.is_gpu, self.adds_products, self.xp = "strict", "", False, False, XP
+        super().__init__("cpu")  # not a GPU: kernels written in CUDA would be chosen for one
+        self.name, self.xp = "strict", XP
 
     def to_numpy(self, array):
         return XP.asnumpy(array)

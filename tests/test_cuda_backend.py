@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cuda_cpu import SHIM, compiler
+from fake_gpu import FakeCublas
 
 from cupyep.backend import cuda
 from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher, instance, kernel_argument, source_text
@@ -117,55 +118,6 @@ def test_name_of_an_instance():
 
 
 # --- Cublas --------------------------------------------------------------------------------------------------------
-
-ELEMENTS = {0: np.float32, 1: np.float64, 2: np.float16}
-
-
-def element_type(code):
-    return ELEMENTS[code] if code != 14 else pytest.importorskip("ml_dtypes").bfloat16
-
-
-def column_major(address, code, rows, columns, leading):
-    """Return the matrix (rows, columns) at an address, element (i, j) at i + j * leading, as a writable view."""
-    assert leading >= max(rows, 1)
-    dtype = np.dtype(element_type(code))
-    count = (columns - 1) * leading + rows
-    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    flat = np.frombuffer(memory, dtype)
-    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
-
-
-class FakeCublas:
-    """The column-major product of cuBLAS in NumPy, and a record of everything else that it is told."""
-
-    def __init__(self):
-        self.calls = []
-
-    def create(self):
-        self.calls.append(("create",))
-        return "handle"
-
-    def set_math_mode(self, handle, mode):
-        self.calls.append(("math mode", handle, mode))
-
-    def set_stream(self, handle, stream):
-        self.calls.append(("stream", handle, stream))
-
-    def set_workspace(self, handle, pointer, nbytes):
-        self.calls.append(("workspace", handle, pointer, nbytes))
-
-    def gemm_ex(self, handle, transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc,
-                compute):  # fmt: skip
-        left = column_major(a, a_type, k, m, lda).T if transa else column_major(a, a_type, m, k, lda)
-        right = column_major(b, b_type, n, k, ldb).T if transb else column_major(b, b_type, k, n, ldb)
-        out = column_major(c, c_type, m, n, ldc)
-        number = np.float64 if compute == 70 else np.float32
-        assert isinstance(alpha, ctypes.c_double if compute == 70 else ctypes.c_float)
-        product = alpha.value * (left.astype(number) @ right.astype(number))
-        if beta.value:
-            product += beta.value * out.astype(number)
-        out[...] = product
-        self.calls.append(("gemm", handle, (a_type, b_type, c_type), compute))
 
 
 class Stream:

@@ -58,6 +58,37 @@ def test_force_is_the_scaled_gradient_and_is_added(device, rng, loss, pool, temp
         assert not gradient[:, 4:].any()
 
 
+@pytest.mark.parametrize("kind", ["plain", "pooled", "identity"])
+def test_scratch_given_is_enough_and_its_content_does_not_matter(device, rng, kind):
+    loss = "squared_error" if kind == "identity" else "cross_entropy"
+    head = Head(1, SHAPE, get_loss(loss), 4, identity=kind == "identity", pool=2 if kind == "pooled" else None)
+    head.initialize(rng, 1.0, device, np.float64)
+    s = device.asarray(rng.uniform(0, 1, (3, *SHAPE)))
+    target = device.asarray(rng.uniform(0, 1, (3, *SHAPE) if kind == "identity" else (3, 4)))
+    scale, size = device.asarray(np.array([0.5, -2.0, 1.0])), head.scratch_size(3)
+    guarded = device.xp.full(size + 8, np.nan)
+    forces = [device.xp.zeros(s.shape) for _ in range(2)]
+    head.add_force(s, target, scale, forces[0])
+    head.add_force(s, target, scale, forces[1], guarded[:size])
+    np.testing.assert_array_equal(device.to_numpy(forces[1]), device.to_numpy(forces[0]))
+    assert np.isnan(device.to_numpy(guarded)[size:]).all()
+    assert np.isfinite(device.to_numpy(forces[0])).all()
+
+
+def test_capture_key_tells_what_the_force_depends_on(device):
+    """Another map, another place of the map or another temperature is another key; a term of one's own has none."""
+    keys = [make(device, temperature=t).capture_key() for t in (1.0, 2.0)]
+    head = make(device)
+    keys += [head.capture_key()]
+    assert head.capture_key() == keys[-1]
+    head.weight = head.weight.copy()
+    keys += [head.capture_key()]
+    head.criterion.temperature = 3.0
+    keys += [head.capture_key()]
+    assert len(set(keys)) == 5
+    assert LossTerm().capture_key() is None
+
+
 @pytest.mark.parametrize(("loss", "pool", "temperature", "bias"), CASES)
 def test_parameter_gradient(device, rng, loss, pool, temperature, bias):
     head = make(device, loss, pool=pool, bias=bias, temperature=temperature)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
+from cupyep.backend.graphs import GraphCapture, graphs_wanted
 from cupyep.errors import ConfigurationError, DeviceError
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
@@ -79,6 +81,8 @@ class Device:
     is_gpu : bool
     adds_products : bool
         Whether `add_gemm` needs no scratch.
+    graphs : GraphCapture or None
+        None on the CPU, and on a GPU where ``CUPYEP_GRAPHS=0``.
     reason : str
         Why this device was chosen (for ``auto``), otherwise empty.
     """
@@ -87,6 +91,7 @@ class Device:
         self.name = name
         self.reason = reason
         self.is_gpu = self.adds_products = name != "cpu"
+        self.graphs: GraphCapture | None = None
         self._launchers: dict[Path, Launcher] = {}
         if self.is_gpu:
             cupy, why_not = _import_cupy()
@@ -98,6 +103,8 @@ class Device:
                 raise DeviceError(f"device '{name}' does not exist: this machine has {count} CUDA device(s)")
             cupy.cuda.Device(self.index).use()
             self.xp = cupy
+            if graphs_wanted():
+                self.graphs = GraphCapture(cupy, self.index)
         else:
             self.xp = np
 
@@ -166,7 +173,8 @@ def get_device(device: str | Device = "auto") -> Device:
 
 
 @functools.cache
-def _cublas(index: int) -> Cublas:
+def _cublas_of(index: int, thread: int) -> Cublas:
+    """Return the handle of one thread on one device: a handle has one stream at a time."""
     cupy, reason = _import_cupy()
     if cupy is None:
         raise DeviceError(reason)
@@ -175,11 +183,15 @@ def _cublas(index: int) -> Cublas:
         return Cublas(CublasLibrary(major), cupy, lambda: cupy.cuda.get_current_stream().ptr)
 
 
+def _cublas(array: Any) -> Cublas:
+    return _cublas_of(array.device.id, threading.get_ident())
+
+
 def gemm(a: Any, b: Any, out: Any) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here."""
     xp = array_module(a)
     if xp.__name__ == "cupy":
-        return _cublas(a.device.id).gemm(a, b, out)
+        return _cublas(a).gemm(a, b, out)
     return xp.matmul(a, b, out=out)
 
 
@@ -189,6 +201,6 @@ def add_gemm(a: Any, b: Any, out: Any, scratch: Any) -> Any:
     `scratch`, an array like `out`, takes the product where `Device.adds_products` is false; elsewhere it may be None.
     """
     if array_module(a).__name__ == "cupy":
-        return _cublas(a.device.id).gemm(a, b, out, accumulate=True)
+        return _cublas(a).gemm(a, b, out, accumulate=True)
     out += gemm(a, b, out=scratch)
     return out
