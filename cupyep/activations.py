@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import array_module
-from cupyep.errors import choose
+from cupyep.errors import ConfigurationError, choose
 
 
 class Activation:
-    """Base class: an increasing function of the total drive g.
+    """Base class: a function of the total drive g, increasing where an energy is wanted.
 
     Attributes
     ----------
@@ -168,6 +168,50 @@ class Tanh(Activation):
         return self.center * s + self.height / self.rate * bulk
 
 
+class Gelu(Activation):
+    """``sigma(g) = g (1 + tanh(u)) / 2``, ``u = sqrt(2 / pi) (g + 0.044715 g^3)``: Gaussian error linear unit, by its
+    usual approximation (Hendrycks & Gimpel, arXiv 1606.08415).
+
+    Not increasing below -0.75, so that no energy has it as its rest point: `potential` raises. States settle and EP's
+    gradient is right all the same, for it needs symmetric connections and a slope, not an inverse.
+    """
+
+    RATE, CUBE = math.sqrt(2 / math.pi), 0.044715
+
+    name = "gelu"
+    low = -0.17004075057125
+
+    def _tanh(self, g):
+        return array_module(g).tanh(self.RATE * (g + self.CUBE * g**3))
+
+    def value(self, g, out):
+        array_module(g).multiply(0.5 * g, 1 + self._tanh(g), out=out)
+
+    def slope(self, g, out):
+        t = self._tanh(g)
+        steepness = self.RATE * (1 + 3 * self.CUBE * g * g)
+        array_module(g).add(0.5 * (1 + t), 0.5 * g * (1 - t * t) * steepness, out=out)
+
+    def rest_offset(self, g, s, out):
+        out[...] = g
+
+    def increment(self, offset, s, dg, scratch):
+        # With T' = T + dT the increment is (dg (1 + T) + (g + dg) dT) / 2, and dT as for the smooth clip.
+        xp, g = array_module(dg), offset
+        t = self._tanh(g)
+        du = xp.tanh(self.RATE * dg * (1 + self.CUBE * (3 * g * (g + dg) + dg * dg)))
+        xp.add(1, t * du, out=scratch)
+        xp.maximum(scratch, np.finfo(scratch.dtype).eps, out=scratch)
+        change = du * (1 - t * t) / scratch
+        xp.multiply(g + dg, change, out=scratch)
+        dg *= 1 + t
+        dg += scratch
+        dg *= 0.5
+
+    def potential(self, s):
+        raise ConfigurationError("gelu is not increasing, so no energy belongs to it; use another activation")
+
+
 ACTIVATIONS = {
     activation.name: activation
     for activation in (
@@ -177,13 +221,14 @@ ACTIVATIONS = {
         Clip("relu", 1.0, 0.0, math.inf),
         Tanh("sigmoid", 0.5, 0.5, 2.0),
         Tanh("tanh", 0.0, 1.0, 1.0),
+        Gelu(),
     )
 }
 
 
 def get_activation(activation: str | Activation) -> Activation:
     """Return the activation of the given name: ``hard_sigmoid`` clip(g, 0, 1), ``half_hard_sigmoid`` clip(g / 2, 0, 1)
-    (Laborieux et al. 2021), ``relu6``, ``relu``, ``sigmoid`` (logistic of 4 g - 2) or ``tanh``.
+    (Laborieux et al. 2021), ``relu6``, ``relu``, ``gelu``, ``sigmoid`` (logistic of 4 g - 2) or ``tanh``.
 
     Raises
     ------

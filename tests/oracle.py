@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 
 def conv(x, w, stride=1, padding=0):
@@ -107,6 +108,7 @@ SIGMA = {
     "relu": lambda g: np.maximum(g, 0),
     "sigmoid": lambda g: 1 / (1 + np.exp(2 - 4 * g)),
     "tanh": np.tanh,
+    "gelu": lambda g: g * expit(2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)),
     "identity": lambda g: g,
 }
 

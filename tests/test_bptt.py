@@ -48,7 +48,7 @@ def test_gradients_with_signals(device, pooling, signal, feedback):
     assert_gradients(net, signals_of(signal))
 
 
-@pytest.mark.parametrize("activation", ["hard_sigmoid", "half_hard_sigmoid", "relu6", "relu", "tanh"])
+@pytest.mark.parametrize("activation", ["hard_sigmoid", "half_hard_sigmoid", "relu6", "relu", "tanh", "gelu"])
 @pytest.mark.parametrize("kind", ["conv", "dense"])
 def test_gradients_with_activations(device, kind, activation):
     """In a clip some units are cut off: their slope is zero."""

@@ -121,7 +121,7 @@ def test_error_orders_with_every_loss_and_edge(device, kind, loss, feedback):
     assert_orders(net, batch_of(net), signals_of("le"))
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "gelu"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
 @pytest.mark.parametrize("signal", ["le", "kd"])
 def test_error_orders_of_signal_losses(device, signal, loss, activation):
@@ -182,7 +182,7 @@ def test_tangent_is_the_gradient_itself(device, signal, feedback, schedule):
     assert max(found.values()) < 1e-10, found
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu6"])
+@pytest.mark.parametrize("activation", ["tanh", "relu6", "gelu"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
 @pytest.mark.parametrize("kind", ["conv", "dense"])
 def test_tangent_with_every_loss_and_edge(device, kind, loss, activation):
