@@ -30,6 +30,7 @@ ORDER = [
     "models",
     "training",
     "recipes",
+    "experiments",
     "cli",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import check, evaluate, info, train
+from cupyep.cli import check, evaluate, info, reproduce, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -27,5 +27,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train.train, evaluate.evaluate, check.check, info.info):
+for command in (train.train, evaluate.evaluate, check.check, reproduce.reproduce, info.info):
     main.add_command(command)

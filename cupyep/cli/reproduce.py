@@ -1,0 +1,77 @@
+"""`cupyep reproduce`: an experiment from its settings to its report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from cupyep.cli.shared import Names
+from cupyep.errors import require
+from cupyep.experiments import EXPERIMENTS, SCALES, find, load_results, write_report
+from cupyep.experiments import reproduce as run_experiment
+from cupyep.experiments.figures import pyplot
+
+EXAMPLES = """\b
+Examples:
+  cupyep reproduce --list                          what there is
+  cupyep reproduce signals                         minutes on two cores
+  cupyep reproduce signals --max-minutes 10        ten of them; the same command goes on later
+  cupyep reproduce vgg7-kd-cifar10 --scale full    the paper's size, hours on a GPU
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("name", required=False, type=Names("experiment", tuple(EXPERIMENTS)), metavar="[NAME]")
+@click.option("--list", "show_list", is_flag=True, help="Show the experiments.")
+@click.option(
+    "--scale",
+    type=Names("--scale", SCALES),
+    default="small",
+    show_default=True,
+    help="small: narrow networks and few images, minutes on two cores; full: the paper's size, hours on a GPU.",
+)
+@click.option("--seeds", type=click.IntRange(1), help="Number of seeds.  [default: the experiment's]")
+@click.option(
+    "--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop after that; go on by the same command."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Report folder.  [default: reports/NAME-SCALE]")
+@click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("--report-only", is_flag=True, help="Measure nothing; write the report anew from results.json.")
+@click.option("--quiet", is_flag=True, help="No line an epoch.")
+def reproduce(
+    name: str | None,
+    show_list: bool,
+    scale: str,
+    seeds: int | None,
+    max_minutes: float | None,
+    out: Path | None,
+    data_dir: str | None,
+    device: str | None,
+    report_only: bool,
+    quiet: bool,
+) -> None:
+    """Run an experiment and write its report.
+
+    The report folder holds REPORT.md (claim, setting, table beside the published figures, verdict), figures,
+    results.json and, per cell of the table, what lets the same command go on where it was stopped.
+    """
+    if show_list:
+        for experiment in EXPERIMENTS.values():
+            click.echo(f"{experiment.name:<20} {experiment.title}")
+        return
+    require(name is not None, "reproduce what? give the NAME of an experiment; --list shows them")
+    experiment, folder = find(name), out or Path("reports") / f"{name}-{scale}"
+    pyplot()  # said before hours of measuring
+    if not report_only:
+        place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}
+        command = shlex.join(
+            ["cupyep", "reproduce", name, "--scale", scale, *([] if seeds is None else ["--seeds", str(seeds)])]
+        )
+        run_experiment(experiment, folder, scale, seeds, max_minutes, place, command, quiet, click.echo)
+    results, about = load_results(experiment, folder)
+    path = write_report(experiment, results, about, folder)
+    click.echo(experiment.verdict(results) if results.complete else "open: not every cell is measured yet")
+    click.echo(f"report: {path}")

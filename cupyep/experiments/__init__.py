@@ -1,0 +1,33 @@
+"""The paper's experiments and this project's own, each run by one command: ``cupyep reproduce NAME``."""
+
+from __future__ import annotations
+
+from cupyep.errors import choose
+from cupyep.experiments.design import SCALES, Experiment, Results
+from cupyep.experiments.feedback import ACTIVATIONS, FEEDBACK
+from cupyep.experiments.nudges import FIDELITY, NUDGE
+from cupyep.experiments.report import write_report
+from cupyep.experiments.running import load_results, reproduce
+from cupyep.experiments.signals import BASELINE, KAPPA, PLACEMENT, SIGNALS, VANISHING
+
+__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Results", "find", "load_results", "reproduce", "write_report"]
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        BASELINE,
+        VANISHING,
+        SIGNALS,
+        PLACEMENT,
+        KAPPA,
+        ACTIVATIONS,
+        FEEDBACK,
+        NUDGE,
+        FIDELITY,
+    )
+}
+
+
+def find(name: str) -> Experiment:
+    """Return the experiment of that name; `ConfigurationError` with the nearest name if there is none."""
+    return EXPERIMENTS[choose("experiment", name, EXPERIMENTS)]

@@ -1,0 +1,56 @@
+"""Gradients looked at: EP against BPTT and BP, on a network as it is or as a training left it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from cupyep.data import Batch, Loader
+from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
+from cupyep.learning.check import compare
+from cupyep.network import Network
+from cupyep.training.build import build_dataset
+from cupyep.training.config import TrainConfig
+
+PROBE_IMAGES = 32
+
+
+def first_images(config: TrainConfig, network: Network) -> Batch:
+    """Return the first training images, as they are."""
+    dataset = build_dataset(dataclasses.replace(config, limit_test=1))
+    return next(iter(Loader(dataset, "train", PROBE_IMAGES, network.device, network.dtype)))
+
+
+def cosines(network: Network, config: TrainConfig) -> dict[str, Any]:
+    """Return `gradient_cosines` on the first training images; nothing for an algorithm other than EP."""
+    if config.algorithm != "ep":
+        return {}
+    return gradient_cosines(network, first_images(config, network), config)
+
+
+def gradient_cosines(network: Network, batch: Batch, config: TrainConfig) -> dict[str, list[float | None]]:
+    """Return the cosines of EP's weight gradients with BPTT's, from the same free state, and with BP's, a layer each.
+
+    EP as `config` says. BPTT is unrolled long enough for an error to cross the network twice.
+    """
+    phases = {"free_steps": config.free_steps, "schedule": config.schedule}
+    ep = EquilibriumPropagation(
+        network, config.beta, nudged_steps=config.nudged_steps, scheme=config.scheme, nudge=config.nudge, **phases
+    )
+    bptt = BackpropagationThroughTime(network, unrolled_steps=4 * network.depth, **phases)
+    free = ep.settle_free(batch).copy()
+    estimate = ep.step_from(batch, free).gradients
+    estimate = {path: network.device.to_numpy(g).copy() for path, g in estimate.items() if path.endswith(".weight")}
+    truths = {"bptt": bptt.step_from(batch, free), "bp": Backpropagation(network).step(batch)}
+    return {
+        name: [
+            _finite(compare(gradient, network.device.to_numpy(truth.gradients[path]))["cosine"])
+            for path, gradient in estimate.items()
+        ]
+        for name, truth in truths.items()
+    }
+
+
+def _finite(number: float) -> float | None:
+    return float(f"{number:.5g}") if math.isfinite(number) else None

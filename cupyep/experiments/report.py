@@ -1,0 +1,99 @@
+"""REPORT.md and its figures, made from results.json and from nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cupyep.experiments.design import Column, Experiment, Results, Row
+from cupyep.experiments.figures import save
+from cupyep.training.checkpoint import replacing
+
+REPORT = "REPORT.md"
+OPEN = "open"
+
+
+def write_report(experiment: Experiment, results: Results, about: Mapping[str, Any], out: str | Path) -> Path:
+    """Write REPORT.md and the figures into `out` and return the path of REPORT.md.
+
+    Parameters
+    ----------
+    about : mapping
+        The entries of results.json besides the cells.
+    """
+    folder = Path(out)
+    for name, draw in experiment.figures.items():
+        if results.cells:
+            save(draw(results), folder / name)
+    path = folder / REPORT
+    with replacing(path) as temporary:
+        temporary.write_text(report_text(experiment, results, about), encoding="utf-8")
+    return path
+
+
+def report_text(experiment: Experiment, results: Results, about: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    scale, failed = about["scale"], _failures(results)
+    verdict = experiment.verdict(results) if results.complete else "Open: not every cell is measured yet."
+    parts = [
+        f"# {experiment.name}: {experiment.title}",
+        f"**Claim.** {experiment.claim}",
+        f"**Setting ({scale}).** {experiment.setting[scale]}",
+        table(experiment, results),
+        f"**Verdict.** {verdict}",
+        "\n\n".join(f"![{name}]({name}.png)" for name in experiment.figures) if results.cells else "",
+        "\n".join(["Runs that ended early:", "", *failed]) if failed else "",
+        experiment.remarks,
+        _circumstances(results, about),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def table(experiment: Experiment, results: Results) -> str:
+    """Return the table of all rows: mean and standard deviation over the seeds, published figures beside them."""
+    columns = list(experiment.columns)
+    published = any(row.published for row in results.rows)
+    heads = ["", *(column.title for column in columns), *(["published"] if published else [])]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row in results.rows:
+        cells = [_mean_and_deviation(results, row, column) for column in columns]
+        if published:
+            cells.append(_published(row))
+        lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_and_deviation(results: Results, row: Row, column: Column) -> str:
+    values = results.values(row.key, column.value)
+    if not len(values):
+        return "failed" if any("failed" in cell for cell in results.of(row.key)) else OPEN
+    mean = format(float(values.mean()), column.form)
+    return mean if len(values) < 2 else f"{mean} ± {format(float(values.std(ddof=1)), column.form)}"
+
+
+def _published(row: Row) -> str:
+    figures = ", ".join(f"{value:g} ({title})" for title, value in row.published.items())
+    return f"{figures}, {row.source}" if figures else "-"
+
+
+def _failures(results: Results) -> list[str]:
+    return [
+        f"- {row.label}, seed {cell['options']['seed']}: {cell['failed']}"
+        for row in results.rows
+        for cell in results.of(row.key)
+        if "failed" in cell
+    ]
+
+
+def _circumstances(results: Results, about: Mapping[str, Any]) -> str:
+    system = about.get("system", {})
+    minutes = math.fsum(cell["minutes"] for cell in results.cells.values())
+    where = system.get("gpu", "") if not system.get("gpu", "none").startswith("none") else "CPU"
+    versions = f"cupyep {system.get('cupyep')}, NumPy {system.get('numpy')}, Python {system.get('python')}"
+    return (
+        f"---\n\nMade by `{about.get('command', '')}` on {about.get('date', '')}; {where}, {minutes:.0f} minutes of "
+        f"training and measuring in all ({system.get('threads', '')}); {versions}. ± is the standard deviation over "
+        f"{results.seeds} seeds. All figures are in results.json."
+    )

@@ -1,0 +1,167 @@
+"""Runs the cells of an experiment, one after the other, and keeps each as soon as it is measured.
+
+A report folder holds ``cells/ROW-seedK.json`` for every measured cell and ``work/ROW-seedK`` (run directories, probes)
+for those that go on later. Whoever runs the same command again measures what is missing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cupyep.errors import CheckpointError, DivergenceError, require
+from cupyep.experiments.design import SCALES, Cell, Experiment, OutOfTime, Results, cell_name
+from cupyep.training.checkpoint import replacing
+from cupyep.training.diagnostics import system_report
+
+CELLS, WORK, RESULTS = "cells", "work", "results.json"
+
+
+def reproduce(
+    experiment: Experiment,
+    out: str | Path,
+    scale: str = "small",
+    seeds: int | None = None,
+    max_minutes: float | None = None,
+    overrides: dict[str, Any] | None = None,
+    command: str = "",
+    quiet: bool = False,
+    report: Callable[[str], None] = print,
+) -> Results:
+    """Measure every cell that the report folder `out` lacks and write its results.json.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    out : path
+        Report folder; one that another experiment, scale or option has written is refused.
+    scale : {"small", "full"}
+    seeds : int, optional
+        Seeds 0 .. seeds - 1.
+    max_minutes : float, optional
+        Start nothing new after that; long trainings stop after an epoch. What is done is kept.
+    overrides : dict, optional
+        Options for all rows: device, data folder.
+    command : str
+        What repeats this, for the report.
+
+    Returns
+    -------
+    Results
+        Incomplete where the minutes did not suffice.
+
+    Raises
+    ------
+    CupyepError
+        One clear line for whatever stands in the way.
+    """
+    require(scale in SCALES, f"scale must be one of {', '.join(SCALES)} (got '{scale}')")
+    count = experiment.seeds[scale] if seeds is None else seeds
+    require(count >= 1, f"--seeds must be at least 1 (got {count})")
+    folder, rows, begin = Path(out), experiment.rows[scale], time.monotonic()
+    header = {"experiment": experiment.name, "scale": scale}
+    _claim(folder, header)
+
+    def deadline() -> None:
+        if max_minutes is not None and time.monotonic() - begin > 60 * max_minutes:
+            raise OutOfTime
+
+    cells: dict[str, Any] = {}
+    try:
+        for seed in range(count):  # all rows of a seed first: a first answer comes early
+            for row in rows:
+                options = {**experiment.base[scale], **row.options, "seed": seed, **(overrides or {})}
+                place = f"{row.key}-seed{seed}"
+                cell = Cell(row, seed, options, folder / WORK / place, report, quiet, deadline)
+                cells[cell_name(row.key, seed)] = _measured(experiment, cell, folder / CELLS / f"{place}.json")
+    except OutOfTime:
+        report(f"{max_minutes:g} minutes are used up: {len(cells)} of {len(rows) * count} cells are measured")
+    results = Results(rows, cells, count)
+    _write_json(folder / RESULTS, {**header, **_circumstances(command), "seeds": count, "cells": cells})
+    return results
+
+
+def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict[str, Any]]:
+    """Return the results in a report folder, and all that results.json says besides.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none, or they are of another experiment.
+    """
+    path = Path(out) / RESULTS
+    content = _read_json(path)
+    if content.get("experiment") != experiment.name:
+        raise CheckpointError(f"'{path}' is of experiment '{content.get('experiment')}', not '{experiment.name}'")
+    rows = experiment.rows[content["scale"]]
+    known = {cell_name(row.key, seed) for row in rows for seed in range(content["seeds"])}
+    cells = {name: cell for name, cell in content.pop("cells").items() if name in known}
+    return Results(rows, cells, content["seeds"]), content
+
+
+def _claim(folder: Path, header: dict[str, Any]) -> None:
+    """Make the report folder, or check that it is of the same experiment and scale."""
+    path = folder / RESULTS
+    if path.is_file():
+        held = {name: _read_json(path).get(name) for name in header}
+        if held != header:
+            raise CheckpointError(
+                f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
+            )
+        return
+    try:
+        (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write report folder '{folder}': {error.strerror}") from error
+    _write_json(path, {**header, "seeds": 0, "cells": {}})
+
+
+def _measured(experiment: Experiment, cell: Cell, path: Path) -> dict[str, Any]:
+    """Return what the cell measured, from an earlier run with the same options if there is one."""
+    options = json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in ("device", "data_dir")}))
+    if path.is_file():
+        kept = _read_json(path)
+        if kept["options"] == options:
+            return kept
+        raise CheckpointError(f"'{path}' was measured with other options; remove it or give another --out")
+    cell.deadline()
+    cell.report(f"== {experiment.name}: {cell.row.label}, seed {cell.seed}")
+    begin = time.monotonic()
+    try:
+        content = experiment.measure(cell)
+    except DivergenceError as error:  # that a setting fails is a result
+        content = {"failed": str(error)}
+    content = {"options": options, **content}
+    content.setdefault("minutes", (time.monotonic() - begin) / 60)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(path, content)
+    return content
+
+
+def _circumstances(command: str) -> dict[str, Any]:
+    """Return what the figures depend on besides the options."""
+    system = dict(system_report())
+    names = ("cupyep", "python", "device auto", "gpu", "numpy", "blas", "threads")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {"command": command, "date": now.date().isoformat(), "system": {name: system[name] for name in names}}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is damaged ({error}); remove it to measure anew") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{path}' is damaged (no JSON object); remove it to measure anew")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""The commonest measurement: train one network, keep the course of its losses and of its layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cupyep.experiments.design import Cell, Column, Results
+from cupyep.network import Network
+from cupyep.training.checkpoint import replacing
+from cupyep.training.config import TrainConfig, make_config
+from cupyep.training.run_directory import CONFIG, RunDirectory
+from cupyep.training.runs import resume_run, start_run
+
+COURSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+LAYER_COURSES = ("nudge_response", "gradient_norm", "activity")
+PROBES = "probes.json"
+PORTABLE = ("device", "data_dir", "teacher")  # may change when a training goes on
+
+Probe = Callable[[Network, TrainConfig], dict[str, Any]]
+
+
+def train_cell(cell: Cell, probe: Probe | None = None, every_epoch: bool = False) -> dict[str, Any]:
+    """Train the cell's network in its folder, or go on with it there; return its courses.
+
+    Parameters
+    ----------
+    cell : Cell
+    probe : callable, optional
+        Takes the network and the run's configuration and returns plain numbers, texts and lists.
+    every_epoch : bool
+        Probe after every epoch instead of after the last one.
+
+    Returns
+    -------
+    dict
+        ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``: a number an epoch; ``nudge_response``,
+        ``gradient_norm``, ``activity``: a list an epoch with a number a layer; ``minutes``, ``peak_memory_bytes``;
+        ``probes``: what `probe` returned, and the ``epoch``.
+    """
+    trainers: list[Any] = []
+
+    def line(text: str) -> None:
+        if not cell.quiet:
+            cell.report(text)
+        done = trainers[0].epochs_done if trainers else 0  # an epoch's line comes when the epoch is safely kept
+        if done and probe and (every_epoch or done == trainers[0].epochs):
+            config = trainers[0].directory.config
+            _keep_probe(cell.folder, {"epoch": done, **probe(trainers[0].network, config)})
+        if done:
+            cell.deadline()
+
+    if (cell.folder / CONFIG).is_file():
+        given = {name: cell.options[name] for name in PORTABLE if name in cell.options}
+        if _epochs_left(cell.folder):
+            trainers.append(resume_run(cell.folder, given, report=cell.report))
+    else:
+        trainers.append(start_run(make_config(cell.options), cell.folder, report=cell.report))
+    for trainer in trainers:
+        trainer.report = line
+        trainer.run()
+    return _courses(RunDirectory.open(cell.folder).metrics(), _probes(cell.folder))
+
+
+def _epochs_left(folder: Path) -> bool:
+    directory = RunDirectory.open(folder)
+    return len(directory.metrics()) < directory.config.epochs
+
+
+def _courses(records: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dict[str, Any]:
+    last = records[-1]
+    return {
+        **{name: [_short(record[name]) for record in records] for name in COURSES},
+        **{name: [[_short(number) for number in record[name] or []] for record in records] for name in LAYER_COURSES},
+        "free_residual": _short(last["free_residual"]),
+        "minutes": _short(last["elapsed_s"] / 60),
+        "images_per_s": _short(last["images_per_s"]),
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "probes": probes,
+    }
+
+
+def _probes(folder: Path) -> list[dict[str, Any]]:
+    path = folder / PROBES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def _keep_probe(folder: Path, record: dict[str, Any]) -> None:
+    """Add a probe to those kept, in place of those of this epoch and later ones (of a run that went back)."""
+    kept = [probe for probe in _probes(folder) if probe["epoch"] < record["epoch"]]
+    with replacing(folder / PROBES) as temporary:
+        temporary.write_text(json.dumps([*kept, record], allow_nan=False), encoding="utf-8")
+
+
+def _short(number: float | None) -> float | None:
+    return None if number is None else float(f"{number:.5g}")
+
+
+def last(name: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]], float | None]:
+    """Return the function from a cell to `name` after its last epoch, times `scale`; None where it failed."""
+    return lambda cell: None if "failed" in cell else cell[name][-1] * scale
+
+
+def first_layer(name: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """Return the function from a cell to the first layer's `name` after the last epoch, over that of the last layer."""
+
+    def ratio(cell: Mapping[str, Any]) -> float | None:
+        layers = [] if "failed" in cell else cell[name][-1]
+        return layers[0] / layers[-1] if layers and layers[-1] else None
+
+    return ratio
+
+
+TRAIN_LOSS = Column("training loss", last("train_loss"))
+TEST_ACCURACY = Column("test accuracy, %", last("test_accuracy", 100), ".1f")
+MINUTES = Column("minutes", lambda cell: cell["minutes"], ".1f")
+COLUMNS = (TRAIN_LOSS, TEST_ACCURACY, MINUTES)
+
+
+def loss(results: Results, key: str) -> float:
+    """Return the mean training loss of a row in its last epoch, infinite where it failed."""
+    value = results.mean(key, TRAIN_LOSS.value)
+    return math.inf if math.isnan(value) else value
+
+
+def accuracy(results: Results, key: str) -> float:
+    """Return the mean test accuracy of a row after its last epoch in percent, 0 where it failed."""
+    value = results.mean(key, TEST_ACCURACY.value)
+    return 0.0 if math.isnan(value) else value

@@ -1,0 +1,256 @@
+"""Experiments: what is measured is kept, what is missing is measured, what the report says is what was measured."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import cupyep as ep
+from cupyep.cli import main
+from cupyep.errors import CheckpointError, DivergenceError
+from cupyep.experiments import EXPERIMENTS, find, load_results, reproduce, write_report
+from cupyep.experiments.design import Column, Experiment, OutOfTime, Results, Row, cell_name
+from cupyep.experiments.report import report_text, table
+from cupyep.experiments.trained import train_cell
+from cupyep.training.config import make_config
+
+pytest.importorskip("matplotlib")
+
+ROWS = (Row("one", "first row", {"width": 0.5}, {"loss": 1.25}, "a paper"), Row("two", "second row"))
+
+
+def study(measure, rows=ROWS, base=None, **more):
+    fields = {
+        "name": "study",
+        "title": "a study",
+        "claim": "It is so.",
+        "setting": {"small": "little", "full": "much"},
+        "base": {"small": base or {}, "full": {}},
+        "rows": {"small": rows, "full": rows},
+        "seeds": {"small": 2, "full": 1},
+        "measure": measure,
+        "columns": (Column("loss", lambda cell: cell.get("loss"), ".2f"),),
+        "figures": {},
+        "verdict": lambda results: f"mean {results.mean('one', lambda cell: cell.get('loss')):.2f}",
+    }
+    return Experiment(**{**fields, **more})
+
+
+class Measure:
+    """Returns the next of some losses, or raises what stands in its place; remembers its cells."""
+
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
+        self.cells = []
+
+    def __call__(self, cell):
+        self.cells.append((cell.row.key, cell.seed, cell.options))
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return {"loss": outcome, "minutes": 3.0}
+
+
+def silent(text):
+    pass
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_every_row_is_a_valid_run(experiment, scale):
+    rows = experiment.rows[scale]
+    assert len({row.key for row in rows}) == len(rows)
+    for row in rows:
+        assert set(row.key) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_")
+        assert bool(row.published) == bool(row.source)
+        config = make_config({**experiment.base[scale], **row.options})
+        ep.build(config.arch, input_shape=(32, 32, 3), width=0.01, activation=config.activation, device="cpu")
+    assert experiment.seeds[scale] >= 1
+    assert experiment.setting[scale]
+
+
+def test_cells_are_measured_once_seed_by_seed(tmp_path):
+    measure = Measure(1.0, 5.0, 2.0, 6.0)
+    results = reproduce(study(measure, base={"width": 0.25, "arch": "vgg7"}), tmp_path, report=silent)
+    assert [cell[:2] for cell in measure.cells] == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
+    assert measure.cells[0][2] == {"width": 0.5, "arch": "vgg7", "seed": 0}
+    assert measure.cells[3][2] == {"width": 0.25, "arch": "vgg7", "seed": 1}
+    assert results.complete
+    again = Measure()
+    kept = reproduce(study(again, base={"width": 0.25, "arch": "vgg7"}), tmp_path, report=silent)
+    assert again.cells == []
+    np.testing.assert_array_equal(kept.values("one", lambda cell: cell["loss"]), [1.0, 2.0])
+    more = Measure(3.0, 7.0)
+    reproduce(study(more, base={"width": 0.25, "arch": "vgg7"}), tmp_path, seeds=3, report=silent)
+    assert [cell[:2] for cell in more.cells] == [("one", 2), ("two", 2)]
+
+
+def test_a_failed_measurement_keeps_those_before(tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        reproduce(study(Measure(1.0, RuntimeError("power cut"))), tmp_path, report=silent)
+    rest = Measure(5.0, 2.0, 6.0)
+    assert reproduce(study(rest), tmp_path, report=silent).complete
+    assert [cell[:2] for cell in rest.cells] == [("two", 0), ("one", 1), ("two", 1)]
+
+
+def test_time_that_is_up(tmp_path):
+    lines = []
+    results = reproduce(study(Measure(1.0, OutOfTime())), tmp_path, max_minutes=5, report=lines.append)
+    assert not results.complete
+    assert lines[-1] == "5 minutes are used up: 1 of 4 cells are measured"
+    text = report_text(study(Measure()), results, {"scale": "small"})
+    assert "Open: not every cell is measured yet." in text
+    assert "| second row | open | - |" in text
+
+
+def test_divergence_is_a_result(tmp_path):
+    experiment = study(Measure(1.0, DivergenceError("the loss is not finite in epoch 2"), 2.0, 6.0))
+    results = reproduce(experiment, tmp_path, report=silent)
+    text = report_text(experiment, results, {"scale": "small"})
+    assert "- second row, seed 0: the loss is not finite in epoch 2" in text
+    assert "| second row | 6.00 | - |" in text
+
+
+def test_table_by_hand():
+    cells = {"one/0": {"loss": 1.0}, "one/1": {"loss": 2.0}, "two/0": {"failed": "x"}, "two/1": {"failed": "x"}}
+    lines = table(study(None), Results(ROWS, cells, 2)).splitlines()
+    assert lines == [
+        "|  | loss | published |",
+        "| --- | ---: | ---: |",
+        "| first row | 1.50 ± 0.71 | 1.25 (loss), a paper |",
+        "| second row | failed | - |",
+    ]
+
+
+def test_report_is_made_of_results_json(tmp_path):
+    experiment = study(Measure(1.0, 5.0, 2.0, 6.0))
+    reproduce(experiment, tmp_path, command="cupyep reproduce study", report=silent)
+    results, about = load_results(experiment, tmp_path)
+    text = write_report(experiment, results, about, tmp_path).read_text(encoding="utf-8")
+    assert "**Verdict.** mean 1.50" in text
+    assert "Made by `cupyep reproduce study`" in text
+    assert "12 minutes" in text  # four cells of three
+
+
+def test_folders_that_are_not_ours(tmp_path):
+    reproduce(study(Measure(1.0, 5.0, 2.0, 6.0)), tmp_path, report=silent)
+    with pytest.raises(CheckpointError, match=r"holds experiment 'study' at scale 'small'; give another --out"):
+        reproduce(study(Measure()), tmp_path, scale="full", report=silent)
+    with pytest.raises(CheckpointError, match="was measured with other options"):
+        reproduce(study(Measure(), base={"width": 9.0}), tmp_path, report=silent)
+    path = tmp_path / "cells" / "one-seed0.json"
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        reproduce(study(Measure()), tmp_path, report=silent)
+    with pytest.raises(CheckpointError, match="is of experiment 'study', not 'signals'"):
+        load_results(find("signals"), tmp_path)
+
+
+DIGITS = {
+    "dataset": "digits",
+    "image_size": 16,
+    "arch": "vgg5",
+    "width": 0.02,
+    "limit_train": 64,
+    "limit_test": 20,
+    "epochs": 2,
+    "batch_size": 32,
+}
+
+
+def test_a_training_that_was_stopped_goes_on(tmp_path, digits_free_stop):
+    straight = reproduce(study(train_cell, ROWS[1:], DIGITS), tmp_path / "a", seeds=1, report=silent)
+    stopped = reproduce(
+        study(digits_free_stop, ROWS[1:], DIGITS), tmp_path / "b", seeds=1, max_minutes=1e9, report=silent
+    )
+    assert not stopped.complete
+    resumed = reproduce(study(train_cell, ROWS[1:], DIGITS), tmp_path / "b", seeds=1, report=silent)
+    one, two = (r.cells[cell_name("two", 0)] for r in (straight, resumed))
+    for name in ("train_loss", "test_loss", "test_accuracy", "nudge_response", "gradient_norm"):
+        assert one[name] == two[name]
+    assert len(one["train_loss"]) == 2
+    assert len(one["nudge_response"][0]) == 4
+
+
+@pytest.fixture
+def digits_free_stop():
+    """A training whose time is up after its first epoch."""
+
+    def measure(cell):
+        def deadline():
+            raise OutOfTime
+
+        return train_cell(dataclasses.replace(cell, deadline=deadline))
+
+    return measure
+
+
+def test_probes_are_kept_by_epoch(tmp_path):
+    seen = []
+
+    def probe(network, config):
+        seen.append(network)
+        return {"cosines": [float(len(seen))], "beta": config.beta}
+
+    experiment = study(lambda cell: train_cell(cell, probe, every_epoch=True), ROWS[1:], DIGITS)
+    results = reproduce(experiment, tmp_path, seeds=1, report=silent)
+    assert results.cells["two/0"]["probes"] == [
+        {"epoch": 1, "cosines": [1.0], "beta": 0.5},
+        {"epoch": 2, "cosines": [2.0], "beta": 0.5},
+    ]
+
+
+def test_command_line(tmp_path):
+    run = CliRunner().invoke
+    listed = run(main, ["reproduce", "--list"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.output.splitlines()] == list(EXPERIMENTS)
+    for arguments, code, text in (
+        (["signal"], 2, "did you mean 'signals'"),
+        ([], 2, "give the NAME"),
+        (["signals", "--scale", "smal"], 2, "did you mean 'small'"),
+        (["signals", "--seeds", "0"], 2, "0 is not in the range"),
+        (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "cannot read"),
+    ):
+        result = run(main, ["reproduce", *arguments])
+        assert result.exit_code == code, result.output
+        assert text in result.output
+        assert len(result.output.strip().splitlines()) == 1
+
+
+def synthetic(experiment, values):
+    """Return results in which a row's last training loss and test accuracy are those of `values`."""
+    rows = experiment.rows["small"]
+    layers = [[1e-3, 1e-2]]
+    cells = {
+        cell_name(row.key, 0): {
+            "train_loss": [9.0, values.get(row.key, (2.3, 0.1))[0]],
+            "test_accuracy": [0.0, values.get(row.key, (2.3, 0.1))[1]],
+            "nudge_response": layers,
+            "minutes": 1.0,
+        }
+        for row in rows
+    }
+    return Results(rows, cells, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("signals", {"le": (1.9, 0.3), "kd": (1.8, 0.35)}, "stays at chance (training loss 2.30"),
+        ("signals", {"none": (2.0, 0.3)}, "moves"),
+        ("signals", {"none-sgd": (2.1, 0.2)}, "'no signals, SGD 0.02, gain 0.65', reaches 2.10 / 20 %"),
+        ("baseline", {"ep": (1.0, 0.5)}, "Plain EP converges: 50.0 %"),
+        ("baseline", {"ep": (1.0, 0.4)}, "Plain EP does not reach 45 %"),
+        ("feedback", {"vgg11-0.1": (1.6, 0.40), "vgg11-bp": (1.6, 0.405)}, "reaches BP's accuracy: lambda 0.1 40.0 %"),
+        ("feedback", {"vgg11-0.1": (1.6, 0.38), "vgg11-bp": (1.6, 0.405)}, "does not reach BP's accuracy"),
+        ("nudge", {"classical-0.5": (1.7, 0.4), "deviation-0.5": (1.9, 0.3)}, "not always as good as"),
+        ("nudge", {}, "at least as good as"),
+        ("placement", {"middle": (1.5, 0.3), "late": (2.6, 0.1)}, "layers 4-6 (1.50), highest on layers 7-10 (2.60)"),
+        ("kappa", {"cosine-3": (1.5, 0.3)}, "1.50 / 30 % with kappa 3, cosine"),
+    ],
+)  # fmt: skip
+def test_verdicts_follow_the_figures(name, values, expected):
+    experiment = find(name)
+    assert expected in experiment.verdict(synthetic(experiment, values))
