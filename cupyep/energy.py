@@ -39,9 +39,7 @@ class Energy:
         self.dtype = dtype
 
     def _workspace(self, x: Any) -> Workspace:
-        workspace = Workspace(self.edges, len(x), self.device, self.dtype)
-        workspace.refresh()
-        return workspace
+        return Workspace(self.edges, len(x), self.device, self.dtype)
 
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
         drives, winners = workspace.states("drive"), workspace.winners("winners")

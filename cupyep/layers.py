@@ -17,7 +17,7 @@ from cupyep.errors import ConfigurationError, choose, require
 from cupyep.kernels import cuda_conv
 from cupyep.kernels.buffers import Arena
 from cupyep.kernels.columns import output_size
-from cupyep.kernels.conv import ConvGeometry, ConvOps
+from cupyep.kernels.conv import ConvGeometry, ConvOps, part_of
 from cupyep.kernels.cuda_conv import CudaConvOps
 
 POOLINGS = ("none", "max", "average")
@@ -133,15 +133,8 @@ class Conv2d(Edge):
         return ConvOps(self.geometry, batch, nbytes, dtype, device.xp)
 
     def refresh(self, ops: ConvOps) -> None:
-        """Take up the current weights for the top-down product (once a settle, not once a step)."""
+        """Take up the current weights, for what is made of them once a settle and not once a step."""
         ops.refresh(self.weight)
-
-    def _product(self, s: Any, out: Any, ops: ConvOps, m: int) -> Any:
-        """Return ``w * s`` before pooling, written into `out` itself where there is no pooling."""
-        u = out if self.pooling == "none" else ops.map(m)
-        channels = self.map_shape[2]
-        gemm(ops.columns(s, m), self.weight.reshape(-1, channels), out=u.reshape(-1, channels))
-        return u
 
     def drive(self, s: Any, out: Any, winners: Any, ops: ConvOps) -> None:
         """Write ``d = P(w * s + b)`` into `out` and the pooling winners into `winners` (None without max-pooling).
@@ -154,14 +147,14 @@ class Conv2d(Edge):
         ops : ConvOps
         """
         for part, m in ops.chunks:
-            u = self._product(s[part], out[part], ops, m)
-            ops.pool(u, self.bias, out[part], _part(winners, part), m)
+            u = ops.product(s[part], self.weight, out[part], m)
+            ops.pool(u, self.bias, out[part], part_of(winners, part), m)
 
     def linear_drive(self, s: Any, out: Any, winners: Any, ops: ConvOps) -> None:
         """Write ``G(w * s)`` into `out`: no bias, max-pooling replaced by reading the units at given `winners`."""
         for part, m in ops.chunks:
-            u = self._product(s[part], out[part], ops, m)
-            ops.gather(u, _part(winners, part), out[part], m)
+            u = ops.product(s[part], self.weight, out[part], m)
+            ops.gather(u, part_of(winners, part), out[part], m)
 
     def topdown(self, s: Any, winners: Any, out: Any, ops: ConvOps) -> None:
         """Write ``w^T * U(s)``, the adjoint of `linear_drive`, into `out`.
@@ -173,7 +166,7 @@ class Conv2d(Edge):
         out : array of shape (B, *in_shape)
         """
         for part, m in ops.chunks:
-            ops.topdown(s[part], _part(winners, part), self.weight, out[part], m)
+            ops.topdown(s[part], part_of(winners, part), self.weight, out[part], m)
 
     def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: ConvOps) -> None:
         """Add ``corr(s_below, U(s))``, the derivative of ``<s, d(s_below)>`` at fixed winners, to `weight` and (unless
@@ -185,22 +178,13 @@ class Conv2d(Edge):
         s : array of shape (B, *out_shape)
         weight, bias : arrays of the shapes of the parameters
         """
-        channels = self.map_shape[2]
-        for part, m in ops.chunks:
-            u = ops.unpool(s[part], _part(winners, part), m)
-            columns = ops.columns(s_below[part], m)
-            gemm(columns.T, u.reshape(-1, channels), out=ops.weight.reshape(-1, channels))
-            weight += ops.weight
+        ops.add_gradient(s_below, s, winners, weight)
         if bias is not None:
-            bias += s.reshape(-1, channels).sum(axis=0)  # pooling adjoints keep the sum
+            bias += s.reshape(-1, self.map_shape[2]).sum(axis=0)  # pooling adjoints keep the sum
 
     def flops(self) -> int:
         """Return the operations (multiply and add counted apart) of one product for one sample."""
         return 2 * math.prod(self.map_shape) * self.kernel**2 * self.in_shape[2]
-
-
-def _part(winners: Any, part: slice) -> Any:
-    return None if winners is None else winners[part]
 
 
 class Linear(Edge):

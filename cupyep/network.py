@@ -180,12 +180,14 @@ class Network:
             array[...] = self.device.asarray(parameters[path], self.dtype)
 
     def workspace(self, batch: int) -> Workspace:
-        """Return the buffers for a batch size; those of the last few sizes are kept."""
+        """Return the buffers for a batch size, the current weights taken up; those of the last few sizes are kept."""
         if batch not in self._workspaces:
             arena = next(iter(self._workspaces.values())).arena if self._workspaces else None
             self._workspaces[batch] = Workspace(self.layers, batch, self.device, self.dtype, arena)
             while len(self._workspaces) > self.WORKSPACES_KEPT:
                 self._workspaces.popitem(last=False)
+        else:
+            self._workspaces[batch].refresh()
         self._workspaces.move_to_end(batch)
         return self._workspaces[batch]
 
@@ -308,7 +310,6 @@ class Network:
     def settle_free(self, batch: Batch, start: State | None = None, **how: Any) -> State:
         """Settle the free phase into this network's buffers; see `settle` for the arguments."""
         workspace = self.workspace(len(batch.images))
-        workspace.refresh()
         state = State(workspace.states("free"), workspace.states("free drive"), workspace.winners("free winners"))
         self._fill(state, start, 1)
         system = Classical(self.layers, self.activation, self.feedback, self.device, workspace, batch.images, state)
@@ -328,7 +329,6 @@ class Network:
             f"squared error needs beta between -1 and 1, not {list(betas)}: s <- d - beta (s - y) never settles beyond",
         )
         workspace = self.workspace(len(batch.images) * len(betas))
-        workspace.refresh()
         parts = (self.layers, self.activation, self.feedback, self.device, workspace)
         if form == "classical":
             state = State(

@@ -23,6 +23,9 @@ SCRATCH_BYTES = {
 class Workspace:
     """Scratch and buffers for one batch size, made once and reused by every settle of that size.
 
+    What the operations make of the weights (mirrored, transformed) is made here and by `refresh`, which
+    `Network.workspace` calls whenever it hands a workspace out: get it anew after every change of the weights.
+
     Parameters
     ----------
     edges : sequence of Edge
@@ -48,11 +51,14 @@ class Workspace:
         self.arena = arena
         for ops in self.ops:
             ops.bind(arena)
+        self.refresh()
 
     def refresh(self) -> None:
-        """Take up the current weights; call before a settle, after every change of the parameters."""
+        """Take up the current weights."""
         for edge, ops in zip(self.edges, self.ops, strict=True):
             edge.refresh(ops)
+        for ops in self._input_ops.values():
+            self.edges[0].refresh(ops)
 
     def states(self, name: str) -> list[Any]:
         """Return one buffer a layer, of shapes (batch, *shape of the layer)."""
@@ -93,5 +99,6 @@ class Workspace:
             edge = self.edges[0]
             ops = edge.prepare(samples, self.arena.block.nbytes, self.buffers.dtype, self.device)
             ops.bind(self.arena)
+            edge.refresh(ops)
             self._input_ops[samples] = ops
         return self._input_ops[samples]

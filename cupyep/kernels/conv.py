@@ -1,7 +1,7 @@
-"""The array operations of one convolution with pooling, in chunks: columns, pooling, adjoint of pooling.
+"""The array operations of one convolution with pooling, in chunks: product, adjoint, weight gradient, pooling.
 
-`ConvOps` is plain array code for NumPy and CuPy alike, and the reference. Every operation works on one chunk of samples
-and writes into scratch that exists before: a view of an `Arena` that all edges share.
+`ConvOps` is plain array code for NumPy and CuPy alike, and the reference. Every operation writes into scratch that
+exists before: a view of an `Arena` that all edges share.
 """
 
 from __future__ import annotations
@@ -136,6 +136,13 @@ class ConvOps:
         """Return the scratch map before pooling for `m` samples, shape (m, Ho, Wo, K)."""
         return self._map[:m]
 
+    def product(self, s: Any, weight: Any, out: Any, m: int) -> Any:
+        """Return ``w * s`` before pooling, for `pool` or `gather`: in scratch, or without pooling in `out` itself."""
+        u = out if self.geometry.pooling == "none" else self.map(m)
+        outputs = self.geometry.map_shape[2]
+        gemm(self.columns(s, m), weight.reshape(-1, outputs), out=u.reshape(-1, outputs))
+        return u
+
     def columns(self, s: Any, m: int) -> Any:
         """Return the column matrix (m * Ho * Wo, k * k * C) of `s` (m, H, W, C)."""
         g, padded, columns = self.geometry, self._padded[:m], self._columns[:m]
@@ -161,6 +168,14 @@ class ConvOps:
         gemm(u.reshape(-1, outputs), weight.reshape(-1, outputs).T, out=rows)
         col2im(columns, g.kernel, g.stride, padded)
         out[...] = padded[:, g.padding : g.padding + g.in_shape[0], g.padding : g.padding + g.in_shape[1]]
+
+    def add_gradient(self, below: Any, s: Any, winners: Any, gradient: Any) -> None:
+        """Add ``corr(below, U(s))`` over all chunks to `gradient` (k, k, C, K)."""
+        outputs = self.geometry.map_shape[2]
+        for part, m in self.chunks:
+            u, columns = self.unpool(s[part], part_of(winners, part), m), self.columns(below[part], m)
+            gemm(columns.T, u.reshape(-1, outputs), out=self.weight.reshape(-1, outputs))
+            gradient += self.weight
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; without pooling `u` is `out`."""
@@ -195,3 +210,8 @@ class ConvOps:
             average_scatter(s, g.pool, out)
         else:
             out[...] = s
+
+
+def part_of(winners: Any, part: slice) -> Any:
+    """Return the winners of a chunk, None without max-pooling."""
+    return None if winners is None else winners[part]

@@ -10,6 +10,7 @@ from cupyep.data.loader import Batch
 from cupyep.dynamics import State
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
+from cupyep.workspace import Workspace
 
 
 class Backpropagation(Learner):
@@ -27,8 +28,10 @@ class Backpropagation(Learner):
 
     def forward(self, batch: Batch) -> State:
         """Return the feed-forward states, in buffers that the next call overwrites."""
+        return self._forward(batch, self.network.workspace(len(batch.images)))
+
+    def _forward(self, batch: Batch, workspace: Workspace) -> State:
         network = self.network
-        workspace = network.workspace(len(batch.images))
         state = State(
             workspace.states("forward"), workspace.states("forward drive"), workspace.winners("forward winners")
         )
@@ -44,9 +47,8 @@ class Backpropagation(Learner):
 
     def _step(self, batch: Batch) -> StepResult:
         network, xp, samples = self.network, self.network.device.xp, len(batch)
-        state = self.forward(batch)
         workspace = network.workspace(samples)
-        workspace.refresh()
+        state = self._forward(batch, workspace)
         nudges = network.nudges(batch, self.signals)
         gradients = self._zero_gradients()
         self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0)

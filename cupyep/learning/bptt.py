@@ -17,6 +17,7 @@ from cupyep.dynamics import Classical, State
 from cupyep.learning.learner import Learner, StepResult, checked_settling
 from cupyep.network import Network
 from cupyep.settling import settle
+from cupyep.workspace import Workspace
 
 
 class BackpropagationThroughTime(Learner):
@@ -61,20 +62,19 @@ class BackpropagationThroughTime(Learner):
 
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`."""
-        history, last, stats = self._unroll(batch, start)
+        workspace = self.network.workspace(len(batch))
+        history, last, stats = self._unroll(batch, start, workspace)
         nudges = self.network.nudges(batch, self.signals)
         gradients = self._zero_gradients()
         self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0)
         mu = self._loss_gradient(last, nudges, len(batch))
         for state in reversed(history):
-            mu = self._step_back(batch.images, state, mu, gradients)
+            mu = self._step_back(batch.images, state, mu, gradients, workspace.ops)
         return self._result(gradients, last[-1], last, batch, free=stats)
 
-    def _unroll(self, batch: Batch, start: State) -> tuple[list[State], list[Any], Any]:
+    def _unroll(self, batch: Batch, start: State, workspace: Workspace) -> tuple[list[State], list[Any], Any]:
         """Return (s_t, g_t, winners of s_t) for every unrolled step, the last state, and the statistics."""
         network = self.network
-        workspace = network.workspace(len(batch))
-        workspace.refresh()
         state = State(
             [s.copy() for s in start.layers], workspace.states("unrolled drive"), workspace.winners("unrolled winners")
         )
@@ -96,10 +96,11 @@ class BackpropagationThroughTime(Learner):
             term.add_force(layers[term.layer - 1], target, scale, mu[term.layer - 1])
         return mu
 
-    def _step_back(self, x: Any, state: State, mu: list[Any], gradients: dict[str, Any]) -> list[Any]:
+    def _step_back(
+        self, x: Any, state: State, mu: list[Any], gradients: dict[str, Any], ops: Sequence[Any]
+    ) -> list[Any]:
         """Return dL/ds_t from dL/ds_{t+1} and add this step's parameter gradients."""
-        network, xp = self.network, self.network.device.xp
-        ops, feedback = network.workspace(len(x)).ops, network.feedback
+        network, xp, feedback = self.network, self.network.device.xp, self.network.feedback
         q = []
         for g, m in zip(state.drives, mu, strict=True):
             slope = xp.empty_like(g)

@@ -184,7 +184,6 @@ class EquilibriumPropagation(Learner):
         """
         network, xp, samples = self.network, self.network.device.xp, len(batch)
         workspace = network.workspace(samples)
-        workspace.refresh()
         span = betas[0] - (betas[1] if len(betas) == 2 else 0.0)
         tangent = self.scheme == "tangent"
         means, differences, response = [batch.images], [None], []

@@ -1,0 +1,81 @@
+"""What is made of the weights and kept must follow them. Oracle: a network that never had other weights."""
+
+import numpy as np
+import pytest
+from small import batch_of, hosts, network, on_host
+
+import cupyep as ep
+
+STEPS = {"free_steps": 3, "nudged_steps": 2}
+
+
+def nudged(net, batch, form, betas):
+    free = net.settle(batch, steps=2)
+    return net.settle(batch, free, targets=batch, beta=betas, nudge=form, steps=2)
+
+
+def gradients(make):
+    return lambda net, batch: make(net).step(batch).gradients.values()
+
+
+USES = {
+    "free": lambda net, batch: net.settle(batch, steps=3).layers,
+    "warm": lambda net, batch: net.settle(batch, net.settle(batch, steps=1), steps=2, schedule="evenodd").layers,
+    "classical": lambda net, batch: nudged(net, batch, "classical", [0.3, -0.3]).layers,
+    "deviation": lambda net, batch: nudged(net, batch, "deviation", [0.3, -0.3]).deviations,
+    "tangent": lambda net, batch: nudged(net, batch, "tangent", 1.0).deviations,
+    "EP": gradients(lambda net: ep.EquilibriumPropagation(net, 0.3, **STEPS)),
+    "classical EP": gradients(lambda net: ep.EquilibriumPropagation(net, 0.3, **STEPS, nudge="classical")),
+    "one-sided EP": gradients(
+        lambda net: ep.EquilibriumPropagation(net, 0.3, **STEPS, nudge="classical", scheme="onesided")
+    ),
+    "BPTT": gradients(lambda net: ep.BackpropagationThroughTime(net, 2, 3)),
+    "BP": gradients(ep.Backpropagation),
+    "scores": lambda net, batch: [net.scores(batch, steps=3)],
+    "energy": lambda net, batch: net.energy.force(batch.images, states(net)),
+}
+
+
+def states(net):
+    generator = np.random.default_rng(5)
+    return [net.device.asarray(generator.uniform(0, 1, (3, *shape)), net.dtype) for shape in net.state_shapes]
+
+
+@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize("use", USES)
+def test_changed_weights_are_taken_up_by_the_next_use(device, use, pooling):
+    """In place, as an optimizer changes them, and by exchanging the array, after every use has seen the old ones."""
+    net = network("conv", device, pooling=pooling)
+    batch, fresh = batch_of(net), network("conv", device, pooling=pooling, seed=7)
+    for action in USES.values():
+        action(net, batch)
+    for path, array in net.parameters().items():
+        array[...] = fresh.parameters()[path]
+    net.layers[1].weight = net.layers[1].weight.copy()
+    for found, expected in zip(hosts(net, USES[use](net, batch)), hosts(net, USES[use](fresh, batch)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("samples", [3, 6])
+def test_what_a_kept_workspace_made_of_old_weights_is_renewed_when_it_is_handed_out(device, samples):
+    """The first edge has operations of its own for N of 2N samples."""
+    net = network("conv", device, pooling="max")
+    net.workspace(6).input_ops(3)
+    for array in net.parameters().values():
+        array *= -1.5
+    workspace, new = net.workspace(6), network("conv", device, pooling="max")
+    new.load_parameters(on_host(net, net.parameters()))
+    expected = new.workspace(6)
+    for edge, pair in zip(net.layers, zip(workspace.ops, expected.ops, strict=True), strict=True):
+        if samples == 3 and edge is not net.layers[0]:
+            continue
+        ops = [ws.input_ops(3) for ws in (workspace, expected)] if samples == 3 else pair
+        s = np.random.default_rng(1).standard_normal((samples, *edge.out_shape))
+        winners = np.zeros(s.shape, np.uint8) if edge.has_winners else None
+        outs = []
+        for each in ops:
+            out = net.device.xp.empty((samples, *edge.in_shape))
+            arrays = net.device.asarray(s), None if winners is None else net.device.asarray(winners)
+            edge.topdown(*arrays, out, each)
+            outs.append(net.device.to_numpy(out))
+        np.testing.assert_array_equal(*outs)
