@@ -5,9 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MESSAGE_LENGTH = 1000
+
 
 class CupyepError(Exception):
     """Base of all errors raised on purpose by cupyep; the command line exits with code 1."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))
 
 
 class ConfigurationError(CupyepError, ValueError):
@@ -40,6 +45,13 @@ class ConvergenceWarning(UserWarning):
 
 class GraphWarning(UserWarning):
     """Work could not be captured in a CUDA graph; it is done by plain launches, slower and with the same results."""
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, cut at `MESSAGE_LENGTH`: names out of files may hold line ends and control codes."""
+    text = " ".join(text.split())
+    text = text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import pickle
@@ -9,10 +10,11 @@ import struct
 import tarfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import scipy.io
 
-from cupyep.data import sources
+from cupyep.data import hdf5, sources
 
 TRAIN, TEST = 50, 10
 
@@ -131,6 +133,14 @@ def write_svhn(folder: Path, arrays):
     for prefix, (images, labels) in zip(("train", "test"), arrays, strict=True):
         content = {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]}
         scipy.io.savemat(folder / f"{prefix}_32x32.mat", content, do_compression=True)
+
+
+@contextlib.contextmanager
+def edited(path):
+    """Yield the HDF5 file at `path` to be changed; afterwards its seal holds again."""
+    with h5py.File(path, "r+") as file:
+        yield file
+    hdf5.seal(path)
 
 
 def assert_one_line(error, *parts):

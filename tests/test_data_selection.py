@@ -8,7 +8,7 @@ from __future__ import annotations
 import h5py
 import numpy as np
 import pytest
-from data_files import cifar_binary_files, random_arrays, shrink_source, write_files
+from data_files import cifar_binary_files, edited, random_arrays, shrink_source, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,7 +175,7 @@ def test_labels_are_compared_sample_by_sample(tmp_path):
 @pytest.mark.parametrize("index", [[3, 1, 2], [0, 1], [-1, 0, 1], [0.0, 1.0, 2.0], [1, 1, 2]])
 def test_damaged_index(tmp_path, index):
     write_teacher(tmp_path / "t.h5", limited(train=3, validation=12))
-    with h5py.File(tmp_path / "t.h5", "r+") as file:
+    with edited(tmp_path / "t.h5") as file:
         del file["train/index"]
         file["train/index"] = np.array(index)
     with pytest.raises(TeacherError, match="train/index is not 3 increasing numbers from 0 on; make the file again"):

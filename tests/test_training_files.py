@@ -13,6 +13,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from data_files import edited
 
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError
@@ -258,7 +259,7 @@ def damage_nan(file):
 def test_damaged_checkpoints_are_refused(tmp_path, damage, message):
     path = tmp_path / "c.h5"
     save_checkpoint(path, make_checkpoint())
-    with h5py.File(path, "r+") as file:
+    with edited(path) as file:
         damage(file)
     with pytest.raises(CheckpointError, match=message) as error:
         load_checkpoint(path)

@@ -3,7 +3,7 @@
 Root attributes: ``format="cupyep-checkpoint"``, ``version=1``, ``epoch`` (epochs done), ``best_accuracy`` and
 ``best_epoch`` (of the validation split where there is one, else of the test split), ``network`` (JSON: the keyword
 arguments that rebuild it), ``generators`` (JSON: name -> bit generator state). Groups ``parameters`` (by path) and
-``optimizer`` (`Optimizer.state_dict` by name).
+``optimizer`` (`Optimizer.state_dict` by name). The file begins with a checksum (`cupyep.data.hdf5`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cupyep.data import hdf5
 from cupyep.errors import CheckpointError, nearest
 
 FORMAT = "cupyep-checkpoint"
@@ -82,7 +83,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """
     path = Path(path)
     try:
-        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        with replacing(path) as temporary, hdf5.writing(temporary) as file:
             file.attrs["format"] = FORMAT
             file.attrs["version"] = VERSION
             file.attrs["epoch"] = checkpoint.epoch
@@ -110,20 +111,20 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at '{path}'")
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5.open_file(path) as file:
             _check_format(path, file)
             checkpoint = Checkpoint(
-                parameters=_read_arrays(file["parameters"]),
-                optimizer=_read_arrays(file["optimizer"]),
-                network=json.loads(file.attrs["network"]),
-                epoch=int(file.attrs["epoch"]),
-                best_accuracy=float(file.attrs["best_accuracy"]),
-                best_epoch=int(file.attrs["best_epoch"]),
-                generators=json.loads(file.attrs["generators"]),
+                parameters=_read_arrays(file, "parameters"),
+                optimizer=_read_arrays(file, "optimizer"),
+                network=json.loads(hdf5.attribute(file, "network")),
+                epoch=int(hdf5.attribute(file, "epoch")),
+                best_accuracy=float(hdf5.attribute(file, "best_accuracy")),
+                best_epoch=int(hdf5.attribute(file, "best_epoch")),
+                generators=json.loads(hdf5.attribute(file, "generators")),
             )
     except CheckpointError:
         raise
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except hdf5.ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"'{path}' is not a readable checkpoint (truncated or damaged): {reason}") from error
     for name, array in checkpoint.parameters.items():
@@ -132,23 +133,26 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _read_arrays(group: h5py.Group) -> dict[str, np.ndarray]:
-    """Return the arrays of `group`; only numbers that lie in this very file are accepted."""
+def _read_arrays(file: h5py.File, group_name: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a group; only numbers that lie in this very file are accepted."""
     arrays = {}
+    group = hdf5.find(file, group_name)
+    if not isinstance(group, h5py.Group):
+        raise TypeError(f"it has no group '{group_name}'")
     for name in group:
-        data = group[name]
-        own = isinstance(data, h5py.Dataset) and data.file == group.file and not data.external and not data.is_virtual
-        if not own or data.dtype.kind not in "fiu":
-            raise TypeError(f"'{group.name}/{name}' is not an array of numbers")
-        arrays[name] = data[()]
+        array = hdf5.find_array(group, name)
+        if array is None or array.dtype.kind not in "fiu":
+            raise TypeError(f"'{group_name}/{name}' is not an array of numbers")
+        arrays[name] = array[()]
     return arrays
 
 
 def _check_format(path: Path, file: h5py.File) -> None:
-    if file.attrs.get("format") != FORMAT:
+    found = hdf5.attribute(file, "format")
+    if not isinstance(found, str) or found != FORMAT:
         raise CheckpointError(f"'{path}' is an HDF5 file but not a cupyep checkpoint")
-    version = file.attrs.get("version")
-    if version != VERSION:
+    version = hdf5.attribute(file, "version")
+    if not isinstance(version, np.integer) or version != VERSION:
         raise CheckpointError(f"checkpoint '{path}' has version {version}; this cupyep reads version {VERSION}")
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
+from cupyep.data import hdf5
 from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.files import one_line
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
 from cupyep.errors import TeacherError, choose
 
 MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory
+MOST_SAMPLES = 1 << 26  # of a split; labels are read whole
 AGAIN = "make the file again with tools/export_teacher_logits.py"
 
 
@@ -45,7 +46,7 @@ class TeacherFile:
         if not self.path.is_file():
             raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
         with self._disk():
-            self._file = h5py.File(self.path, "r")
+            self._file = hdf5.open_file(self.path)
         try:
             with self._disk():
                 self._read_header()
@@ -67,8 +68,9 @@ class TeacherFile:
         self._file.close()
 
     def _read_header(self) -> None:
-        self._check(_decoded(self._file.attrs.get("format")) == FORMAT, f"is not a cupyep teacher file; {AGAIN}")
-        version = self._file.attrs.get("version")
+        found = hdf5.attribute(self._file, "format")
+        self._check(isinstance(found, str) and found == FORMAT, f"is not a cupyep teacher file; {AGAIN}")
+        version = hdf5.attribute(self._file, "version")
         self._check(
             isinstance(version, np.integer) and version == VERSION,
             f"has version {version}, this cupyep reads version {VERSION}; update cupyep or {AGAIN}",
@@ -78,13 +80,13 @@ class TeacherFile:
         self._check(not views_problem(self.views), f"{views_problem(self.views)}; {AGAIN}")
 
     def _text(self, name: str) -> str:
-        value = _decoded(self._file.attrs.get(name))
+        value = hdf5.attribute(self._file, name)
         self._check(isinstance(value, str), f"attribute '{name}' is missing or not text; {AGAIN}")
         return value
 
     def _names(self, name: str) -> tuple[str, ...]:
-        values = self._file.attrs.get(name)
-        values = tuple(map(_decoded, values)) if isinstance(values, np.ndarray) and values.ndim == 1 else ()
+        values = hdf5.attribute(self._file, name)
+        values = tuple(values) if isinstance(values, np.ndarray) and values.ndim == 1 else ()
         self._check(
             bool(values) and all(isinstance(value, str) for value in values),
             f"attribute '{name}' is missing or not a list of names; {AGAIN}",
@@ -93,20 +95,23 @@ class TeacherFile:
 
     def _read_split(self, name: str) -> dict[str, tuple[int, ...]]:
         """Check one group; return the shapes of its features."""
-        self._check(isinstance(self._file.get(name), h5py.Group), f"has no group '{name}'; {AGAIN}")
+        group = hdf5.find(self._file, name)
+        self._check(isinstance(group, h5py.Group), f"has no group '{name}'; {AGAIN}")
         labels, logits = self._array(f"{name}/labels"), self._array(f"{name}/logits")
-        self._check(labels.ndim == 1 and labels.dtype.kind in "iu", f"{name}/labels is not a list of integers; {AGAIN}")
+        integers = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) <= MOST_SAMPLES
+        self._check(integers, f"{name}/labels is not a list of integers; {AGAIN}")
         shape = (len(self.views), len(labels), len(self.classes))
         self._check_values(logits, f"{name}/logits", shape)
-        if "index" in self._file[name]:
+        if "index" in group:
             self._index[name] = self._read_index(name, len(labels))
-        accuracy = self._file[name].attrs.get("accuracy")
+        accuracy = hdf5.attribute(group, "accuracy")
         self._check(
             isinstance(accuracy, np.floating) and 0 <= accuracy <= 1,
             f"{name}: attribute 'accuracy' is {accuracy}, expected a number from 0 to 1; {AGAIN}",
         )
         layers = {}
-        for layer in self._file[name].get("features", ()):
+        features = hdf5.find(group, "features")
+        for layer in features if isinstance(features, h5py.Group) else ():
             features = self._array(f"{name}/features/{layer}")
             self._check(features.ndim == 5, f"{name}/features/{layer} has {features.ndim} axes, expected 5; {AGAIN}")
             self._check_values(features, f"{name}/features/{layer}", (*shape[:2], *features.shape[2:]))
@@ -114,12 +119,8 @@ class TeacherFile:
         return layers
 
     def _array(self, name: str) -> h5py.Dataset:
-        array = self._file.get(name)
-        # An array whose values lie in another file could make us read anything.
-        ours = (
-            isinstance(array, h5py.Dataset) and array.file == self._file and not array.external and not array.is_virtual
-        )
-        self._check(ours, f"has no array '{name}'; {AGAIN}")
+        array = hdf5.find_array(self._file, name, compressed=True)
+        self._check(array is not None, f"has no array '{name}'; {AGAIN}")
         return array
 
     def _check_values(self, array: h5py.Dataset, name: str, shape: tuple[int, ...]) -> None:
@@ -272,12 +273,7 @@ class TeacherFile:
             yield
         except TeacherError:
             raise
-        except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except hdf5.ERRORS as error:
             raise TeacherError(
                 f"teacher file {self.path}: is not HDF5, truncated or damaged ({one_line(error)}); {AGAIN}"
             ) from error
-
-
-def _decoded(value: Any) -> Any:
-    """Return text for what HDF5 gives back for text of fixed length; anything else as it is."""
-    return bytes(value).decode() if isinstance(value, np.bytes_) else value

@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cupyep.data import hdf5
 from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.files import one_line
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
@@ -67,8 +68,7 @@ class TeacherWriter:
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._written = {name: np.zeros((len(self.views), len(dataset.split(name))), bool) for name in SPLITS}
         with self._disk():
-            # From this version of HDF5's format on, its structures have checksums: damage is found, and no crash.
-            self._file = h5py.File(self._temporary, "w", libver=("v108", "v108"))
+            self._file = hdf5.create(self._temporary)
         try:
             with self._disk():
                 self._lay_out(dataset, teacher, np.dtype(dtype))
@@ -159,8 +159,7 @@ class TeacherWriter:
                 self._file[name].attrs["accuracy"] = self.accuracy[name]
             with self._disk():
                 self._file.close()
-                with open(self._temporary, "rb+") as file:
-                    os.fsync(file.fileno())
+                hdf5.seal(self._temporary)
                 os.replace(self._temporary, self.path)
         except BaseException:
             self.abort()
