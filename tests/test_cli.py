@@ -210,7 +210,7 @@ def test_interruption_exits_130_and_says_how_to_go_on(cifar, invoke, tmp_path, m
     code, _, err = invoke("train", *TINY, "--run-dir", path, "--epochs", 1)
     assert (code, err) == (130, f"Error: interrupted; go on with: cupyep train --run-dir {path} --resume\n")
     monkeypatch.undo()
-    monkeypatch.setattr("cupyep.cli.info.diagnostics.system_report", interrupt)
+    monkeypatch.setattr("cupyep.cli.info.system_report", interrupt)
     code, _, err = invoke("info")
     assert (code, err.strip()) == (130, "Error: interrupted")
 

@@ -26,7 +26,7 @@ from cupyep.backend.device import DTYPES
 from cupyep.cli.shared import Names, OneLineErrors
 from cupyep.settling import SCHEDULES
 from cupyep.training.checkpoint import replacing
-from cupyep.training.diagnostics import system_report
+from cupyep.training.system import system_report
 
 EXAMPLES = """\b
 Examples:

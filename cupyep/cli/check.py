@@ -9,12 +9,12 @@ import click
 
 from cupyep.cli.shared import SectionedCommand, config_options, given_options
 from cupyep.errors import require
-from cupyep.training import diagnostics
+from cupyep.training import gradient_check
 from cupyep.training.config import make_config
 
 
 @click.command(cls=SectionedCommand)
-@config_options(diagnostics.CHECK_OPTIONS, diagnostics.CHECK_DEFAULTS)
+@config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
 def check(json_path: Path | None, **options: Any) -> None:
     """Compare EP's gradient with BPTT's.
@@ -23,8 +23,8 @@ def check(json_path: Path | None, **options: Any) -> None:
     """
     if json_path is not None:
         require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
-    config = make_config(diagnostics.CHECK_DEFAULTS, given_options(options))
-    report = diagnostics.check_gradient(config, report=click.echo)
+    config = make_config(gradient_check.CHECK_DEFAULTS, given_options(options))
+    report = gradient_check.check_gradient(config, report=click.echo)
     click.echo(report.table())
     if json_path is not None:
         report.write_json(json_path)

@@ -16,7 +16,7 @@ from typing import Any
 from cupyep.errors import CheckpointError, DivergenceError, require
 from cupyep.experiments.design import SCALES, Cell, Experiment, OutOfTime, Results, cell_name
 from cupyep.training.checkpoint import replacing
-from cupyep.training.diagnostics import system_report
+from cupyep.training.system import system_report
 
 CELLS, WORK, RESULTS = "cells", "work", "results.json"
 

@@ -1,43 +1,23 @@
-"""What ``cupyep check`` and ``cupyep info`` print: the gradient check as a table, the machine and its libraries."""
+"""What ``cupyep check`` prints: the gradient of EP against that of BPTT, as a table."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cupyep._version import __version__
-from cupyep.backend import get_device, gpu_status
-from cupyep.data import Loader, data_directory
+from cupyep.backend import get_device
+from cupyep.data import Loader
 from cupyep.errors import require
 from cupyep.learning.check import compare_forms
 from cupyep.learning.equilibrium import FORMS
 from cupyep.training.build import build_dataset, build_network, build_signals
 from cupyep.training.checkpoint import replacing
 from cupyep.training.config import TrainConfig
-
-LIBRARIES = (
-    "numpy",
-    "scipy",
-    "h5py",
-    "tqdm",
-    "click",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "pooch",
-    "scikit-learn",
-    "onnxruntime",
-)
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 # Options of ``cupyep check``, and where its defaults differ from those of ``cupyep train``.
 CHECK_OPTIONS = (
@@ -131,43 +111,3 @@ def _cell(value: float | None) -> str:
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-
-
-def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
-    """Return (name, value) lines: cupyep, Python, device, why not a GPU, libraries, BLAS, threads, data folder."""
-    device = get_device("auto")
-    usable, reason = gpu_status()
-    folder = data_directory(data_dir)
-    return [
-        ("cupyep", __version__),
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("device auto", device.name),
-        ("gpu", _gpu_name(device) if usable else f"none: {reason}"),
-        *((name, _version(name)) for name in LIBRARIES),
-        ("blas", _blas()),
-        ("threads", _threads()),
-        ("data folder", f"{folder}{'' if folder.is_dir() else ' (does not exist yet)'}"),
-    ]
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _gpu_name(device: Any) -> str:
-    properties = device.xp.cuda.runtime.getDeviceProperties(device.index)
-    return f"{properties['name'].decode()}, {properties['totalGlobalMem'] / 2**30:.0f} GiB"
-
-
-def _blas() -> str:
-    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
-    return f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
-
-
-def _threads() -> str:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limits = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ]
-    return f"{usable} usable cores" + (f", limited by {', '.join(limits)}" if limits else "")

@@ -1,0 +1,69 @@
+"""What ``cupyep info`` prints: the machine, the libraries, where the data lie."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep._version import __version__
+from cupyep.backend import get_device, gpu_status
+from cupyep.data import data_directory
+
+LIBRARIES = (
+    "numpy",
+    "scipy",
+    "h5py",
+    "tqdm",
+    "click",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "pooch",
+    "scikit-learn",
+    "onnxruntime",
+)
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
+    """Return (name, value) lines: cupyep, Python, device, why not a GPU, libraries, BLAS, threads, data folder."""
+    device = get_device("auto")
+    usable, reason = gpu_status()
+    folder = data_directory(data_dir)
+    return [
+        ("cupyep", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("device auto", device.name),
+        ("gpu", _gpu_name(device) if usable else f"none: {reason}"),
+        *((name, _version(name)) for name in LIBRARIES),
+        ("blas", _blas()),
+        ("threads", _threads()),
+        ("data folder", f"{folder}{'' if folder.is_dir() else ' (does not exist yet)'}"),
+    ]
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu_name(device: Any) -> str:
+    properties = device.xp.cuda.runtime.getDeviceProperties(device.index)
+    return f"{properties['name'].decode()}, {properties['totalGlobalMem'] / 2**30:.0f} GiB"
+
+
+def _blas() -> str:
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+
+
+def _threads() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limits = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ]
+    return f"{usable} usable cores" + (f", limited by {', '.join(limits)}" if limits else "")
