@@ -190,7 +190,8 @@ def test_every_option_has_a_help_line_and_its_default(command):
 
 
 def test_help_names_one_default_only():
-    for command in main.commands.values():
+    groups = [command for command in main.commands.values() if hasattr(command, "commands")]
+    for command in [*main.commands.values(), *(inner for group in groups for inner in group.commands.values())]:
         for param in command.params:
             help_text = getattr(param, "help", None) or ""
             assert not ("unset:" in help_text and "[default:" in help_text), f"{command.name} {param.name}: {help_text}"

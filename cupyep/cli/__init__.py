@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import check, evaluate, info, reproduce, train
+from cupyep.cli import check, data, evaluate, info, reproduce, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -15,6 +15,7 @@ Examples:
   cupyep train --run-dir runs/mine --resume        go on where a run stopped
   cupyep check --arch vgg5 --dataset digits        is the gradient right?
   cupyep evaluate runs/mine                        test accuracy of its best epoch
+  cupyep data list                                 data sets: classes, sizes, which are here
 """
 
 
@@ -27,5 +28,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train.train, evaluate.evaluate, check.check, reproduce.reproduce, info.info):
+for command in (train.train, evaluate.evaluate, check.check, data.data, reproduce.reproduce, info.info):
     main.add_command(command)

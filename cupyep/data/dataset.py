@@ -240,25 +240,26 @@ def _checked_size(source: Source, image_size: int | None) -> int:
 
 def _find(source: Source, folder: Path, download: bool) -> Layout:
     """Return the first complete layout below `folder`, downloading the original archives if there is none."""
-    layout, note = _complete_layout(source, folder)
-    if layout is None:
+    layouts, note = layouts_found(source.name, folder)
+    if not layouts:
         reason = fetch(source, folder) if download else "download not asked for"
-        layout = None if reason else _complete_layout(source, folder)[0]
-        if layout is None:
+        layouts = [] if reason else layouts_found(source.name, folder)[0]
+        if not layouts:
             raise DataError(
                 f"data set {source.name} not found in {folder} ({note}{reason}): put there {source.accepts}, "
                 "or name the folder that has it by --data-dir or CUPYEP_DATA"
             )
-    return layout
+    return layouts[0]
 
 
-def _complete_layout(source: Source, folder: Path) -> tuple[Layout | None, str]:
-    """Return the first complete layout, or None and a note about a file missing from an incomplete one."""
-    note = ""
-    for layout in READERS[source.name].layouts(source, folder):
+def layouts_found(name: str, folder: Path) -> tuple[list[Layout], str]:
+    """Return the complete layouts of a data set below `folder`, the quickest to read first, and, where there is none, a
+    note about a file that is missing from an incomplete one."""
+    layouts, note = [], ""
+    for layout in READERS[name].layouts(SOURCES[name], folder):
         missing = [file for file in layout.files if not file.is_file()]
         if not missing:
-            return layout, ""
-        if len(missing) < len(layout.files) and not note:
+            layouts.append(layout)
+        elif len(missing) < len(layout.files) and not note:
             note = f"{missing[0]} is missing; "
-    return None, note
+    return layouts, "" if layouts else note

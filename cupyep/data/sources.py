@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,12 @@ class Source:
         The files and folders looked for, in words, for the message when none is there.
     remotes : tuple of Remote
         The original files; empty for bundled data.
+    per_class : tuple of two tuples of int
+        Number of training and of test images of each class.
+    homepage, licence : str
+        Where the data set is described, and on what terms it may be used, in words.
+    sums : mapping of str to str
+        Further published MD5 sums by file name: of other archives, and of extracted files where they are known.
     """
 
     name: str
@@ -50,6 +56,10 @@ class Source:
     pad: int
     accepts: str
     remotes: tuple[Remote, ...]
+    per_class: tuple[tuple[int, ...], tuple[int, ...]]
+    homepage: str
+    licence: str
+    sums: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,11 @@ class Layout:
 
     files: tuple[Path, ...]
     read: Callable[[], tuple[Arrays, Arrays]]
+
+    @property
+    def place(self) -> Path:
+        """The one file (an archive), or the folder that holds all of them."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
 
 
 def _remotes(base: str, folder: str, sums: dict[str, str]) -> tuple[Remote, ...]:
@@ -92,6 +107,18 @@ SOURCES = {
             pad=4,
             accepts=_CIFAR_PLACES.format("cifar-10", "cifar-10-batches-bin", "cifar-10-batches-py"),
             remotes=_remotes(_KRIZHEVSKY, "", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+            per_class=((5000,) * 10, (1000,) * 10),
+            homepage=_KRIZHEVSKY + "cifar.html",
+            licence="none stated; cite A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+            sums={
+                "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+                "test_batch": "40351d587109b95175f43aff81a1287e",
+            },
         ),
         Source(
             name="cifar100",
@@ -103,6 +130,14 @@ SOURCES = {
             pad=4,
             accepts=_CIFAR_PLACES.format("cifar-100", "cifar-100-binary", "cifar-100-python"),
             remotes=_remotes(_KRIZHEVSKY, "", {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}),
+            per_class=((500,) * 100, (100,) * 100),
+            homepage=_KRIZHEVSKY + "cifar.html",
+            licence="none stated; cite A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+            sums={
+                "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
+                "train": "16019d7e3df5f24257cddd939b257f8d",
+                "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            },
         ),
         Source(
             name="mnist",
@@ -123,6 +158,18 @@ SOURCES = {
                     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
                 },
             ),
+            per_class=(
+                (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
+                (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
+            ),
+            homepage="http://yann.lecun.com/exdb/mnist/",
+            licence="CC BY-SA 3.0 by common account; cite LeCun, Bottou, Bengio, Haffner 1998",
+            sums={
+                "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+                "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+                "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+                "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+            },
         ),
         Source(
             name="fashion-mnist",
@@ -143,6 +190,15 @@ SOURCES = {
                     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
                 },
             ),
+            per_class=((6000,) * 10, (1000,) * 10),
+            homepage="https://github.com/zalandoresearch/fashion-mnist",
+            licence="MIT; cite Xiao, Rasul, Vollgraf, arXiv 1708.07747",
+            sums={
+                "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+                "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+                "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+                "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+            },
         ),
         Source(
             name="svhn",
@@ -161,6 +217,12 @@ SOURCES = {
                     "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
                 },
             ),
+            per_class=(
+                (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
+                (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
+            ),
+            homepage="http://ufldl.stanford.edu/housenumbers/",
+            licence="non-commercial use only; cite Netzer et al., Reading Digits in Natural Images, 2011",
         ),
         Source(
             name="digits",
@@ -172,6 +234,12 @@ SOURCES = {
             pad=1,
             accepts="",
             remotes=(),
+            per_class=(
+                (143, 146, 142, 146, 144, 145, 144, 143, 141, 143),
+                (35, 36, 35, 37, 37, 37, 37, 36, 33, 37),
+            ),
+            homepage="https://archive.ics.uci.edu/dataset/80",
+            licence="CC BY 4.0; comes with scikit-learn, extra demo; cite E. Alpaydin, C. Kaynak 1998",
         ),
     )
 }
