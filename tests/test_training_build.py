@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from oracle import Oracle
 from quadrants import TINY, quadrant_data, silent
 
 import cupyep as ep
@@ -137,9 +138,37 @@ def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkey
     assert "from an earlier run" in lines[-1]
     for change in ({"seed": 1}, {"width": 0.03}, {"teacher_epochs": 3}, {"crop": False}):
         other = teacher.teacher_config(dataclasses.replace(student, **change))
-        assert teacher._digest(other, quadrants) not in path.name
+        assert teacher._digest(other, quadrants, "") not in path.name
+    assert teacher._digest(teacher.teacher_config(student), quadrants, "2") not in path.name
     quadrants.test.images[-1, -1, -1, -1] ^= 1
-    assert teacher._digest(teacher.teacher_config(student), quadrants) not in path.name
+    assert teacher._digest(teacher.teacher_config(student), quadrants, "") not in path.name
+
+
+def test_activations_of_the_teacher(quadrants, tmp_path):
+    """In the file are the feed-forward states of the trained teacher, and the signal pulls towards them."""
+    options = {"aug": "kd", "teacher_epochs": 1, "data_dir": str(tmp_path), "teacher_features": True, "crop": False}
+    student = make_config(TINY, options, {"signal_layers": "2-3", "activation": "tanh"})
+    trained = teacher.train_teacher(teacher.teacher_config(student), quadrants, "cpu", True, silent)
+    assert trained.activation.name == "tanh"
+    path = teacher.cached_teacher(student, quadrants, "cpu", True, silent)
+    mirrored = ((quadrants.train.images / 255.0 - quadrants.mean) / quadrants.std)[:3, :, ::-1]
+    states = Oracle(trained).forward(mirrored)
+    with ep.TeacherFile(path) as file:
+        assert set(file.feature_layers) == {"layer2", "layer3"}
+        found = file.feature("layer3", "train", np.arange(3), np.ones(3, np.uint8))
+    np.testing.assert_allclose(found, states[2], rtol=1e-4, atol=1e-5)
+    (signal,) = build.build_signals(student, trained, quadrants, path)
+    assert (signal.layers, signal.kappa) == ([2, 3], student.kappa)
+    ep.EquilibriumPropagation(trained, signals=[signal])
+    batch = ep.Batch(mirrored, quadrants.train.labels[:3], np.arange(3), np.ones(3, np.uint8))
+    nudges = {nudge.term.layer: nudge for nudge in signal.nudges(batch)}
+    np.testing.assert_allclose(nudges[3].target, states[2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(signal.term(3).loss(states[2] + 0.5, states[2]), 0.125 * states[2][0].size)
+
+
+def test_activations_of_a_teacher_belong_to_the_image_as_it_is():
+    with pytest.raises(ep.ConfigurationError, match="--teacher-features needs --no-crop"):
+        make_config({"aug": "kd", "teacher_features": True})
 
 
 def test_the_teacher_is_a_feed_forward_network_of_the_students_shape():

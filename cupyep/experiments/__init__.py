@@ -8,7 +8,7 @@ from cupyep.experiments.feedback import ACTIVATIONS, FEEDBACK
 from cupyep.experiments.nudges import FIDELITY, NUDGE
 from cupyep.experiments.report import write_report
 from cupyep.experiments.running import load_results, reproduce
-from cupyep.experiments.signals import BASELINE, KAPPA, PLACEMENT, SIGNALS, VANISHING
+from cupyep.experiments.signals import BASELINE, KAPPA, KD_VARIANTS, PLACEMENT, SIGNALS, VANISHING
 
 __all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Results", "find", "load_results", "reproduce", "write_report"]
 
@@ -20,6 +20,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         SIGNALS,
         PLACEMENT,
         KAPPA,
+        KD_VARIANTS,
         ACTIVATIONS,
         FEEDBACK,
         NUDGE,

@@ -262,3 +262,48 @@ KAPPA = Experiment(
     },
     verdict=_verdict_kappa,
 )
+
+KD_LAYERS = {"signal_layers": "3-6", "crop": False}
+VARIANTS = {
+    "fixed": Row("fixed", "fixed random map, T = 1", {"learned_maps": False}),
+    "learned": Row("learned", "learned map, T = 1", {"learned_maps": True}),
+    "learned-t2": Row("learned-t2", "learned map, T = 2", {"learned_maps": True, "temperature": 2.0}),
+    "learned-t4": Row("learned-t4", "learned map, T = 4", {"learned_maps": True, "temperature": 4.0}),
+    "logits": Row(
+        "logits", "learned map, squared error on logits", {"learned_maps": True, "signal_loss": "squared_error"}
+    ),
+    "features": Row("features", "no map: the teacher's activations", {"teacher_features": True}),
+    "none": Row("none", "no signal", {"aug": "none"}),
+}
+
+
+def _verdict_variants(results: Results) -> str:
+    ranked = sorted((loss(results, key), key) for key in VARIANTS)
+    best, worst = ranked[0][1], ranked[-1][1]
+    return (
+        f"Lowest training loss with '{VARIANTS[best].label}' ({loss(results, best):.2f} / "
+        f"{accuracy(results, best):.0f} %), highest with '{VARIANTS[worst].label}' ({loss(results, worst):.2f} / "
+        f"{accuracy(results, worst):.0f} %)."
+    )
+
+
+KD_VARIANTS = Experiment(
+    name="kd-variants",
+    title="what the teacher says, and through which map",
+    claim="KD brings a teacher's outputs to intermediate layers; whether through a map or unweighted is open "
+    f"({PAPER}).",
+    setting=_setting("VGG-7, distillation on layers 3 to 6, no crops,"),
+    base={
+        "small": {**SMALL, **KD, **KD_LAYERS, "arch": "vgg7"},
+        "full": {**FULL, **KD, **KD_LAYERS, "arch": "vgg7", "signal_layers": "6"},
+    },
+    rows=_both(tuple(VARIANTS.values())),
+    seeds={"small": 3, "full": 1},
+    measure=train_cell,
+    columns=COLUMNS,
+    figures={"courses": FIGURES["courses"]},
+    verdict=_verdict_variants,
+    remarks="""The teacher is the same network trained by backpropagation; where its activations are the targets it
+has the student's activation function, so that both have one range. At full size only layer 6 gets a signal:
+activations of all layers for all images in two views would fill tens of gigabytes.""",
+)

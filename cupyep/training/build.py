@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.augment import Augmenter, Distillation, LocalError
+from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.backend import Device
 from cupyep.data import Dataset, Loader, TeacherFile, load_dataset
 from cupyep.errors import require
@@ -71,7 +71,15 @@ def build_signals(config: TrainConfig, network: Network, dataset: Dataset, teach
     file.check(dataset)
     if config.flip and dataset.flip:
         file.logits("train", dataset.train.index[:1], 1)  # one without mirrored views is refused before the first batch
+    if config.teacher_features:
+        names = {layer: feature_name(layer) for layer in common["layers"]}
+        return [FeatureDistillation(file, names, config.kappa, config.kappa_annealing)]
     return [Distillation(file, temperature=config.temperature, learned=config.learned_maps, **common)]
+
+
+def feature_name(layer: int) -> str:
+    """Return what a layer's activations are called in the teacher files that this package writes."""
+    return f"layer{layer}"
 
 
 def build_learner(

@@ -128,6 +128,8 @@ class TrainConfig:
     signal_pool: int | None = SIGNALS(None, int, "Average a state over N x N pixels before its signal's map.", low=1)
     temperature: float = SIGNALS(1.0, float, "Temperature of the teacher's outputs (kd).", above=0)
     learned_maps: bool = SIGNALS(True, bool, "Learn the maps of the signals (kd) instead of fixing them.")
+    teacher_features: bool = SIGNALS(False, bool, "Follow the teacher's own activations of the same shape, unweighted, "
+                                     "instead of its outputs (kd; needs --no-crop).")
     teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.")
     teacher_epochs: int = SIGNALS(30, int, "Epochs of the teacher that kd trains without --teacher.", low=1)
 
@@ -152,6 +154,10 @@ class TrainConfig:
             setattr(self, spec.name, _checked(spec, getattr(self, spec.name)))
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(self.teacher is None or self.aug == "kd", "--teacher needs --aug kd")
+        require(
+            not (self.teacher_features and self.crop and self.aug == "kd"),
+            "--teacher-features needs --no-crop: a teacher's activations belong to the image as it is",
+        )
         parse_layers(self.signal_layers, sys.maxsize)
         free, nudged = default_steps(self)
         self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from cupyep.data import VIEWS, Dataset, Loader, TeacherFile, TeacherWriter, data
 from cupyep.errors import TeacherError
 from cupyep.learning import Backpropagation
 from cupyep.network import Network
-from cupyep.training.build import build_network, build_trainer
+from cupyep.training.build import build_network, build_trainer, feature_name
 from cupyep.training.checkpoint import can_write
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import TrainConfig, parse_layers
 
 # What a teacher has in common with its student ...
 SHARED = (
@@ -55,10 +55,12 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
     """Return the configuration of the teacher that ``--aug kd`` trains for the student `config`.
 
     The same architecture, width, images, seed, batches and augmentation (`SHARED`), but feed-forward
-    (`TEACHER_SETTINGS`), for ``teacher_epochs`` epochs; everything else as by default.
+    (`TEACHER_SETTINGS`), for ``teacher_epochs`` epochs; everything else as by default. A teacher whose activations are
+    followed has those of the student.
     """
     shared = {name: getattr(config, name) for name in SHARED}
-    return TrainConfig(**shared, epochs=config.teacher_epochs, **TEACHER_SETTINGS)
+    own = {"activation": config.activation, "gain": None} if config.teacher_features else {}
+    return TrainConfig(**{**shared, **TEACHER_SETTINGS, **own}, epochs=config.teacher_epochs)
 
 
 def train_teacher(
@@ -83,10 +85,19 @@ def train_teacher(
     return network
 
 
-def feedforward(network: Network) -> Callable[[Any], Any]:
-    """Return the function from images (B, H, W, C) to the logits (B, classes) that `network` gives without settling."""
+def feedforward(network: Network, layers: Sequence[int] = ()) -> Callable[[Any], Any]:
+    """Return the function from images (B, H, W, C) to the logits (B, classes) that `network` gives without settling.
+
+    With `layers` it returns a pair, as `export_logits` takes it: logits, and the activations by `feature_name`.
+    """
     learner = Backpropagation(network)
-    return lambda images: learner.scores(network.batch(images))
+
+    def predict(images: Any) -> Any:
+        state = learner.forward(network.batch(images))
+        logits = network.readout.output(state.layers[-1])
+        return (logits, {feature_name(n): state.layers[n - 1] for n in layers}) if layers else logits
+
+    return predict
 
 
 def export_logits(
@@ -95,6 +106,7 @@ def export_logits(
     path: str | Path,
     *,
     teacher: str,
+    features: Mapping[str, tuple[int, ...]] | None = None,
     device: Device | str = "cpu",
     batch_size: int = 256,
     quiet: bool = False,
@@ -104,13 +116,16 @@ def export_logits(
     Parameters
     ----------
     predict : callable
-        Takes normalised images (B, H, W, C), float32 on `device`; returns raw logits (B, classes).
+        Takes normalised images (B, H, W, C), float32 on `device`; returns raw logits (B, classes), with `features` the
+        pair of them and a dict of activations (B, *shape) by name.
     dataset : Dataset
         Where it forbids mirrored images, only the identity view is written.
     path : path
         Replaced when the new file is complete.
     teacher : str
         What made the logits; free text.
+    features : mapping of str to (H, W, C), optional
+        Activations to be written too, and their shapes.
     batch_size : int
         Images that `predict` gets at a time.
 
@@ -127,14 +142,16 @@ def export_logits(
     views = VIEWS if dataset.flip else VIEWS[:1]
     total = len(views) * (len(dataset.train) + len(dataset.test))
     bar = tqdm(total=total, desc="exporting logits", unit=" images", leave=False, disable=True if quiet else None)
-    with bar, TeacherWriter(path, dataset=dataset, teacher=teacher, views=views) as writer:
+    with bar, TeacherWriter(path, dataset=dataset, teacher=teacher, views=views, features=features) as writer:
         for split in ("train", "test"):
             loader, start = Loader(dataset, split, batch_size, device, np.float32), 0
             for batch in loader:
                 for view in views:
                     images = batch.images if view == "identity" else batch.images[:, :, ::-1]
-                    logits = loader.device.to_numpy(predict(images))
-                    writer.write(split, view, start, logits)
+                    found = predict(images)
+                    logits, maps = found if features else (found, {})
+                    maps = {name: loader.device.to_numpy(values) for name, values in maps.items()}
+                    writer.write(split, view, start, loader.device.to_numpy(logits), maps)
                     bar.update(len(logits))
                 start += len(batch)
     return writer.accuracy
@@ -153,7 +170,9 @@ def cached_teacher(
     options, images, labels and the version of cupyep.
     """
     own = teacher_config(config)
-    path = data_directory(config.data_dir) / "teachers" / f"{own.arch}-{own.dataset}-{_digest(own, dataset)}.h5"
+    wanted = config.signal_layers if config.teacher_features else ""
+    name = f"{own.arch}-{own.dataset}-{_digest(own, dataset, wanted)}.h5"
+    path = data_directory(config.data_dir) / "teachers" / name
     if path.is_file():
         with TeacherFile(path) as file:
             report(f"teacher: {path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")
@@ -167,15 +186,18 @@ def cached_teacher(
     network = train_teacher(own, dataset, device, quiet, report)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = f"{own.arch} trained by backpropagation, {own.epochs} epochs, cupyep {__version__}"
-    accuracy = export_logits(feedforward(network), dataset, path, teacher=text, device=device, quiet=quiet)
+    layers = parse_layers(wanted, network.depth) if wanted else []
+    features = {feature_name(n): network.state_shapes[n - 1] for n in layers}
+    predict = feedforward(network, layers)
+    accuracy = export_logits(predict, dataset, path, teacher=text, features=features, device=device, quiet=quiet)
     report(f"teacher: test accuracy {accuracy['test']:.2%}, kept in {path}")
     return path
 
 
-def _digest(config: TrainConfig, dataset: Dataset) -> str:
+def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
     settled = {*SHARED, *TEACHER_SETTINGS, "epochs"} - {"device", "data_dir"}
     options = {name: getattr(config, name) for name in sorted(settled)}
-    digest = hashlib.sha256(json.dumps([__version__, options], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([__version__, options, features], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
         for array in (split.images, split.labels):
             digest.update(repr(array.shape).encode())
