@@ -202,16 +202,17 @@ def test_products_with_an_axis_of_one(rng, sizes, layouts):
     np.testing.assert_array_equal(out, np.einsum("ik,kj->ij", a.astype(float), b))
 
 
-def test_tf32_is_a_choice_for_float32_alone(rng):
+def test_tf32_is_a_choice_of_each_product_for_float32_alone(rng):
     library = FakeCublas()
-    cublas = Cublas(library, np, Stream(), tf32=True)
-    for factor, product, compute in [
-        ("float32", "float32", 77),
-        ("float16", "float32", 68),
-        ("float64", "float64", 70),
+    cublas = Cublas(library, np, Stream())
+    for factor, product, tf32, compute in [
+        ("float32", "float32", True, 77),
+        ("float32", "float32", False, 68),
+        ("float16", "float32", True, 68),
+        ("float64", "float64", True, 70),
     ]:
         a, b = matrices(rng, factor, ("rows", "rows"))
-        cublas.gemm(a, b, np.empty((5, 3), product))
+        cublas.gemm(a, b, np.empty((5, 3), product), tf32=tf32)
         assert library.calls[-1][-1] == compute
 
 

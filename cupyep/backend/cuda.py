@@ -217,25 +217,21 @@ class Cublas:
         ``cupy``; gives the workspace.
     current_stream : callable
         Returns the address of the stream to launch on.
-    tf32 : bool
-        Round float32 factors to TF32. Otherwise float32 products are float32 throughout.
-
     Notes
     -----
     Halves are multiplied with float32 accumulation; split sums are added in float32 too. One handle with one workspace
     gives the same bits from run to run. The handle lives as long as the process.
     """
 
-    def __init__(self, library: Any, xp: Any, current_stream: Callable[[], int], tf32: bool = False):
+    def __init__(self, library: Any, xp: Any, current_stream: Callable[[], int]):
         self._library = library
         self._current_stream = current_stream
-        self._tf32 = tf32
         self._workspace = xp.empty(WORKSPACE_BYTES, np.uint8)
         self._stream: int | None = None
         self._handle = library.create()
         library.set_math_mode(self._handle, _DISALLOW_REDUCED_PRECISION_REDUCTION)
 
-    def gemm(self, a: Any, b: Any, out: Any, accumulate: bool = False) -> Any:
+    def gemm(self, a: Any, b: Any, out: Any, accumulate: bool = False, tf32: bool = False) -> Any:
         """Write ``a @ b`` into `out`, or add it with `accumulate`; return `out`.
 
         Parameters
@@ -244,6 +240,9 @@ class Cublas:
             float32, float64, float16 or bfloat16; rows or columns contiguous, so a transposed view is fine.
         out : array of shape (M, N)
             Rows contiguous; of the type of the factors, or float32 for halves.
+        accumulate : bool
+        tf32 : bool
+            Round float32 factors to TF32; other types are multiplied as they are.
 
         Raises
         ------
@@ -252,7 +251,7 @@ class Cublas:
         """
         rows, inner, columns = self._checked_sizes(a, b, out)
         self._use_current_stream()
-        number, compute = self._arithmetic(a.dtype, b.dtype, out.dtype)
+        number, compute = self._arithmetic(a.dtype, b.dtype, out.dtype, tf32)
         # cuBLAS is column-major: it sees each row-major matrix transposed, and out^T = b^T a^T.
         b_mode, ldb = _layout(b)
         a_mode, lda = _layout(a)
@@ -277,13 +276,14 @@ class Cublas:
             self._library.set_workspace(self._handle, address(self._workspace), self._workspace.nbytes)
             self._stream = stream
 
-    def _arithmetic(self, a: np.dtype, b: np.dtype, out: np.dtype) -> tuple[Any, int]:
+    @staticmethod
+    def _arithmetic(a: np.dtype, b: np.dtype, out: np.dtype, tf32: bool) -> tuple[Any, int]:
         """Return the ctypes number of alpha and beta, and cuBLAS's compute type."""
         if a != b or a.name not in _DATA_TYPES or (out != a and (a.itemsize != 2 or out != np.float32)):
             raise TypeError(f"no product of {a} and {b} into {out}")
         if a == np.float64:
             return ctypes.c_double, _COMPUTE_64F
-        return ctypes.c_float, _COMPUTE_32F_TF32 if self._tf32 and a == np.float32 else _COMPUTE_32F
+        return ctypes.c_float, _COMPUTE_32F_TF32 if tf32 and a == np.float32 else _COMPUTE_32F
 
     @staticmethod
     def _checked_sizes(a: Any, b: Any, out: Any) -> tuple[int, int, int]:

@@ -187,11 +187,15 @@ def _cublas(array: Any) -> Cublas:
     return _cublas_of(array.device.id, threading.get_ident())
 
 
-def gemm(a: Any, b: Any, out: Any) -> Any:
-    """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here."""
+def gemm(a: Any, b: Any, out: Any, tf32: bool = False) -> Any:
+    """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here.
+
+    With `tf32` a GPU rounds float32 factors to TF32. NumPy multiplies float32 and float64 as they are: whoever wants
+    fewer digits there rounds the factors before (`cupyep.kernels.factors`).
+    """
     xp = array_module(a)
     if xp.__name__ == "cupy":
-        return _cublas(a).gemm(a, b, out)
+        return _cublas(a).gemm(a, b, out, tf32=tf32)
     return xp.matmul(a, b, out=out)
 
 

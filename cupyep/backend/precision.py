@@ -1,0 +1,98 @@
+"""Precisions: what numbers are stored as, what they are computed in, and how many digits the factors of products have.
+
+One setting for a whole network. Parameters, their gradients and the optimizer's memory are float32 throughout (float64
+for float64), and so are losses, residuals and everything that is added up. What is narrower are states, deviations,
+drives, and the copies of weights and the columns that are multiplied; products are added up in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupyep.errors import ConfigurationError, choose
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number format for a network.
+
+    Attributes
+    ----------
+    name : {"float32", "tf32", "float16", "bfloat16", "float64"}
+    number : dtype
+        Of parameters, gradients and arithmetic.
+    stored : dtype
+        Of states, deviations, drives and images, and of the factors of products.
+    digits : int
+        Binary digits of a factor of a product, the leading one included.
+    """
+
+    name: str
+    number: np.dtype
+    stored: np.dtype
+    digits: int
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 factors are rounded to TF32, 10 bits after the leading one."""
+        return self.name == "tf32"
+
+    @property
+    def half(self) -> bool:
+        """Whether states are stored in 16 bits."""
+        return self.stored != self.number
+
+    def scale(self, size: float) -> float:
+        """Return the power of two by which numbers of the order of `size` are multiplied to be stored.
+
+        float16 ends at 65504 and loses digits below 6e-5: `size` itself becomes 2048 to 4096, so that there is room for
+        16 times as much above and, with some digits, 1e9 times less below. 1 where the range is that of float32.
+        """
+        return 2.0 ** (12 - math.ceil(math.log2(size))) if self.name == "float16" else 1.0
+
+    @property
+    def spacing(self) -> float:
+        """Distance of a state between 1/2 and 1 to the next one that can be stored."""
+        return 2.0 ** -(24 if self.tf32 else self.digits)
+
+
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "float64")
+
+
+@functools.cache
+def get_precision(name: str) -> Precision:
+    """Return the precision of the given name.
+
+    Parameters
+    ----------
+    name : {"float32", "tf32", "float16", "bfloat16", "float64"}
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such name, or it is bfloat16 and ml_dtypes is not installed.
+    """
+    choose("precision", name, PRECISIONS)
+    single, double = np.dtype(np.float32), np.dtype(np.float64)
+    if name == "float64":
+        return Precision(name, double, double, 53)
+    if name == "float16":
+        return Precision(name, single, np.dtype(np.float16), 11)
+    if name == "bfloat16":
+        return Precision(name, single, _bfloat16(), 8)
+    return Precision(name, single, single, 11 if name == "tf32" else 24)
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ConfigurationError(
+            "precision bfloat16 needs the library ml_dtypes: pip install ml_dtypes (or cupyep[bfloat16]), "
+            "or take precision float16"
+        ) from error
+    return np.dtype(ml_dtypes.bfloat16)
