@@ -13,6 +13,7 @@ from typing import Any
 
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
+from cupyep.backend.precision import Precision
 from cupyep.dynamics import Nudge, layer_weights
 from cupyep.layers import Edge
 from cupyep.workspace import Workspace
@@ -28,18 +29,26 @@ class Energy:
     feedback : float
         lambda.
     device : Device
-    dtype : dtype
+    precision : Precision
     """
 
-    def __init__(self, edges: Sequence[Edge], activation: Activation, feedback: float, device: Device, dtype: Any):
+    def __init__(
+        self,
+        edges: Sequence[Edge],
+        activation: Activation,
+        feedback: float,
+        device: Device,
+        precision: Precision,
+    ):
         self.edges = edges
         self.activation = activation
         self.weights = layer_weights(len(edges), feedback)
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
+        self.dtype = precision.number
 
     def _workspace(self, x: Any) -> Workspace:
-        return Workspace(self.edges, len(x), self.device, self.dtype)
+        return Workspace(self.edges, len(x), self.device, self.precision)
 
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
         drives, winners = workspace.states("drive"), workspace.winners("winners")

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.backend.device import Device, gemm
+from cupyep.backend.device import Device
+from cupyep.backend.precision import Precision
 from cupyep.errors import ConfigurationError, choose, require
 from cupyep.kernels import cuda_conv
-from cupyep.kernels.buffers import Arena
 from cupyep.kernels.columns import output_size
 from cupyep.kernels.conv import ConvGeometry, ConvOps, part_of
 from cupyep.kernels.cuda_conv import CudaConvOps
+from cupyep.kernels.linear import LinearOps
 
 POOLINGS = ("none", "max", "average")
 
@@ -126,11 +127,11 @@ class Conv2d(Edge):
             f"padding {self.padding}{pooled})"
         )
 
-    def prepare(self, batch: int, nbytes: int, dtype: Any, device: Device) -> ConvOps:
+    def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> ConvOps:
         """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
         if device.is_gpu:
-            return CudaConvOps(self.geometry, batch, nbytes, dtype, device.xp, device.launcher(cuda_conv.SOURCE))
-        return ConvOps(self.geometry, batch, nbytes, dtype, device.xp)
+            return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, device.launcher(cuda_conv.SOURCE))
+        return ConvOps(self.geometry, batch, nbytes, precision, device.xp)
 
     def refresh(self, ops: ConvOps) -> None:
         """Take up the current weights, for what is made of them once a settle and not once a step."""
@@ -147,13 +148,13 @@ class Conv2d(Edge):
         ops : ConvOps
         """
         for part, m in ops.chunks:
-            u = ops.product(s[part], self.weight, out[part], m)
+            u = ops.product(s[part], out[part], m)
             ops.pool(u, self.bias, out[part], part_of(winners, part), m)
 
     def linear_drive(self, s: Any, out: Any, winners: Any, ops: ConvOps) -> None:
         """Write ``G(w * s)`` into `out`: no bias, max-pooling replaced by reading the units at given `winners`."""
         for part, m in ops.chunks:
-            u = ops.product(s[part], self.weight, out[part], m)
+            u = ops.product(s[part], out[part], m)
             ops.gather(u, part_of(winners, part), out[part], m)
 
     def topdown(self, s: Any, winners: Any, out: Any, ops: ConvOps) -> None:
@@ -166,7 +167,7 @@ class Conv2d(Edge):
         out : array of shape (B, *in_shape)
         """
         for part, m in ops.chunks:
-            ops.topdown(s[part], part_of(winners, part), self.weight, out[part], m)
+            ops.topdown(s[part], part_of(winners, part), out[part], m)
 
     def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: ConvOps) -> None:
         """Add ``corr(s_below, U(s))``, the derivative of ``<s, d(s_below)>`` at fixed winners, to `weight` and (unless
@@ -180,7 +181,7 @@ class Conv2d(Edge):
         """
         ops.add_gradient(s_below, s, winners, weight)
         if bias is not None:
-            bias += s.reshape(-1, self.map_shape[2]).sum(axis=0)  # pooling adjoints keep the sum
+            bias += s.reshape(-1, self.map_shape[2]).sum(axis=0, dtype=bias.dtype)  # pooling adjoints keep the sum
 
     def flops(self) -> int:
         """Return the operations (multiply and add counted apart) of one product for one sample."""
@@ -205,12 +206,13 @@ class Linear(Edge):
     def __repr__(self) -> str:
         return f"Linear({self.in_shape} -> {self.out_shape})"
 
-    def prepare(self, batch: int, nbytes: int, dtype: Any, device: Device) -> LinearOps:
-        """Return the scratch; a dense map needs none from the arena."""
-        return LinearOps(self, dtype, device.xp)
+    def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> LinearOps:
+        """Return products and scratch for `batch` samples."""
+        return LinearOps(self.weight_shape, batch, precision, device)
 
     def refresh(self, ops: LinearOps) -> None:
-        """Nothing to take up: the top-down product reads the weights themselves."""
+        """Take up the current weights."""
+        ops.refresh(self.weight)
 
     def drive(self, s: Any, out: Any, winners: Any, ops: LinearOps) -> None:
         """Write ``s w + b`` into `out` (B, units)."""
@@ -219,31 +221,18 @@ class Linear(Edge):
 
     def linear_drive(self, s: Any, out: Any, winners: Any, ops: LinearOps) -> None:
         """Write ``s w`` into `out` (B, units)."""
-        gemm(s.reshape(len(s), -1), self.weight, out=out)
+        ops.drive(s.reshape(len(s), -1), out)
 
     def topdown(self, s: Any, winners: Any, out: Any, ops: LinearOps) -> None:
         """Write ``s w^T`` into `out` (B, *in_shape)."""
-        gemm(s, self.weight.T, out=out.reshape(len(s), -1))
+        ops.topdown(s, out.reshape(len(s), -1))
 
     def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: LinearOps) -> None:
         """Add the derivative of ``<s, d(s_below)>`` to `weight` and (unless None) `bias`."""
-        gemm(s_below.reshape(len(s), -1).T, s, out=ops.weight)
-        weight += ops.weight
+        ops.add_gradient(s_below.reshape(len(s), -1), s, weight)
         if bias is not None:
-            bias += s.sum(axis=0)
+            bias += s.sum(axis=0, dtype=bias.dtype)
 
     def flops(self) -> int:
         """Return the operations of one product for one sample."""
         return 2 * math.prod(self.weight_shape)
-
-
-class LinearOps:
-    """Scratch of one `Linear`: its weight gradient."""
-
-    nbytes = 0
-
-    def __init__(self, edge: Linear, dtype: Any, xp: Any):
-        self.weight = xp.empty(edge.weight_shape, dtype)
-
-    def bind(self, arena: Arena) -> None:
-        """Nothing to take from the arena."""

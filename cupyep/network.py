@@ -11,7 +11,7 @@ import numpy as np
 
 from cupyep.activations import Activation, get_activation
 from cupyep.augment import Augmenter
-from cupyep.backend.device import DTYPES, Device, get_device
+from cupyep.backend import Device, get_device, get_precision
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Classical, Deviation, Nudge, State, layer_weights
 from cupyep.energy import Energy
@@ -45,7 +45,8 @@ class Network:
     seed : int
         Of the weights.
     device : str or Device
-    precision : {"float32", "float64"}
+    precision : {"float32", "tf32", "float64"}
+        `cupyep.backend.precision.Precision`.
 
     Raises
     ------
@@ -72,7 +73,8 @@ class Network:
         self.classes = classes
         self.activation = get_activation(activation)
         self.device = get_device(device)
-        self.dtype = np.dtype(DTYPES[choose("precision", precision, DTYPES)])
+        self.precision = get_precision(precision)
+        self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
         self._check_chain()
         self.readout = self._make_readout(loss)
@@ -136,14 +138,15 @@ class Network:
     @property
     def energy(self) -> Energy:
         """The energy that this network's free phase settles in."""
-        return Energy(self.layers, self.activation, self.feedback, self.device, self.dtype)
+        return Energy(self.layers, self.activation, self.feedback, self.device, self.precision)
 
     def __repr__(self) -> str:
         lines = [f"  {n}: {edge!r}" for n, edge in enumerate(self.layers, 1)]
         readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
+        where = f"{self.precision.name}, {self.device.name}"
         return "\n".join(
             [
-                f"Network({self.activation.name}, feedback {self.feedback:g}, {self.dtype}, {self.device.name}",
+                f"Network({self.activation.name}, feedback {self.feedback:g}, {where}",
                 *lines,
                 f"  readout: {readout}, {self.readout.criterion.name})",
             ]
@@ -183,7 +186,7 @@ class Network:
         """Return the buffers for a batch size, the current weights taken up; those of the last few sizes are kept."""
         if batch not in self._workspaces:
             arena = next(iter(self._workspaces.values())).arena if self._workspaces else None
-            self._workspaces[batch] = Workspace(self.layers, batch, self.device, self.dtype, arena)
+            self._workspaces[batch] = Workspace(self.layers, batch, self.device, self.precision, arena)
             while len(self._workspaces) > self.WORKSPACES_KEPT:
                 self._workspaces.popitem(last=False)
         else:

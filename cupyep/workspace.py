@@ -8,6 +8,7 @@ from typing import Any
 
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
+from cupyep.backend.precision import Precision
 from cupyep.kernels import cuda_update
 from cupyep.kernels.buffers import Arena, Buffers
 from cupyep.kernels.cuda_update import CudaUpdateOps
@@ -32,19 +33,22 @@ class Workspace:
     batch : int
         Samples processed together (2N for two nudged phases in one batch).
     device : Device
-    dtype : dtype
+    precision : Precision
     arena : Arena, optional
         Scratch memory to share with other workspaces of the same edges; a larger one is made where it is too small.
     """
 
-    def __init__(self, edges: Sequence[Edge], batch: int, device: Device, dtype: Any, arena: Arena | None = None):
+    def __init__(
+        self, edges: Sequence[Edge], batch: int, device: Device, precision: Precision, arena: Arena | None = None
+    ):
         self.edges = edges
         self._input_ops: dict[int, Any] = {}
         self.batch = batch
         self.device = device
-        self.buffers = Buffers(device.xp, dtype)
+        self.precision = precision
+        self.buffers = Buffers(device.xp, precision.number)
         budget = SCRATCH_BYTES["cuda" if device.is_gpu else "cpu"]
-        self.ops = [edge.prepare(batch, budget, dtype, device) for edge in edges]
+        self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
         needed = max(ops.nbytes for ops in self.ops)
         if arena is None or arena.block.nbytes < needed:
             arena = Arena(device.xp, needed)
@@ -97,7 +101,7 @@ class Workspace:
             return self.ops[0]
         if samples not in self._input_ops:
             edge = self.edges[0]
-            ops = edge.prepare(samples, self.arena.block.nbytes, self.buffers.dtype, self.device)
+            ops = edge.prepare(samples, self.arena.block.nbytes, self.precision, self.device)
             ops.bind(self.arena)
             edge.refresh(ops)
             self._input_ops[samples] = ops

@@ -28,9 +28,8 @@ PAIRS = [
     ("double", "double"),
     ("float", "__half"),
     ("float", "__nv_bfloat16"),
-    ("__half", "__half"),
-    ("__nv_bfloat16", "__nv_bfloat16"),
 ]
+HALVES = [("__half", "__half"), ("__nv_bfloat16", "__nv_bfloat16")]
 
 
 def instances(source: Path) -> list[str]:
@@ -54,12 +53,14 @@ def _conv_instances():
             names += [instance("bias_pool", [product, out, vec, pool]) for pool in (0, 1, 2)]
             names += [instance("gather", [product, out, vec, pool]) for pool in (1, 2)]
             names.append(instance("col2im", [product, out, vec]))
+    for half, _ in HALVES:  # without pooling a product is stored before its bias is added
+        names += [instance("bias_pool", [half, half, vec, 0]) for vec in _widths(half)]
     return names
 
 
 def _update_instances():
     names = [instance("add_residual", [t]) for t in ("float", "double")]
-    for drive, state in PAIRS:
+    for drive, state in PAIRS + HALVES:
         for vec, measure in itertools.product(_widths(drive, state), ("false", "true")):
             names += [instance("update_states", [state, drive, vec, rule, measure]) for rule in (0, 1)]
             names += [instance("update_deviations", [state, drive, vec, rule, measure]) for rule in (0, 1, 2)]
@@ -75,6 +76,24 @@ def _head_instances():
 
 
 _INSTANCES = {"conv.cu": _conv_instances, "update.cu": _update_instances, "head.cu": _head_instances}
+
+
+def gpu_product(a, b, out, tf32=False):
+    """Stand in for `cupyep.backend.device.gemm` on a GPU: narrow factors, sums in float32, one rounding at the end."""
+    assert a.dtype == b.dtype, f"no product of {a.dtype} and {b.dtype}"
+    assert out.dtype in (a.dtype, np.dtype(np.float32)), f"no product of {a.dtype} into {out.dtype}"
+    if a.dtype.itemsize == 2:
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    elif tf32 and a.dtype == np.float32:
+        a, b = tf32_of(a), tf32_of(b)
+    out[...] = a @ b
+    return out
+
+
+def tf32_of(x):
+    """Return float32 numbers with 11 significant binary digits: exact in float64, where rounding is to the even one."""
+    fraction, exponent = np.frexp(np.asarray(x, np.float64))
+    return np.ldexp(np.rint(np.ldexp(fraction, 11)), exponent - 11).astype(np.float32)
 
 
 def compiler() -> str | None:

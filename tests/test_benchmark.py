@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import cupyep as ep
-from cupyep import layers as layers_module
-from cupyep.kernels import conv as conv_module
+from cupyep.backend import get_precision
+from cupyep.kernels import factors
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SMALL = (
@@ -212,14 +212,13 @@ def test_operations_of_vgg5_counted_by_hand(load):
 @pytest.fixture
 def work(monkeypatch):
     """The operations of all large products, counted where they pass; float64 so that no count is rounded."""
-    done, gemm = [], layers_module.gemm
+    done, gemm = [], factors.gemm
 
-    def counted(a, b, out):
+    def counted(a, b, out, tf32):
         done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
-        return gemm(a, b, out=out)
+        return gemm(a, b, out, tf32)
 
-    for module in (layers_module, conv_module):
-        monkeypatch.setattr(module, "gemm", counted)
+    monkeypatch.setattr(factors, "gemm", counted)
     return done
 
 
@@ -255,7 +254,7 @@ def test_timings_are_taken_next_to_their_product(load):
 
 def test_stopwatch_measures_every_case_in_every_round(load):
     calls = []
-    watch = load("measuring").Stopwatch(ep.get_device("cpu"), np.float32, 8, repeats=3, shortest=0)
+    watch = load("measuring").Stopwatch(ep.get_device("cpu"), get_precision("float32"), 8, repeats=3, shortest=0)
     case = load("measuring").Case
     rows = watch.measure({"a": case(lambda: calls.append("a")), "b": case(lambda: calls.append("b"), 5.0)})
     assert calls[-6:] == ["a", "b"] * 3

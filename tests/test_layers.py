@@ -5,6 +5,7 @@ import pytest
 from oracle import relative_error
 
 import cupyep as ep
+from cupyep.backend import get_precision
 from cupyep.kernels.buffers import Arena
 
 GEOMETRIES = [  # in_shape, channels, kernel, stride, padding, pooling, pool
@@ -70,20 +71,20 @@ def naive_unpool(s, winners, map_shape, pooling, p):
 class Case:
     """An edge with random parameters and states, on host and device."""
 
-    def __init__(self, device, geometry, rng, samples=SAMPLES, budget=1 << 22, precision=np.float64):
+    def __init__(self, device, geometry, rng, samples=SAMPLES, budget=1 << 22, precision="float64"):
         in_shape, channels, self.kernel, self.stride, self.padding, self.pooling, self.pool = geometry
         self.device = device
+        self.precision = get_precision(precision)
         self.edge = ep.Conv2d(
             in_shape, channels, self.kernel, self.stride, self.padding, pooling=self.pooling, pool=self.pool
         )
         self.weight = rng.standard_normal((self.kernel, self.kernel, in_shape[2], channels))
         self.bias = rng.standard_normal(channels)
-        self.edge.weight = device.asarray(self.weight, precision)
-        self.edge.bias = device.asarray(self.bias, precision)
+        self.edge.weight = device.asarray(self.weight, self.precision.number)
+        self.edge.bias = device.asarray(self.bias, self.precision.number)
         self.below = rng.standard_normal((samples, *in_shape))
         self.s = rng.standard_normal((samples, *self.edge.out_shape))
-        self.precision = precision
-        self.ops = self.edge.prepare(samples, budget, precision, device)
+        self.ops = self.edge.prepare(samples, budget, self.precision, device)
         arena = Arena(device.xp, self.ops.nbytes)
         arena.block[...] = 255  # nothing may depend on what was there: floats of all ones are not numbers
         self.ops.bind(arena)
@@ -95,7 +96,7 @@ class Case:
         return None if array is None else self.device.asarray(array)
 
     def new(self, shape):
-        return self.device.xp.full((len(self.below), *shape), np.nan, self.precision)
+        return self.device.xp.full((len(self.below), *shape), np.nan, self.precision.stored)
 
     def drive(self):
         out = self.new(self.edge.out_shape)
@@ -114,8 +115,8 @@ class Case:
         return self.device.to_numpy(out)
 
     def gradient(self, below, s, winners, bias=True):
-        weight = self.device.xp.full(self.weight.shape, 2.0, self.precision)
-        bias_gradient = self.device.xp.full(self.bias.shape, 3.0, self.precision) if bias else None
+        weight = self.device.xp.full(self.weight.shape, 2.0, self.precision.number)
+        bias_gradient = self.device.xp.full(self.bias.shape, 3.0, self.precision.number) if bias else None
         arrays = (self.on_device(below), self.on_device(s), self.on_device(winners))
         self.edge.add_gradient(*arrays, weight, bias_gradient, self.ops)
         return self.device.to_numpy(weight), None if bias_gradient is None else self.device.to_numpy(bias_gradient)
@@ -195,7 +196,7 @@ def test_chunks_change_nothing(device, rng, geometry, parts):
     """Five samples in one, two (3 + 2) or more chunks: the same numbers."""
     state = rng.bit_generator.state
     whole = Case(device, geometry, rng, samples=5)
-    one = whole.edge.prepare(1, 0, np.float64, device).nbytes
+    one = whole.edge.prepare(1, 0, whole.precision, device).nbytes
     rng.bit_generator.state = state
     budget = one * -(-5 // parts) + 1
     cut = Case(device, geometry, rng, samples=5, budget=budget)
@@ -235,7 +236,9 @@ def test_linear_edge(device, rng, in_shape):
     weight, bias = rng.standard_normal((size, 4)), rng.standard_normal(4)
     edge.weight, edge.bias = device.asarray(weight), device.asarray(bias)
     below, s = rng.standard_normal((3, *in_shape)), rng.standard_normal((3, 4))
-    ops = edge.prepare(3, 0, np.float64, device)
+    ops = edge.prepare(3, 0, get_precision("float64"), device)
+    ops.bind(Arena(device.xp, ops.nbytes))
+    edge.refresh(ops)
     flat = below.reshape(3, size)
     expected = np.zeros((3, 4))
     for n, k in np.ndindex(3, 4):
@@ -257,7 +260,7 @@ def test_linear_edge(device, rng, in_shape):
 
 
 def test_float32_stays_float32(device, rng):
-    case = Case(device, GEOMETRIES[1], rng, precision=np.float32)
+    case = Case(device, GEOMETRIES[1], rng, precision="float32")
     case.below, case.s = case.below.astype(np.float32), case.s.astype(np.float32)
     d, _ = case.drive()
     assert d.dtype == np.float32

@@ -22,7 +22,7 @@ from gate import BETA, check_results, learner, random_batch, torch_reference
 from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threads, peak_bytes
 
 import cupyep as ep
-from cupyep.backend.device import DTYPES
+from cupyep.backend import PRECISIONS
 from cupyep.cli.shared import Names, OneLineErrors
 from cupyep.settling import SCHEDULES
 from cupyep.training.checkpoint import replacing
@@ -66,7 +66,7 @@ def build_run(options: dict[str, Any]) -> Run:
     network = ep.build(**{name: options[name] for name in names}, input_shape=(options["image_size"],) * 2 + (3,))
     quick, device = options["quick"], network.device
     size = 256 if quick else PRODUCT_SIZE["cuda" if device.is_gpu else "cpu"]
-    stopwatch = Stopwatch(device, network.dtype, size, options["repeats"], 0 if quick else SHORTEST)
+    stopwatch = Stopwatch(device, network.precision, size, options["repeats"], 0 if quick else SHORTEST)
     reference = None
     if options["against"] == "torch":
         reference = torch_reference().TorchReference(network, "cuda" if device.is_gpu else "cpu")
@@ -284,7 +284,7 @@ POSITIVE = click.IntRange(1)
 @click.option("--width", default=1.0, help="Channel multiplier.")
 @click.option("--image-size", type=POSITIVE, default=32, help="Pixels a side.")
 @click.option("--batch-size", type=POSITIVE, default=8)
-@click.option("--precision", type=Names("--precision", tuple(DTYPES)), default="float32")
+@click.option("--precision", type=Names("--precision", PRECISIONS), default="float32")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=POSITIVE, help="Threads of BLAS and PyTorch.  [default: theirs]")
 @click.option("--free-steps", type=POSITIVE, default=20)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.backend import Device
-from cupyep.backend.device import gemm
+from cupyep.backend import Device, Precision
+from cupyep.kernels.factors import Factors
 from cupyep.network import Network
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -77,7 +77,7 @@ class Stopwatch:
     Parameters
     ----------
     device : Device
-    dtype : dtype
+    precision : Precision
         Of the product.
     size : int
         The product is of two square matrices of this size.
@@ -87,12 +87,13 @@ class Stopwatch:
         Seconds that one reading covers at least.
     """
 
-    def __init__(self, device: Device, dtype: Any, size: int, repeats: int, shortest: float = SHORTEST):
+    def __init__(self, device: Device, precision: Precision, size: int, repeats: int, shortest: float = SHORTEST):
         self.device, self.repeats, self.shortest = device, repeats, shortest
         generator = np.random.default_rng(0)
-        a, b = (device.asarray(generator.standard_normal((size, size)), dtype) for _ in range(2))
+        factors = Factors(precision, device.xp, device.is_gpu)
+        a, b = (device.asarray(generator.standard_normal((size, size)), factors.dtype) for _ in range(2))
         out = device.xp.empty_like(a)
-        self._product = Case(lambda: gemm(a, b, out=out), 2.0 * size**3)
+        self._product = Case(lambda: factors.product(a, b, out), 2.0 * size**3)
         self.product_rates: list[float] = []
 
     def measure(self, cases: dict[str, Case]) -> dict[str, Timing]:

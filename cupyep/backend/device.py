@@ -19,8 +19,6 @@ from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
 from cupyep.backend.graphs import GraphCapture, graphs_wanted
 from cupyep.errors import ConfigurationError, DeviceError
 
-DTYPES = {"float32": np.float32, "float64": np.float64}
-
 
 @functools.cache
 def _import_cupy() -> tuple[ModuleType | None, str]:

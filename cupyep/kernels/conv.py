@@ -1,7 +1,8 @@
 """The array operations of one convolution with pooling, in chunks: product, adjoint, weight gradient, pooling.
 
 `ConvOps` is plain array code for NumPy and CuPy alike, and the reference. Every operation writes into scratch that
-exists before: a view of an `Arena` that all edges share.
+exists before: a view of an `Arena` that all edges share. States, drives and gradients may be stored in halves; scratch
+is of the type to compute in, and results are rounded once, when they are stored.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.backend.device import gemm
+from cupyep.backend.precision import Precision
 from cupyep.kernels.buffers import Arena, carve
 from cupyep.kernels.columns import col2im, im2col, inner_view
+from cupyep.kernels.factors import Factors
 from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
 
 
@@ -53,7 +55,7 @@ class ConvOps:
     batch : int
     nbytes : int
         Budget of the scratch.
-    dtype : dtype
+    precision : Precision
     xp : module
         ``numpy`` or ``cupy``.
     product_first : bool, optional
@@ -65,49 +67,58 @@ class ConvOps:
         Samples of each chunk and their number.
     nbytes : int
         Bytes wanted from the arena.
+    kernel : array of shape (k, k, C, K)
+        The weight as a factor, see `refresh`: itself, or a rounded copy.
     flipped : array of shape (k * k * K, C), or None
-        The weight of the top-down product, see `refresh`; product first takes the weight as it is.
+        The weight of the top-down product, see `refresh`; product first takes `kernel`.
     weight : array of shape (k, k, C, K)
         Scratch for a chunk's weight gradient.
     """
+
+    NATIVE = False  # whether halves and TF32 are multiplied as such
 
     def __init__(
         self,
         geometry: ConvGeometry,
         batch: int,
         nbytes: int,
-        dtype: Any,
+        precision: Precision,
         xp: Any,
         product_first: bool | None = None,
     ):
         self.geometry = geometry
+        self.precision = precision
+        self.factors = Factors(precision, xp, self.NATIVE)
         self.product_first = geometry.product_first if product_first is None else product_first
-        one = Arena.size(self._requests(1, dtype))
+        one = Arena.size(self._requests(1))
         samples = max(1, min(batch, nbytes // one))
         samples = -(-batch // -(-batch // samples))  # equal chunks
         self.chunks = [
             (slice(start, min(start + samples, batch)), min(samples, batch - start))
             for start in range(0, batch, samples)
         ]
-        self.requests = self._requests(samples, dtype)
+        self.requests = self._requests(samples)
         self.nbytes = Arena.size(self.requests)
         k, channels, outputs = geometry.kernel, geometry.in_shape[2], geometry.map_shape[2]
+        shape, dtype = (k, k, channels, outputs), self.factors.dtype
+        self.kernel = xp.empty(shape, dtype) if self.factors.copies else None
         self.flipped = None if self.product_first else xp.empty((k * k * outputs, channels), dtype)
-        self.weight = xp.empty((k, k, channels, outputs), dtype)
-        self._dtype = dtype
+        self.weight = xp.empty(shape, precision.number)
 
-    def _requests(self, samples: int, dtype: Any) -> list[tuple[tuple[int, ...], Any]]:
-        g = self.geometry
-        columns = max(Arena.size(requests) for requests in self._column_requests(samples, dtype))
+    def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
+        g, dtype = self.geometry, self.precision.number
+        columns = max(Arena.size(requests) for requests in self._column_requests(samples))
+        wide = max(math.prod(g.in_shape), math.prod(g.out_shape)) if self.factors.widens else 0
         return [
             ((columns,), np.uint8),
-            ((samples if g.pooling != "none" else 0, *g.map_shape), dtype),
+            ((samples if g.pooling != "none" or self.factors.copies else 0, *g.map_shape), dtype),
             ((samples if g.pooling == "max" else 0, *g.out_shape), np.bool_),
+            ((samples * wide,), dtype),
         ]
 
-    def _column_requests(self, samples: int, dtype: Any) -> list[list[tuple[tuple[int, ...], Any]]]:
+    def _column_requests(self, samples: int) -> list[list[tuple[tuple[int, ...], Any]]]:
         """Return padded map and columns for the drive, and those for the top-down product: never needed together."""
-        g = self.geometry
+        g, dtype = self.geometry, self.factors.dtype
         k, (height, width, channels), outputs = g.kernel, g.in_shape, g.map_shape[2]
         drive = [
             ((samples, height + 2 * g.padding, width + 2 * g.padding, channels), dtype),
@@ -121,32 +132,46 @@ class ConvOps:
 
     def bind(self, arena: Arena) -> None:
         """Take views of the arena."""
-        scratch, self._map, self._mask = arena.views(self.requests)
-        drive, topdown = self._column_requests(self.chunks[0][1], self._dtype)
+        scratch, self._map, self._mask, self._wide = arena.views(self.requests)
+        drive, topdown = self._column_requests(self.chunks[0][1])
         self._padded, self._columns = carve(scratch, drive)
         self._padded_up, self._columns_up = carve(scratch, topdown)
 
     def refresh(self, weight: Any) -> None:
-        """Take up a weight (k, k, C, K) for the top-down product: mirrored, channels exchanged."""
+        """Take up a weight (k, k, C, K) as a factor of products; for the top-down one mirrored, channels exchanged."""
+        if self.factors.copies:
+            self.factors.take_up(weight, self.kernel)
+        else:
+            self.kernel = weight
         if self.flipped is not None:
-            mirrored = weight[::-1, ::-1].transpose(0, 1, 3, 2)
+            mirrored = self.kernel[::-1, ::-1].transpose(0, 1, 3, 2)
             self.flipped.reshape(mirrored.shape)[...] = mirrored
 
     def map(self, m: int) -> Any:
         """Return the scratch map before pooling for `m` samples, shape (m, Ho, Wo, K)."""
         return self._map[:m]
 
-    def product(self, s: Any, weight: Any, out: Any, m: int) -> Any:
+    def _wider(self, out: Any) -> Any:
+        """Return where to compute `out`: `out` itself, or scratch of its shape where it is stored in halves."""
+        return self._wide[: math.prod(out.shape)].reshape(out.shape) if self.factors.widens else out
+
+    def product(self, s: Any, out: Any, m: int) -> Any:
         """Return ``w * s`` before pooling, for `pool` or `gather`: in scratch, or without pooling in `out` itself."""
-        u = out if self.geometry.pooling == "none" else self.map(m)
         outputs = self.geometry.map_shape[2]
-        gemm(self.columns(s, m), weight.reshape(-1, outputs), out=u.reshape(-1, outputs))
-        return u
+        if self.geometry.pooling != "none":
+            u = self.map(m)
+            self.factors.product(self.columns(s, m), self.kernel.reshape(-1, outputs), u.reshape(-1, outputs))
+            return u
+        u = self._wider(out)
+        self.factors.product(self.columns(s, m), self.kernel.reshape(-1, outputs), u.reshape(-1, outputs))
+        _store(u, out)
+        return out
 
     def columns(self, s: Any, m: int) -> Any:
         """Return the column matrix (m * Ho * Wo, k * k * C) of `s` (m, H, W, C)."""
         g, padded, columns = self.geometry, self._padded[:m], self._columns[:m]
         inner_view(padded, g.in_shape[:2], g.padding)[...] = s
+        self.factors.round(padded)
         im2col(padded, g.kernel, g.stride, columns)
         return columns.reshape(-1, g.kernel * g.kernel * g.in_shape[2])
 
@@ -154,18 +179,22 @@ class ConvOps:
         """Return the column matrix (m * H * W, k * k * K) of ``U(s)`` for the top-down product."""
         g, padded, columns = self.geometry, self._padded_up[:m], self._columns_up[:m]
         self._scatter(s, winners, inner_view(padded, g.map_shape[:2], g.kernel - 1 - g.padding, g.stride), m)
+        self.factors.round(padded)
         im2col(padded, g.kernel, 1, columns)
         return columns.reshape(-1, g.kernel * g.kernel * g.map_shape[2])
 
-    def topdown(self, s: Any, winners: Any, weight: Any, out: Any, m: int) -> None:
-        """Write ``weight^T * U(s)`` into `out` (m, H, W, C); `refresh` must have taken up the `weight`."""
+    def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
+        """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
         g = self.geometry
         if not self.product_first:
-            gemm(self.columns_up(s, winners, m), self.flipped, out=out.reshape(-1, g.in_shape[2]))
+            result = self._wider(out)
+            self.factors.product(self.columns_up(s, winners, m), self.flipped, result.reshape(-1, g.in_shape[2]))
+            _store(result, out)
             return
-        u, outputs, columns, padded = self.unpool(s, winners, m), g.map_shape[2], self._columns[:m], self._padded[:m]
+        u, outputs = self._factor_map(s, winners, m), g.map_shape[2]
+        columns, padded = self._columns[:m], self._padded[:m]
         rows = columns.reshape(-1, g.kernel * g.kernel * g.in_shape[2])
-        gemm(u.reshape(-1, outputs), weight.reshape(-1, outputs).T, out=rows)
+        self.factors.product(u.reshape(-1, outputs), self.kernel.reshape(-1, outputs).T, rows)
         col2im(columns, g.kernel, g.stride, padded)
         out[...] = padded[:, g.padding : g.padding + g.in_shape[0], g.padding : g.padding + g.in_shape[1]]
 
@@ -173,26 +202,30 @@ class ConvOps:
         """Add ``corr(below, U(s))`` over all chunks to `gradient` (k, k, C, K)."""
         outputs = self.geometry.map_shape[2]
         for part, m in self.chunks:
-            u, columns = self.unpool(s[part], part_of(winners, part), m), self.columns(below[part], m)
-            gemm(columns.T, u.reshape(-1, outputs), out=self.weight.reshape(-1, outputs))
+            u, columns = self._factor_map(s[part], part_of(winners, part), m), self.columns(below[part], m)
+            self.factors.product(columns.T, u.reshape(-1, outputs), self.weight.reshape(-1, outputs))
             gradient += self.weight
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; without pooling `u` is `out`."""
         g = self.geometry
+        result = out if g.pooling == "none" else self._wider(out)
         if g.pooling == "max":
-            max_pool(u, g.pool, out, winners, self._mask[:m])
+            max_pool(u, g.pool, result, winners, self._mask[:m])
         elif g.pooling == "average":
-            average_pool(u, g.pool, out)
-        out += bias  # after pooling: both poolings commute with a constant a channel
+            average_pool(u, g.pool, result)
+        result += bias  # after pooling: both poolings commute with a constant a channel
+        _store(result, out)
 
     def gather(self, u: Any, winners: Any, out: Any, m: int) -> None:
-        """Write ``G(u)`` into `out`: max-pooling replaced by reading `u` at `winners`."""
+        """Write ``G(u)`` into `out`: max-pooling replaced by reading `u` at `winners`; without pooling `u` is `out`."""
         g = self.geometry
+        result = out if g.pooling == "none" else self._wider(out)
         if g.pooling == "max":
-            max_gather(u, g.pool, winners, out, self._mask[:m])
+            max_gather(u, g.pool, winners, result, self._mask[:m])
         elif g.pooling == "average":
-            average_pool(u, g.pool, out)
+            average_pool(u, g.pool, result)
+        _store(result, out)
 
     def unpool(self, s: Any, winners: Any, m: int) -> Any:
         """Return ``U(s)``, shape (m, Ho, Wo, K): `s` itself without pooling, else in the scratch map."""
@@ -200,6 +233,16 @@ class ConvOps:
             return s
         u = self._map[:m]
         self._scatter(s, winners, u, m)
+        return u
+
+    def _factor_map(self, s: Any, winners: Any, m: int) -> Any:
+        """Return ``U(s)`` as a factor: of its type and with its digits."""
+        u = self.unpool(s, winners, m)
+        if self.factors.widens or self.factors.rounds:
+            if u is s:
+                u = self._map[:m]
+                u[...] = s
+            self.factors.round(u)
         return u
 
     def _scatter(self, s: Any, winners: Any, out: Any, m: int) -> None:
@@ -210,6 +253,11 @@ class ConvOps:
             average_scatter(s, g.pool, out)
         else:
             out[...] = s
+
+
+def _store(result: Any, out: Any) -> None:
+    if result is not out:
+        out[...] = result
 
 
 def part_of(winners: Any, part: slice) -> Any:

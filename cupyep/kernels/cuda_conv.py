@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.backend.device import gemm
+from cupyep.backend.precision import Precision
 from cupyep.errors import require
 from cupyep.kernels.buffers import Arena
 from cupyep.kernels.conv import ConvGeometry, ConvOps
@@ -27,36 +27,34 @@ class CudaConvOps(ConvOps):
 
     Parameters
     ----------
-    geometry, batch, nbytes, dtype, xp
-        See `ConvOps`; `dtype` (float32, float64, float16 or bfloat16) is that of states and columns.
+    geometry, batch, nbytes, precision, xp
+        See `ConvOps`; states, drives and columns are of the type that the precision stores.
     launcher : Launcher
         Of `SOURCE`.
-    product_dtype : dtype, optional
-        What the products `map` and `products` are stored in; `dtype` unless given (float32 for halves, say).
     product_first : bool
         Top-down map by product and then col2im instead of columns and then product. Its intermediate has
         ``k * k * C`` instead of ``k * k * K`` elements a pixel and needs `U(s)` as a map.
 
     Notes
     -----
-    All arrays must be C-contiguous; they are accessed 16 bytes at once where the number of channels allows.
+    All arrays must be C-contiguous; they are accessed 16 bytes at once where the number of channels allows. With
+    halves, products that go on to a pooling or a sum (`map`, `products`) stay float32 until its result is stored.
     """
+
+    NATIVE = True
 
     def __init__(
         self,
         geometry: ConvGeometry,
         batch: int,
         nbytes: int,
-        dtype: Any,
+        precision: Precision,
         xp: Any,
         launcher: Any,
-        product_dtype: Any = None,
         product_first: bool = False,
     ):
         self.launcher = launcher
-        self.dtype = np.dtype(dtype)
-        self.product_dtype = self.dtype if product_dtype is None else np.dtype(product_dtype)
-        super().__init__(geometry, batch, nbytes, dtype, xp, product_first)
+        super().__init__(geometry, batch, nbytes, precision, xp, product_first)
 
     def _sizes(self) -> tuple[int, int]:
         """Return the elements a sample of the column matrices of drive and top-down product."""
@@ -67,21 +65,19 @@ class CudaConvOps(ConvOps):
             math.prod(g.in_shape[:2]) * window * g.map_shape[2],
         )
 
-    def _requests(self, samples: int, dtype: Any) -> list[tuple[tuple[int, ...], Any]]:
+    def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         down, up = self._sizes()
         require(
             max(down, up) < 2**31,
             f"the columns of one sample have {max(down, up)} elements, more than a GPU kernel can index; "
             "use smaller images or fewer channels",
         )
-        columns = max(down * self.dtype.itemsize, (down if self.product_first else up) * self._up_dtype().itemsize)
+        stored, number = self.precision.stored.itemsize, self.precision.number.itemsize
+        columns = max(down * stored, down * number if self.product_first else up * stored)
         requests = [((samples * columns,), np.uint8)]
         if self.geometry.pooling != "none":
-            requests.append(((samples, *self.geometry.map_shape), max(self.product_dtype, self.dtype, key=_itemsize)))
+            requests.append(((samples, *self.geometry.map_shape), self.precision.number))
         return requests
-
-    def _up_dtype(self) -> np.dtype:
-        return self.product_dtype if self.product_first else self.dtype
 
     def bind(self, arena: Arena) -> None:
         """Take views of the arena."""
@@ -93,19 +89,19 @@ class CudaConvOps(ConvOps):
 
     def map(self, m: int) -> Any:
         """Return the scratch map before pooling for `m` samples, shape (m, Ho, Wo, K)."""
-        return self._view(self._map, (m, *self.geometry.map_shape), self.product_dtype)
+        return self._view(self._map, (m, *self.geometry.map_shape), self.precision.number)
 
     def products(self, m: int) -> Any:
         """Return the scratch of the product-first top-down map for `m` samples, shape (m * Ho * Wo, k * k * C)."""
         g = self.geometry
         rows = m * math.prod(g.map_shape[:2])
-        return self._view(self._columns, (rows, g.kernel**2 * g.in_shape[2]), self.product_dtype)
+        return self._view(self._columns, (rows, g.kernel**2 * g.in_shape[2]), self.precision.number)
 
     def columns(self, s: Any, m: int) -> Any:
         g = self.geometry
         height, width, channels = g.in_shape
         ho, wo, _ = g.map_shape
-        columns = self._view(self._columns, (m * ho * wo, g.kernel**2 * channels), self.dtype)
+        columns = self._view(self._columns, (m * ho * wo, g.kernel**2 * channels), self.precision.stored)
         vec = vector_width(channels, s, columns)
         frame = [(size - 1) * g.stride + g.kernel for size in (ho, wo)]
         self._launch(
@@ -120,7 +116,7 @@ class CudaConvOps(ConvOps):
         g = self.geometry
         height, width, _ = g.in_shape
         ho, wo, channels = g.map_shape
-        columns = self._view(self._columns, (m * height * width, g.kernel**2 * channels), self.dtype)
+        columns = self._view(self._columns, (m * height * width, g.kernel**2 * channels), self.precision.stored)
         vec = vector_width(channels, s, winners, columns)
         self._launch(
             ("unpool_im2col", [type_name(s.dtype), vec, POOLING[g.pooling]]),
@@ -157,7 +153,7 @@ class CudaConvOps(ConvOps):
         if g.pooling == "none":
             return s
         ho, wo, channels = g.map_shape
-        u = self._view(self._map, (m, ho, wo, channels), self.dtype)
+        u = self._view(self._map, (m, ho, wo, channels), self.precision.stored)
         vec = vector_width(channels, s, winners, u)
         self._launch(
             ("unpool", [type_name(s.dtype), vec, POOLING[g.pooling]]),
@@ -167,14 +163,15 @@ class CudaConvOps(ConvOps):
         )
         return u
 
-    def topdown(self, s: Any, winners: Any, weight: Any, out: Any, m: int) -> None:
+    def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``w^T * U(s)`` into `out` (m, H, W, C), by columns of ``U(s)`` or product first."""
         if not self.product_first:
-            gemm(self.columns_up(s, winners, m), self.flipped, out=out.reshape(-1, self.geometry.in_shape[2]))
+            columns = self.columns_up(s, winners, m)
+            self.factors.product(columns, self.flipped, out.reshape(-1, self.geometry.in_shape[2]))
             return
         u, products = self.unpool(s, winners, m), self.products(m)
         outputs = self.geometry.map_shape[2]
-        gemm(u.reshape(-1, outputs), weight.reshape(-1, outputs).T, out=products)
+        self.factors.product(u.reshape(-1, outputs), self.kernel.reshape(-1, outputs).T, products)
         self.col2im(products, out, m)
 
     def col2im(self, products: Any, out: Any, m: int) -> None:
@@ -197,7 +194,3 @@ class CudaConvOps(ConvOps):
         name, types = kernel
         grid, block = map_grid(*threads)
         self.launcher.launch(name, types, grid, block, (*arrays, *map(np.int32, sizes)))
-
-
-def _itemsize(dtype: np.dtype) -> int:
-    return dtype.itemsize

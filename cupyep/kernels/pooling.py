@@ -74,7 +74,7 @@ def max_scatter(s: Any, p: int, winners: Any, out: Any, mask: Any) -> None:
     xp = array_module(s)
     for offset, view in _windows(out, p):
         xp.equal(winners, winners.dtype.type(offset), out=mask)
-        xp.multiply(s, mask, out=view)
+        xp.multiply(s, mask, out=view, dtype=out.dtype)
     _clear_remainder(out, p)
 
 
@@ -91,9 +91,9 @@ def average_pool(u: Any, p: int, out: Any) -> None:
 def average_scatter(s: Any, p: int, out: Any) -> None:
     """Spread `s` evenly over its windows in `out` (n, H, W, C): the adjoint of `average_pool`."""
     xp = array_module(s)
-    share = s.dtype.type(1 / p**2)
+    share = out.dtype.type(1 / p**2)
     for _, view in _windows(out, p):
-        xp.multiply(s, share, out=view)
+        xp.multiply(s, share, out=view, dtype=out.dtype)
     _clear_remainder(out, p)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from cupyep.activations import ACTIVATIONS
 from cupyep.augment import ANNEALINGS
-from cupyep.backend.device import DTYPES
+from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
 from cupyep.errors import ConfigurationError, choose, nearest, require
 from cupyep.learning.equilibrium import FORMS, SCHEMES
@@ -146,7 +146,8 @@ class TrainConfig:
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
     device: str = RUN("auto", str, "auto, cpu, cuda or cuda:N.")
-    precision: str = RUN("float32", str, "Number format of states and parameters.", choices=tuple(DTYPES))
+    precision: str = RUN("float32", str, "Number format; parameters and optimizer are float32 in all but float64.",
+                         choices=PRECISIONS)
     # fmt: on
 
     def __post_init__(self):

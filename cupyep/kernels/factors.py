@@ -1,0 +1,84 @@
+"""The factors of matrix products in one precision: rounded to its digits, in the type that the device multiplies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend import array_module
+from cupyep.backend.device import gemm
+from cupyep.backend.precision import Precision
+
+ROUNDED_AT_ONCE = 1 << 16  # numbers; they and the scratch stay in the innermost caches
+
+
+class Factors:
+    """How one network's products are computed.
+
+    A GPU multiplies halves, and float32 as TF32, by itself. NumPy multiplies float32: there a factor is a float32
+    number with the digits of the precision. Sums are float32 on both (float64 for float64), so the numbers are the same
+    up to the order of summation.
+
+    Parameters
+    ----------
+    precision : Precision
+    xp : module
+        ``numpy`` or ``cupy``.
+    native : bool
+        Whether the device multiplies the stored type and TF32 by itself.
+
+    Attributes
+    ----------
+    dtype : dtype
+        Of columns and copies of weights.
+    copies : bool
+        Whether a weight must be copied to be a factor.
+    widens : bool
+        Whether a state must be copied to be a factor, and a product to be stored: never on a GPU.
+    rounds : bool
+        Whether `round` has something to do.
+    """
+
+    def __init__(self, precision: Precision, xp: Any, native: bool):
+        self.precision = precision
+        self.dtype = precision.stored if native else precision.number
+        self.copies = precision.half or (precision.tf32 and not native)
+        self.widens = precision.half and not native
+        self.rounds = precision.tf32 and not native
+        self._scratch = xp.empty(ROUNDED_AT_ONCE, np.uint32) if self.rounds else None
+
+    def take_up(self, weight: Any, out: Any) -> None:
+        """Write a float32 `weight` into `out`, rounded to the digits of a factor."""
+        out[...] = weight.astype(self.precision.stored) if self.widens else weight
+        self.round(out)
+
+    def round(self, x: Any) -> None:
+        """Round a C-contiguous float32 array in place to TF32, where that is this class's business."""
+        if self.rounds:
+            round_to_tf32(x, self._scratch)
+
+    def product(self, a: Any, b: Any, out: Any) -> None:
+        """Write ``a @ b`` into `out`."""
+        gemm(a, b, out=out, tf32=self.precision.tf32)
+
+
+def round_to_tf32(x: Any, scratch: Any) -> None:
+    """Round float32 numbers in place to 10 binary digits after the leading one, to nearest, ties to even.
+
+    Parameters
+    ----------
+    x : float32 array, C-contiguous
+    scratch : uint32 array of one axis, of any length
+    """
+    xp = array_module(x)
+    bits = x.reshape(-1).view(np.uint32)
+    for start in range(0, bits.shape[0], scratch.shape[0]):
+        part = bits[start : start + scratch.shape[0]]
+        half = scratch[: part.shape[0]]
+        # Add half of the last place kept, less one where that place is even, and cut.
+        xp.right_shift(part, 13, out=half)
+        xp.bitwise_and(half, 1, out=half)
+        half += 0xFFF
+        part += half
+        xp.bitwise_and(part, 0xFFFFE000, out=part)
