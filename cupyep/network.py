@@ -74,6 +74,7 @@ class Network:
         self.activation = get_activation(activation)
         self.device = get_device(device)
         self.precision = get_precision(precision)
+        require(not self.precision.half, f"precision {precision} is not there yet; use float32 or tf32")
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
         self._check_chain()

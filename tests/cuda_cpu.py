@@ -78,18 +78,6 @@ def _head_instances():
 _INSTANCES = {"conv.cu": _conv_instances, "update.cu": _update_instances, "head.cu": _head_instances}
 
 
-def gpu_product(a, b, out, tf32=False):
-    """Stand in for `cupyep.backend.device.gemm` on a GPU: narrow factors, sums in float32, one rounding at the end."""
-    assert a.dtype == b.dtype, f"no product of {a.dtype} and {b.dtype}"
-    assert out.dtype in (a.dtype, np.dtype(np.float32)), f"no product of {a.dtype} into {out.dtype}"
-    if a.dtype.itemsize == 2:
-        a, b = a.astype(np.float32), b.astype(np.float32)
-    elif tf32 and a.dtype == np.float32:
-        a, b = tf32_of(a), tf32_of(b)
-    out[...] = a @ b
-    return out
-
-
 def tf32_of(x):
     """Return float32 numbers with 11 significant binary digits: exact in float64, where rounding is to the even one."""
     fraction, exponent = np.frexp(np.asarray(x, np.float64))

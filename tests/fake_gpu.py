@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import strict
-from cuda_cpu import ShimLauncher, compiler
+from cuda_cpu import ShimLauncher, compiler, tf32_of
 from strict import StrictDevice, Tape, do
 
 from cupyep.backend import device as device_module
@@ -64,11 +64,12 @@ class FakeCublas:
         right = column_major(b, b_type, n, k, ldb).T if transb else column_major(b, b_type, k, n, ldb)
         out = column_major(c, c_type, m, n, ldc)
         number = np.float64 if compute == 70 else np.float32
+        factor_of = tf32_of if compute == 77 else np.asarray
         assert isinstance(alpha, ctypes.c_double if compute == 70 else ctypes.c_float)
         factor, kept = alpha.value, beta.value
 
         def multiply():
-            product = factor * (left.astype(number) @ right.astype(number))
+            product = factor * (factor_of(left.astype(number)) @ factor_of(right.astype(number)))
             if kept:
                 product += kept * out.astype(number)
             out[...] = product

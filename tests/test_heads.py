@@ -77,11 +77,13 @@ def test_scratch_given_is_enough_and_its_content_does_not_matter(device, rng, ki
 
 def test_capture_key_tells_what_the_force_depends_on(device):
     """Another map, another place of the map or another temperature is another key; a term of one's own has none."""
-    keys = [make(device, temperature=t).capture_key() for t in (1.0, 2.0)]
+    others = [make(device, temperature=t) for t in (1.0, 2.0)]  # kept: the key holds addresses of what lives
+    keys = [other.capture_key() for other in others]
     head = make(device)
     keys += [head.capture_key()]
     assert head.capture_key() == keys[-1]
-    head.weight = head.weight.copy()
+    before, head.weight = head.weight, head.weight.copy()
+    assert before is not head.weight
     keys += [head.capture_key()]
     head.criterion.temperature = 3.0
     keys += [head.capture_key()]

@@ -43,10 +43,11 @@ def test_own_signal_and_own_layer(names):
     rng = np.random.default_rng(0)
     edge, s = net.layers[1], rng.standard_normal((2, 4, 4, 16)).astype(np.float32)
     out, back = np.empty((2, 20), np.float32), np.empty_like(s)
-    edge.drive(s, out, None, None)
+    ops = net.workspace(2).ops[1]
+    edge.drive(s, out, None, ops)
     np.testing.assert_allclose(out, 0.5 * s.reshape(2, -1) @ edge.weight + edge.bias, rtol=1e-4, atol=1e-5)
     t = rng.standard_normal((2, 20)).astype(np.float32)
-    edge.topdown(t, None, back, None)
+    edge.topdown(t, None, back, ops)
     np.testing.assert_allclose((back * s).sum(), (t * (out - edge.bias)).sum(), rtol=1e-4)
     x, y = rng.random((4, 8, 8, 1)), np.arange(4)
     rows = ep.check_gradients(net, x, y, beta=0.01, free_steps=60, nudged_steps=40)
