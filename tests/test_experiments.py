@@ -9,7 +9,8 @@ from click.testing import CliRunner
 import cupyep as ep
 from cupyep.cli import main
 from cupyep.errors import CheckpointError, DivergenceError
-from cupyep.experiments import EXPERIMENTS, find, load_results, reproduce, write_report
+from cupyep.experiments import EXPERIMENTS, costs, find, load_results, reproduce, write_report
+from cupyep.experiments.costs import cost_cell
 from cupyep.experiments.design import Column, Experiment, OutOfTime, Results, Row, cell_name
 from cupyep.experiments.report import report_text, table
 from cupyep.experiments.trained import train_cell
@@ -96,7 +97,9 @@ def test_a_failed_measurement_keeps_those_before(tmp_path):
 
 def test_time_that_is_up(tmp_path):
     lines = []
-    results = reproduce(study(Measure(1.0, OutOfTime())), tmp_path, max_minutes=5, report=lines.append)
+    results = reproduce(
+        study(Measure(1.0, OutOfTime(), OutOfTime(), OutOfTime())), tmp_path, max_minutes=5, report=lines.append
+    )
     assert not results.complete
     assert lines[-1] == "5 minutes are used up: 1 of 4 cells are measured"
     text = report_text(study(Measure()), results, {"scale": "small"})
@@ -199,6 +202,44 @@ def test_probes_are_kept_by_epoch(tmp_path):
         {"epoch": 1, "cosines": [1.0], "beta": 0.5},
         {"epoch": 2, "cosines": [2.0], "beta": 0.5},
     ]
+
+
+def test_operations_are_those_of_the_edges(tmp_path):
+    """By hand: BP of 64 + 20 images, a forward pass of every image, for training a gradient and a top-down product."""
+    experiment = study(cost_cell, (Row("bp", "BP", {"algorithm": "bp"}),), {**DIGITS, "epochs": 1})
+    cell = reproduce(experiment, tmp_path, seeds=1, report=silent).cells["bp/0"]
+    # VGG-5 at width 0.02 on 16 x 16 x 1: channels 3 5 10 10, maps 16 8 4 2 (unpadded), two operations a multiplication.
+    edges = [2 * 9 * n * n * c * k for n, c, k in ((16, 1, 3), (8, 3, 5), (4, 5, 10), (2, 10, 10))]
+    expected = 64 * (2 * sum(edges) + sum(edges[1:])) + 20 * sum(edges)
+    assert cell["probes"] == [{"epoch": 1, "operations": expected}]
+
+
+def test_cost_to_a_target():
+    cell = {
+        "test_accuracy": [0.2, 0.36, 0.34, 0.5],
+        "elapsed_minutes": [1.0, 2.5, 3.0, 4.0],
+        "probes": [{"operations": 1e12}, {"operations": 2.5e12}, {"operations": 1e13}, {"operations": 1e13}],
+    }
+    assert costs.epochs_to_target(cell) == 2
+    assert costs.minutes_to_target(cell) == 2.5
+    assert costs.operations_to_target(cell) == pytest.approx(3.5)
+    never = {**cell, "test_accuracy": [0.1, 0.2]}
+    assert costs.minutes_to_target(never) is costs.operations_to_target(never) is None
+
+
+@pytest.mark.slow
+def test_side_by_side_as_in_turn(tmp_path):
+    """Two processes measure what one does; both read the experiment by its name."""
+    tiny = {name: DIGITS[name] for name in ("dataset", "width")} | {"image_size": 32}
+    overrides = {**tiny, "free_steps": 5, "nudged_steps": 2, "tolerance": None}
+    found = [
+        reproduce(find("fidelity"), tmp_path / str(jobs), seeds=1, overrides=overrides, jobs=jobs, report=silent)
+        for jobs in (1, 2)
+    ]
+    assert found[0].complete
+    for key, cell in found[0].cells.items():
+        other = found[1].cells[key]
+        assert {k: v for k, v in cell.items() if k != "minutes"} == {k: v for k, v in other.items() if k != "minutes"}
 
 
 def test_command_line(tmp_path):

@@ -39,6 +39,13 @@ Examples:
 @click.option("--out", type=click.Path(path_type=Path), help="Report folder.  [default: reports/NAME-SCALE]")
 @click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Cells measured at the same time, with one BLAS thread each; on a CPU as many as it has cores.",
+)
 @click.option("--report-only", is_flag=True, help="Measure nothing; write the report anew from results.json.")
 @click.option("--quiet", is_flag=True, help="No line an epoch.")
 def reproduce(
@@ -50,6 +57,7 @@ def reproduce(
     out: Path | None,
     data_dir: str | None,
     device: str | None,
+    jobs: int,
     report_only: bool,
     quiet: bool,
 ) -> None:
@@ -70,7 +78,7 @@ def reproduce(
         command = shlex.join(
             ["cupyep", "reproduce", name, "--scale", scale, *([] if seeds is None else ["--seeds", str(seeds)])]
         )
-        run_experiment(experiment, folder, scale, seeds, max_minutes, place, command, quiet, click.echo)
+        run_experiment(experiment, folder, scale, seeds, max_minutes, place, command, quiet, click.echo, jobs)
     results, about = load_results(experiment, folder)
     path = write_report(experiment, results, about, folder)
     click.echo(experiment.verdict(results) if results.complete else "open: not every cell is measured yet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cupyep.errors import choose
+from cupyep.experiments.costs import COST
 from cupyep.experiments.design import SCALES, Experiment, Results
 from cupyep.experiments.feedback import ACTIVATIONS, FEEDBACK
 from cupyep.experiments.nudges import FIDELITY, NUDGE
@@ -25,6 +26,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         FEEDBACK,
         NUDGE,
         FIDELITY,
+        COST,
     )
 }
 

@@ -46,8 +46,8 @@ class Cell:
     seed : int
     options : dict
         Base, row and seed together.
-    folder : Path
-        Where the measurement may keep what it needs to go on later; made when first used.
+    out : Path
+        The report folder.
     report : callable
         Takes lines that say what is going on.
     quiet : bool
@@ -58,10 +58,25 @@ class Cell:
     row: Row
     seed: int
     options: dict[str, Any]
-    folder: Path
+    out: Path
     report: Callable[[str], None]
     quiet: bool
     deadline: Callable[[], None]
+
+    @property
+    def name(self) -> str:
+        """What it is called in results.json."""
+        return cell_name(self.row.key, self.seed)
+
+    @property
+    def place(self) -> str:
+        """What its files are called."""
+        return f"{self.row.key}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the measurement may keep what it needs to go on later; made when first used."""
+        return self.out / "work" / self.place
 
 
 class OutOfTime(Exception):

@@ -23,7 +23,12 @@ PORTABLE = ("device", "data_dir", "teacher")  # may change when a training goes 
 Probe = Callable[[Network, TrainConfig], dict[str, Any]]
 
 
-def train_cell(cell: Cell, probe: Probe | None = None, every_epoch: bool = False) -> dict[str, Any]:
+def train_cell(
+    cell: Cell,
+    probe: Probe | None = None,
+    every_epoch: bool = False,
+    prepare: Callable[[Network], None] | None = None,
+) -> dict[str, Any]:
     """Train the cell's network in its folder, or go on with it there; return its courses.
 
     Parameters
@@ -33,13 +38,15 @@ def train_cell(cell: Cell, probe: Probe | None = None, every_epoch: bool = False
         Takes the network and the run's configuration and returns plain numbers, texts and lists.
     every_epoch : bool
         Probe after every epoch instead of after the last one.
+    prepare : callable, optional
+        Takes the network before it is trained (further).
 
     Returns
     -------
     dict
-        ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``: a number an epoch; ``nudge_response``,
-        ``gradient_norm``, ``activity``: a list an epoch with a number a layer; ``minutes``, ``peak_memory_bytes``;
-        ``probes``: what `probe` returned, and the ``epoch``.
+        ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``elapsed_minutes``: a number an epoch;
+        ``nudge_response``, ``gradient_norm``, ``activity``: a list an epoch with a number a layer; ``minutes``,
+        ``peak_memory_bytes``; ``probes``: what `probe` returned, and the ``epoch``.
     """
     trainers: list[Any] = []
 
@@ -61,6 +68,8 @@ def train_cell(cell: Cell, probe: Probe | None = None, every_epoch: bool = False
         trainers.append(start_run(make_config(cell.options), cell.folder, report=cell.report))
     for trainer in trainers:
         trainer.report = line
+        if prepare:
+            prepare(trainer.network)
         trainer.run()
     return _courses(RunDirectory.open(cell.folder).metrics(), _probes(cell.folder))
 
@@ -76,6 +85,7 @@ def _courses(records: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dic
         **{name: [_short(record[name]) for record in records] for name in COURSES},
         **{name: [[_short(number) for number in record[name] or []] for record in records] for name in LAYER_COURSES},
         "free_residual": _short(last["free_residual"]),
+        "elapsed_minutes": [_short(record["elapsed_s"] / 60) for record in records],
         "minutes": _short(last["elapsed_s"] / 60),
         "images_per_s": _short(last["images_per_s"]),
         "peak_memory_bytes": last["peak_memory_bytes"],
