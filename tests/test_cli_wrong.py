@@ -115,7 +115,9 @@ def test_a_teacher_for_other_data_is_refused(name, message, cifar, invoke, tmp_p
     ("content", "message"),
     [
         ("widht = 0.1", "'../mine.toml': unknown option 'widht'; did you mean 'width'?"),
-        ("width = 'a'", "--width must be a number (got 'a')"),
+        ("width = 'a'", "'../mine.toml': width must be a number (got 'a')"),
+        ("beta = -1", "'../mine.toml': beta must be above 0 (got -1)"),
+        ("arch = 'vgg8'", "'../mine.toml': unknown arch 'vgg8'; did you mean 'vgg"),
         ("width =", "'../mine.toml' is not valid TOML"),
     ],
 )
@@ -168,7 +170,7 @@ def test_a_teacher_that_cannot_be_kept_is_not_trained(cifar, invoke, tmp_path):
 DAMAGE = {
     "cut": ("config.toml", b"arch = 'vgg5", 2, "run/config.toml' is not valid TOML"),
     "no text": ("config.toml", b"\xff\xfe\x00", 2, "run/config.toml' is not valid TOML"),
-    "number for a name": ("config.toml", b"arch = 7", 2, "run/config.toml': --arch must be a text (got 7)"),
+    "number for a name": ("config.toml", b"arch = 7", 2, "run/config.toml': arch must be a text (got 7)"),
     "other network": ("config.toml", b"width = 0.02\nfeedback = 0.3", 1, "a network with feedback = 0.1, not 0.3"),
     "empty checkpoint": ("checkpoint.h5", b"", 1, "run/checkpoint.h5' is not a readable checkpoint"),
     "no metrics": ("metrics.jsonl", b"\xff\n\xfe", 1, "metrics.jsonl' line 1 is not a record of an epoch"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import check, data, evaluate, info, reproduce, train
+from cupyep.cli import check, data, evaluate, info, recipes, reproduce, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -28,5 +28,14 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train.train, evaluate.evaluate, check.check, data.data, reproduce.reproduce, info.info):
+COMMANDS = (
+    train.train,
+    evaluate.evaluate,
+    check.check,
+    data.data,
+    recipes.recipes,
+    reproduce.reproduce,
+    info.info,
+)
+for command in COMMANDS:
     main.add_command(command)

@@ -9,7 +9,7 @@ import click
 
 from cupyep.cli.shared import Interrupted, SectionedCommand, config_options, given_options
 from cupyep.errors import require
-from cupyep.recipes import find_recipe, recipe_names
+from cupyep.recipes import find_recipe
 from cupyep.training import runs
 from cupyep.training.config import OPTIONS, make_config, read_toml
 
@@ -26,7 +26,7 @@ Examples:
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help=f"Take the options that are not given from a recipe: {', '.join(recipe_names())}, or a TOML file.",
+    help="Take the options that are not given from a recipe (cupyep recipes lists them) or a TOML file of your own.",
 )
 @click.option(
     "--run-dir",

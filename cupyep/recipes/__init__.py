@@ -1,7 +1,12 @@
-"""Recipes: TOML files with the options of ``cupyep train`` for one published or reproduced result each."""
+"""Recipes: TOML files with the options of ``cupyep train``, one for each published or reproduced result.
+
+The first line of a file is a comment that says what it is and where it is from. Every option has a mark behind it:
+``[paper]``, published in the source that the head of the file names, or ``[own]``, this project's own choice.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from cupyep.errors import ConfigurationError, nearest
@@ -10,8 +15,9 @@ FOLDER = Path(__file__).parent
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    """Return the names of the recipes that come with the package, VGG-5 before VGG-11."""
+    names = [path.name.removesuffix(".toml") for path in FOLDER.glob("*.toml")]
+    return sorted(names, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -27,5 +33,18 @@ def find_recipe(recipe: str | Path) -> Path:
         return FOLDER / f"{recipe}.toml"
     if Path(recipe).is_file():
         return Path(recipe)
-    hint = nearest(str(recipe), names)
-    raise ConfigurationError(f"no recipe and no file '{recipe}'{hint} (recipes: {', '.join(names)})")
+    raise ConfigurationError(f"no recipe and no file '{recipe}'{nearest(str(recipe), names)} (see cupyep recipes)")
+
+
+def recipe_text(recipe: str | Path) -> str:
+    """Return the text of a recipe, comments included; see `find_recipe` for the errors."""
+    path = find_recipe(recipe)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read '{path}': {error}") from error
+
+
+def recipe_summary(recipe: str | Path) -> str:
+    """Return the first line of a recipe: what it is, and its source."""
+    return recipe_text(recipe).partition("\n")[0].removeprefix("#").strip()

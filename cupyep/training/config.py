@@ -152,7 +152,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for spec in fields(self):
-            setattr(self, spec.name, _checked(spec, getattr(self, spec.name)))
+            setattr(self, spec.name, _checked(spec, getattr(self, spec.name), option_name(spec.name)))
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(self.teacher is None or self.aug == "kd", "--teacher needs --aug kd")
         require(
@@ -203,12 +203,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Options by name; values are checked when a `TrainConfig` is made from them.
+        Options by name, their values checked one by one.
 
     Raises
     ------
     ConfigurationError
-        If the file is missing or not TOML, or names an unknown option.
+        If the file is missing or not TOML, names an unknown option, or has a value that breaks the rule of its option;
+        the message names file and key.
     """
     try:
         with open(path, "rb") as file:
@@ -217,8 +218,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigurationError(f"cannot read '{path}': {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"'{path}' is not valid TOML: {error}") from error
-    for name in values:
+    for name, value in values.items():
         require(name in OPTIONS, f"'{path}': unknown option '{name}'{nearest(name, OPTIONS)}")
+        try:
+            _checked(OPTIONS[name], value, name)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"'{path}': {error}") from error
     return values
 
 
@@ -263,9 +268,9 @@ def parse_layers(text: str, depth: int) -> list[int]:
     return sorted(layers)
 
 
-def _checked(spec: Field, value: Any) -> Any:
-    """Return `value` in the kind of the option `spec`, or raise ConfigurationError naming option, rule and value."""
-    kind, name = spec.metadata["kind"], option_name(spec.name)
+def _checked(spec: Field, value: Any, name: str) -> Any:
+    """Return `value` in the kind of the option `spec`, or raise ConfigurationError with its `name`, rule and value."""
+    kind = spec.metadata["kind"]
     if value is None:
         require(spec.default is None, f"{name} must be {KIND_NAMES[kind]}")
         return None

@@ -1,0 +1,34 @@
+"""`cupyep recipes`."""
+
+from __future__ import annotations
+
+import click
+
+from cupyep.recipes import find_recipe, recipe_names, recipe_summary, recipe_text
+from cupyep.training.config import make_config, read_toml
+
+EXAMPLES = """\b
+Examples:
+  cupyep recipes                                   all of them, with their sources
+  cupyep recipes vgg7-kd-cifar10                   every setting, and where it is from
+  cupyep recipes vgg7-kd-cifar10 > mine.toml       a recipe to change: cupyep train --recipe mine.toml
+  cupyep recipes mine.toml                         is it valid?
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("recipe", required=False, metavar="[NAME|FILE]")
+def recipes(recipe: str | None) -> None:
+    """Show the recipes, or one of them.
+
+    NAME is a recipe of the package, FILE a TOML file of your own; it is checked, and printed as it is. Each setting is
+    marked [paper], published in the source named at the top, or [own], this project's choice.
+    """
+    if recipe is None:
+        names = recipe_names()
+        width = max(map(len, names))
+        for name in names:
+            click.echo(f"{name:<{width}}  {recipe_summary(name)}")
+        return
+    make_config(read_toml(find_recipe(recipe)))
+    click.echo(recipe_text(recipe), nl=False)
