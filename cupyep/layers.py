@@ -15,11 +15,12 @@ import numpy as np
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
 from cupyep.errors import ConfigurationError, choose, require
-from cupyep.kernels import cuda_conv
+from cupyep.kernels import cuda_conv, winograd
 from cupyep.kernels.columns import output_size
 from cupyep.kernels.conv import ConvGeometry, ConvOps, part_of
 from cupyep.kernels.cuda_conv import CudaConvOps
 from cupyep.kernels.linear import LinearOps
+from cupyep.kernels.winograd import WinogradOps
 
 POOLINGS = ("none", "max", "average")
 
@@ -127,10 +128,12 @@ class Conv2d(Edge):
             f"padding {self.padding}{pooled})"
         )
 
-    def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> ConvOps:
+    def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> ConvOps | WinogradOps:
         """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
         if device.is_gpu:
             return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, device.launcher(cuda_conv.SOURCE))
+        if winograd.possible(self.geometry, precision) and winograd.pays(self.geometry, batch):
+            return WinogradOps(self.geometry, batch, nbytes, precision, device.xp)
         return ConvOps(self.geometry, batch, nbytes, precision, device.xp)
 
     def refresh(self, ops: ConvOps) -> None:
@@ -184,8 +187,8 @@ class Conv2d(Edge):
             bias += s.reshape(-1, self.map_shape[2]).sum(axis=0, dtype=bias.dtype)  # pooling adjoints keep the sum
 
     def flops(self) -> int:
-        """Return the operations (multiply and add counted apart) of one product for one sample."""
-        return 2 * math.prod(self.map_shape) * self.kernel**2 * self.in_shape[2]
+        """Return the operations (multiply and add counted apart) of one direct product for one sample."""
+        return self.geometry.flops
 
 
 class Linear(Edge):

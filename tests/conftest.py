@@ -9,6 +9,7 @@ from fake_gpu import fake_gpu  # noqa: F401
 
 from cupyep import get_device, gpu_status
 from cupyep.cli import main
+from cupyep.kernels import winograd
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -27,6 +28,21 @@ def device(request):
 def rng():
     """A generator that starts the same in every test."""
     return np.random.default_rng(20250820)
+
+
+@pytest.fixture
+def winograd_everywhere(monkeypatch):
+    """Winograd's algorithm for every edge that allows it, however small."""
+    for name in ("LEAST_CHANNELS", "LEAST_ROWS", "LEAST_WORK"):
+        monkeypatch.setattr(winograd, name, 0)
+
+
+@pytest.fixture(params=["columns", "winograd"])
+def algorithm(request):
+    """Both ways to compute a convolution on the CPU, where an edge allows both."""
+    if request.param == "winograd":
+        request.getfixturevalue("winograd_everywhere")
+    return request.param
 
 
 @pytest.fixture

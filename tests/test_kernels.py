@@ -5,7 +5,15 @@ import pytest
 
 from cupyep.kernels.buffers import Arena, Buffers
 from cupyep.kernels.columns import col2im, im2col, inner_view, output_size
-from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
+from cupyep.kernels.pooling import (
+    average_pool,
+    average_scatter,
+    clear_remainder,
+    max_gather,
+    max_pool,
+    max_scatter,
+    windows,
+)
 
 
 def integers(rng, shape, high=100):
@@ -25,7 +33,7 @@ def run_max_pool(device, u, p):
     xp = device.xp
     shape = pooled_shape(u, p)
     out, winners, mask = xp.full(shape, np.nan), xp.full(shape, 77, np.uint8), xp.empty(shape, bool)
-    max_pool(device.asarray(u), p, out, winners, mask)
+    max_pool(windows(device.asarray(u), p), out, winners, mask)
     return device.to_numpy(out), device.to_numpy(winners)
 
 
@@ -116,9 +124,10 @@ def test_gather_and_scatter_at_winners(device, rng, size, p):
     s = integers(rng, shape)
     xp = device.xp
     gathered, mask = xp.full(shape, np.nan), xp.empty(shape, bool)
-    max_gather(device.asarray(u), p, device.asarray(winners), gathered, mask)
+    max_gather(windows(device.asarray(u), p), device.asarray(winners), gathered, mask)
     spread = xp.full(u.shape, np.nan)
-    max_scatter(device.asarray(s), p, device.asarray(winners), spread, mask)
+    max_scatter(device.asarray(s), device.asarray(winners), windows(spread, p), mask)
+    clear_remainder(spread, p)
     expected = np.zeros(u.shape)
     for place in np.ndindex(*shape):
         n, y, x, c = place
@@ -135,8 +144,9 @@ def test_average_pool_and_its_adjoint(device, rng, size, p):
     shape = pooled_shape(u, p)
     s = integers(rng, shape)
     out, spread = device.xp.full(shape, np.nan), device.xp.full(u.shape, np.nan)
-    average_pool(device.asarray(u), p, out)
-    average_scatter(device.asarray(s), p, spread)
+    average_pool(windows(device.asarray(u), p), out)
+    average_scatter(device.asarray(s), windows(spread, p))
+    clear_remainder(spread, p)
     expected = np.zeros(u.shape)
     for n, y, x, c in np.ndindex(*shape):
         assert device.to_numpy(out)[n, y, x, c] == pytest.approx(sum(window(u, n, y, x, c, p)) / p**2, rel=1e-14)
@@ -151,7 +161,7 @@ def test_pooling_works_on_strided_views(device, rng):
     s = integers(rng, winners.shape)
     large = device.xp.zeros((1, 8, 8, 2))
     view = large[:, 1:8:2, 1:8:2]
-    max_scatter(device.asarray(s), 2, device.asarray(winners), view, device.xp.empty(winners.shape, bool))
+    max_scatter(device.asarray(s), device.asarray(winners), windows(view, 2), device.xp.empty(winners.shape, bool))
     expected = np.zeros((1, 8, 8, 2))
     for n, y, x, c in np.ndindex(*winners.shape):
         dy, dx = divmod(int(winners[n, y, x, c]), 2)

@@ -7,6 +7,8 @@ from oracle import relative_error
 import cupyep as ep
 from cupyep.backend import get_precision
 from cupyep.kernels.buffers import Arena
+from cupyep.kernels.conv import ConvOps
+from cupyep.kernels.winograd import WinogradOps
 
 GEOMETRIES = [  # in_shape, channels, kernel, stride, padding, pooling, pool
     ((6, 6, 2), 3, 3, 1, 1, "none", 2),
@@ -22,6 +24,21 @@ GEOMETRIES = [  # in_shape, channels, kernel, stride, padding, pooling, pool
     ((3, 3, 4), 5, 1, 1, 0, "none", 2),
     ((4, 4, 2), 3, 4, 1, 0, "none", 2),
 ]
+WINOGRAD = [  # the same, for WinogradOps: even and odd maps, dropped rows and columns, one tile
+    ((6, 6, 2), 3, 3, 1, 1, "none", 2),
+    ((6, 4, 2), 3, 3, 1, 1, "max", 2),
+    ((4, 6, 3), 2, 3, 1, 1, "average", 2),
+    ((5, 7, 2), 3, 3, 1, 0, "max", 2),
+    ((6, 5, 2), 2, 3, 1, 0, "average", 2),
+    ((7, 5, 2), 3, 3, 1, 1, "max", 2),
+    ((5, 8, 2), 3, 3, 1, 1, "none", 2),
+    ((5, 4, 3), 2, 3, 1, 0, "none", 2),
+    ((3, 3, 4), 5, 3, 1, 0, "none", 2),
+    ((2, 3, 2), 3, 3, 1, 1, "max", 2),
+]
+BOTH = [pytest.param(geometry, ConvOps, id=str(geometry)) for geometry in GEOMETRIES]
+BOTH += [pytest.param(geometry, WinogradOps, id=f"winograd {geometry}") for geometry in WINOGRAD]
+edges = pytest.mark.parametrize(("geometry", "operations"), BOTH)
 SAMPLES = 3
 
 
@@ -71,7 +88,7 @@ def naive_unpool(s, winners, map_shape, pooling, p):
 class Case:
     """An edge with random parameters and states, on host and device."""
 
-    def __init__(self, device, geometry, rng, samples=SAMPLES, budget=1 << 22, precision="float64"):
+    def __init__(self, device, geometry, rng, operations=ConvOps, samples=SAMPLES, budget=1 << 22, precision="float64"):
         in_shape, channels, self.kernel, self.stride, self.padding, self.pooling, self.pool = geometry
         self.device = device
         self.precision = get_precision(precision)
@@ -84,7 +101,10 @@ class Case:
         self.edge.bias = device.asarray(self.bias, self.precision.number)
         self.below = rng.standard_normal((samples, *in_shape))
         self.s = rng.standard_normal((samples, *self.edge.out_shape))
-        self.ops = self.edge.prepare(samples, budget, self.precision, device)
+        if operations is WinogradOps:  # whether it pays or not
+            self.ops = WinogradOps(self.edge.geometry, samples, budget, self.precision, device.xp)
+        else:
+            self.ops = self.edge.prepare(samples, budget, self.precision, device)
         arena = Arena(device.xp, self.ops.nbytes)
         arena.block[...] = 255  # nothing may depend on what was there: floats of all ones are not numbers
         self.ops.bind(arena)
@@ -122,9 +142,9 @@ class Case:
         return self.device.to_numpy(weight), None if bias_gradient is None else self.device.to_numpy(bias_gradient)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_drive_and_winners(device, rng, geometry):
-    case = Case(device, geometry, rng)
+@edges
+def test_drive_and_winners(device, rng, geometry, operations):
+    case = Case(device, geometry, rng, operations)
     d, winners = case.drive()
     np.testing.assert_allclose(d, case.d, rtol=1e-12, atol=1e-13)
     assert case.edge.out_shape == case.d.shape[1:]
@@ -132,10 +152,10 @@ def test_drive_and_winners(device, rng, geometry):
         np.testing.assert_array_equal(winners, case.winners)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_linear_drive_reads_the_given_winners(device, rng, geometry):
+@edges
+def test_linear_drive_reads_the_given_winners(device, rng, geometry, operations):
     """No bias; the units read are those asked for, not the maxima of this input."""
-    case = Case(device, geometry, rng)
+    case = Case(device, geometry, rng, operations)
     eps, p = rng.standard_normal(case.below.shape), case.pool
     u = naive_map(eps, case.weight, 0 * case.bias, case.stride, case.padding)
     expected = naive_pool(u, case.pooling, p)[0]
@@ -147,10 +167,10 @@ def test_linear_drive_reads_the_given_winners(device, rng, geometry):
     np.testing.assert_allclose(case.linear_drive(eps, case.winners), expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_topdown(device, rng, geometry):
+@edges
+def test_topdown(device, rng, geometry, operations):
     """Every unit of U(s) pays back to each pixel that it saw, times the weight by which it saw it."""
-    case = Case(device, geometry, rng)
+    case = Case(device, geometry, rng, operations)
     u = naive_unpool(case.s, case.winners, case.u.shape[1:], case.pooling, case.pool)
     expected = np.zeros(case.below.shape)
     for n, y, x, f in np.ndindex(*u.shape):
@@ -161,9 +181,9 @@ def test_topdown(device, rng, geometry):
     np.testing.assert_allclose(case.topdown(case.s, case.winners), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_gradient_is_added(device, rng, geometry):
-    case = Case(device, geometry, rng)
+@edges
+def test_gradient_is_added(device, rng, geometry, operations):
+    case = Case(device, geometry, rng, operations)
     u = naive_unpool(case.s, case.winners, case.u.shape[1:], case.pooling, case.pool)
     expected = np.full(case.weight.shape, 2.0)
     for i, j, c, f in np.ndindex(*expected.shape):
@@ -177,10 +197,10 @@ def test_gradient_is_added(device, rng, geometry):
     np.testing.assert_array_equal(case.gradient(case.below, case.s, case.winners, bias=False)[0], weight)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_adjoint_identity(device, rng, geometry):
+@edges
+def test_adjoint_identity(device, rng, geometry, operations):
     """<A x, y> = <x, A' y> to 1e-12, and the weight gradient is the same number once more."""
-    case = Case(device, geometry, rng)
+    case = Case(device, geometry, rng, operations)
     ax = case.linear_drive(case.below, case.winners)
     products = [
         (ax * case.s).sum(),

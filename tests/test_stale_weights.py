@@ -43,7 +43,7 @@ def states(net):
 
 @pytest.mark.parametrize("pooling", ["max", "average"])
 @pytest.mark.parametrize("use", USES)
-def test_changed_weights_are_taken_up_by_the_next_use(device, use, pooling):
+def test_changed_weights_are_taken_up_by_the_next_use(device, algorithm, use, pooling):
     """In place, as an optimizer changes them, and by exchanging the array, after every use has seen the old ones."""
     net = network("conv", device, pooling=pooling)
     batch, fresh = batch_of(net), network("conv", device, pooling=pooling, seed=7)
@@ -57,7 +57,7 @@ def test_changed_weights_are_taken_up_by_the_next_use(device, use, pooling):
 
 
 @pytest.mark.parametrize("samples", [3, 6])
-def test_what_a_kept_workspace_made_of_old_weights_is_renewed_when_it_is_handed_out(device, samples):
+def test_what_a_kept_workspace_made_of_old_weights_is_renewed_when_it_is_handed_out(device, algorithm, samples):
     """The first edge has operations of its own for N of 2N samples."""
     net = network("conv", device, pooling="max")
     net.workspace(6).input_ops(3)

@@ -110,7 +110,7 @@ def learners(net, own):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
 @pytest.mark.parametrize("pooling", ["max", "average"])
-def test_learners_and_optimizers(pooling, loss):
+def test_learners_and_optimizers(algorithm, pooling, loss):
     """Gradients, statistics and updated parameters of every algorithm, with local errors and distillation."""
     ends = []
     for device in PAIR:

@@ -17,7 +17,15 @@ from cupyep.backend.precision import Precision
 from cupyep.kernels.buffers import Arena, carve
 from cupyep.kernels.columns import col2im, im2col, inner_view
 from cupyep.kernels.factors import Factors
-from cupyep.kernels.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
+from cupyep.kernels.pooling import (
+    average_pool,
+    average_scatter,
+    clear_remainder,
+    max_gather,
+    max_pool,
+    max_scatter,
+    windows,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,11 @@ class ConvGeometry:
     padding: int
     pooling: str
     pool: int
+
+    @property
+    def flops(self) -> int:
+        """Operations (multiply and add counted apart) of one direct product for one sample."""
+        return 2 * math.prod(self.map_shape) * self.kernel**2 * self.in_shape[2]
 
     @property
     def product_first(self) -> bool:
@@ -67,6 +80,8 @@ class ConvOps:
         Samples of each chunk and their number.
     nbytes : int
         Bytes wanted from the arena.
+    flops : int
+        Operations that one product takes for one sample.
     kernel : array of shape (k, k, C, K)
         The weight as a factor, see `refresh`: itself, or a rounded copy.
     flipped : array of shape (k * k * K, C), or None
@@ -87,17 +102,13 @@ class ConvOps:
         product_first: bool | None = None,
     ):
         self.geometry = geometry
+        self.flops = geometry.flops
         self.precision = precision
         self.factors = Factors(precision, xp, self.NATIVE)
         self.product_first = geometry.product_first if product_first is None else product_first
         one = Arena.size(self._requests(1))
-        samples = max(1, min(batch, nbytes // one))
-        samples = -(-batch // -(-batch // samples))  # equal chunks
-        self.chunks = [
-            (slice(start, min(start + samples, batch)), min(samples, batch - start))
-            for start in range(0, batch, samples)
-        ]
-        self.requests = self._requests(samples)
+        self.chunks = chunked(batch, nbytes // one)
+        self.requests = self._requests(self.chunks[0][1])
         self.nbytes = Arena.size(self.requests)
         k, channels, outputs = geometry.kernel, geometry.in_shape[2], geometry.map_shape[2]
         shape, dtype = (k, k, channels, outputs), self.factors.dtype
@@ -211,9 +222,9 @@ class ConvOps:
         g = self.geometry
         result = out if g.pooling == "none" else self._wider(out)
         if g.pooling == "max":
-            max_pool(u, g.pool, result, winners, self._mask[:m])
+            max_pool(windows(u, g.pool), result, winners, self._mask[:m])
         elif g.pooling == "average":
-            average_pool(u, g.pool, result)
+            average_pool(windows(u, g.pool), result)
         result += bias  # after pooling: both poolings commute with a constant a channel
         _store(result, out)
 
@@ -222,9 +233,9 @@ class ConvOps:
         g = self.geometry
         result = out if g.pooling == "none" else self._wider(out)
         if g.pooling == "max":
-            max_gather(u, g.pool, winners, result, self._mask[:m])
+            max_gather(windows(u, g.pool), winners, result, self._mask[:m])
         elif g.pooling == "average":
-            average_pool(u, g.pool, result)
+            average_pool(windows(u, g.pool), result)
         _store(result, out)
 
     def unpool(self, s: Any, winners: Any, m: int) -> Any:
@@ -248,16 +259,25 @@ class ConvOps:
     def _scatter(self, s: Any, winners: Any, out: Any, m: int) -> None:
         g = self.geometry
         if g.pooling == "max":
-            max_scatter(s, g.pool, winners, out, self._mask[:m])
+            max_scatter(s, winners, windows(out, g.pool), self._mask[:m])
         elif g.pooling == "average":
-            average_scatter(s, g.pool, out)
+            average_scatter(s, windows(out, g.pool))
         else:
             out[...] = s
+        clear_remainder(out, g.pool)
 
 
 def _store(result: Any, out: Any) -> None:
     if result is not out:
         out[...] = result
+
+
+def chunked(batch: int, most: int) -> list[tuple[slice, int]]:
+    """Return slices of equal chunks (but for the last) of at most `most` samples, at least one, and their lengths."""
+    samples = max(1, min(batch, most))
+    samples = -(-batch // -(-batch // samples))
+    starts = range(0, batch, samples)
+    return [(slice(start, min(start + samples, batch)), min(samples, batch - start)) for start in starts]
 
 
 def part_of(winners: Any, part: slice) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupyep.kernels.pooling import add_average_scatter, average_pool
+from cupyep.kernels.pooling import add_average_scatter, average_pool, windows
 
 
 class HeadOps:
@@ -33,8 +33,8 @@ class HeadOps:
 
     def pool(self, s: Any, p: int, out: Any) -> None:
         """Write the means over ``p x p`` windows of `s` (B, H, W, C) into `out` (B, H // p, W // p, C)."""
-        average_pool(s, p, out)
+        average_pool(windows(s, p), out)
 
     def add_spread(self, s: Any, p: int, force: Any) -> None:
         """Add the adjoint of `pool` at `s` (B, H // p, W // p, C) to `force` (B, H, W, C); `s` is overwritten."""
-        add_average_scatter(s, p, force)
+        add_average_scatter(s, windows(force, p))

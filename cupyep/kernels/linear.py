@@ -25,12 +25,15 @@ class LinearOps:
     ----------
     nbytes : int
         Bytes wanted from the arena.
+    flops : int
+        Operations that one product takes for one sample.
     matrix : array of shape (inputs, units)
         The weight as a factor: itself, or a rounded copy.
     """
 
     def __init__(self, shape: tuple[int, int], batch: int, precision: Precision, device: Device):
         xp = device.xp
+        self.flops = 2 * shape[0] * shape[1]
         self.factors = Factors(precision, xp, device.is_gpu)
         self.matrix = xp.empty(shape, self.factors.dtype) if self.factors.copies else None
         self.weight = xp.empty(shape, precision.number)  # a gradient on its way
