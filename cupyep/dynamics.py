@@ -6,14 +6,16 @@ Feedback weight lambda: the energy ``E = sum_n a_n (potential(s^n) - <s^n, d^n>)
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupyep.activations import Activation
+from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
 from cupyep.heads import LossTerm
 from cupyep.layers import Edge
@@ -79,6 +81,8 @@ def layer_weights(depth: int, feedback: float) -> list[float]:
 class _System:
     """What both systems share: the network's parts, the nudges a layer, the residual."""
 
+    form = ""  # of the phase, as `Network.settle` names it
+
     def __init__(
         self,
         edges: Sequence[Edge],
@@ -88,6 +92,7 @@ class _System:
         workspace: Workspace,
         nudges: Sequence[Nudge],
         betas: Sequence[float],
+        divisors: Sequence[float] | None = None,
     ):
         self.edges = edges
         self.activation = activation
@@ -105,15 +110,31 @@ class _System:
         self.updates = workspace.update_ops(activation)
         self.scratch = workspace.update_scratch(self.updates)
         self.force = workspace.one_at_a_time("force")
-        self._nudges: dict[int, list[tuple[LossTerm, Any, Any]]] = {}
-        beta = np.repeat(np.asarray(betas, float), self.samples)
-        for term, weight, target in nudges:
-            scale = device.asarray((-weight * beta).astype(workspace.buffers.dtype))
-            self._nudges.setdefault(term.layer, []).append((term, self._tiled(target), scale))
+        self._nudges = self._loaded(nudges, betas, divisors or [1.0] * self.depth)
         self.term_scratch = self._term_scratch()
 
-    def _tiled(self, array: Any) -> Any:
-        return array if array is None or self.phases == 1 else self.xp.concatenate([array] * self.phases)
+    def _loaded(
+        self, nudges: Sequence[Nudge], betas: Sequence[float], divisors: Sequence[float]
+    ) -> dict[int, list[tuple[LossTerm, Any, Any]]]:
+        """Copy targets and scales ``-beta * weight / divisor`` into buffers; return (term, target, scale) a layer."""
+        batch, buffers = self.workspace.batch, self.workspace.buffers
+        loaded: dict[int, list[tuple[LossTerm, Any, Any]]] = {}
+        targets: dict[int, Any] = {}
+        for index, (term, weight, target) in enumerate(nudges):
+            if target is not None and id(target) not in targets:  # several terms may have one target
+                name = ("target", len(targets))
+                targets[id(target)] = buffers.get(name, (batch, *target.shape[1:]), target.dtype)
+                self._tile(target, targets[id(target)])
+            scale = buffers.get(("scale", index), (batch,))
+            for phase, beta in enumerate(betas):
+                scale[phase * self.samples : (phase + 1) * self.samples] = -beta * weight / divisors[term.layer - 1]
+            loaded.setdefault(term.layer, []).append((term, targets.get(id(target)), scale))
+        return loaded
+
+    def _tile(self, array: Any, out: Any) -> Any:
+        """Write `array` (N, ...) into `out` (phases * N, ...), once a phase; return `out`."""
+        out.reshape(self.phases, *array.shape)[...] = array
+        return out
 
     def _term_scratch(self) -> Any:
         """Return scratch for one term at a time: that of the updates, where it is large enough."""
@@ -142,6 +163,29 @@ class _System:
         """Return the arrays that the iteration moves."""
         raise NotImplementedError
 
+    def _arrays(self) -> list[Any]:
+        """Return the arrays that the iteration reads and writes, but for parameters and what the workspace holds."""
+        own = [self.residual, self.scratch, self.term_scratch, *self.drive, *self.topdown, *self.force]
+        return own + [array for terms in self._nudges.values() for _, *pair in terms for array in pair]
+
+    @functools.cached_property
+    def capture_key(self) -> tuple[Any, ...] | None:
+        """All that an iteration depends on besides the content of arrays, or None where it must not be captured."""
+        parts = [self.activation.code, *(edge.capture_key() for edge in self.edges)]
+        parts += [term.capture_key() for n, terms in self._nudges.items() for term, *_ in terms]
+        if None in parts:
+            return None
+        arrays = (None if array is None else identity(array) for array in self._arrays())
+        return (self.form, self.phases, self.feedback, tuple(self._nudges), *parts, *arrays)
+
+    def repeat(self, name: Hashable, work: Callable[[], None]) -> None:
+        """Do `work`, a part of the phase told from others by its `name`, or replay what it did before.
+
+        See `cupyep.backend.graphs`.
+        """
+        key = None if self.device.graphs is None else self.capture_key
+        self.workspace.replayer.run(key and (name, key), work)
+
     def remember(self) -> None:
         """Keep a copy of the states for `distance_from_remembered`."""
         for kept, now in zip(self.workspace.states("remembered"), self._moving(), strict=True):
@@ -150,10 +194,10 @@ class _System:
     def distance_from_remembered(self) -> float:
         """Return the largest root-mean-square distance of any layer and sample from the states remembered."""
         distances = [
-            float(((now - kept) ** 2).reshape(len(now), -1).mean(axis=1).max())
+            ((now - kept) ** 2).reshape(len(now), -1).mean(axis=1).max()
             for kept, now in zip(self.workspace.states("remembered"), self._moving(), strict=True)
         ]
-        return math.sqrt(max(distances))
+        return math.sqrt(float(self.xp.stack(distances).max()))
 
 
 class Classical(_System):
@@ -169,13 +213,13 @@ class Classical(_System):
         One a phase; phases are settled as one batch of ``len(betas) * N``.
     """
 
+    form = "classical"
     drives_current = False
 
     def __init__(self, edges, activation, feedback, device, workspace, x, state, nudges=(), betas=(0.0,)):
-        super().__init__(edges, activation, feedback, device, workspace, nudges, betas)
+        divisors = layer_weights(len(edges), feedback)
+        super().__init__(edges, activation, feedback, device, workspace, nudges, betas, divisors)
         self.state = state
-        for n, terms in self._nudges.items():
-            self._nudges[n] = [(term, target, scale / self.weights[n - 1]) for term, target, scale in terms]
         for topdown in self.topdown:
             topdown[...] = 0
         self._drive_from_input(x)
@@ -193,6 +237,9 @@ class Classical(_System):
 
     def _moving(self):
         return self.state.layers
+
+    def _arrays(self):
+        return [*super()._arrays(), *self.state.layers, *self.state.drives, *self.state.winners]
 
     def forward(self, n: int) -> None:
         if n > 1:
@@ -240,9 +287,13 @@ class Deviation(_System):
         super().__init__(edges, activation, feedback, device, workspace, nudges, betas)
         self.free = free
         self.tangent = tangent
+        self.form = "tangent" if tangent else "deviation"
         self.eps = workspace.states("eps")
         self.nudged = workspace.one_at_a_time("nudged state")
-        self.winners = [self._tiled(w) for w in free.winners]
+        self.winners = list(free.winners)
+        if self.phases > 1:
+            tiled = zip(free.winners, workspace.winners("tiled winners"), strict=True)
+            self.winners = [None if w is None else self._tile(w, out) for w, out in tiled]
         self.rest = []
         for n, (g, s) in enumerate(zip(free.drives, free.layers, strict=True), 1):
             rest = workspace.buffers.get(("rest", n), s.shape)
@@ -257,6 +308,9 @@ class Deviation(_System):
 
     def _moving(self):
         return self.eps
+
+    def _arrays(self):
+        return [*super()._arrays(), *self.eps, *self.nudged, *self.winners, *self.rest, *self.free.layers]
 
     def forward(self, n: int) -> None:
         if n > 1:
@@ -274,7 +328,8 @@ class Deviation(_System):
         nudged = self.nudged[n - 1]
         self.xp.multiply(self.eps[n - 1], 1 / self.weights[n - 1], out=nudged)
         for start in range(0, len(nudged), self.samples):
-            nudged[start : start + self.samples] += self.free.layers[n - 1]
+            part = nudged[start : start + self.samples]
+            part += self.free.layers[n - 1]
         return nudged
 
     def update(self, n: int, measure: bool) -> None:

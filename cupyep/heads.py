@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import array_module
-from cupyep.backend.cuda import address
+from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device, add_gemm, gemm
 from cupyep.errors import require
 from cupyep.kernels import cuda_head
@@ -199,9 +199,11 @@ class Head(LossTerm):
             rows = force.reshape(len(state), -1)
             add_gemm(error, self.weight.T, rows, back.reshape(rows.shape) if self._needs_back else None)
 
-    def capture_key(self) -> tuple[Any, ...]:
-        arrays = [None if array is None else address(array) for array in (self.weight, self.bias)]
-        return (id(self), self.criterion.name, self.criterion.temperature, *arrays)
+    def capture_key(self) -> tuple[Any, ...] | None:
+        if type(self) is not Head:  # a subclass may do something else, and must say itself on what that depends
+            return None
+        arrays = [identity(array) for array in (self.weight, self.bias) if array is not None]
+        return (self.criterion.name, self.criterion.temperature, self.identity, self.pool, *arrays)
 
     def parameters(self) -> dict[str, Any]:
         if not self.learned:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
 from cupyep.errors import ConfigurationError, choose, require
@@ -58,6 +59,14 @@ class Edge:
         weight = generator.standard_normal(self.weight_shape) * (gain / math.sqrt(fan_in))
         self.weight = device.asarray(weight.astype(dtype))
         self.bias = device.asarray(np.zeros(self.weight_shape[-1], dtype))
+
+    def capture_key(self) -> tuple[Any, ...] | None:
+        """Return all that drives and top-down products depend on besides their arguments: see `LossTerm.capture_key`.
+
+        None forbids to capture iterations of a network with this edge in CUDA graphs. A subclass of `Conv2d` or
+        `Linear` may do something else than they do, and must say itself on what that depends.
+        """
+        return (identity(self.weight), identity(self.bias)) if type(self) in (Conv2d, Linear) else None
 
     def parameters(self) -> dict[str, Any]:
         """Return ``{"weight": ..., "bias": ...}``."""

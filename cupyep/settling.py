@@ -3,12 +3,14 @@
 This module knows no layer type. A *system* offers, for layers n = 1..depth, ``forward(n)`` (take up the drive from
 below), ``backward(n)`` (take up the feedback from above), ``update(n, measure)`` (set the state from both) and the
 array ``residual`` (depth, B) into which a measured update adds the mean squared change of each sample. Its flag
-``drives_current`` says that its drives belong to its start already.
+``drives_current`` says that its drives belong to its start already. Every iteration is done through its
+``repeat(name, work)``, which may call ``work`` or, on a GPU, replay what it did before under the same name.
 One iteration of every schedule costs one product of each kind an edge.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +91,12 @@ def _sweeps(system: Any, measure: bool, downward: bool) -> None:
 _ITERATIONS = {"synchronous": _synchronous, "evenodd": _even_odd, "sweeps": _sweeps}
 
 
+def _iterate(system: Any, schedule: str, measure: bool, downward: bool) -> None:
+    if measure:
+        system.residual[...] = 0
+    _ITERATIONS[schedule](system, measure, downward)
+
+
 def _prime(system: Any, schedule: str) -> None:
     """Make drives and winners belong to a given start, as far as the schedule reads them before it renews them."""
     if schedule == "evenodd":
@@ -139,25 +147,26 @@ def settle(
     require(int(steps) == steps and steps >= 1, f"steps of the {phase} phase must be a positive integer, not {steps}")
     require(tolerance is None or tolerance > 0, f"tolerance must be positive, not {tolerance}")
     require(check_every >= 1, f"check_every must be at least 1, not {check_every}")
-    iterate = _ITERATIONS[schedule]
     if warm and not system.drives_current:
         _prime(system, schedule)
     watch_period = tolerance is not None and schedule == "synchronous" and steps >= 2
     trace: list[np.ndarray] = []
-    converged = None if tolerance is None else False
+    converged, per_sample = None if tolerance is None else False, None
     for step in range(1, steps + 1):
         measure = record or step == steps or (tolerance is not None and step % check_every == 0)
         if watch_period and step == steps - 1:
             system.remember()
-        if measure:
-            system.residual[...] = 0
-        iterate(system, measure, warm)
+        how = (schedule, measure, warm)
+        system.repeat(how, functools.partial(_iterate, system, *how))
+        if measure and (record or tolerance is not None):
+            per_sample = _residual(system)
         if record:
-            trace.append(_residual(system).mean(axis=1))
-        if tolerance is not None and measure and _residual(system).max() <= tolerance:
+            trace.append(per_sample.mean(axis=1))
+        if tolerance is not None and measure and per_sample.max() <= tolerance:
             converged = True
             break
-    per_sample = _residual(system)
+    if per_sample is None:  # the only time that the host waits for the device
+        per_sample = _residual(system)
     stats = SettleStats(step, per_sample.mean(axis=1), per_sample, converged, tolerance, False, trace)
     if converged is False:
         stats.oscillating = watch_period and bool(

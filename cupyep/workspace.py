@@ -8,6 +8,7 @@ from typing import Any
 
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
+from cupyep.backend.graphs import Replayer
 from cupyep.backend.precision import Precision
 from cupyep.kernels import cuda_update
 from cupyep.kernels.buffers import Arena, Buffers
@@ -47,6 +48,7 @@ class Workspace:
         self.device = device
         self.precision = precision
         self.buffers = Buffers(device.xp, precision.number)
+        self.replayer = Replayer(device.graphs)
         budget = SCRATCH_BYTES["cuda" if device.is_gpu else "cpu"]
         self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
         needed = max(ops.nbytes for ops in self.ops)

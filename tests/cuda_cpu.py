@@ -157,10 +157,10 @@ class ShimLauncher:
         assert block[0] <= 1024, f"no GPU has a block of {block}"
         assert block[1:] == (1, 1)
         values = [self._value(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         size = (ctypes.c_uint * 4)(*grid, block[0])
 
         def launch():
+            pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
             assert self.compiled.shim_launch(name.encode(), size, pointers) == 0, f"{name} is not among the instances"
             self.launched.append(name)
 

@@ -30,6 +30,9 @@ class Geometric:
     def host(self, array):
         return array
 
+    def repeat(self, name, work):
+        work()
+
     def forward(self, n):
         self.log.append(("forward", n))
 

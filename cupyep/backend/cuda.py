@@ -27,6 +27,11 @@ def address(array: Any) -> int:
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
+def identity(array: Any) -> tuple[Any, ...]:
+    """Return what work on an array depends on besides its content: where it lies, and how."""
+    return address(array), array.shape, array.strides, array.dtype.str
+
+
 class Launcher:
     """Compiles the kernels of one source file at their first launch, and launches them.
 

@@ -112,7 +112,8 @@ class UpdateOps:
         t, change, row = self._parts(eps, scratch)
         self._total(t, drive, feedback, topdown, force)
         for start in range(0, len(eps), len(slope)):
-            t[start : start + len(slope)] *= slope
+            part = t[start : start + len(slope)]
+            part *= slope
         self._replace(eps, t, change, row, residual)
 
     def _parts(self, s: Any, scratch: Any) -> tuple[Any, Any, Any]:
