@@ -212,13 +212,17 @@ def test_operations_of_vgg5_counted_by_hand(load):
 @pytest.fixture
 def work(monkeypatch):
     """The operations of all large products, counted where they pass; float64 so that no count is rounded."""
-    done, gemm = [], factors.gemm
+    done = []
 
-    def counted(a, b, out, tf32):
-        done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
-        return gemm(a, b, out, tf32)
+    def counting(multiply):
+        def counted(a, b, *others, **options):
+            done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+            return multiply(a, b, *others, **options)
 
-    monkeypatch.setattr(factors, "gemm", counted)
+        return counted
+
+    for name in ("gemm", "add_gemm"):
+        monkeypatch.setattr(factors, name, counting(getattr(factors, name)))
     return done
 
 

@@ -268,11 +268,13 @@ def test_an_edge_computes_the_same_with_both_operations(monkeypatch, rng, name, 
     below = rng.standard_normal((batch, *edge.in_shape)).astype(dtype)
     s = rng.standard_normal((batch, *edge.out_shape)).astype(dtype)
     results = []
-    multiply = factors.gemm
+    multiply = factors.gemm, factors.add_gemm
+    own = cublas.gemm, lambda a, b, out, scratch, tf32: cublas.gemm(a, b, out, accumulate=True, tf32=tf32)
     for make in (lambda n: ConvOps(edge.geometry, batch, n, precision, np),
                  lambda n: CudaConvOps(edge.geometry, batch, n, precision, np, launcher())):  # fmt: skip
         assert [m for _, m in make(0).chunks] == [1] * batch
-        monkeypatch.setattr(factors, "gemm", cublas.gemm if results else multiply)
+        for name, function in zip(("gemm", "add_gemm"), own if results else multiply, strict=True):
+            monkeypatch.setattr(factors, name, function)
         ops = make(1 << 24)
         ops.chunks = [(slice(0, 2), 2), (slice(2, 4), 2), (slice(4, 5), 1)]
         ops.bind(Arena(np, ops.nbytes))

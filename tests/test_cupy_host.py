@@ -18,6 +18,7 @@ from fake_gpu import FakeCublas
 import cupyep as ep
 from cupyep.backend import device as device_module
 from cupyep.backend.cuda import Cublas, Launcher, address, kernel_argument, source_text
+from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
 from cupyep.kernels import cuda_conv, cuda_head, cuda_update
 from cupyep.kernels.buffers import Arena, Buffers
@@ -147,37 +148,45 @@ EDGES = {
 BATCH = 5
 
 
-def edge_pair(host, kind, rng, dtype, nbytes):
+def edge_pair(host, kind, precision, nbytes):
     """Return the same edge on NumPy and on CuPy's arrays, with operations bound and weights taken up."""
     ends = []
     for device in (ep.get_device("cpu"), host):
         edge = EDGES[kind]()
-        edge.initialize(np.random.default_rng(0), 1.0, device, dtype)
+        edge.initialize(np.random.default_rng(0), 1.0, device, precision.number)
         view(edge.bias)[...] = np.linspace(-1, 1, len(edge.bias))
-        ops = edge.prepare(BATCH, nbytes, dtype, device)
+        ops = edge.prepare(BATCH, nbytes, precision, device)
         ops.bind(Arena(device.xp, ops.nbytes))
         ends.append((edge, ops, device))
-    (edge, ops, _), (_, theirs, _) = ends
+    (edge, ops, _), (same, theirs, _) = ends
     edge.refresh(ops)
-    if getattr(theirs, "flipped", None) is not None:  # CuPy would copy by a kernel of its own
-        mirrored = view(edge.weight)[::-1, ::-1].transpose(0, 1, 3, 2)
+    # What CuPy would do by kernels of its own: copies of the weight, in the type of a factor, for each direction.
+    if isinstance(edge, ep.Linear):
+        theirs.matrix = host.asarray(edge.weight, precision.stored) if precision.half else same.weight
+        return ends
+    theirs.kernel = host.asarray(edge.weight, precision.stored) if precision.half else same.weight
+    if theirs.flipped is not None:
+        mirrored = view(theirs.kernel)[::-1, ::-1].transpose(0, 1, 3, 2)
         view(theirs.flipped)[...] = mirrored.reshape(theirs.flipped.shape)
     return ends
 
 
 @pytest.mark.parametrize("nbytes", [1, 1 << 30], ids=["chunks", "whole"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("precision", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", EDGES)
-def test_edges(host, rng, kind, dtype, nbytes):
+def test_edges(host, rng, kind, precision, nbytes):
     """Drive, both products and the weight gradient of every edge, all launch code included."""
-    ends = edge_pair(host, kind, rng, np.dtype(dtype), nbytes)
+    if precision == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    number = get_precision(precision)
+    ends = edge_pair(host, kind, number, nbytes)
     shapes = ends[0][0].in_shape, ends[0][0].out_shape
-    below, above = (rng.standard_normal((BATCH, *shape)).astype(dtype) for shape in shapes)
+    below, above = (rng.standard_normal((BATCH, *shape)).astype(number.stored) for shape in shapes)
     found = []
     for edge, ops, device in ends:
         s, t = device.asarray(below), device.asarray(above)
-        drive, linear = (device.asarray(np.zeros_like(above)) for _ in range(2))
-        down, gradient = device.asarray(np.zeros_like(below)), device.asarray(np.ones(edge.weight.shape), dtype)
+        drive, linear, down = (device.asarray(np.zeros_like(array)) for array in (above, above, below))
+        gradient = device.asarray(np.ones(edge.weight.shape), number.number)
         winners = device.asarray(np.zeros(above.shape, np.uint8)) if edge.has_winners else None
         if kind != "dense":  # a dense drive adds its bias by a kernel of CuPy's
             edge.drive(s, drive, winners, ops)
@@ -185,9 +194,9 @@ def test_edges(host, rng, kind, dtype, nbytes):
         edge.topdown(t, winners, down, ops)
         edge.add_gradient(s, t, winners, gradient, None, ops)
         found.append([view(a) for a in (drive, winners, linear, down, gradient) if a is not None])
-    tolerance = 1e-12 if dtype == "float64" else 2e-5
+    tolerance = {"float64": 1e-12, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}[precision]
     for own, theirs in zip(*found, strict=True):
-        np.testing.assert_allclose(theirs, own, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(theirs.astype(float), own.astype(float), rtol=tolerance, atol=tolerance)
         assert np.count_nonzero(own) > 0 or kind == "dense"
 
 

@@ -197,12 +197,12 @@ def gemm(a: Any, b: Any, out: Any, tf32: bool = False) -> Any:
     return xp.matmul(a, b, out=out)
 
 
-def add_gemm(a: Any, b: Any, out: Any, scratch: Any) -> Any:
-    """Add the matrix product ``a @ b`` to `out`.
+def add_gemm(a: Any, b: Any, out: Any, scratch: Any, tf32: bool = False) -> Any:
+    """Add the matrix product ``a @ b`` to `out`; see `gemm`.
 
     `scratch`, an array like `out`, takes the product where `Device.adds_products` is false; elsewhere it may be None.
     """
     if array_module(a).__name__ == "cupy":
-        return _cublas(a).gemm(a, b, out, accumulate=True)
+        return _cublas(a).gemm(a, b, out, accumulate=True, tf32=tf32)
     out += gemm(a, b, out=scratch)
     return out

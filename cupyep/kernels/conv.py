@@ -86,11 +86,11 @@ class ConvOps:
         The weight as a factor, see `refresh`: itself, or a rounded copy.
     flipped : array of shape (k * k * K, C), or None
         The weight of the top-down product, see `refresh`; product first takes `kernel`.
-    weight : array of shape (k, k, C, K)
-        Scratch for a chunk's weight gradient.
+    weight : array of shape (k * k * C, K), or None
+        Scratch for a chunk's weight gradient, where the device does not add products.
     """
 
-    NATIVE = False  # whether halves and TF32 are multiplied as such
+    NATIVE = False  # whether halves and TF32 are multiplied as such, and products added
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class ConvOps:
         shape, dtype = (k, k, channels, outputs), self.factors.dtype
         self.kernel = xp.empty(shape, dtype) if self.factors.copies else None
         self.flipped = None if self.product_first else xp.empty((k * k * outputs, channels), dtype)
-        self.weight = xp.empty(shape, precision.number)
+        self.weight = None if self.NATIVE else xp.empty((k * k * channels, outputs), precision.number)
 
     def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         g, dtype = self.geometry, self.precision.number
@@ -214,8 +214,8 @@ class ConvOps:
         outputs = self.geometry.map_shape[2]
         for part, m in self.chunks:
             u, columns = self._factor_map(s[part], part_of(winners, part), m), self.columns(below[part], m)
-            self.factors.product(columns.T, u.reshape(-1, outputs), self.weight.reshape(-1, outputs))
-            gradient += self.weight
+            rows = gradient.reshape(-1, outputs)
+            self.factors.add_product(columns.T, u.reshape(-1, outputs), rows, self.weight)
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; without pooling `u` is `out`."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import array_module
-from cupyep.backend.device import gemm
+from cupyep.backend.device import add_gemm, gemm
 from cupyep.backend.precision import Precision
 
 ROUNDED_AT_ONCE = 1 << 16  # numbers; they and the scratch stay in the innermost caches
@@ -61,6 +61,10 @@ class Factors:
     def product(self, a: Any, b: Any, out: Any) -> None:
         """Write ``a @ b`` into `out`."""
         gemm(a, b, out=out, tf32=self.precision.tf32)
+
+    def add_product(self, a: Any, b: Any, out: Any, scratch: Any) -> None:
+        """Add ``a @ b`` to `out`; `scratch` is an array like `out`, or None where the device adds products."""
+        add_gemm(a, b, out, scratch, tf32=self.precision.tf32)
 
 
 def round_to_tf32(x: Any, scratch: Any) -> None:

@@ -36,7 +36,7 @@ class LinearOps:
         self.flops = 2 * shape[0] * shape[1]
         self.factors = Factors(precision, xp, device.is_gpu)
         self.matrix = xp.empty(shape, self.factors.dtype) if self.factors.copies else None
-        self.weight = xp.empty(shape, precision.number)  # a gradient on its way
+        self.weight = None if device.adds_products else xp.empty(shape, precision.number)  # a gradient on its way
         copied = batch if self.factors.widens or self.factors.rounds else 0
         self._requests = [((copied, width), precision.number) for width in shape]
         self.nbytes = Arena.size(self._requests)
@@ -62,8 +62,8 @@ class LinearOps:
 
     def add_gradient(self, below: Any, s: Any, gradient: Any) -> None:
         """Add ``below^T s`` to `gradient`."""
-        self.factors.product(self._factor(below, self._below).T, self._factor(s, self._above), self.weight)
-        gradient += self.weight
+        factors = self._factor(below, self._below).T, self._factor(s, self._above)
+        self.factors.add_product(*factors, gradient, self.weight)
 
     def _factor(self, s: Any, copy: Any) -> Any:
         if not (self.factors.widens or self.factors.rounds):
