@@ -36,7 +36,22 @@ class CheckpointError(CupyepError, ValueError):
 
 
 class DivergenceError(CupyepError, ArithmeticError):
-    """States, gradients or the loss stopped being finite."""
+    """States, gradients, parameters or the loss stopped being finite, or the loss stays far above its start."""
+
+
+class Interrupted(CupyepError):
+    """A signal stopped a run, which has been saved; the command line exits with code 128 + signal.
+
+    Parameters
+    ----------
+    number : int
+        Of the signal.
+    message : str
+    """
+
+    def __init__(self, number: int, message: str = "interrupted"):
+        super().__init__(message)
+        self.number = number
 
 
 class ConvergenceWarning(UserWarning):

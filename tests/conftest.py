@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from data_files import cifar_binary_files, random_arrays, shrink_source, write_files
 from fake_gpu import fake_gpu  # noqa: F401
+from quadrants import quadrant_data
 
 from cupyep import get_device, gpu_status
 from cupyep.cli import main
 from cupyep.kernels import winograd
+from cupyep.training import build
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -56,6 +58,14 @@ def cifar(tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setenv("CUPYEP_DATA", str(folder))
     return folder
+
+
+@pytest.fixture
+def quadrants(monkeypatch):
+    """Whatever data set a configuration names, the quadrants are loaded."""
+    dataset = quadrant_data()
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: dataset)
+    return dataset
 
 
 @pytest.fixture

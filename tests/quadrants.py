@@ -1,11 +1,19 @@
-"""Two classes of tiny images, and a tiny network, for the tests of `cupyep.training`."""
+"""Two classes of tiny images, a tiny network, and a learner of one number, for the tests of `cupyep.training`."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
+import cupyep as ep
 from cupyep.data import Dataset, Split
+from cupyep.learning.learner import StepResult
+from cupyep.training import runs
+from cupyep.training.config import make_config
+from cupyep.training.trainer import Trainer
 
+TIMES = {"images_per_s", "elapsed_s", "peak_memory_bytes"}
 TINY = {"arch": "vgg5", "width": 0.02, "free_steps": 6, "nudged_steps": 4, "batch_size": 16, "device": "cpu"}
 
 
@@ -25,3 +33,66 @@ def quadrant_data(train=40, test=20, flip=True):
 
 def silent(_):
     """Take a line and print nothing."""
+
+
+def run(values, path, **more):
+    """Return the trainer of a new run in `path` (with the fixture `quadrants`)."""
+    return runs.start_run(make_config(TINY, values), path, quiet=True, report=silent, **more)
+
+
+def numbers(directory):
+    """Return the records of a run without what depends on the clock."""
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in directory.metrics()]
+
+
+def assert_same_state(one, two):
+    """Two checkpoints hold the same state, bit for bit."""
+    for group in ("parameters", "optimizer", "statistics"):
+        first, second = getattr(one, group), getattr(two, group)
+        assert set(first) == set(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+            assert first[name].dtype == second[name].dtype, name
+    for name in ("generators", "epoch", "batch", "best_accuracy", "best_epoch", "halvings"):
+        assert getattr(one, name) == getattr(two, name), name
+
+
+class FakeLearner:
+    """Gradient 1 for one number; test accuracies as listed."""
+
+    def __init__(self, accuracies):
+        self.parameter = np.zeros(1)
+        self.network = SimpleNamespace(device=ep.get_device("cpu"), config={"arch": "fake", "shape": (1, 2)})
+        self.signals = [ep.LocalError([1], kappa=0.8)]
+        self.kappas = []
+        self.accuracies = list(accuracies)
+
+    def parameters(self):
+        return {"layers.1.weight": self.parameter}
+
+    def step(self, batch):
+        self.kappas.append(self.signals[0].kappa)
+        zero = np.zeros(1)
+        return StepResult({"layers.1.weight": np.ones(1)}, np.asarray(1.0), np.asarray(0), len(batch), zero)
+
+    def evaluate(self, batch):
+        return np.asarray(2.0 * len(batch)), np.asarray(round(self.accuracies.pop(0) * len(batch)))
+
+
+class FakeBatches(list):
+    generator = np.random.default_rng(0)
+
+    @property
+    def split(self):
+        return [x for batch in self for x in batch]
+
+    def batches(self, first=0):
+        return iter(self[first:])
+
+
+def fake_trainer(accuracies=(0.5, 0.75, 0.75), **more):
+    learner = FakeLearner(accuracies)
+    optimizer = ep.SGD(learner.parameters(), 0.1, momentum=0.0)
+    batches = FakeBatches([range(4), range(4)])
+    more = {"epochs": len(accuracies), "report": silent} | more
+    return Trainer(learner, optimizer, batches, FakeBatches([range(4)]), **more)

@@ -6,6 +6,7 @@ Oracle: the documented contract (exit 0 done, 1 failed, 2 wrong usage, 130 inter
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 
@@ -25,10 +26,11 @@ else:
     import tomli as tomllib
 
 TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
+FILES = [".lock", "best.h5", "checkpoint.h5", "checkpoint.previous.h5", "config.toml", "metrics.jsonl"]
 METRICS = {
     "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
     "learning_rate", "kappa", "free_residual", "nudged_residual", "images_per_s", "elapsed_s", "peak_memory_bytes",
-    "activity", "nudge_response", "gradient_norm",
+    "activity", "nudge_response", "gradient_norm", "halvings",
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
     code, out, err = invoke("train", *TINY, "--aug", aug, *options)
     assert (code, err) == (0, "")
     path = tmp_path / "work" / "runs" / f"vgg5-{aug}-cifar10-seed3"
-    assert sorted(p.name for p in path.iterdir()) == ["best.h5", "checkpoint.h5", "config.toml", "metrics.jsonl"]
+    assert sorted(p.name for p in path.iterdir()) == FILES
     settings = tomllib.loads((path / "config.toml").read_text())
     assert (settings["aug"], settings["epochs"], settings["width"], settings["seed"]) == (aug, 2, 0.02, 3)
     assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "validation", "tolerance",
@@ -202,15 +204,30 @@ def test_train_has_every_option_of_the_configuration():
     assert names == set(OPTIONS) | {"recipe", "run_dir", "resume", "quiet"}
 
 
-def test_interruption_exits_130_and_says_how_to_go_on(cifar, invoke, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_saves_and_says_how_to_go_on(number, wanted, cifar, invoke, tmp_path, monkeypatch):
+    evaluate = trainer.evaluate
+
+    def interrupt(*args):
+        signal.raise_signal(number)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", interrupt)
+        path = tmp_path / "run"
+        code, _, err = invoke("train", *TINY, "--run-dir", path, "--epochs", 1)
+    assert (code, err) == (wanted, f"Error: interrupted; go on with: cupyep train --run-dir {path} --resume\n")
+    assert records(path) == []
+    code, out, err = invoke("train", "--run-dir", path, "--resume")
+    assert (code, err) == (0, "")
+    assert "after epoch 0 of 1, batch 2 of 2" in out
+    assert len(records(path)) == 1
+
+
+def test_an_interruption_with_nothing_to_save(invoke, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "evaluate", interrupt)
-    path = tmp_path / "run"
-    code, _, err = invoke("train", *TINY, "--run-dir", path, "--epochs", 1)
-    assert (code, err) == (130, f"Error: interrupted; go on with: cupyep train --run-dir {path} --resume\n")
-    monkeypatch.undo()
     monkeypatch.setattr("cupyep.cli.info.system_report", interrupt)
     code, _, err = invoke("info")
     assert (code, err.strip()) == (130, "Error: interrupted")

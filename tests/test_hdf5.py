@@ -5,6 +5,7 @@ Oracles: SHA-256 by hand, files that are known to hang, crash or reach elsewhere
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -20,12 +21,20 @@ from cupyep.data import hdf5
 @pytest.fixture
 def sealed(tmp_path):
     path = tmp_path / "sealed.h5"
-    with hdf5.writing(path) as file:
+    with writing(path) as file:
         file.attrs["text"] = "Schüler"
         file.attrs["names"] = ["a", "longer"]
         file.attrs["number"] = 3
         file["group/array"] = np.arange(6.0).reshape(2, 3)
     return path
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Yield a new file at `path`; sealed when the block ends without error."""
+    with hdf5.create(path) as file:
+        yield file
+    hdf5.seal(path)
 
 
 def plain(path, fill=lambda file: None):
@@ -163,7 +172,7 @@ def other_file(folder):
 def test_links_are_not_followed(tmp_path):
     other = other_file(tmp_path)
     os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
-    with hdf5.writing(tmp_path / "x.h5") as file:
+    with writing(tmp_path / "x.h5") as file:
         file["array"] = np.arange(3.0)
         file["soft"] = h5py.SoftLink("/array")
         file["loop"] = h5py.SoftLink("/loop")
@@ -192,7 +201,7 @@ def test_arrays_whose_values_lie_elsewhere_are_not_found(tmp_path):
 
 def test_arrays_larger_than_the_file_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hdf5, "CHUNK_BYTES", 1 << 19)
-    with hdf5.writing(tmp_path / "x.h5") as file:
+    with writing(tmp_path / "x.h5") as file:
         file.create_dataset("unwritten", (1 << 30, 1 << 30), np.float32, chunks=(1, 1 << 10))
         file.create_dataset("late", (1 << 40,), np.float32)
         file.create_dataset("zip", data=np.zeros(1 << 20, np.float32), compression="gzip", chunks=(1 << 17,))
@@ -214,7 +223,7 @@ def test_arrays_larger_than_the_file_are_refused(tmp_path, monkeypatch):
 
 
 def test_two_compressors_in_a_row_are_refused(tmp_path):
-    with hdf5.writing(tmp_path / "x.h5") as file:
+    with writing(tmp_path / "x.h5") as file:
         created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         created.set_chunk((1000,))
         created.set_deflate(9)

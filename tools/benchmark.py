@@ -24,8 +24,8 @@ from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threa
 import cupyep as ep
 from cupyep.backend import PRECISIONS
 from cupyep.cli.shared import Names, OneLineErrors
+from cupyep.files import replacing
 from cupyep.settling import SCHEDULES
-from cupyep.training.checkpoint import replacing
 from cupyep.training.system import system_report
 
 EXAMPLES = """\b

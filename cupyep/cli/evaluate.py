@@ -9,6 +9,7 @@ import click
 
 from cupyep.cli.shared import Names, config_options, given_options
 from cupyep.training import runs
+from cupyep.training.run_directory import CHECKPOINT_FILES
 
 EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "device"), "as the run")
 
@@ -17,7 +18,7 @@ EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "devi
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
-    type=Names("--checkpoint", ("best", "last")),
+    type=Names("--checkpoint", tuple(sorted(CHECKPOINT_FILES))),
     default="best",
     show_default=True,
     help="Which of the run's checkpoints.",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cupyep.errors import ConfigurationError, CupyepError, choose, nearest
+from cupyep.errors import ConfigurationError, CupyepError, Interrupted, choose, nearest
 from cupyep.training.config import OPTIONS, option_name
 
 
@@ -56,7 +56,7 @@ class SectionedCommand(click.Command):
 class OneLineErrors(click.Command):
     """Reports every error that a user can make as one line on stderr.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + signal (130, 143) interrupted.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> None:
@@ -79,6 +79,8 @@ class OneLineErrors(click.Command):
             return error.exit_code, error.format_message()
         except ConfigurationError as error:
             return 2, str(error)
+        except Interrupted as error:
+            return 128 + error.number, str(error)
         except CupyepError as error:
             return 1, str(error)
         except MemoryError as error:
@@ -108,12 +110,6 @@ def _show_once() -> Any:
             click.echo(f"Warning: {message} (more of this kind are not shown)", err=True)
 
     return show
-
-
-class Interrupted(click.ClickException):
-    """Ctrl-C during a training that can be resumed."""
-
-    exit_code = 130
 
 
 def config_options(names: Any, defaults: dict[str, Any] | None = None) -> Any:

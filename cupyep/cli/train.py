@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cupyep.cli.shared import Interrupted, SectionedCommand, config_options, given_options
+from cupyep.cli.shared import SectionedCommand, config_options, given_options
 from cupyep.errors import require
 from cupyep.recipes import find_recipe
 from cupyep.training import runs
@@ -33,12 +33,13 @@ Examples:
     type=click.Path(path_type=Path),
     help="Folder of this run.  [default: runs/ARCH-AUG-DATASET-seedSEED, numbered if taken]",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir after its last finished epoch.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir where it stopped.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no line an epoch; only the result.")
 def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, **options: Any) -> None:
     """Train a network in a new run directory.
 
-    The directory holds config.toml, metrics.jsonl, checkpoint.h5 and best.h5.
+    The directory holds config.toml, metrics.jsonl, checkpoint.h5 and best.h5. Ctrl-C finishes the batch and saves; a
+    second one leaves at once.
     """
     given = given_options(options)
     if resume:
@@ -48,8 +49,4 @@ def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, *
     else:
         config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
         run = runs.start_run(config, run_dir, quiet=quiet, report=click.echo)
-    try:
-        click.echo(run.run())
-    except KeyboardInterrupt:
-        path = run.directory.path
-        raise Interrupted(f"interrupted; go on with: cupyep train --run-dir {path} --resume") from None
+    click.echo(run.run())

@@ -11,13 +11,13 @@ A seal finds damage; it is no signature, and whoever means harm can make one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,8 +35,8 @@ PROBE_SECONDS = 60
 ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def create(path: str | Path) -> h5py.File:
-    """Return a new file, open for writing; to be closed and then given to `seal`."""
+def create(path: str | Path | BinaryIO) -> h5py.File:
+    """Return a new file, open for writing; to be closed and then sealed."""
     # From this version of HDF5's format on, attributes may be larger than 64 KiB.
     return h5py.File(path, "w", libver=("v108", "v108"), userblock_size=SEAL_BYTES)
 
@@ -44,20 +44,28 @@ def create(path: str | Path) -> h5py.File:
 def seal(path: str | Path) -> None:
     """Write the checksum into the closed file at `path`, durably."""
     with open(path, "rb+") as file:
-        file.seek(SEAL_BYTES)
-        text = SEAL_TEXT + _digest(file) + b"\n"
-        file.seek(0)
-        file.write(text.ljust(SEAL_BYTES, b"\0"))
+        _seal(file)
         file.flush()
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[h5py.File]:
-    """Yield a new file at `path`; sealed when the block ends without error."""
-    with create(path) as file:
-        yield file
-    seal(path)
+def _seal(file: BinaryIO) -> None:
+    file.seek(SEAL_BYTES)
+    text = SEAL_TEXT + _digest(file) + b"\n"
+    file.seek(0)
+    file.write(text.ljust(SEAL_BYTES, b"\0"))
+
+
+def image(fill: Callable[[h5py.File], None]) -> memoryview:
+    """Return the bytes of a sealed file with what `fill` puts into it.
+
+    It is made in memory: on a full disk, HDF5 fails late, more than once, and not only by exceptions.
+    """
+    content = io.BytesIO()
+    with create(content) as file:
+        fill(file)
+    _seal(content)
+    return content.getbuffer()
 
 
 def open_file(path: str | Path) -> h5py.File:

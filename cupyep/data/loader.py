@@ -116,8 +116,16 @@ class Loader:
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """Draw an epoch and return an iterator over its batches from number `first` (of 0, 1, ...) on.
+
+        To take up an epoch in its middle, set the generator back to its state at the beginning of that epoch.
+        """
         draws = self._draw()  # here, not in the generator below: an epoch's draws are made when it begins
-        return (self._batch(draws, start) for start in range(0, len(self.split), self.batch_size))
+        starts = range(first * self.batch_size, len(self.split), self.batch_size)
+        return (self._batch(draws, start) for start in starts)
 
     def _draw(self) -> _Draws:
         count, rng = len(self.split), self.generator

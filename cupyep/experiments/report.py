@@ -9,7 +9,7 @@ from typing import Any
 
 from cupyep.experiments.design import Column, Experiment, Results, Row
 from cupyep.experiments.figures import save
-from cupyep.training.checkpoint import replacing
+from cupyep.files import replacing
 
 REPORT = "REPORT.md"
 OPEN = "open"

@@ -21,7 +21,7 @@ from typing import Any
 
 from cupyep.errors import CheckpointError, DivergenceError, require
 from cupyep.experiments.design import SCALES, Cell, Experiment, OutOfTime, Results, cell_name
-from cupyep.training.checkpoint import replacing
+from cupyep.files import replacing
 from cupyep.training.system import THREAD_VARIABLES, system_report
 
 CELLS, RESULTS = "cells", "results.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.experiments.design import Cell, Column, Results
+from cupyep.files import replacing
 from cupyep.network import Network
-from cupyep.training.checkpoint import replacing
 from cupyep.training.config import TrainConfig, make_config
 from cupyep.training.run_directory import CONFIG, RunDirectory
 from cupyep.training.runs import resume_run, start_run

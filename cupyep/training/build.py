@@ -150,19 +150,20 @@ def build_trainer(
     report: Callable[[str], None] = print,
 ) -> Trainer:
     """Return the trainer of `network`, with all generators drawn from ``config.seed``."""
-    seeds = np.random.SeedSequence(config.seed).spawn(2)
-    generators = dict(zip(("data", "learner"), map(np.random.default_rng, seeds), strict=True))
-    learner = build_learner(config, network, signals, generators["learner"])
+    draws, signs = map(np.random.default_rng, np.random.SeedSequence(config.seed).spawn(2))
+    learner = build_learner(config, network, signals, signs)
     return Trainer(
         learner,
         build_optimizer(config, learner.parameters()),
-        training_batches(config, dataset, network, generators["data"]),
+        training_batches(config, dataset, network, draws),
         evaluation_batches(config, dataset, network),
         validation=evaluation_batches(config, dataset, network, "validation") if dataset.validation else None,
         epochs=config.epochs,
         lr_schedule=config.lr_schedule,
         directory=directory,
-        generators=generators,
+        generators={"learner": signs},
+        checkpoint_minutes=config.checkpoint_minutes,
+        on_divergence=config.on_divergence,
         quiet=quiet,
         report=report,
     )

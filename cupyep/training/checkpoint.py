@@ -1,29 +1,42 @@
-"""Checkpoints, version 1: one HDF5 file with everything that a run needs to go on.
+"""Checkpoints, version 2: one HDF5 file with everything that a run needs to go on, from the middle of an epoch too.
 
-Root attributes: ``format="cupyep-checkpoint"``, ``version=1``, ``epoch`` (epochs done), ``best_accuracy`` and
-``best_epoch`` (of the validation split where there is one, else of the test split), ``network`` (JSON: the keyword
-arguments that rebuild it), ``generators`` (JSON: name -> bit generator state). Groups ``parameters`` (by path) and
-``optimizer`` (`Optimizer.state_dict` by name). The file begins with a checksum (`cupyep.data.hdf5`).
+Groups ``parameters`` (by path), ``optimizer`` (`Optimizer.state_dict` by name) and ``statistics`` (running sums of the
+epoch under way). Root attributes: ``format="cupyep-checkpoint"``, ``version=2``; numbers, ``epoch`` (epochs done),
+``batch`` (batches done of the epoch after), ``best_accuracy`` and ``best_epoch``, ``elapsed_s`` and ``epoch_s``,
+``halvings``; JSON texts, ``network`` (the keyword arguments that rebuild it), ``generators`` (name -> bit generator
+state), ``config`` (options of the run) and ``versions`` (of cupyep, Python and libraries).
+The file begins with a checksum (`cupyep.data.hdf5`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib.metadata
 import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from cupyep._version import __version__
 from cupyep.data import hdf5
 from cupyep.errors import CheckpointError, nearest
+from cupyep.files import write_file
 
 FORMAT = "cupyep-checkpoint"
-VERSION = 1
+VERSION = 2
+GROUPS = ("parameters", "optimizer", "statistics")
+TEXTS = ("network", "generators", "config", "versions")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of all that can change the numbers of a run."""
+    libraries = {name: importlib.metadata.version(name) for name in ("numpy", "h5py")}
+    return {"cupyep": __version__, "python": platform.python_version(), **libraries}
 
 
 @dataclass
@@ -32,49 +45,58 @@ class Checkpoint:
 
     Attributes
     ----------
-    parameters, optimizer : dict of str to host array
-        By path, and by the names of `Optimizer.state_dict`.
+    parameters, optimizer, statistics : dict of str to host array
+        By path, by the names of `Optimizer.state_dict` and of `EpochStatistics.state_dict`.
     network : dict
         The configuration of the network that the parameters belong to.
-    epoch : int
-        Number of epochs done.
+    epoch, batch : int
+        Epochs done, and batches done of the epoch after; 0 between epochs.
     best_accuracy, best_epoch : float, int
         The best accuracy so far, in [0, 1], and the epoch that reached it; of the validation split where there is one,
         else of the test split.
+    elapsed_s, epoch_s : float
+        Seconds that the finished epochs took, and training in the epoch under way.
+    halvings : int
+        How often the learning rates have been halved.
     generators : dict of str to dict
-        States of the random generators, as ``Generator.bit_generator.state`` gives them.
+        States of the random generators, as ``Generator.bit_generator.state`` gives them; of the one that draws an
+        epoch's order and crops, the state at the beginning of that epoch.
+    config : dict
+        The options of the run.
+    versions : dict of str to str
     """
 
     parameters: dict[str, Any]
     optimizer: dict[str, Any]
     network: dict[str, Any]
     epoch: int = 0
+    batch: int = 0
     best_accuracy: float = 0.0
     best_epoch: int = 0
+    elapsed_s: float = 0.0
+    epoch_s: float = 0.0
+    halvings: int = 0
+    statistics: dict[str, Any] = field(default_factory=dict)
     generators: dict[str, dict] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path` durably, on failure it disappears."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+#: The plain numbers of a checkpoint: name -> kind.
+NUMBERS = {
+    spec.name: {"int": int, "float": float}[spec.type] for spec in fields(Checkpoint) if spec.type in ("int", "float")
+}
 
 
-def can_write(folder: Path) -> bool:
-    """Return whether files can be made in `folder`, or, where there is none yet, the folder itself."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-
-
-def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, keep_as: Path | None = None) -> None:
     """Write `checkpoint` (arrays on the host) to `path`, atomically: the old file stays until the new one is complete.
+
+    Parameters
+    ----------
+    path : path
+    checkpoint : Checkpoint
+    keep_as : Path, optional
+        Where the file that is replaced goes.
 
     Raises
     ------
@@ -83,20 +105,21 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """
     path = Path(path)
     try:
-        with replacing(path) as temporary, hdf5.writing(temporary) as file:
-            file.attrs["format"] = FORMAT
-            file.attrs["version"] = VERSION
-            file.attrs["epoch"] = checkpoint.epoch
-            file.attrs["best_accuracy"] = checkpoint.best_accuracy
-            file.attrs["best_epoch"] = checkpoint.best_epoch
-            file.attrs["network"] = json.dumps(checkpoint.network)
-            file.attrs["generators"] = json.dumps(checkpoint.generators)
-            for group in ("parameters", "optimizer"):
-                arrays = file.create_group(group)
-                for name, array in getattr(checkpoint, group).items():
-                    arrays.create_dataset(name, data=np.asarray(array))
+        write_file(path, hdf5.image(partial(_fill, checkpoint=checkpoint)), keep_as)
     except OSError as error:
-        raise CheckpointError(f"cannot write checkpoint '{path}': {error}") from error
+        raise CheckpointError(f"cannot write checkpoint '{path}': {error.strerror}") from error
+
+
+def _fill(file: h5py.File, checkpoint: Checkpoint) -> None:
+    file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+    for name in NUMBERS:
+        file.attrs[name] = getattr(checkpoint, name)
+    for name in TEXTS:
+        file.attrs[name] = json.dumps(getattr(checkpoint, name))
+    for group in GROUPS:
+        arrays = file.create_group(group)
+        for name, array in getattr(checkpoint, group).items():
+            arrays.create_dataset(name, data=np.asarray(array))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -114,23 +137,28 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         with hdf5.open_file(path) as file:
             _check_format(path, file)
             checkpoint = Checkpoint(
-                parameters=_read_arrays(file, "parameters"),
-                optimizer=_read_arrays(file, "optimizer"),
-                network=json.loads(hdf5.attribute(file, "network")),
-                epoch=int(hdf5.attribute(file, "epoch")),
-                best_accuracy=float(hdf5.attribute(file, "best_accuracy")),
-                best_epoch=int(hdf5.attribute(file, "best_epoch")),
-                generators=json.loads(hdf5.attribute(file, "generators")),
+                **{group: _read_arrays(file, group) for group in GROUPS},
+                **{name: kind(hdf5.attribute(file, name)) for name, kind in NUMBERS.items()},
+                **{name: _read_text(file, name) for name in TEXTS},
             )
     except CheckpointError:
         raise
     except hdf5.ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"'{path}' is not a readable checkpoint (truncated or damaged): {reason}") from error
+    if checkpoint.epoch < 0 or checkpoint.batch < 0:
+        raise CheckpointError(f"checkpoint '{path}' is damaged: epoch {checkpoint.epoch}, batch {checkpoint.batch}")
     for name, array in checkpoint.parameters.items():
         if not np.isfinite(array).all():
             raise CheckpointError(f"checkpoint '{path}': parameter '{name}' holds numbers that are not finite")
     return checkpoint
+
+
+def _read_text(file: h5py.File, name: str) -> dict[str, Any]:
+    value = json.loads(hdf5.attribute(file, name))
+    if not isinstance(value, dict):
+        raise TypeError(f"'{name}' is not an object")
+    return value
 
 
 def _read_arrays(file: h5py.File, group_name: str) -> dict[str, np.ndarray]:

@@ -148,6 +148,11 @@ class TrainConfig:
     device: str = RUN("auto", str, "auto, cpu, cuda or cuda:N.")
     precision: str = RUN("float32", str, "Number format; parameters and optimizer are float32 in all but float64.",
                          choices=PRECISIONS)
+    checkpoint_minutes: float = RUN(10.0, float, "Save the run every so many minutes, besides after every epoch; 0 is "
+                                    "after every batch.", low=0)
+    on_divergence: str = RUN("stop", str, "When numbers stop being finite or the loss stays far above its start: stop, "
+                             "or go back to the end of the last epoch and halve the learning rate (up to five times).",
+                             choices=("stop", "halve-lr"))
     # fmt: on
 
     def __post_init__(self):
@@ -187,6 +192,9 @@ def default_steps(config: TrainConfig) -> tuple[int, int]:
     free, nudged = (2, 2) if config.feedback <= 0.3 else (6, 4)
     return free, 20 if config.algorithm == "bptt" else nudged
 
+
+# What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
+RESUME_OPTIONS = ("epochs", "device", "data_dir", "teacher", "checkpoint_minutes", "on_divergence")
 
 #: The options by name, in the order of ``--help``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}

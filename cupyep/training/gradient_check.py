@@ -13,10 +13,10 @@ from typing import Any
 from cupyep.backend import get_device
 from cupyep.data import Loader
 from cupyep.errors import require
+from cupyep.files import replacing
 from cupyep.learning.check import compare_forms
 from cupyep.learning.equilibrium import FORMS
 from cupyep.training.build import build_dataset, build_network, build_signals
-from cupyep.training.checkpoint import replacing
 from cupyep.training.config import TrainConfig
 
 # Options of ``cupyep check``, and where its defaults differ from those of ``cupyep train``.

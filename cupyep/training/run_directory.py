@@ -1,24 +1,28 @@
-"""The run directory: config.toml, metrics.jsonl, checkpoint.h5, best.h5.
+"""The run directory: config.toml, metrics.jsonl, checkpoint.h5, checkpoint.previous.h5, best.h5.
 
 An epoch is committed in this order: its line in metrics.jsonl, best.h5 if it was the best, checkpoint.h5. A run that
-dies in between is resumed from the last checkpoint; what metrics.jsonl holds beyond it is dropped and the epoch done
-again.
+dies in between is resumed from the last checkpoint; what metrics.jsonl holds beyond it is dropped and done again.
+checkpoint.previous.h5 is the last checkpoint but one that stood between two epochs: the way back when checkpoint.h5 is
+damaged. Every file is replaced as a whole, and only one process at a time writes in the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cupyep._version import __version__
-from cupyep.errors import CheckpointError, ConfigurationError, require
-from cupyep.training.checkpoint import Checkpoint, can_write, load_checkpoint, replacing, save_checkpoint
+from cupyep.errors import CheckpointError, ConfigurationError, choose
+from cupyep.files import FolderLock, can_write, is_leftover, remove_leftovers, write_file
+from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.config import TrainConfig, make_config, read_toml
 
-CONFIG, METRICS, CHECKPOINT, BEST = "config.toml", "metrics.jsonl", "checkpoint.h5", "best.h5"
-CHECKPOINT_FILES = {"last": CHECKPOINT, "best": BEST}
+CONFIG, METRICS = "config.toml", "metrics.jsonl"
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.h5", "checkpoint.previous.h5", "best.h5"
+CHECKPOINT_FILES = {"last": CHECKPOINT, "previous": PREVIOUS, "best": BEST}
 
 
 class RunDirectory:
@@ -33,6 +37,8 @@ class RunDirectory:
     def __init__(self, path: Path, config: TrainConfig):
         self.path = path
         self.config = config
+        self._lock = FolderLock(path)
+        self._worth_keeping = False  # whether checkpoint.h5 would do as checkpoint.previous.h5
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunDirectory:
@@ -47,8 +53,10 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             directory = cls(path, config)
-            directory.write_config()
-            (path / METRICS).touch()
+            with directory.locked():
+                check_free(path)  # again: another process may have come first
+                write_file(path / METRICS, b"")
+                directory.write_config()
         except OSError as error:
             raise CheckpointError(f"cannot write run directory '{path}': {error.strerror}") from error
         return directory
@@ -73,11 +81,44 @@ class RunDirectory:
         except ConfigurationError as error:
             raise ConfigurationError(f"'{path / CONFIG}': {error}") from error
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing here; see `lock`."""
+        self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
+
+    def lock(self) -> None:
+        """Keep other processes from writing here until `unlock`; nothing happens if this object holds the lock.
+
+        Raises
+        ------
+        CheckpointError
+            If another process writes here.
+        """
+        try:
+            holder = self._lock.acquire()
+        except OSError as error:
+            raise CheckpointError(f"cannot write run directory '{self.path}': {error.strerror}") from error
+        if holder:
+            raise CheckpointError(f"'{self.path}' is in use by {holder}; wait for it or choose another --run-dir")
+
+    def unlock(self) -> None:
+        """Let other processes write here."""
+        self._lock.release()
+
     def write_config(self) -> None:
-        """Write config.toml atomically."""
-        with replacing(self.path / CONFIG) as temporary:
-            text = f"# Written by cupyep {__version__}: every option of this run.\n{self.config.to_toml()}"
-            temporary.write_text(text, encoding="utf-8")
+        """Write config.toml."""
+        text = f"# Written by cupyep {__version__}: every option of this run.\n{self.config.to_toml()}"
+        self._write(CONFIG, text)
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            write_file(self.path / name, text.encode())
+        except OSError as error:
+            raise CheckpointError(f"cannot write '{self.path / name}': {error.strerror}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of metrics.jsonl, one an epoch; a last line that was cut off is left out.
@@ -87,11 +128,7 @@ class RunDirectory:
         CheckpointError
             If another line is not a JSON object, or the file cannot be read.
         """
-        path = self.path / METRICS
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        except OSError as error:
-            raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
+        path, lines = self.path / METRICS, self._read_metrics().splitlines()
         records = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -103,56 +140,95 @@ class RunDirectory:
                 raise CheckpointError(f"'{path}' line {number} is not a record of an epoch") from error
         return records
 
+    def _read_metrics(self) -> str:
+        path = self.path / METRICS
+        try:
+            return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        except OSError as error:
+            raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
+
     def commit(self, record: dict[str, Any], checkpoint: Checkpoint, is_best: bool) -> None:
         """Write one finished epoch: its metrics, best.h5 if `is_best`, then checkpoint.h5.
 
         Raises
         ------
         CheckpointError
-            If a file cannot be written (the disk is full, for example).
+            If a file cannot be written (the disk is full, for example); the others are whole.
         """
-        try:
-            with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot write '{self.path / METRICS}': {error.strerror}") from error
+        self._write(METRICS, self._read_metrics() + _line(record))
         if is_best:
             save_checkpoint(self.path / BEST, checkpoint)
-        save_checkpoint(self.path / CHECKPOINT, checkpoint)
+        self.save(checkpoint)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write checkpoint.h5; the old one becomes checkpoint.previous.h5 if it stood between two epochs."""
+        keep_as = self.path / PREVIOUS if self._worth_keeping else None
+        save_checkpoint(self.path / CHECKPOINT, checkpoint, keep_as)
+        self._worth_keeping = checkpoint.batch == 0
 
     def load(self, which: str = "last") -> Checkpoint:
-        """Return the checkpoint ``"last"`` or ``"best"``; see `load_checkpoint` for the errors."""
-        require(which in CHECKPOINT_FILES, f"checkpoint must be one of {', '.join(CHECKPOINT_FILES)} (got '{which}')")
+        """Return the checkpoint ``"last"``, ``"previous"`` or ``"best"``; see `load_checkpoint` for the errors."""
+        choose("checkpoint", which, CHECKPOINT_FILES)
         return load_checkpoint(self.path / CHECKPOINT_FILES[which])
 
-    def rewind(self) -> tuple[Checkpoint | None, float]:
-        """Go back to the last checkpoint: drop the metrics of later, unfinished epochs.
+    def epoch_start(self) -> tuple[Path, Checkpoint]:
+        """Return path and content of the last checkpoint that stood between two epochs."""
+        path = self.path / (CHECKPOINT if self._worth_keeping else PREVIOUS)
+        return path, load_checkpoint(path)
+
+    def rewind(self, check: Callable[[Path, Checkpoint], None]) -> tuple[Path, Checkpoint | None, str]:
+        """Go back to the last checkpoint; the caller holds the lock.
+
+        Drops the metrics of epochs that it has not done, and what killed processes left behind.
+
+        Parameters
+        ----------
+        check : callable
+            Takes path and checkpoint; raises `CheckpointError` if it does not belong to this run.
 
         Returns
         -------
+        path : Path
+            Of the checkpoint: checkpoint.previous.h5 if checkpoint.h5 is of no use.
         checkpoint : Checkpoint or None
-            None if the run ended before its first one; it then starts anew.
-        elapsed : float
-            Seconds that the finished epochs took.
+            None if the run ended before its first checkpoint.
+        problem : str
+            What is wrong with checkpoint.h5, or empty.
 
         Raises
         ------
         CheckpointError
-            If the checkpoint is damaged, or metrics.jsonl lacks epochs that it has done, or the folder cannot be
-            written.
+            If no checkpoint is of use, metrics.jsonl lacks epochs that it has done, or the folder cannot be written.
         """
         _require_writable(self.path)
-        has_checkpoint = (self.path / CHECKPOINT).exists()
-        checkpoint = self.load("last") if has_checkpoint else None
+        path, checkpoint, problem = self._last_of_use(check)
         done = checkpoint.epoch if checkpoint else 0
-        records = [record for record in self.metrics() if record["epoch"] <= done]
+        records = self.metrics()
+        if records and checkpoint is None:
+            raise CheckpointError(f"'{self.path}' has no {CHECKPOINT} to go on from, though epochs have been done")
+        records = [record for record in records if record["epoch"] <= done]
         if [record["epoch"] for record in records] != list(range(1, done + 1)):
             raise CheckpointError(f"'{self.path / METRICS}' does not hold the epochs 1 to {done} of {CHECKPOINT}")
-        with replacing(self.path / METRICS) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        return checkpoint, float(records[-1]["elapsed_s"]) if records else 0.0
+        remove_leftovers(self.path)
+        self._write(METRICS, "".join(map(_line, records)))
+        self._worth_keeping = checkpoint is not None and checkpoint.batch == 0 and not problem
+        return path, checkpoint, problem
+
+    def _last_of_use(self, check: Callable[[Path, Checkpoint], None]) -> tuple[Path, Checkpoint | None, str]:
+        paths = [self.path / name for name in (CHECKPOINT, PREVIOUS)]
+        problems = []
+        for path in paths:
+            try:
+                checkpoint = load_checkpoint(path)
+                check(path, checkpoint)
+            except CheckpointError as error:
+                problems.append(error)
+            else:
+                return path, checkpoint, str(problems[0]) if problems else ""
+        for path, problem in zip(paths, problems, strict=True):
+            if path.exists():
+                raise problem
+        return paths[0], None, ""
 
 
 def check_free(path: str | Path) -> Path:
@@ -160,10 +236,14 @@ def check_free(path: str | Path) -> Path:
     path = Path(path)
     if (path / CONFIG).exists() or (path / CHECKPOINT).exists():
         raise CheckpointError(f"'{path}' holds another run; continue it with --resume or choose another --run-dir")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or not all(map(is_leftover, path.iterdir()))):
         raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another --run-dir")
     _require_writable(path)
     return path
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _require_writable(path: Path) -> None:

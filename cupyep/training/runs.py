@@ -22,13 +22,11 @@ from cupyep.training.build import (
     evaluation_batches,
 )
 from cupyep.training.checkpoint import restore_parameters
-from cupyep.training.config import TrainConfig, option_name
-from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory, check_free, default_path
+from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name
+from cupyep.training.run_directory import CHECKPOINT_FILES, PREVIOUS, RunDirectory, check_free, default_path
+from cupyep.training.snapshot import check_same_network
 from cupyep.training.teacher import cached_teacher
-from cupyep.training.trainer import Trainer, check_same_network, evaluate
-
-# What may differ when a run is resumed: how long it goes on, and where it finds machine and files.
-RESUME_OPTIONS = ("epochs", "device", "data_dir", "teacher")
+from cupyep.training.trainer import Trainer, evaluate
 
 
 def start_run(
@@ -65,7 +63,7 @@ def start_run(
 def resume_run(
     path: str | Path, given: Mapping[str, Any], quiet: bool = False, report: Callable[[str], None] = print
 ) -> Trainer:
-    """Prepare to go on with the run in `path` after its last finished epoch.
+    """Prepare to go on with the run in `path` where its last checkpoint left it.
 
     Parameters
     ----------
@@ -83,10 +81,12 @@ def resume_run(
     directory.config = dataclasses.replace(directory.config, **given)
     trainer = _prepare(directory.config, quiet, report)
     trainer.directory = directory
-    trainer.resume()
-    trainer.check_unfinished()
+    problem = trainer.resume()
     directory.write_config()
-    report(f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}")
+    if problem:
+        report(f"{problem}; going on from {PREVIOUS}")
+    batch = f", batch {trainer.batches_done} of {len(trainer.train)}" if trainer.batches_done else ""
+    report(f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
     return trainer
 
 

@@ -6,13 +6,13 @@ the progress bar refreshes and at the end of an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupyep.backend.device import Device
-from cupyep.errors import DivergenceError
+from cupyep.training.divergence import WATCHED, check_finite
 
 
 def layer_of(path: str) -> str:
@@ -42,21 +42,24 @@ class EpochStatistics:
     device : Device
     epoch : int
         For the message when something stops being finite.
+    layers : sequence of str
+        `layer_names` of the gradients to come.
     """
 
-    def __init__(self, device: Device, epoch: int):
+    def __init__(self, device: Device, epoch: int, layers: Sequence[str]):
         self.device = device
         self.epoch = epoch
+        self.layers = list(layers)
         self.count = 0
+        self.batches = 0
         self._sums: dict[str, Any] = {}
-        self._layers: list[str] = []
 
     def add(self, result: Any) -> None:
         """Add one `StepResult` of a learner, weighted by its number of images."""
         xp = self.device.xp
         norms = gradient_norms(result.gradients, xp)
-        self._layers = layer_names(result.gradients)
         self.count += result.count
+        self.batches += 1
         self._add("loss", result.loss * result.count)
         self._add("correct", result.correct)
         self._add("gradient_norm", norms * result.count)
@@ -68,12 +71,30 @@ class EpochStatistics:
             if stats is not None:
                 self._add(f"{phase}_residual", stats.residual * result.count)
         # A sum that stopped being finite stays so: the number of batches after which it was finite gives the bad one.
-        self._add("batches", 1)
-        self._add("finite_losses", (xp.isfinite(self._sums["loss"]) & xp.isfinite(self._sums["activity"]).all()) * 1)
-        self._add("finite_gradients", xp.isfinite(self._sums["gradient_norm"]).all() * 1)
+        for name in WATCHED:
+            if name in self._sums:
+                self._add(f"finite_{name}", xp.isfinite(self._sums[name]) * 1)
 
     def _add(self, name: str, value: Any) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if name in self._sums:
+            before = self._sums[name]
+            if isinstance(before, np.ndarray) and not isinstance(value, (np.ndarray, np.generic)):
+                before = self.device.asarray(before)  # as loaded; residuals stay on the host
+            value = before + value
+        self._sums[name] = value
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the sums, on the host, as `load_state_dict` takes them."""
+        counts = {"count": np.asarray(self.count), "batches": np.asarray(self.batches)}
+        return {**counts, **self._host_sums()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from the sums of `state`."""
+        self.count, self.batches = int(state["count"]), int(state["batches"])
+        self._sums = {name: value for name, value in state.items() if name not in ("count", "batches")}
+
+    def _host_sums(self) -> dict[str, np.ndarray]:
+        return {name: np.asarray(self.device.to_numpy(value)) for name, value in self._sums.items()}
 
     def read(self) -> dict[str, Any]:
         """Return the means so far, as plain numbers and lists.
@@ -87,18 +108,17 @@ class EpochStatistics:
         Raises
         ------
         DivergenceError
-            If the loss or a gradient stopped being finite; names epoch, batch and what to change.
+            If the loss, a state or a gradient stopped being finite; names layer, epoch, batch and what to change.
         """
-        host = {
-            name: np.asarray(self.device.to_numpy(value)) for name, value in self._sums.items() if name != "batches"
-        }
-        self._check_finite(int(host["finite_losses"]), int(host["finite_gradients"]))
-        mean = {name: host[name] / self.count for name in host if not name.startswith("finite")}
+        host = self._host_sums()
+        finite = {name: host.pop(f"finite_{name}") for name in WATCHED if name in host}
+        check_finite(finite, self.batches, self.epoch, self.layers)
+        mean = {name: value / self.count for name, value in host.items()}
         residual = {
             phase: float(mean[phase].max()) if phase in mean else None for phase in ("free_residual", "nudged_residual")
         }
         # Learned maps of signals belong to no layer; their gradients are only looked at for being finite.
-        norms = zip(self._layers, mean["gradient_norm"].tolist(), strict=True)
+        norms = zip(self.layers, mean["gradient_norm"].tolist(), strict=True)
         response = mean["nudge_response"].tolist() if "nudge_response" in mean else None
         return {
             "loss": float(mean["loss"]),
@@ -108,13 +128,3 @@ class EpochStatistics:
             "nudge_response": response,
             "gradient_norm": [norm for layer, norm in norms if not layer.startswith("signals.")],
         }
-
-    def _check_finite(self, losses: int, gradients: int) -> None:
-        finite = min(losses, gradients)
-        if finite == self._sums["batches"]:
-            return
-        where = f"epoch {self.epoch}, batch {finite + 1}"
-        if gradients < losses:
-            raise DivergenceError(f"the gradient is not finite in {where}; lower --beta")
-        knob = "--gain" if self.epoch == 1 and finite == 0 else "--learning-rate"
-        raise DivergenceError(f"the loss is not finite in {where}; lower {knob}")

@@ -15,10 +15,10 @@ from cupyep._version import __version__
 from cupyep.backend import Device
 from cupyep.data import VIEWS, Dataset, Loader, TeacherFile, TeacherWriter, data_directory
 from cupyep.errors import TeacherError
+from cupyep.files import can_write
 from cupyep.learning import Backpropagation
 from cupyep.network import Network
 from cupyep.training.build import build_network, build_trainer, feature_name
-from cupyep.training.checkpoint import can_write
 from cupyep.training.config import TrainConfig, parse_layers
 
 # What a teacher has in common with its student ...

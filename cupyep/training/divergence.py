@@ -1,0 +1,107 @@
+"""When a run has gone wrong: numbers that are not finite, or a loss that stays far above its start.
+
+Whatever is watched is counted on the device and looked at when the host waits for the device anyway: when the display
+is refreshed, before a checkpoint is written, at the end of an epoch. Counts tell the bad batch even when noticed later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend.device import Device
+from cupyep.errors import DivergenceError
+
+ON_DIVERGENCE = ("stop", "halve-lr")
+
+# This project's own choice: a network that only guesses stays near its first loss, one that recovers does so sooner.
+FAR = 4.0  # times the first loss
+LONG = 100  # batches one after another
+
+#: What is watched, in the order in which one makes the next: statistic -> its name in the message, the likely knob.
+WATCHED = {
+    "activity": ("the state of layer {}", "--learning-rate"),
+    "loss": ("the loss", "--learning-rate"),
+    "nudge_response": ("the nudged state of layer {}", "--beta"),
+    "gradient_norm": ("the gradient of {}", "--beta"),
+}
+
+
+def check_finite(counts: Mapping[str, Any], batches: int, epoch: int, layers: Sequence[str]) -> None:
+    """Raise `DivergenceError` if something stopped being finite; name what was first, and where.
+
+    Parameters
+    ----------
+    counts : mapping of str to ndarray
+        For each statistic of `WATCHED` the number of batches after which its sum was still finite; one a layer, or one.
+    batches : int
+        Number of batches done in this epoch.
+    epoch : int
+    layers : sequence of str
+        Names that belong to the entries of ``gradient_norm``.
+    """
+    good = min(int(np.min(count)) for count in counts.values())
+    if good == batches:
+        return
+    name = next(name for name in WATCHED if name in counts and np.min(counts[name]) == good)
+    place = int(np.argmin(counts[name]))
+    what, knob = WATCHED[name]
+    if knob == "--learning-rate" and epoch == 1 and good == 0:  # nothing has been learned yet
+        knob = "--gain"
+    what = what.format(layers[place] if name == "gradient_norm" else place + 1)
+    raise DivergenceError(f"{what} is not finite in epoch {epoch}, batch {good + 1}; lower {knob}")
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], epoch: int) -> None:
+    """Raise `DivergenceError` if a parameter or a buffer of the optimizer (by name, on the host) is not finite."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise DivergenceError(f"'{name}' is not finite after an update in epoch {epoch}; lower --learning-rate")
+
+
+class LossWatch:
+    """Counts for how many batches the loss has stayed above `FAR` times that of the first batch.
+
+    Parameters
+    ----------
+    device : Device
+    """
+
+    def __init__(self, device: Device):
+        self.device = device
+        self._sums: dict[str, Any] = {}
+
+    def add(self, loss: Any) -> None:
+        """Look at the mean loss of a batch, a 0-d array."""
+        xp, sums = self.device.xp, self._sums
+        if not sums:
+            # Both losses are near 1 for a guess (ln of the classes; 1/2): a trained network may start far below.
+            sums["limit"] = xp.maximum(loss, 1.0) * FAR
+            sums["above"] = sums["longest"] = (loss > sums["limit"]) * 1
+        sums["above"] = (sums["above"] + 1) * (loss > sums["limit"])
+        sums["longest"] = xp.maximum(sums["longest"], sums["above"])
+
+    def forgive(self) -> None:
+        """Count anew, for a run that was taken back."""
+        for name in self._sums.keys() - {"limit"}:
+            self._sums[name] = self._sums[name] * 0
+
+    def check(self, epoch: int) -> None:
+        """Raise `DivergenceError` if the loss has been far above its start for `LONG` batches on end."""
+        if not self._sums or int(self.device.to_numpy(self._sums["longest"])) < LONG:
+            return
+        limit = float(self.device.to_numpy(self._sums["limit"]))
+        raise DivergenceError(
+            f"the loss has stayed above {limit:.3g}, {FAR:g} times its start, for {LONG} batches up to epoch {epoch}; "
+            "lower --learning-rate"
+        )
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the counts, on the host, as `load_state_dict` takes them."""
+        return {name: np.asarray(self.device.to_numpy(value)) for name, value in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from the counts of `state`."""
+        self._sums = {name: self.device.asarray(value) for name, value in state.items()}

@@ -1,0 +1,111 @@
+"""A trainer's state as a checkpoint, and back: what it takes to go on bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.errors import CheckpointError
+from cupyep.training.checkpoint import Checkpoint, restore_parameters
+from cupyep.training.config import RESUME_OPTIONS, option_name
+from cupyep.training.divergence import check_arrays
+
+#: The numbers that say how far a run is: their names in a checkpoint, and as attributes of a trainer.
+PROGRESS = {
+    "epoch": "epochs_done",
+    "batch": "batches_done",
+    "best_accuracy": "best_accuracy",
+    "best_epoch": "best_epoch",
+    "elapsed_s": "elapsed_s",
+    "epoch_s": "epoch_s",
+    "halvings": "halvings",
+}
+
+
+def take_snapshot(trainer: Any) -> Checkpoint:
+    """Return all that `trainer` needs to go on.
+
+    Raises
+    ------
+    DivergenceError
+        If a parameter or a buffer of the optimizer is not finite.
+    """
+    host = trainer.device.to_numpy
+    parameters = {path: host(array) for path, array in trainer.learner.parameters().items()}
+    optimizer = {name: host(array) for name, array in trainer.optimizer.state_dict().items()}
+    check_arrays(parameters | optimizer, trainer.epochs_done + bool(trainer.batches_done))
+    statistics = _tagged("loss", trainer.watch.state_dict())
+    generators = {name: generator.bit_generator.state for name, generator in trainer.generators.items()}
+    if trainer.batches_done:
+        statistics |= _tagged("epoch", trainer.statistics.state_dict())
+        generators["data"] = trainer.epoch_start
+    return Checkpoint(
+        parameters=parameters,
+        optimizer=optimizer,
+        statistics=statistics,
+        generators=generators,
+        network=portable(trainer.network.config),
+        config={} if trainer.directory is None else dataclasses.asdict(trainer.directory.config),
+        **{name: getattr(trainer, attribute) for name, attribute in PROGRESS.items()},
+    )
+
+
+def restore_snapshot(trainer: Any, path: Path, saved: Checkpoint) -> None:
+    """Bring `trainer` to the state `saved`, which was read from `path`.
+
+    Raises
+    ------
+    CheckpointError
+        If parameters or the state of the optimizer do not fit.
+    """
+    restore_parameters(path, saved.parameters, trainer.learner.parameters(), trainer.device)
+    trainer.optimizer.load_state_dict(saved.optimizer)
+    for name, generator in trainer.generators.items():
+        generator.bit_generator.state = saved.generators[name]
+    for name, attribute in PROGRESS.items():
+        setattr(trainer, attribute, getattr(saved, name))
+    trainer.watch.load_state_dict(_part(saved.statistics, "loss"))
+    if saved.batch:
+        trainer.begin_epoch()
+        trainer.statistics.load_state_dict(_part(saved.statistics, "epoch"))
+
+
+def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
+    """Raise `CheckpointError` unless the checkpoint `saved`, read from `path`, is one that `trainer` can go on from."""
+    check_same_network(path, saved, trainer.network)
+    for name, value in dataclasses.asdict(trainer.directory.config).items():
+        old = saved.config.get(name, value)
+        if old != value and name not in RESUME_OPTIONS:
+            raise CheckpointError(f"checkpoint '{path}' belongs to a run with {option_name(name)} {old}, not {value}")
+    if set(saved.generators) != set(trainer.generators):
+        raise CheckpointError(f"checkpoint '{path}' lacks the state of a random generator; it is of another version")
+    if saved.batch > len(trainer.train) or saved.batch != _part(saved.statistics, "epoch").get("batches", 0):
+        raise CheckpointError(f"checkpoint '{path}' is damaged: its statistics are not those of {saved.batch} batches")
+
+
+def check_same_network(path: Path, saved: Checkpoint, network: Any) -> None:
+    """Raise `CheckpointError` unless the checkpoint `saved`, read from `path`, is of a network like `network`."""
+    for key, value in portable(network.config).items():
+        if saved.network.get(key) != value:
+            raise CheckpointError(
+                f"checkpoint '{path}' belongs to a network with {key} = {saved.network.get(key)}, not {value}"
+            )
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the network's configuration as it comes back from JSON, without what may change between machines."""
+    return json.loads(json.dumps({key: value for key, value in config.items() if key != "device"}))
+
+
+def _tagged(tag: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{tag}.{name}": array for name, array in state.items()}
+
+
+def _part(state: Mapping[str, np.ndarray], tag: str) -> dict[str, np.ndarray]:
+    """Return what `_tagged` made names of with `tag`, under its own names."""
+    return {name.removeprefix(f"{tag}."): array for name, array in state.items() if name.startswith(f"{tag}.")}

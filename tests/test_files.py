@@ -1,0 +1,151 @@
+"""Files that are whole or not there, and locks that die with their process.
+
+Oracles: what lies in the folder after a failure planted at every single call; a second process for the lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cupyep import files
+from cupyep.files import FolderLock, can_write, is_leftover, remove_leftovers, replacing, write_file
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_replacing_cleans_up(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as temporary:
+        temporary.write_text("new\ud800", encoding="utf-8")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_what_was_there_is_kept(tmp_path):
+    path, old = tmp_path / "x", tmp_path / "x.old"
+    write_file(path, b"1")
+    write_file(path, b"2", keep_as=old)
+    assert (path.read_bytes(), old.read_bytes()) == (b"2", b"1")
+    write_file(path, b"3", keep_as=old)
+    assert (path.read_bytes(), old.read_bytes()) == (b"3", b"2")
+    assert names(tmp_path) == ["x", "x.old"]
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_what_was_there_is_kept(tmp_path)
+
+
+class Disk:
+    """Counts the calls that touch the disk; from number `full` on (of 0, 1, ...) there is no space left."""
+
+    def __init__(self, monkeypatch, full=None):
+        self.calls, self.full = 0, full
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "link"), (files.shutil, "copyfile")):
+            monkeypatch.setattr(module, name, self.counted(getattr(module, name)))
+        monkeypatch.setattr(files, "open", self.counted(open), raising=False)
+
+    def counted(self, function):
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.full is not None and self.calls > self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        return call
+
+
+def write_often(path, contents, old):
+    for content in contents:
+        write_file(path, content, keep_as=old)
+
+
+def test_a_disk_that_fills_up_at_any_call_leaves_whole_files(tmp_path, monkeypatch):
+    """Before and after, both files hold one of the contents that they may hold, and nothing else lies there."""
+    path, old = tmp_path / "x", tmp_path / "x.old"
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        write_file(path, b"1")
+        write_file(path, b"2", keep_as=old)
+        calls = disk.calls
+    assert calls > 8
+    for full in range(calls):
+        write_file(path, b"1")
+        write_file(path, b"2", keep_as=old)
+        with monkeypatch.context() as patch:
+            Disk(patch, full)
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                write_often(path, (b"3", b"4", b"5"), old)
+        assert names(tmp_path) == ["x", "x.old"]
+        assert (path.read_bytes(), old.read_bytes()) in {
+            (b"2", b"1"), (b"2", b"2"), (b"3", b"2"), (b"3", b"3"), (b"4", b"3"), (b"4", b"4")}  # fmt: skip
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    for name in (".checkpoint.h5.123.tmp", ".lock", "notes.tmp", ".mine.tmp", "checkpoint.h5"):
+        (tmp_path / name).touch()
+    assert {p.name for p in tmp_path.iterdir() if is_leftover(p)} == {".checkpoint.h5.123.tmp", ".lock"}
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".lock", ".mine.tmp", "checkpoint.h5", "notes.tmp"]
+
+
+def test_can_write(tmp_path):
+    (tmp_path / "file").touch()
+    assert can_write(tmp_path / "not" / "yet")
+    assert not can_write(tmp_path / "file" / "below")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cupyep.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+assert lock.acquire() == ""
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="this platform has no flock")
+def test_a_lock_is_named_after_its_process_and_dies_with_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    lock = FolderLock(tmp_path)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert lock.acquire() == f"process {holder.pid}"
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert lock.acquire() == ""
+    assert lock.acquire() == "", "who holds it may ask again"
+    assert FolderLock(tmp_path).acquire() == f"process {os.getpid()}"
+    lock.release()
+    other = FolderLock(tmp_path)
+    assert other.acquire() == ""
+    other.release()
+
+
+def test_without_locks_nothing_is_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    assert FolderLock(tmp_path).acquire() == FolderLock(tmp_path).acquire() == ""
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="this platform has no flock")
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    assert FolderLock(tmp_path).acquire() == FolderLock(tmp_path).acquire() == ""
