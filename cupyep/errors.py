@@ -44,12 +44,12 @@ class Interrupted(CupyepError):
 
     Parameters
     ----------
+    message : str
     number : int
         Of the signal.
-    message : str
     """
 
-    def __init__(self, number: int, message: str = "interrupted"):
+    def __init__(self, message: str = "interrupted", number: int = 2):
         super().__init__(message)
         self.number = number
 

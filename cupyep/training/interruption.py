@@ -52,4 +52,4 @@ class Interruptions:
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come."""
         if self.received:
-            raise Interrupted(self.received)
+            raise Interrupted(number=self.received)

@@ -172,7 +172,7 @@ class Trainer:
             except Interrupted as signal:
                 self._save()
                 hint = f"interrupted; go on with: cupyep train --run-dir {self.directory.path} --resume"
-                raise Interrupted(signal.number, hint) from None
+                raise Interrupted(hint, signal.number) from None
 
     def check_unfinished(self) -> None:
         """Raise `ConfigurationError` if no epoch is left to do."""
