@@ -6,6 +6,7 @@ from cupyep.errors import choose
 from cupyep.experiments.costs import COST
 from cupyep.experiments.design import SCALES, Experiment, Results
 from cupyep.experiments.feedback import ACTIVATIONS, FEEDBACK
+from cupyep.experiments.headline import VGG7, VGG12
 from cupyep.experiments.nudges import FIDELITY, NUDGE
 from cupyep.experiments.report import write_report
 from cupyep.experiments.running import load_results, reproduce
@@ -27,6 +28,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         NUDGE,
         FIDELITY,
         COST,
+        VGG7,
+        VGG12,
     )
 }
 

@@ -1,0 +1,93 @@
+"""The paper's headline rows, their counterparts, and the best that weak feedback gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupyep.experiments import figures
+from cupyep.experiments.design import Experiment, Results, Row
+from cupyep.experiments.feedback import SMALL_WEAK, lambda_options
+from cupyep.experiments.signals import KD, LE, PAPER, SMALL
+from cupyep.experiments.trained import COLUMNS, TEST_ACCURACY, accuracy, train_cell
+from cupyep.recipes import find_recipe
+from cupyep.training.config import read_toml
+
+LABELS = {
+    "kd": "EP, lambda = 1, KD",
+    "le": "EP, lambda = 1, LE",
+    "none": "EP, lambda = 1, no signals",
+    "feedback0.1": "EP, lambda = 0.1, no signals",
+    "feedback0.03": "EP, lambda = 0.03, no signals",
+    "bptt": "BPTT, lambda = 1, no signals",
+    "bp": "BP, same layers",
+}
+BPTT_STEPS = {"algorithm": "bptt", "schedule": "synchronous", "free_steps": 40, "nudged_steps": 20}
+
+
+def _full_rows(arch: str, dataset: str, published: float) -> tuple[Row, ...]:
+    rows = []
+    for key, label in LABELS.items():
+        recipe = read_toml(find_recipe(f"{arch}-{'none' if key == 'bptt' else key}-{dataset}"))
+        found = {TEST_ACCURACY.title: published} if key == "kd" else {}
+        options = {**recipe, **(BPTT_STEPS if key == "bptt" else {})}
+        rows.append(Row(key, label, options, found, PAPER if found else ""))
+    return tuple(rows)
+
+
+def _small_rows(arch: str, dataset: str, published: float) -> tuple[Row, ...]:
+    where = {"arch": arch, "dataset": dataset}
+    options: dict[str, dict[str, Any]] = {
+        "kd": {**SMALL, **KD},
+        "le": {**SMALL, **LE},
+        "none": SMALL,
+        "feedback0.1": {**SMALL_WEAK, **lambda_options(0.1)},
+        "feedback0.03": {**SMALL_WEAK, **lambda_options(0.03)},
+        "bptt": {**SMALL, **BPTT_STEPS},
+        "bp": {**SMALL_WEAK, "algorithm": "bp", "feedback": 0.1, "gain": 1.2},
+    }
+    signals = {"signal_layers": "all"}
+    return tuple(
+        Row(
+            key,
+            LABELS[key],
+            {**own, **where, **(signals if "aug" in own else {})},
+            {f"{TEST_ACCURACY.title}, full size": published} if key == "kd" else {},
+            PAPER if key == "kd" else "",
+        )
+        for key, own in options.items()
+    )
+
+
+def _verdict(results: Results) -> str:
+    best = max((key for key in LABELS if key.startswith("feedback")), key=lambda key: accuracy(results, key))
+    return (
+        f"KD {accuracy(results, 'kd'):.1f} %, LE {accuracy(results, 'le'):.1f} %, no signals "
+        f"{accuracy(results, 'none'):.1f} % in the paper's network (lambda = 1); the best without signals is "
+        f"{LABELS[best]}, {accuracy(results, best):.1f} %; BP {accuracy(results, 'bp'):.1f} %."
+    )
+
+
+def _headline(arch: str, dataset: str, published: float) -> Experiment:
+    network = f"VGG-{arch[3:]}"
+    return Experiment(
+        name=f"{arch}-kd-{dataset}",
+        title=f"{network} on {'CIFAR-10' if dataset == 'cifar10' else 'CIFAR-100'}, the paper's headline row",
+        claim=f"{network} with KD reaches {published} % test accuracy ({PAPER}).",
+        setting={
+            "small": f"{network} of 16 to 64 channels, 16 x 16 pixels, {SMALL['limit_train']} training images, "
+            f"{SMALL['epochs']} epochs: a look at the ranking, not at the figures.",
+            "full": f"{network}, full width; every row is a recipe (`cupyep recipes`), BPTT that without signals with "
+            f"{BPTT_STEPS['free_steps']} + {BPTT_STEPS['nudged_steps']} steps.",
+        },
+        base={"small": {}, "full": {}},
+        rows={"small": _small_rows(arch, dataset, published), "full": _full_rows(arch, dataset, published)},
+        seeds={"small": 1, "full": 1},
+        measure=train_cell,
+        columns=COLUMNS,
+        figures={"courses": figures.courses("train_loss", "test_accuracy")},
+        verdict=_verdict,
+    )
+
+
+VGG7 = _headline("vgg7", "cifar10", 89.67)
+VGG12 = _headline("vgg12", "cifar100", 64.75)
