@@ -281,7 +281,7 @@ def synthetic(experiment, values):
     [
         ("signals", {"le": (1.9, 0.3), "kd": (1.8, 0.35)}, "stays at chance (training loss 2.30"),
         ("signals", {"none": (2.0, 0.3)}, "moves"),
-        ("signals", {"none-sgd": (2.1, 0.2)}, "'no signals, SGD 0.02, gain 0.65', reaches 2.10 / 20 %"),
+        ("signals", {"none-gain": (2.1, 0.2)}, "'no signals, gain 0.65', reaches 2.10 / 20 %"),
         ("baseline", {"ep": (1.0, 0.5)}, "Plain EP converges: 50.0 %"),
         ("baseline", {"ep": (1.0, 0.4)}, "Plain EP does not reach 45 %"),
         ("feedback", {"vgg11-0.1": (1.6, 0.40), "vgg11-bp": (1.6, 0.405)}, "reaches BP's accuracy: lambda 0.1 40.0 %"),
@@ -289,7 +289,7 @@ def synthetic(experiment, values):
         ("nudge", {"classical-0.5": (1.7, 0.4), "deviation-0.5": (1.9, 0.3)}, "not always as good as"),
         ("nudge", {}, "at least as good as"),
         ("placement", {"middle": (1.5, 0.3), "late": (2.6, 0.1)}, "layers 4-6 (1.50), highest on layers 7-10 (2.60)"),
-        ("kappa", {"cosine-3": (1.5, 0.3)}, "1.50 / 30 % with kappa 3, cosine"),
+        ("kappa", {"cosine-1": (1.5, 0.3)}, "1.50 / 30 % with kappa 1, cosine"),
     ],
 )  # fmt: skip
 def test_verdicts_follow_the_figures(name, values, expected):

@@ -12,11 +12,12 @@ from cupyep.experiments.signals import KD, LE, PAPER, SMALL
 from cupyep.experiments.trained import COLUMNS, accuracy, loss, train_cell
 
 SMALL_WEAK = {
-    **{name: SMALL[name] for name in ("dataset", "image_size", "limit_train", "limit_test", "width", "batch_size")},
-    "schedule": "sweeps",
+    **{
+        name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "width", "schedule", "beta", "batch_size")
+    },
+    "limit_train": 2000,
     "free_steps": 2,
     "nudged_steps": 2,
-    "beta": 0.5,
     "learning_rate": 1e-3,
     "epochs": 8,
     "teacher_epochs": 20,

@@ -71,7 +71,18 @@ NUDGE = Experiment(
         "full": "VGG-5, full width, CIFAR-10, 100 epochs, lambda = 1, 12 free and 6 nudged sweeps, centered.",
     },
     base={
-        "small": {**SMALL, "arch": "vgg5", "width": 0.25, "epochs": 4, "learning_rate": 1e-3},
+        "small": {
+            **{name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "schedule", "batch_size")},
+            "arch": "vgg5",
+            "width": 0.25,
+            "limit_train": 2000,
+            "feedback": 1.0,
+            "gain": 0.6,
+            "free_steps": 6,
+            "nudged_steps": 3,
+            "learning_rate": 1e-3,
+            "epochs": 4,
+        },
         "full": {**FULL, "arch": "vgg5"},
     },
     rows={

@@ -1,0 +1,62 @@
+"""README's table and docs/results.md say what the committed results.json files say, and nothing else."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cupyep.experiments import EXPERIMENTS
+from cupyep.experiments.design import cell_name
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Return the tool as a module, as a script there would be."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    yield importlib.import_module("results")
+    sys.modules.pop("results", None)
+
+
+def write(folder, name, scale, accuracy, missing=()):
+    rows = EXPERIMENTS[name].rows[scale]
+    cell = {"train_loss": [1.0], "test_accuracy": [accuracy], "nudge_response": [[1e-3, 1e-2]], "minutes": 2.0}
+    cells = {cell_name(row.key, 0): cell for row in rows if row.key not in missing}
+    about = {"experiment": name, "scale": scale, "seeds": 1, "command": "the command", "date": "2026-01-02"}
+    place = folder / f"{name}-{scale}"
+    place.mkdir(parents=True)
+    (place / "results.json").write_text(json.dumps({**about, "cells": cells}))
+
+
+def test_committed_pages_are_up_to_date(tool):
+    found = tool.collect(ROOT / "docs" / "results")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tool.with_table(readme, tool.readme_table(found)) == readme, "run: python tools/results.py"
+    assert tool.results_page(found) == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_open_and_measured_rows(tool, tmp_path):
+    write(tmp_path, "vgg7-kd-cifar10", "full", 0.9012)
+    write(tmp_path, "baseline", "small", 0.5)
+    write(tmp_path, "signals", "small", 0.3, missing=("kd",))
+    lines = tool.readme_table(tool.collect(tmp_path)).splitlines()
+    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | 90.1 | open |" in lines
+    assert "| VGG-7 on CIFAR-10: BP, same layers | - | 90.1 | open |" in lines
+    assert "| VGG-12 on CIFAR-100: EP, lambda = 1, KD | 64.75 | open | open |" in lines
+    (baseline,) = (line for line in lines if "[`baseline`]" in line)
+    assert baseline.startswith(
+        "| [`baseline`](docs/results/baseline-small/REPORT.md) | small | Plain EP converges: 50.0 %"
+    )
+    assert "| `signals` | small | open |" in lines
+    page = tool.results_page(tool.collect(tmp_path))
+    assert "**small** ([report](results/baseline-small/REPORT.md), `the command`, 2026-01-02)" in page
+    assert "**full**: open; `cupyep reproduce baseline --scale full`" in page
+
+
+def test_a_readme_without_markers(tool):
+    with pytest.raises(Exception, match="README.md lacks the lines"):
+        tool.with_table("no table here", "x")
+    assert tool.with_table(f"a\n{tool.BEGIN}\nold\n{tool.END}\nb", "new") == f"a\n{tool.BEGIN}\nnew\n{tool.END}\nb"

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Write the table of results in README.md and docs/results.md from the results.json files below docs/results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cupyep.cli.shared import OneLineErrors
+from cupyep.errors import ConfigurationError, require
+from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, Results, load_results
+from cupyep.experiments.report import OPEN, table
+from cupyep.experiments.running import RESULTS
+from cupyep.experiments.trained import TEST_ACCURACY
+from cupyep.training.checkpoint import replacing
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+NOTE = "<!-- Made by tools/results.py from docs/results; do not edit. -->"
+HEADLINES = ("vgg7-kd-cifar10", "vgg12-kd-cifar100")
+ROOT = Path(__file__).resolve().parents[1]
+
+Found = dict[str, tuple[Results, dict[str, Any]]]
+
+
+def collect(folder: Path) -> dict[str, Found]:
+    """Return experiment -> scale -> (results, what results.json says besides), for what has been committed."""
+    found: dict[str, Found] = {name: {} for name in EXPERIMENTS}
+    for name, experiment in EXPERIMENTS.items():
+        for scale in SCALES:
+            place = folder / f"{name}-{scale}"
+            if (place / RESULTS).is_file():
+                found[name][scale] = load_results(experiment, place)
+    return found
+
+
+def readme_table(found: dict[str, Found]) -> str:
+    """Return both tables of README.md: the headline rows beside the published figures, and a verdict an experiment."""
+    lines = [NOTE, "", "| test accuracy, % | published | full size | small scale |", "| --- | ---: | ---: | ---: |"]
+    for name in HEADLINES:
+        experiment = EXPERIMENTS[name]
+        for row in experiment.rows["full"]:
+            published = row.published.get(TEST_ACCURACY.title)
+            ours = [_accuracy(found[name].get(scale), row.key) for scale in ("full", "small")]
+            label = f"{experiment.title.partition(',')[0]}: {row.label}"
+            lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
+    lines += ["", "| experiment | scale | what was found |", "| --- | --- | --- |"]
+    for name, experiment in EXPERIMENTS.items():
+        if name not in HEADLINES:
+            lines += [_finding(experiment, scale, found[name].get(scale)) for scale in SCALES]
+    return "\n".join(lines)
+
+
+def _accuracy(measured: tuple[Results, dict[str, Any]] | None, key: str) -> str:
+    if measured is None:
+        return OPEN
+    values = measured[0].values(key, TEST_ACCURACY.value)
+    return f"{values.mean():.1f}" if len(values) else OPEN
+
+
+def _finding(experiment: Experiment, scale: str, measured: tuple[Results, dict[str, Any]] | None) -> str:
+    if measured is None or not measured[0].complete:
+        return f"| `{experiment.name}` | {scale} | {OPEN} |"
+    return (
+        f"| [`{experiment.name}`](docs/results/{experiment.name}-{scale}/REPORT.md) | {scale} | "
+        f"{experiment.verdict(measured[0])} |"
+    )
+
+
+def results_page(found: dict[str, Found]) -> str:
+    """Return docs/results.md: every experiment with its claim, tables and verdicts."""
+    parts = [
+        "# Results",
+        NOTE,
+        "Each section is an experiment; its command writes the report that the section links to. `small` runs for "
+        "minutes on "
+        "two CPU cores, with narrow networks and few images: it shows which setting is better, not how good it can "
+        "get. "
+        "`full` is the paper's size.",
+    ]
+    for name, experiment in EXPERIMENTS.items():
+        parts += [f"## {name}: {experiment.title}", experiment.claim]
+        for scale in SCALES:
+            measured = found[name].get(scale)
+            if measured is None:
+                parts.append(f"**{scale}**: {OPEN}; `cupyep reproduce {name} --scale {scale}`")
+                continue
+            results, about = measured
+            verdict = experiment.verdict(results) if results.complete else "Open: not every cell is measured yet."
+            parts += [
+                f"**{scale}** ([report](results/{name}-{scale}/REPORT.md), `{about['command']}`, {about['date']})",
+                table(experiment, results),
+                verdict,
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+def with_table(readme: str, lines: str) -> str:
+    """Return the text of README.md with the table put between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    require(bool(begin and end), f"README.md lacks the lines '{BEGIN}' and '{END}'")
+    return f"{before}{BEGIN}\n{lines}\n{END}{after}"
+
+
+@click.command(cls=OneLineErrors)
+@click.option("--check", is_flag=True, help="Change nothing; fail if a file is not what it would become.")
+def main(check: bool) -> None:
+    """Write the table of results in README.md, and docs/results.md."""
+    found = collect(ROOT / "docs" / "results")
+    readme = ROOT / "README.md"
+    wanted = {
+        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(found)),
+        ROOT / "docs" / "results.md": results_page(found),
+    }
+    for path, text in wanted.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        if check:
+            raise ConfigurationError(f"{path.relative_to(ROOT)} is not up to date; run: python tools/results.py")
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        click.echo(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
