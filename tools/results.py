@@ -14,7 +14,7 @@ from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, Results, load_re
 from cupyep.experiments.report import OPEN, table
 from cupyep.experiments.running import RESULTS
 from cupyep.experiments.trained import TEST_ACCURACY
-from cupyep.training.checkpoint import replacing
+from cupyep.files import replacing
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTE = "<!-- Made by tools/results.py from docs/results; do not edit. -->"
