@@ -149,3 +149,11 @@ def assert_one_line(error, *parts):
     assert "\n" not in message
     for part in parts:
         assert str(part) in message
+
+
+def assert_same(dataset, arrays):
+    for split, (images, labels) in zip((dataset.train, dataset.test), arrays, strict=True):
+        assert split.images.dtype == np.uint8
+        assert split.labels.dtype == np.int64
+        np.testing.assert_array_equal(split.images, images)
+        np.testing.assert_array_equal(split.labels, labels)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
-import pickle
-import struct
 import sys
 import tarfile
 
 import numpy as np
 import pytest
-import scipy.io
 from data_files import (
     assert_one_line,
+    assert_same,
     cifar_binary_files,
     cifar_python_files,
     idx_bytes,
@@ -25,7 +23,6 @@ from data_files import (
     shrink_source,
     write_archive,
     write_files,
-    write_svhn,
 )
 
 from cupyep.data import cifar, load_dataset
@@ -40,14 +37,6 @@ CIFAR = {
 
 def load(name, folder):
     return load_dataset(name, folder, download=False)
-
-
-def assert_same(dataset, arrays):
-    for split, (images, labels) in zip((dataset.train, dataset.test), arrays, strict=True):
-        assert split.images.dtype == np.uint8
-        assert split.labels.dtype == np.int64
-        np.testing.assert_array_equal(split.images, images)
-        np.testing.assert_array_equal(split.labels, labels)
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
@@ -207,77 +196,6 @@ def test_cifar_folder_with_a_missing_batch(name, arrays, tmp_path):
     assert_one_line(error, f"{gone} is missing", "--data-dir", "CUPYEP_DATA", CIFAR[name][3])
 
 
-class Odd:
-    """Pickles as a call of `function` with `arguments`."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def test_pickle_that_would_run_code_is_refused(tmp_path):
-    marker = tmp_path / "executed"
-    evil = pickle.dumps({"data": Odd(open, str(marker), "w"), "labels": []}, protocol=2)
-    pickle.loads(evil)["data"].close()
-    assert marker.exists()  # the attack works on the plain unpickler
-    marker.unlink()
-    with pytest.raises(DataError, match="asks for .*open") as error:
-        cifar.load_pickle(evil, "file")
-    assert_one_line(error, "file")
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        np.zeros(3, np.float32),
-        np.zeros(3, np.int8),
-        np.array([None, "text"], dtype=object),
-        np.float32(1.0),
-        Odd(sys.exit, 0),
-        Odd(eval, "1"),
-        Odd(np.fromfile, "/etc/passwd"),
-        Odd(getattr, "text", "upper"),
-        {1, 2},
-        Odd(bytearray, 1 << 40),
-    ],
-    ids=["float", "int8", "object", "scalar", "exit", "eval", "fromfile", "getattr", "set", "bytearray"],
-)
-def test_pickle_with_anything_else_is_refused(content):
-    with pytest.raises(DataError) as error:
-        cifar.load_pickle(pickle.dumps({"data": content}, protocol=2), "file")
-    assert_one_line(error, "file: is not a readable CIFAR pickle")
-
-
-def test_array_needs_a_dtype():
-    content = python2_pickle({"data": np.zeros((2, 3), np.uint8)})
-    start, end = content.index(b"cnumpy\ndtype"), content.index(b"tb\x89T") + 2
-    assert cifar.load_pickle(content, "file")[b"data"].array.shape == (2, 3)
-    with pytest.raises(DataError, match="array is not plain uint8"):
-        cifar.load_pickle(content[:start] + b"N" + content[end:], "file")
-
-
-def test_pickle_text_only_in_latin1():
-    def encoded(codec):
-        return b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX" + struct.pack("<i", len(codec)) + codec + b"\x86R."
-
-    assert cifar.load_pickle(encoded(b"latin1"), "file") == b"a"
-    with pytest.raises(DataError, match="encoding 'rot13'"):
-        cifar.load_pickle(encoded(b"rot13"), "file")
-
-
-def test_every_truncation_of_a_pickle_is_refused():
-    images, labels = random_arrays((2, 2, 3), 10)[1]
-    for dump in (python2_pickle, python3_pickle):
-        content = dump({"data": planes(images), "labels": [int(y) for y in labels]})
-        for end in range(0, len(content), 7):
-            with pytest.raises(DataError) as error:
-                cifar.load_pickle(content[:end], "file")
-            assert_one_line(error, "file")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -387,56 +305,6 @@ def test_idx_label_out_of_range(monkeypatch, tmp_path):
     write_files(tmp_path, idx_files(((images, labels), test)))
     with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz: 1 of 50 labels lie outside 0..9"):
         load("mnist", tmp_path)
-
-
-@pytest.mark.parametrize("folder", [".", "svhn", "SVHN"])
-def test_svhn(monkeypatch, tmp_path, folder):
-    shrink_source(monkeypatch, "svhn")
-    arrays = random_arrays((32, 32, 3), 10)
-    assert (arrays[0][1] == 0).any()  # so that 10 -> 0 is tested
-    write_svhn(tmp_path / folder, arrays)
-    dataset = load("svhn", tmp_path)
-    assert_same(dataset, arrays)
-    assert dataset.flip is False
-
-
-@pytest.mark.parametrize("cut", [0, 64, 127, 130, 500, 0.5, 0.9, -1])
-def test_truncated_svhn(monkeypatch, tmp_path, cut):
-    shrink_source(monkeypatch, "svhn")
-    write_svhn(tmp_path, random_arrays((32, 32, 3), 10))
-    path = tmp_path / "train_32x32.mat"
-    raw = path.read_bytes()
-    path.write_bytes(raw[: int(cut * len(raw)) if isinstance(cut, float) else cut])
-    with pytest.raises(DataError) as error:
-        load("svhn", tmp_path)
-    assert_one_line(error, path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"y": np.ones((50, 1), np.uint8)}, "array 'X' should have shape .*no such array"),
-        ({"X": np.zeros((32, 32, 3, 50), np.uint8)}, "array 'y' should have shape .*no such array"),
-        (
-            {"X": np.zeros((32, 32, 3, 49), np.uint8), "y": np.ones((49, 1), np.uint8)},
-            "found shape \\(32, 32, 3, 49\\)",
-        ),
-        ({"X": np.zeros((32, 32, 3, 50)), "y": np.ones((50, 1), np.uint8)}, "should be uint8, found float64"),
-        ({"X": np.zeros((32, 32, 3, 50), np.uint8), "y": np.ones((50, 1)) + np.nan}, "found uint8 and float64"),
-        (
-            {"X": np.zeros((32, 32, 3, 50), np.uint8), "y": np.full((50, 1), 11, np.uint8)},
-            "50 of 50 labels lie outside",
-        ),
-    ],
-)
-def test_wrong_svhn_files(monkeypatch, tmp_path, content, message):
-    shrink_source(monkeypatch, "svhn")
-    write_svhn(tmp_path, random_arrays((32, 32, 3), 10))
-    path = tmp_path / "train_32x32.mat"
-    scipy.io.savemat(path, content)
-    with pytest.raises(DataError, match=message) as error:
-        load("svhn", tmp_path)
-    assert_one_line(error, path)
 
 
 def test_digits():

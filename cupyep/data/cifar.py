@@ -1,8 +1,7 @@
 """CIFAR-10 and CIFAR-100: binary or python batches, in a folder or in the original tar.gz.
 
-A python batch is a pickle, so it is opened by an unpickler that knows nothing but what these files need: plain
-containers, numbers, text and one uint8 array, rebuilt by this module's own two small classes. An archive is read
-in memory; nothing is ever extracted. Source: https://www.cs.toronto.edu/~kriz/cifar.html
+A python batch is a pickle, which is never unpickled but read by `cupyep.data.pickles`. An archive is read in memory;
+nothing is ever extracted. Source: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 import functools
 import io
 import math
-import pickle
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cupyep.data.files import check_labels, check_length, one_line, read_bounded
+from cupyep.data.pickles import Array, load_pickle
 from cupyep.data.sources import Arrays, Layout, Source
 from cupyep.errors import DataError
 
@@ -111,9 +109,9 @@ def _tar_members(content: bytes, archive: Path, folder: str) -> dict[str, memory
                     data = view[info.offset_data : info.offset_data + info.size]
                     check_length(data, info.size, f"{archive}: {info.name}")
                     members[info.name.removeprefix("./").removeprefix(f"{folder}/")] = data
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # tarfile raises many types on damaged files, RecursionError and IndexError among them
         raise DataError(f"{archive}: is not a readable tar archive ({one_line(error)}); get it again") from error
     return members
 
@@ -160,7 +158,8 @@ def _decode_python(
     if not isinstance(batch, dict):
         raise DataError(f"{where}: is not a CIFAR batch (no dictionary); get the original file")
     batch = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
-    pixels = getattr(batch.get("data"), "array", None)
+    data = batch.get("data")
+    pixels = data.array if isinstance(data, Array) else None
     labels = batch.get(form.labels)
     shape = (count, math.prod(source.shape))
     if pixels is None or pixels.shape != shape:
@@ -171,61 +170,3 @@ def _decode_python(
     if not isinstance(labels, list) or len(labels) != count or not all(type(label) is int for label in labels):
         raise DataError(f"{where}: '{form.labels}' should be a list of {count} integers; get the original file")
     return pixels, np.array(labels).clip(-1, 1 << 30)  # clipped: a huge integer stays a wrong label, not an overflow
-
-
-class _ArrayState:
-    """Stands in for ``numpy.ndarray`` while unpickling: accepts one uint8 array and nothing else."""
-
-    array: np.ndarray | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, _DtypeState):
-            raise pickle.UnpicklingError("array is not plain uint8")
-        self.array = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-class _DtypeState:
-    """Stands in for ``numpy.dtype``: only uint8 exists."""
-
-    def __init__(self, name: Any, *_: Any):
-        if name not in ("u1", b"u1"):
-            raise pickle.UnpicklingError(f"array of dtype {name!r}, expected uint8")
-
-    def __setstate__(self, state: Any) -> None:
-        pass  # byte order and alignment mean nothing for one-byte items
-
-
-def _reconstruct(*_: Any) -> _ArrayState:
-    return _ArrayState()
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"text in encoding {encoding!r}, expected latin1")
-    return text.encode("latin1")
-
-
-class _Unpickler(pickle.Unpickler):
-    known = {
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): _ArrayState,
-        ("numpy", "dtype"): _DtypeState,
-        ("_codecs", "encode"): _encode,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
-        return self.known[module, name]
-
-
-def load_pickle(content: bytes | memoryview, where: str) -> Any:
-    """Unpickle a CIFAR batch without ever calling anything that the file names; anything odd is a `DataError`."""
-    try:
-        return _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle can raise nearly any type; each becomes one line
-        raise DataError(
-            f"{where}: is not a readable CIFAR pickle ({one_line(error)}); get the original file"
-        ) from error

@@ -6,16 +6,19 @@ Source: http://ufldl.stanford.edu/housenumbers/
 from __future__ import annotations
 
 import functools
+import math
+import struct
+import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import scipy.io
 
-from cupyep.data.files import check_labels, one_line
+from cupyep.data.files import check_labels, one_line, read_bounded
+from cupyep.data.matlab import read_matlab
 from cupyep.data.sources import Arrays, Layout, Source
 from cupyep.errors import DataError
 
+SLACK = 16 << 20  # bytes granted to a file beside its pixels
 FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
@@ -33,27 +36,22 @@ def _read(source: Source, files: tuple[Path, ...]) -> tuple[Arrays, Arrays]:
 
 
 def _read_split(source: Source, path: Path, count: int) -> Arrays:
-    # The shapes are looked at before any data are decompressed.
-    shapes = {name: shape for name, shape, _ in _matlab(scipy.io.whosmat, path)}
-    expected = {"X": (*source.shape, count), "y": (count, 1)}
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            found = f"shape {shapes[name]}" if name in shapes else "no such array"
-            raise DataError(f"{path}: array '{name}' should have shape {shape}, found {found}; get the original file")
-    content = _matlab(functools.partial(scipy.io.loadmat, variable_names=list(expected)), path)
-    images, labels = content["X"], content["y"]
-    if images.dtype != np.uint8 or labels.dtype.kind not in "ui":
-        raise DataError(f"{path}: 'X' and 'y' should be uint8, found {images.dtype} and {labels.dtype}")
-    labels = labels.reshape(count).astype(np.int64)
-    labels[labels == 10] = 0
-    check_labels(labels, len(source.classes), path)
-    return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels
-
-
-def _matlab(read: Any, path: Path) -> Any:
+    size = math.prod(source.shape) * count
+    content = read_bounded(path, size + SLACK)
     try:
-        return read(path)
-    except Exception as error:  # scipy.io raises many types on damaged files; each becomes one line that names the file
+        variables = read_matlab(content, size + SLACK)
+    except (ValueError, struct.error, zlib.error) as error:
         raise DataError(
             f"{path}: is not a readable MATLAB file ({one_line(error)}); it is truncated or damaged, get it again"
         ) from error
+    for name, shape in {"X": (*source.shape, count), "y": (count, 1)}.items():
+        if name not in variables or variables[name].shape != shape:
+            found = f"shape {variables[name].shape}" if name in variables else "no such array"
+            raise DataError(f"{path}: array '{name}' should have shape {shape}, found {found}; get the original file")
+    images, labels = variables["X"], variables["y"]
+    if images.kind != "uint8" or images.values.dtype != np.uint8 or labels.values is None:
+        raise DataError(f"{path}: 'X' and 'y' should be uint8, found {images.kind} and {labels.kind}")
+    classes = labels.values.reshape(count).astype(np.int64)
+    classes[classes == 10] = 0
+    check_labels(classes, len(source.classes), path)
+    return np.ascontiguousarray(images.values.transpose(3, 0, 1, 2)), classes
