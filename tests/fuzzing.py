@@ -29,8 +29,8 @@ def amounts(fast, slow=None):
     return pytest.mark.parametrize("amount", [fast, pytest.param(slow, marks=pytest.mark.slow)])
 
 
-def explore(body, strategy, amount, **limits):
-    """Call `body` with `amount` examples of `strategy`, each under the contract; return (accepted, refused).
+def explore(strategy, amount, prepare, read, **limits):
+    """Call `prepare` with an example and then `read` under the contract, `amount` times; return (accepted, refused).
 
     Few examples are the same in every run. Many are new ones each time; ``--hypothesis-seed=N`` repeats them.
     """
@@ -46,7 +46,8 @@ def explore(body, strategy, amount, **limits):
     )
     @given(strategy)
     def run(example):
-        counts[refused(lambda: body(example), **limits)] += 1
+        prepare(example)
+        counts[refused(read, **limits)] += 1
 
     run()
     return tuple(counts)
