@@ -13,7 +13,7 @@ import pytest
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.kernels import factors
+from cupyep.kernels import factors, winograd
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SMALL = (
@@ -77,7 +77,8 @@ def test_quick_run_writes_its_report(benchmark, tmp_path):
         *("weak_ep_over_bp", "weak_tangent_over_bp", "peak_memory_bytes", "bptt_bytes_per_step"),
     }
     # A difference of two times; for a network this small the noise may be larger.
-    assert all(isinstance(report[name], float) for name in ("settle_step_s", "settle_fraction_of_gemm"))
+    differences = ("settle_step_s", "settle_fraction_of_gemm", "settle_done_fraction_of_gemm")
+    assert all(isinstance(report[name], float) for name in differences)
     for schedule in ("synchronous", "evenodd"):
         reached = report[f"{schedule}_steps_to_residual"]
         assert (reached is None) == (report[f"{schedule}_to_residual_s"] is None)
@@ -228,17 +229,33 @@ def work(monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["synchronous", "evenodd", "sweeps"])
 @pytest.mark.parametrize("form", ["classical", "deviation", "tangent"])
-def test_operations_are_those_done(load, work, form, schedule):
+def test_operations_are_those_done(load, work, algorithm, form, schedule):
     """Padded edges: their products in both directions are of one size, as in the count."""
     net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
-    count = load("measuring").Operations(net, 2)
+    direct, done = (load("measuring").Operations(net, 2, each).ep_step(3, 2, form, schedule) for each in (False, True))
     load("benchmark").learner(net, 3, 2, form, schedule).step(np.zeros((2, 16, 16, 3)), np.array([0, 1]))
-    assert sum(work) == count.ep_step(3, 2, form, schedule)
+    assert sum(work) == done
+    assert 9 * done == {"columns": 9, "winograd": 4}[algorithm] * direct
 
 
-def test_operations_of_bp_and_bptt_are_those_done(load, work):
+def test_operations_depend_on_the_batch(load, work, monkeypatch):
+    """Winograd for the two nudged phases in one, not for the free phase of half their size."""
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 0)
+    monkeypatch.setattr(winograd, "LEAST_WORK", 0)
+    monkeypatch.setattr(winograd, "LEAST_ROWS", 4 * 16)  # 2 x 2 tiles of 8 x 8 maps, four samples: edges 3 and 4
     net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
-    count = load("measuring").Operations(net, 2)
+    count = load("measuring").Operations(net, 2, done=True)
+    same = [2 * one == pair for one, pair in zip(count.edges, count.pairs, strict=True)]
+    assert same == [True, True, False, False, True, True]
+    for form in ("classical", "deviation"):
+        work.clear()
+        load("benchmark").learner(net, 3, 2, form).step(np.zeros((2, 16, 16, 3)), np.array([0, 1]))
+        assert sum(work) == count.ep_step(3, 2, form)
+
+
+def test_operations_of_bp_and_bptt_are_those_done(load, work, algorithm):
+    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
+    count = load("measuring").Operations(net, 2, done=True)
     x, y = np.zeros((2, 16, 16, 3)), np.array([0, 1])
     ep.Backpropagation(net).step(x, y)
     assert sum(work) == count.bp_step()
@@ -252,6 +269,9 @@ def test_timings_are_taken_next_to_their_product(load):
     assert (timing.median, timing.rate) == (2.0, 2.0)
     assert timing.fraction == 0.5  # in every round, though the machine's rate differs by four
     assert timing.spread == pytest.approx((3.0 - 1.5) / 2)
+    assert timing.done_fraction is None
+    twice = load("measuring").Timing(timing.seconds, timing.product, flops=18.0, done=8.0)
+    assert (twice.fraction, twice.done_fraction) == (2.25, 1.0)
     step = timing.per_step(load("measuring").Timing(np.array([0.5, 1.0, 2.0]), timing.product), 5, 1.0)
     np.testing.assert_allclose(step.seconds, [0.1, 0.2, 0.4])
 

@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,13 @@ class Run:
     reference: Any = None
     report: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def operations(self) -> Operations:
         return Operations(self.network, len(self.batch))
+
+    def counts(self, count: Callable[[Operations], int]) -> tuple[int, int]:
+        """Return the operations of direct convolutions, and those done."""
+        return count(self.operations), count(Operations(self.network, len(self.batch), done=True))
 
     def build(self, **changes: Any) -> ep.Network:
         return ep.build(**{**self.network.config, **changes}, device=self.network.device)
@@ -86,11 +91,11 @@ def time_edges(run: Run) -> dict[str, Timing]:
     for n, edge in enumerate(network.layers, 1):
         below = run.batch.images if n == 1 else state.layers[n - 2]
         above, winners = state.layers[n - 1], state.winners[n - 1]
-        ops, flops = workspace.ops[n - 1], run.operations.edges[n - 1]
+        ops, flops = workspace.ops[n - 1], run.counts(lambda count, n=n: count.edges[n - 1])
         # The drive finds the winners, of the same states, that are there already.
-        cases[f"edge {n} drive"] = Case(functools.partial(edge.drive, below, up[n - 1], winners, ops), flops)
+        cases[f"edge {n} drive"] = Case(functools.partial(edge.drive, below, up[n - 1], winners, ops), *flops)
         if n > 1:
-            cases[f"edge {n} topdown"] = Case(functools.partial(edge.topdown, above, winners, down[n - 2], ops), flops)
+            cases[f"edge {n} topdown"] = Case(functools.partial(edge.topdown, above, winners, down[n - 2], ops), *flops)
     return run.stopwatch.measure(cases)
 
 
@@ -107,13 +112,18 @@ def time_settle_steps(run: Run) -> dict[str, Timing]:
         for name, settle in phases.items()
         for steps in (1, 1 + SETTLE_STEPS)
     }
-    timings, flops = run.stopwatch.measure(cases), run.operations.settle_step()
-    rows = {
-        f"settle step, {name}": timings[name, 1 + SETTLE_STEPS].per_step(timings[name, 1], SETTLE_STEPS, flops)
-        for name in phases
-    }
+    timings, (flops, done) = run.stopwatch.measure(cases), run.counts(Operations.settle_step)
+    rows = {}
+    for name in phases:
+        long, short = timings[name, 1 + SETTLE_STEPS], timings[name, 1]
+        done_here = None if name == "torch" else done
+        rows[f"settle step, {name}"] = long.per_step(short, SETTLE_STEPS, flops, done_here)
     step = rows["settle step, synchronous"]
-    run.report |= {"settle_step_s": step.median, "settle_fraction_of_gemm": step.fraction}
+    run.report |= {
+        "settle_step_s": step.median,
+        "settle_fraction_of_gemm": step.fraction,
+        "settle_done_fraction_of_gemm": step.done_fraction,
+    }
     if reference is not None:
         run.report["settle_step_speedup_vs_torch"] = rows["settle step, torch"].median / step.median
     return rows
@@ -121,18 +131,20 @@ def time_settle_steps(run: Run) -> dict[str, Timing]:
 
 def time_learning(run: Run) -> dict[str, Timing]:
     """Time whole steps of EP, BPTT and BP, without the optimizer."""
-    network, batch, count = run.network, run.batch, run.operations
+    network, batch = run.network, run.batch
     free, nudged, schedule = (run.options[name] for name in ("free_steps", "nudged_steps", "schedule"))
     cases = {
         f"EP step, {form}": Case(
             functools.partial(learner(network, free, nudged, form, schedule).step, batch),
-            count.ep_step(free, nudged, form, schedule),
+            *run.counts(lambda count, form=form: count.ep_step(free, nudged, form, schedule)),
         )
         for form in ("classical", "deviation")
     }
     bptt = ep.BackpropagationThroughTime(network, free, nudged, schedule=schedule)
-    cases["BPTT step"] = Case(functools.partial(bptt.step, batch), count.bptt_step(free, nudged))
-    cases["BP step"] = Case(functools.partial(ep.Backpropagation(network).step, batch), count.bp_step())
+    cases["BPTT step"] = Case(
+        functools.partial(bptt.step, batch), *run.counts(lambda count: count.bptt_step(free, nudged))
+    )
+    cases["BP step"] = Case(functools.partial(ep.Backpropagation(network).step, batch), *run.counts(Operations.bp_step))
     if run.reference is not None:
         arguments = (run.reference.images(batch.images), run.reference.labels(batch.labels), BETA, free, nudged)
         cases["EP step, torch"] = Case(functools.partial(run.reference.ep_step, *arguments))
@@ -156,11 +168,11 @@ def time_weak_feedback(run: Run) -> dict[str, Timing]:
     cases = {
         f"EP step, {form}": Case(
             functools.partial(learner(network, SWEEPS, SWEEPS, form, "sweeps").step, batch),
-            run.operations.ep_step(SWEEPS, SWEEPS, form, "sweeps"),
+            *run.counts(lambda count, form=form: count.ep_step(SWEEPS, SWEEPS, form, "sweeps")),
         )
         for form in ("deviation", "tangent")
     }
-    cases["BP step"] = Case(functools.partial(ep.Backpropagation(network).step, batch), run.operations.bp_step())
+    cases["BP step"] = Case(functools.partial(ep.Backpropagation(network).step, batch), *run.counts(Operations.bp_step))
     rows = run.stopwatch.measure(cases)
     bp = rows["BP step"].median
     run.report["weak_ep_over_bp"] = rows["EP step, deviation"].median / bp
@@ -213,13 +225,13 @@ def measure_memory(run: Run) -> list[tuple[str, int, int]]:
 
 def table(title: str, rows: dict[str, Timing], compared: str | None = None) -> str:
     """Return the rows as text; with `compared`, also how long each takes in terms of that one."""
-    lines = [f"\n{title}", f"  {'':<36}{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of product':>12}"]
+    lines = [f"\n{title}", f"  {'':<36}{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of product':>12}{'done':>8}"]
     if compared:
         lines[1] += f"{'of ' + compared:>16}"
     for name, row in rows.items():
         rate = "" if row.rate is None else f"{row.rate / 1e9:.1f}"
-        fraction = "" if row.fraction is None else f"{row.fraction:.0%}"
-        lines.append(f"  {name:<36}{row.median * 1e3:>10.2f}{row.spread:>8.0%}{rate:>10}{fraction:>12}")
+        fraction, done = ("" if part is None else f"{part:.0%}" for part in (row.fraction, row.done_fraction))
+        lines.append(f"  {name:<36}{row.median * 1e3:>10.2f}{row.spread:>8.0%}{rate:>10}{fraction:>12}{done:>8}")
         if compared:
             lines[-1] += f"{row.median / rows[compared].median:>16.2f}"
     return "\n".join(lines)
@@ -252,8 +264,11 @@ def measure(options: dict[str, Any]) -> Run:
     for name, value in (*system_report(), ("--threads", options["threads"] or "as the libraries choose")):
         click.echo(f"{name:<14} {value}")
     run = build_run(options)
-    network, count = run.network, run.operations
-    click.echo(f"\n{network!r}\nbatch {len(run.batch)}, {count.settle_step() / 1e9:.2f} GFLOP a settle step")
+    network, (flops, done) = run.network, (count / 1e9 for count in run.counts(Operations.settle_step))
+    click.echo(f"\n{network!r}\nbatch {len(run.batch)}, {flops:.2f} GFLOP a settle step by direct convolution")
+    click.echo(
+        f"{done:.2f} GFLOP of products done; below, 'of product' is the rate of the work, 'done' of what is done"
+    )
     check_results(network.device, None if run.reference is None else torch_reference())
     click.echo("results checked: EP's gradient against BPTT's" + (", PyTorch's against EP's" if run.reference else ""))
     steps = f"T = {options['free_steps']}, K = {options['nudged_steps']}, {options['schedule']}"

@@ -24,10 +24,11 @@ SHORTEST = 0.05  # seconds; what takes less is called several times for one read
 
 @dataclass
 class Case:
-    """Something to time: `call`, and the operations that it must do (None where they are of no interest)."""
+    """Something to time: `call`, the operations of its direct convolutions and those that it does (None: no matter)."""
 
     call: Callable[[], Any]
     flops: float | None = None
+    done: float | None = None
 
 
 @dataclass
@@ -39,12 +40,14 @@ class Timing:
     seconds : array of shape (repeats,)
     product : array of shape (repeats,)
         Rate in FLOP/s of the large matrix product timed just before each of them.
-    flops : float or None
+    flops, done : float or None
+        See `Case`.
     """
 
     seconds: np.ndarray
     product: np.ndarray
     flops: float | None = None
+    done: float | None = None
 
     @property
     def median(self) -> float:
@@ -63,12 +66,23 @@ class Timing:
 
     @property
     def fraction(self) -> float | None:
-        """Median of the rate as a part of the product's, each taken next to the other in time."""
-        return None if self.flops is None else float(np.median(self.flops / self.seconds / self.product))
+        """Median of the rate as a part of the product's, each taken next to the other in time.
 
-    def per_step(self, other: Timing, steps: int, flops: float) -> Timing:
+        It counts the work, so an algorithm that does it with fewer operations may come to more than 1.
+        """
+        return self._part(self.flops)
+
+    @property
+    def done_fraction(self) -> float | None:
+        """The same of the operations really done: how busy they keep the machine, never more than 1."""
+        return self._part(self.done)
+
+    def _part(self, flops: float | None) -> float | None:
+        return None if flops is None else float(np.median(flops / self.seconds / self.product))
+
+    def per_step(self, other: Timing, steps: int, flops: float, done: float | None = None) -> Timing:
         """Return the timing of one step, where `self` does `steps` more of them than `other`."""
-        return Timing((self.seconds - other.seconds) / steps, self.product, flops)
+        return Timing((self.seconds - other.seconds) / steps, self.product, flops, done)
 
 
 class Stopwatch:
@@ -108,7 +122,8 @@ class Stopwatch:
                 seconds[name].append(self._read(case, calls[name]))
         self.product_rates += [rate for row in rates.values() for rate in row]
         return {
-            name: Timing(np.array(seconds[name]), np.array(rates[name]), case.flops) for name, case in cases.items()
+            name: Timing(np.array(seconds[name]), np.array(rates[name]), case.flops, case.done)
+            for name, case in cases.items()
         }
 
     def _calls(self, case: Case) -> int:
@@ -143,13 +158,27 @@ class Operations:
     ----------
     network : Network
     batch : int
+    done : bool
+        Count what is done, and not the operations of direct convolutions: Winograd's algorithm does fewer, and where it
+        is chosen depends on the batch.
+
+    Attributes
+    ----------
+    edges, pairs : list of int
+        Of one product of each edge, for the batch and for two phases of it in one.
     """
 
-    def __init__(self, network: Network, batch: int):
-        self.edges = [edge.flops() * batch for edge in network.layers]
+    def __init__(self, network: Network, batch: int, done: bool = False):
+        self.edges, self.pairs = (self._of_edges(network, size, done) for size in (batch, 2 * batch))
         self.first, self.rest = self.edges[0], sum(self.edges[1:])
-        pooled = zip(self.edges[1:], network.layers[1:], strict=True)
-        self.pooled = sum(flops for flops, edge in pooled if edge.has_winners)
+        pooled = zip(self.pairs[1:], network.layers[1:], strict=True)
+        self.pooled_pairs = sum(flops for flops, edge in pooled if edge.has_winners)
+
+    @staticmethod
+    def _of_edges(network: Network, batch: int, done: bool) -> list[int]:
+        if done:
+            return [ops.flops * batch for ops in network.workspace(batch).ops]
+        return [edge.flops() * batch for edge in network.layers]
 
     def settle_step(self) -> int:
         """Two products an edge; the first edge's drive is constant and computed once a phase."""
@@ -166,14 +195,13 @@ class Operations:
         form : {"classical", "deviation", "tangent"}
             The first two centered (two nudged phases).
         """
-        free = self.free_phase(free_steps)
+        free, nudged = self.free_phase(free_steps), self.edges if form == "tangent" else self.pairs
+        settled = nudged_steps * 2 * sum(nudged[1:])
         if form == "classical":
-            start = {"synchronous": 0, "evenodd": sum(self.edges[2::2]), "sweeps": self.rest}[schedule]
-            nudged = self.first + 2 * (start + nudged_steps * self.settle_step())
-            winners = 2 * self.pooled  # of the nudged states themselves
-            return free + nudged + winners + 2 * (self.first + self.rest)
-        phases = 1 if form == "tangent" else 2
-        return free + phases * nudged_steps * self.settle_step() + self.first + 2 * self.rest
+            start = {"synchronous": 0, "evenodd": sum(nudged[2::2]), "sweeps": sum(nudged[1:])}[schedule]
+            winners = self.pooled_pairs  # of the nudged states themselves
+            return free + self.first + start + settled + winners + sum(nudged)
+        return free + settled + self.first + 2 * self.rest
 
     def bp_step(self) -> int:
         """Drive, gradient and, but for the first edge, the top-down product."""
