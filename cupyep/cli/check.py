@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cupyep.cli.shared import SectionedCommand, config_options, given_options
+from cupyep.cli.shared import Numbers, SectionedCommand, config_options, given_options
 from cupyep.errors import require
 from cupyep.training import gradient_check
 from cupyep.training.config import make_config
@@ -15,16 +16,22 @@ from cupyep.training.config import make_config
 
 @click.command(cls=SectionedCommand)
 @config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
+@click.option("--betas", type=Numbers(), help="Several strengths of the nudge, a table each, such as 0.5,0.05,0.005.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
-def check(json_path: Path | None, **options: Any) -> None:
+def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> None:
     """Compare EP's gradient with BPTT's.
 
-    Layer by layer, from the same settled free state, for the nudge form asked for and the other one.
+    Layer by layer, from the same settled free state, for the nudge form asked for and the other one. In tf32, float16
+    and bfloat16 with BPTT in float64 and with EP in float32, each settled on from the free state of that precision.
     """
+    require(
+        betas is None or all(beta > 0 and math.isfinite(beta) for beta in betas),
+        "--betas must be positive numbers with commas between them",
+    )
     if json_path is not None:
         require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
     config = make_config(gradient_check.CHECK_DEFAULTS, given_options(options))
-    report = gradient_check.check_gradient(config, report=click.echo)
+    report = gradient_check.check_gradient(config, betas or (), report=click.echo)
     click.echo(report.table())
     if json_path is not None:
         report.write_json(json_path)

@@ -1,13 +1,17 @@
-"""How close EP's gradient is to the truth: layer by layer against BPTT unrolled from the same free state."""
+"""How close EP's gradient is to the truth: layer by layer against BPTT unrolled from the same free state.
+
+`compare_forms` says what a nudge form costs within one precision, `compare_precisions` what a precision costs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupyep.augment import Augmenter
+from cupyep.dynamics import State
 from cupyep.learning.bptt import BackpropagationThroughTime
 from cupyep.learning.equilibrium import FORMS, EquilibriumPropagation
 from cupyep.learning.learner import StepResult
@@ -94,7 +98,7 @@ def compare_forms(
     """
     batch = network.batch(x, y)
     if unrolled_steps is None:
-        unrolled_steps = nudged_steps if schedule == "synchronous" else max(nudged_steps, 4 * network.depth)
+        unrolled_steps = _unrolled_steps(network, nudged_steps, schedule)
     free = network.settle_free(batch, steps=free_steps, schedule=schedule, tolerance=tolerance).copy()
     bptt = BackpropagationThroughTime(network, free_steps, unrolled_steps, schedule=schedule, signals=signals)
     truth = bptt.step_from(batch, free).gradients
@@ -107,7 +111,90 @@ def compare_forms(
     return report
 
 
-def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list[Row]:
+def _unrolled_steps(network: Network, nudged_steps: int, schedule: str) -> int:
+    return nudged_steps if schedule == "synchronous" else max(nudged_steps, 4 * network.depth)
+
+
+def compare_precisions(
+    build: Callable[[str], tuple[Network, list[Augmenter]]],
+    precision: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    betas: Sequence[float] = (0.05,),
+    forms: Sequence[str] = FORMS,
+    free_steps: int = 60,
+    nudged_steps: int = 20,
+    scheme: str = "centered",
+    schedule: str = "synchronous",
+    tolerance: float | None = None,
+) -> dict[float, dict[str, list[Row]]]:
+    """Compare EP in one precision with EP in float32 and with BPTT in float64.
+
+    Parameters
+    ----------
+    build : callable
+        Makes the network and its signals in the precision of the given name.
+    precision : str
+    images : array of shape (N, H, W, C)
+    labels : array of shape (N,)
+    betas : sequence of float
+    forms, free_steps, nudged_steps, scheme, schedule, tolerance
+        See `compare_forms`.
+
+    Returns
+    -------
+    dict
+        Beta -> form -> rows as `check_gradients` returns them, and ``cosine_float32`` in each.
+
+    Notes
+    -----
+    The network settles in its own precision. Its twins in float32 and float64 take up its parameters and its free state
+    and settle on from there: three equilibria close to each other, where three cold starts might end in different
+    ones. BPTT unrolls from that of float64.
+    """
+    network, signals = build(precision)
+    how = {"steps": free_steps, "schedule": schedule, "tolerance": tolerance}
+    batch = network.batch(images, labels)
+    free = network.settle_free(batch, **how).copy()
+    single, double = (_Twin(*build(name), network, free, how, images, labels) for name in ("float32", "float64"))
+    bptt = BackpropagationThroughTime(
+        double.network,
+        free_steps,
+        _unrolled_steps(network, nudged_steps, schedule),
+        schedule=schedule,
+        signals=double.signals,
+    )
+    truth = bptt.step_from(double.batch, double.free).gradients
+    report: dict[float, dict[str, list[Row]]] = {}
+    for beta in betas:
+        report[beta] = {}
+        for form in forms:
+            settings = {"scheme": scheme, "nudge": form, "schedule": schedule}
+            own, other = (
+                EquilibriumPropagation(each, beta, free_steps, nudged_steps, **settings, signals=their_signals)
+                for each, their_signals in ((network, signals), (single.network, single.signals))
+            )
+            reference = other.step_from(single.batch, single.free).gradients
+            report[beta][form] = _rows(network, own.step_from(batch, free), truth, reference)
+    return report
+
+
+class _Twin:
+    """A network in another precision, with the parameters of the first, settled on from its free state."""
+
+    def __init__(self, network, signals, other: Network, free: State, how: dict[str, Any], images, labels):
+        host = other.device.to_numpy
+        self.network, self.signals = network, signals
+        network.load_parameters({path: host(array) for path, array in other.parameters().items()})
+        start = State([network.device.asarray(host(s), network.precision.stored) for s in free.layers])
+        self.batch = network.batch(images, labels)
+        self.free = network.settle_free(self.batch, start, **how).copy()
+
+
+def _rows(
+    network: Network, estimate: StepResult, truth: dict[str, Any], reference: dict[str, Any] | None = None
+) -> list[Row]:
     response = network.device.to_numpy(estimate.nudge_response)
     rows = []
     for path, gradient in estimate.gradients.items():
@@ -116,6 +203,8 @@ def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list
         name = path.removesuffix(".weight")
         host = network.device.to_numpy(gradient)
         row = {"name": name, **compare(host, network.device.to_numpy(truth[path]))}
+        if reference is not None:
+            row["cosine_float32"] = compare(host, network.device.to_numpy(reference[path]))["cosine"]
         row["gradient_norm"] = float(np.linalg.norm(host.astype(np.float64)))
         row["nudge_response"] = float(response[int(name.split(".")[1]) - 1]) if name.startswith("layers.") else None
         rows.append(row)

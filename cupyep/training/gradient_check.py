@@ -1,21 +1,25 @@
-"""What ``cupyep check`` prints: the gradient of EP against that of BPTT, as a table."""
+"""What ``cupyep check`` prints: the gradient of EP against that of BPTT, as a table for each beta."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cupyep.augment import Augmenter
 from cupyep.backend import get_device
 from cupyep.data import Loader
 from cupyep.errors import require
 from cupyep.files import replacing
-from cupyep.learning.check import compare_forms
+from cupyep.learning.check import compare_forms, compare_precisions
 from cupyep.learning.equilibrium import FORMS
+from cupyep.network import Network
 from cupyep.training.build import build_dataset, build_network, build_signals
 from cupyep.training.config import TrainConfig
 
@@ -37,6 +41,7 @@ CHECK_DEFAULTS = {
 }
 COLUMNS = {
     "cosine": "cosine",
+    "cosine_float32": "to float32",
     "relative_error": "rel. error",
     "sign_agreement": "same sign",
     "nudge_response": "response",
@@ -50,59 +55,86 @@ class GradientReport:
     Attributes
     ----------
     config : TrainConfig
-    forms : dict
-        Nudge form -> rows of `check_gradients`; the form asked for comes first.
+    betas : dict
+        Beta -> nudge form -> rows of `check_gradients`; what was asked for comes first.
     """
 
     config: TrainConfig
-    forms: dict[str, list[dict[str, Any]]]
+    betas: dict[float, dict[str, list[dict[str, Any]]]]
 
     def table(self) -> str:
-        """Return the rows of all forms side by side, a line a layer."""
-        heads = [f"{title:>11}" for _ in self.forms for title in COLUMNS.values()]
-        width = 12 * len(COLUMNS)
-        lines = [
-            f"{'':<12}" + "".join(f"{form + ' form':^{width}}" for form in self.forms),
-            f"{'layer':<12}" + " ".join(heads),
-        ]
-        for rows in zip(*self.forms.values(), strict=True):
-            cells = [_cell(row[column]) for row in rows for column in COLUMNS]
-            lines.append(f"{rows[0]['name']:<12}" + " ".join(cells))
-        return "\n".join(lines)
+        """Return the rows of all forms side by side, a line a layer, one block a beta."""
+        return "\n\n".join(_block(beta, forms) for beta, forms in self.betas.items())
 
     def write_json(self, path: str | Path) -> None:
-        """Write ``{"nudge", "layers": rows, "other": {"nudge", "layers"}, "options"}``; NaN becomes null."""
-        parts = [{"nudge": form, "layers": [_finite(row) for row in rows]} for form, rows in self.forms.items()]
+        """Write ``{"nudge", "layers": rows, "other": {"nudge", "layers"}, "options"}``; NaN becomes null.
+
+        These are of the first beta; ``"betas"``, a list of ``{"beta", "forms": {form: rows}}``, has all of them.
+        """
+        betas = [
+            {"beta": beta, "forms": {form: [_finite(row) for row in rows] for form, rows in forms.items()}}
+            for beta, forms in self.betas.items()
+        ]
+        parts = [{"nudge": form, "layers": rows} for form, rows in betas[0]["forms"].items()]
         options = {name: getattr(self.config, name) for name in CHECK_OPTIONS}
-        content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "options": options}
+        content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas, "options": options}
         with replacing(Path(path)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def check_gradient(config: TrainConfig, report: Callable[[str], None] = print) -> GradientReport:
+def check_gradient(
+    config: TrainConfig, betas: Sequence[float] = (), report: Callable[[str], None] = print
+) -> GradientReport:
     """Compare EP with BPTT unrolled from the same free state, on the first ``batch_size`` training images.
+
+    In float32 and float64 with BPTT in the same precision, in the others with BPTT in float64 and EP in float32.
 
     Parameters
     ----------
     config : TrainConfig
         `CHECK_OPTIONS` are used; ``aug`` is "none" or "le".
+    betas : sequence of float
+        The one of `config` unless given.
     report : callable
         Takes the lines that say what is going on.
     """
     require(config.aug != "kd", "cupyep check knows --aug none and le; kd needs a teacher")
     dataset = build_dataset(dataclasses.replace(config, limit_test=1))
     dataset = dataclasses.replace(dataset, train=dataset.train.take(min(config.batch_size, len(dataset.train))))
-    network = build_network(config, dataset, get_device(config.device))
-    batch = next(iter(Loader(dataset, "train", config.batch_size, network.device, network.dtype)))
-    signals = build_signals(config, network, dataset, None)
-    report(
-        f"{config.arch} on {len(batch)} images of {config.dataset}, device {network.device.name}, {config.precision}"
-    )
-    names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule", "tolerance")
-    settings = {name: getattr(config, name) for name in names}
+    device = get_device(config.device)
+
+    def build(precision: str) -> tuple[Network, list[Augmenter]]:
+        network = build_network(dataclasses.replace(config, precision=precision), dataset, device)
+        return network, build_signals(config, network, dataset, None)
+
+    batch = next(iter(Loader(dataset, "train", config.batch_size, device, np.float64)))
+    report(f"{config.arch} on {len(batch)} images of {config.dataset}, device {device.name}, {config.precision}")
+    betas = list(betas) or [config.beta]
+    names = ("free_steps", "nudged_steps", "scheme", "schedule", "tolerance")
     others = [form for form in FORMS if form != config.nudge and config.scheme != "tangent"]
-    forms = compare_forms(network, batch, forms=(config.nudge, *others), signals=signals, **settings)
-    return GradientReport(config, forms)
+    settings = {name: getattr(config, name) for name in names} | {"forms": (config.nudge, *others)}
+    if config.precision in ("float32", "float64"):
+        network, signals = build(config.precision)
+        compared = {
+            beta: compare_forms(network, batch, beta=beta, signals=signals, **settings) for beta in dict.fromkeys(betas)
+        }
+    else:
+        images = device.to_numpy(batch.images)
+        compared = compare_precisions(build, config.precision, images, batch.labels, betas=betas, **settings)
+    return GradientReport(config, compared)
+
+
+def _block(beta: float, forms: dict[str, list[dict[str, Any]]]) -> str:
+    columns = [name for name in COLUMNS if all(name in row for rows in forms.values() for row in rows)]
+    heads = [f"{COLUMNS[name]:>11}" for _ in forms for name in columns]
+    lines = [
+        f"{f'beta {beta:g}':<12}" + "".join(f"{form + ' form':^{12 * len(columns)}}" for form in forms).rstrip(),
+        f"{'layer':<12}" + " ".join(heads),
+    ]
+    for rows in zip(*forms.values(), strict=True):
+        cells = [_cell(row[name]) for row in rows for name in columns]
+        lines.append(f"{rows[0]['name']:<12}" + " ".join(cells))
+    return "\n".join(lines)
 
 
 def _cell(value: float | None) -> str:
