@@ -29,7 +29,7 @@ class Activation:
 
     Notes
     -----
-    Subclass it with the five methods below to use your own; all work element by element and write into `out`,
+    Subclass it with the four methods below to use your own; all work element by element and write into `out`,
     which may be the first argument.
     """
 
@@ -46,22 +46,16 @@ class Activation:
         """Write the derivative sigma'(g) into `out`."""
         raise NotImplementedError
 
-    def rest_offset(self, g: Any, s: Any, out: Any) -> None:
-        """Write what `increment` needs to know of the rest point (g, ``s = sigma(g)``) into `out`."""
-        raise NotImplementedError
-
-    def increment(self, offset: Any, s: Any, dg: Any, scratch: Any) -> None:
-        """Overwrite `dg` by ``sigma(g + dg) - s`` to full relative accuracy, however small `dg` is.
+    def increment(self, g: Any, dg: Any, scratch: tuple[Any, Any]) -> None:
+        """Overwrite `dg` by ``sigma(g + dg) - sigma(g)`` to full relative accuracy, however small `dg` is.
 
         Parameters
         ----------
-        offset : array
-            From `rest_offset`.
-        s : array
-            The rest state ``sigma(g)``.
+        g : array
+            Drive of the rest point.
         dg : array
-            Change of the drive; overwritten.
-        scratch : array
+            Its change; overwritten.
+        scratch : pair of arrays
             All four have one shape.
         """
         raise NotImplementedError
@@ -94,22 +88,23 @@ class Clip(Activation):
         inside = (g > self.low / self.gain) & (g < self.high / self.gain)
         array_module(g).multiply(inside, self.gain, out=out)
 
-    def rest_offset(self, g, s, out):
-        xp = array_module(g)
-        xp.multiply(g, self.gain, out=out)
-        out -= s  # exactly zero where the unit is not clipped
-
-    def increment(self, offset, s, dg, scratch):
-        # A difference of two clips would lose a response below the precision of s; a clamp of the change does not.
-        xp = array_module(dg)
+    def increment(self, g, dg, scratch):
+        # A difference of two clips would lose a response below the precision of s; a clamp of the change does not. It
+        # clamps drives: `clipped`, and how far g lies beyond it, exactly zero where g is inside its bounds.
+        xp, (clipped, bound) = array_module(dg), scratch
+        low, high = self.low / self.gain, self.high / self.gain
+        xp.maximum(g, low, out=clipped)
+        if high < math.inf:
+            xp.minimum(clipped, high, out=clipped)
+        xp.subtract(g, clipped, out=bound)
+        dg += bound
+        xp.subtract(low, clipped, out=bound)
+        xp.maximum(dg, bound, out=dg)
+        if high < math.inf:
+            xp.subtract(high, clipped, out=bound)
+            xp.minimum(dg, bound, out=dg)
         if self.gain != 1.0:
             dg *= self.gain
-        dg += offset
-        xp.subtract(self.low, s, out=scratch)
-        xp.maximum(dg, scratch, out=dg)
-        if self.high < math.inf:
-            xp.subtract(self.high, s, out=scratch)
-            xp.minimum(dg, scratch, out=dg)
 
     def potential(self, s):
         return s * s * (0.5 / self.gain)
@@ -144,21 +139,19 @@ class Tanh(Activation):
         array_module(g).subtract(1, out, out=out)
         out *= self.height * self.rate
 
-    def rest_offset(self, g, s, out):
-        self._tanh(g, out)
-
-    def increment(self, offset, s, dg, scratch):
+    def increment(self, g, dg, scratch):
         # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b)), free of cancellation for small b.
-        xp = array_module(dg)
+        xp, (at_rest, factor) = array_module(dg), scratch
+        self._tanh(g, at_rest)
         dg *= self.rate
         xp.tanh(dg, out=dg)
-        xp.multiply(dg, offset, out=scratch)
-        scratch += 1
-        xp.maximum(scratch, np.finfo(scratch.dtype).eps, out=scratch)  # a saturated unit swinging all the way back
-        dg /= scratch
-        xp.multiply(offset, offset, out=scratch)
-        xp.subtract(1, scratch, out=scratch)
-        dg *= scratch
+        xp.multiply(dg, at_rest, out=factor)
+        factor += 1
+        xp.maximum(factor, np.finfo(factor.dtype).eps, out=factor)  # a saturated unit swinging all the way back
+        dg /= factor
+        xp.multiply(at_rest, at_rest, out=factor)
+        xp.subtract(1, factor, out=factor)
+        dg *= factor
         dg *= self.height
 
     def potential(self, s):
@@ -192,20 +185,17 @@ class Gelu(Activation):
         steepness = self.RATE * (1 + 3 * self.CUBE * g * g)
         array_module(g).add(0.5 * (1 + t), 0.5 * g * (1 - t * t) * steepness, out=out)
 
-    def rest_offset(self, g, s, out):
-        out[...] = g
-
-    def increment(self, offset, s, dg, scratch):
+    def increment(self, g, dg, scratch):
         # With T' = T + dT the increment is (dg (1 + T) + (g + dg) dT) / 2, and dT as for the smooth clip.
-        xp, g = array_module(dg), offset
+        xp, (factor, _) = array_module(dg), scratch
         t = self._tanh(g)
         du = xp.tanh(self.RATE * dg * (1 + self.CUBE * (3 * g * (g + dg) + dg * dg)))
-        xp.add(1, t * du, out=scratch)
-        xp.maximum(scratch, np.finfo(scratch.dtype).eps, out=scratch)
-        change = du * (1 - t * t) / scratch
-        xp.multiply(g + dg, change, out=scratch)
+        xp.add(1, t * du, out=factor)
+        xp.maximum(factor, np.finfo(factor.dtype).eps, out=factor)
+        change = du * (1 - t * t) / factor
+        xp.multiply(g + dg, change, out=factor)
         dg *= 1 + t
-        dg += scratch
+        dg += factor
         dg *= 0.5
 
     def potential(self, s):

@@ -294,14 +294,11 @@ class Deviation(_System):
         if self.phases > 1:
             tiled = zip(free.winners, workspace.winners("tiled winners"), strict=True)
             self.winners = [None if w is None else self._tile(w, out) for w, out in tiled]
-        self.rest = []
-        for n, (g, s) in enumerate(zip(free.drives, free.layers, strict=True), 1):
-            rest = workspace.buffers.get(("rest", n), s.shape)
-            if tangent:
-                activation.slope(g, rest)
-            else:
-                activation.rest_offset(g, s, rest)
-            self.rest.append(rest)
+        self.slopes = []
+        for n, g in enumerate(free.drives if tangent else (), 1):
+            slope = workspace.buffers.get(("slope at rest", n), g.shape)
+            activation.slope(g, slope)
+            self.slopes.append(slope)
         for arrays in (self.eps, self.drive, self.topdown):
             for array in arrays:
                 array[...] = 0
@@ -310,7 +307,8 @@ class Deviation(_System):
         return self.eps
 
     def _arrays(self):
-        return [*super()._arrays(), *self.eps, *self.nudged, *self.winners, *self.rest, *self.free.layers]
+        rest = [*self.slopes, *self.free.layers, *self.free.drives]
+        return [*super()._arrays(), *self.eps, *self.nudged, *self.winners, *rest]
 
     def forward(self, n: int) -> None:
         if n > 1:
@@ -336,9 +334,8 @@ class Deviation(_System):
         drive, topdown = self.drive[n - 1] if n > 1 else None, self.topdown[n - 1] if n < self.depth else None
         force, residual = self._force(n, self._nudged(n)), self._residual_row(n, measure)
         shared = (self.eps[n - 1], drive, topdown, self.feedback, force)
-        rest = self.rest[n - 1]
         if self.tangent:
-            self.updates.tangents(*shared, rest, residual, self.scratch)
+            self.updates.tangents(*shared, self.slopes[n - 1], residual, self.scratch)
         else:
-            s, weight = self.free.layers[n - 1], self.weights[n - 1]
-            self.updates.deviations(*shared, weight, rest, s, residual, self.scratch)
+            rest, weight = self.free.drives[n - 1], self.weights[n - 1]
+            self.updates.deviations(*shared, weight, rest, residual, self.scratch)

@@ -149,7 +149,7 @@ DEFECTS = [
     Defect("one-hot of the next class", "losses.py",
            "rows[np.arange(len(labels)), labels] = 1", "rows[np.arange(len(labels)), labels - 1] = 1", "test_losses"),
     Defect("clip increment as a plain difference", "activations.py",
-           "        dg += offset\n", "        dg += offset + s\n        dg -= s\n",
+           "        dg += bound\n", "        dg += bound + clipped\n        dg -= clipped\n",
            "test_activations test_equilibrium"),
     Defect("slope of a clip outside its range", "activations.py",
            "inside = (g > self.low / self.gain) & (g < self.high / self.gain)",

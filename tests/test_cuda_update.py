@@ -133,16 +133,12 @@ def test_residual_is_added_and_is_that_of_the_stored_values(make_ops, rng, types
     assert residual.tolist() == [0] * SAMPLES, "the same update again changes nothing, in halves neither"
 
 
-def rest_point(ops, rng, name, shape, number):
-    """Return a rest drive g, sigma(g) and what the activation keeps of it.
+def rest_point(rng, name, shape, number):
+    """Return a rest drive g.
 
     Clips rest inside and outside of their range; far out in a tanh the formula itself, like 1 - tanh^2, is inexact.
     """
-    g = rng.normal(0.5, 1.5 if CODES[name][0] == "clip" else 0.3, shape).astype(number)
-    s, rest = np.empty_like(g), np.empty_like(g)
-    ops.activation.value(g, s)
-    ops.activation.rest_offset(g, s, rest)
-    return g, s, rest
+    return rng.normal(0.5, 1.5 if CODES[name][0] == "clip" else 0.3, shape).astype(number)
 
 
 @activations
@@ -152,11 +148,11 @@ def test_deviations(make_ops, rng, name, types, shape, weight):
     """Two phases from one rest point; units clipped at rest among them."""
     ops = make_ops(name)
     eps, drive, topdown, force, number = inputs(rng, types, shape, 2 * SAMPLES)
-    g, s, rest = rest_point(ops, rng, name, (SAMPLES, *shape), number)
+    g = rest_point(rng, name, (SAMPLES, *shape), number)
     d, t, f = wide(drive, topdown, force)
     residual = np.zeros(2 * SAMPLES, number)
     before = eps.astype(float)
-    ops.deviations(eps, drive, topdown, 0.3, force, weight, rest, s, residual, scratch_for(ops, eps, number))
+    ops.deviations(eps, drive, topdown, 0.3, force, weight, g, residual, scratch_for(ops, eps, number))
     at_rest = np.concatenate([wide(g)[0]] * 2)
     expected = weight * (SIGMA[name](at_rest + (0.3 * d + t + f) / weight) - SIGMA[name](at_rest))
     # The reference is a difference of two values up to 8; its own rest point is not rounded.
@@ -171,10 +167,10 @@ def test_deviations(make_ops, rng, name, types, shape, weight):
 def test_deviations_keep_responses_far_below_the_precision_of_the_state(make_ops, rng, name):
     """In float32, weights and drives of 1e-12: eps is sigma'(g) t to float32 accuracy, zero where clipped."""
     ops = make_ops(name)
-    g, s, rest = rest_point(ops, rng, name, (SAMPLES, 4, 4, 8), np.float32)
+    g = rest_point(rng, name, (SAMPLES, 4, 4, 8), np.float32)
     t = (1e-12 * rng.standard_normal(g.shape)).astype(np.float32)
     eps = np.zeros_like(t)
-    ops.deviations(eps, None, t, 1.0, None, 1.0, rest, s, None, scratch_for(ops, eps, np.float32))
+    ops.deviations(eps, None, t, 1.0, None, 1.0, g, None, scratch_for(ops, eps, np.float32))
     kind, (a, b, c) = CODES[name]
     at = g.astype(float)
     slope = a * ((a * at > b) & (a * at < c)) if kind == "clip" else b * c / np.cosh(c * (at - a)) ** 2
@@ -186,10 +182,8 @@ def test_deviations_keep_responses_far_below_the_precision_of_the_state(make_ops
 def test_a_saturated_unit_that_swings_all_the_way_back_stays_finite(make_ops, name):
     ops = make_ops(name)
     g = np.full((1, 8), 40, np.float32)
-    s, rest, eps, t = np.empty_like(g), np.empty_like(g), np.zeros_like(g), -2 * g
-    ops.activation.value(g, s)
-    ops.activation.rest_offset(g, s, rest)
-    ops.deviations(eps, t, None, 1.0, None, 1.0, rest, s, None, scratch_for(ops, eps, np.float32))
+    eps, t = np.zeros_like(g), -2 * g
+    ops.deviations(eps, t, None, 1.0, None, 1.0, g, None, scratch_for(ops, eps, np.float32))
     assert np.isfinite(eps).all()
 
 
@@ -227,7 +221,7 @@ def test_nan_passes_a_clip(make_ops):
     ops.states(s, drive, None, 1.0, None, None, None, scratch_for(ops, s, np.float32))
     assert np.isnan(s).all()
     eps, zero = np.zeros_like(s), np.zeros_like(s)
-    ops.deviations(eps, drive, None, 1.0, None, 1.0, zero, zero, None, scratch_for(ops, s, np.float32))
+    ops.deviations(eps, drive, None, 1.0, None, 1.0, zero, None, scratch_for(ops, s, np.float32))
     assert np.isnan(eps).all()
 
 

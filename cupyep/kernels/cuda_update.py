@@ -31,8 +31,8 @@ class CudaUpdateOps(UpdateOps):
 
     Notes
     -----
-    `drive` and `topdown` have one type, that of the scratch or narrower; `force`, `g`, `rest`, the rest state, the
-    slope and the residual have that of the scratch.
+    `drive` and `topdown` have one type, that of the scratch or narrower; `force`, `g`, the slope and the residual have
+    that of the scratch.
     """
 
     def __init__(self, xp: Any, activation: Any, launcher: Any):
@@ -40,6 +40,9 @@ class CudaUpdateOps(UpdateOps):
         self.launcher = launcher
         name, self._numbers = activation.code
         self._rule = RULES[name]
+        # Increments of a clip are clamped as drives, see `Clip.increment`.
+        first, *others = self._numbers
+        self._increment = (first, *(number / first for number in others)) if name == "clip" else self._numbers
 
     def scratch_size(self, batch, size):
         return batch * -(-size // BLOCK)  # one partial sum a block
@@ -53,12 +56,12 @@ class CudaUpdateOps(UpdateOps):
             scratch,
         )
 
-    def deviations(self, eps, drive, topdown, feedback, force, weight, rest, s, residual, scratch):
+    def deviations(self, eps, drive, topdown, feedback, force, weight, g, residual, scratch):
         number = arithmetic(eps.dtype).type
         weights = number(weight), number(1 / weight)
         self._launch(
-            ("update_deviations", self._rule, len(eps) // len(rest)),
-            (eps, drive, topdown, number(feedback), force, *weights, rest, s, *map(number, self._numbers)),
+            ("update_deviations", self._rule, len(eps) // len(g)),
+            (eps, drive, topdown, number(feedback), force, *weights, g, *map(number, self._increment)),
             residual,
             scratch,
         )
@@ -68,7 +71,7 @@ class CudaUpdateOps(UpdateOps):
         unused = [number(0)] * 3
         self._launch(
             ("update_deviations", SLOPE, len(eps) // len(slope)),
-            (eps, drive, topdown, number(feedback), force, number(1), number(1), slope, None, *unused),
+            (eps, drive, topdown, number(feedback), force, number(1), number(1), slope, *unused),
             residual,
             scratch,
         )

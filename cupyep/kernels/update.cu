@@ -11,7 +11,8 @@
 
 enum Rule { CLIP = 0, TANH = 1, SLOPE = 2 };
 
-// The numbers of an activation: slope, low, high of a CLIP; center, height, rate of a TANH.
+// The numbers of an activation: slope, low, high of a CLIP (for an increment low and high as drives); center, height,
+// rate of a TANH.
 template <typename A> struct Numbers { A a, b, c; };
 
 template <typename A> __device__ __forceinline__ A clamp(A x, A low, A high)
@@ -26,12 +27,15 @@ template <typename A, int RULE> __device__ __forceinline__ A activate(A g, const
     return n.a + n.b * tanh(n.c * (g - n.a));
 }
 
-// sigma(g + dg) - sigma(g) to full relative accuracy however small dg is; `rest` is what the activation's rest_offset
-// gives for the rest point and s = sigma(g). A difference of two values of sigma would lose a response of 1e-12.
-template <typename A, int RULE> __device__ __forceinline__ A increment(A dg, A rest, A s, const Numbers<A>& n)
+// sigma(g + dg) - sigma(g) to full relative accuracy however small dg is. A difference of two values of sigma would lose
+// a response of 1e-12. What a CLIP adds to dg is exactly zero where g is inside its bounds.
+template <typename A, int RULE> __device__ __forceinline__ A increment(A dg, A g, const Numbers<A>& n)
 {
-    if (RULE == CLIP) return clamp(n.a * dg + rest, n.b - s, n.c - s);
-    const A t = tanh(n.c * dg), least = sizeof(A) == 8 ? A(0x1p-52) : A(0x1p-23);
+    if (RULE == CLIP) {
+        const A clipped = clamp(g, n.b, n.c);
+        return n.a * clamp(dg + (g - clipped), n.b - clipped, n.c - clipped);
+    }
+    const A rest = tanh(n.c * (g - n.a)), t = tanh(n.c * dg), least = sizeof(A) == 8 ? A(0x1p-52) : A(0x1p-23);
     A below = t * rest + A(1);
     if (below < least) below = least;  // a saturated unit swinging all the way back
     return n.b * (t / below * (A(1) - rest * rest));
@@ -126,15 +130,14 @@ __global__ void update_states(
     if (MEASURE) store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
 }
 
-// eps <- weight * increment(t / weight) with t = feedback * drive + topdown + force, or, for the rule SLOPE,
-// eps <- rest * t. rest and s (the rest state) have one phase's samples, the other arrays those of every phase.
+// eps <- weight * increment(t / weight) with t = feedback * drive + topdown + force, at the drives `rest`, or, for the
+// rule SLOPE, eps <- rest * t. rest has one phase's samples, the other arrays those of every phase.
 template <typename S, typename D, int VEC, int RULE, bool MEASURE>
 __global__ void update_deviations(
     S* eps, const D* __restrict__ drive, const D* __restrict__ topdown, typename Arithmetic<S>::type feedback,
     const typename Arithmetic<S>::type* __restrict__ force, typename Arithmetic<S>::type weight,
     typename Arithmetic<S>::type inverse, const typename Arithmetic<S>::type* __restrict__ rest,
-    const typename Arithmetic<S>::type* __restrict__ s, typename Arithmetic<S>::type a,
-    typename Arithmetic<S>::type b, typename Arithmetic<S>::type c,
+    typename Arithmetic<S>::type a, typename Arithmetic<S>::type b, typename Arithmetic<S>::type c,
     typename Arithmetic<S>::type* __restrict__ partials, int count)
 {
     typedef typename Arithmetic<S>::type A;
@@ -144,17 +147,16 @@ __global__ void update_deviations(
     if (item < count) {
         const size_t at = (sample * count + item) * VEC, rest_at = (size_t(blockIdx.z) * count + item) * VEC;
         const Numbers<A> numbers = {a, b, c};
-        Pack<A, VEC> offset, state;
-        offset.load(rest + rest_at);
-        if (RULE != SLOPE) state.load(s + rest_at);
+        Pack<A, VEC> at_rest;
+        at_rest.load(rest + rest_at);
         A t[VEC];
         total_drive<D, VEC, true>(drive, topdown, feedback, force, at, t);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
             if (RULE == SLOPE)
-                t[i] *= offset.values[i];
+                t[i] *= at_rest.values[i];
             else
-                t[i] = weight * increment<A, RULE>(t[i] * inverse, offset.values[i], state.values[i], numbers);
+                t[i] = weight * increment<A, RULE>(t[i] * inverse, at_rest.values[i], numbers);
         }
         sum = replace<S, VEC, MEASURE>(eps + at, t);
     }

@@ -56,7 +56,7 @@ class UpdateOps:
         fresh, change, row = self._parts(s, scratch)
         total = fresh if g is None else g
         self._total(total, topdown, feedback, drive, force)
-        if residual is None and g is not None:
+        if residual is None and g is not None and s.dtype == g.dtype:
             self.activation.value(total, s)
             return
         self.activation.value(total, fresh)
@@ -70,32 +70,38 @@ class UpdateOps:
         feedback: float,
         force: Any,
         weight: float,
-        rest: Any,
-        s: Any,
+        g: Any,
         residual: Any,
         scratch: Any,
     ) -> None:
-        """Overwrite deviations `eps` by ``a [sigma(g + t / a) - s]``, ``t = feedback * drive + topdown + force``.
+        """Overwrite `eps` by ``a [sigma(g + t / a) - sigma(g)]``, ``t = feedback * drive + topdown + force``.
 
         Parameters
         ----------
         weight : float
             a, the weight of the layer in the energy.
-        rest : array of shape (N, *shape)
-            ``activation.rest_offset`` of the rest drive g. B is a multiple of N, phase-major.
-        s : array of shape (N, *shape)
-            Rest state ``sigma(g)``, of the type to compute in: rounded to halves it would move the rest point.
+        g : array of shape (N, *shape)
+            Rest drive, of the type to compute in: rounded to halves it would move the rest point. B is a multiple of
+            N, phase-major.
         """
-        t, scratch_t, row = self._parts(eps, scratch)
+        t, change, row = self._parts(eps, scratch)
         self._total(t, drive, feedback, topdown, force)
         if weight != 1.0:
             t *= 1 / weight
-        for start in range(0, len(eps), len(s)):
-            part = slice(start, start + len(s))
-            self.activation.increment(rest, s, t[part], scratch_t[part])
+        self._increment(g.reshape(-1), t.reshape(-1), scratch[t.size :])
         if weight != 1.0:
             t *= weight
-        self._replace(eps, t, scratch_t, row, residual)
+        self._replace(eps, t, change, row, residual)
+
+    def _increment(self, g: Any, t: Any, scratch: Any) -> None:
+        """Overwrite drives `t` by increments, half a phase at a time: then the scratch of one phase holds a pair."""
+        half = -(-g.size // 2)
+        for start in range(0, t.size, g.size):
+            for first in (0, half):
+                units = slice(first, min(first + half, g.size))
+                size = units.stop - units.start
+                pair = scratch[:size], scratch[size : 2 * size]
+                self.activation.increment(g[units], t[start + units.start : start + units.stop], pair)
 
     def tangents(
         self,
