@@ -163,6 +163,25 @@ def test_check_prints_both_forms_and_writes_json(cifar, invoke, tmp_path):
     assert content["options"]["beta"] == 0.01
 
 
+def test_check_of_a_precision_prints_a_table_for_every_beta(cifar, invoke, tmp_path):
+    """Smooth activation and pooling: in TF32 both forms stay close to BPTT in float64 and to EP in float32."""
+    path = tmp_path / "check.json"
+    options = ["--width", 0.02, "--batch-size", 4, "--precision", "tf32", "--pooling", "average", "--aug", "le"]
+    code, out, err = invoke("check", *options, "--activation", "sigmoid", "--betas", "0.1,0.02", "--json", path)
+    assert (code, err) == (0, "")
+    assert out.index("beta 0.1 ") < out.index("beta 0.02 ")
+    assert out.count("to float32") == 4
+    content = json.loads(path.read_text())
+    assert [part["beta"] for part in content["betas"]] == [0.1, 0.02]
+    assert content["layers"] == content["betas"][0]["forms"]["deviation"]
+    for part in content["betas"]:
+        for row in part["forms"]["deviation"]:
+            assert 0.99 < row["cosine"] < 1 - 1e-9
+            assert 0.999 < row["cosine_float32"] < 1 - 1e-9
+    code, _, err = invoke("check", "--betas", "0.1,-0.02")
+    assert (code, err) == (2, "Error: --betas must be positive numbers with commas between them\n")
+
+
 def test_info_names_device_libraries_and_data_folder(invoke, tmp_path):
     code, out, _ = invoke("info", "--data-dir", tmp_path)
     assert code == 0

@@ -16,7 +16,12 @@ from cupyep.training.config import make_config
 
 @click.command(cls=SectionedCommand)
 @config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
-@click.option("--betas", type=Numbers(), help="Several strengths of the nudge, a table each, such as 0.5,0.05,0.005.")
+@click.option(
+    "--betas",
+    type=Numbers(),
+    show_default="the one of --beta",
+    help="Several strengths of the nudge, a table each, such as 0.5,0.05.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
 def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> None:
     """Compare EP's gradient with BPTT's.
