@@ -11,6 +11,7 @@ from cupyep.data import Dataset, Split
 from cupyep.learning.learner import StepResult
 from cupyep.training import runs
 from cupyep.training.config import make_config
+from cupyep.training.display import Display
 from cupyep.training.trainer import Trainer
 
 TIMES = {"images_per_s", "elapsed_s", "peak_memory_bytes"}
@@ -31,13 +32,26 @@ def quadrant_data(train=40, test=20, flip=True):
     return Dataset.from_splits("quadrants", ("up", "down"), split("train", train), split("test", test), flip, pad=2)
 
 
-def silent(_):
-    """Take a line and print nothing."""
+class Recorder(Display):
+    """Keeps what is shown, as (event, text, values)."""
+
+    def __init__(self):
+        super().__init__(quiet=False)
+        self.events = []
+
+    def _emit(self, event, text, values):
+        self.events.append((event, text, values))
+
+    def texts(self, event):
+        return [text for name, text, _ in self.events if name == event]
+
+
+SILENT = Display(quiet=True, write=lambda _: None)
 
 
 def run(values, path, **more):
     """Return the trainer of a new run in `path` (with the fixture `quadrants`)."""
-    return runs.start_run(make_config(TINY, values), path, quiet=True, report=silent, **more)
+    return runs.start_run(make_config(TINY, values), path, display=SILENT, **more)
 
 
 def numbers(directory):
@@ -94,5 +108,5 @@ def fake_trainer(accuracies=(0.5, 0.75, 0.75), **more):
     learner = FakeLearner(accuracies)
     optimizer = ep.SGD(learner.parameters(), 0.1, momentum=0.0)
     batches = FakeBatches([range(4), range(4)])
-    more = {"epochs": len(accuracies), "report": silent} | more
+    more = {"epochs": len(accuracies), "display": SILENT} | more
     return Trainer(learner, optimizer, batches, FakeBatches([range(4)]), **more)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from quadrants import assert_same_state, numbers, run, silent
+from quadrants import SILENT, Recorder, assert_same_state, numbers, run
 
 import cupyep as ep
 from cupyep.errors import DivergenceError
@@ -170,12 +170,11 @@ HALVED = {"algorithm": "bp", "epochs": 3, "on_divergence": "halve-lr", "optimize
 
 def test_the_rate_is_halved_from_the_last_epoch_on(quadrants, tmp_path):
     """As a run whose rate is half as large from epoch 2 on; the epochs before are the same."""
-    lines = []
     halved = run({**HALVED, "lr_schedule": "constant"}, tmp_path / "halved")
-    halved.report = lines.append
+    halved.display = recorder = Recorder()
     poison(halved, 2)
     halved.run()
-    assert lines == [
+    assert recorder.texts("warning") == [
         "the gradient of layers.1 is not finite in epoch 2, batch 2; lower --beta; back to the end of epoch 1 with "
         "half the learning rate (time 1 of at most 5)"
     ]
@@ -215,7 +214,7 @@ def test_a_halved_run_that_is_killed_ends_like_one_that_is_not(minutes, quadrant
         broken.learner.step = kill
         with pytest.raises(KeyboardInterrupt):
             broken.run()
-        resumed = runs.resume_run(tmp_path / f"broken{place}", {}, quiet=True, report=silent)
+        resumed = runs.resume_run(tmp_path / f"broken{place}", {}, display=SILENT)
         poison(resumed, 1)
         poison(resumed, 2, 1)
         resumed.run()

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from quadrants import assert_same_state, numbers, run, silent
+from quadrants import SILENT, Recorder, assert_same_state, numbers, run
 
 from cupyep import files
 from cupyep.errors import CheckpointError, Interrupted
@@ -35,7 +35,7 @@ QUICK = {"algorithm": "bp", "epochs": 2}
 
 
 def resume(path):
-    return runs.resume_run(path, {}, quiet=True, report=silent)
+    return runs.resume_run(path, {}, display=SILENT)
 
 
 def assert_same_run(one, two):
@@ -91,7 +91,7 @@ def test_a_signal_ends_the_batch_and_saves(quadrants, tmp_path):
         number = signal.SIGTERM if call % 2 else signal.SIGINT
         broken = run(QUICK, tmp_path / f"{of}{call}")
         before_call(broken, call, partial(signal.raise_signal, number), of)
-        with pytest.raises(Interrupted, match="interrupted; go on with: cupyep train --run-dir .* --resume") as stop:
+        with pytest.raises(Interrupted, match="interrupted; '.*' is saved") as stop:
             broken.run()
         assert stop.value.number == number
         saved = broken.directory.load()
@@ -178,12 +178,13 @@ def test_a_damaged_checkpoint_costs_one_epoch_at_most(size, quadrants, tmp_path)
         broken.run()
     path = broken.directory.path
     os.truncate(path / "checkpoint.h5", size)
-    lines = []
-    resumed = runs.resume_run(path, {}, quiet=True, report=lines.append)
+    recorder = Recorder()
+    resumed = runs.resume_run(path, {}, display=recorder)
     assert (resumed.epochs_done, resumed.batches_done) == (1, 0)
-    assert lines[-2].startswith(f"'{path / 'checkpoint.h5'}' is not a readable checkpoint (truncated or damaged)")
-    assert lines[-2].endswith("; going on from checkpoint.previous.h5")
-    assert lines[-1] == f"resuming {path} after epoch 1 of 3"
+    (warning,) = recorder.texts("warning")
+    assert warning.startswith(f"'{path / 'checkpoint.h5'}' is not a readable checkpoint (truncated or damaged)")
+    assert warning.endswith("; going on from checkpoint.previous.h5")
+    assert recorder.texts("start") == [f"resuming {path} after epoch 1 of 3"]
     resumed.run()
     assert_same_run(resumed.directory, straight.directory)
 

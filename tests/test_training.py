@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from quadrants import FakeBatches, assert_same_state, fake_trainer, run, silent
+from quadrants import SILENT, FakeBatches, assert_same_state, fake_trainer, run
 
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError
 from cupyep.learning.learner import StepResult
 from cupyep.training import runs
 from cupyep.training.config import TrainConfig
+from cupyep.training.results import top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics, gradient_norms
 
@@ -155,21 +156,21 @@ def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
     straight = run({**values, "epochs": 3}, tmp_path / "straight")
     straight.run()
     run({**values, "epochs": 1}, tmp_path / "short").run()
-    longer = runs.resume_run(tmp_path / "short", {"epochs": 3, "beta": 0.5}, quiet=True, report=silent)
+    longer = runs.resume_run(tmp_path / "short", {"epochs": 3, "beta": 0.5}, display=SILENT)
     longer.run()
     assert_same_state(longer.directory.load(), straight.directory.load())
     assert RunDirectory.open(tmp_path / "short").config.epochs == 3
     with pytest.raises(
         ConfigurationError, match="--beta 0.3 is not the run's 0.5; a resumed run may only change --epo"
     ):
-        runs.resume_run(tmp_path / "short", {"beta": 0.3}, quiet=True, report=silent)
+        runs.resume_run(tmp_path / "short", {"beta": 0.3}, display=SILENT)
 
 
 def test_a_run_without_any_checkpoint_resumes_from_the_start(quadrants, tmp_path):
     straight = run({"epochs": 1}, tmp_path / "straight")
     straight.run()
     run({"epochs": 1}, tmp_path / "killed")  # prepared, and never begun
-    resumed = runs.resume_run(tmp_path / "killed", {}, quiet=True, report=silent)
+    resumed = runs.resume_run(tmp_path / "killed", {}, display=SILENT)
     resumed.run()
     assert_same_state(resumed.directory.load(), straight.directory.load())
 
@@ -189,7 +190,7 @@ def test_evaluation_repeats_the_record_of_its_epoch(quadrants, tmp_path):
     for which in ("best", "last"):
         epoch = trainer.directory.load(which).epoch
         wanted = trainer.directory.metrics()[epoch - 1]
-        first, second = runs.evaluate_run(tmp_path / "run", which, {}, quiet=True)
+        first, second = runs.evaluate_run(tmp_path / "run", which, {}, display=SILENT)
         note = "best, chosen by test accuracy" if which == "best" else which
         assert first == f"vgg5 on the 20 test images of cifar10, epoch {epoch} ({note})"
         assert second == f"test accuracy {wanted['test_accuracy']:.2%}, loss {wanted['test_loss']:.4f}"
@@ -218,4 +219,4 @@ def test_top_k_accuracy_by_hand():
     batches = Batches(
         [ep.Batch(None, np.array([1, 0]), np.array([0, 1])), ep.Batch(None, np.array([3]), np.array([2]))]
     )
-    assert [runs.top_k_accuracy(learner, batches, k) for k in (1, 2, 3, 4)] == [0, 2 / 3, 2 / 3, 1]
+    assert [top_k_accuracy(learner, batches, k) for k in (1, 2, 3, 4)] == [0, 2 / 3, 2 / 3, 1]

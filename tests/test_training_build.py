@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 import pytest
 from oracle import Oracle
-from quadrants import TINY, quadrant_data, silent
+from quadrants import SILENT, TINY, Recorder, quadrant_data
 
 import cupyep as ep
 from cupyep.errors import TeacherError
@@ -59,7 +59,7 @@ def test_options_of_the_signals(quadrants, tmp_path):
     assert (signal.layers, signal.kappa, signal.annealing, signal.pool, signal.seed) == ([2, 3], 0.3, "constant", 2, 9)
     assert signal.criterion.name == "squared_error"
     path = tmp_path / "t.h5"
-    teacher.export_logits(lambda x: np.ones((len(x), 2)), quadrants, path, teacher="constant", quiet=True)
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), quadrants, path, teacher="constant", display=SILENT)
     more = {"aug": "kd", "temperature": 2.5, "learned_maps": True, "signal_loss": "cross_entropy"}
     (signal,) = build.build_signals(dataclasses.replace(settings, **more), network, quadrants, path)
     assert isinstance(signal, ep.Distillation)
@@ -101,7 +101,7 @@ def test_exported_logits_are_those_of_each_view(tmp_path):
     weight = np.random.default_rng(1).standard_normal((16 * 16 * 3, 2)).astype(np.float32)
     accuracy = teacher.export_logits(
         lambda images: images.reshape(len(images), -1) @ weight, dataset, tmp_path / "t.h5", teacher="linear",
-        batch_size=3, quiet=True,
+        batch_size=3, display=SILENT,
     )  # fmt: skip
     with ep.TeacherFile(tmp_path / "t.h5") as file:
         file.check(dataset)
@@ -118,24 +118,27 @@ def test_exported_logits_are_those_of_each_view(tmp_path):
 
 def test_only_the_identity_view_where_mirroring_is_not_allowed(tmp_path):
     dataset = quadrant_data(train=4, test=2, flip=False)
-    teacher.export_logits(lambda x: np.ones((len(x), 2)), dataset, tmp_path / "t.h5", teacher="constant", quiet=True)
+    teacher.export_logits(
+        lambda x: np.ones((len(x), 2)), dataset, tmp_path / "t.h5", teacher="constant", display=SILENT
+    )
     with ep.TeacherFile(tmp_path / "t.h5") as file:
         assert file.views == ("identity",)
 
 
 def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkeypatch):
     student = make_config(TINY, {"aug": "kd", "teacher_epochs": 2, "data_dir": str(tmp_path), "beta": 0.1})
-    lines = []
-    path = teacher.cached_teacher(student, quadrants, "cpu", True, lines.append)
+    recorder = Recorder()
+    path = teacher.cached_teacher(student, quadrants, "cpu", recorder)
     assert path.parent == tmp_path / "teachers"
-    assert "trained by backpropagation for 2 epochs" in lines[0]
+    assert "trained by backpropagation for 2 epochs" in recorder.texts("note")[0]
+    assert len(recorder.texts("epoch")) == 2
     with ep.TeacherFile(path) as file:
         file.check(quadrants)
         assert file.views == ("identity", "hflip")
     monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
     same = dataclasses.replace(student, beta=0.9, signal_layers="2", epochs=99, feedback=0.5)
-    assert teacher.cached_teacher(same, quadrants, "cpu", True, lines.append) == path
-    assert "from an earlier run" in lines[-1]
+    assert teacher.cached_teacher(same, quadrants, "cpu", recorder) == path
+    assert "from an earlier run" in recorder.texts("note")[-1]
     for change in ({"seed": 1}, {"width": 0.03}, {"teacher_epochs": 3}, {"crop": False}):
         other = teacher.teacher_config(dataclasses.replace(student, **change))
         assert teacher._digest(other, quadrants, "") not in path.name
@@ -148,9 +151,9 @@ def test_activations_of_the_teacher(quadrants, tmp_path):
     """In the file are the feed-forward states of the trained teacher, and the signal pulls towards them."""
     options = {"aug": "kd", "teacher_epochs": 1, "data_dir": str(tmp_path), "teacher_features": True, "crop": False}
     student = make_config(TINY, options, {"signal_layers": "2-3", "activation": "tanh"})
-    trained = teacher.train_teacher(teacher.teacher_config(student), quadrants, "cpu", True, silent)
+    trained = teacher.train_teacher(teacher.teacher_config(student), quadrants, "cpu", SILENT)
     assert trained.activation.name == "tanh"
-    path = teacher.cached_teacher(student, quadrants, "cpu", True, silent)
+    path = teacher.cached_teacher(student, quadrants, "cpu", SILENT)
     mirrored = ((quadrants.train.images / 255.0 - quadrants.mean) / quadrants.std)[:3, :, ::-1]
     states = Oracle(trained).forward(mirrored)
     with ep.TeacherFile(path) as file:
@@ -182,10 +185,10 @@ def test_the_teacher_is_a_feed_forward_network_of_the_students_shape():
 
 def test_a_teacher_without_mirrored_views_is_refused_before_the_run_begins(quadrants, tmp_path):
     path, still = tmp_path / "t.h5", quadrant_data(flip=False)
-    teacher.export_logits(lambda x: np.ones((len(x), 2)), still, path, teacher="constant", quiet=True)
+    teacher.export_logits(lambda x: np.ones((len(x), 2)), still, path, teacher="constant", display=SILENT)
 
     def start(values):
-        return runs.start_run(make_config(TINY, values), tmp_path / "run", quiet=True, report=silent)
+        return runs.start_run(make_config(TINY, values), tmp_path / "run", display=SILENT)
 
     with pytest.raises(TeacherError, match="no view 'hflip'"):
         start({"aug": "kd", "teacher": str(path)})

@@ -27,6 +27,7 @@ from cupyep.errors import ConfigurationError, CupyepError, DeviceError, TeacherE
 from cupyep.models import ARCHITECTURES
 from cupyep.training.build import build_dataset
 from cupyep.training.config import make_config, option_name
+from cupyep.training.display import Display
 from cupyep.training.teacher import export_logits, feedforward, teacher_config, train_teacher
 
 EXAMPLES = """\b
@@ -231,11 +232,12 @@ def main(onnx, torch, weights, train_bp, epochs, width, layout, mean, std, teach
     """
     _check_usage({"--onnx": onnx, "--torch": torch, "--train-bp": train_bp}, weights, output)
     given = {name: value for name, value in options.items() if value is not None}
+    display = Display(quiet)
     arch = {} if train_bp is None else {"arch": train_bp, "width": width, "teacher_epochs": epochs}
     config = make_config(given, arch)
     if train_bp is not None:
         dataset = build_dataset(config)
-        network = train_teacher(teacher_config(config), dataset, config.device, quiet, click.echo)
+        network = train_teacher(teacher_config(config), dataset, config.device, display)
         predict, device = feedforward(network), network.device
         name = f"{train_bp} trained by backpropagation, {epochs} epochs"
     else:
@@ -253,7 +255,7 @@ def main(onnx, torch, weights, train_bp, epochs, width, layout, mean, std, teach
         teacher=teacher_name or f"{name}, cupyep {__version__}",
         device=device,
         batch_size=config.batch_size,
-        quiet=quiet,
+        display=display,
     )
     click.echo(f"{output}: train accuracy {accuracy['train']:.2%}, test accuracy {accuracy['test']:.2%}")
 

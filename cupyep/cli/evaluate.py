@@ -9,6 +9,7 @@ import click
 
 from cupyep.cli.shared import Names, config_options, given_options
 from cupyep.training import runs
+from cupyep.training.display import Display
 from cupyep.training.run_directory import CHECKPOINT_FILES
 
 EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "device"), "as the run")
@@ -37,5 +38,5 @@ def evaluate(run: Path, checkpoint: str, split: str, quiet: bool, **options: Any
 
     RUN is a run directory.
     """
-    for line in runs.evaluate_run(run, checkpoint, given_options(options), quiet, split):
+    for line in runs.evaluate_run(run, checkpoint, given_options(options), Display(quiet), split):
         click.echo(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -62,7 +63,7 @@ class OneLineErrors(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> None:
         kwargs["standalone_mode"] = False
         with warnings.catch_warnings():
-            warnings.showwarning = _show_once()
+            warnings.showwarning = show_once(lambda text: click.echo(f"Warning: {text}", err=True))
             code, message = self._run(args, kwargs)
         if message:
             click.echo(f"Error: {' '.join(message.split())}", err=True)
@@ -100,14 +101,14 @@ class Commands(OneLineErrors, click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _show_once() -> Any:
-    """Return a replacement of `warnings.showwarning`: one line on stderr, the first of each kind only."""
+def show_once(write: Callable[[str], None]) -> Any:
+    """Return a replacement of `warnings.showwarning`: `write` takes one line, the first of each kind only."""
     shown: set[type] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if category not in shown:
             shown.add(category)
-            click.echo(f"Warning: {message} (more of this kind are not shown)", err=True)
+            write(f"{message} (more of this kind are not shown)")
 
     return show
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cupyep.cli.shared import SectionedCommand, config_options, given_options
-from cupyep.errors import require
+from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options, show_once
+from cupyep.errors import CupyepError, Interrupted, require
 from cupyep.recipes import find_recipe
 from cupyep.training import runs
 from cupyep.training.config import OPTIONS, make_config, read_toml
+from cupyep.training.display import DISPLAYS, Display
 
 EXAMPLES = """\b
 Examples:
@@ -35,18 +40,44 @@ Examples:
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir where it stopped.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no line an epoch; only the result.")
-def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, **options: Any) -> None:
+@click.option(
+    "--log-format",
+    type=Names("--log-format", tuple(DISPLAYS)),
+    default="text",
+    show_default=True,
+    help="json: an object a line on stdout (start, progress, epoch, checkpoint, warning, end), for programs.",
+)
+def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, log_format: str, **options: Any) -> None:
     """Train a network in a new run directory.
 
     The directory holds config.toml, metrics.jsonl, checkpoint.h5 and best.h5. Ctrl-C finishes the batch and saves; a
     second one leaves at once.
     """
     given = given_options(options)
-    if resume:
-        given_right = run_dir is not None and recipe is None
-        require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
-        run = runs.resume_run(run_dir, given, quiet=quiet, report=click.echo)
-    else:
-        config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
-        run = runs.start_run(config, run_dir, quiet=quiet, report=click.echo)
-    click.echo(run.run())
+    display = DISPLAYS[log_format](quiet)
+    warnings.showwarning = show_once(partial(display.show, "warning"))
+    with _ending(display):
+        if resume:
+            given_right = run_dir is not None and recipe is None
+            require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
+            run = runs.resume_run(run_dir, given, display)
+        else:
+            config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
+            run = runs.start_run(config, run_dir, display)
+        try:
+            summary = run.run()
+        except Interrupted as error:
+            hint = f"interrupted; go on with: cupyep train --run-dir {run.directory.path} --resume"
+            raise Interrupted(hint, error.number) from None
+        display.show("end", str(summary), status="done", **summary.values())
+
+
+@contextlib.contextmanager
+def _ending(display: Display) -> Iterator[None]:
+    """Show the end of a command that fails, too; its error line is written elsewhere."""
+    try:
+        yield
+    except (CupyepError, MemoryError, OSError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        display.show("end", status="interrupted" if stopped else "failed", message=str(error))
+        raise

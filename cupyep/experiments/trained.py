@@ -12,8 +12,10 @@ from cupyep.experiments.design import Cell, Column, Results
 from cupyep.files import replacing
 from cupyep.network import Network
 from cupyep.training.config import TrainConfig, make_config
+from cupyep.training.display import Display
 from cupyep.training.run_directory import CONFIG, RunDirectory
 from cupyep.training.runs import resume_run, start_run
+from cupyep.training.trainer import Trainer
 
 COURSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 LAYER_COURSES = ("nudge_response", "gradient_norm", "activity")
@@ -48,30 +50,36 @@ def train_cell(
         ``nudge_response``, ``gradient_norm``, ``activity``: a list an epoch with a number a layer; ``minutes``,
         ``peak_memory_bytes``; ``probes``: what `probe` returned, and the ``epoch``.
     """
-    trainers: list[Any] = []
-
-    def line(text: str) -> None:
-        if not cell.quiet:
-            cell.report(text)
-        done = trainers[0].epochs_done if trainers else 0  # an epoch's line comes when the epoch is safely kept
-        if done and probe and (every_epoch or done == trainers[0].epochs):
-            config = trainers[0].directory.config
-            _keep_probe(cell.folder, {"epoch": done, **probe(trainers[0].network, config)})
-        if done:
-            cell.deadline()
-
+    display, trainer = Display(cell.quiet, cell.report), None
     if (cell.folder / CONFIG).is_file():
         given = {name: cell.options[name] for name in PORTABLE if name in cell.options}
         if _epochs_left(cell.folder):
-            trainers.append(resume_run(cell.folder, given, report=cell.report))
+            trainer = resume_run(cell.folder, given, display)
     else:
-        trainers.append(start_run(make_config(cell.options), cell.folder, report=cell.report))
-    for trainer in trainers:
-        trainer.report = line
+        trainer = start_run(make_config(cell.options), cell.folder, display)
+    if trainer is not None:
+        trainer.display = _Watch(cell, trainer, probe, every_epoch)
         if prepare:
             prepare(trainer.network)
         trainer.run()
     return _courses(RunDirectory.open(cell.folder).metrics(), _probes(cell.folder))
+
+
+class _Watch(Display):
+    """Shows a cell's training, keeps its probes, and looks at the clock."""
+
+    def __init__(self, cell: Cell, trainer: Trainer, probe: Probe | None, every_epoch: bool):
+        super().__init__(cell.quiet, cell.report)
+        self.cell, self.trainer, self.probe, self.every_epoch = cell, trainer, probe, every_epoch
+
+    def show(self, event: str, text: str = "", **values: Any) -> None:
+        super().show(event, text, **values)
+        if event != "epoch":  # which comes when the epoch is safely kept
+            return
+        if self.probe and (self.every_epoch or values["epoch"] == self.trainer.epochs):
+            found = self.probe(self.trainer.network, self.trainer.directory.config)
+            _keep_probe(self.cell.folder, {"epoch": values["epoch"], **found})
+        self.cell.deadline()
 
 
 def _epochs_left(folder: Path) -> bool:

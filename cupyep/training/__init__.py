@@ -2,10 +2,11 @@
 
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.config import TrainConfig, make_config, read_toml
+from cupyep.training.results import TrainSummary, evaluate
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.runs import evaluate_run, resume_run, start_run
 from cupyep.training.teacher import export_logits, feedforward, teacher_config, train_teacher
-from cupyep.training.trainer import Trainer, TrainSummary, evaluate
+from cupyep.training.trainer import Trainer
 
 __all__ = [
     "Checkpoint",

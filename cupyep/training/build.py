@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cupyep.models import build
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, Optimizer
 from cupyep.training.config import TrainConfig, parse_layers
+from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import layer_names, layer_of
 from cupyep.training.trainer import Trainer
@@ -146,8 +147,7 @@ def build_trainer(
     network: Network,
     signals: Sequence[Augmenter] = (),
     directory: RunDirectory | None = None,
-    quiet: bool = False,
-    report: Callable[[str], None] = print,
+    display: Display | None = None,
 ) -> Trainer:
     """Return the trainer of `network`, with all generators drawn from ``config.seed``."""
     draws, signs = map(np.random.default_rng, np.random.SeedSequence(config.seed).spawn(2))
@@ -164,6 +164,5 @@ def build_trainer(
         generators={"learner": signs},
         checkpoint_minutes=config.checkpoint_minutes,
         on_divergence=config.on_divergence,
-        quiet=quiet,
-        report=report,
+        display=display,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupyep.backend import Device, get_device
-from cupyep.data import Dataset, Loader
+from cupyep.data import Dataset
 from cupyep.errors import require
 from cupyep.network import Network
 from cupyep.training.build import (
@@ -21,17 +21,17 @@ from cupyep.training.build import (
     build_trainer,
     evaluation_batches,
 )
-from cupyep.training.checkpoint import restore_parameters
+from cupyep.training.checkpoint import restore_parameters, versions
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name
+from cupyep.training.display import Display
+from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import CHECKPOINT_FILES, PREVIOUS, RunDirectory, check_free, default_path
 from cupyep.training.snapshot import check_same_network
 from cupyep.training.teacher import cached_teacher
-from cupyep.training.trainer import Trainer, evaluate
+from cupyep.training.trainer import Trainer
 
 
-def start_run(
-    config: TrainConfig, path: str | Path | None = None, quiet: bool = False, report: Callable[[str], None] = print
-) -> Trainer:
+def start_run(config: TrainConfig, path: str | Path | None = None, display: Display | None = None) -> Trainer:
     """Prepare a new run; its directory is created when everything else is known to be in order.
 
     Parameters
@@ -39,10 +39,8 @@ def start_run(
     config : TrainConfig
     path : path, optional
         Run directory; ``runs/<arch>-<aug>-<dataset>-seed<seed>``, numbered if taken, by default.
-    quiet : bool
-        No progress bar and no line an epoch.
-    report : callable
-        Takes each line that tells what is going on.
+    display : Display, optional
+        Shows what is going on.
 
     Returns
     -------
@@ -55,21 +53,20 @@ def start_run(
         One clear line for whatever stands in the way.
     """
     path = check_free(default_path(config) if path is None else path)
-    trainer = _prepare(config, quiet, report)
+    trainer = _prepare(config, display or Display())
     trainer.directory = RunDirectory.create(path, config)
+    _show_start(trainer, f"run directory {path}")
     return trainer
 
 
-def resume_run(
-    path: str | Path, given: Mapping[str, Any], quiet: bool = False, report: Callable[[str], None] = print
-) -> Trainer:
+def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | None = None) -> Trainer:
     """Prepare to go on with the run in `path` where its last checkpoint left it.
 
     Parameters
     ----------
     given : mapping
         Options given now; only `RESUME_OPTIONS` may differ from the run's own.
-    path, quiet, report
+    path, display
         See `start_run`.
     """
     directory = RunDirectory.open(path)
@@ -79,19 +76,34 @@ def resume_run(
         allowed = ", ".join(map(option_name, RESUME_OPTIONS))
         require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
     directory.config = dataclasses.replace(directory.config, **given)
-    trainer = _prepare(directory.config, quiet, report)
+    trainer = _prepare(directory.config, display or Display())
     trainer.directory = directory
     problem = trainer.resume()
     directory.write_config()
     if problem:
-        report(f"{problem}; going on from {PREVIOUS}")
+        trainer.display.show("warning", f"{problem}; going on from {PREVIOUS}")
     batch = f", batch {trainer.batches_done} of {len(trainer.train)}" if trainer.batches_done else ""
-    report(f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
+    _show_start(trainer, f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
     return trainer
 
 
+def _show_start(trainer: Trainer, text: str) -> None:
+    trainer.display.show(
+        "start",
+        text,
+        run_dir=str(trainer.directory.path),
+        epoch=trainer.epochs_done,
+        batch=trainer.batches_done,
+        epochs=trainer.epochs,
+        batches=len(trainer.train),
+        device=trainer.device.name,
+        config=dataclasses.asdict(trainer.directory.config),
+        versions=versions(),
+    )
+
+
 def evaluate_run(
-    path: str | Path, which: str, given: Mapping[str, Any], quiet: bool = False, split: str = "test"
+    path: str | Path, which: str, given: Mapping[str, Any], display: Display | None = None, split: str = "test"
 ) -> list[str]:
     """Measure a split with the checkpoint `which` ("best" or "last") of the run in `path`.
 
@@ -117,7 +129,7 @@ def evaluate_run(
     check_same_network(directory.path / CHECKPOINT_FILES[which], saved, network)
     own = {name: array for name, array in saved.parameters.items() if not name.startswith("signals.")}
     restore_parameters(directory.path / CHECKPOINT_FILES[which], own, network.parameters(), network.device)
-    loss, accuracy = evaluate(learner, batches, f"{split} images", quiet)
+    loss, accuracy = evaluate(learner, (display or Display()).over(batches, f"{split} images"))
     chosen = f"best, chosen by {'test' if dataset.validation is None else 'validation'} accuracy"
     lines = [
         f"{config.arch} on the {len(batches.split)} {split} images of {config.dataset}, epoch {saved.epoch} "
@@ -129,38 +141,25 @@ def evaluate_run(
     return lines
 
 
-def top_k_accuracy(learner: Any, batches: Loader, k: int) -> float:
-    """Return the fraction of samples whose label is among the `k` highest scores of `learner`."""
-    hits = 0
-    for batch in batches:
-        scores = learner.scores(batch)
-        device = learner.network.device
-        own = scores[device.xp.arange(len(batch)), device.asarray(batch.labels)]
-        hits = hits + ((scores > own[:, None]).sum(axis=1) < k).sum()
-    return int(hits) / len(batches.split)
-
-
-def _prepare(config: TrainConfig, quiet: bool, report: Callable[[str], None]) -> Trainer:
+def _prepare(config: TrainConfig, display: Display) -> Trainer:
     """Return the trainer of `config`, without a run directory."""
     device = get_device(config.device)
     dataset = build_dataset(config)
     network = build_network(config, dataset, device)
-    report(_headline(config, dataset, network))
-    report(f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
+    display.show("note", _headline(config, dataset, network))
+    display.show("note", f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
     if config.aug == "kd":
         # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
         trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
-    signals = build_signals(config, network, dataset, _teacher(config, dataset, device, quiet, report))
-    return build_trainer(config, dataset, network, signals, quiet=quiet, report=report)
+    signals = build_signals(config, network, dataset, _teacher(config, dataset, device, display))
+    return build_trainer(config, dataset, network, signals, display=display)
 
 
-def _teacher(
-    config: TrainConfig, dataset: Dataset, device: Device, quiet: bool, report: Callable[[str], None]
-) -> Path | None:
+def _teacher(config: TrainConfig, dataset: Dataset, device: Device, display: Display) -> Path | None:
     if config.aug != "kd":
         return None
-    return Path(config.teacher) if config.teacher else cached_teacher(config, dataset, device, quiet, report)
+    return Path(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display)
 
 
 def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:

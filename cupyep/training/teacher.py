@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cupyep._version import __version__
 from cupyep.backend import Device
@@ -20,6 +19,7 @@ from cupyep.learning import Backpropagation
 from cupyep.network import Network
 from cupyep.training.build import build_network, build_trainer, feature_name
 from cupyep.training.config import TrainConfig, parse_layers
+from cupyep.training.display import Display
 
 # What a teacher has in common with its student ...
 SHARED = (
@@ -67,8 +67,7 @@ def train_teacher(
     config: TrainConfig,
     dataset: Dataset,
     device: Device | str = "auto",
-    quiet: bool = False,
-    report: Callable[[str], None] = print,
+    display: Display | None = None,
 ) -> Network:
     """Train a teacher by backpropagation and return its network.
 
@@ -77,11 +76,11 @@ def train_teacher(
     config : TrainConfig
         Of the teacher itself, as `teacher_config` gives it.
     dataset : Dataset
-    device, quiet, report
+    device, display
         See `Trainer`.
     """
     network = build_network(config, dataset, device)
-    build_trainer(config, dataset, network, quiet=quiet, report=report).run()
+    build_trainer(config, dataset, network, display=display).run()
     return network
 
 
@@ -109,7 +108,7 @@ def export_logits(
     features: Mapping[str, tuple[int, ...]] | None = None,
     device: Device | str = "cpu",
     batch_size: int = 256,
-    quiet: bool = False,
+    display: Display | None = None,
 ) -> dict[str, float]:
     """Write a teacher file: the logits of every training and test image, in every view that the data set allows.
 
@@ -128,6 +127,7 @@ def export_logits(
         Activations to be written too, and their shapes.
     batch_size : int
         Images that `predict` gets at a time.
+    display : Display, optional
 
     Returns
     -------
@@ -141,8 +141,10 @@ def export_logits(
     """
     views = VIEWS if dataset.flip else VIEWS[:1]
     total = len(views) * (len(dataset.train) + len(dataset.test))
-    bar = tqdm(total=total, desc="exporting logits", unit=" images", leave=False, disable=True if quiet else None)
-    with bar, TeacherWriter(path, dataset=dataset, teacher=teacher, views=views, features=features) as writer:
+    with (
+        (display or Display()).progress("exporting logits", total) as progress,
+        TeacherWriter(path, dataset=dataset, teacher=teacher, views=views, features=features) as writer,
+    ):
         for split in ("train", "test"):
             loader, start = Loader(dataset, split, batch_size, device, np.float32), 0
             for batch in loader:
@@ -152,7 +154,7 @@ def export_logits(
                     logits, maps = found if features else (found, {})
                     maps = {name: loader.device.to_numpy(values) for name, values in maps.items()}
                     writer.write(split, view, start, loader.device.to_numpy(logits), maps)
-                    bar.update(len(logits))
+                    progress.advance(len(logits))
                 start += len(batch)
     return writer.accuracy
 
@@ -161,36 +163,35 @@ def cached_teacher(
     config: TrainConfig,
     dataset: Dataset,
     device: Device | str = "auto",
-    quiet: bool = False,
-    report: Callable[[str], None] = print,
+    display: Display | None = None,
 ) -> Path:
     """Return the teacher file for the student `config`, training the teacher first unless an earlier run did.
 
     The file lies in the folder ``teachers`` below the data folder; its name holds a hash of all that determines it:
     options, images, labels and the version of cupyep.
     """
-    own = teacher_config(config)
+    own, display = teacher_config(config), (display or Display()).about("teacher")
     wanted = config.signal_layers if config.teacher_features else ""
     name = f"{own.arch}-{own.dataset}-{_digest(own, dataset, wanted)}.h5"
     path = data_directory(config.data_dir) / "teachers" / name
     if path.is_file():
         with TeacherFile(path) as file:
-            report(f"teacher: {path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")
+            display.show("note", f"{path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")
         return path
     if not can_write(path.parent):
         raise TeacherError(
             f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; give another "
             "--data-dir, or a --teacher made by tools/export_teacher_logits.py"
         )
-    report(f"teacher: none given, so {own.arch} is trained by backpropagation for {own.epochs} epochs first")
-    network = train_teacher(own, dataset, device, quiet, report)
+    display.show("note", f"none given, so {own.arch} is trained by backpropagation for {own.epochs} epochs first")
+    network = train_teacher(own, dataset, device, display)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = f"{own.arch} trained by backpropagation, {own.epochs} epochs, cupyep {__version__}"
     layers = parse_layers(wanted, network.depth) if wanted else []
     features = {feature_name(n): network.state_shapes[n - 1] for n in layers}
     predict = feedforward(network, layers)
-    accuracy = export_logits(predict, dataset, path, teacher=text, features=features, device=device, quiet=quiet)
-    report(f"teacher: test accuracy {accuracy['test']:.2%}, kept in {path}")
+    accuracy = export_logits(predict, dataset, path, teacher=text, features=features, device=device, display=display)
+    display.show("note", f"test accuracy {accuracy['test']:.2%}, kept in {path}")
     return path
 
 

@@ -4,69 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cupyep.errors import DivergenceError, Interrupted, choose, require
-from cupyep.optim import LR_SCHEDULES, Optimizer
+from cupyep.optim import Optimizer
+from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
+from cupyep.training.results import TrainSummary, evaluate
 from cupyep.training.run_directory import RunDirectory
+from cupyep.training.schedules import Schedules
 from cupyep.training.snapshot import check_same_run, restore_snapshot, take_snapshot
-from cupyep.training.statistics import EpochStatistics, layer_names, layer_of
+from cupyep.training.statistics import EpochStatistics, layer_names
 
-REFRESH_S = 0.5  # the bar shows new numbers this often; each time the device is waited for
+SHOWN = ("loss", "accuracy", "free_residual")  # on the way through an epoch
 MOST_HALVINGS = 5
-
-
-@dataclass
-class TrainSummary:
-    """How a run ended.
-
-    Attributes
-    ----------
-    test_accuracy, test_loss : float
-        After the last epoch; the accuracy in [0, 1].
-    best_accuracy, best_epoch : float, int
-        Of the validation images where there are some, else of the test images.
-    best_split : {"validation", "test"}
-        Which of the two.
-    elapsed_s : float
-        All epochs together, those before a resume included.
-    path : Path or None
-        The run directory.
-    """
-
-    test_accuracy: float
-    test_loss: float
-    best_accuracy: float
-    best_epoch: int
-    best_split: str
-    elapsed_s: float
-    path: Path | None
-
-    def __str__(self) -> str:
-        text = (
-            f"test accuracy {self.test_accuracy:.2%} (best.h5: epoch {self.best_epoch}, chosen by {self.best_split} "
-            f"accuracy {self.best_accuracy:.2%}), {self.elapsed_s / 60:.1f} minutes"
-        )
-        return text if self.path is None else f"{text}, run directory {self.path}"
-
-
-def evaluate(learner: Any, batches: Any, bar_text: str = "testing", quiet: bool = True) -> tuple[float, float]:
-    """Return (mean loss, accuracy) of `learner` over `batches` (a `Loader` without augmentation)."""
-    loss, correct, count = 0.0, 0, 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        for batch in tqdm(batches, desc=bar_text, unit=" batches", leave=False, disable=True if quiet else None):
-            batch_loss, batch_correct = learner.evaluate(batch)
-            loss, correct, count = loss + batch_loss, correct + batch_correct, count + len(batch)
-    return float(loss) / count, int(correct) / count
 
 
 class Trainer:
@@ -96,10 +52,8 @@ class Trainer:
     on_divergence : {"stop", "halve-lr"}
         What a `DivergenceError` does: end the run, or take it back to the end of the last epoch (as the directory has
         it) and halve all learning rates, at most `MOST_HALVINGS` times.
-    quiet : bool
-        No progress bar and no line an epoch.
-    report : callable
-        Takes the line that sums up an epoch.
+    display : Display, optional
+        Shows what is going on.
 
     Notes
     -----
@@ -122,8 +76,7 @@ class Trainer:
         generators: Mapping[str, np.random.Generator] | None = None,
         checkpoint_minutes: float = 10.0,
         on_divergence: str = "stop",
-        quiet: bool = False,
-        report: Callable[[str], None] = print,
+        display: Display | None = None,
     ):
         require(epochs >= 1, f"epochs must be at least 1 (got {epochs})")
         self.learner = learner
@@ -135,13 +88,12 @@ class Trainer:
         self.validation = validation
         self.best_split = "test" if validation is None else "validation"
         self.epochs = epochs
-        self.schedule = LR_SCHEDULES[lr_schedule]
+        self.schedules = Schedules(learner, optimizer, lr_schedule)
         self.directory = directory
         self.generators = {"data": train.generator, **(generators or {})}
         self.checkpoint_s = 60 * checkpoint_minutes
         self.on_divergence = choose("on_divergence", on_divergence, ON_DIVERGENCE)
-        self.quiet = quiet
-        self.report = report
+        self.display = display or Display()
         self.interruptions = Interruptions()
         self.epochs_done, self.batches_done = 0, 0
         self.best_accuracy, self.best_epoch = -math.inf, 0
@@ -171,8 +123,7 @@ class Trainer:
                 return self._train()
             except Interrupted as signal:
                 self._save()
-                hint = f"interrupted; go on with: cupyep train --run-dir {self.directory.path} --resume"
-                raise Interrupted(hint, signal.number) from None
+                raise Interrupted(f"interrupted; '{self.directory.path}' is saved", signal.number) from None
 
     def check_unfinished(self) -> None:
         """Raise `ConfigurationError` if no epoch is left to do."""
@@ -228,15 +179,15 @@ class Trainer:
         restore_snapshot(self, *self.directory.epoch_start())
         self.halvings = halvings
         self.watch.forgive()
-        self.report(
+        self.display.show(
+            "warning",
             f"{error}; back to the end of epoch {self.epochs_done} with half the learning rate "
-            f"(time {halvings} of at most {MOST_HALVINGS})"
+            f"(time {halvings} of at most {MOST_HALVINGS})",
         )
 
     def _run_epoch(self, epoch: int) -> dict[str, Any]:
         """Train what is left of an epoch, evaluate, write it down; return its record."""
-        factor = self._set_progress((epoch - 1) / self.epochs)
-        settings = {"learning_rate": self._rates(factor), "kappa": _one_or_list(s.kappa for s in self.learner.signals)}
+        settings = self.schedules.values((epoch - 1) / self.epochs, self.halvings)
         means = self._train_epoch(epoch)
         begin = time.monotonic()
         held_out = self._evaluate(epoch)
@@ -260,30 +211,26 @@ class Trainer:
         """Step through the training batches that are left; return the epoch's means."""
         if self.batches_done == 0:
             self.begin_epoch()
-        bar = tqdm(
-            total=len(self.train.split),
-            initial=self.statistics.count,
-            desc=f"epoch {epoch}/{self.epochs}",
-            unit=" images",
-            leave=False,
-            disable=True if self.quiet else None,
-        )
-        with bar, np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named later
-            shown = clock = time.monotonic()
+        title = f"epoch {epoch}/{self.epochs}"
+        showing = self.display.progress(title, len(self.train.split), self.statistics.count, epoch=epoch)
+        # What is not finite is found and named later.
+        with showing as progress, np.errstate(over="ignore", invalid="ignore"):
+            begin = time.monotonic()
             for batch in self._stoppable(self.train.batches(self.batches_done)):
                 self._step(epoch, batch)
-                bar.update(len(batch))
-                if time.monotonic() - shown >= REFRESH_S:
-                    bar.set_postfix_str(_bar_text(self._means(epoch)), refresh=False)
-                    shown = time.monotonic()
-                self.epoch_s, clock = self.epoch_s + time.monotonic() - clock, time.monotonic()
-                if self.directory is not None and clock - self._saved >= self.checkpoint_s:
+                progress.advance(len(batch))
+                if progress.is_due():
+                    means = self._means(epoch)
+                    progress.show(progress_text(means), **{name: means[name] for name in SHOWN})
+                self.epoch_s, begin = self.epoch_s + time.monotonic() - begin, time.monotonic()
+                if self.directory is not None and begin - self._saved >= self.checkpoint_s:
                     self._save()
-                    clock = time.monotonic()
+                    begin = time.monotonic()
         return self._means(epoch)
 
     def _step(self, epoch: int, batch: Any) -> None:
-        factor = self._set_progress((epoch - 1 + self.batches_done / len(self.train)) / self.epochs)
+        progress = (epoch - 1 + self.batches_done / len(self.train)) / self.epochs
+        factor = self.schedules.set(progress, self.halvings)
         result = self.learner.step(batch)
         self.optimizer.step(result.gradients, factor)
         self.statistics.add(result)
@@ -310,15 +257,19 @@ class Trainer:
         self.epochs_done, self.batches_done, self.epoch_s = record["epoch"], 0, 0.0
         if self.directory is not None:
             self.directory.commit(record, take_snapshot(self), is_best)
-            self._saved = time.monotonic()
-        if not self.quiet:
-            self.report(_epoch_line(record, self.epochs))
+            self._show_saved()
+        left = self.elapsed_s / self.epochs_done * (self.epochs - self.epochs_done)
+        self.display.show("epoch", epoch_text(record, self.epochs, left), **record, left_s=left)
 
     def _save(self) -> None:
         if self.batches_done:
             self._means(self.epochs_done + 1)  # what has diverged is not saved
         self.directory.save(take_snapshot(self))
+        self._show_saved()
+
+    def _show_saved(self) -> None:
         self._saved = time.monotonic()
+        self.display.show("checkpoint", epoch=self.epochs_done, batch=self.batches_done)
 
     def _evaluate(self, epoch: int) -> dict[str, float | None]:
         """Return loss and accuracy of the validation and the test batches; None where there are none."""
@@ -327,41 +278,9 @@ class Trainer:
             if batches is None:
                 record |= {f"{split}_loss": None, f"{split}_accuracy": None}
                 continue
-            loss, accuracy = evaluate(self.learner, self._stoppable(batches), f"epoch {epoch} {split}", self.quiet)
+            shown = self.display.over(batches, f"epoch {epoch}/{self.epochs} {split}")
+            loss, accuracy = evaluate(self.learner, self._stoppable(shown))
             if not math.isfinite(loss):
                 raise DivergenceError(f"the {split} loss is not finite after epoch {epoch}; lower --learning-rate")
             record |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
         return record
-
-    def _set_progress(self, progress: float) -> float:
-        """Set kappa for `progress` in [0, 1) and return the factor of the learning rates."""
-        for signal in self.learner.signals:
-            signal.anneal(progress)
-        return self.schedule(progress) * 0.5**self.halvings
-
-    def _rates(self, factor: float) -> float | list[float]:
-        """Return the learning rate, or one a layer (in the order of ``gradient_norm``) if they differ."""
-        rates = {path: rate for path, rate in self.optimizer.rates.items() if not path.startswith("signals.")}
-        by_layer = {layer_of(path): rate * factor for path, rate in rates.items()}
-        return _one_or_list(by_layer.values())
-
-
-def _bar_text(means: dict[str, Any]) -> str:
-    text = f"loss {means['loss']:.3f}, acc {means['accuracy']:.1%}"
-    return text if means["free_residual"] is None else f"{text}, residual {means['free_residual']:.1e}"
-
-
-def _epoch_line(record: dict[str, Any], epochs: int) -> str:
-    splits = [split for split in ("train", "validation", "test") if record[f"{split}_loss"] is not None]
-    losses = [f"{s} loss {record[f'{s}_loss']:.4f}  acc {record[f'{s}_accuracy']:6.2%}" for s in splits]
-    residual = [] if record["free_residual"] is None else [f"residual {record['free_residual']:.1e}"]
-    number = f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"
-    return "  ".join([number, *losses, *residual, f"{record['images_per_s']:.0f} images/s"])
-
-
-def _one_or_list(values: Iterable[float]) -> float | list[float] | None:
-    """Return None for no value, the value if all are the same, else all of them."""
-    values = list(values)
-    if len(set(values)) > 1:
-        return values
-    return values[0] if values else None

@@ -1,0 +1,71 @@
+"""What a training comes to: loss and accuracy over the images of a split, and how a run ended."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.data import Loader
+
+
+@dataclasses.dataclass
+class TrainSummary:
+    """How a run ended.
+
+    Attributes
+    ----------
+    test_accuracy, test_loss : float
+        After the last epoch; the accuracy in [0, 1].
+    best_accuracy, best_epoch : float, int
+        Of the validation images where there are some, else of the test images.
+    best_split : {"validation", "test"}
+        Which of the two.
+    elapsed_s : float
+        All epochs together, those before a resume included.
+    path : Path or None
+        The run directory.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    best_accuracy: float
+    best_epoch: int
+    best_split: str
+    elapsed_s: float
+    path: Path | None
+
+    def __str__(self) -> str:
+        text = (
+            f"test accuracy {self.test_accuracy:.2%} (best.h5: epoch {self.best_epoch}, chosen by {self.best_split} "
+            f"accuracy {self.best_accuracy:.2%}), {self.elapsed_s / 60:.1f} minutes"
+        )
+        return text if self.path is None else f"{text}, run directory {self.path}"
+
+    def values(self) -> dict[str, Any]:
+        """Return all of it by name, ready for JSON."""
+        return {**dataclasses.asdict(self), "path": None if self.path is None else str(self.path)}
+
+
+def evaluate(learner: Any, batches: Iterable[Any]) -> tuple[float, float]:
+    """Return (mean loss, accuracy) of `learner` over `batches` (of a `Loader` without augmentation)."""
+    loss, correct, count = 0.0, 0, 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for batch in batches:
+            batch_loss, batch_correct = learner.evaluate(batch)
+            loss, correct, count = loss + batch_loss, correct + batch_correct, count + len(batch)
+    return float(loss) / count, int(correct) / count
+
+
+def top_k_accuracy(learner: Any, batches: Loader, k: int) -> float:
+    """Return the fraction of samples whose label is among the `k` highest scores of `learner`."""
+    hits = 0
+    for batch in batches:
+        scores = learner.scores(batch)
+        device = learner.network.device
+        own = scores[device.xp.arange(len(batch)), device.asarray(batch.labels)]
+        hits = hits + ((scores > own[:, None]).sum(axis=1) < k).sum()
+    return int(hits) / len(batches.split)
