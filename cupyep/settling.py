@@ -88,13 +88,13 @@ def _sweeps(system: Any, measure: bool, downward: bool) -> None:
             system.update(n, measure)
 
 
-_ITERATIONS = {"synchronous": _synchronous, "evenodd": _even_odd, "sweeps": _sweeps}
+ITERATIONS = {"synchronous": _synchronous, "evenodd": _even_odd, "sweeps": _sweeps}
 
 
 def _iterate(system: Any, schedule: str, measure: bool, downward: bool) -> None:
     if measure:
         system.residual[...] = 0
-    _ITERATIONS[schedule](system, measure, downward)
+    ITERATIONS[schedule](system, measure, downward)
 
 
 def _prime(system: Any, schedule: str) -> None:

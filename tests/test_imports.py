@@ -29,6 +29,7 @@ ORDER = [
     "learning",
     "optim",
     "models",
+    "export",
     "training",
     "recipes",
     "experiments",
@@ -90,7 +91,8 @@ def test_public_list_is_exactly_what_the_package_imports():
 def test_import_loads_no_optional_package():
     code = (
         "import sys, cupyep; "
-        "print([m for m in ('cupy', 'torch', 'sklearn', 'matplotlib', 'onnxruntime', 'pooch') if m in sys.modules])"
+        "optional = ('cupy', 'torch', 'sklearn', 'matplotlib', 'onnx', 'onnxruntime', 'PIL', 'pooch'); "
+        "print([m for m in optional if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -53,7 +53,7 @@ def test_a_step_allocates_nothing_after_the_first(
     """
     net, batch, signals = costly_case(pooling, precision, activation)
     free = net.settle(batch, steps=1, schedule=schedule)
-    inner, peaks = settling._ITERATIONS[schedule], []
+    inner, peaks = settling.ITERATIONS[schedule], []
 
     def watched(system, measure, downward):
         tracemalloc.reset_peak()
@@ -61,7 +61,7 @@ def test_a_step_allocates_nothing_after_the_first(
         inner(system, measure, downward)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
 
-    monkeypatch.setitem(settling._ITERATIONS, schedule, watched)
+    monkeypatch.setitem(settling.ITERATIONS, schedule, watched)
     buffer_size = np.setbufsize(16)
     tracemalloc.start()
     try:
