@@ -16,11 +16,6 @@ from cupyep.kernels.cuda_update import CudaUpdateOps
 from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
 
-SCRATCH_BYTES = {
-    "cpu": 8 << 20,
-    "cuda": 40 << 20,
-}  # the columns of a chunk stay in cache (L2 / L3 of a core, L2 of a GPU)
-
 
 class Workspace:
     """Scratch and buffers for one batch size, made once and reused by every settle of that size.
@@ -49,7 +44,7 @@ class Workspace:
         self.precision = precision
         self.buffers = Buffers(device.xp, precision.number)
         self.replayer = Replayer(device.graphs)
-        budget = SCRATCH_BYTES["cuda" if device.is_gpu else "cpu"]
+        budget = device.scratch_bytes
         self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
         needed = max(ops.nbytes for ops in self.ops)
         if arena is None or arena.block.nbytes < needed:

@@ -137,6 +137,7 @@ class FakeGpu(StrictDevice):
         super().__init__()
         self.name, self.is_gpu, self.adds_products = "cuda:0", True, True
         self.graphs = GraphCapture(self.xp, 0)
+        self.scratch_bytes = 12_000  # several chunks even of small batches
         self._fake_launchers = {}
 
     def launcher(self, source):

@@ -345,14 +345,16 @@ def test_the_host_waits_once_a_phase(fake_gpu, monkeypatch, tolerance, reads):
     assert crossings == [(net.depth, len(batch))] * reads
 
 
-def test_switched_off_by_the_environment(monkeypatch):
-    """The real device asks the environment when it is made."""
+def test_a_real_device_asks_environment_and_card(monkeypatch):
+    """Graphs can be switched off when it is made; chunks are made for the L2 cache that is there."""
     from cupyep.backend import device as device_module
 
     class Cupy:
         class cuda:
             class runtime:
                 getDeviceCount = staticmethod(lambda: 1)
+                cudaDevAttrL2CacheSize = 38
+                deviceGetAttribute = staticmethod(lambda attribute, index: {38: l2}[attribute])
 
             class Device:
                 def __init__(self, index):
@@ -361,8 +363,12 @@ def test_switched_off_by_the_environment(monkeypatch):
                 def use(self):
                     pass
 
+    l2 = 50 << 20
     monkeypatch.setattr(device_module, "_import_cupy", lambda: (Cupy, ""))
     monkeypatch.delenv("CUPYEP_GRAPHS", raising=False)
     assert ep.get_device("cuda:0").graphs is not None
     monkeypatch.setenv("CUPYEP_GRAPHS", "0")
     assert ep.get_device("cuda:0").graphs is None
+    assert ep.get_device("cuda:0").scratch_bytes == 40 << 20, "an H100's"
+    l2 = 4 << 20
+    assert ep.get_device("cuda:0").scratch_bytes == 16 << 20, "a T4's is too small to matter"

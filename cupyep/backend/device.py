@@ -19,6 +19,9 @@ from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
 from cupyep.backend.graphs import GraphCapture, graphs_wanted
 from cupyep.errors import ConfigurationError, DeviceError
 
+GPU_SCRATCH_SHARE = 0.8  # of L2; the rest is for weights and results passing by
+LEAST_GPU_SCRATCH = 16 << 20  # where L2 is small, large products matter more than where the columns lie
+
 
 @functools.cache
 def _import_cupy() -> tuple[ModuleType | None, str]:
@@ -79,6 +82,9 @@ class Device:
     is_gpu : bool
     adds_products : bool
         Whether `add_gemm` needs no scratch.
+    scratch_bytes : int
+        Scratch that stays in the cache while one chunk of a batch is worked on: part of a GPU's L2, of a core's L2 and
+        L3.
     graphs : GraphCapture or None
         None on the CPU, and on a GPU where ``CUPYEP_GRAPHS=0``.
     reason : str
@@ -90,6 +96,7 @@ class Device:
         self.reason = reason
         self.is_gpu = self.adds_products = name != "cpu"
         self.graphs: GraphCapture | None = None
+        self.scratch_bytes = 8 << 20
         self._launchers: dict[Path, Launcher] = {}
         if self.is_gpu:
             cupy, why_not = _import_cupy()
@@ -101,6 +108,8 @@ class Device:
                 raise DeviceError(f"device '{name}' does not exist: this machine has {count} CUDA device(s)")
             cupy.cuda.Device(self.index).use()
             self.xp = cupy
+            l2 = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrL2CacheSize, self.index)
+            self.scratch_bytes = max(LEAST_GPU_SCRATCH, int(GPU_SCRATCH_SHARE * l2))
             if graphs_wanted():
                 self.graphs = GraphCapture(cupy, self.index)
         else:

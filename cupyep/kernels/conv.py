@@ -91,6 +91,7 @@ class ConvOps:
     """
 
     NATIVE = False  # whether halves and TF32 are multiplied as such, and products added
+    TILE_ROWS = 1  # a product should have a multiple of so many rows
 
     def __init__(
         self,
@@ -107,7 +108,8 @@ class ConvOps:
         self.factors = Factors(precision, xp, self.NATIVE)
         self.product_first = geometry.product_first if product_first is None else product_first
         one = Arena.size(self._requests(1))
-        self.chunks = chunked(batch, nbytes // one)
+        pixels = math.gcd(math.prod(geometry.map_shape[:2]), math.prod(geometry.in_shape[:2]))
+        self.chunks = chunked(batch, nbytes // one, self.TILE_ROWS // math.gcd(self.TILE_ROWS, pixels))
         self.requests = self._requests(self.chunks[0][1])
         self.nbytes = Arena.size(self.requests)
         k, channels, outputs = geometry.kernel, geometry.in_shape[2], geometry.map_shape[2]
@@ -272,12 +274,21 @@ def _store(result: Any, out: Any) -> None:
         out[...] = result
 
 
-def chunked(batch: int, most: int) -> list[tuple[slice, int]]:
-    """Return slices of equal chunks (but for the last) of at most `most` samples, at least one, and their lengths."""
-    samples = max(1, min(batch, most))
-    samples = -(-batch // -(-batch // samples))
-    starts = range(0, batch, samples)
-    return [(slice(start, min(start + samples, batch)), min(samples, batch - start)) for start in starts]
+def chunked(batch: int, most: int, multiple: int = 1) -> list[tuple[slice, int]]:
+    """Return slices of equal chunks (but for the last) of at most `most` samples, at least one, and their lengths.
+
+    Chunks that can be are a multiple of `multiple` samples long.
+    """
+    most = max(1, min(batch, most))
+    samples = -(-batch // -(-batch // most))
+    above = -(-samples // multiple) * multiple
+    if samples < batch and above <= most:
+        samples = above
+    elif samples < batch and above > multiple:
+        samples = above - multiple
+    return [
+        (slice(start, min(start + samples, batch)), min(samples, batch - start)) for start in range(0, batch, samples)
+    ]
 
 
 def part_of(winners: Any, part: slice) -> Any:

@@ -31,7 +31,7 @@ class CudaConvOps(ConvOps):
         See `ConvOps`; states, drives and columns are of the type that the precision stores.
     launcher : Launcher
         Of `SOURCE`.
-    product_first : bool
+    product_first : bool, optional
         Top-down map by product and then col2im instead of columns and then product. Its intermediate has
         ``k * k * C`` instead of ``k * k * K`` elements a pixel and needs `U(s)` as a map.
 
@@ -42,6 +42,7 @@ class CudaConvOps(ConvOps):
     """
 
     NATIVE = True
+    TILE_ROWS = 256  # of the largest tiles that cuBLAS multiplies: other numbers of rows leave tiles half empty
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class CudaConvOps(ConvOps):
         precision: Precision,
         xp: Any,
         launcher: Any,
-        product_first: bool = False,
+        product_first: bool | None = None,
     ):
         self.launcher = launcher
         super().__init__(geometry, batch, nbytes, precision, xp, product_first)
