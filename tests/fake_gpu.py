@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -122,6 +123,14 @@ class FakeGraph:
         self.tape.play()
 
 
+class FakeEvent:
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        assert Tape.current is None
+
+
 class FakeLauncher(ShimLauncher):
     """Launches kernels on device arrays, or records it."""
 
@@ -158,6 +167,9 @@ def fake_gpu(monkeypatch):
     FakeGraph.made.clear()
     monkeypatch.setattr(strict.XP, "__name__", "cupy")
     cuda = SimpleNamespace(
+        Event=FakeEvent,
+        get_elapsed_time=lambda start, end: 1000 * (end.time - start.time),
+        get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
         Device=lambda index: contextlib.nullcontext(),
         Stream=FakeStream,
         MemoryPool=lambda: SimpleNamespace(malloc=None),

@@ -287,6 +287,21 @@ def test_stopwatch_measures_every_case_in_every_round(load):
     assert len(watch.product_rates) == 6
 
 
+def test_on_a_gpu_replays_are_timed_beside_plain_launches(load, fake_gpu):
+    """By events; a stand-in for a GPU gives times that mean nothing."""
+    net = ep.vgg(5, 4, (16, 16, 3), 1 / 32, device=fake_gpu)
+    watch = load("measuring").Stopwatch(fake_gpu, net.precision, 8, repeats=1, shortest=0)
+    tool = load("benchmark")
+    run = tool.Run({}, net, tool.random_batch(net, 2), watch)
+    rows = tool.time_settle_steps(run)
+    names = [f"settle step, {name}" for name in ("synchronous", "evenodd", "sweeps")]
+    assert list(rows) == [row for name in names for row in (name, f"{name}, plain launches")]
+    assert run.report["settle_step_plain_launches_s"] == rows[f"{names[0]}, plain launches"].median
+    graphs = [graph for graph in net.workspace(2).replayer._graphs.values() if graph is not None]
+    assert len(graphs) == 6, "measured or not, for each schedule"
+    assert fake_gpu.graphs is not None
+
+
 def test_peak_is_that_of_arrays_alive_together(load):
     device = ep.get_device("cpu")
 

@@ -99,11 +99,22 @@ def time_edges(run: Run) -> dict[str, Timing]:
     return run.stopwatch.measure(cases)
 
 
+def plainly(device: ep.Device, work: Callable[..., Any], **how: Any) -> None:
+    """Do `work` without replaying graphs."""
+    graphs, device.graphs = device.graphs, None
+    try:
+        work(**how)
+    finally:
+        device.graphs = graphs
+
+
 def time_settle_steps(run: Run) -> dict[str, Timing]:
     """Time one step of every schedule, as the difference of a long and a short free phase."""
     network, reference, phases = run.network, run.reference, {}
     for schedule in SCHEDULES:
         phases[schedule] = functools.partial(network.settle_free, run.batch, schedule=schedule)
+        if network.device.graphs is not None:
+            phases[f"{schedule}, plain launches"] = functools.partial(plainly, network.device, phases[schedule])
     if reference is not None:
         x, zeros = reference.images(run.batch.images), reference.zeros(len(run.batch))
         phases["torch"] = lambda steps: reference.settle(x, zeros, steps)
@@ -124,6 +135,8 @@ def time_settle_steps(run: Run) -> dict[str, Timing]:
         "settle_fraction_of_gemm": step.fraction,
         "settle_done_fraction_of_gemm": step.done_fraction,
     }
+    if (plain := rows.get("settle step, synchronous, plain launches")) is not None:
+        run.report["settle_step_plain_launches_s"] = plain.median
     if reference is not None:
         run.report["settle_step_speedup_vs_torch"] = rows["settle step, torch"].median / step.median
     return rows

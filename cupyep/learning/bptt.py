@@ -76,8 +76,10 @@ class BackpropagationThroughTime(Learner):
         """Return (s_t, g_t, winners of s_t) for every unrolled step, the last state, and the statistics."""
         network = self.network
         state = State(
-            [s.copy() for s in start.layers], workspace.states("unrolled drive"), workspace.winners("unrolled winners")
+            workspace.states("unrolled"), workspace.states("unrolled drive"), workspace.winners("unrolled winners")
         )
+        for s, first in zip(state.layers, start.layers, strict=True):
+            s[...] = first
         parts = (network.layers, network.activation, network.feedback, network.device, workspace)
         system = Classical(*parts, batch.images, state)
         history = []
