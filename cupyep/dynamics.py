@@ -17,6 +17,7 @@ import numpy as np
 from cupyep.activations import Activation
 from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
+from cupyep.backend.graphs import Replays
 from cupyep.heads import LossTerm
 from cupyep.layers import Edge
 from cupyep.settling import SettleStats
@@ -168,9 +169,8 @@ class _System:
         own = [self.residual, self.scratch, self.term_scratch, *self.drive, *self.topdown, *self.force]
         return own + [array for terms in self._nudges.values() for _, *pair in terms for array in pair]
 
-    @functools.cached_property
-    def capture_key(self) -> tuple[Any, ...] | None:
-        """All that an iteration depends on besides the content of arrays, or None where it must not be captured."""
+    def _capture_key(self) -> tuple[Any, ...] | None:
+        """Return all that an iteration depends on besides the content of arrays; None: it must not be captured."""
         parts = [self.activation.code, *(edge.capture_key() for edge in self.edges)]
         parts += [term.capture_key() for n, terms in self._nudges.items() for term, *_ in terms]
         if None in parts:
@@ -178,13 +178,16 @@ class _System:
         arrays = (None if array is None else identity(array) for array in self._arrays())
         return (self.form, self.phases, self.feedback, tuple(self._nudges), *parts, *arrays)
 
+    @functools.cached_property
+    def _replays(self) -> Replays:
+        return self.workspace.replayer.of(None if self.device.graphs is None else self._capture_key())
+
     def repeat(self, name: Hashable, work: Callable[[], None]) -> None:
         """Do `work`, a part of the phase told from others by its `name`, or replay what it did before.
 
         See `cupyep.backend.graphs`.
         """
-        key = None if self.device.graphs is None else self.capture_key
-        self.workspace.replayer.run(key and (name, key), work)
+        self._replays.run(name, work)
 
     def remember(self) -> None:
         """Keep a copy of the states for `distance_from_remembered`."""

@@ -203,6 +203,7 @@ class Network:
         ConfigurationError
             If `x` is not (N, H, W, C) with this network's H, W, C.
         """
+        self.device.use()  # another network may have used another GPU, or another thread this one
         x = self.device.xp.ascontiguousarray(self.device.asarray(x, self.dtype))
         require(
             x.ndim == len(self.input_shape) + 1 and x.shape[1:] == self.input_shape and len(x) > 0,

@@ -149,6 +149,9 @@ class FakeGpu(StrictDevice):
         self.scratch_bytes = 12_000  # several chunks even of small batches
         self._fake_launchers = {}
 
+    def use(self):
+        pass
+
     def launcher(self, source):
         if compiler() is None:
             pytest.skip("g++ is not installed: kernels cannot run on the CPU")

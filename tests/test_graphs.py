@@ -10,7 +10,7 @@ from fake_gpu import FakeGraph, FakeStream, current_stream
 import cupyep as ep
 from cupyep.backend import graphs
 from cupyep.backend.device import gemm
-from cupyep.backend.graphs import GraphCapture, Replayer
+from cupyep.backend.graphs import GraphCapture, Replayer, Replays
 
 
 def counted(work):
@@ -26,7 +26,7 @@ def counted(work):
 
 def test_plain_then_captured_then_replayed(fake_gpu):
     """The host does the work twice: once plainly, once to record it. Replays compute on what the memory holds then."""
-    xp, replayer = fake_gpu.xp, Replayer(fake_gpu.graphs)
+    xp, replays = fake_gpu.xp, Replays(fake_gpu.graphs)
     a, b, out = (fake_gpu.asarray(np.zeros((2, 2))) for _ in range(3))
 
     def square_and_add():
@@ -37,7 +37,7 @@ def test_plain_then_captured_then_replayed(fake_gpu):
     work, calls = counted(square_and_add)
     for step in range(5):
         a[...], b[...] = fake_gpu.asarray([[step, 1.0], [2.0, 3.0]]), step
-        replayer.run("work", work)
+        replays.run("work", work)
         expected = np.array([[step**2 + 2, step + 3.0], [2 * step + 6, 11]]) + step + [[1], [0]]
         np.testing.assert_array_equal(fake_gpu.to_numpy(out), expected)
     assert len(calls) == 2
@@ -48,34 +48,36 @@ def test_plain_then_captured_then_replayed(fake_gpu):
 
 
 def test_other_keys_are_other_work(fake_gpu):
-    replayer, arrays = Replayer(fake_gpu.graphs), [fake_gpu.asarray(np.zeros(1)) for _ in range(2)]
+    replays, arrays = Replays(fake_gpu.graphs), [fake_gpu.asarray(np.zeros(1)) for _ in range(2)]
     for _ in range(4):
         for number, array in enumerate(arrays):
-            replayer.run(number, lambda array=array, number=number: array.__iadd__(number + 1))
+            replays.run(number, lambda array=array, number=number: array.__iadd__(number + 1))
     assert [float(array[0]) for array in arrays] == [4, 8]
     assert [graph.launches for graph in FakeGraph.made] == [3, 3]
 
 
 def test_work_without_a_key_or_a_device_that_captures_is_done_plainly(fake_gpu):
-    for replayer, key in ((Replayer(fake_gpu.graphs), None), (Replayer(None), "work")):
+    for replayer, key in ((Replayer(fake_gpu.graphs), None), (Replayer(None), "key")):
         work, calls = counted(lambda: None)
         for _ in range(3):
-            replayer.run(key, work)
+            replayer.of(key).run("work", work)
         assert len(calls) == 3
     assert FakeGraph.made == []
 
 
 def test_what_is_not_used_is_forgotten(fake_gpu):
-    replayer = Replayer(fake_gpu.graphs)
-    work, calls = counted(lambda: None)
-    replayer.run("often", work)
+    """Of many keys the last ones used are kept; work of equal names and different keys is different work."""
+    replayer, (work, calls) = Replayer(fake_gpu.graphs), counted(lambda: None)
     for number in range(Replayer.KEPT + 5):
-        replayer.run(number, work)
-        replayer.run("often", work)
-    assert len(calls) == 2 + Replayer.KEPT + 5, "the one used often is still there"
-    replayer.run(0, work)
-    assert len(calls) == 3 + Replayer.KEPT + 5, "the first of the others is not"
-    assert len(replayer._graphs) == Replayer.KEPT
+        for key in (number, "often"):
+            replayer.of(key).run("work", work)
+    assert len(calls) == Replayer.KEPT + 5 + 2
+    assert len(replayer.graphs()) == 1
+    assert replayer.of("often").graphs["work"].launches == Replayer.KEPT + 4
+    for number, known in ((0, False), (Replayer.KEPT + 4, True)):
+        calls.clear()
+        replayer.of(number).run("work", work)
+        assert (len(replayer.graphs()) == 2) == known
 
 
 def allocate(device, a):
@@ -110,29 +112,29 @@ REFUSED = {
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_a_capture_that_fails_is_reported_once_and_plain_launches_go_on(fake_gpu, wrong):
     """The work is done in every step all the same; nothing of a broken capture is left behind."""
-    replayer, a = Replayer(fake_gpu.graphs), fake_gpu.asarray(np.zeros(2))
+    replays, a = Replays(fake_gpu.graphs), fake_gpu.asarray(np.zeros(2))
 
     def work():
         a[...] += 1
         if wrong is not fail or current_stream():
             wrong(fake_gpu, a)
 
-    replayer.run("work", work)
+    replays.run("work", work)
     with pytest.warns(ep.GraphWarning, match=REFUSED[wrong]) as caught:
-        replayer.run("work", work)
+        replays.run("work", work)
     assert "\n" not in str(caught[0].message)
     assert fake_gpu.graphs.failed
     for key in ("work", "other work", "other work"):
-        replayer.run(key, work)
+        replays.run(key, work)
     np.testing.assert_array_equal(fake_gpu.to_numpy(a), 5)
     assert (strict.Tape.current, current_stream()) == (None, 0)
 
 
 def test_what_is_wrong_with_the_work_itself_is_raised(fake_gpu):
-    replayer = Replayer(fake_gpu.graphs)
-    replayer.run("work", lambda: None)
+    replays = Replays(fake_gpu.graphs)
+    replays.run("work", lambda: None)
     with pytest.warns(ep.GraphWarning, match="ValueError: not here"), pytest.raises(ValueError, match="not here"):
-        replayer.run("work", lambda: fail(None, None))
+        replays.run("work", lambda: fail(None, None))
 
 
 def test_an_interrupt_ends_the_capture_and_is_no_failure(fake_gpu):
@@ -153,10 +155,10 @@ def test_a_capture_whose_end_fails_falls_back(fake_gpu, monkeypatch):
         raise RuntimeError("cudaErrorStreamCaptureInvalidated: operation failed due to a previous error")
 
     monkeypatch.setattr(FakeStream, "end_capture", end)
-    replayer, a = Replayer(fake_gpu.graphs), fake_gpu.asarray(np.zeros(1))
-    replayer.run("work", lambda: a.__iadd__(1))
+    replays, a = Replays(fake_gpu.graphs), fake_gpu.asarray(np.zeros(1))
+    replays.run("work", lambda: a.__iadd__(1))
     with pytest.warns(ep.GraphWarning, match="cudaErrorStreamCaptureInvalidated"):
-        replayer.run("work", lambda: a.__iadd__(1))
+        replays.run("work", lambda: a.__iadd__(1))
     assert float(a[0]) == 2
 
 

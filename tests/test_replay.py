@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpu, FakeGraph, FakeStream
+from fake_gpu import FakeGpu, FakeStream
 from small import Teacher, batch_of, network
 
 import cupyep as ep
@@ -68,8 +68,7 @@ def make(device, **options):
 
 def captured(net):
     """Return the graphs that a network holds."""
-    replayers = [workspace.replayer for workspace in net._workspaces.values()]
-    return [graph for replayer in replayers for graph in replayer._graphs.values() if graph is not None]
+    return [graph for workspace in net._workspaces.values() for graph in workspace.replayer.graphs()]
 
 
 def train(device, form, schedule, batches=4, **options):
@@ -292,19 +291,19 @@ def arrays_in(value):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_key_names_all_memory_that_a_graph_touches(fake_gpu, monkeypatch, schedule, form):
     """But for what lives and dies with the graphs themselves: the scratch of the operations."""
-    run, seen = Replayer.run, []
+    of, seen = Replayer.of, {}
 
-    def watched(self, key, work):
-        before = len(FakeGraph.made)
-        run(self, key, work)
-        if len(FakeGraph.made) > before:
-            seen.append((self, key, FakeGraph.made[-1]))
+    def watched(self, key):
+        replays = of(self, key)
+        seen[id(replays)] = (self, key, replays)
+        return replays
 
-    monkeypatch.setattr(Replayer, "run", watched)
+    monkeypatch.setattr(Replayer, "of", watched)
     net, _ = train(fake_gpu, form, schedule)
-    assert len(seen) == 7
+    found = [(*others, graph) for *others, replays in seen.values() for graph in replays.graphs.values() if graph]
+    assert len(found) == 7
     owners = {id(workspace.replayer): workspace for workspace in net._workspaces.values()}
-    for replayer, (_, key), graph in seen:
+    for replayer, key, graph in found:
         workspace = owners[id(replayer)]
         own = [workspace.arena.block._host]
         own += [array for ops in workspace.ops for value in vars(ops).values() for array in arrays_in(value)]

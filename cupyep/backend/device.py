@@ -106,8 +106,8 @@ class Device:
             self.index = int(name.partition(":")[2])
             if self.index >= count:
                 raise DeviceError(f"device '{name}' does not exist: this machine has {count} CUDA device(s)")
-            cupy.cuda.Device(self.index).use()
             self.xp = cupy
+            self.use()
             l2 = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrL2CacheSize, self.index)
             self.scratch_bytes = max(LEAST_GPU_SCRATCH, int(GPU_SCRATCH_SHARE * l2))
             if graphs_wanted():
@@ -117,6 +117,11 @@ class Device:
 
     def __repr__(self) -> str:
         return f"Device({self.name!r})"
+
+    def use(self) -> None:
+        """Make this GPU the one that the current thread launches kernels on; nothing on the CPU."""
+        if self.is_gpu:
+            self.xp.cuda.Device(self.index).use()
 
     def asarray(self, array: Any, dtype: Any = None) -> Any:
         """Copy `array` to this device if it is not there yet."""

@@ -95,8 +95,8 @@ class GraphCapture:
                 return stream.end_capture()
 
 
-class Replayer:
-    """Does a piece of work plainly the first time, captures it the second, and replays it from then on.
+class Replays:
+    """Pieces of work by name: each is done plainly the first time, captured the second, and replayed from then on.
 
     Parameters
     ----------
@@ -104,35 +104,60 @@ class Replayer:
         None: everything is done plainly.
     """
 
-    KEPT = 64  # pieces of work remembered, the least recently used goes first
-
     def __init__(self, capture: GraphCapture | None):
         self._capture = capture
-        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self.graphs: dict[Hashable, Any] = {}  # None for what was done once
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do `work`, a function without result.
-
-        Parameters
-        ----------
-        key : hashable or None
-            Names all that `work` depends on besides the content of arrays: sizes, settings, and the addresses of all
-            arrays that do not live as long as this object. None: must not be captured.
-        """
-        if key is None or self._capture is None or self._capture.failed:
+    def run(self, name: Hashable, work: Callable[[], None]) -> None:
+        """Do `work`, a function without result, or what it did before under this name."""
+        if self._capture is None or self._capture.failed:
             work()
             return
-        if key not in self._graphs:
+        if name not in self.graphs:
             work()
-            self._graphs[key] = None
-            if len(self._graphs) > self.KEPT:
-                self._graphs.popitem(last=False)
+            self.graphs[name] = None
             return
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
+        graph = self.graphs[name]
         if graph is None:
-            graph = self._graphs[key] = self._capture.capture(work)
+            graph = self.graphs[name] = self._capture.capture(work)
         if graph is None:
             work()
         else:
             graph.launch()
+
+
+class Replayer:
+    """The replays of one workspace, apart for everything that they depend on.
+
+    Parameters
+    ----------
+    capture : GraphCapture or None
+    """
+
+    KEPT = 32  # keys remembered, the least recently used goes first
+
+    def __init__(self, capture: GraphCapture | None):
+        self._capture = capture
+        self._replays: OrderedDict[Hashable, Replays] = OrderedDict()
+
+    def of(self, key: Hashable) -> Replays:
+        """Return the replays of work that depends on `key`.
+
+        Parameters
+        ----------
+        key : hashable or None
+            Names all that the work depends on besides the content of arrays: sizes, settings, and the addresses of all
+            arrays that do not live as long as this object. None: nothing is captured.
+        """
+        if key is None or self._capture is None:
+            return Replays(None)
+        if key not in self._replays:
+            self._replays[key] = Replays(self._capture)
+            if len(self._replays) > self.KEPT:
+                self._replays.popitem(last=False)
+        self._replays.move_to_end(key)
+        return self._replays[key]
+
+    def graphs(self) -> list[Any]:
+        """Return the graphs that are held."""
+        return [graph for replays in self._replays.values() for graph in replays.graphs.values() if graph is not None]
