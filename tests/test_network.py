@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from oracle import Oracle
 from small import CLASSES, batch_of, network, on_host
+from strict import StrictDevice
 
 import cupyep as ep
 
@@ -228,3 +229,18 @@ def test_repr_names_what_it_is():
     text = repr(network("conv", pooling="max", feedback=0.5))
     for part in ("sigmoid", "feedback 0.5", "float64", "(6, 6, 2) -> (3, 3, 3)", "max pool 2", "cross_entropy"):
         assert part in text
+
+
+def test_calls_run_on_the_networks_own_device():
+    """Another network or thread may have made another GPU the current one."""
+    used = []
+
+    class Noted(StrictDevice):
+        def use(self):
+            used.append(self.name)
+
+    net = network("conv", Noted())
+    for call in (lambda: net.settle(batch_of(net), steps=1), lambda: net.predict(batch_of(net).images, steps=1)):
+        used.clear()
+        call()
+        assert used
