@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from cupyep.errors import choose, require
 from cupyep.heads import Head
 from cupyep.layers import Edge
 from cupyep.losses import get_loss, one_hot
+from cupyep.model_file import read_network, write_network
 from cupyep.settling import settle
 from cupyep.workspace import Workspace
 
@@ -142,16 +145,11 @@ class Network:
         return Energy(self.layers, self.activation, self.feedback, self.device, self.precision)
 
     def __repr__(self) -> str:
-        lines = [f"  {n}: {edge!r}" for n, edge in enumerate(self.layers, 1)]
         readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
         where = f"{self.precision.name}, {self.device.name}"
-        return "\n".join(
-            [
-                f"Network({self.activation.name}, feedback {self.feedback:g}, {where}",
-                *lines,
-                f"  readout: {readout}, {self.readout.criterion.name})",
-            ]
-        )
+        lines = [f"Network({self.activation.name}, feedback {self.feedback:g}, {where}"]
+        lines += [f"  {n}: {edge!r}" for n, edge in enumerate(self.layers, 1)]
+        return "\n".join([*lines, f"  readout: {readout}, {self.readout.criterion.name})"])
 
     def parameters(self) -> dict[str, Any]:
         """Return the trained arrays by path, ``layers.1.weight`` .. ``readout.bias``."""
@@ -182,6 +180,15 @@ class Network:
             )
         for path, array in own.items():
             array[...] = self.device.asarray(parameters[path], self.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Write structure and parameters to one HDF5 file; see `cupyep.model_file` for its form and the errors."""
+        write_network(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | Device = "auto") -> Network:
+        """Return the network that `save` wrote to `path`; see `cupyep.model_file` for the errors."""
+        return read_network(path, functools.partial(cls, device=get_device(device)))
 
     def workspace(self, batch: int) -> Workspace:
         """Return the buffers for a batch size, the current weights taken up; those of the last few sizes are kept."""

@@ -19,6 +19,7 @@ ORDER = [
     "activations",
     "losses",
     "layers",
+    "model_file",
     "heads",
     "workspace",
     "settling",
