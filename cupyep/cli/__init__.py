@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import check, data, evaluate, info, recipes, reproduce, train
+from cupyep.cli import check, data, evaluate, export, info, predict, recipes, reproduce, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -31,6 +31,8 @@ def main(context: click.Context) -> None:
 COMMANDS = (
     train.train,
     evaluate.evaluate,
+    predict.predict,
+    export.export,
     check.check,
     data.data,
     recipes.recipes,

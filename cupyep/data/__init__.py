@@ -1,6 +1,7 @@
 """Data: the data sets, the loader that feeds batches to a device, and the teacher file."""
 
 from cupyep.data.dataset import VIEWS, Dataset, Split, data_directory, load_dataset
+from cupyep.data.image_format import ImageFormat
 from cupyep.data.loader import Batch, Loader
 from cupyep.data.sources import DATASETS
 from cupyep.data.teacher import TeacherFile, TeacherWriter
@@ -9,6 +10,7 @@ __all__ = [
     "Batch",
     "DATASETS",
     "Dataset",
+    "ImageFormat",
     "Loader",
     "Split",
     "TeacherFile",

@@ -47,6 +47,31 @@ class _Draws:
     flip: np.ndarray  # (N,) 0 or 1
 
 
+class Normaliser:
+    """Makes network inputs of pixels: a value x of channel c becomes (x / 255 - mean[c]) / std[c].
+
+    Parameters
+    ----------
+    mean, std : ndarray of shape (C,)
+    device : Device
+    dtype : dtype
+        Of the result.
+    """
+
+    def __init__(self, mean: np.ndarray, std: np.ndarray, device: Device, dtype: Any):
+        mean, std = mean.astype(np.float64), std.astype(np.float64)
+        self.dtype = np.dtype(dtype)
+        self._scale = device.asarray(1 / (255 * std), self.dtype)
+        self._shift = device.asarray(-mean / std, self.dtype)
+
+    def __call__(self, pixels: Any) -> Any:
+        """Return uint8 `pixels` (..., C) on the device as normalised numbers, a new array."""
+        images = pixels.astype(self.dtype)
+        images *= self._scale
+        images += self._shift
+        return images
+
+
 class Loader:
     """Iterable of `Batch` over one split; every sample once, the last batch as small as it comes out.
 
@@ -74,7 +99,7 @@ class Loader:
 
     Notes
     -----
-    A value x of channel c becomes (x / 255 - mean[c]) / std[c].
+    Images are normalised by `Normaliser`.
 
     Iterating draws all random numbers of the epoch at once, on the host, by sample and not by batch: the order and
     augmentation of an epoch depend on nothing but the generator's state when it begins (not on device, batch size,
@@ -107,9 +132,7 @@ class Loader:
         self.pad = dataset.pad if pad is None else pad
         self.flip = flip and dataset.flip
         self._images = self.device.asarray(self.split.images)
-        mean, std = dataset.mean.astype(np.float64), dataset.std.astype(np.float64)
-        self._scale = self.device.asarray(1 / (255 * std), self.dtype)
-        self._shift = self.device.asarray(-mean / std, self.dtype)
+        self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -144,12 +167,6 @@ class Loader:
         else:
             images = self._normalise(self._images[rows])
         return Batch(images, self.split.labels[places], self.split.index[places], flip.astype(np.uint8))
-
-    def _normalise(self, pixels: Any) -> Any:
-        images = pixels.astype(self.dtype)
-        images *= self._scale
-        images += self._shift
-        return images
 
     def _crop(self, places: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device."""

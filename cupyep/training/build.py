@@ -10,7 +10,7 @@ import numpy as np
 
 from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.backend import Device
-from cupyep.data import Dataset, Loader, TeacherFile, load_dataset
+from cupyep.data import Dataset, ImageFormat, Loader, TeacherFile, load_dataset
 from cupyep.errors import require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
 from cupyep.models import build
@@ -36,12 +36,12 @@ def build_dataset(config: TrainConfig) -> Dataset:
     )
 
 
-def build_network(config: TrainConfig, dataset: Dataset, device: Device | str) -> Network:
-    """Return the untrained network for the images and classes of `dataset`."""
+def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: Device | str) -> Network:
+    """Return the untrained network for images and classes like those of `images`."""
     return build(
         config.arch,
-        classes=len(dataset.classes),
-        input_shape=dataset.image_shape,
+        classes=len(images.classes),
+        input_shape=images.image_shape,
         width=config.width,
         activation=config.activation,
         pooling=config.pooling,
@@ -164,5 +164,6 @@ def build_trainer(
         generators={"learner": signs},
         checkpoint_minutes=config.checkpoint_minutes,
         on_divergence=config.on_divergence,
+        images=ImageFormat.of(dataset),
         display=display,
     )

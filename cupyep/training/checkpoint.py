@@ -4,7 +4,7 @@ Groups ``parameters`` (by path), ``optimizer`` (`Optimizer.state_dict` by name) 
 epoch under way). Root attributes: ``format="cupyep-checkpoint"``, ``version=2``; numbers, ``epoch`` (epochs done),
 ``batch`` (batches done of the epoch after), ``best_accuracy`` and ``best_epoch``, ``elapsed_s`` and ``epoch_s``,
 ``halvings``; JSON texts, ``network`` (the keyword arguments that rebuild it), ``generators`` (name -> bit generator
-state), ``config`` (options of the run) and ``versions`` (of cupyep, Python and libraries).
+state), ``config`` (options of the run), ``images`` (`ImageFormat`) and ``versions`` (of cupyep, Python and libraries).
 The file begins with a checksum (`cupyep.data.hdf5`).
 """
 
@@ -30,7 +30,7 @@ from cupyep.files import write_file
 FORMAT = "cupyep-checkpoint"
 VERSION = 2
 GROUPS = ("parameters", "optimizer", "statistics")
-TEXTS = ("network", "generators", "config", "versions")
+TEXTS = ("network", "generators", "config", "images", "versions")
 
 
 def versions() -> dict[str, str]:
@@ -63,6 +63,8 @@ class Checkpoint:
         epoch's order and crops, the state at the beginning of that epoch.
     config : dict
         The options of the run.
+    images : dict
+        `ImageFormat.to_json` of the data set; empty where a trainer was not told it.
     versions : dict of str to str
     """
 
@@ -79,6 +81,7 @@ class Checkpoint:
     statistics: dict[str, Any] = field(default_factory=dict)
     generators: dict[str, dict] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
 
@@ -155,7 +158,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read_text(file: h5py.File, name: str) -> dict[str, Any]:
-    value = json.loads(hdf5.attribute(file, name))
+    text = hdf5.attribute(file, name)
+    if text is None and name == "images":  # files from before there was one
+        return {}
+    value = json.loads(text)
     if not isinstance(value, dict):
         raise TypeError(f"'{name}' is not an object")
     return value

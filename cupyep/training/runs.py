@@ -7,27 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cupyep.backend import Device, get_device
 from cupyep.data import Dataset
 from cupyep.errors import require
 from cupyep.network import Network
 from cupyep.training.build import (
     build_dataset,
-    build_learner,
     build_network,
     build_signals,
     build_trainer,
     evaluation_batches,
 )
-from cupyep.training.checkpoint import restore_parameters, versions
+from cupyep.training.checkpoint import versions
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name
 from cupyep.training.display import Display
 from cupyep.training.results import evaluate, top_k_accuracy
-from cupyep.training.run_directory import CHECKPOINT_FILES, PREVIOUS, RunDirectory, check_free, default_path
-from cupyep.training.snapshot import check_same_network
+from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, default_path
 from cupyep.training.teacher import cached_teacher
+from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
 
 
@@ -119,25 +116,18 @@ def evaluate_run(
     list of str
         Lines: what was measured; accuracy and loss; for 100 classes or more also the top-5 accuracy.
     """
-    directory = RunDirectory.open(path)
-    saved = directory.load(which)
-    config = dataclasses.replace(directory.config, aug="none", teacher=None, learned_maps=False, **given)
-    dataset = build_dataset(config)
-    network = build_network(config, dataset, get_device(config.device))
-    learner = build_learner(config, network, [], np.random.default_rng(config.seed))
-    batches = evaluation_batches(config, dataset, network, split)
-    check_same_network(directory.path / CHECKPOINT_FILES[which], saved, network)
-    own = {name: array for name, array in saved.parameters.items() if not name.startswith("signals.")}
-    restore_parameters(directory.path / CHECKPOINT_FILES[which], own, network.parameters(), network.device)
-    loss, accuracy = evaluate(learner, (display or Display()).over(batches, f"{split} images"))
-    chosen = f"best, chosen by {'test' if dataset.validation is None else 'validation'} accuracy"
+    run = load_trained(path, which, given)
+    config = run.config
+    batches = evaluation_batches(config, build_dataset(config), run.network, split)
+    loss, accuracy = evaluate(run.learner, (display or Display()).over(batches, f"{split} images"))
+    chosen = f"best, chosen by {'test' if config.validation is None else 'validation'} accuracy"
     lines = [
-        f"{config.arch} on the {len(batches.split)} {split} images of {config.dataset}, epoch {saved.epoch} "
+        f"{config.arch} on the {len(batches.split)} {split} images of {config.dataset}, epoch {run.epoch} "
         f"({chosen if which == 'best' else which})",
         f"{split} accuracy {accuracy:.2%}, loss {loss:.4f}",
     ]
-    if network.classes >= 100:
-        lines[1] += f", top-5 accuracy {top_k_accuracy(learner, batches, 5):.2%}"
+    if run.network.classes >= 100:
+        lines[1] += f", top-5 accuracy {top_k_accuracy(run.learner, batches, 5):.2%}"
     return lines
 
 

@@ -51,6 +51,7 @@ def take_snapshot(trainer: Any) -> Checkpoint:
         generators=generators,
         network=portable(trainer.network.config),
         config={} if trainer.directory is None else dataclasses.asdict(trainer.directory.config),
+        images={} if trainer.images is None else trainer.images.to_json(),
         **{name: getattr(trainer, attribute) for name, attribute in PROGRESS.items()},
     )
 

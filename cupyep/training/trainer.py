@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.data import ImageFormat
 from cupyep.errors import DivergenceError, Interrupted, choose, require
 from cupyep.optim import Optimizer
 from cupyep.training.display import Display, epoch_text, progress_text
@@ -52,6 +53,8 @@ class Trainer:
     on_divergence : {"stop", "halve-lr"}
         What a `DivergenceError` does: end the run, or take it back to the end of the last epoch (as the directory has
         it) and halve all learning rates, at most `MOST_HALVINGS` times.
+    images : ImageFormat, optional
+        Of the data set; kept in checkpoints, so that they can be used without it.
     display : Display, optional
         Shows what is going on.
 
@@ -76,6 +79,7 @@ class Trainer:
         generators: Mapping[str, np.random.Generator] | None = None,
         checkpoint_minutes: float = 10.0,
         on_divergence: str = "stop",
+        images: ImageFormat | None = None,
         display: Display | None = None,
     ):
         require(epochs >= 1, f"epochs must be at least 1 (got {epochs})")
@@ -93,6 +97,7 @@ class Trainer:
         self.generators = {"data": train.generator, **(generators or {})}
         self.checkpoint_s = 60 * checkpoint_minutes
         self.on_divergence = choose("on_divergence", on_divergence, ON_DIVERGENCE)
+        self.images = images
         self.display = display or Display()
         self.interruptions = Interruptions()
         self.epochs_done, self.batches_done = 0, 0

@@ -1,0 +1,59 @@
+"""What a network has to know of its images: the classes, the size, and how pixels were normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyep.data.dataset import Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFormat:
+    """The form of a data set, without its images.
+
+    Attributes
+    ----------
+    name : str
+    classes : tuple of str
+    image_shape : (H, W, C)
+    mean, std : ndarray of float32, shape (C,)
+        See `Dataset`.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> ImageFormat:
+        """Return the format of the images of `dataset`."""
+        return cls(dataset.name, dataset.classes, dataset.image_shape, dataset.mean, dataset.std)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes; numbers come back bit for bit."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "image_shape": list(self.image_shape),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ImageFormat:
+        """Return the format that `to_json` described; `ValueError`, `TypeError` or `KeyError` for anything else."""
+        name, classes, shape = values["name"], tuple(values["classes"]), tuple(values["image_shape"])
+        mean, std = (np.array(values[key], np.float32) for key in ("mean", "std"))
+        texts = all(isinstance(text, str) for text in (name, *classes))
+        numbers = len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+        if not texts or len(classes) < 2 or not numbers or mean.shape != shape[2:] or std.shape != shape[2:]:
+            raise ValueError(f"'{name}' is not a description of images")
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise ValueError(f"'{name}': mean and std of the images are not numbers that one can divide by")
+        return cls(name, classes, shape, mean, std)

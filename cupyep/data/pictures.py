@@ -1,0 +1,113 @@
+"""Picture files of any size as images of a data set: colours, square, size. Needs Pillow (extra ``images``).
+
+A picture is made as the data set's own images are: turned upright, transparent parts white, to grey or colours as the
+data set is, cut to the largest square in the middle, brought to the data set's size by averaging areas (enlarged by
+repeating pixels), and from there, as all its images, to the size that the run asked for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.data.files import one_line
+from cupyep.data.images import resize
+from cupyep.data.sources import Source
+from cupyep.errors import ConfigurationError, DataError
+
+#: Formats that Pillow reads by itself; others, such as EPS, would start programs.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 50_000_000
+GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+COLOURS = {1: "L", 3: "RGB"}
+
+
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """Return the files among `paths`, and for every folder the pictures in it (not below it) by name.
+
+    Raises
+    ------
+    DataError
+        If there is no such path, or no picture in a folder.
+    """
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                raise DataError(f"no pictures in folder {path} (looked for {', '.join(SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"there is no file or folder {path}")
+    return found
+
+
+def read_picture(path: Path, source: Source, size: int) -> np.ndarray:
+    """Return the picture at `path` as an image of the data set `source`.
+
+    Parameters
+    ----------
+    path : Path
+    source : Source
+        Gives the colours (1 or 3 channels) and the size that the data set's images have.
+    size : int
+        Height and width of the result; `cupyep.data.images.resize` must be able to make it of the data set's size.
+
+    Returns
+    -------
+    ndarray of uint8, shape (size, size, C)
+
+    Raises
+    ------
+    ConfigurationError
+        If Pillow is not installed.
+    DataError
+        If the file is no picture, is damaged, too large, or has pixels of more than 16 bits.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ConfigurationError('pictures need Pillow: pip install "cupyep[images]"') from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as picture:
+                _check_size(path, picture)
+                picture = ImageOps.exif_transpose(picture)
+                picture = _coloured(path, picture, source.shape[2], Image)
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path}: has more than {MAX_PIXELS // 10**6} million pixels; make it smaller") from error
+    except Exception as error:  # a damaged picture can raise nearly any type; each becomes one line
+        raise DataError(f"{path}: is not a readable picture ({one_line(error)})") from error
+    native = source.shape[0]
+    square = ImageOps.fit(picture, (native, native), Image.Resampling.BOX)
+    pixels = np.asarray(square, np.uint8).reshape(1, native, native, source.shape[2])
+    return resize(pixels, size)[0]
+
+
+def _check_size(path: Path, picture: Any) -> None:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{path}: has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million; make it smaller"
+        )
+
+
+def _coloured(path: Path, picture: Any, channels: int, image: Any) -> Any:
+    """Return `picture` in grey (1 channel) or red, green, blue (3), 8 bits each."""
+    if picture.mode in ("I", "F"):
+        raise DataError(f"{path}: has pixels of 32 bits; save it with 8 or 16 bits")
+    if picture.mode in GREY_16:  # Pillow would clip such values, not scale them
+        picture = image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = image.alpha_composite(image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(COLOURS[channels])

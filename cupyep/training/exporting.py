@@ -1,0 +1,125 @@
+"""A trained run as a file for other programs: npz, ONNX or a PyTorch state dict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cupyep._version import __version__
+from cupyep.errors import CheckpointError, ConfigurationError, choose, require
+from cupyep.export import onnx_model, torch_layout
+from cupyep.files import replacing
+from cupyep.training.trained import TrainedRun, load_trained
+
+
+def export_run(path: str | Path, form: str, output: Path, which: str = "best", steps: int | None = None) -> list[str]:
+    """Write the network of the run in `path` to the file `output`, which is replaced when the new one is complete.
+
+    Parameters
+    ----------
+    path : path
+        A run directory; its data set is not needed.
+    form : {"npz", "onnx", "torch"}
+        ``npz``: arrays by name (`torch_layout`), with ``mean``, ``std``, ``classes`` and ``settings`` (JSON);
+        ``torch``: the same names as a state dict and nothing else; ``onnx``: `onnx_model`, pixels in, scores out.
+    which : {"best", "last"}
+        The checkpoint.
+    steps : int, optional
+        Settling steps of the ONNX graph; default the run's.
+
+    Returns
+    -------
+    list of str
+        Lines that say what was written and what to feed it.
+
+    Raises
+    ------
+    ConfigurationError
+        If a package is not installed, or an argument has no meaning for this form.
+    CheckpointError
+        If the run cannot be loaded, or the file not be written.
+    """
+    write = FORMS[choose("format", form, FORMS)]
+    run = load_trained(path, which, {"device": "cpu"})
+    settles = run.config.algorithm != "bp"
+    require(steps is None or (form == "onnx" and settles), "--steps is for --format onnx of a network that settles")
+    require(steps is None or steps >= 1, f"--steps must be at least 1 (got {steps})")
+    try:
+        lines = write(run, output, steps or run.config.free_steps)
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{output}': {error.strerror or error}") from error
+    count = sum(array.size for array in run.network.parameters().values())
+    epoch = f"epoch {run.epoch} ({which})"
+    return [f"{output}: {run.config.arch} on {run.config.dataset}, {epoch}, {count:,} parameters", *lines]
+
+
+def _normalisation(run: TrainedRun) -> str:
+    mean, std = (", ".join(f"{v:.4f}" for v in values) for values in (run.images.mean, run.images.std))
+    return f"images: N x C x H x W, (pixel / 255 - mean) / std with mean {mean} and std {std}"
+
+
+def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
+    arrays = torch_layout(run.network)
+    settings = {
+        name: getattr(run.config, name) for name in ("arch", "width", "activation", "pooling", "loss", "feedback")
+    }
+    settings |= {
+        "schedule": run.config.schedule,
+        "steps": steps,
+        "algorithm": run.config.algorithm,
+        "cupyep": __version__,
+    }
+    texts = {"classes": np.array(run.images.classes), "settings": np.array(json.dumps(settings))}
+    with replacing(output) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays, mean=run.images.mean, std=run.images.std, **texts)
+    return [f"arrays {', '.join(arrays)}; mean, std, classes, settings", _normalisation(run)]
+
+
+def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
+    try:
+        import torch
+    except ImportError:
+        remedy = "install it (https://pytorch.org), or use --format npz: the same arrays without it"
+        raise ConfigurationError(f"--format torch needs PyTorch; {remedy}") from None
+    state = {name: torch.from_numpy(array) for name, array in torch_layout(run.network).items()}
+    with replacing(output) as temporary:
+        torch.save(state, temporary)
+    return [f"state dict: {', '.join(state)}", _normalisation(run)]
+
+
+def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
+    config, images = run.config, run.images
+    feedforward = config.algorithm == "bp"
+    model = onnx_model(
+        run.network,
+        steps,
+        config.schedule,
+        mean=images.mean,
+        std=images.std,
+        classes=images.classes,
+        feedforward=feedforward,
+    )
+    with replacing(output) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+    phase = "feed-forward pass" if feedforward else f"free phase of {steps} steps, schedule {config.schedule}"
+    height, width, channels = images.image_shape
+    lines = [
+        f"{phase}, {len(model.graph.node)} nodes",
+        f"images: N x {channels} x {height} x {width} float32, pixels in [0, 1]; they are normalised in the graph",
+        f"scores: N x {len(images.classes)}" + (", logits" if config.loss == "cross_entropy" else ", output units"),
+    ]
+    if config.tolerance is not None and not feedforward:
+        lines.append(
+            f"note: the run ends its phases at the tolerance {config.tolerance:g}; the graph does all its steps"
+        )
+    return lines
+
+
+FORMS: dict[str, Callable[[TrainedRun, Path, int], list[str]]] = {
+    "npz": _write_npz,
+    "onnx": _write_onnx,
+    "torch": _write_torch,
+}

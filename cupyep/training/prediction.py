@@ -1,0 +1,114 @@
+"""Predictions of a trained run for pictures: the likeliest classes, and whether the network settled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.data import Batch
+from cupyep.data.loader import Normaliser
+from cupyep.data.pictures import read_picture
+from cupyep.data.sources import SOURCES
+from cupyep.errors import ConvergenceWarning, DataError, require
+from cupyep.training.trained import TrainedRun
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of a picture.
+
+    Attributes
+    ----------
+    file : Path
+    classes : list of (str, float, float or None)
+        Name, score and probability of the likeliest classes, the best first. The score is the readout's output; with
+        squared error it is no logit, and there is no probability.
+    residual : float or None
+        Of the worst layer at the end of the free phase; None for networks that do not settle (backpropagation).
+    settled : bool or None
+        Whether the residual is within the tolerance; None without a tolerance.
+    error : str
+        Why there is no prediction, else empty.
+    """
+
+    file: Path
+    classes: list[tuple[str, float, float | None]]
+    residual: float | None = None
+    settled: bool | None = None
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the prediction as plain objects."""
+        if self.error:
+            return {"file": str(self.file), "error": self.error}
+        names = ("class", "score", "probability")
+        return {
+            "file": str(self.file),
+            "classes": [dict(zip(names, entry, strict=True)) for entry in self.classes],
+            "residual": self.residual,
+            "settled": self.settled,
+        }
+
+
+def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int = 3) -> Iterator[Prediction]:
+    """Yield the prediction of each picture, a batch at a time; pictures that cannot be read have an `error`.
+
+    Parameters
+    ----------
+    run : TrainedRun
+    files : sequence of Path
+    top : int
+        Number of classes, from 1 to all.
+    """
+    classes, size = run.images.classes, run.images.image_shape[0]
+    require(1 <= top <= len(classes), f"--top must be from 1 to {len(classes)}, the classes of {run.images.name}")
+    normalise = Normaliser(run.images.mean, run.images.std, run.network.device, run.network.dtype)
+    for start in range(0, len(files), run.config.batch_size):
+        part, errors, pixels = files[start : start + run.config.batch_size], {}, []
+        for file in part:
+            try:
+                pixels.append(read_picture(file, SOURCES[run.config.dataset], size))
+            except DataError as error:
+                errors[file] = str(error)
+        answers = iter(_answers(run, normalise, pixels, top) if pixels else [])
+        for file in part:
+            yield Prediction(file, [], error=errors[file]) if file in errors else Prediction(file, *next(answers))
+
+
+def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], top: int) -> Iterator[tuple]:
+    """Yield (classes, residual, settled) of each image."""
+    network = run.network
+    images = normalise(network.device.asarray(np.stack(pixels)))
+    batch = network.batch(Batch(images, np.zeros(len(images), np.int64)))
+    scores, residuals, tolerance = _settle(run.learner, batch)
+    probabilities = _softmax(scores) if network.readout.criterion.name == "cross_entropy" else None
+    for n, row in enumerate(scores):
+        best = np.argsort(-row, kind="stable")[:top]
+        listed = [
+            (run.images.classes[c], float(row[c]), None if probabilities is None else float(probabilities[n, c]))
+            for c in best
+        ]
+        residual = None if residuals is None else float(residuals[n])
+        yield listed, residual, None if residual is None or tolerance is None else residual <= tolerance
+
+
+def _settle(learner: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, float | None]:
+    """Return scores (N, classes), the residual of each sample's worst layer, and the tolerance."""
+    host = learner.network.device.to_numpy
+    if not hasattr(learner, "settle_free"):
+        return host(learner.scores(batch)), None, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # each picture's line says so
+        free = learner.settle_free(batch)
+    scores = host(learner.network.readout.output(free.layers[-1]))
+    return scores, free.stats.per_sample.max(axis=0), free.stats.tolerance
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)

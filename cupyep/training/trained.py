@@ -1,0 +1,86 @@
+"""A run that has been trained, ready for use: its network with the parameters of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend import get_device
+from cupyep.data import ImageFormat
+from cupyep.errors import CheckpointError
+from cupyep.network import Network
+from cupyep.training.build import build_dataset, build_learner, build_network
+from cupyep.training.checkpoint import Checkpoint, restore_parameters
+from cupyep.training.config import TrainConfig
+from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
+from cupyep.training.snapshot import check_same_network
+
+
+@dataclass
+class TrainedRun:
+    """What `load_trained` returns.
+
+    Attributes
+    ----------
+    config : TrainConfig
+        Without intermediate signals.
+    epoch : int
+        Epochs that the checkpoint has done.
+    images : ImageFormat
+        Classes, size and normalisation of the images.
+    network : Network
+        With the checkpoint's parameters.
+    learner : Learner
+        Its `scores` are those that the run's accuracies come from.
+    """
+
+    config: TrainConfig
+    epoch: int
+    images: ImageFormat
+    network: Network
+    learner: Any
+
+
+def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any] | None = None) -> TrainedRun:
+    """Load the network of the run in `path`; its data set need not be there.
+
+    Parameters
+    ----------
+    path : path
+        A run directory.
+    which : {"best", "last"}
+        The checkpoint.
+    given : mapping, optional
+        Options that differ from the run's.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such run or checkpoint, it is damaged, or its parts do not belong together.
+    """
+    directory = RunDirectory.open(path)
+    saved = directory.load(which)
+    file = directory.path / CHECKPOINT_FILES[which]
+    plain = {"aug": "none", "teacher": None, "teacher_features": False, "learned_maps": False}
+    config = dataclasses.replace(directory.config, **plain, **(given or {}))
+    images = _image_format(file, saved, config)
+    network = build_network(config, images, get_device(config.device))
+    check_same_network(file, saved, network)
+    own = {name: array for name, array in saved.parameters.items() if not name.startswith("signals.")}
+    restore_parameters(file, own, network.parameters(), network.device)
+    learner = build_learner(config, network, [], np.random.default_rng(config.seed))
+    return TrainedRun(config, saved.epoch, images, network, learner)
+
+
+def _image_format(file: Path, saved: Checkpoint, config: TrainConfig) -> ImageFormat:
+    if not saved.images:
+        return ImageFormat.of(build_dataset(config))
+    try:
+        return ImageFormat.from_json(saved.images)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint '{file}' is damaged: it does not describe its images ({error})") from error

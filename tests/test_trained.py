@@ -1,0 +1,272 @@
+"""Trained runs in use: `cupyep predict` and `cupyep export`, without the data set.
+
+Oracles: the run's own learner on the images of the loader; onnxruntime; a PyTorch module.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+import cupyep as ep
+from cupyep.data import hdf5
+from cupyep.training.trained import load_trained
+
+TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "7", "--device", "cpu"]
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture
+def trained(cifar, invoke, tmp_path, monkeypatch):
+    """Return a function that trains a run and then takes the data set away; and what its loader gave of 10 images."""
+
+    def make(*options):
+        path = tmp_path / "run"
+        arguments = ["train", *TINY, "--epochs", 1, "--limit-train", 20, "--run-dir", path, "--quiet", *options]
+        assert invoke(*arguments)[0] == 0
+        data = ep.load_dataset("cifar10", cifar, image_size=16 if "--image-size" in options else None)
+        shutil.rmtree(cifar)
+        return path, data
+
+    return make
+
+
+def scores_of(path, data):
+    run = load_trained(path)
+    batch = next(iter(ep.Loader(data, "test", 10, "cpu", run.network.dtype)))
+    return run, run.learner.scores(batch).copy()
+
+
+def softmax(rows):
+    powers = np.exp(rows.astype(float))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def save_pictures(folder, images):
+    folder.mkdir()
+    for n, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{n:02}.png")
+
+
+@pytest.mark.parametrize("options", [(), ("--image-size", "16"), ("--tolerance", "0.5"), ("--algorithm", "bp")])
+def test_predictions_are_those_of_the_test_images(trained, invoke, tmp_path, options):
+    whole = ep.load_dataset("cifar10").test.images
+    path, data = trained(*options)
+    run, scores = scores_of(path, data)
+    save_pictures(tmp_path / "photos", whole)
+    code, out, err = invoke("predict", path, tmp_path / "photos", "--json", "--top", 10)
+    assert (code, err) == (0, "")
+    answers = [json.loads(line) for line in out.splitlines()]
+    if "bp" not in options:
+        batch = next(iter(ep.Loader(data, "test", 10, "cpu", run.network.dtype)))
+        residuals = run.learner.settle_free(batch).stats.per_sample.max(axis=0)
+        np.testing.assert_allclose([answer["residual"] for answer in answers], residuals, rtol=1e-4)
+    assert [answer["file"] for answer in answers] == [str(tmp_path / "photos" / f"{n:02}.png") for n in range(10)]
+    for answer, row, wanted in zip(answers, scores, softmax(scores), strict=True):
+        names = [entry["class"] for entry in answer["classes"]]
+        assert names == [data.classes[c] for c in np.argsort(-row, kind="stable")]
+        places = [data.classes.index(name) for name in names]
+        np.testing.assert_allclose([entry["score"] for entry in answer["classes"]], row[places], rtol=1e-5)
+        np.testing.assert_allclose([entry["probability"] for entry in answer["classes"]], wanted[places], rtol=1e-5)
+        assert (answer["residual"] is None) == ("bp" in options)
+        assert answer["settled"] is (answer["residual"] <= 0.5 if "--tolerance" in options else None)
+
+
+def test_predictions_as_text(trained, invoke, tmp_path):
+    path, data = trained("--loss", "squared_error")
+    save_pictures(tmp_path / "photos", data.test.images[:2])
+    first = tmp_path / "photos" / "00.png"
+    code, out, err = invoke("predict", path, first, "--top", 2, "--tolerance", 1e-9, "--free-steps", 5)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert out.startswith(f"{first}  ")
+    assert out.rstrip().endswith(" (not settled)")
+    assert "%" not in out, "states of an output layer are no probabilities"
+    assert "settled" not in invoke("predict", path, first)[1]
+
+
+def test_unreadable_pictures_are_named_and_the_others_answered(trained, invoke, tmp_path):
+    path, data = trained()
+    save_pictures(tmp_path / "photos", data.test.images)
+    (tmp_path / "photos" / "03.png").write_bytes(b"no picture")
+    code, out, err = invoke("predict", path, tmp_path / "photos", "--top", 1)
+    assert (code, err) == (1, "Error: 1 of 10 pictures could not be read; see above\n")
+    assert out.count("\n") == 10
+    assert f"{tmp_path / 'photos' / '03.png'}: is not a readable picture" in out.splitlines()[3]
+    code, out, _ = invoke("predict", path, tmp_path / "photos", "--json")
+    assert json.loads(out.splitlines()[3])["error"].startswith(str(tmp_path / "photos" / "03.png"))
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+def planes(images):
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--feedback", "1", "--schedule", "evenodd"), ("--algorithm", "bp"), ("--loss", "squared_error"),
+     ("--pooling", "average", "--schedule", "synchronous")],
+)  # fmt: skip
+def test_the_exported_graph_takes_pixels_and_gives_the_runs_scores(trained, invoke, tmp_path, options):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    path, data = trained(*options)
+    _, scores = scores_of(path, data)
+    code, out, err = invoke("export", path, "--format", "onnx", "--output", tmp_path / "net.onnx")
+    assert (code, err) == (0, "")
+    assert "pixels in [0, 1]; they are normalised in the graph" in out
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    pixels = planes(data.test.images).astype(np.float32) / 255
+    np.testing.assert_allclose(session.run(None, {"images": pixels})[0], scores, atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(data.classes)
+
+
+def test_steps_of_the_graph_and_the_note_about_a_tolerance(trained, invoke, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    path, data = trained("--tolerance", "0.5")
+    out = invoke("export", path, "--format", "onnx", "--output", tmp_path / "net.onnx", "--steps", 3)[1]
+    assert "free phase of 3 steps" in out
+    assert "note: the run ends its phases at the tolerance 0.5; the graph does all its steps" in out
+    run = load_trained(path)
+    batch = next(iter(ep.Loader(data, "test", 10, "cpu", np.float32)))
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    scores = session.run(None, {"images": planes(data.test.images).astype(np.float32) / 255})[0]
+    wanted = run.network.scores(batch.images, steps=3, schedule=run.config.schedule)
+    np.testing.assert_allclose(scores, wanted, atol=1e-4)
+
+
+def test_arrays_and_state_dict(trained, invoke, tmp_path):
+    path, data = trained()
+    code, out, err = invoke("export", path, "--format", "npz", "--output", tmp_path / "net.npz")
+    assert (code, err) == (0, "")
+    assert "(pixel / 255 - mean) / std with mean " in out
+    with np.load(tmp_path / "net.npz") as file:  # without pickles, as by default
+        arrays = dict(file)
+    np.testing.assert_array_equal(arrays["mean"], data.mean)
+    np.testing.assert_array_equal(arrays["std"], data.std)
+    assert arrays["classes"].tolist() == list(data.classes)
+    settings = json.loads(str(arrays["settings"]))
+    assert (settings["arch"], settings["schedule"], settings["steps"], settings["feedback"]) == (
+        "vgg5",
+        "sweeps",
+        4,
+        0.1,
+    )
+    weights = {name: array for name, array in arrays.items() if name.startswith(("layers.", "readout."))}
+    network = load_trained(path).network
+    np.testing.assert_array_equal(weights["layers.2.weight"], network.layers[2].weight.transpose(3, 2, 0, 1))
+    assert len(weights) == len(network.parameters())
+    torch = pytest.importorskip("torch")
+    assert invoke("export", path, "--format", "torch", "--output", tmp_path / "net.pt")[0] == 0
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert state.keys() == weights.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(tensor.numpy(), weights[name])
+
+
+def test_the_last_checkpoint_and_replaced_files(trained, invoke, tmp_path):
+    path, _ = trained()
+    (tmp_path / "net.npz").write_text("old")
+    code, out, _ = invoke("export", path, "--format", "npz", "--output", tmp_path / "net.npz", "--checkpoint", "last")
+    assert code == 0
+    assert "epoch 1 (last)" in out
+    assert np.load(tmp_path / "net.npz")["classes"].shape == (10,)
+
+
+# --- wrong uses ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_from_before_images_were_described_uses_the_data_set(cifar, invoke, tmp_path):
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--epochs", 1, "--run-dir", path, "--quiet")[0] == 0
+    with h5py.File(path / "best.h5", "r+") as file:
+        del file.attrs["images"]
+    hdf5.seal(path / "best.h5")
+    data = ep.load_dataset("cifar10", cifar)
+    run = load_trained(path)
+    assert run.images.classes == data.classes
+    np.testing.assert_array_equal(run.images.mean, data.mean)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [({"classes": 10}, "does not describe its images"), ({"std": [0, 1, 1]}, "does not describe its images"),
+     ({"image_shape": [32, 32]}, "does not describe"), ({"mean": [[1]]}, "does not describe")],
+)  # fmt: skip
+def test_damaged_descriptions_of_images(cifar, invoke, tmp_path, images, message):
+    path = tmp_path / "run"
+    assert invoke("train", *TINY, "--epochs", 1, "--run-dir", path, "--quiet")[0] == 0
+    with h5py.File(path / "best.h5", "r+") as file:
+        whole = json.loads(file.attrs["images"])
+        file.attrs["images"] = json.dumps(whole | images)
+    hdf5.seal(path / "best.h5")
+    code, _, err = invoke("export", path, "--format", "npz", "--output", tmp_path / "net.npz")
+    assert (code, err.count("\n")) == (1, 1)
+    assert message in err
+
+
+WRONG = {
+    "no run to export": (
+        ["export", "none", "--format", "npz", "--output", "o.npz"],
+        1,
+        "'none' is not a run directory",
+    ),
+    "format misspelt": (["export", "run", "--format", "onx", "--output", "o"], 2, "did you mean 'onnx'?"),
+    "no format": (["export", "run", "--output", "o"], 2, "Missing option '--format'"),
+    "no output": (["export", "run", "--format", "npz"], 2, "Missing option '--output'"),
+    "output nowhere": (["export", "run", "--format", "npz", "--output", "no/o.npz"], 2, "there is no folder 'no'"),
+    "output a folder": (["export", "run", "--format", "npz", "--output", "."], 2, "'.' is a folder"),
+    "steps of arrays": (
+        ["export", "run", "--format", "npz", "--output", "o", "--steps", "2"],
+        2,
+        "--steps is for --format",
+    ),
+    "no steps": (["export", "run", "--format", "onnx", "--output", "o", "--steps", "0"], 2, "at least 1 (got 0)"),
+    "checkpoint": (["export", "run", "--format", "npz", "--output", "o", "--checkpoint", "bst"], 2, "'best'?"),
+    "no run to ask": (["predict", "none", "run/p.png"], 1, "'none' is not a run directory"),
+    "no picture named": (["predict", "run"], 2, "Missing argument"),
+    "no such picture": (["predict", "run", "gone.png"], 1, "there is no file or folder gone.png"),
+    "empty folder": (["predict", "run", "."], 1, "no pictures in folder ."),
+    "top 0": (["predict", "run", "run/p.png", "--top", "0"], 2, "--top must be from 1 to 10"),
+    "top 11": (["predict", "run", "run/p.png", "--top", "11"], 2, "--top must be from 1 to 10"),
+    "no picture": (["predict", "run", "run/config.toml"], 1, "1 of 1 pictures could not be read"),
+    "free steps": (["predict", "run", "run/p.png", "--free-steps", "0"], 2, "--free-steps must be at least 1"),
+}
+
+
+def test_wrong_uses_are_one_line(trained, invoke, tmp_path, monkeypatch):
+    path, data = trained()
+    Image.fromarray(data.test.images[0]).save(path / "p.png")
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    (place / "run").symlink_to(path)
+    monkeypatch.chdir(place)
+    for case, (args, wanted, message) in WRONG.items():
+        code, _, err = invoke(*args)
+        assert (code, err.count("\n")) == (wanted, 1), case
+        assert err.startswith("Error: "), case
+        assert message in err, case
+        assert [p.name for p in place.iterdir()] == ["run"], case
+
+
+def test_missing_packages_are_named(trained, invoke, tmp_path, monkeypatch):
+    path, data = trained()
+    Image.fromarray(data.test.images[0]).save(tmp_path / "p.png")
+    commands = {
+        "torch": (["export", path, "--format", "torch", "--output", tmp_path / "o"], "or use --format npz"),
+        "onnx": (["export", path, "--format", "onnx", "--output", tmp_path / "o"], 'pip install "cupyep[onnx]"'),
+        "PIL": (["predict", path, tmp_path / "p.png"], 'pip install "cupyep[images]"'),
+    }
+    for package, (command, message) in commands.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        code, _, err = invoke(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    assert not (tmp_path / "o").exists()
