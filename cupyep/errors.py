@@ -40,7 +40,7 @@ class DivergenceError(CupyepError, ArithmeticError):
 
 
 class Interrupted(CupyepError):
-    """A signal stopped a run, which has been saved; the command line exits with code 128 + signal.
+    """A signal, or output that nobody reads, stopped a run, which was saved; exit code 128 + signal.
 
     Parameters
     ----------

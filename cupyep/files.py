@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 LOCK = ".lock"
+PAUSES = (0.1, 0.4, 1.0) if os.name == "nt" else ()  # seconds between attempts to rename
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -27,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _rename(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,6 +59,16 @@ def write_file(path: Path, content: bytes, keep_as: Path | None = None) -> None:
         if keep_as is not None:
             with replacing(keep_as) as second:
                 _link(path, second)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    for pause in PAUSES:
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:  # Windows, while another program reads `path`
+            time.sleep(pause)
+    os.replace(temporary, path)
 
 
 def _link(path: Path, other: Path) -> None:

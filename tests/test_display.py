@@ -5,8 +5,10 @@ Oracles: the documented events; a terminal and a clock of our own; json.loads.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import signal
 import sys
 import warnings
@@ -16,7 +18,7 @@ import pytest
 import strict
 from quadrants import SILENT, Recorder, fake_trainer, run
 
-from cupyep.errors import ConvergenceWarning, DivergenceError
+from cupyep.errors import ConvergenceWarning, DivergenceError, Interrupted
 from cupyep.learning.learner import StepResult
 from cupyep.training import display, trainer
 from cupyep.training.display import DISPLAYS, Display, JsonDisplay, clock
@@ -126,6 +128,21 @@ def test_warnings_go_to_stderr_past_the_bar(capsys, monkeypatch):
         shown.show("note", "a line")
     assert capsys.readouterr().out == "a line\n"
     assert "\rWarning: teacher: something is wrong\n" in terminal.getvalue()
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_output_that_nobody_reads_stops_and_saves_the_run(quadrants, tmp_path, monkeypatch):
+    started = run({"epochs": 2, "algorithm": "bp"}, tmp_path / "run")
+    started.display = Display()
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    with pytest.raises(Interrupted, match="cannot write the output: Broken pipe") as stop:
+        started.run()
+    assert stop.value.number == 13
+    assert started.directory.load().epoch == 1
 
 
 def objects(out):

@@ -92,6 +92,27 @@ def test_a_disk_that_fills_up_at_any_call_leaves_whole_files(tmp_path, monkeypat
             (b"2", b"1"), (b"2", b"2"), (b"3", b"2"), (b"3", b"3"), (b"4", b"3"), (b"4", b"4")}  # fmt: skip
 
 
+def test_a_file_that_is_being_read_on_windows(tmp_path, monkeypatch):
+    """There a rename over an open file is refused, for as long as it is open."""
+    path, refusals, rename = tmp_path / "x", [], os.replace
+
+    def replace(*args):
+        if len(refusals) < 2:
+            refusals.append(args)
+            raise PermissionError(errno.EACCES, "in use")
+        rename(*args)
+
+    write_file(path, b"old")
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    refusals.clear()
+    monkeypatch.setattr(files, "PAUSES", (0, 0, 0))
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
     for name in (".checkpoint.h5.123.tmp", ".lock", "notes.tmp", ".mine.tmp", "checkpoint.h5"):
         (tmp_path / name).touch()

@@ -142,11 +142,17 @@ class Device:
         if self.is_gpu:
             self.xp.cuda.get_current_stream().synchronize()
 
-    def peak_memory_bytes(self) -> int:
-        """Return the peak memory in bytes: of CuPy's pool on a GPU, of the process (resident) on the CPU."""
+    def peak_memory_bytes(self) -> int | None:
+        """Return the peak memory in bytes: of CuPy's pool on a GPU, of the process (resident) on the CPU.
+
+        None where the platform does not tell (Windows).
+        """
         if self.is_gpu:
             return int(self.xp.get_default_memory_pool().total_bytes())
-        import resource
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
         import sys
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

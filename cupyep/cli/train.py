@@ -67,7 +67,7 @@ def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, l
         try:
             summary = run.run()
         except Interrupted as error:
-            hint = f"interrupted; go on with: cupyep train --run-dir {run.directory.path} --resume"
+            hint = f"{error}; go on with: cupyep train --run-dir {run.directory.path} --resume"
             raise Interrupted(hint, error.number) from None
         display.show("end", str(summary), status="done", **summary.values())
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +18,30 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cupyep.errors import Interrupted
+
 DETAILS = ("progress", "checkpoint", "epoch")  # not shown when quiet
 # New numbers come this often, because the device is waited for each time: on a bar, and as lines of a log.
 BAR_S, LINE_S = 0.5, 30.0
+SIGPIPE = 13
 
 
 def write_line(text: str, file: Any = None) -> None:
-    """Write a line to stdout (or `file`), past any bar."""
+    """Write a line to stdout (or `file`), past any bar.
+
+    Raises
+    ------
+    Interrupted
+        If nobody reads it any more: ``cupyep train | head``, a terminal that was closed.
+    """
     file = file or sys.stdout
-    tqdm.write(text, file=file)
-    file.flush()
+    try:
+        tqdm.write(text, file=file)
+        file.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())  # or Python fails again when it flushes at exit
+        raise Interrupted(f"cannot write the output: {error.strerror}", SIGPIPE) from error
 
 
 class Display:

@@ -17,8 +17,8 @@ from cupyep.errors import DivergenceError
 ON_DIVERGENCE = ("stop", "halve-lr")
 
 # This project's own choice: a network that only guesses stays near its first loss, one that recovers does so sooner.
-FAR = 4.0  # times the first loss
-LONG = 100  # batches one after another
+FAR = 3.0  # times the first loss
+LONG = 100  # batches
 
 #: What is watched, in the order in which one makes the next: statistic -> its name in the message, the likely knob.
 WATCHED = {
@@ -62,7 +62,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], epoch: int) -> None:
 
 
 class LossWatch:
-    """Counts for how many batches the loss has stayed above `FAR` times that of the first batch.
+    """Watches a running mean of the loss, over about the last `LONG` batches, for rising `FAR` above the first loss.
 
     Parameters
     ----------
@@ -75,28 +75,29 @@ class LossWatch:
 
     def add(self, loss: Any) -> None:
         """Look at the mean loss of a batch, a 0-d array."""
-        xp, sums = self.device.xp, self._sums
+        sums = self._sums
         if not sums:
-            # Both losses are near 1 for a guess (ln of the classes; 1/2): a trained network may start far below.
-            sums["limit"] = xp.maximum(loss, 1.0) * FAR
-            sums["above"] = sums["longest"] = (loss > sums["limit"]) * 1
-        sums["above"] = (sums["above"] + 1) * (loss > sums["limit"])
-        sums["longest"] = xp.maximum(sums["longest"], sums["above"])
+            sums["start"] = sums["mean"] = sums["peak"] = loss * 1.0  # a copy: learners may use their arrays again
+        sums["mean"] = sums["mean"] + (loss - sums["mean"]) * (1 / LONG)
+        sums["peak"] = self.device.xp.maximum(sums["peak"], sums["mean"])
 
     def forgive(self) -> None:
-        """Count anew, for a run that was taken back."""
-        for name in self._sums.keys() - {"limit"}:
-            self._sums[name] = self._sums[name] * 0
+        """Begin again at the first loss, for a run that was taken back."""
+        if self._sums:
+            self._sums["mean"] = self._sums["peak"] = self._sums["start"]
 
     def check(self, epoch: int) -> None:
-        """Raise `DivergenceError` if the loss has been far above its start for `LONG` batches on end."""
-        if not self._sums or int(self.device.to_numpy(self._sums["longest"])) < LONG:
+        """Raise `DivergenceError` if the running mean has ever been above its limit."""
+        if not self._sums:
             return
-        limit = float(self.device.to_numpy(self._sums["limit"]))
-        raise DivergenceError(
-            f"the loss has stayed above {limit:.3g}, {FAR:g} times its start, for {LONG} batches up to epoch {epoch}; "
-            "lower --learning-rate"
-        )
+        start, peak = (float(self.device.to_numpy(self._sums[name])) for name in ("start", "peak"))
+        # Both losses are near 1 for a guess (ln of the classes; 1/2): a trained network may start far below.
+        limit = FAR * max(start, 1.0)
+        if peak > limit:
+            raise DivergenceError(
+                f"the loss has been above {limit:.3g}, {FAR:g} times its start, for about {LONG} batches up to epoch "
+                f"{epoch}; lower --learning-rate"
+            )
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the counts, on the host, as `load_state_dict` takes them."""

@@ -31,6 +31,7 @@ class Interruptions:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptions:
+        self.received = 0
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
                 if signal.getsignal(number) is not signal.SIG_IGN:

@@ -13,6 +13,7 @@ import numpy as np
 from cupyep.data import ImageFormat
 from cupyep.errors import DivergenceError, Interrupted, choose, require
 from cupyep.optim import Optimizer
+from cupyep.training.checkpoint import versions
 from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
@@ -126,9 +127,9 @@ class Trainer:
         with self.directory.locked(), self.interruptions:
             try:
                 return self._train()
-            except Interrupted as signal:
+            except Interrupted:
                 self._save()
-                raise Interrupted(f"interrupted; '{self.directory.path}' is saved", signal.number) from None
+                raise
 
     def check_unfinished(self) -> None:
         """Raise `ConfigurationError` if no epoch is left to do."""
@@ -152,11 +153,18 @@ class Trainer:
             path, saved, problem = self.directory.rewind(partial(check_same_run, self))
             if saved is not None:
                 restore_snapshot(self, path, saved)
+                self._compare_versions(saved.versions)
             self.check_unfinished()
         except BaseException:
             self.directory.unlock()
             raise
         return problem
+
+    def _compare_versions(self, saved: Mapping[str, str]) -> None:
+        changed = [f"{name} {saved.get(name)} -> {now}" for name, now in versions().items() if saved.get(name) != now]
+        if changed:
+            text = f"the run began with other versions ({', '.join(changed)}); numbers may differ in their last digits"
+            self.display.show("warning", text)
 
     def begin_epoch(self) -> None:
         """Start the statistics of the epoch after `epochs_done`, and remember where its draws begin."""
