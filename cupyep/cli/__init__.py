@@ -15,6 +15,8 @@ Examples:
   cupyep train --run-dir runs/mine --resume        go on where a run stopped
   cupyep check --arch vgg5 --dataset digits        is the gradient right?
   cupyep evaluate runs/mine                        test accuracy of its best epoch
+  cupyep predict runs/mine cat.png                 what is in a picture?
+  cupyep export runs/mine --format onnx --output mine.onnx
   cupyep data list                                 data sets: classes, sizes, which are here
 """
 

@@ -13,8 +13,14 @@ from cupyep.errors import require
 from cupyep.training import gradient_check
 from cupyep.training.config import make_config
 
+EXAMPLES = """\b
+Examples:
+  cupyep check --arch vgg5 --dataset digits --image-size 16     a minute, on bundled images
+  cupyep check --arch vgg11 --width 0.125 --aug le --kappa 0.5  with local errors
+"""
 
-@click.command(cls=SectionedCommand)
+
+@click.command(cls=SectionedCommand, epilog=EXAMPLES)
 @config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
 @click.option(
     "--betas",

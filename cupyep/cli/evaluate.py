@@ -13,9 +13,15 @@ from cupyep.training.display import Display
 from cupyep.training.run_directory import CHECKPOINT_FILES
 
 EVALUATE_DEFAULTS = dict.fromkeys(("data_dir", "limit_test", "batch_size", "device"), "as the run")
+EXAMPLES = """\b
+Examples:
+  cupyep evaluate runs/mine                             the test images, with the best epoch
+  cupyep evaluate runs/mine --split validation          the images held out by --validation
+  cupyep evaluate runs/mine --checkpoint last --device cpu
+"""
 
 
-@click.command()
+@click.command(epilog=EXAMPLES)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",

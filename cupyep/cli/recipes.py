@@ -16,8 +16,13 @@ Examples:
 """
 
 
+def complete_recipe(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the recipes that begin with `incomplete`, for the shell."""
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
 @click.command(epilog=EXAMPLES)
-@click.argument("recipe", required=False, metavar="[NAME|FILE]")
+@click.argument("recipe", required=False, metavar="[NAME|FILE]", shell_complete=complete_recipe)
 def recipes(recipe: str | None) -> None:
     """Show the recipes, or one of them.
 

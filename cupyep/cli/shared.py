@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, choose, nearest
 from cupyep.training.config import OPTIONS, option_name
@@ -27,6 +28,9 @@ class Names(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return choose(self.what, value, self.names)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
 
 
 class Numbers(click.ParamType):
@@ -94,7 +98,10 @@ class OneLineErrors(click.Command):
 
 
 class Commands(OneLineErrors, click.Group):
-    """The group of commands."""
+    """A group of commands, listed in the order in which they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         choose("command", args[0], self.commands)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from cupyep.cli.recipes import complete_recipe
 from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options, show_once
 from cupyep.errors import CupyepError, Interrupted, require
 from cupyep.recipes import find_recipe
@@ -31,6 +32,7 @@ Examples:
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
+    shell_complete=complete_recipe,
     help="Take the options that are not given from a recipe (cupyep recipes lists them) or a TOML file of your own.",
 )
 @click.option(

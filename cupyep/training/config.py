@@ -98,7 +98,7 @@ class TrainConfig:
     image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are.", low=1)
     limit_train: int | None = DATA(None, int, "Use N training images, the first of each class, equally many of each; "
                                    "unset: all.", low=1)
-    limit_test: int | None = DATA(None, int, "Use N test images, likewise; unset: all.", low=1)
+    limit_test: int | None = DATA(None, int, "Use N test images, chosen likewise; unset: all.", low=1)
     validation: int | None = DATA(None, int, "Hold N training images out, equally many of each class, drawn by the "
                                   "seed, and choose best.h5 by them; unset: none, the test images choose it.",
                                   low=1)

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Write docs/cli.md, the reference of the command line, from the commands themselves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from cupyep.cli import main as cupyep
+from cupyep.files import write_file
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+WIDTH = 100
+HEAD = """# Command line
+
+Written by `python tools/cli_reference.py` from the commands themselves; `cupyep COMMAND --help` says the same.
+
+Exit codes: 0 done; 1 something failed (one line on stderr says what and what to do); 2 wrong usage; 130 interrupted
+(SIGINT), 143 terminated (SIGTERM).
+
+Environment: `CUPYEP_DATA` names the folder of data sets and cached teachers; without it `$XDG_CACHE_HOME/cupyep`, or
+`~/.cache/cupyep`. `OPENBLAS_NUM_THREADS` and its like bound the threads of a CPU.
+
+## Shell completion
+
+Commands, options, names (architectures, data sets, recipes, ...) and files are completed. Put one line into the shell's
+start file:
+
+```text
+eval "$(_CUPYEP_COMPLETE=bash_source cupyep)"          # ~/.bashrc
+eval "$(_CUPYEP_COMPLETE=zsh_source cupyep)"           # ~/.zshrc
+_CUPYEP_COMPLETE=fish_source cupyep | source           # ~/.config/fish/config.fish
+```
+"""
+
+
+def commands(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
+    """Yield (name, help text) of a command and of all commands below it."""
+    yield context.command_path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from commands(inner, _context(inner, name, context))
+
+
+def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    return click.Context(command, parent, name, terminal_width=WIDTH, max_content_width=WIDTH)
+
+
+def reference() -> str:
+    """Return the page as Markdown."""
+    parts = [HEAD]
+    for path, text in commands(cupyep, _context(cupyep, "cupyep")):
+        body = "\n".join(line.rstrip() for line in text.splitlines())
+        parts.append(f"## {path}\n\n```text\n{body}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit("usage: python tools/cli_reference.py")
+    write_file(PAGE, reference().encode())
+    print(f"written: {PAGE}")
