@@ -91,10 +91,11 @@ class WinogradOps:
         self.chunks = chunked(batch, nbytes // Arena.size(self._map_requests(1)))
         channels, outputs = geometry.in_shape[2], geometry.map_shape[2]
         self.flops = 2 * 16 * math.prod(self._tiles) * channels * outputs
-        weights = [((4, 4, channels, outputs), dtype), ((9, channels, outputs), dtype)]
+        weights = [((4, 4, channels, outputs), dtype), ((max(channels, 9) * outputs,), dtype)]
         self.requests = self._map_requests(self.chunks[0][1]) + weights
         self.nbytes = Arena.size(self.requests)
         self._u = xp.empty((4, 4, channels, outputs), dtype)
+        self._weight: Any = None
         transform = np.kron(G, G).astype(dtype)
         self._to_u, self._from_u = xp.asarray(transform), xp.asarray(np.ascontiguousarray(transform.T))
 
@@ -111,12 +112,19 @@ class WinogradOps:
 
     def bind(self, arena: Arena) -> None:
         """Take views of the arena."""
-        # inputs d by parities, a row of B^T d, a row of V, a row of the products M, tiles Y, dL/dU and dL/dw
-        self._d, self._r, self._v, self._m, self._y, self._mask, self._du, self._dw = arena.views(self.requests)
+        # inputs d by parities, a row of B^T d, a row of V, a row of the products M, tiles Y; dL/dU, less than that
+        self._d, self._r, self._v, self._m, self._y, self._mask, self._du, self._spare = arena.views(self.requests)
 
     def refresh(self, weight: Any) -> None:
-        """Take up a weight (3, 3, C, K): ``U = G w G^T``."""
-        self._xp.matmul(self._to_u, weight.reshape(9, -1), out=self._u.reshape(16, -1))
+        """Take up a weight (3, 3, C, K), transformed when it is first needed: gradients never do."""
+        self._weight = weight
+
+    def _transformed(self) -> Any:
+        """Return ``U = G w G^T`` of the weight taken up last."""
+        if self._weight is not None:
+            self._xp.matmul(self._to_u, self._weight.reshape(9, -1), out=self._u.reshape(16, -1))
+            self._weight = None
+        return self._u
 
     def product(self, s: Any, out: Any, m: int) -> Any:
         """Return ``w * s`` before pooling, for `pool` or `gather`.
@@ -126,12 +134,12 @@ class WinogradOps:
         array of shape (2, 2, m, tiles down, tiles across, K)
             Tiles in scratch; without pooling they are in `out` as well, put together.
         """
-        xp, products, y = self._xp, self._m[:, :m], self._y[:, :, :m]
+        xp, products, y, u = self._xp, self._m[:, :m], self._y[:, :, :m], self._transformed()
         self._split(s, m)
         for a in range(4):
             v = self._row_of_v(a, m)
             for b in range(4):
-                self._factors.product(_matrix(v[b]), self._u[a, b], _matrix(products[b]))
+                self._factors.product(_matrix(v[b]), u[a, b], _matrix(products[b]))
             columns = y[a] if a < 2 else products[::3]  # of M A: in the place of the outer two products in the end
             xp.add(products[0], products[1], out=columns[0])
             columns[0] += products[2]
@@ -150,12 +158,12 @@ class WinogradOps:
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
-        v, d = self._v[:, :m], self._d[:, :, :m]
+        v, d, u = self._v[:, :m], self._d[:, :, :m], self._transformed()
         self._unpool(s, winners, m)
         d[...] = 0
         for a, (first, second, sign) in enumerate(INPUTS):
             for b, product in enumerate(self._row_of_dm(a, m)):
-                self._factors.product(_matrix(product), self._u[a, b].T, _matrix(v[b]))
+                self._factors.product(_matrix(product), u[a, b].T, _matrix(v[b]))
             row = self._joined(m)
             place = self._line(first, m)
             place += row
@@ -172,18 +180,26 @@ class WinogradOps:
 
     def add_gradient(self, below: Any, s: Any, winners: Any, gradient: Any) -> None:
         """Add ``corr(below, U(s))`` over all chunks to `gradient` (3, 3, C, K)."""
+        one = self._spare[: self._du[0, 0].size].reshape(self._du[0, 0].shape)  # of the 16
         for part, m in self.chunks:
             self._split(below[part], m)
             self._unpool(s[part], part_of(winners, part), m)
             for a in range(4):
                 v = self._row_of_v(a, m)
                 for b, product in enumerate(self._row_of_dm(a, m)):
-                    out = self._du[a, b] if part.start == 0 else self._dw[0]
+                    out = self._du[a, b] if part.start == 0 else one
                     self._factors.product(_matrix(v[b]).T, _matrix(product), out)
                     if part.start > 0:
                         self._du[a, b] += out
-        self._xp.matmul(self._from_u, self._du.reshape(16, -1), out=self._dw.reshape(9, -1))
-        gradient += self._dw.reshape(gradient.shape)
+        self._add_transformed(gradient.reshape(9, -1))
+
+    def _add_transformed(self, gradient: Any) -> None:
+        """Add ``G^T dU G`` to `gradient` (9, C * K), as many columns at once as there is scratch for."""
+        du, size = self._du.reshape(16, -1), len(self._spare) // 9
+        for start in range(0, gradient.shape[1], size):
+            columns = du[:, start : start + size]
+            out = self._spare[: 9 * columns.shape[1]].reshape(9, -1)
+            gradient[:, start : start + size] += self._xp.matmul(self._from_u, columns, out=out)
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; `u` is what `product` returned."""
