@@ -15,6 +15,8 @@ import numpy as np
 from cupyep.backend import array_module
 from cupyep.errors import ConfigurationError, choose
 
+SLOPES_AT_ONCE = 1 << 22  # units; what is inside a clip takes memory
+
 
 class Activation:
     """Base class: a function of the total drive g, increasing where an energy is wanted.
@@ -85,8 +87,12 @@ class Clip(Activation):
             xp.minimum(out, self.high, out=out)
 
     def slope(self, g, out):
-        inside = (g > self.low / self.gain) & (g < self.high / self.gain)
-        array_module(g).multiply(inside, self.gain, out=out)
+        xp = array_module(g)
+        step = max(1, SLOPES_AT_ONCE // max(1, math.prod(g.shape[1:])))
+        for start in range(0, len(g), step):
+            part = g[start : start + step]
+            inside = (part > self.low / self.gain) & (part < self.high / self.gain)
+            xp.multiply(inside, self.gain, out=out[start : start + step])
 
     def increment(self, g, dg, scratch):
         # A difference of two clips would lose a response below the precision of s; a clamp of the change does not. It

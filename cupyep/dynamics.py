@@ -19,7 +19,9 @@ from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replays
 from cupyep.heads import LossTerm
+from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
+from cupyep.layout import PhaseBuffers
 from cupyep.settling import SettleStats
 from cupyep.workspace import Workspace
 
@@ -49,6 +51,8 @@ class State:
         Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.
     scales : list of float or None
         The a_n that belong to them.
+    buffers : PhaseBuffers or None
+        Where these arrays are in the network's memory; None for arrays of its own.
     """
 
     layers: list[Any]
@@ -57,6 +61,12 @@ class State:
     stats: SettleStats | None = None
     deviations: list[Any] | None = None
     scales: list[float] | None = None
+    buffers: PhaseBuffers | None = None
+
+    @property
+    def end(self) -> int:
+        """Bytes of the network's memory that the next phase must leave alone."""
+        return 0 if self.buffers is None else self.buffers.end
 
     def copy(self) -> State:
         """Return a state whose arrays are its own."""
@@ -91,6 +101,8 @@ class _System:
         feedback: float,
         device: Device,
         workspace: Workspace,
+        updates: UpdateOps,
+        buffers: PhaseBuffers,
         nudges: Sequence[Nudge],
         betas: Sequence[float],
         divisors: Sequence[float] | None = None,
@@ -101,32 +113,26 @@ class _System:
         self.device = device
         self.xp = device.xp
         self.workspace = workspace
+        self.updates = updates
+        self.buffers = buffers
         self.depth = len(edges)
         self.weights = layer_weights(self.depth, feedback)
         self.phases = len(betas)
         self.samples = workspace.batch // self.phases
-        self.residual = workspace.buffers.get("residual", (self.depth, workspace.batch))
-        self.drive = workspace.states("drive")
-        self.topdown = workspace.states("topdown")
-        self.updates = workspace.update_ops(activation)
-        self.scratch = workspace.update_scratch(self.updates)
-        self.force = workspace.one_at_a_time("force")
+        self.residual = buffers.residual
+        self.flows = buffers.flows
+        self.flows.clear()
         self._nudges = self._loaded(nudges, betas, divisors or [1.0] * self.depth)
-        self.term_scratch = self._term_scratch()
 
     def _loaded(
         self, nudges: Sequence[Nudge], betas: Sequence[float], divisors: Sequence[float]
     ) -> dict[int, list[tuple[LossTerm, Any, Any]]]:
         """Copy targets and scales ``-beta * weight / divisor`` into buffers; return (term, target, scale) a layer."""
-        batch, buffers = self.workspace.batch, self.workspace.buffers
         loaded: dict[int, list[tuple[LossTerm, Any, Any]]] = {}
         targets: dict[int, Any] = {}
-        for index, (term, weight, target) in enumerate(nudges):
+        for (term, weight, target), scale in zip(nudges, self.buffers.scales, strict=True):
             if target is not None and id(target) not in targets:  # several terms may have one target
-                name = ("target", len(targets))
-                targets[id(target)] = buffers.get(name, (batch, *target.shape[1:]), target.dtype)
-                self._tile(target, targets[id(target)])
-            scale = buffers.get(("scale", index), (batch,))
+                targets[id(target)] = self._tile(target, self.buffers.targets[len(targets)])
             for phase, beta in enumerate(betas):
                 scale[phase * self.samples : (phase + 1) * self.samples] = -beta * weight / divisors[term.layer - 1]
             loaded.setdefault(term.layer, []).append((term, targets.get(id(target)), scale))
@@ -137,37 +143,55 @@ class _System:
         out.reshape(self.phases, *array.shape)[...] = array
         return out
 
-    def _term_scratch(self) -> Any:
-        """Return scratch for one term at a time: that of the updates, where it is large enough."""
-        batch = self.workspace.batch
-        needed = max((term.scratch_size(batch) for terms in self._nudges.values() for term, *_ in terms), default=0)
-        return self.scratch if needed <= self.scratch.size else self.workspace.buffers.get("term scratch", (needed,))
-
     def host(self, array: Any) -> np.ndarray:
         return self.device.to_numpy(array)
 
-    def _residual_row(self, n: int, measure: bool) -> Any:
-        return self.residual[n - 1] if measure else None
-
-    def _force(self, n: int, s: Any) -> Any:
-        """Return ``sum of scale * dloss/ds`` of layer n's nudges at `s`, None where it has none."""
+    def _force(self, n: int, part: slice, s: Any) -> Any:
+        """Return ``sum of scale * dloss/ds`` of layer n's nudges at some rows `s`, None where it has none."""
         terms = self._nudges.get(n)
         if not terms:
             return None
-        force = self.force[n - 1]
+        force = self.buffers.force[n][: len(s)]
         force[...] = 0
         for term, target, scale in terms:
-            term.add_force(s, target, scale, force, self.term_scratch)
+            term.add_force(s, None if target is None else target[part], scale[part], force, self.buffers.scratch)
         return force
 
-    def _moving(self) -> list[Any]:
-        """Return the arrays that the iteration moves."""
+    def _take_up(self, n: int) -> None:
+        """Compute the drive of layer n."""
         raise NotImplementedError
 
+    def _take_down(self, n: int) -> None:
+        """Compute the top-down input of layer n."""
+        raise NotImplementedError
+
+    def _update(self, n: int, part: slice, drive: Any, topdown: Any, residual: Any) -> None:
+        """Update some rows of layer n."""
+        raise NotImplementedError
+
+    def forward(self, n: int) -> None:
+        if n > 1:
+            self._take_up(n)
+
+    def backward(self, n: int) -> None:
+        if n < self.depth:
+            self._take_down(n)
+
+    def prime(self, n: int) -> None:
+        self.forward(n)
+        self.flows.keep(n, slice(None))
+
+    def update(self, n: int, measure: bool) -> None:
+        row = self.residual[n - 1] if measure else None
+        inputs = self.flows.inputs(n)
+        for part in self.buffers.parts[n - 1]:
+            drive, topdown, residual = (None if array is None else array[part] for array in (*inputs, row))
+            self._update(n, part, drive, topdown, residual)
+            self.flows.keep(n, part)
+
     def _arrays(self) -> list[Any]:
-        """Return the arrays that the iteration reads and writes, but for parameters and what the workspace holds."""
-        own = [self.residual, self.scratch, self.term_scratch, *self.drive, *self.topdown, *self.force]
-        return own + [array for terms in self._nudges.values() for _, *pair in terms for array in pair]
+        """Return the arrays that the iteration reads and writes, but for parameters and those of the operations."""
+        return self.buffers.arrays()
 
     def _capture_key(self) -> tuple[Any, ...] | None:
         """Return all that an iteration depends on besides the content of arrays; None: it must not be captured."""
@@ -191,15 +215,16 @@ class _System:
 
     def remember(self) -> None:
         """Keep a copy of the states for `distance_from_remembered`."""
-        for kept, now in zip(self.workspace.states("remembered"), self._moving(), strict=True):
+        for kept, now in zip(self.buffers.remembered, self.buffers.states, strict=True):
             kept[...] = now
 
     def distance_from_remembered(self) -> float:
         """Return the largest root-mean-square distance of any layer and sample from the states remembered."""
-        distances = [
-            ((now - kept) ** 2).reshape(len(now), -1).mean(axis=1).max()
-            for kept, now in zip(self.workspace.states("remembered"), self._moving(), strict=True)
-        ]
+        distances = []
+        for kept, now in zip(self.buffers.remembered, self.buffers.states, strict=True):
+            kept -= now
+            kept *= kept
+            distances.append(kept.reshape(len(now), -1).mean(axis=1).max())
         return math.sqrt(float(self.xp.stack(distances).max()))
 
 
@@ -209,8 +234,10 @@ class Classical(_System):
     Parameters
     ----------
     x : array of shape (N, H, W, C)
-    state : State
-        Start, overwritten; its `drives` and `winners` are written too.
+    input_ops : object
+        The first edge's operations for N samples: it sees the input only once a phase.
+    buffers : PhaseBuffers
+        Its `states` are the start; they are overwritten, and so are `drives` (those of measured updates) and `winners`.
     nudges : sequence of Nudge
     betas : sequence of float
         One a phase; phases are settled as one batch of ``len(betas) * N``.
@@ -219,53 +246,36 @@ class Classical(_System):
     form = "classical"
     drives_current = False
 
-    def __init__(self, edges, activation, feedback, device, workspace, x, state, nudges=(), betas=(0.0,)):
+    def __init__(
+        self, edges, activation, feedback, device, workspace, updates, buffers, x, input_ops, nudges=(), betas=(0.0,)
+    ):
         divisors = layer_weights(len(edges), feedback)
-        super().__init__(edges, activation, feedback, device, workspace, nudges, betas, divisors)
-        self.state = state
-        for topdown in self.topdown:
-            topdown[...] = 0
-        self._drive_from_input(x)
+        super().__init__(edges, activation, feedback, device, workspace, updates, buffers, nudges, betas, divisors)
+        self.states, self.drives, self.winners = buffers.states, buffers.drives, buffers.winners
+        self._drive_from_input(x, input_ops)
 
-    def _drive_from_input(self, x: Any) -> None:
+    def _drive_from_input(self, x: Any, input_ops: Any) -> None:
         """Compute the first drive, constant for the whole phase, once for all phases."""
-        first, n = self.edges[0], self.samples
-        winners = self.state.winners[0]
+        drive, winners, n = self.flows.drive[0], self.winners[0], self.samples
         top = None if winners is None else winners[:n]
-        first.drive(x, self.drive[0][:n], top, self.workspace.input_ops(n))
+        self.edges[0].drive(x, drive[:n], top, input_ops)
         for phase in range(1, self.phases):
-            self.drive[0][phase * n : (phase + 1) * n] = self.drive[0][:n]
+            drive[phase * n : (phase + 1) * n] = drive[:n]
             if winners is not None:
                 winners[phase * n : (phase + 1) * n] = top
 
-    def _moving(self):
-        return self.state.layers
+    def _take_up(self, n):
+        out, ops = self.flows.below(n), self.workspace.ops[n - 1]
+        self.edges[n - 1].drive(self.states[n - 2], out, self.winners[n - 1], ops)
 
-    def _arrays(self):
-        return [*super()._arrays(), *self.state.layers, *self.state.drives, *self.state.winners]
+    def _take_down(self, n):
+        self.edges[n].topdown(self.states[n], self.winners[n], self.flows.above(n), self.workspace.ops[n])
 
-    def forward(self, n: int) -> None:
-        if n > 1:
-            below, ops = self.state.layers[n - 2], self.workspace.ops[n - 1]
-            self.edges[n - 1].drive(below, self.drive[n - 1], self.state.winners[n - 1], ops)
-
-    def backward(self, n: int) -> None:
-        if n < self.depth:
-            above, winners = self.state.layers[n], self.state.winners[n]
-            self.edges[n].topdown(above, winners, self.topdown[n - 1], self.workspace.ops[n])
-
-    def update(self, n: int, measure: bool) -> None:
-        s, topdown = self.state.layers[n - 1], self.topdown[n - 1] if n < self.depth else None
-        self.updates.states(
-            s,
-            self.drive[n - 1],
-            topdown,
-            self.feedback,
-            self._force(n, s),
-            self.state.drives[n - 1],
-            self._residual_row(n, measure),
-            self.scratch,
-        )
+    def _update(self, n, part, drive, topdown, residual):
+        s = self.states[n - 1][part]
+        g = None if self.drives is None or residual is None else self.drives[n - 1][part]
+        force = self._force(n, part, s)
+        self.updates.states(s, drive, topdown, self.feedback, force, g, residual, self.buffers.scratch)
 
 
 class Deviation(_System):
@@ -278,7 +288,7 @@ class Deviation(_System):
     Parameters
     ----------
     free : State
-        With drives and winners, N samples.
+        With drives and winners, N samples. Nothing else of it is looked at: ``s* = sigma(g*)``.
     tangent : bool
         Take the limit beta -> 0, ``eps^n <- sigma'(g*^n) t^n`` with the loss gradient at s*: recurrent
         backpropagation.
@@ -286,59 +296,60 @@ class Deviation(_System):
 
     drives_current = True  # all zero, as at the free state
 
-    def __init__(self, edges, activation, feedback, device, workspace, free, nudges, betas, tangent=False):
-        super().__init__(edges, activation, feedback, device, workspace, nudges, betas)
-        self.free = free
+    def __init__(
+        self, edges, activation, feedback, device, workspace, updates, buffers, free, nudges, betas, tangent=False
+    ):
+        super().__init__(edges, activation, feedback, device, workspace, updates, buffers, nudges, betas)
         self.tangent = tangent
         self.form = "tangent" if tangent else "deviation"
-        self.eps = workspace.states("eps")
-        self.nudged = workspace.one_at_a_time("nudged state")
+        self.rest = free.drives
+        self.eps = buffers.states
         self.winners = list(free.winners)
         if self.phases > 1:
-            tiled = zip(free.winners, workspace.winners("tiled winners"), strict=True)
+            tiled = zip(free.winners, buffers.winners, strict=True)
             self.winners = [None if w is None else self._tile(w, out) for w, out in tiled]
-        self.slopes = []
-        for n, g in enumerate(free.drives if tangent else (), 1):
-            slope = workspace.buffers.get(("slope at rest", n), g.shape)
-            activation.slope(g, slope)
-            self.slopes.append(slope)
-        for arrays in (self.eps, self.drive, self.topdown):
-            for array in arrays:
-                array[...] = 0
-
-    def _moving(self):
-        return self.eps
+        if tangent:
+            for g, slope in zip(self.rest, buffers.slopes, strict=True):
+                activation.slope(g, slope)
+        for eps in self.eps:
+            eps[...] = 0
 
     def _arrays(self):
-        rest = [*self.slopes, *self.free.layers, *self.free.drives]
-        return [*super()._arrays(), *self.eps, *self.nudged, *self.winners, *rest]
+        return [*super()._arrays(), *self.winners, *self.rest]
 
-    def forward(self, n: int) -> None:
-        if n > 1:
-            ops = self.workspace.ops[n - 1]
-            self.edges[n - 1].linear_drive(self.eps[n - 2], self.drive[n - 1], self.winners[n - 1], ops)
+    def _take_up(self, n):
+        out, ops = self.flows.below(n), self.workspace.ops[n - 1]
+        self.edges[n - 1].linear_drive(self.eps[n - 2], out, self.winners[n - 1], ops)
 
-    def backward(self, n: int) -> None:
-        if n < self.depth:
-            self.edges[n].topdown(self.eps[n], self.winners[n], self.topdown[n - 1], self.workspace.ops[n])
+    def _take_down(self, n):
+        self.edges[n].topdown(self.eps[n], self.winners[n], self.flows.above(n), self.workspace.ops[n])
 
-    def _nudged(self, n: int) -> Any:
-        """Return the state that layer n's losses see: ``s* + eps / a``, s* in the tangent limit."""
-        if self.tangent or n not in self._nudges:
-            return self.free.layers[n - 1]
-        nudged = self.nudged[n - 1]
-        self.xp.multiply(self.eps[n - 1], 1 / self.weights[n - 1], out=nudged)
-        for start in range(0, len(nudged), self.samples):
-            part = nudged[start : start + self.samples]
-            part += self.free.layers[n - 1]
+    def _at_rest(self, array: Any, part: slice) -> Any:
+        """Return the rows of an array (N, ...) of the rest point that belong to a part: once, if it is all phases."""
+        if part.stop - part.start > self.samples:
+            return array
+        return array[part.start % self.samples :][: part.stop - part.start]
+
+    def _nudged(self, n: int, part: slice) -> Any:
+        """Return some rows of what layer n's losses see: ``s* + eps / a``, s* in the tangent limit."""
+        g, nudged = self._at_rest(self.rest[n - 1], part), self.buffers.nudged[n][: part.stop - part.start]
+        if self.tangent:
+            self.activation.value(g, nudged)
+            return nudged
+        s = self.buffers.force[n][: len(g)]  # its memory is free until the force is computed
+        self.activation.value(g, s)
+        self.xp.multiply(self.eps[n - 1][part], 1 / self.weights[n - 1], out=nudged)
+        for start in range(0, len(nudged), len(s)):
+            phase = nudged[start : start + len(s)]
+            phase += s
         return nudged
 
-    def update(self, n: int, measure: bool) -> None:
-        drive, topdown = self.drive[n - 1] if n > 1 else None, self.topdown[n - 1] if n < self.depth else None
-        force, residual = self._force(n, self._nudged(n)), self._residual_row(n, measure)
-        shared = (self.eps[n - 1], drive, topdown, self.feedback, force)
+    def _update(self, n, part, drive, topdown, residual):
+        force = self._force(n, part, self._nudged(n, part)) if n in self._nudges else None
+        shared = (self.eps[n - 1][part], drive, topdown, self.feedback, force)
         if self.tangent:
-            self.updates.tangents(*shared, self.slopes[n - 1], residual, self.scratch)
+            slope = self._at_rest(self.buffers.slopes[n - 1], part)
+            self.updates.tangents(*shared, slope, residual, self.buffers.scratch)
         else:
-            rest, weight = self.free.drives[n - 1], self.weights[n - 1]
-            self.updates.deviations(*shared, weight, rest, residual, self.scratch)
+            g = self._at_rest(self.rest[n - 1], part)
+            self.updates.deviations(*shared, self.weights[n - 1], g, residual, self.buffers.scratch)

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
 from cupyep.dynamics import Nudge, layer_weights
 from cupyep.layers import Edge
-from cupyep.workspace import Workspace
+from cupyep.workspace import Memory, Workspace
 
 
 class Energy:
@@ -48,11 +50,13 @@ class Energy:
         self.dtype = precision.number
 
     def _workspace(self, x: Any) -> Workspace:
-        return Workspace(self.edges, len(x), self.device, self.precision)
+        return Memory(self.edges, self.device, self.precision).workspace(len(x))
 
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
-        drives, winners = workspace.states("drive"), workspace.winners("winners")
+        xp, drives, winners = self.device.xp, [], []
         for n, edge in enumerate(self.edges):
+            drives.append(xp.empty_like(layers[n]))
+            winners.append(xp.empty(layers[n].shape, np.uint8) if edge.has_winners else None)
             edge.drive(x if n == 0 else layers[n - 1], drives[n], winners[n], workspace.ops[n])
         return drives, winners
 
@@ -91,7 +95,7 @@ class Energy:
         for n, (drive, a) in enumerate(zip(drives, self.weights, strict=True)):
             force = a * drive
             if n + 1 < len(self.edges):
-                topdown = workspace.states("topdown")[n]
+                topdown = self.device.xp.empty_like(layers[n])
                 self.edges[n + 1].topdown(layers[n + 1], winners[n + 1], topdown, workspace.ops[n + 1])
                 force += self.weights[n + 1] * topdown
             forces.append(force)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from cupyep.energy import Energy
 from cupyep.errors import choose, require
 from cupyep.heads import Head
 from cupyep.layers import Edge
+from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.losses import get_loss, one_hot
 from cupyep.model_file import read_network, write_network
-from cupyep.settling import settle
-from cupyep.workspace import Workspace
+from cupyep.settling import settle, watched
+from cupyep.workspace import Memory, Workspace, update_ops
 
 NUDGES = ("classical", "deviation", "tangent")
 
@@ -57,8 +58,6 @@ class Network:
         If shapes do not fit or a value is out of range.
     """
 
-    WORKSPACES_KEPT = 4
-
     def __init__(
         self,
         layers: Sequence[Edge],
@@ -83,7 +82,7 @@ class Network:
         self._check_chain()
         self.readout = self._make_readout(loss)
         self._initialize(gain, seed)
-        self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
+        self.memory = Memory(self.layers, self.device, self.precision)
         self.config: dict[str, Any] = {}
 
     def _checked_feedback(self, feedback: float) -> float:
@@ -190,18 +189,6 @@ class Network:
         """Return the network that `save` wrote to `path`; see `cupyep.model_file` for the errors."""
         return read_network(path, functools.partial(cls, device=get_device(device)))
 
-    def workspace(self, batch: int) -> Workspace:
-        """Return the buffers for a batch size, the current weights taken up; those of the last few sizes are kept."""
-        if batch not in self._workspaces:
-            arena = next(iter(self._workspaces.values())).arena if self._workspaces else None
-            self._workspaces[batch] = Workspace(self.layers, batch, self.device, self.precision, arena)
-            while len(self._workspaces) > self.WORKSPACES_KEPT:
-                self._workspaces.popitem(last=False)
-        else:
-            self._workspaces[batch].refresh()
-        self._workspaces.move_to_end(batch)
-        return self._workspaces[batch]
-
     def images(self, x: Any) -> Any:
         """Return images as an array of this network's device and dtype, checked for shape.
 
@@ -286,7 +273,8 @@ class Network:
         signals : sequence of Augmenter
             Intermediate signals of the nudged phase.
         copy : bool
-            With False the arrays are buffers of the network, valid until its next settle of this size.
+            With False the arrays are the network's own memory, valid until it settles from another start, learns or
+            scores.
 
         Returns
         -------
@@ -319,19 +307,39 @@ class Network:
             self._add_deviations(state, start)
         return state.copy() if copy else state
 
-    def settle_free(self, batch: Batch, start: State | None = None, **how: Any) -> State:
-        """Settle the free phase into this network's buffers; see `settle` for the arguments."""
-        workspace = self.workspace(len(batch.images))
-        state = State(workspace.states("free"), workspace.states("free drive"), workspace.winners("free winners"))
-        self._fill(state, start, 1)
-        system = Classical(self.layers, self.activation, self.feedback, self.device, workspace, batch.images, state)
-        state.stats = settle(system, warm=start is not None, phase="free", **how)
-        return state
+    def settle_free(self, batch: Batch, start: State | None = None, keeps: str = "both", **how: Any) -> State:
+        """Settle the free phase into this network's memory; see `settle` for the arguments.
+
+        Parameters
+        ----------
+        keeps : {"states", "drives", "both"}
+            What the nudged phases leave alone: classical ones need the states, deviations the drives. Without drives
+            the state has none.
+        """
+        samples = len(batch.images)
+        shape = self.free_shape(samples, keeps, **how)
+        buffers = self.memory.phase(shape)
+        if start is not None:
+            self._check_start(start, samples)
+            if start.buffers is not None and start.buffers is not buffers:  # it lies where this phase would
+                buffers = self.memory.phase(replace(shape, base=start.buffers.top))
+        self._fill(buffers, start, 1)
+        workspace = self.memory.workspace(samples)
+        system = Classical(*self.parts(workspace, buffers), batch.images, workspace.ops[0])
+        stats = settle(system, warm=start is not None, phase="free", **how)
+        return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
 
     def settle_nudged(
-        self, batch: Batch, free: State, betas: Sequence[float], nudges: Sequence[Nudge], form: str, **how: Any
+        self,
+        batch: Batch,
+        free: State,
+        betas: Sequence[float],
+        nudges: Sequence[Nudge],
+        form: str,
+        keeps: str = "both",
+        **how: Any,
     ) -> State:
-        """Settle one nudged phase a beta, as one batch, into this network's buffers; see `settle`."""
+        """Settle one nudged phase a beta, as one batch, into this network's memory; see `settle` and `settle_free`."""
         choose("nudge", form, NUDGES)
         require(
             all(b != 0 and math.isfinite(b) for b in betas), f"beta must be a number other than 0, not {list(betas)}"
@@ -340,26 +348,66 @@ class Network:
             form == "tangent" or not self.readout.identity or all(abs(b) < 1 for b in betas),
             f"squared error needs beta between -1 and 1, not {list(betas)}: s <- d - beta (s - y) never settles beyond",
         )
-        workspace = self.workspace(len(batch.images) * len(betas))
-        parts = (self.layers, self.activation, self.feedback, self.device, workspace)
+        samples, phases = len(batch.images), len(betas)
+        self._check_start(free, samples)
+        shape = self.nudged_shape(form, samples, phases, nudges, keeps, free.end, **how)
+        buffers = self.memory.phase(shape)
+        first = self.memory.workspace(samples).ops[0]
+        parts = self.parts(self.memory.workspace(samples * phases), buffers)
         if form == "classical":
-            state = State(
-                workspace.states("nudged"), workspace.states("nudged drive"), workspace.winners("nudged winners")
-            )
-            self._fill(state, free, len(betas))
-            system = Classical(*parts, batch.images, state, nudges, betas)
+            self._fill(buffers, free, phases)
+            system = Classical(*parts, batch.images, first, nudges, betas)
+            state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
         else:
-            self._check_start(free, len(batch.images))
             require(
                 free.drives is not None and free.winners is not None,
                 "deviations start at a settled state with its drives and winners: pass what settle() returned",
             )
             system = Deviation(*parts, free, nudges, betas, tangent=form == "tangent")
-            state = State(
-                [], winners=free.winners, deviations=system.eps, scales=layer_weights(self.depth, self.feedback)
-            )
+            scales = layer_weights(self.depth, self.feedback)
+            state = State([], None, free.winners, None, buffers.states, scales, buffers)
         state.stats = settle(system, warm=True, phase="nudged", **how)
         return state
+
+    def free_shape(self, samples: int, keeps: str = "both", **how: Any) -> PhaseShape:
+        """Return what decides on the memory of a free phase; arguments as `settle_free`."""
+        return PhaseShape("free", samples, how["schedule"], keeps=keeps, **self._shared_shape(how))
+
+    def nudged_shape(
+        self,
+        form: str,
+        samples: int,
+        phases: int,
+        nudges: Sequence[Nudge],
+        keeps: str = "both",
+        base: int = 0,
+        **how: Any,
+    ) -> PhaseShape:
+        """Return what decides on the memory of nudged phases; `base` is the `end` of the state that they start at."""
+        targets = {id(target): (tuple(target.shape[1:]), target.dtype) for *_, target in nudges if target is not None}
+        terms = tuple(TermShape(term.layer, term.scratch_size) for term, *_ in nudges)
+        return PhaseShape(
+            form,
+            samples,
+            how["schedule"],
+            phases,
+            keeps,
+            terms,
+            tuple(targets.values()),
+            base=base,
+            **self._shared_shape(how),
+        )
+
+    def _shared_shape(self, how: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "watched": watched(how["schedule"], how["steps"], how.get("tolerance")),
+            "update_scratch": update_ops(self.activation, self.device).scratch_size,
+        }
+
+    def parts(self, workspace: Workspace, buffers: PhaseBuffers) -> tuple[Any, ...]:
+        """Return what both systems are made of."""
+        updates = update_ops(self.activation, self.device)
+        return self.layers, self.activation, self.feedback, self.device, workspace, updates, buffers
 
     def _check_start(self, start: State, samples: int) -> None:
         require(
@@ -368,14 +416,12 @@ class Network:
             f"the batch {samples} in {self.depth}, and their shapes must agree",
         )
 
-    def _fill(self, state: State, start: State | None, phases: int) -> None:
-        if start is not None:
-            self._check_start(start, len(state.layers[0]) // phases)
-        else:
-            for winners in state.winners:  # even/odd reads some before it finds them
+    def _fill(self, buffers: PhaseBuffers, start: State | None, phases: int) -> None:
+        if start is None:
+            for winners in buffers.winners:  # even/odd reads some before it finds them
                 if winners is not None:
                     winners[...] = 0
-        for n, s in enumerate(state.layers):
+        for n, s in enumerate(buffers.states):
             if start is None:
                 s[...] = min(max(0.0, self.activation.low), self.activation.high)
             elif start.layers[n] is not s:

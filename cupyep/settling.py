@@ -1,10 +1,12 @@
 """The fixed-point loop: in which order layers are updated, when to stop, how settled each layer is.
 
 This module knows no layer type. A *system* offers, for layers n = 1..depth, ``forward(n)`` (take up the drive from
-below), ``backward(n)`` (take up the feedback from above), ``update(n, measure)`` (set the state from both) and the
-array ``residual`` (depth, B) into which a measured update adds the mean squared change of each sample. Its flag
-``drives_current`` says that its drives belong to its start already. Every iteration is done through its
-``repeat(name, work)``, which may call ``work`` or, on a GPU, replay what it did before under the same name.
+below), ``backward(n)`` (take up the feedback from above), ``update(n, measure)`` (set the state from both),
+``prime(n)`` (take up the drive of a start) and the array ``residual`` (depth, B) into which a measured update adds the
+mean squared change of each sample. It need keep no more drives and feedback than the orders here ask for, as for the
+synchronous one: a drive until that of the next layer but one, a feedback until the next. Its flag ``drives_current``
+says that its drives belong to its start already. Every iteration is done through its ``repeat(name, work)``, which may
+call ``work`` or, on a GPU, replay what it did before under the same name.
 One iteration of every schedule costs one product of each kind an edge.
 """
 
@@ -59,13 +61,13 @@ class SettleStats:
 
 
 def _synchronous(system: Any, measure: bool, downward: bool) -> None:
-    layers = range(1, system.depth + 1)
-    for n in layers:
+    # All layers from the old states, in place: layer n - 1 is updated as soon as nobody needs its old state any more.
+    for n in range(1, system.depth + 1):
         system.forward(n)
-    for n in layers:
-        system.backward(n)
-    for n in layers:
-        system.update(n, measure)
+        if n > 1:
+            system.backward(n - 1)
+            system.update(n - 1, measure)
+    system.update(system.depth, measure)
 
 
 def _even_odd(system: Any, measure: bool, downward: bool) -> None:
@@ -101,10 +103,15 @@ def _prime(system: Any, schedule: str) -> None:
     """Make drives and winners belong to a given start, as far as the schedule reads them before it renews them."""
     if schedule == "evenodd":
         for n in range(3, system.depth + 1, 2):
-            system.forward(n)
+            system.prime(n)
     elif schedule == "sweeps":
         for n in range(1, system.depth + 1):
-            system.forward(n)
+            system.prime(n)
+
+
+def watched(schedule: str, steps: int, tolerance: float | None) -> bool:
+    """Return whether a phase that misses its tolerance is asked whether it oscillates."""
+    return tolerance is not None and schedule == "synchronous" and steps >= 2
 
 
 def settle(
@@ -149,7 +156,7 @@ def settle(
     require(check_every >= 1, f"check_every must be at least 1, not {check_every}")
     if warm and not system.drives_current:
         _prime(system, schedule)
-    watch_period = tolerance is not None and schedule == "synchronous" and steps >= 2
+    watch_period = watched(schedule, steps, tolerance)
     trace: list[np.ndarray] = []
     converged, per_sample = None if tolerance is None else False, None
     for step in range(1, steps + 1):

@@ -1,27 +1,28 @@
-"""Everything that depends on the batch size: chunk plans, scratch and reusable buffers of one network's edges."""
+"""The memory of a network beside its parameters, and the operations of its edges for one batch size."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+
+import numpy as np
 
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replayer
 from cupyep.backend.precision import Precision
 from cupyep.kernels import cuda_update
-from cupyep.kernels.buffers import Arena, Buffers
+from cupyep.kernels.buffers import Arena, Stack
 from cupyep.kernels.cuda_update import CudaUpdateOps
 from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
+from cupyep.layout import Layout, PhaseBuffers, PhaseShape
 
 
 class Workspace:
-    """Scratch and buffers for one batch size, made once and reused by every settle of that size.
-
-    What the operations make of the weights (mirrored, transformed) is made here and by `refresh`, which
-    `Network.workspace` calls whenever it hands a workspace out: get it anew after every change of the weights.
+    """The operations of a network's edges for one batch size: chunk plans, and views of memory that all sizes share.
 
     Parameters
     ----------
@@ -30,76 +31,142 @@ class Workspace:
         Samples processed together (2N for two nudged phases in one batch).
     device : Device
     precision : Precision
-    arena : Arena, optional
-        Scratch memory to share with other workspaces of the same edges; a larger one is made where it is too small.
+
+    Attributes
+    ----------
+    ops : list
+        Operations of each edge.
+    nbytes : int
+        Bytes wanted from the arena.
+    replayer : Replayer
+        Of iterations captured with these operations.
     """
 
-    def __init__(
-        self, edges: Sequence[Edge], batch: int, device: Device, precision: Precision, arena: Arena | None = None
-    ):
+    def __init__(self, edges: Sequence[Edge], batch: int, device: Device, precision: Precision):
         self.edges = edges
-        self._input_ops: dict[int, Any] = {}
         self.batch = batch
         self.device = device
-        self.precision = precision
-        self.buffers = Buffers(device.xp, precision.number)
-        self.replayer = Replayer(device.graphs)
         budget = device.scratch_bytes
         self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
-        needed = max(ops.nbytes for ops in self.ops)
-        if arena is None or arena.block.nbytes < needed:
-            arena = Arena(device.xp, needed)
-        self.arena = arena
-        for ops in self.ops:
-            ops.bind(arena)
-        self.refresh()
+        self.nbytes = max(ops.nbytes for ops in self.ops)
+
+    def bind(self, arena: Arena, made: Sequence[Sequence[Any]]) -> None:
+        """Take views of the arena, and the arrays that each edge's operations make of the weights."""
+        self.replayer = Replayer(self.device.graphs)  # what was captured before is of other memory
+        for ops, arrays in zip(self.ops, made, strict=True):
+            ops.bind(arena, arrays)
 
     def refresh(self) -> None:
         """Take up the current weights."""
         for edge, ops in zip(self.edges, self.ops, strict=True):
             edge.refresh(ops)
-        for ops in self._input_ops.values():
-            self.edges[0].refresh(ops)
 
-    def states(self, name: str) -> list[Any]:
-        """Return one buffer a layer, of shapes (batch, *shape of the layer)."""
-        return [self.buffers.get((name, n), (self.batch, *edge.out_shape)) for n, edge in enumerate(self.edges, 1)]
 
-    def one_at_a_time(self, name: str) -> list[Any]:
-        """Return one array a layer as `states` does, all views of one buffer: only one of them holds data at a time."""
-        sizes = [math.prod(edge.out_shape) for edge in self.edges]
-        flat = self.buffers.get(name, (self.batch * max(sizes),))
-        return [
-            flat[: self.batch * size].reshape(self.batch, *edge.out_shape)
-            for size, edge in zip(sizes, self.edges, strict=True)
-        ]
+class Memory:
+    """What settling and learning need beside parameters, each allocated once and shared by all that can share it.
 
-    def update_ops(self, activation: Activation) -> UpdateOps:
-        """Return what updates states with `activation` on this device."""
-        if self.device.is_gpu and activation.code is not None:
-            return CudaUpdateOps(self.device.xp, activation, self.device.launcher(cuda_update.SOURCE))
-        return UpdateOps(self.device.xp, activation)
+    Workspaces of all batch sizes share one arena of scratch for products and what is made of the weights (mirrored,
+    transformed, rounded). The arrays of all phases lie in one block, which grows when a phase needs more.
 
-    def update_scratch(self, updates: UpdateOps) -> Any:
-        """Return scratch that serves every layer's update."""
-        sizes = (updates.scratch_size(self.batch, math.prod(edge.out_shape)) for edge in self.edges)
-        return self.buffers.get("update scratch", (max(sizes),))
+    Parameters
+    ----------
+    edges : sequence of Edge
+    device : Device
+    precision : Precision
+    """
 
-    def winners(self, name: str) -> list[Any]:
-        """Return one uint8 buffer a max-pooling edge, None for the others."""
-        return [
-            self.buffers.get((name, n), (self.batch, *edge.out_shape), "uint8") if edge.has_winners else None
-            for n, edge in enumerate(self.edges, 1)
-        ]
+    WORKSPACES_KEPT = 4
+    LAYOUTS_KEPT = 16
 
-    def input_ops(self, samples: int) -> Any:
-        """Return the operations of the first edge for a batch of `samples`, which sees the input only once a phase."""
-        if samples == self.batch:
-            return self.ops[0]
-        if samples not in self._input_ops:
-            edge = self.edges[0]
-            ops = edge.prepare(samples, self.arena.block.nbytes, self.precision, self.device)
-            ops.bind(self.arena)
-            edge.refresh(ops)
-            self._input_ops[samples] = ops
-        return self._input_ops[samples]
+    def __init__(self, edges: Sequence[Edge], device: Device, precision: Precision):
+        self.edges = edges
+        self.device = device
+        self.precision = precision
+        self.layout = Layout(edges, precision, device.is_gpu)
+        self._arena: Arena | None = None
+        self._block: Any = None
+        self._made: dict[Any, list[Any]] = {}
+        self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
+        self._laid_out: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def workspace(self, batch: int) -> Workspace:
+        """Return the operations for a batch size, the current weights taken up; those of the last few sizes are kept.
+
+        Get it anew after every change of the weights.
+        """
+        self._prepare([batch])
+        self._workspaces[batch].refresh()
+        return self._workspaces[batch]
+
+    def _prepare(self, batches: Sequence[int]) -> None:
+        """Make workspaces of some sizes, with an arena that is large enough for all of them."""
+        fresh = {batch: self._new(batch) for batch in batches if batch not in self._workspaces}
+        needed = max((workspace.nbytes for workspace in fresh.values()), default=0)
+        if self._arena is None or self._arena.block.nbytes < needed:
+            self._workspaces.clear()  # they hold the old arena
+            self._arena = None
+            self._arena = Arena(self.device.xp, needed)
+            fresh = {batch: fresh[batch] if batch in fresh else self._new(batch) for batch in batches}
+        for batch, workspace in fresh.items():
+            self._workspaces[batch] = workspace
+            workspace.bind(self._arena, [self._made_of_weights(n, ops) for n, ops in enumerate(workspace.ops)])
+        for batch in batches:
+            self._workspaces.move_to_end(batch)
+        while len(self._workspaces) > self.WORKSPACES_KEPT:
+            self._workspaces.popitem(last=False)
+
+    def _new(self, batch: int) -> Workspace:
+        return Workspace(self.edges, batch, self.device, self.precision)
+
+    def _made_of_weights(self, n: int, ops: Any) -> list[Any]:
+        key = (n, type(ops), *((shape, np.dtype(dtype)) for shape, dtype in ops.made))
+        if key not in self._made:
+            self._made[key] = [self.device.xp.empty(shape, dtype) for shape, dtype in ops.made]
+        return self._made[key]
+
+    def phase(self, shape: PhaseShape) -> PhaseBuffers:
+        """Return the arrays of a phase."""
+        return self.laid_out(shape, shape.base, functools.partial(self.layout.lay_out, shape=shape))
+
+    def laid_out(self, key: Hashable, base: int, lay_out: Callable[[Stack], Any]) -> Any:
+        """Return what `lay_out` takes from a stack that begins at byte `base` of the block.
+
+        Calls with an equal `key` get the same arrays, as long as the block does not have to grow.
+        """
+        if key not in self._laid_out:
+            paper = Stack(base=base)
+            lay_out(paper)
+            self.reserve(paper.peak)
+            self._laid_out[key] = lay_out(Stack(self._block, base))
+            while len(self._laid_out) > self.LAYOUTS_KEPT:
+                self._laid_out.popitem(last=False)
+        self._laid_out.move_to_end(key)
+        return self._laid_out[key]
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the block at least so large. Arrays handed out before keep their memory, and share it no more."""
+        if self._block is None or self._block.nbytes < nbytes:
+            self._laid_out.clear()
+            self._block = None
+            self._block = self.device.xp.empty(nbytes, np.uint8)
+
+    def expect(self, first: PhaseShape, *others: PhaseShape) -> None:
+        """Make room for a phase and those that build on what it leaves, before the first begins: once for all."""
+        key = ("expected", first, *others)
+        if key in self._laid_out:
+            return
+        self._prepare(sorted({rows for shape in (first, *others) for rows in (shape.samples, shape.rows)}))
+        paper = Stack()
+        end = self.layout.lay_out(paper, first).end
+        stacks = [Stack(base=end) for _ in others]
+        for stack, shape in zip(stacks, others, strict=True):
+            self.layout.lay_out(stack, shape)
+        self.reserve(max(stack.peak for stack in (paper, *stacks)))
+        self._laid_out[key] = None
+
+
+def update_ops(activation: Activation, device: Device) -> UpdateOps:
+    """Return what updates states with `activation` on `device`."""
+    if device.is_gpu and activation.code is not None:
+        return CudaUpdateOps(device.xp, activation, device.launcher(cuda_update.SOURCE))
+    return UpdateOps(device.xp, activation)

@@ -6,6 +6,7 @@ import numpy as np
 from oracle import Oracle, Term
 
 import cupyep as ep
+from cupyep.kernels.buffers import Arena
 
 CLASSES = 3
 
@@ -59,6 +60,14 @@ def batch_of(net, samples=3, seed=0):
     labels = np.arange(samples) % CLASSES
     view = (np.arange(samples) % 2).astype(np.uint8)
     return ep.Batch(net.device.asarray(images, net.dtype), labels, np.arange(samples) + 5, view)
+
+
+def bind(ops, xp):
+    """Give an edge's operations memory of their own, full of what is no number: nothing may depend on it."""
+    arena = Arena(xp, ops.nbytes)
+    arena.block[...] = 255
+    ops.bind(arena, [xp.empty(shape, dtype) for shape, dtype in ops.made])
+    return ops
 
 
 class Teacher:

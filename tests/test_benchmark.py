@@ -306,7 +306,7 @@ def test_on_a_gpu_replays_are_timed_beside_plain_launches(load, fake_gpu):
     names = [f"settle step, {name}" for name in ("synchronous", "evenodd", "sweeps")]
     assert list(rows) == [row for name in names for row in (name, f"{name}, plain launches")]
     assert run.report["settle_step_plain_launches_s"] == rows[f"{names[0]}, plain launches"].median
-    assert len(net.workspace(2).replayer.graphs()) == 6, "measured or not, for each schedule"
+    assert len(net.memory.workspace(2).replayer.graphs()) == 6, "measured or not, for each schedule"
     assert fake_gpu.graphs is not None
 
 

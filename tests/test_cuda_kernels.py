@@ -14,13 +14,13 @@ import pytest
 import small
 from cuda_cpu import ShimLauncher, compiler
 from fake_gpu import FakeCublas
+from small import bind
 
 from cupyep import Conv2d, EquilibriumPropagation
 from cupyep.backend import get_precision
 from cupyep.backend.cuda import Cublas
 from cupyep.errors import ConfigurationError
 from cupyep.kernels import factors
-from cupyep.kernels.buffers import Arena
 from cupyep.kernels.conv import ConvOps
 from cupyep.kernels.cuda_conv import SOURCE, CudaConvOps
 from cupyep.kernels.launch import check_axes, map_grid, vector_width
@@ -62,11 +62,7 @@ def integers(rng, shape, dtype, high=100):
 
 def operations(edge, dtype, batch=SAMPLES, nbytes=1 << 24, **options):
     """Return CUDA operations of an edge whose scratch is full of NaN."""
-    ops = CudaConvOps(edge.geometry, batch, nbytes, get_precision(dtype.name), np, launcher(), **options)
-    arena = Arena(np, ops.nbytes)
-    arena.block[...] = 255
-    ops.bind(arena)
-    return ops
+    return bind(CudaConvOps(edge.geometry, batch, nbytes, get_precision(dtype.name), np, launcher(), **options), np)
 
 
 def last_width():
@@ -277,7 +273,7 @@ def test_an_edge_computes_the_same_with_both_operations(monkeypatch, rng, name, 
             monkeypatch.setattr(factors, name, function)
         ops = make(1 << 24)
         ops.chunks = [(slice(0, 2), 2), (slice(2, 4), 2), (slice(4, 5), 1)]
-        ops.bind(Arena(np, ops.nbytes))
+        bind(ops, np)
         ops.refresh(edge.weight)
         drive, linear = np.full(s.shape, np.nan, dtype), np.full(s.shape, np.nan, dtype)
         winners = np.full(s.shape, 77, np.uint8) if edge.has_winners else None
@@ -344,9 +340,9 @@ def test_scratch_is_the_columns_of_one_direction_and_a_map(rng):
     assert ops.nbytes == 4 * (256 * 9 * 16 + 256 * 16)
     first = CudaConvOps(edge.geometry, 1, 1 << 20, single, np, launcher(), product_first=True)
     assert first.nbytes == 4 * (256 * 9 * 8 + 256 * 16)
-    # the plain code also has padded maps, here 18 x 18 x 16, and a mask of the pooled 8 x 8 x 16
+    # the plain code also has padded maps, here 18 x 18 x 16, a mask of the pooled 8 x 8 x 16, and a gradient on its way
     plain = ConvOps(edge.geometry, 1, 1 << 20, single, np)
-    assert plain.nbytes == ops.nbytes + 4 * 18 * 18 * 16 + 8 * 8 * 16
+    assert plain.nbytes == ops.nbytes + 4 * 18 * 18 * 16 + 8 * 8 * 16 + 4 * 9 * 8 * 16
     half = CudaConvOps(edge.geometry, 1, 1 << 20, get_precision("float16"), np, launcher())
     assert half.nbytes == 2 * 256 * 9 * 16 + 4 * 256 * 16  # products stay float32 until they are pooled
 

@@ -21,7 +21,7 @@ from cupyep.backend.cuda import Cublas, Launcher, address, kernel_argument, sour
 from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
 from cupyep.kernels import cuda_conv, cuda_head, cuda_update
-from cupyep.kernels.buffers import Arena, Buffers
+from cupyep.kernels.buffers import Arena, Stack
 from cupyep.kernels.cuda_update import CudaUpdateOps
 from cupyep.kernels.update import UpdateOps
 from cupyep.losses import CrossEntropy
@@ -99,7 +99,7 @@ def test_addresses_views_and_modules(host):
     assert kernel_argument(array.reshape(-1)[5:]) is not None
 
 
-def test_arena_and_buffers(host):
+def test_arena_and_stack(host):
     """Views of one block of bytes are aligned and of their own types, empty ones too."""
     requests = [((3, 5), np.float32), ((0, 7), np.float64), ((2, 2), np.float16), ((4,), np.bool_)]
     block = Arena(cupy, Arena.size(requests))
@@ -107,10 +107,10 @@ def test_arena_and_buffers(host):
     assert [array.shape for array in arrays] == [shape for shape, _ in requests]
     assert [array.dtype for array in arrays] == [np.dtype(dtype) for _, dtype in requests]
     assert [(array.data.ptr - block.block.data.ptr) % 256 for array in arrays if array.size] == [0, 0, 0]
-    buffers = Buffers(cupy, np.float32)
-    first = buffers.get("a", (2, 3))
-    assert buffers.get("a", (2, 3)) is first
-    assert buffers.get("a", (3, 2)) is not first
+    stack = Stack(block.block, 256)
+    first, second = stack.take("a", (2, 3), np.float64), stack.take("b", (0,), np.uint8)
+    assert (first.data.ptr - block.block.data.ptr, first.shape, first.dtype) == (256, (2, 3), np.float64)
+    assert second.shape == (0,)
 
 
 LAYOUTS = {
@@ -156,7 +156,7 @@ def edge_pair(host, kind, precision, nbytes):
         edge.initialize(np.random.default_rng(0), 1.0, device, precision.number)
         view(edge.bias)[...] = np.linspace(-1, 1, len(edge.bias))
         ops = edge.prepare(BATCH, nbytes, precision, device)
-        ops.bind(Arena(device.xp, ops.nbytes))
+        ops.bind(Arena(device.xp, ops.nbytes), [device.xp.empty(*request) for request in ops.made])
         ends.append((edge, ops, device))
     (edge, ops, _), (same, theirs, _) = ends
     edge.refresh(ops)

@@ -111,7 +111,7 @@ def test_own_signal_activation_and_layer(tmp_path, monkeypatch):
     net, rng = names["net"], np.random.default_rng(0)
     edge, s = net.layers[1], rng.standard_normal((2, 4, 4, 16)).astype(np.float32)
     out, back = np.empty((2, 20), np.float32), np.empty_like(s)
-    ops = net.workspace(2).ops[1]
+    ops = net.memory.workspace(2).ops[1]
     edge.drive(s, out, None, ops)
     np.testing.assert_allclose(out, 0.5 * s.reshape(2, -1) @ edge.weight + edge.bias, rtol=1e-4, atol=1e-5)
     t = rng.standard_normal((2, 20)).astype(np.float32)

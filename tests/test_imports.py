@@ -21,6 +21,7 @@ ORDER = [
     "layers",
     "model_file",
     "heads",
+    "layout",
     "workspace",
     "settling",
     "dynamics",

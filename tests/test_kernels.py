@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cupyep.kernels.buffers import Arena, Buffers
+from cupyep.kernels.buffers import Arena, Stack
 from cupyep.kernels.columns import col2im, im2col, inner_view, output_size
 from cupyep.kernels.pooling import (
     average_pool,
@@ -169,18 +169,41 @@ def test_pooling_works_on_strided_views(device, rng):
     np.testing.assert_array_equal(device.to_numpy(large), expected)
 
 
-def test_buffers_are_allocated_once(device):
-    buffers = Buffers(device.xp, "float32")
-    first = buffers.get("a", (2, 3))
-    assert buffers.get("a", (2, 3)) is first
-    assert (first.dtype, first.shape) == (np.float32, (2, 3))
-    other = buffers.get("b", (4,), "uint8")
-    assert other.dtype == np.uint8
-    assert buffers.nbytes == 2 * 3 * 4 + 4
-    changed = buffers.get("a", (5,))
-    assert changed.shape == (5,)
-    assert buffers.nbytes == 5 * 4 + 4
-    assert buffers.get("a", (5,), "float64").dtype == np.float64
+def use_stack(stack):
+    """Return the arrays of two phases on top of something that stays."""
+    kept = stack.take("kept", (2, 3), "float32")  # 24 bytes, in 256
+    top = stack.top
+    first = [stack.take("first", (65,), "float32"), stack.take("more", (3,), "uint8")]  # 512 + 256
+    stack.release(top)
+    turns = stack.take_turns("turns", [(2,), (40, 2), (0,)], "float64")  # 768 for the largest
+    return kept, first, turns
+
+
+def test_stack_lays_what_comes_next_over_what_is_released(device):
+    block = device.xp.zeros(2048, np.uint8)
+    stack = Stack(block, 512)
+    kept, first, turns = use_stack(stack)
+    assert [a.shape for a in (kept, *first, *turns)] == [(2, 3), (65,), (3,), (2,), (40, 2), (0,)]
+    assert [a.dtype for a in (kept, *first, *turns)] == ["float32", "float32", "uint8", *["float64"] * 3]
+    kept[...] = 1
+    for array in first:
+        array[...] = 2
+    turns[1][...] = 3
+    assert set(device.to_numpy(turns[0])) == {3.0}, "they share memory"
+    assert set(device.to_numpy(kept).ravel()) == {1.0}, "what stays, stays"
+    assert not {2.0} & set(device.to_numpy(first[0])), "what is released is used again"
+    assert not device.to_numpy(block)[:512].any(), "what lies below the base is left alone"
+    assert (stack.top, stack.peak) == (512 + 256 + 768, 512 + 256 + 768)
+
+
+def test_stack_on_paper_counts_what_memory_would_take():
+    paper = Stack(base=512)
+    kept, first, turns = use_stack(paper)
+    assert (kept, first, turns) == (None, [None, None], [None] * 3)
+    assert paper.peak == 512 + 256 + 768
+    assert paper.at_peak == {"kept": 256, "first": 512, "more": 256}, "the first time that it was as high"
+    paper.take("top", (1,), "uint8")
+    assert paper.at_peak == {"kept": 256, "turns": 768, "top": 256}
 
 
 def test_arena_hands_out_disjoint_aligned_views(device):

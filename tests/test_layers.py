@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from oracle import relative_error
+from small import bind
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.kernels.buffers import Arena
 from cupyep.kernels.conv import ConvOps
 from cupyep.kernels.winograd import WinogradOps
 
@@ -105,9 +105,7 @@ class Case:
             self.ops = WinogradOps(self.edge.geometry, samples, budget, self.precision, device.xp)
         else:
             self.ops = self.edge.prepare(samples, budget, self.precision, device)
-        arena = Arena(device.xp, self.ops.nbytes)
-        arena.block[...] = 255  # nothing may depend on what was there: floats of all ones are not numbers
-        self.ops.bind(arena)
+        bind(self.ops, device.xp)
         self.edge.refresh(self.ops)
         self.u = naive_map(self.below, self.weight, self.bias, self.stride, self.padding)
         self.d, self.winners = naive_pool(self.u, self.pooling, self.pool)
@@ -256,8 +254,7 @@ def test_linear_edge(device, rng, in_shape):
     weight, bias = rng.standard_normal((size, 4)), rng.standard_normal(4)
     edge.weight, edge.bias = device.asarray(weight), device.asarray(bias)
     below, s = rng.standard_normal((3, *in_shape)), rng.standard_normal((3, 4))
-    ops = edge.prepare(3, 0, get_precision("float64"), device)
-    ops.bind(Arena(device.xp, ops.nbytes))
+    ops = bind(edge.prepare(3, 0, get_precision("float64"), device), device.xp)
     edge.refresh(ops)
     flat = below.reshape(3, size)
     expected = np.zeros((3, 4))

@@ -209,7 +209,7 @@ def test_workspaces_of_the_last_few_batch_sizes_are_kept(device):
     first = net.device.to_numpy(net.settle(batch.images[:2], steps=3).layers[0]).copy()
     for samples in range(3, 9):
         net.settle(batch.images[:samples], steps=3)
-    assert len(net._workspaces) == net.WORKSPACES_KEPT
+    assert len(net.memory._workspaces) == net.memory.WORKSPACES_KEPT
     again = net.device.to_numpy(net.settle(batch.images[:2], steps=3).layers[0])
     np.testing.assert_array_equal(again, first)
 

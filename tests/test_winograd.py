@@ -6,11 +6,10 @@ Oracle: direct convolution in float64 (oracle.py), exact integers, and the same 
 import numpy as np
 import oracle
 import pytest
-from small import batch_of, network, on_host
+from small import batch_of, bind, network, on_host
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.kernels.buffers import Arena
 from cupyep.kernels.conv import ConvOps
 from cupyep.kernels.winograd import WinogradOps, possible
 
@@ -18,10 +17,7 @@ MIB = 1 << 20
 
 
 def prepared(edge, samples, dtype, budget=8 * MIB, make=WinogradOps):
-    ops = make(edge.geometry, samples, budget, get_precision(np.dtype(dtype).name), np)
-    arena = Arena(np, ops.nbytes)
-    arena.block[...] = 255  # floats of all ones are not numbers
-    ops.bind(arena)
+    ops = bind(make(edge.geometry, samples, budget, get_precision(np.dtype(dtype).name), np), np)
     ops.refresh(edge.weight)
     return ops
 
@@ -163,7 +159,11 @@ def test_networks_learn_the_same(request, name, pooling):
         net = network("conv", pooling=pooling, activation="hard_sigmoid")
         learner = LEARNERS[name](net)
         results.append(on_host(net, learner.step(batch_of(net)).gradients))
-        assert [type(ops) for ops in net.workspace(3).ops] == [kind, kind, ConvOps]  # the third has a 2 x 2 kernel
+        assert [type(ops) for ops in net.memory.workspace(3).ops] == [
+            kind,
+            kind,
+            ConvOps,
+        ]  # the third has a 2 x 2 kernel
     for path, expected in results[0].items():
         assert np.linalg.norm(expected) > 1e-6
         np.testing.assert_allclose(results[1][path], expected, rtol=1e-9, atol=1e-12, err_msg=path)

@@ -84,9 +84,9 @@ def build_run(options: dict[str, Any]) -> Run:
 def time_edges(run: Run) -> dict[str, Timing]:
     """Time the products of every edge with all that belongs to them: columns, bias, pooling and its adjoint."""
     network = run.network
-    workspace = network.workspace(len(run.batch))
+    workspace = network.memory.workspace(len(run.batch))
     state = network.settle(run.batch.images, steps=3)
-    up, down = workspace.states("drive"), workspace.states("topdown")
+    up, down = ([network.device.xp.empty_like(s) for s in state.layers] for _ in range(2))
     cases = {}
     for n, edge in enumerate(network.layers, 1):
         below = run.batch.images if n == 1 else state.layers[n - 2]

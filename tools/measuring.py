@@ -177,7 +177,7 @@ class Operations:
     @staticmethod
     def _of_edges(network: Network, batch: int, done: bool) -> list[int]:
         if done:
-            return [ops.flops * batch for ops in network.workspace(batch).ops]
+            return [ops.flops * batch for ops in network.memory.workspace(batch).ops]
         return [edge.flops() * batch for edge in network.layers]
 
     def settle_step(self) -> int:

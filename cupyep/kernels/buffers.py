@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,34 +12,56 @@ ALIGNMENT = 256  # bytes, of every array in an arena
 Request = tuple[tuple[int, ...], Any]
 
 
-class Buffers:
-    """Named arrays on one device, allocated at first request and reused afterwards.
+class Stack:
+    """Arrays laid into one block of memory, each on top of those before.
+
+    What is released may be laid over by what comes next: so phases that follow one another share memory.
 
     Parameters
     ----------
-    xp : module
-        ``numpy`` or ``cupy``.
-    dtype : dtype
-        Default element type.
+    block : array of bytes, optional
+        Without one it lays out on paper: sizes and places are counted, and what is taken is None.
+    base : int
+        Bytes at the start of the block that are left alone.
+
+    Attributes
+    ----------
+    top : int
+        Bytes in use.
+    peak : int
+        The largest top so far.
+    at_peak : dict
+        Bytes by purpose when the top was highest.
     """
 
-    def __init__(self, xp: Any, dtype: Any):
-        self.xp = xp
-        self.dtype = np.dtype(dtype)
-        self._arrays: dict[Any, Any] = {}
+    def __init__(self, block: Any = None, base: int = 0):
+        self._block = block
+        self._taken: list[tuple[int, int, str]] = []  # from, to, what for
+        self.top = self.peak = base
+        self.at_peak: dict[str, int] = {}
 
-    def get(self, name: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
-        """Return the array called `name`; its content is whatever was last written there."""
-        dtype = self.dtype if dtype is None else np.dtype(dtype)
-        array = self._arrays.get(name)
-        if array is None or array.shape != shape or array.dtype != dtype:
-            array = self._arrays[name] = self.xp.empty(shape, dtype)
-        return array
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array whose content is whatever was last written there."""
+        return self.take_turns(purpose, [shape], dtype)[0]
 
-    @property
-    def nbytes(self) -> int:
-        """Total size of the arrays held, in bytes."""
-        return sum(array.nbytes for array in self._arrays.values())
+    def take_turns(self, purpose: str, shapes: Sequence[tuple[int, ...]], dtype: Any) -> list[Any]:
+        """Return one array a shape, all in the same place: only one of them holds data at a time."""
+        start, nbytes = self.top, max((_padded(shape, dtype) for shape in shapes), default=0)
+        self.top += nbytes
+        self._taken.append((start, self.top, purpose))
+        if self.top > self.peak:
+            self.peak = self.top
+            self.at_peak = {}
+            for first, last, name in self._taken:
+                self.at_peak[name] = self.at_peak.get(name, 0) + last - first
+        if self._block is None:
+            return [None] * len(shapes)
+        return [carve(self._block[start:], [(shape, dtype)])[0] for shape in shapes]
+
+    def release(self, top: int) -> None:
+        """Give back what was taken above `top`, a former value of the attribute."""
+        self.top = top
+        self._taken = [taken for taken in self._taken if taken[1] <= top]
 
 
 class Arena:

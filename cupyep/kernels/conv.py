@@ -8,6 +8,7 @@ is of the type to compute in, and results are rounded once, when they are stored
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,8 @@ class ConvOps:
         Samples of each chunk and their number.
     nbytes : int
         Bytes wanted from the arena.
+    made : list of (shape, dtype)
+        What `refresh` makes of the weight: arrays that operations for other batch sizes may share.
     flops : int
         Operations that one product takes for one sample.
     kernel : array of shape (k, k, C, K)
@@ -110,13 +113,16 @@ class ConvOps:
         one = Arena.size(self._requests(1))
         pixels = math.gcd(math.prod(geometry.map_shape[:2]), math.prod(geometry.in_shape[:2]))
         self.chunks = chunked(batch, nbytes // one, self.TILE_ROWS // math.gcd(self.TILE_ROWS, pixels))
-        self.requests = self._requests(self.chunks[0][1])
-        self.nbytes = Arena.size(self.requests)
         k, channels, outputs = geometry.kernel, geometry.in_shape[2], geometry.map_shape[2]
-        shape, dtype = (k, k, channels, outputs), self.factors.dtype
-        self.kernel = xp.empty(shape, dtype) if self.factors.copies else None
-        self.flipped = None if self.product_first else xp.empty((k * k * outputs, channels), dtype)
-        self.weight = None if self.NATIVE else xp.empty((k * k * channels, outputs), precision.number)
+        self.requests = self._requests(self.chunks[0][1])
+        if not self.NATIVE:
+            self.requests.append(((k * k * channels, outputs), precision.number))
+        self.nbytes = Arena.size(self.requests)
+        copy, flipped = (
+            ((k, k, channels, outputs), self.factors.dtype),
+            ((k * k * outputs, channels), self.factors.dtype),
+        )
+        self.made = ([copy] if self.factors.copies else []) + ([] if self.product_first else [flipped])
 
     def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         g, dtype = self.geometry, self.precision.number
@@ -143,12 +149,18 @@ class ConvOps:
         ]
         return [drive, drive if self.product_first else topdown]
 
-    def bind(self, arena: Arena) -> None:
-        """Take views of the arena."""
-        scratch, self._map, self._mask, self._wide = arena.views(self.requests)
+    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
+        """Take views of the arena, and the arrays of `made`."""
+        self._take_made(made)
+        scratch, self._map, self._mask, self._wide, self.weight = arena.views(self.requests)
         drive, topdown = self._column_requests(self.chunks[0][1])
         self._padded, self._columns = carve(scratch, drive)
         self._padded_up, self._columns_up = carve(scratch, topdown)
+
+    def _take_made(self, made: Sequence[Any]) -> None:
+        made = list(made)
+        self.kernel = made.pop(0) if self.factors.copies else None
+        self.flipped = None if self.product_first else made.pop(0)
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (k, k, C, K) as a factor of products; for the top-down one mirrored, channels exchanged."""

@@ -7,6 +7,7 @@ Padding is implicit and the unpooled map of the top-down product never exists: s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,10 @@ class CudaConvOps(ConvOps):
             requests.append(((samples, *self.geometry.map_shape), self.precision.number))
         return requests
 
-    def bind(self, arena: Arena) -> None:
-        """Take views of the arena."""
+    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
+        """Take views of the arena, and the arrays of `made`."""
+        self._take_made(made)
+        self.weight = None  # products are added
         self._columns, *maps = arena.views(self.requests)
         self._map = maps[0].reshape(-1).view(np.uint8) if maps else None
 

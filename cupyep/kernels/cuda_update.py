@@ -44,7 +44,8 @@ class CudaUpdateOps(UpdateOps):
         first, *others = self._numbers
         self._increment = (first, *(number / first for number in others)) if name == "clip" else self._numbers
 
-    def scratch_size(self, batch, size):
+    @staticmethod
+    def scratch_size(batch, size):
         return batch * -(-size // BLOCK)  # one partial sum a block
 
     def states(self, s, drive, topdown, feedback, force, g, residual, scratch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cupyep.backend.device import Device
@@ -23,8 +24,8 @@ class LinearOps:
 
     Attributes
     ----------
-    nbytes : int
-        Bytes wanted from the arena.
+    nbytes, made
+        See `ConvOps`.
     flops : int
         Operations that one product takes for one sample.
     matrix : array of shape (inputs, units)
@@ -32,18 +33,21 @@ class LinearOps:
     """
 
     def __init__(self, shape: tuple[int, int], batch: int, precision: Precision, device: Device):
-        xp = device.xp
         self.flops = 2 * shape[0] * shape[1]
-        self.factors = Factors(precision, xp, device.is_gpu)
-        self.matrix = xp.empty(shape, self.factors.dtype) if self.factors.copies else None
-        self.weight = None if device.adds_products else xp.empty(shape, precision.number)  # a gradient on its way
+        self.factors = Factors(precision, device.xp, device.is_gpu)
+        self.made = [(shape, self.factors.dtype)] if self.factors.copies else []
         copied = batch if self.factors.widens or self.factors.rounds else 0
-        self._requests = [((copied, width), precision.number) for width in shape]
-        self.nbytes = Arena.size(self._requests)
+        gradient = [] if device.adds_products else [shape]
+        copies = [(copied, width) for width in shape]
+        self.requests = [(part, precision.number) for part in copies + gradient]
+        self.nbytes = Arena.size(self.requests)
 
-    def bind(self, arena: Arena) -> None:
-        """Take views of the arena: a copy of the state below, one of the state above, each a factor or a result."""
-        self._below, self._above = arena.views(self._requests)
+    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
+        """Take views of the arena, and the arrays of `made`."""
+        self.matrix = made[0] if made else None
+        # copies of the states below and above, each a factor or a result, and a gradient on its way
+        self._below, self._above, *gradient = arena.views(self.requests)
+        self.weight = gradient[0] if gradient else None
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (inputs, units) as a factor."""

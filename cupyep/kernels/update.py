@@ -31,7 +31,8 @@ class UpdateOps:
         self.xp = xp
         self.activation = activation
 
-    def scratch_size(self, batch: int, size: int) -> int:
+    @staticmethod
+    def scratch_size(batch: int, size: int) -> int:
         """Return the elements of scratch that a batch of states with `size` units needs."""
         return 2 * batch * size + batch
 

@@ -15,7 +15,7 @@ Plain array code for NumPy and CuPy alike; on a GPU the kernels of `cupyep.kerne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class WinogradOps:
 
     Attributes
     ----------
-    chunks, nbytes, flops
+    chunks, nbytes, made, flops
         See `ConvOps`.
 
     Notes
@@ -94,7 +94,7 @@ class WinogradOps:
         weights = [((4, 4, channels, outputs), dtype), ((max(channels, 9) * outputs,), dtype)]
         self.requests = self._map_requests(self.chunks[0][1]) + weights
         self.nbytes = Arena.size(self.requests)
-        self._u = xp.empty((4, 4, channels, outputs), dtype)
+        self.made = weights[:1]
         self._weight: Any = None
         transform = np.kron(G, G).astype(dtype)
         self._to_u, self._from_u = xp.asarray(transform), xp.asarray(np.ascontiguousarray(transform.T))
@@ -110,8 +110,9 @@ class WinogradOps:
             ((samples if self.geometry.pooling == "max" else 0, rows, columns, outputs), np.bool_),
         ]
 
-    def bind(self, arena: Arena) -> None:
-        """Take views of the arena."""
+    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
+        """Take views of the arena, and the array of `made`."""
+        (self._u,) = made
         # inputs d by parities, a row of B^T d, a row of V, a row of the products M, tiles Y; dL/dU, less than that
         self._d, self._r, self._v, self._m, self._y, self._mask, self._du, self._spare = arena.views(self.requests)
 

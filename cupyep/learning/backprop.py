@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import State
+from cupyep.kernels.buffers import Stack
+from cupyep.layout import Layout
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
-from cupyep.workspace import Workspace
 
 
 class Backpropagation(Learner):
@@ -27,17 +30,19 @@ class Backpropagation(Learner):
         super().__init__(network, signals)
 
     def forward(self, batch: Batch) -> State:
-        """Return the feed-forward states, in buffers that the next call overwrites."""
-        return self._forward(batch, self.network.workspace(len(batch.images)))
+        """Return the feed-forward states, in memory that the next call overwrites."""
+        return self._forward(batch, self._passes(batch))
 
-    def _forward(self, batch: Batch, workspace: Workspace) -> State:
-        network = self.network
-        state = State(
-            workspace.states("forward"), workspace.states("forward drive"), workspace.winners("forward winners")
-        )
-        below = batch.images
+    def _passes(self, batch: Batch) -> Passes:
+        memory, samples = self.network.memory, len(batch.images)
+        lay_out = functools.partial(lay_out_passes, memory.layout, samples=samples)
+        return memory.laid_out(("passes", samples), 0, lay_out)
+
+    def _forward(self, batch: Batch, passes: Passes) -> State:
+        network, state, below = self.network, passes.state, batch.images
+        ops = network.memory.workspace(len(batch.images)).ops
         for n, edge in enumerate(network.layers):
-            edge.drive(below, state.drives[n], state.winners[n], workspace.ops[n])
+            edge.drive(below, state.drives[n], state.winners[n], ops[n])
             network.activation.value(state.drives[n], state.layers[n])
             below = state.layers[n]
         return state
@@ -47,25 +52,51 @@ class Backpropagation(Learner):
 
     def _step(self, batch: Batch) -> StepResult:
         network, xp, samples = self.network, self.network.device.xp, len(batch)
-        workspace = network.workspace(samples)
-        state = self._forward(batch, workspace)
+        passes = self._passes(batch)
+        state, ops = self._forward(batch, passes), network.memory.workspace(samples).ops
         nudges = network.nudges(batch, self.signals)
         gradients = self._zero_gradients()
+        figures = self._figures(state.layers, batch, passes.mu[0])
         self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0)
-        mu, slope, down = workspace.states("mu"), workspace.states("slope"), None
         for n in range(network.depth, 0, -1):
-            here = mu[n - 1]
-            here[...] = 0 if down is None else down
+            here, slope = passes.mu[n % 2][n - 1], state.drives[n - 1]
+            if n == network.depth:
+                here[...] = 0
             for term, weight, target in nudges:
                 if term.layer == n:
                     scale = xp.full(samples, weight / samples, network.dtype)
                     term.add_force(state.layers[n - 1], target, scale, here)
-            network.activation.slope(state.drives[n - 1], slope[n - 1])
-            here *= slope[n - 1]
-            winners, ops = state.winners[n - 1], workspace.ops[n - 1]
+            network.activation.slope(slope, slope)
+            here *= slope
+            winners = state.winners[n - 1]
             below = state.layers[n - 2] if n > 1 else batch.images
-            self._add_edge(gradients, n, below, here, winners, ops)
+            self._add_edge(gradients, n, below, here, winners, ops[n - 1])
             if n > 1:
-                down = slope[n - 2]
-                network.layers[n - 1].topdown(here, winners, down, ops)
-        return self._result(gradients, state.layers[-1], state.layers, batch)
+                network.layers[n - 1].topdown(here, winners, passes.mu[(n - 1) % 2][n - 2], ops[n - 1])
+        return StepResult(gradients, **figures)
+
+
+@dataclass
+class Passes:
+    """The memory of a pass up and one down.
+
+    Attributes
+    ----------
+    state : State
+        Its drives are slopes after the pass down.
+    mu : pair of lists of arrays
+        dL/ds of even and of odd layers: one layer's of each at a time.
+    """
+
+    state: State
+    mu: tuple[list[Any], list[Any]]
+
+
+def lay_out_passes(layout: Layout, stack: Stack, samples: int) -> Passes:
+    """Take the memory of a pass of `samples` samples up and down from `stack`."""
+    batch = [(samples, *shape) for shape in layout.shapes]
+    states = [stack.take("states", shape, layout.stored) for shape in batch]
+    drives = [stack.take("drives", shape, layout.number) for shape in batch]
+    winners = layout.winners(stack, samples)
+    mu = tuple(stack.take_turns("adjoint states", batch, layout.number) for _ in range(2))
+    return Passes(State(states, drives, winners), mu)

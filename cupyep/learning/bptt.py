@@ -8,15 +8,19 @@ and it stores states, drives and winners of K steps: the memory that EP does not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Classical, State
+from cupyep.kernels.buffers import Stack
+from cupyep.layout import Layout, PhaseBuffers, PhaseShape
 from cupyep.learning.learner import Learner, StepResult, checked_settling
 from cupyep.network import Network
-from cupyep.settling import settle
+from cupyep.settling import SettleStats, settle
 from cupyep.workspace import Workspace
 
 
@@ -52,7 +56,9 @@ class BackpropagationThroughTime(Learner):
 
     def settle_free(self, batch: Batch) -> State:
         """Return the state before the unrolled steps."""
-        return self.network.settle_free(batch, steps=self.free_steps, schedule=self.schedule, tolerance=self.tolerance)
+        return self.network.settle_free(
+            batch, keeps="states", steps=self.free_steps, schedule=self.schedule, tolerance=self.tolerance
+        )
 
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.settle_free(batch).layers[-1])
@@ -62,65 +68,121 @@ class BackpropagationThroughTime(Learner):
 
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`."""
-        workspace = self.network.workspace(len(batch))
-        history, last, stats = self._unroll(batch, start, workspace)
-        nudges = self.network.nudges(batch, self.signals)
+        network, memory = self.network, self.network.memory
+        lay_out = functools.partial(lay_out_unrolled, memory.layout, samples=len(batch), steps=self.unrolled_steps)
+        unrolled = memory.laid_out(("unrolled", len(batch), self.unrolled_steps, start.end), start.end, lay_out)
+        workspace = memory.workspace(len(batch))
+        stats = self._unroll(batch, start, unrolled, workspace)
+        last, nudges = unrolled.phase.states, network.nudges(batch, self.signals)
         gradients = self._zero_gradients()
+        figures = self._figures(last, batch, unrolled.down)
         self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0)
-        mu = self._loss_gradient(last, nudges, len(batch))
-        for state in reversed(history):
-            mu = self._step_back(batch.images, state, mu, gradients, workspace.ops)
-        return self._result(gradients, last[-1], last, batch, free=stats)
+        self._fill_loss_gradient(last, nudges, unrolled.mu)
+        mu, other = unrolled.mu, unrolled.other
+        for state in reversed(unrolled.history):
+            self._step_back(batch.images, state, mu, other, unrolled, gradients, workspace.ops)
+            mu, other = other, mu
+        return StepResult(gradients, **figures, free=stats)
 
-    def _unroll(self, batch: Batch, start: State, workspace: Workspace) -> tuple[list[State], list[Any], Any]:
-        """Return (s_t, g_t, winners of s_t) for every unrolled step, the last state, and the statistics."""
-        network = self.network
-        state = State(
-            workspace.states("unrolled"), workspace.states("unrolled drive"), workspace.winners("unrolled winners")
-        )
-        for s, first in zip(state.layers, start.layers, strict=True):
+    def _unroll(self, batch: Batch, start: State, unrolled: Unrolled, workspace: Workspace) -> SettleStats:
+        """Keep (s_t, g_t, winners of s_t) of every unrolled step; return the statistics of the last."""
+        network, phase = self.network, unrolled.phase
+        for s, first in zip(phase.states, start.layers, strict=True):
             s[...] = first
-        parts = (network.layers, network.activation, network.feedback, network.device, workspace)
-        system = Classical(*parts, batch.images, state)
-        history = []
-        for _ in range(self.unrolled_steps):
-            before = [s.copy() for s in state.layers]
+        system = Classical(*network.parts(workspace, phase), batch.images, workspace.ops[0])
+        for before in unrolled.history:
+            _copy(phase.states, before.layers)
             stats = settle(system, 1, "synchronous", warm=True, phase="unrolled")
-            now = state.copy()
-            history.append(State(before, now.drives, now.winners))
-        return history, state.layers, stats
+            _copy(phase.drives, before.drives)
+            _copy(phase.winners, before.winners)
+        return stats
 
-    def _loss_gradient(self, layers: Sequence[Any], nudges: Sequence[Any], samples: int) -> list[Any]:
-        xp = self.network.device.xp
-        mu = [xp.zeros_like(s) for s in layers]
+    def _fill_loss_gradient(self, layers: Sequence[Any], nudges: Sequence[Any], mu: Sequence[Any]) -> None:
+        xp, samples = self.network.device.xp, len(layers[0])
+        for array in mu:
+            array[...] = 0
         for term, weight, target in nudges:
             scale = xp.full(samples, weight / samples, self.network.dtype)
             term.add_force(layers[term.layer - 1], target, scale, mu[term.layer - 1])
-        return mu
 
     def _step_back(
-        self, x: Any, state: State, mu: list[Any], gradients: dict[str, Any], ops: Sequence[Any]
-    ) -> list[Any]:
-        """Return dL/ds_t from dL/ds_{t+1} and add this step's parameter gradients."""
-        network, xp, feedback = self.network, self.network.device.xp, self.network.feedback
-        q = []
-        for g, m in zip(state.drives, mu, strict=True):
-            slope = xp.empty_like(g)
-            network.activation.slope(g, slope)
-            q.append(m * slope)
-        before = [xp.zeros_like(s) for s in state.layers]
+        self,
+        x: Any,
+        state: State,
+        mu: Sequence[Any],
+        before: Sequence[Any],
+        unrolled: Unrolled,
+        gradients: dict[str, Any],
+        ops: Sequence[Any],
+    ) -> None:
+        """Write dL/ds_t into `before`, from dL/ds_{t+1} in `mu`, and add this step's parameter gradients.
+
+        The drives of `state` and `mu` are overwritten.
+        """
+        network, xp = self.network, self.network.device.xp
+        for g, q, fresh in zip(state.drives, mu, before, strict=True):
+            network.activation.slope(g, g)
+            q *= g
+            fresh[...] = 0
         for n, edge in enumerate(network.layers, 1):
-            winners = state.winners[n - 1]
+            winners, q = state.winners[n - 1], mu[n - 1]
             below = state.layers[n - 2] if n > 1 else x
-            self._add_edge(gradients, n, below, q[n - 1], winners, ops[n - 1])
+            self._add_edge(gradients, n, below, q, winners, ops[n - 1])
             if n == 1:
                 continue
-            down = xp.empty_like(state.layers[n - 2])
-            edge.topdown(q[n - 1], winners, down, ops[n - 1])
-            before[n - 2] += down
-            up = xp.empty_like(state.layers[n - 1])
-            scaled = q[n - 2] * feedback
+            down, up, scaled = unrolled.down[n - 2], unrolled.up[n - 1], unrolled.scaled[n - 2]
+            edge.topdown(q, winners, down, ops[n - 1])
+            to_below, here = before[n - 2], before[n - 1]
+            to_below += down
+            xp.multiply(mu[n - 2], network.feedback, out=scaled)
             edge.linear_drive(scaled, up, winners, ops[n - 1])
-            before[n - 1] += up
+            here += up
             self._add_edge(gradients, n, scaled, state.layers[n - 1], winners, ops[n - 1], bias=False)
-        return before
+
+
+@dataclass
+class Unrolled:
+    """The memory of the unrolled steps.
+
+    Attributes
+    ----------
+    phase : PhaseBuffers
+        Of the step that is being done.
+    history : list of State
+        States before each step, drives and winners in it.
+    mu, other : list of arrays
+        dL/ds of two neighbouring steps.
+    down, up, scaled : list of arrays
+        What one edge sends down and up, and the adjoint state below times the feedback weight: one layer's at a time.
+    """
+
+    phase: PhaseBuffers
+    history: list[State]
+    mu: list[Any]
+    other: list[Any]
+    down: list[Any]
+    up: list[Any]
+    scaled: list[Any]
+
+
+def lay_out_unrolled(layout: Layout, stack: Stack, samples: int, steps: int) -> Unrolled:
+    """Take the memory of `steps` unrolled steps of `samples` samples from `stack`."""
+
+    def layers(purpose: str, dtype: Any) -> list[Any]:
+        return [stack.take(purpose, (samples, *shape), dtype) for shape in layout.shapes]
+
+    history = []
+    for _ in range(steps):
+        states, drives = layers("history", layout.stored), layers("history", layout.number)
+        history.append(State(states, drives, layout.winners(stack, samples, "history")))
+    phase = layout.lay_out(stack, PhaseShape("free", samples, "synchronous"))
+    batch = [(samples, *shape) for shape in layout.shapes]
+    mu, other = layers("adjoint states", layout.number), layers("adjoint states", layout.number)
+    turns = [stack.take_turns("adjoint states", batch, layout.number) for _ in range(3)]
+    return Unrolled(phase, history, mu, other, *turns)
+
+
+def _copy(arrays: Sequence[Any], into: Sequence[Any]) -> None:
+    for source, target in zip(arrays, into, strict=True):
+        if source is not None:
+            target[...] = source

@@ -78,9 +78,26 @@ class EquilibriumPropagation(Learner):
         self.tolerance = tolerance
         self.generator = np.random.default_rng(0) if generator is None else generator
 
+    @property
+    def form(self) -> str:
+        """How nudged phases are represented: ``classical``, ``deviation`` or ``tangent``."""
+        return "tangent" if self.scheme == "tangent" else self.nudge
+
+    def _how(self, steps: int) -> dict[str, Any]:
+        return {"steps": steps, "schedule": self.schedule, "tolerance": self.tolerance}
+
+    @property
+    def _free(self) -> dict[str, Any]:
+        """How the free phase settles; deviations build on its drives alone, states on its states."""
+        return {"keeps": "states" if self.form == "classical" else "drives", **self._how(self.free_steps)}
+
+    @property
+    def _nudged(self) -> dict[str, Any]:
+        return {"keeps": "states", **self._how(self.nudged_steps)}
+
     def settle_free(self, batch: Batch) -> State:
-        """Return the free state of a batch, in buffers that the next step overwrites."""
-        return self.network.settle_free(batch, steps=self.free_steps, schedule=self.schedule, tolerance=self.tolerance)
+        """Return the free state of a batch, in memory that the nudged phases take over but for what they build on."""
+        return self.network.settle_free(batch, **self._free)
 
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.settle_free(batch).layers[-1])
@@ -93,87 +110,65 @@ class EquilibriumPropagation(Learner):
         return [1.0] if self.scheme == "tangent" else [self.beta]
 
     def _step(self, batch: Batch) -> StepResult:
-        free = self.settle_free(batch)
-        return self.step_from(batch, free)
+        network, betas, nudges = self.network, self._betas(), self.network.nudges(batch, self.signals)
+        nudged = network.nudged_shape(self.form, len(batch), len(betas), nudges, **self._nudged)
+        network.memory.expect(network.free_shape(len(batch), **self._free), nudged)
+        return self._nudge(batch, self.settle_free(batch), betas, nudges)
 
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state."""
-        betas, nudges = self._betas(), self.network.nudges(batch, self.signals)
-        form = "tangent" if self.scheme == "tangent" else self.nudge
-        nudged = self.network.settle_nudged(
-            batch,
-            free,
-            betas,
-            nudges,
-            form,
-            steps=self.nudged_steps,
-            schedule=self.schedule,
-            tolerance=self.tolerance,
-        )
-        gradients = self._zero_gradients()
-        if form == "classical":
-            response = self._classical_gradients(gradients, batch, free, nudged, betas, nudges)
-        else:
-            response = self._deviation_gradients(gradients, batch, free, nudged, betas, nudges)
-        return self._result(
-            gradients,
-            free.layers[-1],
-            free.layers,
-            batch,
-            free=free.stats,
-            nudged=nudged.stats,
-            nudge_response=self.network.device.xp.stack(response),
-        )
+        return self._nudge(batch, free, self._betas(), self.network.nudges(batch, self.signals))
 
-    def _classical_gradients(
+    def _nudge(self, batch: Batch, free: State, betas: list[float], nudges: list[Nudge]) -> StepResult:
+        figures = self._figures(free.layers, batch, None if free.buffers is None else free.buffers.work[0])
+        nudged = self.network.settle_nudged(batch, free, betas, nudges, self.form, **self._nudged)
+        gradients = self._zero_gradients()
+        add = self._add_classical if self.form == "classical" else self._add_deviation
+        response = self.network.device.xp.stack(add(gradients, batch, free, nudged, betas, nudges))
+        return StepResult(gradients, **figures, free=free.stats, nudged=nudged.stats, nudge_response=response)
+
+    def _add_classical(
         self, gradients: dict, batch: Batch, free: State, nudged: State, betas: list[float], nudges: list[Nudge]
     ) -> list[Any]:
-        """Add ``-a_n [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) N)``, s_2 the second phase or the free state."""
+        """Add ``-a_n [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) N)``, s_2 the second phase or the free state.
+
+        Each at the pooling winners of the states themselves: those that a phase leaves are of its last drives. While
+        winners still change the two differ, and with them the gradient of Phi. The first edge's are constant.
+        """
         network, xp, samples = self.network, self.network.device.xp, len(batch)
+        buffers, ops = nudged.buffers, network.memory.workspace(len(betas) * samples).ops
         two = len(betas) == 2
         span = betas[0] - (betas[1] if two else 0.0)
-        weights = network.energy.weights
-        ops = network.workspace(len(betas) * samples).ops
-        nudged_winners = self._winners_at(nudged, ops)
-        free_winners = None if two else self._winners_at(free, ops)
-        response = []
-        for n in range(1, network.depth + 1):
-            factor = -weights[n - 1] / (span * samples)
-            s, winners = nudged.layers[n - 1], nudged_winners[n - 1]
-            below = nudged.layers[n - 2] if n > 1 else self._repeated(batch.images, len(betas))
-            first = s[:samples]
-            second = s[samples:] if two else free.layers[n - 1]
-            signed = xp.empty_like(s)
-            signed[:samples] = first * factor
+        below, free_below, response = batch.images, batch.images, []
+        if two:
+            below = buffers.images
+            below.reshape(2, *batch.images.shape)[...] = batch.images
+        for n, edge in enumerate(network.layers, 1):
+            factor = -network.energy.weights[n - 1] / (span * samples)
+            s, winners, work = nudged.layers[n - 1], nudged.winners[n - 1], buffers.work[0][n - 1]
+            first, second = s[:samples], s[samples:] if two else free.layers[n - 1]
+            difference = xp.subtract(first, second, out=work[:samples])
+            response.append(xp.abs(difference, out=difference).mean())
+            if n > 1 and edge.has_winners:
+                edge.drive(below, work, winners, ops[n - 1])
+            xp.multiply(first, factor, out=work[:samples])
             if two:
-                signed[samples:] = second * -factor  # one product over both phases
-            self._add_edge(gradients, n, below, signed, winners, ops[n - 1])
+                xp.multiply(second, -factor, out=work[samples:])  # one product over both phases
+            self._add_edge(gradients, n, below, work, winners, ops[n - 1])
             if not two:
-                below = free.layers[n - 2] if n > 1 else batch.images
-                self._add_edge(gradients, n, below, second * -factor, free_winners[n - 1], ops[n - 1])
-            response.append(xp.abs(first - second).mean())
+                winners = free.winners[n - 1]
+                if n > 1 and edge.has_winners:
+                    winners = buffers.work_winners[n - 1]
+                    edge.drive(free_below, work, winners, ops[n - 1])
+                xp.multiply(second, -factor, out=work)
+                self._add_edge(gradients, n, free_below, work, winners, ops[n - 1])
+            below, free_below = s, second
         for phase in range(len(betas)):
             part = slice(phase * samples, (phase + 1) * samples)
             self._add_terms(gradients, nudges, lambda n, part=part: nudged.layers[n - 1][part], 1 / len(betas))
         return response
 
-    def _winners_at(self, state: State, ops: list[Any]) -> list[Any]:
-        """Return the pooling winners of the states themselves: those that a phase leaves are of its last drives.
-
-        While winners still change the two differ, and with them the gradient of Phi. The first edge's are constant.
-        """
-        found = list(state.winners)
-        for n, edge in enumerate(self.network.layers[1:], 1):
-            if edge.has_winners:
-                found[n] = state.winners[n].copy()
-                drive = self.network.device.xp.empty_like(state.layers[n])
-                edge.drive(state.layers[n - 1], drive, found[n], ops[n])
-        return found
-
-    def _repeated(self, array: Any, times: int) -> Any:
-        return array if times == 1 else self.network.device.xp.concatenate([array] * times)
-
-    def _deviation_gradients(
+    def _add_deviation(
         self, gradients: dict, batch: Batch, free: State, nudged: State, betas: list[float], nudges: list[Nudge]
     ) -> list[Any]:
         """Add ``-[corr(m^{n-1}, U(e^n)) + lambda corr(e^{n-1}, U(m^n))] / ((beta_1 - beta_2) N)``.
@@ -182,37 +177,59 @@ class EquilibriumPropagation(Learner):
         two nudged states. For products, ``p_1 q_1 - p_2 q_2 = mean(p) diff(q) + diff(p) mean(q)``: exact, and never a
         difference of two large sums. In the tangent limit m = s*.
         """
-        network, xp, samples = self.network, self.network.device.xp, len(batch)
-        workspace = network.workspace(samples)
+        network, samples = self.network, len(batch)
         span = betas[0] - (betas[1] if len(betas) == 2 else 0.0)
-        tangent = self.scheme == "tangent"
-        means, differences, response = [batch.images], [None], []
-        for eps, a, s in zip(nudged.deviations, nudged.scales, free.layers, strict=True):
-            if len(betas) == 2:
-                difference, total = eps[:samples] - eps[samples:], eps[:samples] + eps[samples:]
-            else:
-                difference, total = eps, eps
-            means.append(s if tangent else s + total * (0.5 / a))
-            differences.append(difference * (-1 / (span * samples)))
-            response.append(xp.abs(difference).mean() / a)
+        self._add_deviation_terms(gradients, nudges, free, nudged, samples)
+        response = []
+        below, difference_below, ops = batch.images, None, network.memory.workspace(samples).ops
         for n in range(1, network.depth + 1):
-            winners, ops = free.winners[n - 1], workspace.ops[n - 1]
-            self._add_edge(gradients, n, means[n - 1], differences[n], winners, ops)
+            mean, difference, size = self._mean_and_difference(n, free, nudged, samples)
+            response.append(size)
+            difference *= -1 / (span * samples)
+            winners = free.winners[n - 1]
+            self._add_edge(gradients, n, below, difference, winners, ops[n - 1])
             if n > 1:
-                below = differences[n - 1] * network.feedback
-                self._add_edge(gradients, n, below, means[n], winners, ops, bias=False)
-        self._add_term_gradients(gradients, nudges, free, nudged, samples)
+                difference_below *= network.feedback
+                self._add_edge(gradients, n, difference_below, mean, winners, ops[n - 1], bias=False)
+            below, difference_below = mean, difference
         return response
 
-    def _add_term_gradients(self, gradients, nudges, free: State, nudged: State, samples: int) -> None:
-        if self.scheme == "tangent":
-            self._add_terms(gradients, nudges, lambda n: free.layers[n - 1], 1.0)
-            return
+    def _mean_and_difference(self, n: int, free: State, nudged: State, samples: int) -> tuple[Any, Any, Any]:
+        """Return m^n, e^n and the mean ``|e^n| / a_n``, made in the place of the deviations where there are two phases.
+
+        Otherwise m^n is in memory that m^{n+2} takes over.
+        """
+        xp, value = self.network.device.xp, self.network.activation.value
+        eps, a, g = nudged.deviations[n - 1], nudged.scales[n - 1], free.drives[n - 1]
+        work = [arrays[n - 1] for arrays in nudged.buffers.work]
+        if len(eps) == samples:
+            mean, half = work[n % 2], work[2]
+            size = xp.abs(eps, out=mean).mean() / a
+            value(g, mean)
+            if self.form != "tangent":
+                mean += xp.multiply(eps, 0.5 / a, out=half)
+            return mean, eps, size
+        first, second, half = eps[:samples], eps[samples:], work[0]
+        xp.add(first, second, out=half)
+        difference = xp.subtract(first, second, out=second)
+        size = xp.abs(difference, out=first).mean() / a
+        value(g, first)
+        half *= 0.5 / a
+        first += half
+        return first, difference, size
+
+    def _add_deviation_terms(self, gradients, nudges, free: State, nudged: State, samples: int) -> None:
+        """Add the direct derivative at ``s* + eps / a`` of each phase, at s* in the tangent limit."""
+        xp, value, work = self.network.device.xp, self.network.activation.value, nudged.buffers.work
         phases = len(nudged.deviations[0]) // samples
 
         def state(n: int, phase: int) -> Any:
-            eps = nudged.deviations[n - 1][phase * samples : (phase + 1) * samples]
-            return free.layers[n - 1] + eps * (1 / nudged.scales[n - 1])
+            s, delta = work[0][n - 1], work[1][n - 1]
+            value(free.drives[n - 1], s)
+            if self.form != "tangent":
+                eps = nudged.deviations[n - 1][phase * samples : (phase + 1) * samples]
+                s += xp.multiply(eps, 1 / nudged.scales[n - 1], out=delta)
+            return s
 
         for phase in range(phases):
             self._add_terms(gradients, nudges, lambda n, phase=phase: state(n, phase), 1 / phases)

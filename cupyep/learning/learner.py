@@ -22,7 +22,8 @@ class StepResult:
     Attributes
     ----------
     gradients : dict
-        Parameter path -> gradient of the batch mean of the loss, signals included; descend against it.
+        Parameter path -> gradient of the batch mean of the loss, signals included; descend against it. The arrays are
+        the learner's, valid until its next step.
     loss : 0-d array
         Mean readout loss at the free state (at the last state for BPTT), without signals.
     correct : 0-d array of int
@@ -62,6 +63,7 @@ class Learner:
         for index, signal in enumerate(self.signals):
             for layer in signal.layers:
                 self._paths[id(signal.term(layer))] = f"signals.{index}.layer{layer}"
+        self._gradients: dict[str, Any] = {}
 
     def parameters(self) -> dict[str, Any]:
         """Return all trained arrays by path: the network's, and learned maps as ``signals.0.layer3.weight``."""
@@ -93,17 +95,28 @@ class Learner:
         loss = network.readout.criterion.value(scores, network.targets(batch.labels)).sum()
         return loss, accuracy_count(scores, network.device.asarray(batch.labels))
 
-    def _result(
-        self, gradients: dict[str, Any], top: Any, layers: Sequence[Any], batch: Batch, **more: Any
-    ) -> StepResult:
-        loss, correct = self._judge(self.network.readout.output(top), batch)
-        xp = self.network.device.xp
-        activity = xp.stack([xp.abs(s).mean() for s in layers])
-        return StepResult(gradients, loss / len(batch), correct, len(batch), activity, **more)
+    def _figures(self, layers: Sequence[Any], batch: Batch, work: Sequence[Any] | None) -> dict[str, Any]:
+        """Return mean loss, correct samples, count and activity at some states; `work` is an array for each layer."""
+        loss, correct = self._judge(self.network.readout.output(layers[-1]), batch)
+        xp, activity = self.network.device.xp, []
+        for n, s in enumerate(layers):
+            size = xp.empty_like(s) if work is None else work[n]
+            activity.append(xp.abs(s, out=size).mean())
+        return {
+            "loss": loss / len(batch),
+            "correct": correct,
+            "count": len(batch),
+            "activity": xp.stack(activity),
+        }
 
     def _zero_gradients(self) -> dict[str, Any]:
         xp = self.network.device.xp
-        return {path: xp.zeros_like(array) for path, array in self.parameters().items()}
+        for path, array in self.parameters().items():
+            gradient = self._gradients.get(path)
+            if gradient is None or gradient.shape != array.shape:
+                gradient = self._gradients[path] = xp.empty_like(array)
+            gradient[...] = 0
+        return dict(self._gradients)
 
     def _add_edge(self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, ops: Any, bias=True):
         """Add ``corr(below, U_n(above))`` to edge n's gradient (and the sum of ``U_n(above)`` to its bias')."""
