@@ -52,9 +52,13 @@ class Workspace:
 
     def bind(self, arena: Arena, made: Sequence[Sequence[Any]]) -> None:
         """Take views of the arena, and the arrays that each edge's operations make of the weights."""
-        self.replayer = Replayer(self.device.graphs)  # what was captured before is of other memory
+        self.forget()
         for ops, arrays in zip(self.ops, made, strict=True):
             ops.bind(arena, arrays)
+
+    def forget(self) -> None:
+        """Forget the iterations that were captured: they are of memory that is no more."""
+        self.replayer = Replayer(self.device.graphs)
 
     def refresh(self) -> None:
         """Take up the current weights."""
@@ -147,6 +151,8 @@ class Memory:
         """Make the block at least so large. Arrays handed out before keep their memory, and share it no more."""
         if self._block is None or self._block.nbytes < nbytes:
             self._laid_out.clear()
+            for workspace in self._workspaces.values():
+                workspace.forget()
             self._block = None
             self._block = self.device.xp.empty(nbytes, np.uint8)
 
