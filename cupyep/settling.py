@@ -59,6 +59,23 @@ class SettleStats:
         """Return the layer, counted from 1, with the largest residual of any sample."""
         return int(self.per_sample.max(axis=1).argmax()) + 1
 
+    def joined(self, other: SettleStats, phases: int = 1) -> SettleStats:
+        """Return the statistics of these samples and those of `other` together, for so many phases in one batch each.
+
+        Without traces: two phases may have ended after different numbers of steps.
+        """
+        parts = [stats.per_sample.reshape(len(self.residual), phases, -1) for stats in (self, other)]
+        per_sample = np.concatenate(parts, axis=2).reshape(len(self.residual), -1)
+        converged = None if self.converged is None else self.converged and other.converged
+        return SettleStats(
+            max(self.steps, other.steps),
+            per_sample.mean(axis=1),
+            per_sample,
+            converged,
+            self.tolerance,
+            self.oscillating or other.oscillating,
+        )
+
 
 def _synchronous(system: Any, measure: bool, downward: bool) -> None:
     # All layers from the old states, in place: layer n - 1 is updated as soon as nobody needs its old state any more.

@@ -36,6 +36,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, rows: slice) -> Batch:
+        """Return a batch of some of the samples, which shares their memory."""
+        arrays = (self.images, self.labels, self.index, self.view)
+        return Batch(*(None if array is None else array[rows] for array in arrays))
+
 
 @dataclass(frozen=True)
 class _Draws:

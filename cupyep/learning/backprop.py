@@ -24,10 +24,12 @@ class Backpropagation(Learner):
     network : Network
     signals : sequence of Augmenter
         Their losses are added as in deep supervision.
+    micro_batch : int, optional
+        See `Learner`.
     """
 
-    def __init__(self, network: Network, signals: Sequence[Augmenter] = ()):
-        super().__init__(network, signals)
+    def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
+        super().__init__(network, signals, micro_batch)
 
     def forward(self, batch: Batch) -> State:
         """Return the feed-forward states, in memory that the next call overwrites."""
@@ -50,21 +52,20 @@ class Backpropagation(Learner):
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.forward(batch).layers[-1])
 
-    def _step(self, batch: Batch) -> StepResult:
+    def _add(self, gradients: dict[str, Any], batch: Batch, total: int, draw: None) -> StepResult:
         network, xp, samples = self.network, self.network.device.xp, len(batch)
         passes = self._passes(batch)
         state, ops = self._forward(batch, passes), network.memory.workspace(samples).ops
         nudges = network.nudges(batch, self.signals)
-        gradients = self._zero_gradients()
-        figures = self._figures(state.layers, batch, passes.mu[0])
-        self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0)
+        figures = self._figures(state.layers, batch, total, passes.mu[0])
+        self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0, total)
         for n in range(network.depth, 0, -1):
             here, slope = passes.mu[n % 2][n - 1], state.drives[n - 1]
             if n == network.depth:
                 here[...] = 0
             for term, weight, target in nudges:
                 if term.layer == n:
-                    scale = xp.full(samples, weight / samples, network.dtype)
+                    scale = xp.full(samples, weight / total, network.dtype)
                     term.add_force(state.layers[n - 1], target, scale, here)
             network.activation.slope(slope, slope)
             here *= slope

@@ -38,6 +38,8 @@ class BackpropagationThroughTime(Learner):
         Of the iterations before; see `EquilibriumPropagation`.
     signals : sequence of Augmenter
         Their losses at the last state are part of L, as in the nudged phase of EP.
+    micro_batch : int, optional
+        See `Learner`.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class BackpropagationThroughTime(Learner):
         schedule: str = "synchronous",
         tolerance: float | None = None,
         signals: Sequence[Augmenter] = (),
+        micro_batch: int | None = None,
     ):
-        super().__init__(network, signals)
+        super().__init__(network, signals, micro_batch)
         self.free_steps, self.unrolled_steps = free_steps, unrolled_steps
         self.schedule = checked_settling(schedule, {"free_steps": free_steps, "unrolled_steps": unrolled_steps})
         self.tolerance = tolerance
@@ -63,21 +66,23 @@ class BackpropagationThroughTime(Learner):
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.settle_free(batch).layers[-1])
 
-    def _step(self, batch: Batch) -> StepResult:
-        return self.step_from(batch, self.settle_free(batch))
+    def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
+        return self._unroll_and_back(gradients, part, total, self.settle_free(part))
 
     def step_from(self, batch: Batch, start: State) -> StepResult:
-        """Return the gradients of unrolling `unrolled_steps` steps from `start`."""
+        """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
+        return self._unroll_and_back(self._zero_gradients(), batch, len(batch), start)
+
+    def _unroll_and_back(self, gradients: dict[str, Any], batch: Batch, total: int, start: State) -> StepResult:
         network, memory = self.network, self.network.memory
         lay_out = functools.partial(lay_out_unrolled, memory.layout, samples=len(batch), steps=self.unrolled_steps)
         unrolled = memory.laid_out(("unrolled", len(batch), self.unrolled_steps, start.end), start.end, lay_out)
         workspace = memory.workspace(len(batch))
         stats = self._unroll(batch, start, unrolled, workspace)
         last, nudges = unrolled.phase.states, network.nudges(batch, self.signals)
-        gradients = self._zero_gradients()
-        figures = self._figures(last, batch, unrolled.down)
-        self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0)
-        self._fill_loss_gradient(last, nudges, unrolled.mu)
+        figures = self._figures(last, batch, total, unrolled.down)
+        self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0, total)
+        self._fill_loss_gradient(last, nudges, total, unrolled.mu)
         mu, other = unrolled.mu, unrolled.other
         for state in reversed(unrolled.history):
             self._step_back(batch.images, state, mu, other, unrolled, gradients, workspace.ops)
@@ -97,12 +102,12 @@ class BackpropagationThroughTime(Learner):
             _copy(phase.winners, before.winners)
         return stats
 
-    def _fill_loss_gradient(self, layers: Sequence[Any], nudges: Sequence[Any], mu: Sequence[Any]) -> None:
+    def _fill_loss_gradient(self, layers: Sequence[Any], nudges: Sequence[Any], total: int, mu: Sequence[Any]) -> None:
         xp, samples = self.network.device.xp, len(layers[0])
         for array in mu:
             array[...] = 0
         for term, weight, target in nudges:
-            scale = xp.full(samples, weight / samples, self.network.dtype)
+            scale = xp.full(samples, weight / total, self.network.dtype)
             term.add_force(layers[term.layer - 1], target, scale, mu[term.layer - 1])
 
     def _step_back(

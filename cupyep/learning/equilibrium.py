@@ -46,6 +46,8 @@ class EquilibriumPropagation(Learner):
     signals : sequence of Augmenter
     generator : numpy.random.Generator, optional
         For the random scheme.
+    micro_batch : int, optional
+        See `Learner`.
 
     Raises
     ------
@@ -65,8 +67,9 @@ class EquilibriumPropagation(Learner):
         tolerance: float | None = None,
         signals: Sequence[Augmenter] = (),
         generator: np.random.Generator | None = None,
+        micro_batch: int | None = None,
     ):
-        super().__init__(network, signals)
+        super().__init__(network, signals, micro_batch)
         require(beta > 0 and math.isfinite(beta), f"beta must be positive, not {beta}: it is the strength of the nudge")
         self.beta = float(beta)
         self.free_steps, self.nudged_steps = free_steps, nudged_steps
@@ -102,35 +105,46 @@ class EquilibriumPropagation(Learner):
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.settle_free(batch).layers[-1])
 
-    def _betas(self) -> list[float]:
+    def _draw(self) -> list[float]:
+        """Return beta of each nudged phase."""
         if self.scheme == "centered":
             return [self.beta, -self.beta]
         if self.scheme == "random":
             return [self.beta if self.generator.random() < 0.5 else -self.beta]
         return [1.0] if self.scheme == "tangent" else [self.beta]
 
-    def _step(self, batch: Batch) -> StepResult:
-        network, betas, nudges = self.network, self._betas(), self.network.nudges(batch, self.signals)
-        nudged = network.nudged_shape(self.form, len(batch), len(betas), nudges, **self._nudged)
-        network.memory.expect(network.free_shape(len(batch), **self._free), nudged)
-        return self._nudge(batch, self.settle_free(batch), betas, nudges)
+    def _add(self, gradients: dict[str, Any], part: Batch, total: int, betas: list[float]) -> StepResult:
+        network, nudges, samples = self.network, self.network.nudges(part, self.signals), len(part)
+        nudged = network.nudged_shape(self.form, samples, len(betas), nudges, **self._nudged)
+        network.memory.expect(network.free_shape(samples, **self._free), nudged)
+        return self._nudge(gradients, part, total, self.settle_free(part), betas, nudges)
 
     def step_from(self, batch: Batch, free: State) -> StepResult:
-        """Return gradients and statistics of the nudged phases that start at the given free state."""
-        return self._nudge(batch, free, self._betas(), self.network.nudges(batch, self.signals))
+        """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""
+        nudges = self.network.nudges(batch, self.signals)
+        return self._nudge(self._zero_gradients(), batch, len(batch), free, self._draw(), nudges)
 
-    def _nudge(self, batch: Batch, free: State, betas: list[float], nudges: list[Nudge]) -> StepResult:
-        figures = self._figures(free.layers, batch, None if free.buffers is None else free.buffers.work[0])
+    def _nudge(
+        self, gradients: dict[str, Any], batch: Batch, total: int, free: State, betas: list[float], nudges: list[Nudge]
+    ) -> StepResult:
+        figures = self._figures(free.layers, batch, total, None if free.buffers is None else free.buffers.work[0])
         nudged = self.network.settle_nudged(batch, free, betas, nudges, self.form, **self._nudged)
-        gradients = self._zero_gradients()
         add = self._add_classical if self.form == "classical" else self._add_deviation
-        response = self.network.device.xp.stack(add(gradients, batch, free, nudged, betas, nudges))
+        response = self.network.device.xp.stack(add(gradients, batch, total, free, nudged, betas, nudges))
+        response = response * (len(batch) / total)
         return StepResult(gradients, **figures, free=free.stats, nudged=nudged.stats, nudge_response=response)
 
     def _add_classical(
-        self, gradients: dict, batch: Batch, free: State, nudged: State, betas: list[float], nudges: list[Nudge]
+        self,
+        gradients: dict[str, Any],
+        batch: Batch,
+        total: int,
+        free: State,
+        nudged: State,
+        betas: list[float],
+        nudges: list[Nudge],
     ) -> list[Any]:
-        """Add ``-a_n [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) N)``, s_2 the second phase or the free state.
+        """Add ``-a_n [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) total)``, s_2 the second phase or the free state.
 
         Each at the pooling winners of the states themselves: those that a phase leaves are of its last drives. While
         winners still change the two differ, and with them the gradient of Phi. The first edge's are constant.
@@ -144,7 +158,7 @@ class EquilibriumPropagation(Learner):
             below = buffers.images
             below.reshape(2, *batch.images.shape)[...] = batch.images
         for n, edge in enumerate(network.layers, 1):
-            factor = -network.energy.weights[n - 1] / (span * samples)
+            factor = -network.energy.weights[n - 1] / (span * total)
             s, winners, work = nudged.layers[n - 1], nudged.winners[n - 1], buffers.work[0][n - 1]
             first, second = s[:samples], s[samples:] if two else free.layers[n - 1]
             difference = xp.subtract(first, second, out=work[:samples])
@@ -165,13 +179,20 @@ class EquilibriumPropagation(Learner):
             below, free_below = s, second
         for phase in range(len(betas)):
             part = slice(phase * samples, (phase + 1) * samples)
-            self._add_terms(gradients, nudges, lambda n, part=part: nudged.layers[n - 1][part], 1 / len(betas))
+            self._add_terms(gradients, nudges, lambda n, part=part: nudged.layers[n - 1][part], 1 / len(betas), total)
         return response
 
     def _add_deviation(
-        self, gradients: dict, batch: Batch, free: State, nudged: State, betas: list[float], nudges: list[Nudge]
+        self,
+        gradients: dict[str, Any],
+        batch: Batch,
+        total: int,
+        free: State,
+        nudged: State,
+        betas: list[float],
+        nudges: list[Nudge],
     ) -> list[Any]:
-        """Add ``-[corr(m^{n-1}, U(e^n)) + lambda corr(e^{n-1}, U(m^n))] / ((beta_1 - beta_2) N)``.
+        """Add ``-[corr(m^{n-1}, U(e^n)) + lambda corr(e^{n-1}, U(m^n))] / ((beta_1 - beta_2) total)``.
 
         e = eps_1 - eps_2 is the difference of the scaled deviations, m = s* + (delta_1 + delta_2) / 2 the mean of the
         two nudged states. For products, ``p_1 q_1 - p_2 q_2 = mean(p) diff(q) + diff(p) mean(q)``: exact, and never a
@@ -179,13 +200,13 @@ class EquilibriumPropagation(Learner):
         """
         network, samples = self.network, len(batch)
         span = betas[0] - (betas[1] if len(betas) == 2 else 0.0)
-        self._add_deviation_terms(gradients, nudges, free, nudged, samples)
+        self._add_deviation_terms(gradients, nudges, total, free, nudged, samples)
         response = []
         below, difference_below, ops = batch.images, None, network.memory.workspace(samples).ops
         for n in range(1, network.depth + 1):
             mean, difference, size = self._mean_and_difference(n, free, nudged, samples)
             response.append(size)
-            difference *= -1 / (span * samples)
+            difference *= -1 / (span * total)
             winners = free.winners[n - 1]
             self._add_edge(gradients, n, below, difference, winners, ops[n - 1])
             if n > 1:
@@ -218,7 +239,7 @@ class EquilibriumPropagation(Learner):
         first += half
         return first, difference, size
 
-    def _add_deviation_terms(self, gradients, nudges, free: State, nudged: State, samples: int) -> None:
+    def _add_deviation_terms(self, gradients, nudges, total: int, free: State, nudged: State, samples: int) -> None:
         """Add the direct derivative at ``s* + eps / a`` of each phase, at s* in the tangent limit."""
         xp, value, work = self.network.device.xp, self.network.activation.value, nudged.buffers.work
         phases = len(nudged.deviations[0]) // samples
@@ -232,4 +253,4 @@ class EquilibriumPropagation(Learner):
             return s
 
         for phase in range(phases):
-            self._add_terms(gradients, nudges, lambda n, phase=phase: state(n, phase), 1 / phases)
+            self._add_terms(gradients, nudges, lambda n, phase=phase: state(n, phase), 1 / phases, total)

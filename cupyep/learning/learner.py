@@ -11,6 +11,7 @@ from cupyep.data.loader import Batch
 from cupyep.dynamics import Nudge
 from cupyep.errors import choose, require
 from cupyep.heads import LossTerm, accuracy_count
+from cupyep.kernels.conv import chunked
 from cupyep.network import Network
 from cupyep.settling import SCHEDULES, SettleStats
 
@@ -54,10 +55,16 @@ class Learner:
     ----------
     network : Network
     signals : sequence of Augmenter
+    micro_batch : int, optional
+        Process a batch in equal parts of at most so many samples, one after the other, to save memory. Gradients and
+        statistics are those of the whole batch (with a tolerance, each part stops by itself).
     """
 
-    def __init__(self, network: Network, signals: Sequence[Augmenter] = ()):
+    def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
+        right = micro_batch is None or (int(micro_batch) == micro_batch and micro_batch >= 1)
+        require(right, f"micro_batch must be a positive integer, not {micro_batch}")
         self.network = network
+        self.micro_batch = micro_batch
         self.signals = [network.bind(signal) for signal in signals]
         self._paths: dict[int, str] = {id(network.readout): "readout"}
         for index, signal in enumerate(self.signals):
@@ -76,9 +83,26 @@ class Learner:
 
     def step(self, x: Any, targets: Any = None) -> StepResult:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
-        return self._step(self.network.batch(x, targets))
+        batch = self.network.batch(x, targets)
+        gradients, draw = self._zero_gradients(), self._draw()
+        return _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
 
-    def _step(self, batch: Batch) -> StepResult:
+    def _draw(self) -> Any:
+        """Return what all parts of a batch must have in common."""
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Return a batch in parts of nearly equal size."""
+        samples = len(batch.images)
+        return [batch.part(rows) for rows, _ in chunked(samples, self.micro_batch or samples)]
+
+    def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: Any) -> StepResult:
+        """Add the gradients of one of the parts that make a batch of `total` samples.
+
+        Returns
+        -------
+        StepResult
+            Whose loss, activity and response are what the part contributes to the batch's.
+        """
         raise NotImplementedError
 
     def scores(self, batch: Batch) -> Any:
@@ -87,26 +111,32 @@ class Learner:
 
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
-        batch = self.network.batch(x, targets)
-        return self._judge(self.scores(batch), batch)
+        figures = [self._judge(self.scores(part), part) for part in self._parts(self.network.batch(x, targets))]
+        loss, correct = figures[0]
+        for more_loss, more_correct in figures[1:]:
+            loss, correct = loss + more_loss, correct + more_correct
+        return loss, correct
 
     def _judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
         network = self.network
         loss = network.readout.criterion.value(scores, network.targets(batch.labels)).sum()
         return loss, accuracy_count(scores, network.device.asarray(batch.labels))
 
-    def _figures(self, layers: Sequence[Any], batch: Batch, work: Sequence[Any] | None) -> dict[str, Any]:
-        """Return mean loss, correct samples, count and activity at some states; `work` is an array for each layer."""
+    def _figures(self, layers: Sequence[Any], batch: Batch, total: int, work: Sequence[Any] | None) -> dict[str, Any]:
+        """Return loss, correct samples, count and activity at some states, as shares of a batch of `total` samples.
+
+        `work` is an array for each layer.
+        """
         loss, correct = self._judge(self.network.readout.output(layers[-1]), batch)
         xp, activity = self.network.device.xp, []
         for n, s in enumerate(layers):
             size = xp.empty_like(s) if work is None else work[n]
             activity.append(xp.abs(s, out=size).mean())
         return {
-            "loss": loss / len(batch),
+            "loss": loss / total,
             "correct": correct,
             "count": len(batch),
-            "activity": xp.stack(activity),
+            "activity": xp.stack(activity) * (len(batch) / total),
         }
 
     def _zero_gradients(self) -> dict[str, Any]:
@@ -124,8 +154,10 @@ class Learner:
         bias = gradients[f"{path}.bias"] if bias else None
         self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
 
-    def _add_terms(self, gradients: dict[str, Any], nudges: Sequence[Nudge], states: Any, share: float) -> None:
-        """Add the direct derivative of the loss for readout and learned maps, batch mean times `share`.
+    def _add_terms(
+        self, gradients: dict[str, Any], nudges: Sequence[Nudge], states: Any, share: float, total: int
+    ) -> None:
+        """Add the direct derivative of the loss for readout and learned maps, its sum times ``share / total``.
 
         `states` maps a layer to its state (N, *shape).
         """
@@ -134,12 +166,27 @@ class Learner:
             if not term.parameters():
                 continue
             state = states(term.layer)
-            scale = network.device.xp.full(len(state), share * weight / len(state), network.dtype)
+            scale = network.device.xp.full(len(state), share * weight / total, network.dtype)
             term.add_parameter_gradient(state, target, scale, self._of(term, gradients))
 
     def _of(self, term: LossTerm, gradients: dict[str, Any]) -> dict[str, Any]:
         path = self._paths[id(term)]
         return {name: gradients[f"{path}.{name}"] for name in term.parameters()}
+
+
+def _sum(parts: Sequence[StepResult]) -> StepResult:
+    """Return the result of a batch from those of its parts."""
+    whole = parts[0]
+    for part in parts[1:]:
+        for name in ("loss", "correct", "count", "activity", "nudge_response"):
+            value = getattr(part, name)
+            setattr(whole, name, None if value is None else getattr(whole, name) + value)
+        for name in ("free", "nudged"):
+            stats = getattr(part, name)
+            if stats is not None:
+                phases = stats.per_sample.shape[1] // part.count
+                setattr(whole, name, getattr(whole, name).joined(stats, phases))
+    return whole
 
 
 def checked_settling(schedule: str, steps: dict[str, int]) -> str:
