@@ -63,8 +63,17 @@ class LossTerm:
         """Return learned parameters by name; empty for a fixed map."""
         return {}
 
-    def add_parameter_gradient(self, state: Any, target: Any, scale: Any, gradients: dict[str, Any]) -> None:
-        """Add ``sum over the batch of scale * dloss/dparameter`` to each array in `gradients`."""
+    def gradient_scratch_size(self, samples: int) -> int:
+        """Return the elements of scratch that `add_parameter_gradient` wants for a batch."""
+        return 0
+
+    def add_parameter_gradient(
+        self, state: Any, target: Any, scale: Any, gradients: dict[str, Any], scratch: Any = None
+    ) -> None:
+        """Add ``sum over the batch of scale * dloss/dparameter`` to each array in `gradients`.
+
+        `scratch` is as that of `add_force`, of ``gradient_scratch_size(B)`` elements.
+        """
 
 
 class Head(LossTerm):
@@ -122,14 +131,11 @@ class Head(LossTerm):
         self.bias: Any = None
         self._dtype: Any = None
         self._ops: HeadOps = HeadOps()
-        self._needs_back = False
+        self._needs_back = self._adds_products = False
 
     def initialize(self, generator: np.random.Generator, gain: float, device: Device, dtype: Any) -> None:
         """Draw the map; see Notes of the class."""
-        self._dtype = np.dtype(dtype)
-        self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
-        if device.is_gpu:
-            self._ops = CudaHeadOps(device.launcher(cuda_head.SOURCE))
+        self.attach(device, dtype)
         if self.identity:
             return
         dim = math.prod(self.inner_shape)
@@ -139,18 +145,34 @@ class Head(LossTerm):
         if self.has_bias:
             self.bias = device.asarray(np.zeros(self.classes, dtype))
 
-    def scratch_size(self, samples: int) -> int:
-        dim = math.prod(self.inner_shape)
-        outputs = dim if self.identity else self.classes
-        return samples * (outputs + 1 + (dim if self._needs_back else 0))
+    def attach(self, device: Device, dtype: Any) -> None:
+        """Learn where and in what type to compute; the map is not there yet."""
+        self._dtype = np.dtype(dtype)
+        self._adds_products = device.adds_products
+        self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
+        if device.is_gpu:
+            self._ops = CudaHeadOps(device.launcher(cuda_head.SOURCE))
 
-    def _parts(self, state: Any, scratch: Any) -> tuple[Any, Any, Any]:
-        """Return scratch for the outputs z, one column, and the pooled state or the force on it (flat; maybe empty)."""
+    def scratch_size(self, samples: int) -> int:
+        return self._parts_size(samples, self._needs_back)
+
+    def gradient_scratch_size(self, samples: int) -> int:
+        if not self.learned:
+            return 0
+        product = 0 if self._adds_products else math.prod(self.inner_shape) * self.classes
+        return self._parts_size(samples, bool(self.pool)) + product
+
+    def _parts_size(self, samples: int, back: bool) -> int:
+        dim = math.prod(self.inner_shape)
+        return samples * ((dim if self.identity else self.classes) + 1 + (dim if back else 0))
+
+    def _parts(self, state: Any, scratch: Any, back: bool) -> tuple[Any, Any, Any]:
+        """Return scratch for the outputs z, one column, and, flat, the pooled state or the force on it (or nothing)."""
         samples, dim = len(state), math.prod(self.inner_shape)
         if scratch is None:
-            scratch = array_module(state).empty(self.scratch_size(samples), self._dtype)
+            scratch = array_module(state).empty(self._parts_size(samples, back), self._dtype)
         width = dim if self.identity else self.classes
-        start = samples * dim if self._needs_back else 0
+        start = samples * dim if back else 0
         end = start + samples * width
         z, column = scratch[start:end], scratch[end : end + samples]
         return z.reshape(samples, width), column.reshape(samples, 1), scratch[:start]
@@ -167,7 +189,7 @@ class Head(LossTerm):
         """Return z, shape (B, classes): logits, or the state itself for the identity."""
         if self.identity:
             return state.reshape(len(state), -1)
-        z, _, back = self._parts(state, None)
+        z, _, back = self._parts(state, None, bool(self.pool))
         gemm(self._flat(state, back), self.weight, out=z)
         if self.bias is not None:
             z += self.bias
@@ -187,7 +209,7 @@ class Head(LossTerm):
         return z
 
     def add_force(self, state: Any, target: Any, scale: Any, force: Any, scratch: Any = None) -> None:
-        parts = self._parts(state, scratch)
+        parts = self._parts(state, scratch, self._needs_back)
         error, back = self._scaled_error(state, target, scale, parts), parts[2]
         if self.identity:
             force += error.reshape(force.shape)
@@ -210,11 +232,17 @@ class Head(LossTerm):
             return {}
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
-    def add_parameter_gradient(self, state: Any, target: Any, scale: Any, gradients: dict[str, Any]) -> None:
-        parts = self._parts(state, None)
+    def add_parameter_gradient(self, state, target, scale, gradients, scratch=None):
+        samples, product = len(state), None
+        if scratch is None:
+            scratch = array_module(state).empty(self.gradient_scratch_size(samples), self._dtype)
+        parts = self._parts(state, scratch, bool(self.pool))
         error = self._scaled_error(state, target, scale, parts)
-        flat = parts[2].reshape(len(state), -1) if self.pool else state.reshape(len(state), -1)
-        add_gemm(flat.T, error, gradients["weight"], array_module(state).empty_like(self.weight))
+        flat = parts[2].reshape(samples, -1) if self.pool else state.reshape(samples, -1)
+        if not self._adds_products:
+            start = self._parts_size(samples, bool(self.pool))
+            product = scratch[start : start + self.weight.size].reshape(self.weight.shape)
+        add_gemm(flat.T, error, gradients["weight"], product)
         if self.bias is not None:
             gradients["bias"] += error.sum(axis=0)
 

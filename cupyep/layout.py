@@ -24,10 +24,14 @@ Shape = tuple[int, ...]
 
 
 class TermShape(NamedTuple):
-    """What the layout must know of one summand of the loss: its layer, and its scratch for a number of samples."""
+    """What the layout must know of one summand of the loss: its layer, and its scratch for a number of samples.
+
+    See `cupyep.heads.LossTerm`.
+    """
 
     layer: int
     scratch_size: Callable[[int], int]
+    gradient_scratch_size: Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,8 @@ class PhaseBuffers:
         Likewise, after a classical phase.
     work_winners : list of uint8 arrays (N, *shape)
         Likewise, all in one place, None for edges without.
+    term_work : array
+        Likewise, for the parameter gradient of one term of the loss.
     end, top : int
         Where the arrays end that outlast the phase, and those that are still there when it is over.
     """
@@ -204,6 +210,7 @@ class PhaseBuffers:
     work: list[list[Any]]
     images: Any
     work_winners: list[Any]
+    term_work: Any
     end: int
     top: int
 
@@ -233,7 +240,7 @@ class Layout:
 
     def lay_out(self, stack: Stack, shape: PhaseShape) -> PhaseBuffers:
         """Take the arrays of a phase from `stack`, whose top is ``shape.base``."""
-        states, drives, winners, slopes, end = self._lasting(stack, shape)
+        states, drives, winners, slopes, end = self.lasting(stack, shape)
         top = stack.top
         remembered = self._layers(stack, "remembered states", shape.rows, self.stored) if shape.watched else []
         if shape.form in ("deviation", "tangent") and shape.phases > 1:
@@ -256,8 +263,8 @@ class Layout:
             stack.take(purpose, (rows, *edge.out_shape), "uint8") if edge.has_winners else None for edge in self.edges
         ]
 
-    def _lasting(self, stack: Stack, shape: PhaseShape) -> tuple[Any, Any, Any, Any, int]:
-        """Return states, drives, winners, slopes, and where those end that outlast the phase."""
+    def lasting(self, stack: Stack, shape: PhaseShape) -> tuple[Any, Any, Any, Any, int]:
+        """Take what outlasts a phase and its states; return states, drives, winners, slopes, where the first end."""
         if shape.form in ("deviation", "tangent"):
             states = self._layers(stack, "deviations", shape.rows, self.stored)
             tangent = shape.form == "tangent"
@@ -319,8 +326,10 @@ class Layout:
             arrays = stack.take_turns("work", [(shape.samples, *self.shapes[n]) for n in pooled], "uint8")
             for n, array in zip(pooled, arrays, strict=True):
                 winners[n] = array
+        size = max((term.gradient_scratch_size(shape.samples) for term in shape.terms), default=0)
+        terms = stack.take("work", (size,), self.number)
         stack.release(top)
-        return {"work": work, "images": images, "work_winners": winners}
+        return {"work": work, "images": images, "work_winners": winners, "term_work": terms}
 
 
 def rows_of_parts(samples: int, phases: int, most: int) -> list[slice]:

@@ -156,19 +156,34 @@ class Memory:
             self._block = None
             self._block = self.device.xp.empty(nbytes, np.uint8)
 
-    def expect(self, first: PhaseShape, *others: PhaseShape) -> None:
-        """Make room for a phase and those that build on what it leaves, before the first begins: once for all."""
-        key = ("expected", first, *others)
-        if key in self._laid_out:
-            return
-        self._prepare(sorted({rows for shape in (first, *others) for rows in (shape.samples, shape.rows)}))
-        paper = Stack()
-        end = self.layout.lay_out(paper, first).end
-        stacks = [Stack(base=end) for _ in others]
-        for stack, shape in zip(stacks, others, strict=True):
-            self.layout.lay_out(stack, shape)
-        self.reserve(max(stack.peak for stack in (paper, *stacks)))
-        self._laid_out[key] = None
+    def expect(self, free: PhaseShape, rows: int, key: Hashable, lay_out: Callable[[Stack], Any]) -> None:
+        """Make room for a free phase and what follows it, before the first: once for all of this shape.
+
+        Parameters
+        ----------
+        free : PhaseShape
+        rows : int
+            Samples that are processed together afterwards.
+        key : hashable
+            Tells what follows from anything else.
+        lay_out : callable
+            Takes from a stack what is laid over all that the free phase does not leave.
+        """
+        key = ("expected", free, rows, key)
+        if key not in self._laid_out:
+            self._prepare(sorted({free.rows, rows}))
+            self.reserve(stack_of(self.layout, free, lay_out).peak)
+            self._laid_out[key] = None
+
+
+def stack_of(layout: Layout, free: PhaseShape, lay_out: Callable[[Stack], Any]) -> Stack:
+    """Return, on paper, the stack of a free phase or that of what follows, whichever is higher; see `Memory.expect`."""
+    first, second = Stack(), Stack()
+    end = layout.lay_out(first, free).end
+    layout.lasting(second, free)
+    second.release(end)
+    lay_out(second)
+    return max(first, second, key=lambda stack: stack.peak)
 
 
 def update_ops(activation: Activation, device: Device) -> UpdateOps:

@@ -9,10 +9,10 @@ from typing import Any
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import State
+from cupyep.dynamics import Nudge, State
 from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout
-from cupyep.learning.learner import Learner, StepResult
+from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
 
 
@@ -35,10 +35,10 @@ class Backpropagation(Learner):
         """Return the feed-forward states, in memory that the next call overwrites."""
         return self._forward(batch, self._passes(batch))
 
-    def _passes(self, batch: Batch) -> Passes:
+    def _passes(self, batch: Batch, nudges: Sequence[Nudge] = ()) -> Passes:
         memory, samples = self.network.memory, len(batch.images)
-        lay_out = functools.partial(lay_out_passes, memory.layout, samples=samples)
-        return memory.laid_out(("passes", samples), 0, lay_out)
+        shape = PassesShape(samples, term_scratch_size(nudges, samples))
+        return memory.laid_out(shape, 0, functools.partial(lay_out_passes, memory.layout, shape=shape))
 
     def _forward(self, batch: Batch, passes: Passes) -> State:
         network, state, below = self.network, passes.state, batch.images
@@ -54,11 +54,11 @@ class Backpropagation(Learner):
 
     def _add(self, gradients: dict[str, Any], batch: Batch, total: int, draw: None) -> StepResult:
         network, xp, samples = self.network, self.network.device.xp, len(batch)
-        passes = self._passes(batch)
-        state, ops = self._forward(batch, passes), network.memory.workspace(samples).ops
         nudges = network.nudges(batch, self.signals)
+        passes = self._passes(batch, nudges)
+        state, ops = self._forward(batch, passes), network.memory.workspace(samples).ops
         figures = self._figures(state.layers, batch, total, passes.mu[0])
-        self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0, total)
+        self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0, total, passes.scratch)
         for n in range(network.depth, 0, -1):
             here, slope = passes.mu[n % 2][n - 1], state.drives[n - 1]
             if n == network.depth:
@@ -66,7 +66,7 @@ class Backpropagation(Learner):
             for term, weight, target in nudges:
                 if term.layer == n:
                     scale = xp.full(samples, weight / total, network.dtype)
-                    term.add_force(state.layers[n - 1], target, scale, here)
+                    term.add_force(state.layers[n - 1], target, scale, here, passes.scratch)
             network.activation.slope(slope, slope)
             here *= slope
             winners = state.winners[n - 1]
@@ -75,6 +75,14 @@ class Backpropagation(Learner):
             if n > 1:
                 network.layers[n - 1].topdown(here, winners, passes.mu[(n - 1) % 2][n - 2], ops[n - 1])
         return StepResult(gradients, **figures)
+
+
+@dataclass(frozen=True)
+class PassesShape:
+    """What decides on the memory of a pass: samples, and scratch for a term of the loss."""
+
+    samples: int
+    scratch: int
 
 
 @dataclass
@@ -87,17 +95,21 @@ class Passes:
         Its drives are slopes after the pass down.
     mu : pair of lists of arrays
         dL/ds of even and of odd layers: one layer's of each at a time.
+    scratch : array
+        For one term of the loss.
     """
 
     state: State
     mu: tuple[list[Any], list[Any]]
+    scratch: Any
 
 
-def lay_out_passes(layout: Layout, stack: Stack, samples: int) -> Passes:
-    """Take the memory of a pass of `samples` samples up and down from `stack`."""
-    batch = [(samples, *shape) for shape in layout.shapes]
-    states = [stack.take("states", shape, layout.stored) for shape in batch]
-    drives = [stack.take("drives", shape, layout.number) for shape in batch]
+def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:
+    """Take the memory of a pass up and one down from `stack`."""
+    samples = shape.samples
+    batch = [(samples, *size) for size in layout.shapes]
+    states = [stack.take("states", size, layout.stored) for size in batch]
+    drives = [stack.take("drives", size, layout.number) for size in batch]
     winners = layout.winners(stack, samples)
     mu = tuple(stack.take_turns("adjoint states", batch, layout.number) for _ in range(2))
-    return Passes(State(states, drives, winners), mu)
+    return Passes(State(states, drives, winners), mu, stack.take("update scratch", (shape.scratch,), layout.number))

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Classical, State
+from cupyep.dynamics import Classical, Nudge, State
 from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout, PhaseBuffers, PhaseShape
-from cupyep.learning.learner import Learner, StepResult, checked_settling
+from cupyep.learning.learner import Learner, StepResult, checked_settling, term_scratch_size
 from cupyep.network import Network
 from cupyep.settling import SettleStats, settle
 from cupyep.workspace import Workspace
@@ -57,32 +57,45 @@ class BackpropagationThroughTime(Learner):
         self.schedule = checked_settling(schedule, {"free_steps": free_steps, "unrolled_steps": unrolled_steps})
         self.tolerance = tolerance
 
+    @property
+    def _free(self) -> dict[str, Any]:
+        """How the free phase settles."""
+        how = {"steps": self.free_steps, "schedule": self.schedule, "tolerance": self.tolerance}
+        return {"keeps": "states", **how}
+
     def settle_free(self, batch: Batch) -> State:
         """Return the state before the unrolled steps."""
-        return self.network.settle_free(
-            batch, keeps="states", steps=self.free_steps, schedule=self.schedule, tolerance=self.tolerance
-        )
+        return self.network.settle_free(batch, **self._free)
 
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.settle_free(batch).layers[-1])
 
     def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
+        network, shape = self.network, self._shape(part, self.network.nudges(part, self.signals))
+        lay_out = functools.partial(lay_out_unrolled, network.memory.layout, shape=shape)
+        network.memory.expect(network.free_shape(len(part), **self._free), len(part), shape, lay_out)
         return self._unroll_and_back(gradients, part, total, self.settle_free(part))
 
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
         return self._unroll_and_back(self._zero_gradients(), batch, len(batch), start)
 
+    def _shape(self, batch: Batch, nudges: Sequence[Nudge], base: int = 0) -> UnrolledShape:
+        step = self.network.free_shape(len(batch), steps=1, schedule="synchronous")
+        return UnrolledShape(replace(step, base=base), self.unrolled_steps, term_scratch_size(nudges, len(batch)))
+
     def _unroll_and_back(self, gradients: dict[str, Any], batch: Batch, total: int, start: State) -> StepResult:
         network, memory = self.network, self.network.memory
-        lay_out = functools.partial(lay_out_unrolled, memory.layout, samples=len(batch), steps=self.unrolled_steps)
-        unrolled = memory.laid_out(("unrolled", len(batch), self.unrolled_steps, start.end), start.end, lay_out)
+        nudges = network.nudges(batch, self.signals)
+        shape = self._shape(batch, nudges, start.end)
+        lay_out = functools.partial(lay_out_unrolled, memory.layout, shape=shape)
+        unrolled = memory.laid_out(shape, start.end, lay_out)
         workspace = memory.workspace(len(batch))
         stats = self._unroll(batch, start, unrolled, workspace)
-        last, nudges = unrolled.phase.states, network.nudges(batch, self.signals)
+        last = unrolled.phase.states
         figures = self._figures(last, batch, total, unrolled.down)
-        self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0, total)
-        self._fill_loss_gradient(last, nudges, total, unrolled.mu)
+        self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0, total, unrolled.scratch)
+        self._fill_loss_gradient(nudges, total, unrolled)
         mu, other = unrolled.mu, unrolled.other
         for state in reversed(unrolled.history):
             self._step_back(batch.images, state, mu, other, unrolled, gradients, workspace.ops)
@@ -102,13 +115,13 @@ class BackpropagationThroughTime(Learner):
             _copy(phase.winners, before.winners)
         return stats
 
-    def _fill_loss_gradient(self, layers: Sequence[Any], nudges: Sequence[Any], total: int, mu: Sequence[Any]) -> None:
-        xp, samples = self.network.device.xp, len(layers[0])
+    def _fill_loss_gradient(self, nudges: Sequence[Nudge], total: int, unrolled: Unrolled) -> None:
+        xp, layers, mu = self.network.device.xp, unrolled.phase.states, unrolled.mu
         for array in mu:
             array[...] = 0
         for term, weight, target in nudges:
-            scale = xp.full(samples, weight / total, self.network.dtype)
-            term.add_force(layers[term.layer - 1], target, scale, mu[term.layer - 1])
+            scale = xp.full(len(layers[0]), weight / total, self.network.dtype)
+            term.add_force(layers[term.layer - 1], target, scale, mu[term.layer - 1], unrolled.scratch)
 
     def _step_back(
         self,
@@ -145,6 +158,15 @@ class BackpropagationThroughTime(Learner):
             self._add_edge(gradients, n, scaled, state.layers[n - 1], winners, ops[n - 1], bias=False)
 
 
+@dataclass(frozen=True)
+class UnrolledShape:
+    """What decides on the memory of unrolled steps: one of them, how many, and scratch for a term of the loss."""
+
+    step: PhaseShape
+    steps: int
+    scratch: int
+
+
 @dataclass
 class Unrolled:
     """The memory of the unrolled steps.
@@ -159,6 +181,8 @@ class Unrolled:
         dL/ds of two neighbouring steps.
     down, up, scaled : list of arrays
         What one edge sends down and up, and the adjoint state below times the feedback weight: one layer's at a time.
+    scratch : array
+        For one term of the loss.
     """
 
     phase: PhaseBuffers
@@ -168,23 +192,25 @@ class Unrolled:
     down: list[Any]
     up: list[Any]
     scaled: list[Any]
+    scratch: Any
 
 
-def lay_out_unrolled(layout: Layout, stack: Stack, samples: int, steps: int) -> Unrolled:
-    """Take the memory of `steps` unrolled steps of `samples` samples from `stack`."""
+def lay_out_unrolled(layout: Layout, stack: Stack, shape: UnrolledShape) -> Unrolled:
+    """Take the memory of unrolled steps from `stack`."""
+    samples = shape.step.samples
 
     def layers(purpose: str, dtype: Any) -> list[Any]:
-        return [stack.take(purpose, (samples, *shape), dtype) for shape in layout.shapes]
+        return [stack.take(purpose, (samples, *size), dtype) for size in layout.shapes]
 
     history = []
-    for _ in range(steps):
+    for _ in range(shape.steps):
         states, drives = layers("history", layout.stored), layers("history", layout.number)
         history.append(State(states, drives, layout.winners(stack, samples, "history")))
-    phase = layout.lay_out(stack, PhaseShape("free", samples, "synchronous"))
-    batch = [(samples, *shape) for shape in layout.shapes]
+    phase = layout.lay_out(stack, shape.step)
+    batch = [(samples, *size) for size in layout.shapes]
     mu, other = layers("adjoint states", layout.number), layers("adjoint states", layout.number)
     turns = [stack.take_turns("adjoint states", batch, layout.number) for _ in range(3)]
-    return Unrolled(phase, history, mu, other, *turns)
+    return Unrolled(phase, history, mu, other, *turns, stack.take("update scratch", (shape.scratch,), layout.number))
 
 
 def _copy(arrays: Sequence[Any], into: Sequence[Any]) -> None:

@@ -7,8 +7,10 @@ direct derivative of L for the readout and learned maps. Feedback weight lambda 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -113,52 +115,41 @@ class EquilibriumPropagation(Learner):
             return [self.beta if self.generator.random() < 0.5 else -self.beta]
         return [1.0] if self.scheme == "tangent" else [self.beta]
 
-    def _add(self, gradients: dict[str, Any], part: Batch, total: int, betas: list[float]) -> StepResult:
-        network, nudges, samples = self.network, self.network.nudges(part, self.signals), len(part)
-        nudged = network.nudged_shape(self.form, samples, len(betas), nudges, **self._nudged)
-        network.memory.expect(network.free_shape(samples, **self._free), nudged)
-        return self._nudge(gradients, part, total, self.settle_free(part), betas, nudges)
+    def _add(self, gradients: dict[str, Any], batch: Batch, total: int, betas: list[float]) -> StepResult:
+        network, nudges, samples = self.network, self.network.nudges(batch, self.signals), len(batch)
+        shape = network.nudged_shape(self.form, samples, len(betas), nudges, **self._nudged)
+        lay_out = functools.partial(network.memory.layout.lay_out, shape=shape)
+        network.memory.expect(network.free_shape(samples, **self._free), shape.rows, shape, lay_out)
+        return self._nudge(Part(gradients, batch, total, betas, nudges), self.settle_free(batch))
 
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""
         nudges = self.network.nudges(batch, self.signals)
-        return self._nudge(self._zero_gradients(), batch, len(batch), free, self._draw(), nudges)
+        return self._nudge(Part(self._zero_gradients(), batch, len(batch), self._draw(), nudges), free)
 
-    def _nudge(
-        self, gradients: dict[str, Any], batch: Batch, total: int, free: State, betas: list[float], nudges: list[Nudge]
-    ) -> StepResult:
-        figures = self._figures(free.layers, batch, total, None if free.buffers is None else free.buffers.work[0])
-        nudged = self.network.settle_nudged(batch, free, betas, nudges, self.form, **self._nudged)
+    def _nudge(self, part: Part, free: State) -> StepResult:
+        work = None if free.buffers is None else free.buffers.work[0]
+        figures = self._figures(free.layers, part.batch, part.total, work)
+        nudged = self.network.settle_nudged(part.batch, free, part.betas, part.nudges, self.form, **self._nudged)
         add = self._add_classical if self.form == "classical" else self._add_deviation
-        response = self.network.device.xp.stack(add(gradients, batch, total, free, nudged, betas, nudges))
-        response = response * (len(batch) / total)
-        return StepResult(gradients, **figures, free=free.stats, nudged=nudged.stats, nudge_response=response)
+        response = self.network.device.xp.stack(add(part, free, nudged)) * (part.samples / part.total)
+        return StepResult(part.gradients, **figures, free=free.stats, nudged=nudged.stats, nudge_response=response)
 
-    def _add_classical(
-        self,
-        gradients: dict[str, Any],
-        batch: Batch,
-        total: int,
-        free: State,
-        nudged: State,
-        betas: list[float],
-        nudges: list[Nudge],
-    ) -> list[Any]:
+    def _add_classical(self, part: Part, free: State, nudged: State) -> list[Any]:
         """Add ``-a_n [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) total)``, s_2 the second phase or the free state.
 
         Each at the pooling winners of the states themselves: those that a phase leaves are of its last drives. While
         winners still change the two differ, and with them the gradient of Phi. The first edge's are constant.
         """
-        network, xp, samples = self.network, self.network.device.xp, len(batch)
-        buffers, ops = nudged.buffers, network.memory.workspace(len(betas) * samples).ops
-        two = len(betas) == 2
-        span = betas[0] - (betas[1] if two else 0.0)
-        below, free_below, response = batch.images, batch.images, []
+        network, xp, samples, images = self.network, self.network.device.xp, part.samples, part.batch.images
+        buffers, ops = nudged.buffers, network.memory.workspace(part.phases * samples).ops
+        two = part.phases == 2
+        below, free_below, response = images, images, []
         if two:
             below = buffers.images
-            below.reshape(2, *batch.images.shape)[...] = batch.images
+            below.reshape(2, *images.shape)[...] = images
         for n, edge in enumerate(network.layers, 1):
-            factor = -network.energy.weights[n - 1] / (span * total)
+            factor = -network.energy.weights[n - 1] / (part.span * part.total)
             s, winners, work = nudged.layers[n - 1], nudged.winners[n - 1], buffers.work[0][n - 1]
             first, second = s[:samples], s[samples:] if two else free.layers[n - 1]
             difference = xp.subtract(first, second, out=work[:samples])
@@ -168,54 +159,41 @@ class EquilibriumPropagation(Learner):
             xp.multiply(first, factor, out=work[:samples])
             if two:
                 xp.multiply(second, -factor, out=work[samples:])  # one product over both phases
-            self._add_edge(gradients, n, below, work, winners, ops[n - 1])
+            self._add_edge(part.gradients, n, below, work, winners, ops[n - 1])
             if not two:
                 winners = free.winners[n - 1]
                 if n > 1 and edge.has_winners:
                     winners = buffers.work_winners[n - 1]
                     edge.drive(free_below, work, winners, ops[n - 1])
                 xp.multiply(second, -factor, out=work)
-                self._add_edge(gradients, n, free_below, work, winners, ops[n - 1])
+                self._add_edge(part.gradients, n, free_below, work, winners, ops[n - 1])
             below, free_below = s, second
-        for phase in range(len(betas)):
-            part = slice(phase * samples, (phase + 1) * samples)
-            self._add_terms(gradients, nudges, lambda n, part=part: nudged.layers[n - 1][part], 1 / len(betas), total)
+        self._add_part_terms(part, nudged, lambda n, phase: nudged.layers[n - 1][part.rows(phase)])
         return response
 
-    def _add_deviation(
-        self,
-        gradients: dict[str, Any],
-        batch: Batch,
-        total: int,
-        free: State,
-        nudged: State,
-        betas: list[float],
-        nudges: list[Nudge],
-    ) -> list[Any]:
+    def _add_deviation(self, part: Part, free: State, nudged: State) -> list[Any]:
         """Add ``-[corr(m^{n-1}, U(e^n)) + lambda corr(e^{n-1}, U(m^n))] / ((beta_1 - beta_2) total)``.
 
         e = eps_1 - eps_2 is the difference of the scaled deviations, m = s* + (delta_1 + delta_2) / 2 the mean of the
         two nudged states. For products, ``p_1 q_1 - p_2 q_2 = mean(p) diff(q) + diff(p) mean(q)``: exact, and never a
         difference of two large sums. In the tangent limit m = s*.
         """
-        network, samples = self.network, len(batch)
-        span = betas[0] - (betas[1] if len(betas) == 2 else 0.0)
-        self._add_deviation_terms(gradients, nudges, total, free, nudged, samples)
-        response = []
-        below, difference_below, ops = batch.images, None, network.memory.workspace(samples).ops
+        network, ops = self.network, self.network.memory.workspace(part.samples).ops
+        self._add_part_terms(part, nudged, functools.partial(self._state_of_deviation, part, free, nudged))
+        below, difference_below, response = part.batch.images, None, []
         for n in range(1, network.depth + 1):
-            mean, difference, size = self._mean_and_difference(n, free, nudged, samples)
+            mean, difference, size = self._mean_and_difference(n, part, free, nudged)
             response.append(size)
-            difference *= -1 / (span * total)
+            difference *= -1 / (part.span * part.total)
             winners = free.winners[n - 1]
-            self._add_edge(gradients, n, below, difference, winners, ops[n - 1])
+            self._add_edge(part.gradients, n, below, difference, winners, ops[n - 1])
             if n > 1:
                 difference_below *= network.feedback
-                self._add_edge(gradients, n, difference_below, mean, winners, ops[n - 1], bias=False)
+                self._add_edge(part.gradients, n, difference_below, mean, winners, ops[n - 1], bias=False)
             below, difference_below = mean, difference
         return response
 
-    def _mean_and_difference(self, n: int, free: State, nudged: State, samples: int) -> tuple[Any, Any, Any]:
+    def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State) -> tuple[Any, Any, Any]:
         """Return m^n, e^n and the mean ``|e^n| / a_n``, made in the place of the deviations where there are two phases.
 
         Otherwise m^n is in memory that m^{n+2} takes over.
@@ -223,14 +201,14 @@ class EquilibriumPropagation(Learner):
         xp, value = self.network.device.xp, self.network.activation.value
         eps, a, g = nudged.deviations[n - 1], nudged.scales[n - 1], free.drives[n - 1]
         work = [arrays[n - 1] for arrays in nudged.buffers.work]
-        if len(eps) == samples:
+        if part.phases == 1:
             mean, half = work[n % 2], work[2]
             size = xp.abs(eps, out=mean).mean() / a
             value(g, mean)
             if self.form != "tangent":
                 mean += xp.multiply(eps, 0.5 / a, out=half)
             return mean, eps, size
-        first, second, half = eps[:samples], eps[samples:], work[0]
+        first, second, half = eps[part.rows(0)], eps[part.rows(1)], work[0]
         xp.add(first, second, out=half)
         difference = xp.subtract(first, second, out=second)
         size = xp.abs(difference, out=first).mean() / a
@@ -239,18 +217,58 @@ class EquilibriumPropagation(Learner):
         first += half
         return first, difference, size
 
-    def _add_deviation_terms(self, gradients, nudges, total: int, free: State, nudged: State, samples: int) -> None:
-        """Add the direct derivative at ``s* + eps / a`` of each phase, at s* in the tangent limit."""
-        xp, value, work = self.network.device.xp, self.network.activation.value, nudged.buffers.work
-        phases = len(nudged.deviations[0]) // samples
+    def _state_of_deviation(self, part: Part, free: State, nudged: State, n: int, phase: int) -> Any:
+        """Return ``s* + eps / a`` of one phase, s* in the tangent limit."""
+        s, delta, *_ = (arrays[n - 1] for arrays in nudged.buffers.work)
+        self.network.activation.value(free.drives[n - 1], s)
+        if self.form != "tangent":
+            eps = nudged.deviations[n - 1][part.rows(phase)]
+            s += self.network.device.xp.multiply(eps, 1 / nudged.scales[n - 1], out=delta)
+        return s
 
-        def state(n: int, phase: int) -> Any:
-            s, delta = work[0][n - 1], work[1][n - 1]
-            value(free.drives[n - 1], s)
-            if self.form != "tangent":
-                eps = nudged.deviations[n - 1][phase * samples : (phase + 1) * samples]
-                s += xp.multiply(eps, 1 / nudged.scales[n - 1], out=delta)
-            return s
+    def _add_part_terms(self, part: Part, nudged: State, states: Callable[[int, int], Any]) -> None:
+        """Add the direct derivative of the loss, the mean over phases; `states` maps layer and phase to a state."""
+        for phase in range(part.phases):
+            of_phase = functools.partial(states, phase=phase)
+            share, scratch = 1 / part.phases, nudged.buffers.term_work
+            self._add_terms(part.gradients, part.nudges, of_phase, share, part.total, scratch)
 
-        for phase in range(phases):
-            self._add_terms(gradients, nudges, lambda n, phase=phase: state(n, phase), 1 / phases, total)
+
+@dataclass
+class Part:
+    """A part of a batch on its way to gradients.
+
+    Attributes
+    ----------
+    gradients : dict
+        By parameter path; what the part contributes is added.
+    batch : Batch
+    total : int
+        Samples of the whole batch.
+    betas : list of float
+        One a phase.
+    nudges : list of Nudge
+    """
+
+    gradients: dict[str, Any]
+    batch: Batch
+    total: int
+    betas: list[float]
+    nudges: list[Nudge]
+
+    @property
+    def samples(self) -> int:
+        return len(self.batch)
+
+    @property
+    def phases(self) -> int:
+        return len(self.betas)
+
+    @property
+    def span(self) -> float:
+        """Distance of the two states that are compared, in beta: of the phases, or of one from the free state."""
+        return self.betas[0] - (self.betas[1] if self.phases == 2 else 0.0)
+
+    def rows(self, phase: int) -> slice:
+        """Return the rows of one phase."""
+        return slice(phase * self.samples, (phase + 1) * self.samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +155,13 @@ class Learner:
         self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
 
     def _add_terms(
-        self, gradients: dict[str, Any], nudges: Sequence[Nudge], states: Any, share: float, total: int
+        self,
+        gradients: dict[str, Any],
+        nudges: Sequence[Nudge],
+        states: Callable[[int], Any],
+        share: float,
+        total: int,
+        scratch: Any,
     ) -> None:
         """Add the direct derivative of the loss for readout and learned maps, its sum times ``share / total``.
 
@@ -167,7 +173,7 @@ class Learner:
                 continue
             state = states(term.layer)
             scale = network.device.xp.full(len(state), share * weight / total, network.dtype)
-            term.add_parameter_gradient(state, target, scale, self._of(term, gradients))
+            term.add_parameter_gradient(state, target, scale, self._of(term, gradients), scratch)
 
     def _of(self, term: LossTerm, gradients: dict[str, Any]) -> dict[str, Any]:
         path = self._paths[id(term)]
@@ -187,6 +193,12 @@ def _sum(parts: Sequence[StepResult]) -> StepResult:
                 phases = stats.per_sample.shape[1] // part.count
                 setattr(whole, name, getattr(whole, name).joined(stats, phases))
     return whole
+
+
+def term_scratch_size(nudges: Sequence[Nudge], samples: int) -> int:
+    """Return the elements of scratch for the force or the parameter gradient of one term at a time."""
+    sizes = ((term.scratch_size(samples), term.gradient_scratch_size(samples)) for term, *_ in nudges)
+    return max((max(pair) for pair in sizes), default=0)
 
 
 def checked_settling(schedule: str, steps: dict[str, int]) -> str:
