@@ -87,9 +87,10 @@ def build_learner(
     config: TrainConfig, network: Network, signals: Sequence[Augmenter], generator: np.random.Generator
 ) -> Any:
     """Return the learner of ``config.algorithm``; `generator` draws the signs of the scheme ``random``."""
-    phases = {"free_steps": config.free_steps, "schedule": config.schedule, "signals": signals}
+    shared = {"signals": signals, "micro_batch": config.micro_batch}
+    phases = {"free_steps": config.free_steps, "schedule": config.schedule, **shared}
     if config.algorithm == "bp":
-        return Backpropagation(network, signals=signals)
+        return Backpropagation(network, **shared)
     if config.algorithm == "bptt":
         return BackpropagationThroughTime(network, unrolled_steps=config.nudged_steps, **phases)
     return EquilibriumPropagation(

@@ -135,6 +135,8 @@ class TrainConfig:
 
     epochs: int = OPTIMIZER(10, int, "Number of passes over the training images.", low=1)
     batch_size: int = OPTIMIZER(128, int, "Images in a batch.", low=1)
+    micro_batch: int | None = OPTIMIZER(None, int, "Process a batch in parts of at most N images, to save memory; "
+                                        "gradients are those of the whole batch; unset: at once.", low=1)
     optimizer: str = OPTIMIZER("adam", str, "Optimizer.", choices=tuple(OPTIMIZERS))
     learning_rate: float | list[float] = OPTIMIZER(1e-3, list, "Learning rate, one number or one a layer, readout "
                                                    "last.", above=0)
