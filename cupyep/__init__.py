@@ -16,6 +16,7 @@ from cupyep.errors import (
     DeviceError,
     DivergenceError,
     GraphWarning,
+    PrecisionWarning,
     TeacherError,
 )
 from cupyep.heads import Head, LossTerm
@@ -68,6 +69,7 @@ __all__ = [
     "LossTerm",
     "Network",
     "Nudge",
+    "PrecisionWarning",
     "SGD",
     "SettleStats",
     "SquaredError",

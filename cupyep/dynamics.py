@@ -50,7 +50,7 @@ class State:
     deviations : list of arrays or None
         Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.
     scales : list of float or None
-        The a_n that belong to them.
+        The a_n that belong to them, times a power of two in float16.
     buffers : PhaseBuffers or None
         Where these arrays are in the network's memory; None for arrays of its own.
     """
@@ -93,6 +93,7 @@ class _System:
     """What both systems share: the network's parts, the nudges a layer, the residual."""
 
     form = ""  # of the phase, as `Network.settle` names it
+    scale = 1.0  # by which what moves is multiplied, and with it the residual before its square
 
     def __init__(
         self,
@@ -119,6 +120,7 @@ class _System:
         self.weights = layer_weights(self.depth, feedback)
         self.phases = len(betas)
         self.samples = workspace.batch // self.phases
+        self.precision = workspace.precision
         self.residual = buffers.residual
         self.flows = buffers.flows
         self.flows.clear()
@@ -147,13 +149,10 @@ class _System:
         return self.device.to_numpy(array)
 
     def _force(self, n: int, part: slice, s: Any) -> Any:
-        """Return ``sum of scale * dloss/ds`` of layer n's nudges at some rows `s`, None where it has none."""
-        terms = self._nudges.get(n)
-        if not terms:
-            return None
+        """Return ``sum of scale * dloss/ds`` of layer n's nudges at some rows `s`."""
         force = self.buffers.force[n][: len(s)]
         force[...] = 0
-        for term, target, scale in terms:
+        for term, target, scale in self._nudges[n]:
             term.add_force(s, None if target is None else target[part], scale[part], force, self.buffers.scratch)
         return force
 
@@ -200,7 +199,7 @@ class _System:
         if None in parts:
             return None
         arrays = (None if array is None else identity(array) for array in self._arrays())
-        return (self.form, self.phases, self.feedback, tuple(self._nudges), *parts, *arrays)
+        return (self.form, self.scale, self.phases, self.feedback, tuple(self._nudges), *parts, *arrays)
 
     @functools.cached_property
     def _replays(self) -> Replays:
@@ -271,10 +270,18 @@ class Classical(_System):
     def _take_down(self, n):
         self.edges[n].topdown(self.states[n], self.winners[n], self.flows.above(n), self.workspace.ops[n])
 
+    def _seen(self, n: int, s: Any) -> Any:
+        """Return a state as the losses see it, of the type to compute in."""
+        if not self.precision.half:
+            return s
+        seen = self.buffers.nudged[n][: len(s)]
+        seen[...] = s
+        return seen
+
     def _update(self, n, part, drive, topdown, residual):
         s = self.states[n - 1][part]
         g = None if self.drives is None or residual is None else self.drives[n - 1][part]
-        force = self._force(n, part, s)
+        force = self._force(n, part, self._seen(n, s)) if n in self._nudges else None
         self.updates.states(s, drive, topdown, self.feedback, force, g, residual, self.buffers.scratch)
 
 
@@ -283,7 +290,8 @@ class Deviation(_System):
 
     ``eps^n <- a_n [sigma(g*^n + t^n / a_n) - s*^n]`` with
     ``t^n = w_{n+1}^T * U(eps^{n+1}) + lambda G(w_n * eps^{n-1}) - beta dL/ds^n(s* + eps / a)``,
-    started at zero. Every layer's eps is of order beta however small lambda and however deep the network.
+    started at zero. Every layer's eps is of order beta however small lambda and however deep the network. Stored in
+    float16 it is multiplied by a power of two, which the iteration does not see: only the a_n and the forces have it.
 
     Parameters
     ----------
@@ -299,7 +307,11 @@ class Deviation(_System):
     def __init__(
         self, edges, activation, feedback, device, workspace, updates, buffers, free, nudges, betas, tangent=False
     ):
-        super().__init__(edges, activation, feedback, device, workspace, updates, buffers, nudges, betas)
+        strength = max((abs(weight) for _, weight, _ in nudges), default=1.0) * max(map(abs, betas))
+        self.scale = workspace.precision.scale(strength)
+        divisors = [1 / self.scale] * len(edges)
+        super().__init__(edges, activation, feedback, device, workspace, updates, buffers, nudges, betas, divisors)
+        self.weights = [self.scale * a for a in self.weights]
         self.tangent = tangent
         self.form = "tangent" if tangent else "deviation"
         self.rest = free.drives
@@ -338,7 +350,7 @@ class Deviation(_System):
             return nudged
         s = self.buffers.force[n][: len(g)]  # its memory is free until the force is computed
         self.activation.value(g, s)
-        self.xp.multiply(self.eps[n - 1][part], 1 / self.weights[n - 1], out=nudged)
+        self.xp.multiply(self.eps[n - 1][part], 1 / self.weights[n - 1], out=nudged, dtype=nudged.dtype)
         for start in range(0, len(nudged), len(s)):
             phase = nudged[start : start + len(s)]
             phase += s

@@ -49,6 +49,10 @@ class Energy:
         self.precision = precision
         self.dtype = precision.number
 
+    def _wide(self, x: Any, layers: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Return images and states in the type to compute in."""
+        return self.device.asarray(x, self.dtype), [self.device.asarray(s, self.dtype) for s in layers]
+
     def _workspace(self, x: Any) -> Workspace:
         return Memory(self.edges, self.device, self.precision).workspace(len(x))
 
@@ -62,6 +66,7 @@ class Energy:
 
     def phi(self, x: Any, layers: Sequence[Any]) -> Any:
         """Return ``<s^n, d^n(s^(n-1))>`` layer by layer, shape (L, B)."""
+        x, layers = self._wide(x, layers)
         drives, _ = self._drives(x, layers, self._workspace(x))
         xp = self.device.xp
         return xp.stack([(s * d).reshape(len(s), -1).sum(axis=1) for s, d in zip(layers, drives, strict=True)])
@@ -77,6 +82,7 @@ class Energy:
         nudges : sequence of Nudge
         beta : float or array of shape (B,)
         """
+        x, layers = self._wide(x, layers)
         total = self.device.xp.zeros(len(x), self.dtype)
         for s, phi, a in zip(layers, self.phi(x, layers), self.weights, strict=True):
             total += a * (self.activation.potential(s).reshape(len(s), -1).sum(axis=1) - phi)
@@ -89,6 +95,7 @@ class Energy:
 
         -dF/ds^n is this minus ``a_n sigma^-1(s^n)`` (``a_n s^n`` for a clip of slope one).
         """
+        x, layers = self._wide(x, layers)
         workspace = self._workspace(x)
         drives, winners = self._drives(x, layers, workspace)
         forces = []
@@ -106,6 +113,7 @@ class Energy:
 
     def parameter_gradient(self, x: Any, layers: Sequence[Any]) -> dict[str, Any]:
         """Return dF/dtheta summed over the batch, ``-a_n corr(s^(n-1), U_n(s^n))`` for weights, by parameter path."""
+        x, layers = self._wide(x, layers)
         workspace = self._workspace(x)
         _, winners = self._drives(x, layers, workspace)
         gradients = {}

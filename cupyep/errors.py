@@ -58,6 +58,10 @@ class ConvergenceWarning(UserWarning):
     """A settle phase ended above its tolerance; the message names the layer and the knob to turn."""
 
 
+class PrecisionWarning(UserWarning):
+    """A number format and another setting do not go well together; the message says why, and what to change."""
+
+
 class GraphWarning(UserWarning):
     """Work could not be captured in a CUDA graph; it is done by plain launches, slower and with the same results."""
 

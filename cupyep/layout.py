@@ -183,7 +183,9 @@ class PhaseBuffers:
         Targets of the terms, and a factor a row for each term.
     work : list of list of arrays
         What may be used when the phase is over, an array a layer, all in one place: one of N rows after a free phase,
-        three after a deviation (two after two of them), one of all rows after a classical phase.
+        two or three after a deviation, one of all rows and of the type of the states after a classical phase.
+    means : list of list of arrays
+        Likewise, after one deviation: two of N rows, of the type of the states (the first and last work in float32).
     images : array of shape (rows, *shape of the input), or None
         Likewise, after a classical phase.
     work_winners : list of uint8 arrays (N, *shape)
@@ -208,6 +210,7 @@ class PhaseBuffers:
     targets: list[Any]
     scales: list[Any]
     work: list[list[Any]]
+    means: list[list[Any]]
     images: Any
     work_winners: list[Any]
     term_work: Any
@@ -233,7 +236,7 @@ class Layout:
 
     def __init__(self, edges: Sequence[Edge], precision: Precision, is_gpu: bool):
         self.edges = edges
-        self.stored, self.number = precision.stored, precision.number
+        self.stored, self.number, self.halves = precision.stored, precision.number, precision.half
         self.shapes = [edge.out_shape for edge in edges]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.part_bytes = PART_BYTES["cuda" if is_gpu else "cpu"]
@@ -242,7 +245,7 @@ class Layout:
         """Take the arrays of a phase from `stack`, whose top is ``shape.base``."""
         states, drives, winners, slopes, end = self.lasting(stack, shape)
         top = stack.top
-        remembered = self._layers(stack, "remembered states", shape.rows, self.stored) if shape.watched else []
+        remembered = self._layers(stack, "remembered states", shape.rows, self.number) if shape.watched else []
         if shape.form in ("deviation", "tangent") and shape.phases > 1:
             winners = self.winners(stack, shape.rows)
         flows = Flows(stack, self.shapes, shape.rows, shape.schedule, self.stored, shape.form in ("free", "classical"))
@@ -282,9 +285,14 @@ class Layout:
             states = self._layers(stack, f"{name} states", shape.rows, self.stored)
         return states, drives, winners, None, end
 
+    def factors(self, stack: Stack, batch: Sequence[Shape]) -> list[Any]:
+        """Take what adjoint states are rounded to before a product, one layer's at a time; nothing in float32."""
+        return stack.take_turns("adjoint states", batch if self.halves else [(0,)] * len(batch), self.stored)
+
     def _update(self, stack: Stack, shape: PhaseShape) -> dict[str, Any]:
         """Return rows of the parts of an update, its scratch, targets and factors."""
-        moved = shape.form in ("deviation", "tangent")  # the state that terms see is not there as such
+        # The state that terms see is not there as such, or not in the type that they compute in.
+        moved = shape.form in ("deviation", "tangent") or self.halves
         by_layer: dict[int, list[TermShape]] = {}
         for term in shape.terms:
             by_layer.setdefault(term.layer, []).append(term)
@@ -317,8 +325,13 @@ class Layout:
         classical = shape.form == "classical"
         rows = shape.rows if classical else shape.samples
         batch, top = [(rows, *size) for size in self.shapes], stack.top
-        lists = 1 if shape.form in ("free", "classical") else 2 if shape.phases > 1 else 3
-        work = [stack.take_turns("work", batch, self.number) for _ in range(lists)]
+        single = shape.form in ("deviation", "tangent") and shape.phases == 1
+        lists = 1 if shape.form in ("free", "classical") else 3 if single and not self.halves else 2
+        dtype = self.stored if classical else self.number
+        work = [stack.take_turns("work", batch, dtype) for _ in range(lists)]
+        means = [work[0], work[-1]]
+        if single and self.halves:
+            means = [stack.take_turns("work", batch, self.stored) for _ in range(2)]
         images, winners = None, [None] * len(self.edges)
         if classical:
             images = stack.take("work", (rows, *self.edges[0].in_shape), self.stored)
@@ -329,7 +342,7 @@ class Layout:
         size = max((term.gradient_scratch_size(shape.samples) for term in shape.terms), default=0)
         terms = stack.take("work", (size,), self.number)
         stack.release(top)
-        return {"work": work, "images": images, "work_winners": winners, "term_work": terms}
+        return {"work": work, "means": means, "images": images, "work_winners": winners, "term_work": terms}
 
 
 def rows_of_parts(samples: int, phases: int, most: int) -> list[slice]:

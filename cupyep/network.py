@@ -15,7 +15,7 @@ from cupyep.activations import Activation, get_activation
 from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device, get_precision
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Classical, Deviation, Nudge, State, layer_weights
+from cupyep.dynamics import Classical, Deviation, Nudge, State
 from cupyep.energy import Energy
 from cupyep.errors import choose, require
 from cupyep.heads import Head
@@ -49,8 +49,8 @@ class Network:
     seed : int
         Of the weights.
     device : str or Device
-    precision : {"float32", "tf32", "float64"}
-        `cupyep.backend.precision.Precision`.
+    precision : {"float32", "tf32", "float16", "bfloat16", "float64"}
+        Of states and products; parameters are float32 in all but float64 (`cupyep.backend.precision`).
 
     Raises
     ------
@@ -76,7 +76,6 @@ class Network:
         self.activation = get_activation(activation)
         self.device = get_device(device)
         self.precision = get_precision(precision)
-        require(not self.precision.half, f"precision {precision} is not there yet; use float32 or tf32")
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
         self._check_chain()
@@ -141,7 +140,8 @@ class Network:
     @property
     def energy(self) -> Energy:
         """The energy that this network's free phase settles in."""
-        return Energy(self.layers, self.activation, self.feedback, self.device, self.precision)
+        precision = get_precision(self.dtype.name)  # of a definition: nothing is stored in halves
+        return Energy(self.layers, self.activation, self.feedback, self.device, precision)
 
     def __repr__(self) -> str:
         readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
@@ -190,7 +190,7 @@ class Network:
         return read_network(path, functools.partial(cls, device=get_device(device)))
 
     def images(self, x: Any) -> Any:
-        """Return images as an array of this network's device and dtype, checked for shape.
+        """Return images as an array of this network's device and of the type that it stores, checked for shape.
 
         Raises
         ------
@@ -198,7 +198,7 @@ class Network:
             If `x` is not (N, H, W, C) with this network's H, W, C.
         """
         self.device.use()  # another network may have used another GPU, or another thread this one
-        x = self.device.xp.ascontiguousarray(self.device.asarray(x, self.dtype))
+        x = self.device.xp.ascontiguousarray(self.device.asarray(x, self.precision.stored))
         require(
             x.ndim == len(self.input_shape) + 1 and x.shape[1:] == self.input_shape and len(x) > 0,
             f"images have shape {tuple(x.shape)}, this network takes (N, {', '.join(map(str, self.input_shape))}), "
@@ -364,8 +364,7 @@ class Network:
                 "deviations start at a settled state with its drives and winners: pass what settle() returned",
             )
             system = Deviation(*parts, free, nudges, betas, tangent=form == "tangent")
-            scales = layer_weights(self.depth, self.feedback)
-            state = State([], None, free.winners, None, buffers.states, scales, buffers)
+            state = State([], None, free.winners, None, buffers.states, system.weights, buffers)
         state.stats = settle(system, warm=True, phase="nudged", **how)
         return state
 
@@ -430,13 +429,21 @@ class Network:
     def _add_deviations(self, state: State, free: State) -> None:
         state.layers = []
         for eps, a, s in zip(state.deviations, state.scales, free.layers, strict=True):
-            delta = (eps / a).reshape(-1, *s.shape)
+            delta = (eps.astype(self.dtype) / a).reshape(-1, *s.shape)
             state.layers.append((delta + s).reshape(eps.shape))
 
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
         """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`."""
         state = self.settle_free(self.batch(x), start, **({"steps": 60, "schedule": "synchronous"} | how))
-        return self.readout.output(state.layers[-1]).copy()
+        return self.outputs(state.layers[-1]).copy()
+
+    def outputs(self, last: Any) -> Any:
+        """Return what the readout says of some last states s^L, shape (B, classes); float32 where they are halves."""
+        return self.readout.output(self.wide(last))
+
+    def wide(self, s: Any) -> Any:
+        """Return states in the type to compute in: themselves, or a copy of halves."""
+        return s if s.dtype == self.dtype else s.astype(self.dtype)
 
     def predict(self, x: Any, k: int = 1, **how: Any) -> np.ndarray:
         """Return the most likely classes on the host: shape (N,) for ``k = 1``, else (N, k) in falling order."""

@@ -3,10 +3,11 @@
 This module knows no layer type. A *system* offers, for layers n = 1..depth, ``forward(n)`` (take up the drive from
 below), ``backward(n)`` (take up the feedback from above), ``update(n, measure)`` (set the state from both),
 ``prime(n)`` (take up the drive of a start) and the array ``residual`` (depth, B) into which a measured update adds the
-mean squared change of each sample. It need keep no more drives and feedback than the orders here ask for, as for the
-synchronous one: a drive until that of the next layer but one, a feedback until the next. Its flag ``drives_current``
-says that its drives belong to its start already. Every iteration is done through its ``repeat(name, work)``, which may
-call ``work`` or, on a GPU, replay what it did before under the same name.
+mean squared change of each sample. What it moves may be multiplied by its ``scale``. It need keep no more drives and
+feedback than the orders here ask for, as for the synchronous one: a drive until that of the next layer but one, a
+feedback until the next. Its flag ``drives_current`` says that its drives belong to its start already. Every iteration
+is done through its ``repeat(name, work)``, which may call ``work`` or, on a GPU, replay what it did before under the
+same name.
 One iteration of every schedule costs one product of each kind an edge.
 """
 
@@ -201,7 +202,7 @@ def settle(
 
 
 def _residual(system: Any) -> np.ndarray:
-    return np.sqrt(system.host(system.residual))
+    return np.sqrt(system.host(system.residual)) / system.scale
 
 
 def _warn(stats: SettleStats, phase: str) -> None:

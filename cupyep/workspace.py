@@ -46,6 +46,7 @@ class Workspace:
         self.edges = edges
         self.batch = batch
         self.device = device
+        self.precision = precision
         budget = device.scratch_bytes
         self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
         self.nbytes = max(ops.nbytes for ops in self.ops)

@@ -122,9 +122,10 @@ class _Namespace:
     # fmt: off
     FUNCTIONS = {
         "abs", "absolute", "add", "arange", "arctanh", "argmax", "argsort", "as_strided", "ascontiguousarray",
-        "concatenate", "copyto", "divide", "dot", "empty", "empty_like", "equal", "exp", "full", "greater", "isfinite",
-        "less", "log", "log1p", "matmul", "max", "maximum", "mean", "min", "minimum", "multiply", "ones", "ones_like",
-        "sign", "sqrt", "stack", "subtract", "sum", "take", "tanh", "where", "zeros", "zeros_like",
+        "bitwise_and", "concatenate", "copyto", "divide", "dot", "empty", "empty_like", "equal", "exp", "full",
+        "greater", "isfinite", "less", "log", "log1p", "matmul", "max", "maximum", "mean", "min", "minimum", "multiply",
+        "ones", "ones_like", "right_shift", "sign", "sqrt", "stack", "subtract", "sum", "take", "tanh", "where",
+        "zeros", "zeros_like",
     }
     # fmt: on
 

@@ -347,6 +347,19 @@ def test_scratch_is_the_columns_of_one_direction_and_a_map(rng):
     assert half.nbytes == 2 * 256 * 9 * 16 + 4 * 256 * 16  # products stay float32 until they are pooled
 
 
+def test_states_of_another_type_are_refused():
+    edge = Conv2d((6, 6, 8), 8, pooling="max")
+    ops, s = operations(edge, np.dtype("float16")), np.zeros((1, 6, 6, 8), np.float32)
+    above, winners = np.zeros((1, 3, 3, 8), np.float32), np.zeros((1, 3, 3, 8), np.uint8)
+    for call in (
+        lambda: ops.columns(s, 1),
+        lambda: ops.columns_up(above, winners, 1),
+        lambda: ops.unpool(above, winners, 1),
+    ):
+        with pytest.raises(TypeError, match="precision float16 stores float16, not float32"):
+            call()
+
+
 def test_a_sample_with_columns_beyond_32_bits_is_refused():
     edge = Conv2d((1024, 1024, 256), 256)
     with pytest.raises(ConfigurationError, match="2415919104 elements"):

@@ -42,7 +42,14 @@ def settle_phase(net, batch, signals, phase, schedule, steps, free=None):
 @pytest.mark.parametrize("phase", ["free", "classical", "deviation", "tangent"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
-    ("pooling", "activation", "precision"), [("max", "hard_sigmoid", "float32"), ("average", "sigmoid", "float64")]
+    ("pooling", "activation", "precision"),
+    [
+        ("max", "hard_sigmoid", "float32"),
+        ("average", "sigmoid", "float64"),
+        ("max", "hard_sigmoid", "tf32"),
+        ("max", "hard_sigmoid", "float16"),
+        ("average", "sigmoid", "bfloat16"),
+    ],
 )
 def test_a_step_allocates_nothing_after_the_first(
     monkeypatch, algorithm, pooling, activation, precision, schedule, phase
@@ -51,6 +58,8 @@ def test_a_step_allocates_nothing_after_the_first(
 
     NumPy's own cast buffers are made small for the test: they are no arrays of ours.
     """
+    if precision == "bfloat16":
+        pytest.importorskip("ml_dtypes")
     net, batch, signals = costly_case(pooling, precision, activation)
     free = net.settle(batch, steps=1, schedule=schedule)
     inner, peaks = settling.ITERATIONS[schedule], []

@@ -17,6 +17,7 @@ class Geometric:
     """Two layers, three samples; every update of a layer moves it by ``size * rate^t`` at its t-th update."""
 
     depth = 2
+    scale = 1.0
     drives_current = False
     sizes = np.array([[1.0, 0.5, 0.25], [0.5, 2.0, 0.1]])
 

@@ -49,15 +49,15 @@ class Precision:
     def scale(self, size: float) -> float:
         """Return the power of two by which numbers of the order of `size` are multiplied to be stored.
 
-        float16 ends at 65504 and loses digits below 6e-5: `size` itself becomes 2048 to 4096, so that there is room for
-        16 times as much above and, with some digits, 1e9 times less below. 1 where the range is that of float32.
+        float16 ends at 65504 and loses digits below 6e-5: `size` itself becomes 512 to 1024, so that there is room for
+        64 times as much above and, with all digits, 1e7 times less below. 1 where the range is that of float32.
         """
-        return 2.0 ** (12 - math.ceil(math.log2(size))) if self.name == "float16" else 1.0
+        return 2.0 ** (10 - math.ceil(math.log2(size))) if self.name == "float16" else 1.0
 
     @property
     def spacing(self) -> float:
-        """Distance of a state between 1/2 and 1 to the next one that can be stored."""
-        return 2.0 ** -(24 if self.tf32 else self.digits)
+        """Distance of a factor between 1/2 and 1 to the next one."""
+        return 2.0**-self.digits
 
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "float64")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from cupyep.errors import ConfigurationError, CupyepError, Interrupted, choose, nearest
+from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest
 from cupyep.training.config import OPTIONS, option_name
 
 
@@ -109,13 +109,18 @@ class Commands(OneLineErrors, click.Group):
 
 
 def show_once(write: Callable[[str], None]) -> Any:
-    """Return a replacement of `warnings.showwarning`: `write` takes one line, the first of each kind only."""
-    shown: set[type] = set()
+    """Return a replacement of `warnings.showwarning`: `write` takes one line, the first of each kind only.
+
+    What is said of a precision is said once, but all of it.
+    """
+    shown: set[Any] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        if category not in shown:
-            shown.add(category)
-            write(f"{message} (more of this kind are not shown)")
+        settings = issubclass(category, PrecisionWarning)
+        kind = str(message) if settings else category
+        if kind not in shown:
+            shown.add(kind)
+            write(str(message) if settings else f"{message} (more of this kind are not shown)")
 
     return show
 

@@ -101,6 +101,12 @@ class CudaConvOps(ConvOps):
         rows = m * math.prod(g.map_shape[:2])
         return self._view(self._columns, (rows, g.kernel**2 * g.in_shape[2]), self.precision.number)
 
+    def _checked(self, s: Any) -> str:
+        """Return the CUDA name of what is stored; a kernel would write past the columns of another type."""
+        if s.dtype != self.precision.stored:
+            raise TypeError(f"precision {self.precision.name} stores {self.precision.stored}, not {s.dtype}")
+        return type_name(s.dtype)
+
     def columns(self, s: Any, m: int) -> Any:
         g = self.geometry
         height, width, channels = g.in_shape
@@ -109,7 +115,7 @@ class CudaConvOps(ConvOps):
         vec = vector_width(channels, s, columns)
         frame = [(size - 1) * g.stride + g.kernel for size in (ho, wo)]
         self._launch(
-            ("im2col", [type_name(s.dtype), vec]),
+            ("im2col", [self._checked(s), vec]),
             (frame[1] * (channels // vec), frame[0], m),
             (s, columns),
             (height, width, channels // vec, g.kernel, g.stride, g.padding, ho, wo),
@@ -123,7 +129,7 @@ class CudaConvOps(ConvOps):
         columns = self._view(self._columns, (m * height * width, g.kernel**2 * channels), self.precision.stored)
         vec = vector_width(channels, s, winners, columns)
         self._launch(
-            ("unpool_im2col", [type_name(s.dtype), vec, POOLING[g.pooling]]),
+            ("unpool_im2col", [self._checked(s), vec, POOLING[g.pooling]]),
             ((width + g.kernel - 1) * (channels // vec), height + g.kernel - 1, m),
             (s, winners, columns),
             (height, width, channels // vec, g.kernel, g.stride, g.padding, ho, wo, *g.out_shape[:2], g.pool),
@@ -160,7 +166,7 @@ class CudaConvOps(ConvOps):
         u = self._view(self._map, (m, ho, wo, channels), self.precision.stored)
         vec = vector_width(channels, s, winners, u)
         self._launch(
-            ("unpool", [type_name(s.dtype), vec, POOLING[g.pooling]]),
+            ("unpool", [self._checked(s), vec, POOLING[g.pooling]]),
             (wo * (channels // vec), ho, m),
             (s, winners, u),
             (ho, wo, *g.out_shape[:2], channels // vec, g.pool),

@@ -50,11 +50,13 @@ class Backpropagation(Learner):
         return state
 
     def scores(self, batch: Batch) -> Any:
-        return self.network.readout.output(self.forward(batch).layers[-1])
+        return self.network.outputs(self.forward(batch).layers[-1])
 
     def _add(self, gradients: dict[str, Any], batch: Batch, total: int, draw: None) -> StepResult:
-        network, xp, samples = self.network, self.network.device.xp, len(batch)
+        network, samples = self.network, len(batch)
         nudges = network.nudges(batch, self.signals)
+        scale = self._loss_scale(nudges)
+        self._factors = [1 / (scale * total)] * network.depth
         passes = self._passes(batch, nudges)
         state, ops = self._forward(batch, passes), network.memory.workspace(samples).ops
         figures = self._figures(state.layers, batch, total, passes.mu[0])
@@ -63,17 +65,15 @@ class Backpropagation(Learner):
             here, slope = passes.mu[n % 2][n - 1], state.drives[n - 1]
             if n == network.depth:
                 here[...] = 0
-            for term, weight, target in nudges:
-                if term.layer == n:
-                    scale = xp.full(samples, weight / total, network.dtype)
-                    term.add_force(state.layers[n - 1], target, scale, here, passes.scratch)
+            self._add_loss_gradient(nudges, state.layers, n, scale, here, passes.scratch)
             network.activation.slope(slope, slope)
             here *= slope
             winners = state.winners[n - 1]
             below = state.layers[n - 2] if n > 1 else batch.images
-            self._add_edge(gradients, n, below, here, winners, ops[n - 1])
+            q = self._as_factor(here, passes.q[n - 1])
+            self._add_edge(gradients, n, below, q, winners, ops[n - 1])
             if n > 1:
-                network.layers[n - 1].topdown(here, winners, passes.mu[(n - 1) % 2][n - 2], ops[n - 1])
+                network.layers[n - 1].topdown(q, winners, passes.mu[(n - 1) % 2][n - 2], ops[n - 1])
         return StepResult(gradients, **figures)
 
 
@@ -95,12 +95,15 @@ class Passes:
         Its drives are slopes after the pass down.
     mu : pair of lists of arrays
         dL/ds of even and of odd layers: one layer's of each at a time.
+    q : list of arrays
+        One layer's as a factor of products, where that is stored in halves.
     scratch : array
         For one term of the loss.
     """
 
     state: State
     mu: tuple[list[Any], list[Any]]
+    q: list[Any]
     scratch: Any
 
 
@@ -112,4 +115,6 @@ def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:
     drives = [stack.take("drives", size, layout.number) for size in batch]
     winners = layout.winners(stack, samples)
     mu = tuple(stack.take_turns("adjoint states", batch, layout.number) for _ in range(2))
-    return Passes(State(states, drives, winners), mu, stack.take("update scratch", (shape.scratch,), layout.number))
+    q = layout.factors(stack, batch)
+    scratch = stack.take("update scratch", (shape.scratch,), layout.number)
+    return Passes(State(states, drives, winners), mu, q, scratch)

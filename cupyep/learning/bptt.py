@@ -68,7 +68,7 @@ class BackpropagationThroughTime(Learner):
         return self.network.settle_free(batch, **self._free)
 
     def scores(self, batch: Batch) -> Any:
-        return self.network.readout.output(self.settle_free(batch).layers[-1])
+        return self.network.outputs(self.settle_free(batch).layers[-1])
 
     def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
         network, shape = self.network, self._shape(part, self.network.nudges(part, self.signals))
@@ -78,7 +78,10 @@ class BackpropagationThroughTime(Learner):
 
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
-        return self._unroll_and_back(self._zero_gradients(), batch, len(batch), start)
+        gradients = self._zero_gradients()
+        result = self._unroll_and_back(gradients, batch, len(batch), start)
+        self._scale_edges(gradients)
+        return result
 
     def _shape(self, batch: Batch, nudges: Sequence[Nudge], base: int = 0) -> UnrolledShape:
         step = self.network.free_shape(len(batch), steps=1, schedule="synchronous")
@@ -95,8 +98,11 @@ class BackpropagationThroughTime(Learner):
         last = unrolled.phase.states
         figures = self._figures(last, batch, total, unrolled.down)
         self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0, total, unrolled.scratch)
-        self._fill_loss_gradient(nudges, total, unrolled)
-        mu, other = unrolled.mu, unrolled.other
+        mu, other, scale = unrolled.mu, unrolled.other, self._loss_scale(nudges)
+        self._factors = [1 / (scale * total)] * network.depth
+        for n, array in enumerate(mu, 1):
+            array[...] = 0
+            self._add_loss_gradient(nudges, last, n, scale, array, unrolled.scratch)
         for state in reversed(unrolled.history):
             self._step_back(batch.images, state, mu, other, unrolled, gradients, workspace.ops)
             mu, other = other, mu
@@ -114,14 +120,6 @@ class BackpropagationThroughTime(Learner):
             _copy(phase.drives, before.drives)
             _copy(phase.winners, before.winners)
         return stats
-
-    def _fill_loss_gradient(self, nudges: Sequence[Nudge], total: int, unrolled: Unrolled) -> None:
-        xp, layers, mu = self.network.device.xp, unrolled.phase.states, unrolled.mu
-        for array in mu:
-            array[...] = 0
-        for term, weight, target in nudges:
-            scale = xp.full(len(layers[0]), weight / total, self.network.dtype)
-            term.add_force(layers[term.layer - 1], target, scale, mu[term.layer - 1], unrolled.scratch)
 
     def _step_back(
         self,
@@ -143,7 +141,7 @@ class BackpropagationThroughTime(Learner):
             q *= g
             fresh[...] = 0
         for n, edge in enumerate(network.layers, 1):
-            winners, q = state.winners[n - 1], mu[n - 1]
+            winners, q = state.winners[n - 1], self._as_factor(mu[n - 1], unrolled.q[n - 1])
             below = state.layers[n - 2] if n > 1 else x
             self._add_edge(gradients, n, below, q, winners, ops[n - 1])
             if n == 1:
@@ -181,6 +179,8 @@ class Unrolled:
         dL/ds of two neighbouring steps.
     down, up, scaled : list of arrays
         What one edge sends down and up, and the adjoint state below times the feedback weight: one layer's at a time.
+    q : list of arrays
+        One layer's adjoint state as a factor of products, where that is stored in halves.
     scratch : array
         For one term of the loss.
     """
@@ -192,6 +192,7 @@ class Unrolled:
     down: list[Any]
     up: list[Any]
     scaled: list[Any]
+    q: list[Any]
     scratch: Any
 
 
@@ -209,8 +210,10 @@ def lay_out_unrolled(layout: Layout, stack: Stack, shape: UnrolledShape) -> Unro
     phase = layout.lay_out(stack, shape.step)
     batch = [(samples, *size) for size in layout.shapes]
     mu, other = layers("adjoint states", layout.number), layers("adjoint states", layout.number)
-    turns = [stack.take_turns("adjoint states", batch, layout.number) for _ in range(3)]
-    return Unrolled(phase, history, mu, other, *turns, stack.take("update scratch", (shape.scratch,), layout.number))
+    types = (layout.number, layout.number, layout.stored)
+    turns = [stack.take_turns("adjoint states", batch, dtype) for dtype in types]
+    scratch = stack.take("update scratch", (shape.scratch,), layout.number)
+    return Unrolled(phase, history, mu, other, *turns, layout.factors(stack, batch), scratch)
 
 
 def _copy(arrays: Sequence[Any], into: Sequence[Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Nudge, State
-from cupyep.errors import ConfigurationError, choose, require
+from cupyep.errors import ConfigurationError, PrecisionWarning, choose, require
 from cupyep.learning.learner import Learner, StepResult, checked_settling
 from cupyep.network import Network
 
@@ -55,6 +56,11 @@ class EquilibriumPropagation(Learner):
     ------
     ConfigurationError
         If a value is out of range.
+
+    Warns
+    -----
+    PrecisionWarning
+        If the network's precision does not go well with another setting: see `precision_risks`.
     """
 
     def __init__(
@@ -82,6 +88,8 @@ class EquilibriumPropagation(Learner):
         self.schedule = checked_settling(schedule, {"free_steps": free_steps, "nudged_steps": nudged_steps})
         self.tolerance = tolerance
         self.generator = np.random.default_rng(0) if generator is None else generator
+        for risk in precision_risks(network, self.form, schedule, tolerance):
+            warnings.warn(risk, PrecisionWarning, stacklevel=2)
 
     @property
     def form(self) -> str:
@@ -105,7 +113,7 @@ class EquilibriumPropagation(Learner):
         return self.network.settle_free(batch, **self._free)
 
     def scores(self, batch: Batch) -> Any:
-        return self.network.readout.output(self.settle_free(batch).layers[-1])
+        return self.network.outputs(self.settle_free(batch).layers[-1])
 
     def _draw(self) -> list[float]:
         """Return beta of each nudged phase."""
@@ -125,7 +133,10 @@ class EquilibriumPropagation(Learner):
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""
         nudges = self.network.nudges(batch, self.signals)
-        return self._nudge(Part(self._zero_gradients(), batch, len(batch), self._draw(), nudges), free)
+        part = Part(self._zero_gradients(), batch, len(batch), self._draw(), nudges)
+        result = self._nudge(part, free)
+        self._scale_edges(part.gradients)
+        return result
 
     def _nudge(self, part: Part, free: State) -> StepResult:
         work = None if free.buffers is None else free.buffers.work[0]
@@ -149,23 +160,23 @@ class EquilibriumPropagation(Learner):
             below = buffers.images
             below.reshape(2, *images.shape)[...] = images
         for n, edge in enumerate(network.layers, 1):
-            factor = -network.energy.weights[n - 1] / (part.span * part.total)
+            self._factors[n - 1] = -network.energy.weights[n - 1] / (part.span * part.total)
             s, winners, work = nudged.layers[n - 1], nudged.winners[n - 1], buffers.work[0][n - 1]
             first, second = s[:samples], s[samples:] if two else free.layers[n - 1]
             difference = xp.subtract(first, second, out=work[:samples])
-            response.append(xp.abs(difference, out=difference).mean())
+            response.append(xp.abs(difference, out=difference).mean(dtype=network.dtype))
             if n > 1 and edge.has_winners:
                 edge.drive(below, work, winners, ops[n - 1])
-            xp.multiply(first, factor, out=work[:samples])
+            work[:samples] = first
             if two:
-                xp.multiply(second, -factor, out=work[samples:])  # one product over both phases
+                xp.multiply(second, -1, out=work[samples:])  # one product over both phases
             self._add_edge(part.gradients, n, below, work, winners, ops[n - 1])
             if not two:
                 winners = free.winners[n - 1]
                 if n > 1 and edge.has_winners:
                     winners = buffers.work_winners[n - 1]
                     edge.drive(free_below, work, winners, ops[n - 1])
-                xp.multiply(second, -factor, out=work)
+                xp.multiply(second, -1, out=work)
                 self._add_edge(part.gradients, n, free_below, work, winners, ops[n - 1])
             below, free_below = s, second
         self._add_part_terms(part, nudged, lambda n, phase: nudged.layers[n - 1][part.rows(phase)])
@@ -184,7 +195,7 @@ class EquilibriumPropagation(Learner):
         for n in range(1, network.depth + 1):
             mean, difference, size = self._mean_and_difference(n, part, free, nudged)
             response.append(size)
-            difference *= -1 / (part.span * part.total)
+            self._factors[n - 1] = -1 / (part.span * part.total * nudged.scales[-1])  # a_L = 1
             winners = free.winners[n - 1]
             self._add_edge(part.gradients, n, below, difference, winners, ops[n - 1])
             if n > 1:
@@ -198,24 +209,22 @@ class EquilibriumPropagation(Learner):
 
         Otherwise m^n is in memory that m^{n+2} takes over.
         """
-        xp, value = self.network.device.xp, self.network.activation.value
-        eps, a, g = nudged.deviations[n - 1], nudged.scales[n - 1], free.drives[n - 1]
-        work = [arrays[n - 1] for arrays in nudged.buffers.work]
+        xp, dtype, buffers = self.network.device.xp, self.network.dtype, nudged.buffers
+        eps, a, half = nudged.deviations[n - 1], nudged.scales[n - 1], buffers.work[1][n - 1]
         if part.phases == 1:
-            mean, half = work[n % 2], work[2]
-            size = xp.abs(eps, out=mean).mean() / a
-            value(g, mean)
-            if self.form != "tangent":
-                mean += xp.multiply(eps, 0.5 / a, out=half)
-            return mean, eps, size
-        first, second, half = eps[part.rows(0)], eps[part.rows(1)], work[0]
-        xp.add(first, second, out=half)
-        difference = xp.subtract(first, second, out=second)
-        size = xp.abs(difference, out=first).mean() / a
-        value(g, first)
-        half *= 0.5 / a
-        first += half
-        return first, difference, size
+            mean, difference, total = buffers.means[n % 2][n - 1], eps, eps
+        else:
+            mean, second = eps[part.rows(0)], eps[part.rows(1)]
+            total = xp.add(mean, second, out=half, dtype=dtype)
+            difference = xp.subtract(mean, second, out=second)
+        wide = mean if mean.dtype == dtype else buffers.work[0][n - 1]
+        size = xp.abs(difference, out=wide).mean() / a
+        self.network.activation.value(free.drives[n - 1], wide)
+        if self.form != "tangent":
+            wide += xp.multiply(total, 0.5 / a, out=half, dtype=dtype)
+        if wide is not mean:
+            mean[...] = wide
+        return mean, difference, size
 
     def _state_of_deviation(self, part: Part, free: State, nudged: State, n: int, phase: int) -> Any:
         """Return ``s* + eps / a`` of one phase, s* in the tangent limit."""
@@ -223,7 +232,7 @@ class EquilibriumPropagation(Learner):
         self.network.activation.value(free.drives[n - 1], s)
         if self.form != "tangent":
             eps = nudged.deviations[n - 1][part.rows(phase)]
-            s += self.network.device.xp.multiply(eps, 1 / nudged.scales[n - 1], out=delta)
+            s += self.network.device.xp.multiply(eps, 1 / nudged.scales[n - 1], out=delta, dtype=delta.dtype)
         return s
 
     def _add_part_terms(self, part: Part, nudged: State, states: Callable[[int, int], Any]) -> None:
@@ -272,3 +281,25 @@ class Part:
     def rows(self, phase: int) -> slice:
         """Return the rows of one phase."""
         return slice(phase * self.samples, (phase + 1) * self.samples)
+
+
+def precision_risks(network: Network, form: str, schedule: str, tolerance: float | None) -> list[str]:
+    """Return what does not go well with a network's precision, one line each (docs/precision.md)."""
+    precision, risks = network.precision, []
+    name, spacing = f"precision {precision.name}", f"{precision.spacing:.1g}"
+    if precision.half and form == "classical":
+        risks.append(
+            f"{name} with nudge 'classical': states near 1/2 are stored {spacing} apart, smaller responses are lost, "
+            "and the gradient turns away from the true one as beta falls; use nudge 'deviation', or precision float32"
+        )
+    if schedule == "synchronous" and tolerance is not None and tolerance < precision.spacing:
+        risks.append(
+            f"{name} with synchronous updates may never reach a tolerance of {tolerance:g}: rounded states can go on "
+            f"changing by {spacing}; use schedule 'evenodd' or 'sweeps', or a tolerance of at least {spacing}"
+        )
+    if precision.name == "float16" and not math.isfinite(network.activation.high):
+        risks.append(
+            f"{name} ends at 65504 and activation '{network.activation.name}' has no upper bound; "
+            "use precision bfloat16, or an activation with one"
+        )
+    return risks

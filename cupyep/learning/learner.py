@@ -71,6 +71,9 @@ class Learner:
             for layer in signal.layers:
                 self._paths[id(signal.term(layer))] = f"signals.{index}.layer{layer}"
         self._gradients: dict[str, Any] = {}
+        # By what the edges' gradients are multiplied when all parts of a batch are in, the same for all of them. The
+        # states must not be: halves might not hold them then.
+        self._factors = [1.0] * network.depth
 
     def parameters(self) -> dict[str, Any]:
         """Return all trained arrays by path: the network's, and learned maps as ``signals.0.layer3.weight``."""
@@ -85,7 +88,9 @@ class Learner:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
         batch = self.network.batch(x, targets)
         gradients, draw = self._zero_gradients(), self._draw()
-        return _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
+        result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
+        self._scale_edges(gradients)
+        return result
 
     def _draw(self) -> Any:
         """Return what all parts of a batch must have in common."""
@@ -127,10 +132,10 @@ class Learner:
 
         `work` is an array for each layer.
         """
-        loss, correct = self._judge(self.network.readout.output(layers[-1]), batch)
+        loss, correct = self._judge(self.network.outputs(layers[-1]), batch)
         xp, activity = self.network.device.xp, []
         for n, s in enumerate(layers):
-            size = xp.empty_like(s) if work is None else work[n]
+            size = xp.empty(s.shape, self.network.dtype) if work is None else work[n]
             activity.append(xp.abs(s, out=size).mean())
         return {
             "loss": loss / total,
@@ -154,6 +159,12 @@ class Learner:
         bias = gradients[f"{path}.bias"] if bias else None
         self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
 
+    def _scale_edges(self, gradients: dict[str, Any]) -> None:
+        """Multiply the gradients of edges, sums so far, by their factors."""
+        for n, factor in enumerate(self._factors, 1):
+            for name in ("weight", "bias"):
+                gradients[f"layers.{n}.{name}"] *= factor
+
     def _add_terms(
         self,
         gradients: dict[str, Any],
@@ -171,9 +182,29 @@ class Learner:
         for term, weight, target in nudges:
             if not term.parameters():
                 continue
-            state = states(term.layer)
+            state = network.wide(states(term.layer))
             scale = network.device.xp.full(len(state), share * weight / total, network.dtype)
             term.add_parameter_gradient(state, target, scale, self._of(term, gradients), scratch)
+
+    def _loss_scale(self, nudges: Sequence[Nudge]) -> float:
+        """Return by what to multiply dL/ds, of single samples, so that it can be stored."""
+        return self.network.precision.scale(max(abs(weight) for _, weight, _ in nudges))
+
+    def _add_loss_gradient(
+        self, nudges: Sequence[Nudge], layers: Sequence[Any], n: int, scale: float, mu: Any, scratch: Any
+    ) -> None:
+        """Add dL/ds^n of single samples times `scale` to `mu`."""
+        for term, weight, target in nudges:
+            if term.layer == n:
+                factor = self.network.device.xp.full(len(mu), scale * weight, mu.dtype)
+                term.add_force(self.network.wide(layers[n - 1]), target, factor, mu, scratch)
+
+    def _as_factor(self, array: Any, copy: Any) -> Any:
+        """Return an array as products take it: itself, or rounded to halves, in `copy`."""
+        if array.dtype == self.network.precision.stored:
+            return array
+        copy[...] = array
+        return copy
 
     def _of(self, term: LossTerm, gradients: dict[str, Any]) -> dict[str, Any]:
         path = self._paths[id(term)]

@@ -22,6 +22,7 @@ LIBRARIES = (
     "click",
     "cupy-cuda12x",
     "cupy-cuda13x",
+    "ml_dtypes",
     "pooch",
     "scikit-learn",
     "onnxruntime",

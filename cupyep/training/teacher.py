@@ -93,8 +93,8 @@ def feedforward(network: Network, layers: Sequence[int] = ()) -> Callable[[Any],
 
     def predict(images: Any) -> Any:
         state = learner.forward(network.batch(images))
-        logits = network.readout.output(state.layers[-1])
-        return (logits, {feature_name(n): state.layers[n - 1] for n in layers}) if layers else logits
+        logits = network.outputs(state.layers[-1])
+        return (logits, {feature_name(n): network.wide(state.layers[n - 1]) for n in layers}) if layers else logits
 
     return predict
 
