@@ -50,9 +50,10 @@ class BackpropagationThroughTime(Learner):
         self.schedule = checked_settling(schedule, {"free_steps": free_steps, "unrolled_steps": unrolled_steps})
         self.tolerance = tolerance
 
-    def settle_free(self, batch: Batch) -> State:
-        """Return the state before the unrolled steps."""
-        return self.network.settle_free(batch, steps=self.free_steps, schedule=self.schedule, tolerance=self.tolerance)
+    def settle_free(self, batch: Batch, **how: Any) -> State:
+        """Return the state before the unrolled steps; `how` as in `EquilibriumPropagation.settle_free`."""
+        how = {"steps": self.free_steps, "schedule": self.schedule, "tolerance": self.tolerance} | how
+        return self.network.settle_free(batch, **how)
 
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.settle_free(batch).layers[-1])

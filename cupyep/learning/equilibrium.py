@@ -78,14 +78,31 @@ class EquilibriumPropagation(Learner):
         self.tolerance = tolerance
         self.generator = np.random.default_rng(0) if generator is None else generator
 
-    def settle_free(self, batch: Batch) -> State:
-        """Return the free state of a batch, in buffers that the next step overwrites."""
-        return self.network.settle_free(batch, steps=self.free_steps, schedule=self.schedule, tolerance=self.tolerance)
+    def settle_free(self, batch: Batch, **how: Any) -> State:
+        """Return the free state of a batch, in buffers that the next step overwrites.
+
+        `how` replaces this learner's ``steps``, ``schedule`` or ``tolerance``, or asks to ``record`` the residuals.
+        """
+        how = {"steps": self.free_steps, "schedule": self.schedule, "tolerance": self.tolerance} | how
+        return self.network.settle_free(batch, **how)
+
+    def settle_nudged(
+        self, batch: Batch, free: State, betas: list[float], nudges: Sequence[Nudge], **how: Any
+    ) -> State:
+        """Return the nudged states from `free`, one phase a beta, as `settle_free` returns the free ones."""
+        how = {"steps": self.nudged_steps, "schedule": self.schedule, "tolerance": self.tolerance} | how
+        return self.network.settle_nudged(batch, free, betas, nudges, self.form, **how)
+
+    @property
+    def form(self) -> str:
+        """How nudged phases are represented: ``classical``, ``deviation`` or ``tangent``."""
+        return "tangent" if self.scheme == "tangent" else self.nudge
 
     def scores(self, batch: Batch) -> Any:
         return self.network.readout.output(self.settle_free(batch).layers[-1])
 
-    def _betas(self) -> list[float]:
+    def betas(self) -> list[float]:
+        """Return beta of each nudged phase of a step; the random scheme draws its sign."""
         if self.scheme == "centered":
             return [self.beta, -self.beta]
         if self.scheme == "random":
@@ -98,20 +115,10 @@ class EquilibriumPropagation(Learner):
 
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state."""
-        betas, nudges = self._betas(), self.network.nudges(batch, self.signals)
-        form = "tangent" if self.scheme == "tangent" else self.nudge
-        nudged = self.network.settle_nudged(
-            batch,
-            free,
-            betas,
-            nudges,
-            form,
-            steps=self.nudged_steps,
-            schedule=self.schedule,
-            tolerance=self.tolerance,
-        )
+        betas, nudges = self.betas(), self.network.nudges(batch, self.signals)
+        nudged = self.settle_nudged(batch, free, betas, nudges)
         gradients = self._zero_gradients()
-        if form == "classical":
+        if self.form == "classical":
             response = self._classical_gradients(gradients, batch, free, nudged, betas, nudges)
         else:
             response = self._deviation_gradients(gradients, batch, free, nudged, betas, nudges)

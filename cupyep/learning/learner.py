@@ -14,6 +14,9 @@ from cupyep.heads import LossTerm, accuracy_count
 from cupyep.network import Network
 from cupyep.settling import SCHEDULES, SettleStats
 
+SATURATED = 0.99  # of the largest absolute value that the activation can take
+DEAD = 1e-3
+
 
 @dataclass
 class StepResult:
@@ -29,8 +32,10 @@ class StepResult:
         Samples classified correctly there.
     count : int
         Samples in the batch.
-    activity : array of shape (L,)
-        Mean absolute state of each layer.
+    activity, saturated, dead : arrays of shape (L,)
+        Of each layer: the mean absolute state; the fraction of units at the end of the activation's range (99 % of the
+        largest absolute value or more); the fraction of channels that no image of the batch moves from zero (below
+        0.001 everywhere).
     free, nudged : SettleStats or None
     nudge_response : array of shape (L,) or None
         Mean ``|s+ - s-|`` of each layer (``|s_beta - s*|`` one-sided; per unit of beta for the tangent).
@@ -41,6 +46,8 @@ class StepResult:
     correct: Any
     count: int
     activity: Any
+    saturated: Any
+    dead: Any
     free: SettleStats | None = None
     nudged: SettleStats | None = None
     nudge_response: Any = None
@@ -97,9 +104,19 @@ class Learner:
         self, gradients: dict[str, Any], top: Any, layers: Sequence[Any], batch: Batch, **more: Any
     ) -> StepResult:
         loss, correct = self._judge(self.network.readout.output(top), batch)
-        xp = self.network.device.xp
-        activity = xp.stack([xp.abs(s).mean() for s in layers])
-        return StepResult(gradients, loss / len(batch), correct, len(batch), activity, **more)
+        return StepResult(gradients, loss / len(batch), correct, len(batch), *self._levels(layers), **more)
+
+    def _levels(self, layers: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """Return `StepResult.activity`, `saturated` and `dead` of the states `layers`."""
+        xp, activation = self.network.device.xp, self.network.activation
+        top = SATURATED * max(abs(activation.low), abs(activation.high))
+        activity, saturated, dead = [], [], []
+        for s in layers:
+            size = xp.abs(s)
+            activity.append(size.mean())
+            saturated.append((size >= top).mean())
+            dead.append((size.reshape(-1, s.shape[-1]).max(axis=0) <= DEAD).mean())
+        return xp.stack(activity), xp.stack(saturated), xp.stack(dead)
 
     def _zero_gradients(self) -> dict[str, Any]:
         xp = self.network.device.xp
