@@ -87,7 +87,8 @@ class FakeLearner:
     def step(self, batch):
         self.kappas.append(self.signals[0].kappa)
         zero = np.zeros(1)
-        return StepResult({"layers.1.weight": np.ones(1)}, np.asarray(1.0), np.asarray(0), len(batch), zero)
+        levels = (zero, zero, zero)
+        return StepResult({"layers.1.weight": np.ones(1)}, np.asarray(1.0), np.asarray(0), len(batch), *levels)
 
     def evaluate(self, batch):
         return np.asarray(2.0 * len(batch)), np.asarray(round(self.accuracies.pop(0) * len(batch)))

@@ -25,12 +25,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
-FILES = [".lock", "best.h5", "checkpoint.h5", "checkpoint.previous.h5", "config.toml", "metrics.jsonl"]
+TINY = ["--width", "0.06", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
+FILES = [".lock", "best.h5", "checkpoint.h5", "checkpoint.previous.h5", "config.toml", "metrics.jsonl",
+         "settling.json"]  # fmt: skip
 METRICS = {
     "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
     "learning_rate", "kappa", "free_residual", "nudged_residual", "images_per_s", "elapsed_s", "peak_memory_bytes",
-    "activity", "nudge_response", "gradient_norm", "halvings",
+    "activity", "nudge_response", "gradient_norm", "halvings", "free_residual_per_layer", "nudged_residual_per_layer",
+    "free_unsettled", "nudged_unsettled", "free_distance", "nudged_distance", "saturated", "dead", "findings",
 }  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
     path = tmp_path / "work" / "runs" / f"vgg5-{aug}-cifar10-seed3"
     assert sorted(p.name for p in path.iterdir()) == FILES
     settings = tomllib.loads((path / "config.toml").read_text())
-    assert (settings["aug"], settings["epochs"], settings["width"], settings["seed"]) == (aug, 2, 0.02, 3)
+    assert (settings["aug"], settings["epochs"], settings["width"], settings["seed"]) == (aug, 2, 0.06, 3)
     assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "validation", "tolerance",
                             "signal_pool", "teacher", "micro_batch"} == set(OPTIONS)  # fmt: skip
     lines = records(path)
@@ -131,7 +133,7 @@ def test_a_recipe_fills_what_is_not_given(cifar, invoke, tmp_path):
     path = tmp_path / "run"
     assert invoke("train", *TINY, "--recipe", recipe, "--run-dir", path, "--no-crop")[0] == 0
     settings = tomllib.loads((path / "config.toml").read_text())
-    assert (settings["width"], settings["beta"], settings["schedule"]) == (0.02, 0.2, "evenodd")
+    assert (settings["width"], settings["beta"], settings["schedule"]) == (0.06, 0.2, "evenodd")
     assert (settings["crop"], settings["flip"]) == (False, True)
 
 
@@ -253,13 +255,28 @@ def test_an_interruption_with_nothing_to_save(invoke, monkeypatch):
 
 
 def test_warnings_are_one_line_and_come_once_a_kind(cifar, invoke):
-    options = ["--tolerance", "1e-12", "--schedule", "evenodd", "--limit-train", 40, "--epochs", 2, "--quiet"]
+    options = ["--tolerance", "1e-12", "--free-steps", 3, "--nudged-steps", 3, "--batch-size", 2, "--width", 0.02]
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvergenceWarning)
-        code, _, err = invoke("train", *TINY, *options)
+        code, _, err = invoke("check", *options)
     assert code == 0
-    assert err.startswith("Warning: the free phase did not settle in 4 steps")
+    assert err.startswith("Warning: the free phase did not settle in 3 steps")
     assert err.count("\n") == 1
+
+
+def test_training_says_once_an_epoch_what_is_wrong_and_what_to_turn(cifar, invoke, tmp_path):
+    options = ["--tolerance", "1e-12", "--schedule", "evenodd", "--epochs", 2, "--run-dir", tmp_path / "run"]
+    code, _, err = invoke("train", *TINY, *options)
+    assert code == 0
+    found = [
+        (record["epoch"], finding["message"]) for record in records(tmp_path / "run") for finding in record["findings"]
+    ]
+    assert [epoch for epoch, text in found if text.startswith("the free phase does not settle: after 4 steps")] == [
+        1,
+        2,
+    ]
+    assert found[0][1].endswith("raise --free-steps, or lower --feedback or --gain, or raise --tolerance")
+    assert err.splitlines() == [f"Warning: epoch {epoch}: {text}" for epoch, text in found]
 
 
 def test_the_digits_recipe_needs_no_files(invoke, tmp_path, monkeypatch):

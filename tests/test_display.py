@@ -18,14 +18,14 @@ import pytest
 import strict
 from quadrants import SILENT, Recorder, fake_trainer, run
 
-from cupyep.errors import ConvergenceWarning, DivergenceError, Interrupted
+from cupyep.errors import DivergenceError, Interrupted
 from cupyep.learning.learner import StepResult
 from cupyep.training import display, trainer
 from cupyep.training.display import DISPLAYS, Display, JsonDisplay, clock
 from cupyep.training.divergence import LossWatch
 from cupyep.training.statistics import EpochStatistics
 
-TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
+TINY = ["--width", "0.06", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
 
 
 class Terminal(io.StringIO):
@@ -176,7 +176,7 @@ def test_a_run_in_json(cifar, invoke, tmp_path, monkeypatch):
     assert [o["event"] for o in found if "subject" in o] == ["note", *epoch, "note"]
     start, end = own[names.index("start")], own[-1]
     assert (start["run_dir"], start["epochs"], start["batches"], start["epoch"]) == (str(path), 2, 2, 0)
-    assert start["config"]["width"] == 0.02
+    assert start["config"]["width"] == 0.06
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for shown, record in zip((o for o in own if o["event"] == "epoch"), records, strict=True):
         assert {key: shown[key] for key in record} == record
@@ -206,14 +206,32 @@ def test_the_end_of_a_run_that_fails_in_json(happens, status, code, message, cif
     assert err.startswith("Error: ")
 
 
-def test_warnings_of_python_are_events_once_a_kind(cifar, invoke):
-    options = ["--tolerance", "1e-12", "--schedule", "evenodd", "--limit-train", 40, "--epochs", 1]
+def test_warnings_of_python_are_events_once_a_kind(cifar, invoke, monkeypatch):
+    judge = trainer.evaluate
+
+    def noisy(*args):
+        for number in (1, 2):
+            warnings.warn(f"number {number}", UserWarning, stacklevel=2)
+        return judge(*args)
+
+    monkeypatch.setattr(trainer, "evaluate", noisy)
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ConvergenceWarning)
-        code, out, err = invoke("train", *TINY, *options, "--log-format", "json")
+        warnings.simplefilter("always", UserWarning)
+        code, out, err = invoke("train", *TINY, "--limit-train", 40, "--epochs", 1, "--log-format", "json")
     assert (code, err) == (0, "")
     (warning,) = [o for o in objects(out) if o["event"] == "warning"]
-    assert warning["text"].startswith("the free phase did not settle in 4 steps")
+    assert warning["text"].startswith("number 1")
+
+
+def test_what_a_checkup_finds_is_an_event(cifar, invoke):
+    options = ["--tolerance", "1e-12", "--schedule", "evenodd", "--limit-train", 40, "--epochs", 1]
+    code, out, err = invoke("train", *TINY, *options, "--log-format", "json")
+    assert (code, err) == (0, "")
+    epoch = next(o for o in objects(out) if o["event"] == "epoch")
+    shown = [o for o in objects(out) if o["event"] == "warning"]
+    assert [{key: o[key] for key in ("signature", "layers", "message")} for o in shown] == epoch["findings"]
+    assert shown[0]["signature"] == "convergence"
+    assert (shown[0]["epoch"], shown[0]["layers"]) == (1, [1, 2, 3, 4])
 
 
 def test_an_epoch_without_a_look_reads_the_device_once(quadrants, tmp_path, monkeypatch):
@@ -233,7 +251,9 @@ def test_statistics_do_not_wait_for_the_device():
     def result():
         gradients = {"layers.1.weight": array(np.ones((2, 3)))}
         state = array(np.ones(1, np.float32))
-        return StepResult(gradients, array(np.float32(2)), array(np.int64(1)), 4, state, nudge_response=state)
+        return StepResult(
+            gradients, array(np.float32(2)), array(np.int64(1)), 4, state, state, state, nudge_response=state
+        )
 
     with strict.no_host_reads():
         for _ in range(3):

@@ -25,10 +25,11 @@ GOOD = {"loss": 2.0, "activity": [0.5, 0.5], "response": [0.1, 0.1], "gradients"
 
 def result(loss, activity, response, gradients):
     arrays = {f"{layer}.weight": np.array([g]) for layer, g in zip(LAYERS, gradients, strict=True)}
-    stats = SimpleNamespace(residual=np.zeros(2))
-    return StepResult(
-        arrays, np.asarray(loss), np.asarray(1), 2, np.array(activity), stats, stats, np.asarray(response)
+    stats, levels = (
+        SimpleNamespace(residual=np.zeros(2), tolerance=None),
+        (np.array(activity), np.zeros(2), np.zeros(2)),
     )
+    return StepResult(arrays, np.asarray(loss), np.asarray(1), 2, *levels, stats, stats, np.asarray(response))
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from cupyep.training.statistics import EpochStatistics, gradient_norms
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0.0, 0.0)):
-    stats = SimpleNamespace(residual=np.asarray(residual))
+def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0.0, 0.0), tolerance=None):
+    residual = np.asarray(residual)  # a layer; for one layer and sample twice as large
+    stats = SimpleNamespace(residual=residual, per_sample=np.outer(residual, [0.5, 2.0]), tolerance=tolerance)
     gradients = {"layers.1.weight": np.asarray(gradient, np.float64), "layers.1.bias": np.array([4.0])}
     return StepResult(
         gradients,
@@ -33,6 +34,8 @@ def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0
         np.asarray(correct),
         count,
         np.array([0.5, loss]),
+        np.array([0.25, 0.5]) * loss,
+        np.array([0.0, 0.1]) * loss,
         stats,
         None,
         np.asarray(response),
@@ -41,16 +44,27 @@ def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0
 
 def test_means_are_weighted_by_images():
     statistics = EpochStatistics(ep.get_device("cpu"), 1, ["layers.1"])
-    statistics.add(fake_result(3, 2.0, 1, [[3.0, 0.0]], (0.1, 0.4), (1.0, 2.0)))
-    statistics.add(fake_result(1, 6.0, 1, [[0.0, 0.0]], (0.5, 0.0), (5.0, 6.0)))
+    statistics.add(fake_result(3, 2.0, 1, [[3.0, 0.0]], (0.1, 0.4), (1.0, 2.0), 0.3))
+    statistics.add(fake_result(1, 6.0, 1, [[0.0, 0.0]], (0.5, 0.0), (5.0, 6.0), 0.3))
     means = statistics.read()
     assert means["loss"] == pytest.approx((3 * 2 + 6) / 4)
     assert means["accuracy"] == 2 / 4
     assert means["free_residual"] == pytest.approx(max((3 * 0.1 + 0.5) / 4, 3 * 0.4 / 4))
-    assert means["nudged_residual"] is None
+    assert means["free_residual_per_layer"] == pytest.approx([(3 * 0.1 + 0.5) / 4, 3 * 0.4 / 4])
+    assert means["free_unsettled"] == pytest.approx([0.5 / 4, 3 * 0.5 / 4])
+    for name in ("nudged_residual", "nudged_residual_per_layer", "nudged_unsettled"):
+        assert means[name] is None
+    assert means["saturated"] == pytest.approx([0.25 * 3, 0.5 * 3])
+    assert means["dead"] == pytest.approx([0.0, 0.1 * 3])
     assert means["nudge_response"] == pytest.approx([2.0, 3.0])
     assert means["activity"] == pytest.approx([0.5, 3.0])
     assert means["gradient_norm"] == pytest.approx([(3 * 5 + 4) / 4])
+
+
+def test_nobody_is_unsettled_without_a_tolerance_to_reach():
+    statistics = EpochStatistics(ep.get_device("cpu"), 1, ["layers.1"])
+    statistics.add(fake_result(2, 1.0, 1, [3.0], (0.5, 0.5)))
+    assert statistics.read()["free_unsettled"] is None
 
 
 def test_gradient_norm_joins_weight_and_bias_of_a_layer():
@@ -90,8 +104,9 @@ def test_records_best_epoch_and_summary(tmp_path):
     records = directory.metrics()
     assert list(records[0]) == [
         "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
-        "learning_rate", "kappa", "halvings", "images_per_s", "elapsed_s", "peak_memory_bytes", "free_residual",
-        "nudged_residual", "activity", "nudge_response", "gradient_norm",
+        "learning_rate", "kappa", "halvings", "free_residual", "nudged_residual", "free_residual_per_layer",
+        "nudged_residual_per_layer", "free_unsettled", "nudged_unsettled", "activity", "saturated", "dead",
+        "nudge_response", "gradient_norm", "images_per_s", "elapsed_s", "peak_memory_bytes",
     ]  # fmt: skip
     assert [r["test_accuracy"] for r in records] == [0.5, 0.75, 0.75]
     assert [r["test_loss"] for r in records] == [2.0, 2.0, 2.0]

@@ -5,12 +5,15 @@ from cupyep.learning.bptt import BackpropagationThroughTime
 from cupyep.learning.check import check_gradients
 from cupyep.learning.equilibrium import EquilibriumPropagation
 from cupyep.learning.learner import Learner, StepResult
+from cupyep.learning.probe import PhaseProbe, probe_settling
 
 __all__ = [
     "Backpropagation",
     "BackpropagationThroughTime",
     "EquilibriumPropagation",
     "Learner",
+    "PhaseProbe",
     "StepResult",
     "check_gradients",
+    "probe_settling",
 ]

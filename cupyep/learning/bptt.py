@@ -63,9 +63,9 @@ class BackpropagationThroughTime(Learner):
         how = {"steps": self.free_steps, "schedule": self.schedule, "tolerance": self.tolerance}
         return {"keeps": "states", **how}
 
-    def settle_free(self, batch: Batch) -> State:
-        """Return the state before the unrolled steps."""
-        return self.network.settle_free(batch, **self._free)
+    def settle_free(self, batch: Batch, **how: Any) -> State:
+        """Return the state before the unrolled steps; `how` as in `EquilibriumPropagation.settle_free`."""
+        return self.network.settle_free(batch, **(self._free | how))
 
     def scores(self, batch: Batch) -> Any:
         return self.network.outputs(self.settle_free(batch).layers[-1])

@@ -108,15 +108,28 @@ class EquilibriumPropagation(Learner):
     def _nudged(self) -> dict[str, Any]:
         return {"keeps": "states", **self._how(self.nudged_steps)}
 
-    def settle_free(self, batch: Batch) -> State:
-        """Return the free state of a batch, in memory that the nudged phases take over but for what they build on."""
-        return self.network.settle_free(batch, **self._free)
+    def settle_free(self, batch: Batch, **how: Any) -> State:
+        """Return the free state of a batch, in memory that the nudged phases take over but for what they build on.
+
+        `how` replaces this learner's ``steps``, ``schedule`` or ``tolerance``, asks to ``record`` the residuals, or
+        says what it ``keeps`` (see `Network.settle_free`).
+        """
+        return self.network.settle_free(batch, **(self._free | how))
+
+    def settle_nudged(
+        self, batch: Batch, free: State, betas: list[float], nudges: Sequence[Nudge], **how: Any
+    ) -> State:
+        """Return the nudged states from `free`, one phase a beta, as `settle_free` returns the free ones."""
+        return self.network.settle_nudged(batch, free, betas, nudges, self.form, **(self._nudged | how))
 
     def scores(self, batch: Batch) -> Any:
         return self.network.outputs(self.settle_free(batch).layers[-1])
 
     def _draw(self) -> list[float]:
-        """Return beta of each nudged phase."""
+        return self.betas()
+
+    def betas(self) -> list[float]:
+        """Return beta of each nudged phase of a step; the random scheme draws its sign."""
         if self.scheme == "centered":
             return [self.beta, -self.beta]
         if self.scheme == "random":
@@ -133,7 +146,7 @@ class EquilibriumPropagation(Learner):
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""
         nudges = self.network.nudges(batch, self.signals)
-        part = Part(self._zero_gradients(), batch, len(batch), self._draw(), nudges)
+        part = Part(self._zero_gradients(), batch, len(batch), self.betas(), nudges)
         result = self._nudge(part, free)
         self._scale_edges(part.gradients)
         return result

@@ -15,6 +15,9 @@ from cupyep.kernels.conv import chunked
 from cupyep.network import Network
 from cupyep.settling import SCHEDULES, SettleStats
 
+SATURATED = 0.99  # of the largest absolute value that the activation can take
+DEAD = 1e-3
+
 
 @dataclass
 class StepResult:
@@ -31,8 +34,10 @@ class StepResult:
         Samples classified correctly there.
     count : int
         Samples in the batch.
-    activity : array of shape (L,)
-        Mean absolute state of each layer.
+    activity, saturated, dead : arrays of shape (L,)
+        Of each layer: the mean absolute state; the fraction of units at the end of the activation's range (99 % of the
+        largest absolute value or more); the fraction of channels that no image of the batch moves from zero (below
+        0.001 everywhere; with micro-batches, no image of a part, and the mean over the parts).
     free, nudged : SettleStats or None
     nudge_response : array of shape (L,) or None
         Mean ``|s+ - s-|`` of each layer (``|s_beta - s*|`` one-sided; per unit of beta for the tangent).
@@ -43,6 +48,8 @@ class StepResult:
     correct: Any
     count: int
     activity: Any
+    saturated: Any
+    dead: Any
     free: SettleStats | None = None
     nudged: SettleStats | None = None
     nudge_response: Any = None
@@ -128,21 +135,32 @@ class Learner:
         return loss, accuracy_count(scores, network.device.asarray(batch.labels))
 
     def _figures(self, layers: Sequence[Any], batch: Batch, total: int, work: Sequence[Any] | None) -> dict[str, Any]:
-        """Return loss, correct samples, count and activity at some states, as shares of a batch of `total` samples.
+        """Return loss, correct samples, count and levels at some states, as shares of a batch of `total` samples.
 
         `work` is an array for each layer.
         """
         loss, correct = self._judge(self.network.outputs(layers[-1]), batch)
-        xp, activity = self.network.device.xp, []
-        for n, s in enumerate(layers):
-            size = xp.empty(s.shape, self.network.dtype) if work is None else work[n]
-            activity.append(xp.abs(s, out=size).mean())
+        xp, share = self.network.device.xp, len(batch) / total
+        levels = [
+            self._levels(s, xp.empty(s.shape, self.network.dtype) if work is None else work[n])
+            for n, s in enumerate(layers)
+        ]
+        names = ("activity", "saturated", "dead")
         return {
             "loss": loss / total,
             "correct": correct,
             "count": len(batch),
-            "activity": xp.stack(activity) * (len(batch) / total),
+            **{name: xp.stack(values) * share for name, values in zip(names, zip(*levels, strict=True), strict=True)},
         }
+
+    def _levels(self, s: Any, size: Any) -> tuple[Any, Any, Any]:
+        """Return `StepResult.activity`, `saturated` and `dead` of one layer; `size` is scratch of its shape."""
+        xp, activation = self.network.device.xp, self.network.activation
+        top = SATURATED * max(abs(activation.low), abs(activation.high))
+        xp.abs(s, out=size)
+        dead = size.reshape(-1, s.shape[-1]).max(axis=0) <= DEAD
+        dtype = self.network.dtype
+        return size.mean(dtype=dtype), (size >= top).mean(dtype=dtype), dead.mean(dtype=dtype)
 
     def _zero_gradients(self) -> dict[str, Any]:
         xp = self.network.device.xp
@@ -215,7 +233,7 @@ def _sum(parts: Sequence[StepResult]) -> StepResult:
     """Return the result of a batch from those of its parts."""
     whole = parts[0]
     for part in parts[1:]:
-        for name in ("loss", "correct", "count", "activity", "nudge_response"):
+        for name in ("loss", "correct", "count", "activity", "saturated", "dead", "nudge_response"):
             value = getattr(part, name)
             setattr(whole, name, None if value is None else getattr(whole, name) + value)
         for name in ("free", "nudged"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 
 from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.backend import Device
-from cupyep.data import Dataset, ImageFormat, Loader, TeacherFile, load_dataset
+from cupyep.data import Batch, Dataset, ImageFormat, Loader, TeacherFile, load_dataset
 from cupyep.errors import require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
 from cupyep.models import build
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, Optimizer
+from cupyep.training.checkup import PROBE_IMAGES, Checkup
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
@@ -142,6 +144,17 @@ def evaluation_batches(config: TrainConfig, dataset: Dataset, network: Network, 
     return Loader(dataset, split, config.batch_size, network.device, network.dtype)
 
 
+def build_checkup(config: TrainConfig, dataset: Dataset, learner: Any) -> Checkup:
+    """Return the checkup of `learner` on a few training images, as they are."""
+    return Checkup(learner, first_images(dataset, learner.network, PROBE_IMAGES), config.batch_size)
+
+
+def first_images(dataset: Dataset, network: Network, count: int) -> Batch:
+    """Return `count` training images (or all there are), the first of each class, not augmented."""
+    few = dataclasses.replace(dataset, train=dataset.train.balanced(min(count, len(dataset.train))))
+    return next(iter(Loader(few, "train", count, network.device, network.dtype)))
+
+
 def build_trainer(
     config: TrainConfig,
     dataset: Dataset,
@@ -166,5 +179,6 @@ def build_trainer(
         checkpoint_minutes=config.checkpoint_minutes,
         on_divergence=config.on_divergence,
         images=ImageFormat.of(dataset),
+        checkup=build_checkup(config, dataset, learner),
         display=display,
     )

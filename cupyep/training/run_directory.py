@@ -1,4 +1,4 @@
-"""The run directory: config.toml, metrics.jsonl, checkpoint.h5, checkpoint.previous.h5, best.h5.
+"""The run directory: config.toml, metrics.jsonl, settling.json, checkpoint.h5, checkpoint.previous.h5, best.h5.
 
 An epoch is committed in this order: its line in metrics.jsonl, best.h5 if it was the best, checkpoint.h5. A run that
 dies in between is resumed from the last checkpoint; what metrics.jsonl holds beyond it is dropped and done again.
@@ -18,9 +18,10 @@ from cupyep._version import __version__
 from cupyep.errors import CheckpointError, ConfigurationError, choose
 from cupyep.files import FolderLock, can_write, is_leftover, remove_leftovers, write_file
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cupyep.training.checkup import check_trace
 from cupyep.training.config import TrainConfig, make_config, read_toml
 
-CONFIG, METRICS = "config.toml", "metrics.jsonl"
+CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.h5", "checkpoint.previous.h5", "best.h5"
 CHECKPOINT_FILES = {"last": CHECKPOINT, "previous": PREVIOUS, "best": BEST}
 
@@ -159,6 +160,24 @@ class RunDirectory:
         if is_best:
             save_checkpoint(self.path / BEST, checkpoint)
         self.save(checkpoint)
+
+    def write_settling(self, trace: dict[str, Any]) -> None:
+        """Write settling.json: how the phases of the last epoch settled (`cupyep.training.checkup`)."""
+        self._write(SETTLING, json.dumps(trace, allow_nan=False) + "\n")
+
+    def settling(self) -> dict[str, Any] | None:
+        """Return what settling.json holds, None if there is none.
+
+        Raises
+        ------
+        CheckpointError
+            If it is damaged.
+        """
+        path = self.path / SETTLING
+        try:
+            return check_trace(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"'{path}' is not a record of settling: {error}") from error
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write checkpoint.h5; the old one becomes checkpoint.previous.h5 if it stood between two epochs."""

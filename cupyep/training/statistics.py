@@ -14,6 +14,8 @@ import numpy as np
 from cupyep.backend.device import Device
 from cupyep.training.divergence import WATCHED, check_finite
 
+LEVELS = ("activity", "saturated", "dead")
+
 
 def layer_of(path: str) -> str:
     """Return the layer that a parameter belongs to: ``layers.1.weight`` -> ``layers.1``."""
@@ -63,13 +65,17 @@ class EpochStatistics:
         self._add("loss", result.loss * result.count)
         self._add("correct", result.correct)
         self._add("gradient_norm", norms * result.count)
-        self._add("activity", result.activity * result.count)
+        for name in LEVELS:
+            self._add(name, getattr(result, name) * result.count)
         if result.nudge_response is not None:
             self._add("nudge_response", result.nudge_response * result.count)
         for phase in ("free", "nudged"):
             stats = getattr(result, phase)
             if stats is not None:
                 self._add(f"{phase}_residual", stats.residual * result.count)
+                if stats.tolerance is not None:
+                    unsettled = (stats.per_sample > stats.tolerance).mean(axis=1)
+                    self._add(f"{phase}_unsettled", unsettled * result.count)
         # A sum that stopped being finite stays so: the number of batches after which it was finite gives the bad one.
         for name in WATCHED:
             if name in self._sums:
@@ -103,7 +109,10 @@ class EpochStatistics:
         -------
         dict
             ``loss``, ``accuracy``; ``free_residual`` and ``nudged_residual`` (that of the worst layer; None where the
-            algorithm has no such phase); a layer: ``activity``, ``nudge_response`` (None likewise), ``gradient_norm``.
+            algorithm has no such phase); lists with a number a layer (None likewise): both as
+            ``free_residual_per_layer`` and ``nudged_residual_per_layer``; where there is a tolerance ``free_unsettled``
+            and ``nudged_unsettled``, the fractions of samples above it; ``activity``, ``saturated``, ``dead``,
+            ``nudge_response``, ``gradient_norm`` (of the readout, too).
 
         Raises
         ------
@@ -113,18 +122,17 @@ class EpochStatistics:
         host = self._host_sums()
         finite = {name: host.pop(f"finite_{name}") for name in WATCHED if name in host}
         check_finite(finite, self.batches, self.epoch, self.layers)
-        mean = {name: value / self.count for name, value in host.items()}
-        residual = {
-            phase: float(mean[phase].max()) if phase in mean else None for phase in ("free_residual", "nudged_residual")
-        }
+        means = {name: (value / self.count).tolist() for name, value in host.items()}
         # Learned maps of signals belong to no layer; their gradients are only looked at for being finite.
-        norms = zip(self.layers, mean["gradient_norm"].tolist(), strict=True)
-        response = mean["nudge_response"].tolist() if "nudge_response" in mean else None
+        norms = zip(self.layers, means["gradient_norm"], strict=True)
+        residuals = {phase: means.get(f"{phase}_residual") for phase in ("free", "nudged")}
         return {
-            "loss": float(mean["loss"]),
-            "accuracy": float(mean["correct"]),
-            **residual,
-            "activity": mean["activity"].tolist(),
-            "nudge_response": response,
+            "loss": means["loss"],
+            "accuracy": means["correct"],
+            **{f"{phase}_residual": residual and max(residual) for phase, residual in residuals.items()},
+            **{f"{phase}_residual_per_layer": residual for phase, residual in residuals.items()},
+            **{f"{phase}_unsettled": means.get(f"{phase}_unsettled") for phase in residuals},
+            **{name: means[name] for name in LEVELS},
+            "nudge_response": means.get("nudge_response"),
             "gradient_norm": [norm for layer, norm in norms if not layer.startswith("signals.")],
         }

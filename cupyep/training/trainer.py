@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from cupyep.data import ImageFormat
-from cupyep.errors import DivergenceError, Interrupted, choose, require
+from cupyep.errors import ConvergenceWarning, DivergenceError, Interrupted, choose, require
 from cupyep.optim import Optimizer
 from cupyep.training.checkpoint import versions
+from cupyep.training.checkup import Checkup
 from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
@@ -56,6 +58,8 @@ class Trainer:
         it) and halve all learning rates, at most `MOST_HALVINGS` times.
     images : ImageFormat, optional
         Of the data set; kept in checkpoints, so that they can be used without it.
+    checkup : Checkup, optional
+        Looks at every finished epoch; what it finds is shown as warnings, and recorded.
     display : Display, optional
         Shows what is going on.
 
@@ -81,6 +85,7 @@ class Trainer:
         checkpoint_minutes: float = 10.0,
         on_divergence: str = "stop",
         images: ImageFormat | None = None,
+        checkup: Checkup | None = None,
         display: Display | None = None,
     ):
         require(epochs >= 1, f"epochs must be at least 1 (got {epochs})")
@@ -99,7 +104,9 @@ class Trainer:
         self.checkpoint_s = 60 * checkpoint_minutes
         self.on_divergence = choose("on_divergence", on_divergence, ON_DIVERGENCE)
         self.images = images
+        self.checkup = checkup
         self.display = display or Display()
+        self.records: list[dict[str, Any]] = []
         self.interruptions = Interruptions()
         self.epochs_done, self.batches_done = 0, 0
         self.best_accuracy, self.best_epoch = -math.inf, 0
@@ -154,6 +161,7 @@ class Trainer:
             if saved is not None:
                 restore_snapshot(self, path, saved)
                 self._compare_versions(saved.versions)
+                self.records = self.directory.metrics()
             self.check_unfinished()
         except BaseException:
             self.directory.unlock()
@@ -175,11 +183,14 @@ class Trainer:
     def _train(self) -> TrainSummary:
         if self.directory is not None and self.epochs_done == self.batches_done == 0:
             self._save()  # where a divergence in the first epoch goes back to
-        while self.epochs_done < self.epochs:
-            try:
-                record = self._run_epoch(self.epochs_done + 1)
-            except DivergenceError as error:
-                self._take_back(error)
+        with warnings.catch_warnings():
+            if self.checkup is not None:  # which says it once an epoch, for all batches
+                warnings.simplefilter("ignore", ConvergenceWarning)
+            while self.epochs_done < self.epochs:
+                try:
+                    record = self._run_epoch(self.epochs_done + 1)
+                except DivergenceError as error:
+                    self._take_back(error)
         path = None if self.directory is None else self.directory.path
         best = (self.best_accuracy, self.best_epoch, self.best_split)
         return TrainSummary(record["test_accuracy"], record["test_loss"], *best, self.elapsed_s, path)
@@ -203,19 +214,23 @@ class Trainer:
         settings = self.schedules.values((epoch - 1) / self.epochs, self.halvings)
         means = self._train_epoch(epoch)
         begin = time.monotonic()
-        held_out = self._evaluate(epoch)
-        self.elapsed_s += self.epoch_s + time.monotonic() - begin
         record = {
             "epoch": epoch,
             "train_loss": means.pop("loss"),
             "train_accuracy": means.pop("accuracy"),
-            **held_out,
+            **self._evaluate(epoch),
             **settings,
             "halvings": self.halvings,
+            **means,
+        }
+        if self.checkup is not None:
+            self.schedules.set((epoch - 1) / self.epochs)  # kappa as recorded, wherever the epoch was taken up
+            record |= self.checkup.look(record, self.records)
+        self.elapsed_s += self.epoch_s + time.monotonic() - begin
+        record |= {
             "images_per_s": self.statistics.count / self.epoch_s,
             "elapsed_s": self.elapsed_s,
             "peak_memory_bytes": self.device.peak_memory_bytes(),
-            **means,
         }
         self._end_epoch(record)
         return record
@@ -268,11 +283,18 @@ class Trainer:
         if is_best:
             self.best_accuracy, self.best_epoch = accuracy, record["epoch"]
         self.epochs_done, self.batches_done, self.epoch_s = record["epoch"], 0, 0.0
+        self.records.append(record)
         if self.directory is not None:
+            if self.checkup is not None:
+                self.directory.write_settling(self.checkup.trace)
             self.directory.commit(record, take_snapshot(self), is_best)
             self._show_saved()
         left = self.elapsed_s / self.epochs_done * (self.epochs - self.epochs_done)
         self.display.show("epoch", epoch_text(record, self.epochs, left), **record, left_s=left)
+        for finding in record.get("findings", ()):
+            self.display.show(
+                "warning", f"epoch {record['epoch']}: {finding['message']}", epoch=record["epoch"], **finding
+            )
 
     def _save(self) -> None:
         if self.batches_done:

@@ -1,0 +1,34 @@
+"""What every step reports of the states. Oracle: the feed-forward states of the oracle, counted by hand."""
+
+import numpy as np
+import pytest
+from oracle import Oracle
+from small import batch_of, network
+
+import cupyep as ep
+
+
+@pytest.mark.parametrize(("activation", "top"), [("hard_sigmoid", 1.0), ("relu6", 6.0), ("tanh", 1.0), ("relu", None)])
+def test_activity_saturated_and_dead(device, activation, top):
+    """Weights this large drive units to both ends of the range; one channel is switched off by its bias."""
+    net = network("conv", device, activation=activation, gain=9.0, pooling="max")
+    net.parameters()["layers.2.weight"][..., 1] = 0
+    net.parameters()["layers.2.bias"][1] = 0.0
+    batch = batch_of(net)
+    result = ep.Backpropagation(net).step(batch)
+    states = Oracle(net).forward(device.to_numpy(batch.images))
+    found = {name: device.to_numpy(getattr(result, name)) for name in ("activity", "saturated", "dead")}
+    np.testing.assert_allclose(found["activity"], [np.abs(s).mean() for s in states], rtol=1e-10)
+    full = [0.0 if top is None else np.mean(np.abs(s) >= 0.99 * top) for s in states]
+    np.testing.assert_allclose(found["saturated"], full, rtol=1e-12)
+    still = [[np.abs(s[..., k]).max() <= 1e-3 for k in range(s.shape[-1])] for s in states]
+    np.testing.assert_allclose(found["dead"], [np.mean(flags) for flags in still], rtol=1e-12)
+    assert found["dead"][1] >= 1 / 4, "the channel that was switched off is among the four"
+    assert top is None or found["saturated"].max() > 0.1
+
+
+def test_half_a_permille_is_still_dead_and_two_are_not():
+    net = ep.Network([ep.Linear((1,), 4)], 2, device="cpu", precision="float64")
+    net.parameters()["layers.1.weight"][...] = [[0.0005, 0.002, 0.985, 0.995]]
+    result = ep.Backpropagation(net).step(np.ones((3, 1)), np.array([0, 1, 0]))
+    assert (float(result.dead[0]), float(result.saturated[0])) == (0.25, 0.25)
