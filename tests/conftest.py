@@ -1,6 +1,7 @@
 """Shared fixtures: one device a backend, every random draw seeded."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from cupyep import get_device, gpu_status
 from cupyep.cli import main
 from cupyep.kernels import winograd
 from cupyep.training import build
+
+# A shell lets its background jobs ignore Ctrl-C, and they hand that on; the tests of interruption need it taken up.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
