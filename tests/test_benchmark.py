@@ -199,6 +199,19 @@ def test_reference_and_cupyep_agree(torch, load, loss, pooling, activation):
         assert np.linalg.norm(found - gradient) < 1e-7 * np.linalg.norm(gradient), path
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_reference_multiplies_as_precisely_as_the_network(torch, load, precision):
+    """float32 is not TF32, whatever PyTorch does by default on a GPU."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        load("torch_reference").TorchReference(ep.vgg(5, 4, (16, 16, 1), 1 / 64, device="cpu", precision=precision))
+        assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 def test_reference_refuses_what_it_has_not(torch, load):
     net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, activation="tanh", device="cpu")
     with pytest.raises(ep.ConfigurationError, match="no activation 'tanh'"):

@@ -12,7 +12,9 @@ import pytest
 from cuda_cpu import ShimLauncher, compiler
 from oracle import softmax
 
+from cupyep.activations import get_activation
 from cupyep.kernels.cuda_head import SOURCE, CudaHeadOps
+from cupyep.kernels.cuda_update import CudaUpdateOps
 from cupyep.kernels.head import HeadOps
 from cupyep.losses import CrossEntropy, SquaredError
 
@@ -103,3 +105,19 @@ def test_launches(rng):
     ops.add_spread(np.zeros((2, 2, 2, 3), np.float32), 2, np.zeros((2, 4, 4, 3), np.float32))
     ops.scaled_error(CrossEntropy(), z, None, z.copy(), z[:, 0].copy(), None)
     assert launcher().launched == ["window_means<float, float, 4>", "add_spread<float, 1>", "scaled_error<float, 0>"]
+
+
+def test_arrays_that_a_kernel_would_misread_are_refused():
+    """NumPy and CuPy cast on the way; a kernel does not."""
+    ops, z = CudaHeadOps(None), np.zeros((2, 3), np.float32)
+    with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
+        ops.scaled_error(CrossEntropy(), z, None, np.zeros((2, 3)), z[:, 0].copy(), None)
+    with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
+        ops.add_spread(np.zeros((1, 1, 1, 1), np.float32), 1, np.zeros((1, 1, 1, 1)))
+    updates = CudaUpdateOps(np, get_activation("relu"), None)
+    s = np.zeros((2, 4), np.float32)
+    for position in range(3):
+        given = [s, s, s]
+        given[position] = s.astype(np.float64)
+        with pytest.raises(TypeError, match="a kernel for float[0-9]+ cannot read an array of float"):
+            updates.states(s, *given[:2], 1.0, given[2], None, None, None)

@@ -15,6 +15,7 @@ from small import Teacher, batch_of, network
 
 import cupyep as ep
 from cupyep import settling
+from cupyep.backend.cuda import identity
 from cupyep.backend.graphs import Replayer
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
@@ -245,6 +246,13 @@ class OwnConv(ep.Conv2d):
     """A user's edge; it does the same, but who could know?"""
 
 
+class OpenConv(OwnConv):
+    """One that says on what its work depends."""
+
+    def capture_key(self):
+        return ("open", identity(self.weight), identity(self.bias))
+
+
 class OwnClip(ep.Clip):
     def __init__(self):
         super().__init__("own", 1.0, 0.0, 1.0)
@@ -268,6 +276,21 @@ def test_a_users_own_parts_are_launched_plainly(gpu, kind):
             arrays += [np.array(net.device.to_numpy(a)) for a in nudged.layers]
         ends.append(arrays)
         assert len(captured(net)) == (2 if graphs and kind == "signal" else 0), "the free phase knows no signals"
+    assert_same_bits(*ends)
+
+
+def test_a_users_edge_may_ask_to_be_captured(gpu):
+    ends = []
+    for graphs in (True, False):
+        net = make(gpu.device(graphs))
+        net.layers[1].__class__ = OpenConv
+        batch, arrays = batch_of(net), []
+        for number in range(4):
+            if number == 2:
+                net.layers[1].weight = net.layers[1].weight * 0.5
+            arrays += [np.array(net.device.to_numpy(s)) for s in net.settle(batch, steps=3).layers]
+        ends.append(arrays)
+        assert len(captured(net)) == (4 if graphs else 0)
     assert_same_bits(*ends)
 
 

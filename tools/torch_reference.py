@@ -39,6 +39,8 @@ class TorchReference:
         require(isinstance(network.activation, Clip), f"the reference has no activation '{network.activation.name}'")
         self.network = network
         self.device, self.dtype = device, getattr(torch, dtype)
+        # Left alone, cuDNN multiplies float32 as TF32 on a GPU.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = network.precision.tf32
         self.activation = network.activation
         self.weights = network.energy.weights
         self.edges = nn.ModuleList([_torch_edge(edge) for edge in network.layers])

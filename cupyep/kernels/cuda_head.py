@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.kernels.head import HeadOps
-from cupyep.kernels.launch import map_grid, type_name, vector_width
+from cupyep.kernels.launch import map_grid, require_type, type_name, vector_width
 
 SOURCE = Path(__file__).with_name("head.cu")
 LOSSES = {"cross_entropy": 0, "squared_error": 1}  # enum Loss
@@ -28,6 +28,7 @@ class CudaHeadOps(HeadOps):
         self.launcher = launcher
 
     def scaled_error(self, loss, z, bias, target, scale, column):
+        require_type(z.dtype, bias, target, scale)
         self.launcher.launch(
             "scaled_error",
             [type_name(z.dtype), LOSSES[loss.name]],
@@ -45,6 +46,7 @@ class CudaHeadOps(HeadOps):
         self.launcher.launch("window_means", types, grid, block, (s, out, *map(np.int32, sizes)))
 
     def add_spread(self, s, p, force):
+        require_type(s.dtype, force)
         height, width, channels = s.shape[1:]
         vec = vector_width(channels, s, force)
         grid, block = map_grid(width * p * (channels // vec), height * p, len(s))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.kernels.launch import BLOCK, arithmetic, check_axes, map_grid, type_name, vector_width
+from cupyep.kernels.launch import BLOCK, arithmetic, check_axes, map_grid, require_type, type_name, vector_width
 from cupyep.kernels.update import UpdateOps
 
 SOURCE = Path(__file__).with_name("update.cu")
@@ -90,6 +90,9 @@ class CudaUpdateOps(UpdateOps):
         parts = -(-count // block)
         check_axes(batch // phases)
         stored = next((array.dtype for array in (drive, topdown) if array is not None), s.dtype)
+        require_type(stored, drive, topdown)
+        others = (argument for argument in arguments[3:] if getattr(argument, "ndim", 0))
+        require_type(arithmetic(s.dtype), *others, residual, scratch)
         measure = "false" if residual is None else "true"
         self.launcher.launch(
             name,

@@ -25,6 +25,13 @@ def arithmetic(dtype: Any) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
+def require_type(dtype: Any, *arrays: Any) -> None:
+    """Raise `TypeError` unless all arrays, None aside, are of a type: a kernel would misread their memory."""
+    for array in arrays:
+        if array is not None and array.dtype != dtype:
+            raise TypeError(f"a kernel for {np.dtype(dtype)} cannot read an array of {array.dtype}")
+
+
 def vector_width(channels: int, *arrays: Any) -> int:
     """Return how many neighbouring channels one thread can handle.
 
