@@ -229,7 +229,7 @@ DEFECTS = [
            "rows = np.searchsorted(known, index).clip(0, count - 1)", "rows = index.clip(0, count - 1)",
            "test_data_selection"),
     Defect("graph reused for another free state", "dynamics.py",
-           "*self.winners, *self.rest, *self.free.layers]", "*self.winners, *self.rest]", "test_replay"),
+           "*self.winners, *rest]", "*self.winners]", "test_replay"),
     Defect("graph reused for other states", "dynamics.py",
            "*self.state.layers, *self.state.drives, *self.state.winners]", "*self.state.drives]", "test_replay"),
     Defect("graph reused after the weights were exchanged", "layers.py",
