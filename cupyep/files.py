@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -19,6 +20,23 @@ except ImportError:  # Windows has no flock
 LOCK = ".lock"
 PAUSES = (0.1, 0.4, 1.0) if os.name == "nt" else ()  # seconds between attempts to rename
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def read_text(path: str | Path, limit: int, errors: str = "strict") -> str:
+    """Return the text (UTF-8) of a file of at most `limit` bytes; `errors` is that of `bytes.decode`.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read or is larger.
+    UnicodeDecodeError
+    """
+    with open(path, "rb") as file:
+        # Asked for more than there is, Python would allocate it.
+        content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes")
+    return content.decode(errors=errors)
 
 
 @contextlib.contextmanager

@@ -135,12 +135,16 @@ class Optimizer:
         Raises
         ------
         CheckpointError
-            If an entry is missing, unknown or has another shape: the state of another network or optimizer.
+            If an entry is missing, unknown or has another shape: the state of another network or optimizer; or if the
+            number of steps is none.
         """
         _check_names("optimizer state", state, self.state_dict(), CheckpointError)
+        if state["steps"].dtype.kind not in "iu" or int(state["steps"]) < 0:
+            raise CheckpointError(f"optimizer state 'steps' is {state['steps']}, not a number of steps")
         self.steps = int(state["steps"])
-        for name, buffer in self._buffers.items():
-            buffer[...] = array_module(buffer).asarray(state[name])
+        with np.errstate(over="ignore"):  # what becomes infinite is found by the next step
+            for name, buffer in self._buffers.items():
+                buffer[...] = array_module(buffer).asarray(state[name])
 
 
 class SGD(Optimizer):

@@ -23,9 +23,8 @@ MEMORY = 64 << 20  # bytes that one reading may take
 SECONDS = 20  # that it may take; a loop in Python ends then, one in C code ends the test run
 
 
-def amounts(fast, slow=None):
+def amounts(fast, slow):
     """Parametrize a test with the number of its examples: few always, many where slow tests run."""
-    slow = slow or 40 * fast
     return pytest.mark.parametrize("amount", [fast, pytest.param(slow, marks=pytest.mark.slow)])
 
 
@@ -38,7 +37,7 @@ def explore(strategy, amount, prepare, read, **limits):
 
     @settings(
         max_examples=amount,
-        derandomize=amount < 1000,
+        derandomize=amount < 100,
         deadline=None,
         database=None,
         print_blob=True,

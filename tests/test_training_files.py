@@ -117,7 +117,7 @@ def damage_nan(file):
         (damage_group, "truncated or damaged"),
         (damage_link, "truncated or damaged"),
         (damage_text, "'config' is not an object"),
-        (damage_position, "is damaged: epoch 3, batch -1"),
+        (damage_position, "truncated or damaged.: batch is -1"),
         (damage_kind, "is not an array of numbers"),
         (damage_nan, "'layers.1.bias' holds numbers that are not finite"),
     ],

@@ -41,6 +41,7 @@ def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> 
     )
     if json_path is not None:
         require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
+        require(not json_path.is_dir(), f"--json: '{json_path}' is a folder, not a file")
     config = make_config(gradient_check.CHECK_DEFAULTS, given_options(options))
     report = gradient_check.check_gradient(config, betas or (), report=click.echo)
     click.echo(report.table())

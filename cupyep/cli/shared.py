@@ -66,6 +66,9 @@ class OneLineErrors(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> None:
         kwargs["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal cannot show
+                stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.showwarning = show_once(lambda text: click.echo(f"Warning: {text}", err=True))
             code, message = self._run(args, kwargs)

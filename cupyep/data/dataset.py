@@ -14,7 +14,7 @@ from cupyep.data.files import check_labels
 from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Layout, Source
-from cupyep.errors import DataError, choose, require
+from cupyep.errors import ConfigurationError, DataError, choose, require
 
 READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
@@ -204,11 +204,12 @@ def data_directory(data_dir: str | Path | None = None) -> Path:
 
     The cache folder is ``$XDG_CACHE_HOME/cupyep``, or ``~/.cache/cupyep``.
     """
-    if data_dir:
-        return Path(data_dir).expanduser()
-    if os.environ.get("CUPYEP_DATA"):
-        return Path(os.environ["CUPYEP_DATA"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cupyep"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cupyep"
+    folder = Path(data_dir or os.environ.get("CUPYEP_DATA") or cache)
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ConfigurationError(f"data folder '{folder}': whose home that is, is not known") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from cupyep.errors import ConfigurationError, nearest
+from cupyep.files import read_text
 
 FOLDER = Path(__file__).parent
 
@@ -40,7 +41,7 @@ def recipe_text(recipe: str | Path) -> str:
     """Return the text of a recipe, comments included; see `find_recipe` for the errors."""
     path = find_recipe(recipe)
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, 1 << 15)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read '{path}': {error}") from error
 

@@ -141,7 +141,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             _check_format(path, file)
             checkpoint = Checkpoint(
                 **{group: _read_arrays(file, group) for group in GROUPS},
-                **{name: kind(hdf5.attribute(file, name)) for name, kind in NUMBERS.items()},
+                **{name: _read_number(file, name) for name in NUMBERS},
                 **{name: _read_text(file, name) for name in TEXTS},
             )
     except CheckpointError:
@@ -149,12 +149,19 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except hdf5.ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"'{path}' is not a readable checkpoint (truncated or damaged): {reason}") from error
-    if checkpoint.epoch < 0 or checkpoint.batch < 0:
-        raise CheckpointError(f"checkpoint '{path}' is damaged: epoch {checkpoint.epoch}, batch {checkpoint.batch}")
-    for name, array in checkpoint.parameters.items():
+    for name, array in (checkpoint.parameters | checkpoint.optimizer).items():
         if not np.isfinite(array).all():
-            raise CheckpointError(f"checkpoint '{path}': parameter '{name}' holds numbers that are not finite")
+            raise CheckpointError(f"checkpoint '{path}': '{name}' holds numbers that are not finite")
     return checkpoint
+
+
+def _read_number(file: h5py.File, name: str) -> int | float:
+    value, kind = hdf5.attribute(file, name), NUMBERS[name]
+    # The best accuracy is minus infinity before there is one; nothing else is below 0.
+    good = isinstance(value, np.integer if kind is int else np.floating) and (value >= 0 or name == "best_accuracy")
+    if not good:
+        raise ValueError(f"{name} is {value}")
+    return kind(value)
 
 
 def _read_text(file: h5py.File, name: str) -> dict[str, Any]:
@@ -205,6 +212,8 @@ def restore_parameters(path: str | Path, saved: Mapping[str, Any], parameters: M
             raise CheckpointError(
                 f"checkpoint '{path}': '{name}' has shape {array.shape}, the network needs {parameters[name].shape}"
             )
+        if np.abs(array).max(initial=0) > np.finfo(parameters[name].dtype).max:
+            raise CheckpointError(f"checkpoint '{path}': '{name}' holds numbers too large for {parameters[name].dtype}")
     for name in parameters:
         if name not in saved:
             raise CheckpointError(f"checkpoint '{path}' lacks the parameter '{name}'")

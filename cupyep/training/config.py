@@ -20,6 +20,7 @@ from cupyep.augment import ANNEALINGS
 from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
 from cupyep.errors import ConfigurationError, choose, nearest, require
+from cupyep.files import read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
 from cupyep.models import ARCHITECTURES
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
@@ -30,6 +31,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+TOML_BYTES = 1 << 15  # of a recipe or config.toml, at most
+DOTS = 200  # in a line; the parser's memory grows with the square of the parts of a name
+MOST_LAYERS = 10000
+LARGEST = 1 << 63  # of integers
 LOSSES = ("cross_entropy", "squared_error")
 KIND_NAMES = {
     int: "an integer",
@@ -222,15 +227,17 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         the message names file and key.
     """
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
+        text = read_text(path, TOML_BYTES)
+        if max(line.count(".") for line in text.split("\n")) > DOTS:
+            raise ValueError(f"a line with more than {DOTS} dots")
+        values = tomllib.loads(text)
     except OSError as error:
         raise ConfigurationError(f"cannot read '{path}': {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not text, a number too long, arrays nested too deeply
         raise ConfigurationError(f"'{path}' is not valid TOML: {error}") from error
     for name, value in values.items():
-        require(name in OPTIONS, f"'{path}': unknown option '{name}'{nearest(name, OPTIONS)}")
         try:
+            _check_name(name)
             _checked(OPTIONS[name], value, name)
         except ConfigurationError as error:
             raise ConfigurationError(f"'{path}': {error}") from error
@@ -243,8 +250,13 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     for layer in layers:
         merged.update(layer)
     for name in merged:
-        require(name in OPTIONS, f"unknown option '{name}'{nearest(name, OPTIONS)}")
+        _check_name(name)
     return TrainConfig(**merged)
+
+
+def _check_name(name: str) -> None:
+    if name not in OPTIONS:
+        raise ConfigurationError(f"unknown option '{name}'{nearest(name, OPTIONS)}")
 
 
 def parse_layers(text: str, depth: int) -> list[int]:
@@ -270,8 +282,10 @@ def parse_layers(text: str, depth: int) -> list[int]:
             first.strip().isdecimal() and (not last or last.strip().isdecimal()) and not part.strip().endswith("-")
         )
         require(numeric, f"--signal-layers must be like 2,3,4 or 2-5 or all (got '{text}')")
+        require(len(part) <= 12, f"--signal-layers names a layer that no network has (got '{text}')")
         begin, end = int(first), int(last or first)
         require(1 <= begin <= end, f"--signal-layers counts layers upwards from 1 (got '{text}')")
+        require(end <= MOST_LAYERS, f"--signal-layers names a layer that no network has (got '{text}')")
         require(end <= depth, f"--signal-layers names layer {end}, but the network has layers 1 to {depth}")
         layers += range(begin, end + 1)
     require(len(set(layers)) == len(layers), f"--signal-layers names a layer twice (got '{text}')")
@@ -290,7 +304,9 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
         return numbers[0] if len(numbers) == 1 else numbers
     if kind in (list, float, int):
         return _number(spec, name, value, float if kind is list else kind)
-    require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {value!r})")
+    require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {_shown(value)})")
+    if kind is str:
+        require("\0" not in value and _is_unicode(value), f"{name} must be a text of valid characters (got {value!r})")
     if "choices" in spec.metadata:
         choose(name, value, spec.metadata["choices"])
     return value
@@ -298,12 +314,29 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
 
 def _number(spec: Field, name: str, value: Any, kind: type) -> Any:
     accepted = (int, float) if kind is float else (int,)
-    is_number = isinstance(value, accepted) and not isinstance(value, bool) and math.isfinite(value)
-    require(is_number, f"{name} must be {KIND_NAMES[spec.metadata['kind']]} (got {value!r})")
+    is_number = isinstance(value, accepted) and not isinstance(value, bool)
+    is_number = is_number and (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value))
+    require(is_number, f"{name} must be {KIND_NAMES[spec.metadata['kind']]} (got {_shown(value)})")
     for key, (words, holds) in RULES.items():
         limit = spec.metadata.get(key)
         require(limit is None or holds(value, limit), f"{name} must be {words} {limit} (got {value})")
     return kind(value)
+
+
+def _shown(value: Any) -> str:
+    """Return a wrong value for a message; containers and huge integers cannot always be written down."""
+    if isinstance(value, (str, float, bool)) or (isinstance(value, int) and abs(value) < LARGEST):
+        return repr(value)
+    return {dict: "a table", list: "a list", int: "a huge number"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether `text` can be written in UTF-8; what the command line could not decode cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _toml_value(value: Any) -> str:

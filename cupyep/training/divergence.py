@@ -104,5 +104,7 @@ class LossWatch:
         return {name: np.asarray(self.device.to_numpy(value)) for name, value in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from the counts of `state`."""
+        """Go on from the counts of `state`; ValueError if these are none."""
+        if state.keys() not in (set(), {"start", "mean", "peak"}) or any(array.shape for array in state.values()):
+            raise ValueError("its losses are not watched")
         self._sums = {name: self.device.asarray(value) for name, value in state.items()}

@@ -16,12 +16,13 @@ from typing import Any
 
 from cupyep._version import __version__
 from cupyep.errors import CheckpointError, ConfigurationError, choose
-from cupyep.files import FolderLock, can_write, is_leftover, remove_leftovers, write_file
+from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.checkup import check_trace
 from cupyep.training.config import TrainConfig, make_config, read_toml
 
 CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
+METRICS_BYTES = 1 << 28  # at most
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.h5", "checkpoint.previous.h5", "best.h5"
 CHECKPOINT_FILES = {"last": CHECKPOINT, "previous": PREVIOUS, "best": BEST}
 
@@ -133,9 +134,8 @@ class RunDirectory:
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
-                records.append({**record, "epoch": int(record["epoch"])})
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                records.append(_record(line))
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 if number == len(lines):
                     break
                 raise CheckpointError(f"'{path}' line {number} is not a record of an epoch") from error
@@ -144,7 +144,7 @@ class RunDirectory:
     def _read_metrics(self) -> str:
         path = self.path / METRICS
         try:
-            return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            return read_text(path, METRICS_BYTES, errors="replace") if path.is_file() else ""
         except OSError as error:
             raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
 
@@ -226,7 +226,7 @@ class RunDirectory:
         if records and checkpoint is None:
             raise CheckpointError(f"'{self.path}' has no {CHECKPOINT} to go on from, though epochs have been done")
         records = [record for record in records if record["epoch"] <= done]
-        if [record["epoch"] for record in records] != list(range(1, done + 1)):
+        if len(records) != done or any(record["epoch"] != n for n, record in enumerate(records, start=1)):
             raise CheckpointError(f"'{self.path / METRICS}' does not hold the epochs 1 to {done} of {CHECKPOINT}")
         remove_leftovers(self.path)
         self._write(METRICS, "".join(map(_line, records)))
@@ -259,6 +259,13 @@ def check_free(path: str | Path) -> Path:
         raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another --run-dir")
     _require_writable(path)
     return path
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if type(record["epoch"]) is not int:
+        raise TypeError("an epoch is an integer")
+    return record
 
 
 def _line(record: dict[str, Any]) -> str:

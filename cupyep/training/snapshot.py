@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.data.files import one_line
 from cupyep.errors import CheckpointError
 from cupyep.training.checkpoint import Checkpoint, restore_parameters
 from cupyep.training.config import RESUME_OPTIONS, option_name
-from cupyep.training.divergence import check_arrays
+from cupyep.training.divergence import LossWatch, check_arrays
+from cupyep.training.statistics import EpochStatistics, layer_names
 
 #: The numbers that say how far a run is: their names in a checkpoint, and as attributes of a trainer.
 PROGRESS = {
@@ -85,8 +87,23 @@ def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
             raise CheckpointError(f"checkpoint '{path}' belongs to a run with {option_name(name)} {old}, not {value}")
     if set(saved.generators) != set(trainer.generators):
         raise CheckpointError(f"checkpoint '{path}' lacks the state of a random generator; it is of another version")
-    if saved.batch > len(trainer.train) or saved.batch != _part(saved.statistics, "epoch").get("batches", 0):
-        raise CheckpointError(f"checkpoint '{path}' is damaged: its statistics are not those of {saved.batch} batches")
+    try:
+        _try_state(trainer, saved)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"checkpoint '{path}' is damaged: {one_line(error)}") from error
+
+
+def _try_state(trainer: Any, saved: Checkpoint) -> None:
+    """Take up what a file can get wrong in too many ways to list, without changing `trainer`."""
+    for name, generator in trainer.generators.items():
+        type(generator.bit_generator)().state = saved.generators[name]
+    LossWatch(trainer.device).load_state_dict(_part(saved.statistics, "loss"))
+    statistics = EpochStatistics(trainer.device, saved.epoch + 1, layer_names(trainer.learner.parameters()))
+    if saved.batch:
+        statistics.load_state_dict(_part(saved.statistics, "epoch"))
+        statistics.read()
+    if saved.batch > len(trainer.train) or saved.batch != statistics.batches:
+        raise ValueError(f"its statistics are not those of {saved.batch} batches")
 
 
 def check_same_network(path: Path, saved: Checkpoint, network: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend.device import Device
+from cupyep.errors import CheckpointError
 from cupyep.training.divergence import WATCHED, check_finite
 
 LEVELS = ("activity", "saturated", "dead")
@@ -84,6 +85,8 @@ class EpochStatistics:
     def _add(self, name: str, value: Any) -> None:
         if name in self._sums:
             before = self._sums[name]
+            if before.shape != value.shape:
+                raise CheckpointError(f"the sums of '{name}' were taken over another network")
             if isinstance(before, np.ndarray) and not isinstance(value, (np.ndarray, np.generic)):
                 before = self.device.asarray(before)  # as loaded; residuals stay on the host
             value = before + value
@@ -95,8 +98,14 @@ class EpochStatistics:
         return {**counts, **self._host_sums()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from the sums of `state`."""
-        self.count, self.batches = int(state["count"]), int(state["batches"])
+        """Go on from the sums of `state`; KeyError or ValueError if these are none."""
+        counts = [state[name] for name in ("count", "batches")]
+        if not all(array.shape == () and array.dtype.kind in "iu" and array >= 1 for array in counts):
+            raise ValueError("its batches are not counted")
+        for name, array in state.items():
+            if not np.isfinite(array).all() or (name.startswith("finite_") and array.dtype.kind not in "iu"):
+                raise ValueError(f"its '{name}' is no sum of numbers")
+        self.count, self.batches = map(int, counts)
         self._sums = {name: value for name, value in state.items() if name not in ("count", "batches")}
 
     def _host_sums(self) -> dict[str, np.ndarray]:
