@@ -78,7 +78,7 @@ DEFECTS = [
            "self._add(gradients, part, len(batch.images), draw)", "self._add(gradients, part, len(part.images), draw)",
            "test_micro_batch"),
     Defect("micro-batches: activity not weighted", "learning/learner.py",
-           "xp.stack(activity) * (len(batch) / total)", "xp.stack(activity)", "test_micro_batch"),
+           "xp.stack(values) * share", "xp.stack(values)", "test_micro_batch"),
     Defect("micro-batches: response not weighted", "learning/equilibrium.py",
            "free, nudged)) * (part.samples / part.total)", "free, nudged))", "test_micro_batch"),
     Defect("micro-batches: a sign for every part", "learning/learner.py",
