@@ -93,7 +93,8 @@ def test_public_list_is_exactly_what_the_package_imports():
 def test_import_loads_no_optional_package():
     code = (
         "import sys, cupyep; "
-        "optional = ('cupy', 'torch', 'sklearn', 'matplotlib', 'onnx', 'onnxruntime', 'PIL', 'pooch'); "
+        "optional = ('cupy', 'torch', 'sklearn', 'matplotlib', 'onnx', 'onnxruntime', 'PIL', 'pooch', "
+        "'tensorboardX'); "
         "print([m for m in optional if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import check, data, evaluate, export, info, predict, recipes, reproduce, train
+from cupyep.cli import check, data, diagnose, evaluate, export, info, plot, predict, recipes, reproduce, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -15,6 +15,8 @@ Examples:
   cupyep train --run-dir runs/mine --resume        go on where a run stopped
   cupyep check --arch vgg5 --dataset digits        is the gradient right?
   cupyep evaluate runs/mine                        test accuracy of its best epoch
+  cupyep diagnose runs/mine                        does it settle? does the nudge reach every layer?
+  cupyep plot runs/mine                            pictures of the run
   cupyep predict runs/mine cat.png                 what is in a picture?
   cupyep export runs/mine --format onnx --output mine.onnx
   cupyep data list                                 data sets: classes, sizes, which are here
@@ -35,6 +37,8 @@ COMMANDS = (
     evaluate.evaluate,
     predict.predict,
     export.export,
+    diagnose.diagnose,
+    plot.plot,
     check.check,
     data.data,
     recipes.recipes,

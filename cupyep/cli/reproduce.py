@@ -11,7 +11,7 @@ from cupyep.cli.shared import Names
 from cupyep.errors import require
 from cupyep.experiments import EXPERIMENTS, SCALES, find, load_results, write_report
 from cupyep.experiments import reproduce as run_experiment
-from cupyep.experiments.figures import pyplot
+from cupyep.training.plots.style import matplotlib_figure
 
 EXAMPLES = """\b
 Examples:
@@ -72,7 +72,7 @@ def reproduce(
         return
     require(name is not None, "reproduce what? give the NAME of an experiment; --list shows them")
     experiment, folder = find(name), out or Path("reports") / f"{name}-{scale}"
-    pyplot()  # said before hours of measuring
+    matplotlib_figure()  # said before hours of measuring
     if not report_only:
         place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}
         command = shlex.join(

@@ -18,6 +18,7 @@ from cupyep.recipes import find_recipe
 from cupyep.training import runs
 from cupyep.training.config import OPTIONS, make_config, read_toml
 from cupyep.training.display import DISPLAYS, Display
+from cupyep.training.tensorboard import FOLDER, EventLog, writer_class
 
 EXAMPLES = """\b
 Examples:
@@ -49,16 +50,31 @@ Examples:
     show_default=True,
     help="json: an object a line on stdout (start, progress, epoch, checkpoint, warning, end), for programs.",
 )
-def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, log_format: str, **options: Any) -> None:
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Also write event files to the folder tensorboard of the run; with --resume give it again.",
+)
+def train(
+    recipe: str | None,
+    run_dir: Path | None,
+    resume: bool,
+    quiet: bool,
+    log_format: str,
+    tensorboard: bool,
+    **options: Any,
+) -> None:
     """Train a network in a new run directory.
 
-    The directory holds config.toml, metrics.jsonl, checkpoint.h5 and best.h5. Ctrl-C finishes the batch and saves; a
-    second one leaves at once.
+    The directory holds config.toml, metrics.jsonl, settling.json, checkpoint.h5 and best.h5. Ctrl-C finishes the batch
+    and saves; a second one leaves at once.
     """
     given = given_options(options)
     display = DISPLAYS[log_format](quiet)
     warnings.showwarning = show_once(partial(display.show, "warning"))
     with _ending(display):
+        if tensorboard:
+            writer_class()  # its absence is said before anything is made
         if resume:
             given_right = run_dir is not None and recipe is None
             require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
@@ -66,11 +82,16 @@ def train(recipe: str | None, run_dir: Path | None, resume: bool, quiet: bool, l
         else:
             config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
             run = runs.start_run(config, run_dir, display)
+        if tensorboard:
+            run.events = EventLog(run.directory.path / FOLDER, run.records)
         try:
             summary = run.run()
         except Interrupted as error:
             hint = f"{error}; go on with: cupyep train --run-dir {run.directory.path} --resume"
             raise Interrupted(hint, error.number) from None
+        finally:
+            if run.events is not None:
+                run.events.close()
         display.show("end", str(summary), status="done", **summary.values())
 
 

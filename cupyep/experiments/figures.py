@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyep.errors import ConfigurationError
 from cupyep.experiments.design import Results
+from cupyep.training.plots.style import COLOURS, MARKERS, plain_axes
 
-# Okabe & Ito's colours: told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vP*X"
 AXES = {
     "train_loss": "training loss, nats",
     "train_accuracy": "training accuracy",
@@ -23,24 +19,6 @@ AXES = {
     "gradient_norm": "norm of the gradient",
     "activity": "activity, mean $|s|$",
 }
-
-
-def pyplot() -> Any:
-    """Return matplotlib's figure class, or raise `ConfigurationError` with the remedy."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(f"figures need matplotlib ({error}); pip install 'cupyep[plot]'") from error
-    return Figure
-
-
-def plain_axes(count: int, height: float = 3.6) -> tuple[Any, list[Any]]:
-    figure = pyplot()(figsize=(4.9 * count, height), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -134,9 +112,3 @@ def against(
         return figure
 
     return draw
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write the figure as PNG and SVG (without a date in it, so that the same data give the same file)."""
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

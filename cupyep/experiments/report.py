@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.experiments.design import Column, Experiment, Results, Row
-from cupyep.experiments.figures import save
 from cupyep.files import replacing
+from cupyep.training.plots.style import save
 
 REPORT = "REPORT.md"
 OPEN = "open"

@@ -159,21 +159,26 @@ def export_logits(
     return writer.accuracy
 
 
+def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
+    """Return where the teacher file for the student `config` is kept if none is given.
+
+    It lies in the folder ``teachers`` below the data folder; its name holds a hash of all that determines it: options,
+    images, labels and the version of cupyep.
+    """
+    own = teacher_config(config)
+    digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
+    return data_directory(config.data_dir) / "teachers" / f"{own.arch}-{own.dataset}-{digest}.h5"
+
+
 def cached_teacher(
     config: TrainConfig,
     dataset: Dataset,
     device: Device | str = "auto",
     display: Display | None = None,
 ) -> Path:
-    """Return the teacher file for the student `config`, training the teacher first unless an earlier run did.
-
-    The file lies in the folder ``teachers`` below the data folder; its name holds a hash of all that determines it:
-    options, images, labels and the version of cupyep.
-    """
+    """Return the teacher file for the student `config`, training the teacher first where `teacher_path` has none."""
     own, display = teacher_config(config), (display or Display()).about("teacher")
-    wanted = config.signal_layers if config.teacher_features else ""
-    name = f"{own.arch}-{own.dataset}-{_digest(own, dataset, wanted)}.h5"
-    path = data_directory(config.data_dir) / "teachers" / name
+    wanted, path = config.signal_layers if config.teacher_features else "", teacher_path(config, dataset)
     if path.is_file():
         with TeacherFile(path) as file:
             display.show("note", f"{path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")

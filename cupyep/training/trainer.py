@@ -24,6 +24,7 @@ from cupyep.training.run_directory import RunDirectory
 from cupyep.training.schedules import Schedules
 from cupyep.training.snapshot import check_same_run, restore_snapshot, take_snapshot
 from cupyep.training.statistics import EpochStatistics, layer_names
+from cupyep.training.tensorboard import EventLog
 
 SHOWN = ("loss", "accuracy", "free_residual")  # on the way through an epoch
 MOST_HALVINGS = 5
@@ -106,6 +107,7 @@ class Trainer:
         self.images = images
         self.checkup = checkup
         self.display = display or Display()
+        self.events: EventLog | None = None  # made with the run directory
         self.records: list[dict[str, Any]] = []
         self.interruptions = Interruptions()
         self.epochs_done, self.batches_done = 0, 0
@@ -289,6 +291,8 @@ class Trainer:
                 self.directory.write_settling(self.checkup.trace)
             self.directory.commit(record, take_snapshot(self), is_best)
             self._show_saved()
+        if self.events is not None:
+            self.events.write(record)
         left = self.elapsed_s / self.epochs_done * (self.epochs - self.epochs_done)
         self.display.show("epoch", epoch_text(record, self.epochs, left), **record, left_s=left)
         for finding in record.get("findings", ()):

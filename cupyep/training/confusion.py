@@ -1,0 +1,71 @@
+"""Which class is taken for which: the test images settled with the best checkpoint of a run, once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cupyep.files import can_write, write_file
+from cupyep.training.build import build_dataset, evaluation_batches
+from cupyep.training.display import Display
+from cupyep.training.run_directory import RunDirectory
+from cupyep.training.trained import load_trained
+
+CONFUSION = "confusion.json"
+
+
+def confusion_of(
+    run: RunDirectory, given: Mapping[str, Any] | None = None, display: Display | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Return the confusion matrix of the best checkpoint of `run`, and the names of the classes.
+
+    It costs as much as an evaluation, and is kept in confusion.json until there is a better checkpoint.
+
+    Parameters
+    ----------
+    run : RunDirectory
+    given : mapping, optional
+        Options that differ from the run's: ``data_dir``, ``batch_size``, ``device``.
+    display : Display, optional
+
+    Returns
+    -------
+    matrix : ndarray of int64, shape (classes, classes)
+        Number of test images of a class (row) that are taken for a class (column).
+    classes : list of str
+
+    Raises
+    ------
+    CupyepError
+        If there is no best checkpoint, or the data set is not there.
+    """
+    epoch = run.load("best").epoch
+    kept = _kept(run, epoch)
+    if kept is not None:
+        return kept
+    trained = load_trained(run.path, "best", given)
+    batches = evaluation_batches(trained.config, build_dataset(trained.config), trained.network, "test")
+    matrix = np.zeros((trained.network.classes,) * 2, np.int64)
+    for batch in (display or Display()).over(batches, "test images"):
+        scores = trained.network.device.to_numpy(trained.learner.scores(batch))
+        np.add.at(matrix, (batch.labels, scores.argmax(axis=1)), 1)
+    classes = list(trained.images.classes)
+    if can_write(run.path):
+        content = {"epoch": epoch, "classes": classes, "matrix": matrix.tolist()}
+        write_file(run.path / CONFUSION, (json.dumps(content) + "\n").encode())
+    return matrix, classes
+
+
+def _kept(run: RunDirectory, epoch: int) -> tuple[np.ndarray, list[str]] | None:
+    """Return what confusion.json holds if it is of that epoch and sound: it is made anew otherwise."""
+    path = run.path / CONFUSION
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        matrix, classes = np.array(content["matrix"]), [str(name) for name in content["classes"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    sound = matrix.dtype.kind == "i" and matrix.shape == (len(classes),) * 2 and matrix.sum() > 0 and matrix.min() >= 0
+    return (matrix, classes) if sound and content.get("epoch") == epoch else None

@@ -1,0 +1,90 @@
+"""The picture of a diagnosis: how the phases settle, how the nudge reaches the layers, which units respond."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep.training.diagnostics import LIMITS
+from cupyep.training.plots.curves import draw_settling, layer_colours
+from cupyep.training.plots.style import COLOURS, integer_ticks, label_decades, matplotlib_figure, whole_decades
+
+LAYER = "layer (1 sees the image)"
+
+
+def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str, verdicts: Sequence[str]) -> Any:
+    """Return the figure.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        ``Diagnosis.rows``.
+    trace : dict
+        As settling.json has it.
+    title : str
+    verdicts : sequence of str
+        Written below the panels.
+    """
+    words = [
+        line
+        for verdict in verdicts
+        for line in textwrap.wrap(verdict, 115, subsequent_indent="    ", break_on_hyphens=False)
+    ]
+    layers = [row for row in rows if row["name"].isdecimal()]
+    phases = [phase for phase in ("free", "nudged") if phase in trace]
+    panels = [*phases, *(["responses"] if "nudge_response" in layers[0] else []), "units"]
+    rows_of_panels = -(-len(panels) // 2)
+    figure = matplotlib_figure()(figsize=(9.6, 2.9 * rows_of_panels + 0.6 + 0.2 * len(words)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[2.9 * rows_of_panels + 0.4, 0.2 + 0.2 * len(words)])
+    axes = list(np.atleast_1d(above.subplots(rows_of_panels, 2, squeeze=False)).ravel())
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_visible(False)
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.set_visible(True)
+        if panel in phases:
+            draw_settling(axis, panel, trace)
+        else:
+            (_draw_responses if panel == "responses" else _draw_units)(axis, layers)
+    if phases:
+        layer_colours(above, axes[: len(phases)], len(layers))
+    figure.suptitle(title, fontsize="medium")
+    below.text(0.02, 0.98, "\n".join(words), va="top", fontsize="small", family="monospace")
+    return figure
+
+
+def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
+    n = np.arange(1, len(layers) + 1)
+    lines = {
+        "scaled response $a_n\\,$mean$|s_+-s_-|$": ("scaled_response", "o-"),
+        "gradient norm": ("gradient_norm", "s--"),
+    }
+    values = []
+    for number, (label, (key, form)) in enumerate(lines.items()):
+        y = np.array([row[key] for row in layers], float)
+        y[~(y > 0)] = np.nan
+        values.append(y)
+        axis.plot(n, y, form, color=COLOURS[number], label=label, markersize=4)
+    axis.set(yscale="log", xlabel=LAYER, title="what reaches the layers", ylim=whole_decades(np.array(values)))
+    integer_ticks(axis.xaxis)
+    label_decades(axis.yaxis)
+    axis.legend(frameon=False, fontsize="small")
+
+
+def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
+    n = np.arange(1, len(layers) + 1)
+    saturated, dead = (100 * np.array([row[key] for row in layers]) for key in ("saturated", "dead"))
+    axis.bar(n, saturated, color=COLOURS[4], label="saturated units")
+    axis.bar(n, dead, bottom=saturated, color=COLOURS[0], label="units of dead channels")
+    limit = 100 * LIMITS["idle"].value
+    axis.axhline(limit, color=COLOURS[1], linestyle="--", linewidth=1)
+    axis.annotate("collapse", (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                  fontsize="small", color=COLOURS[1])  # fmt: skip
+    axis.set(ylim=(0, 100), xlabel=LAYER, ylabel="% of the units", title="units that do not respond")
+    integer_ticks(axis.xaxis)
+    axis.legend(frameon=False, fontsize="small", loc="upper left")

@@ -1,0 +1,100 @@
+"""What all figures share: matplotlib without a display, colours that everyone can tell apart, files that repeat."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.errors import ConfigurationError
+
+# Okabe & Ito's colours: told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP*X"
+LAYERS = "viridis"  # layers have an order, and so have its colours, in grey as well
+AMOUNTS = "cividis"
+DPI = 110
+FORMATS = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg")}
+
+
+def matplotlib_figure() -> Any:
+    """Return matplotlib's figure class.
+
+    Raises
+    ------
+    ConfigurationError
+        If matplotlib is missing; names the command that installs it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(f'figures need matplotlib ({error}): pip install "cupyep[plot]"') from error
+    return Figure
+
+
+def plain_axes(count: int, width: float = 4.9, height: float = 3.6, **how: Any) -> tuple[Any, list[Any]]:
+    """Return a figure with `count` axes side by side, each `width` x `height` inches."""
+    figure = matplotlib_figure()(figsize=(width * count, height), layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False, **how)[0])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Return colour and line of the `number`-th of several things; beyond the colours the lines are broken."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
+
+
+def integer_ticks(*axes: Any) -> None:
+    """Put ticks at whole numbers only (epochs, layers, steps)."""
+    for axis in axes:
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def label_decades(axis: Any) -> None:
+    """Label powers of ten only on a logarithmic axis (``axes.yaxis``)."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(numticks=8))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def whole_decades(values: Any) -> tuple[float, float]:
+    """Return the powers of ten below and above the positive ones of `values`."""
+    values = np.asarray(values, float)
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
+        return 0.1, 1.0
+    low, high = math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))
+    return 10.0**low, 10.0 ** max(high, low + 1)
+
+
+def save(figure: Any, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+    """Write the figure to `path` with each format's suffix and return the files; the same data give the same bytes."""
+    import matplotlib
+
+    files = [path.with_name(f"{path.name}.{name}") for name in formats]
+    with matplotlib.rc_context({"svg.hashsalt": "cupyep", "svg.fonttype": "none"}):
+        for file in files:
+            if file.suffix == ".png":
+                _save_png(figure, file)
+            else:
+                figure.savefig(file, metadata={"Date": None})
+    return files
+
+
+def _save_png(figure: Any, file: Path) -> None:
+    """Write a PNG, of 256 colours where these are enough: a third of the size, and no difference to the eye."""
+    from PIL import Image  # which matplotlib needs for its own PNG files
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png")
+    image = Image.open(buffer).convert("RGB")
+    few = image.quantize(256, dither=Image.Dither.NONE)
+    difference = np.abs(np.asarray(image, int) - np.asarray(few.convert("RGB"), int)).mean()
+    (few if difference < 1 else image).save(file, optimize=True)

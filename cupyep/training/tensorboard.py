@@ -1,0 +1,78 @@
+"""The records of a run as TensorBoard's event files, through tensorboardX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cupyep.errors import ConfigurationError
+
+FOLDER = "tensorboard"
+LEFT_OUT = ("epoch", "findings")
+SPLITS = ("train", "validation", "test")
+
+
+def writer_class() -> Any:
+    """Return tensorboardX's writer.
+
+    Raises
+    ------
+    ConfigurationError
+        If tensorboardX is missing; names the command that installs it.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        remedy = 'pip install "cupyep[tensorboard]"'
+        raise ConfigurationError(f"--tensorboard needs tensorboardX ({error}): {remedy}") from error
+    return SummaryWriter
+
+
+class EventLog:
+    """Writes the records of epochs as scalars, one a layer where a record holds a list.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the event files, made if missing. Every log is a file of its own that holds the whole run: what older files
+        say is void.
+    records : sequence of dict
+        Of the epochs that are done.
+    """
+
+    def __init__(self, folder: Path, records: Sequence[dict[str, Any]] = ()):
+        self._writer = writer_class()(logdir=str(folder), purge_step=1)
+        for record in records:
+            self.write(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write the record of an epoch, and see that it is in the file."""
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record by TensorBoard's names.
+
+    Losses and accuracies of all splits share a chart (``loss/train``); so do the layers of a list (``dead/2``; the norm
+    of the readout's gradient is ``gradient_norm/readout``).
+    """
+    depth, found = len(record["activity"]), {}
+    for key, value in record.items():
+        if key in LEFT_OUT or value is None:
+            continue
+        if isinstance(value, list):
+            whose = [str(n + 1) for n in range(len(value))]
+            if key == "gradient_norm" and len(value) > depth:
+                whose[depth] = "readout"
+            found |= {f"{key}/{name}": float(number) for name, number in zip(whose, value, strict=True)}
+            continue
+        split, _, kind = key.partition("_")
+        found[f"{kind}/{split}" if split in SPLITS else key] = float(value)
+    return found

@@ -1,0 +1,171 @@
+"""A close look at a batch. Oracles: the step and the gradient check themselves; settings known to fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from quadrants import quadrant_data
+from small import batch_of, network
+
+import cupyep as ep
+from cupyep.learning.check import compare_forms
+from cupyep.training import build, runs
+from cupyep.training.config import make_config
+from cupyep.training.diagnose import diagnose, examine
+from cupyep.training.display import Display
+
+SMALL = {"arch": "vgg5", "width": 0.06, "batch_size": 16, "device": "cpu", "epochs": 1}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Train a small network on the quadrants; return its folder."""
+    dataset = quadrant_data(train=48)
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: dataset)
+
+    def train(name="run", **options):
+        options = {"data_dir": str(tmp_path / "data"), **options}
+        trainer = runs.start_run(make_config(SMALL, options), tmp_path / name, Display(quiet=True, write=str))
+        trainer.run()
+        capsys.readouterr()  # its warnings
+        return tmp_path / name
+
+    return train
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "sweeps"])
+def test_rows_are_those_of_the_step_and_of_the_gradient_check(device, schedule):
+    net = network("conv", device, feedback=0.5)
+    batch = batch_of(net)
+    learner = ep.EquilibriumPropagation(net, 0.05, 30, 10, schedule=schedule)
+    report = examine(learner, batch, bptt=True)
+    result = learner.step(batch)
+    assert [row["name"] for row in report.rows] == ["1", "2", "3", "readout"]
+    host = {
+        name: device.to_numpy(getattr(result, name)) for name in ("nudge_response", "activity", "saturated", "dead")
+    }
+    for n, row in enumerate(report.rows[:3]):
+        for name, values in host.items():
+            assert row[name] == pytest.approx(float(values[n]), rel=1e-12)
+        assert row["scaled_response"] == pytest.approx(host["nudge_response"][n] * 0.5 ** (n - 2), rel=1e-12)
+        parts = [device.to_numpy(result.gradients[f"layers.{n + 1}.{part}"]) for part in ("weight", "bias")]
+        assert row["gradient_norm"] == pytest.approx(np.sqrt(sum((p**2).sum() for p in parts)), rel=1e-12)
+    settings = {"beta": 0.05, "free_steps": 30, "nudged_steps": 10, "schedule": schedule}
+    expected = compare_forms(net, batch, forms=("deviation",), **settings)["deviation"]
+    assert [row["cosine"] for row in report.rows] == pytest.approx([row["cosine"] for row in expected], rel=1e-9)
+    assert "nudge_response" not in report.rows[3]
+
+
+def test_the_table_has_a_line_a_layer_and_only_columns_with_content():
+    net = network("conv")
+    learner = ep.EquilibriumPropagation(net, 0.05, 30, 10)
+    lines = examine(learner, batch_of(net), "what").lines()
+    assert lines[0] == "what"
+    assert "free phase" in lines[1]
+    assert lines[2].split()[:3] == ["layer", "residual", "to"]
+    assert [line.split()[0] for line in lines[3:7]] == ["1", "2", "3", "readout"]
+    assert not any(word in lines[2] for word in ("cosine", "swings"))
+    assert all(len(line) <= 130 for line in lines[1:7])
+    plain = examine(ep.Backpropagation(net), batch_of(net)).lines()
+    assert "residual" not in " ".join(plain[:3])
+
+
+def test_an_oscillating_network_is_seen_and_said():
+    net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, device="cpu", precision="float64")
+    for path, value in {"layers.1.weight": 1.0, "layers.2.weight": -5.0, "layers.2.bias": 1.0}.items():
+        net.parameters()[path][...] = value
+    batch = ep.Batch(np.ones((20, 1)), np.arange(20) % 2)
+    report = examine(ep.EquilibriumPropagation(net, 0.5, 11, 4), batch)
+    assert [row["free_oscillating"] for row in report.rows[:2]] == [True, True]
+    assert "swings" in report.lines()[2]
+    assert any("it swings between two states: use --schedule evenodd or sweeps" in line for line in report.lines())
+
+
+def test_a_run_and_its_checkpoint_alone_say_the_same(run, tmp_path):
+    path = run(aug="le")
+    alone = shutil.copy(path / "checkpoint.h5", tmp_path / "alone.h5")
+    first, second = diagnose(path), diagnose(alone)
+    assert first.rows == second.rows
+    assert first.lines()[1:] == second.lines()[1:]
+    assert first.lines()[-1].startswith("healthy: ")
+    assert first.title.endswith("epoch 1: vgg5, 16 training images of cifar10")
+
+
+def test_options_that_differ_from_the_run(run):
+    path = run()
+    report = diagnose(path, "best", {"batch_size": 8, "schedule": "synchronous", "free_steps": 3, "nudged_steps": 5})
+    assert (report.trace["images"], report.trace["schedule"], report.trace["free"]["steps"]) == (8, "synchronous", 3)
+    assert report.findings[0].signature == "convergence"
+
+
+def test_the_signals_of_a_run_belong_to_its_nudge(run):
+    """Local error reaches the first layer of a network whose own nudge is far away."""
+    path = run(aug="le", kappa=2.0, kappa_annealing="constant", learning_rate=1e-5)
+    plain = run("plain", learning_rate=1e-5)
+    with_signal, without = (diagnose(p).rows[0]["scaled_response"] for p in (path, plain))
+    assert with_signal > 5 * without
+
+
+def test_a_missing_teacher_is_said_and_the_rest_shown(run):
+    path = run(aug="kd", teacher_epochs=1)
+    assert diagnose(path).notes == []
+    (teacher,) = (path.parent / "data" / "teachers").glob("*.h5")
+    teacher.unlink()
+    report = diagnose(path)
+    assert report.notes == [f"without the distillation of the run: its teacher file {teacher} is not there"]
+    assert f"note: {report.notes[0]}" in report.lines()
+
+
+def test_the_command_draws_and_writes_and_exits_0_for_an_unhealthy_network(run, invoke):
+    pytest.importorskip("matplotlib")
+    path = run(gain=5.0)
+    target = path / "diagnosis.json"
+    code, out, err = invoke("diagnose", path, "--bptt", "--json", target, "--plot", path / "d.svg")
+    assert (code, err) == (0, "")
+    assert "warning: units do not respond: in layer" in out
+    assert out.splitlines()[-2:] == [f"written to {target}", f"drawn in {path / 'd.svg'}"]
+    content = json.loads(target.read_text())
+    assert {finding["signature"] for finding in content["findings"]} >= {"collapse"}
+    assert len(content["layers"]) == 5
+    assert len(content["settling"]["free"]["residual"]) == 2 + 9
+    assert (path / "d.svg").read_text().startswith("<?xml")
+    assert "units do not respond" in (path / "d.svg").read_text()
+
+
+def test_the_picture_lies_in_the_run_unless_there_is_none(run, invoke, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    path = run()
+    assert f"drawn in {path / 'plots' / 'diagnosis.png'}" in invoke("diagnose", path)[1]
+    assert "drawn" not in invoke("diagnose", path / "best.h5")[1]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, _ = invoke("diagnose", path)
+    assert code == 0
+    assert "not drawn: figures need matplotlib" in out
+    code, out, err = invoke("diagnose", path, "--plot", tmp_path / "x.png")
+    assert (code, out) == (2, "")
+    assert 'pip install "cupyep[plot]"' in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["none"], 1, "'none' is not a run directory"),
+        (["config.toml"], 1, "config.toml"),
+        (["none", "--plot", "no/d.png"], 2, "--plot: there is no folder 'no'"),
+        (["none", "--json", "no/d.json"], 2, "--json: there is no folder 'no'"),
+        (["none", "--plot", "d.gif"], 2, "--plot must end in .png or .svg (got 'd.gif')"),
+        (["none", "--checkpoint", "bst"], 2, "did you mean 'best'?"),
+        (["none", "--epochs", "3"], 2, "no such option '--epochs'"),
+    ],
+)
+def test_wrong_use_is_one_line(arguments, code, words, invoke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text("epochs = 1\n")
+    found, out, err = invoke("diagnose", *arguments)
+    assert (found, out) == (code, "")
+    assert words in err
+    assert err.count("\n") == 1
