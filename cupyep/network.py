@@ -232,8 +232,18 @@ class Network:
         return one_hot(labels, self.classes, self.dtype, self.device)
 
     def bind(self, signal: Augmenter) -> Augmenter:
-        """Fit a signal to this network's layers (once) and return it."""
-        if signal.network is not self:
+        """Fit a signal to this network's layers (once) and return it.
+
+        Raises
+        ------
+        ConfigurationError
+            If a layer does not exist, or the signal is that of another network: its maps would be drawn anew.
+        """
+        require(
+            signal.network in (None, self),
+            f"this {type(signal).__name__} belongs to another network, whose maps it holds: make one for each network",
+        )
+        if signal.network is None:
             signal.bind(self.state_shapes, self.classes, self.device, self.dtype)
             signal.network = self
         return signal

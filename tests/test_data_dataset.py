@@ -233,6 +233,22 @@ def test_failed_download_is_one_line(monkeypatch, tmp_path, failure, reason):
     assert_one_line(error, reason, "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", tmp_path, "--data-dir")
 
 
+@pytest.mark.parametrize("failure", [ConnectionError("no route"), ValueError("MD5 hash does not match")])
+def test_a_failed_download_leaves_no_folder(monkeypatch, tmp_path, failure):
+    """Its own empty ones are removed; what was there, or is not empty, stays."""
+
+    def retrieve(*_, path, **__):
+        path.mkdir(parents=True)
+        raise failure
+
+    stub_pooch(monkeypatch, retrieve)
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "there", tmp_path / "new" / "deeper"):
+        with pytest.raises(DataError):
+            load_dataset("mnist", folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_download_of_a_cifar_archive(monkeypatch, tmp_path):
     shrink_source(monkeypatch, "cifar10")
     arrays, calls = random_arrays((32, 32, 3), 10), []
@@ -305,4 +321,4 @@ def test_wrong_checksum_with_pooch_itself(server):
     with pytest.raises(DataError, match="discarded: its MD5 sum") as error:
         load_dataset("fashion-mnist", server[0] / "data")
     assert_one_line(error, victim.name)
-    assert list((server[0] / "data" / "fashion-mnist").iterdir()) == []
+    assert not (server[0] / "data").exists()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from functools import partial
 
 import h5py
+import numpy as np
 import pytest
+from data_files import edited
 from fuzzing import amounts, damaged, explore, in_child, refused
 from hdf5_edits import apply_edits, hdf5_edits
 from quadrants import SILENT, run
@@ -161,3 +165,47 @@ def test_hostile_checkpoints_evaluated(amount, half, elsewhere):
         folder=half,
         kind=CheckpointError,
     )
+
+
+def number(name, value):
+    return lambda file: file.attrs.__setitem__(name, value)
+
+
+def replaced(place, value):
+    return lambda file: (file.__delitem__(place), file.__setitem__(place, value))
+
+
+def generators(file, **more):
+    states = json.loads(file.attrs["generators"])
+    file.attrs["generators"] = json.dumps(states | {"data": states["data"] | more})
+
+
+HARM = {
+    "an infinite epoch": number("epoch", np.inf),
+    "an epoch of 2^62": number("epoch", 1 << 62),
+    "a list of epochs": number("epoch", np.array([1])),
+    "no best accuracy": number("best_accuracy", np.nan),
+    "a generator without state": partial(generators, state={}),
+    "a generator of another kind": partial(generators, bit_generator="MT19937"),
+    "a generator of huge numbers": partial(generators, uinteger=1 << 200),
+    "JSON without end": number("network", "[" * 100000),
+    "statistics of no image": replaced("statistics/epoch.count", 0),
+    "statistics of half a batch": replaced("statistics/epoch.batches", 1.5),
+    "statistics of another network": replaced("statistics/epoch.activity", np.ones(7)),
+    "statistics that are not finite": replaced("statistics/epoch.free_residual", np.full(4, np.nan)),
+    "half a statistic": replaced("statistics/epoch.finite_loss", 0.5),
+    "no statistics": lambda file: file.__delitem__("statistics/epoch.gradient_norm"),
+    "no losses": lambda file: file.__delitem__("statistics/loss.mean"),
+    "a negative number of steps": replaced("optimizer/steps", -1),
+    "infinite steps": replaced("optimizer/steps", np.inf),
+    "a velocity that is none": replaced("optimizer/velocity.layers.1.bias", np.full(3, np.nan)),
+    "parameters too large": replaced("parameters/layers.1.bias", np.full(3, 1e300)),
+}
+
+
+@pytest.mark.parametrize("case", HARM)
+def test_checkpoints_that_once_did_harm(case, half):
+    """KeyError, OverflowError, StopIteration, a list of 2^62 epochs: one line each."""
+    with edited(half / "checkpoint.h5") as file:
+        HARM[case](file)
+    assert refused(lambda: runs.resume_run(half, {}, display=SILENT).run())

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cupyep.cli.shared import Numbers, SectionedCommand, config_options, given_options
+from cupyep.cli.shared import Numbers, SectionedCommand, config_options, given_options, require_used
 from cupyep.errors import require
 from cupyep.training import gradient_check
 from cupyep.training.config import make_config
@@ -42,7 +42,9 @@ def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> 
     if json_path is not None:
         require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
         require(not json_path.is_dir(), f"--json: '{json_path}' is a folder, not a file")
-    config = make_config(gradient_check.CHECK_DEFAULTS, given_options(options))
+    given = given_options(options)
+    config = make_config(gradient_check.CHECK_DEFAULTS, given)
+    require_used(config, given)
     report = gradient_check.check_gradient(config, betas or (), report=click.echo)
     click.echo(report.table())
     if json_path is not None:

@@ -10,8 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest
-from cupyep.training.config import OPTIONS, option_name
+from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest, require
+from cupyep.training.config import OPTIONS, TrainConfig, option_name
 
 
 class Names(click.ParamType):
@@ -160,3 +160,8 @@ def _config_option(name: str, default: Any) -> Any:
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def require_used(config: TrainConfig, given: dict[str, Any]) -> None:
+    """Raise `ConfigurationError` for an option on the command line that would be ignored."""
+    require("signal_layers" not in given or config.aug != "none", "--signal-layers needs --aug le or kd")

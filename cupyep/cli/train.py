@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from cupyep.cli.recipes import complete_recipe
-from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options, show_once
+from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options, require_used, show_once
 from cupyep.errors import CupyepError, Interrupted, require
 from cupyep.recipes import find_recipe
 from cupyep.training import runs
@@ -81,6 +81,7 @@ def train(
             run = runs.resume_run(run_dir, given, display)
         else:
             config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
+            require_used(config, given)
             run = runs.start_run(config, run_dir, display)
         if tensorboard:
             run.events = EventLog(run.directory.path / FOLDER, run.records)

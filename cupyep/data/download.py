@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from cupyep.data.files import one_line
@@ -22,10 +23,20 @@ def fetch(source: Source, folder: Path) -> str:
         return 'no download: pooch is not installed, pip install "cupyep[download]"'
     for remote in source.remotes:
         target = folder / remote.place
+        new = [path for path in (target.parent, *target.parent.parents) if not path.exists()]
         try:
             pooch.retrieve(remote.url, f"md5:{remote.md5}", fname=target.name, path=target.parent, progressbar=True)
         except OSError as error:  # no network, no such host, no permission to write; requests' errors are OSErrors
+            _remove_empty(new)
             return f"download of {remote.url} failed: {one_line(error)}"
         except ValueError:  # pooch's answer to a wrong checksum; it has deleted the file
+            _remove_empty(new)
             return f"download of {remote.url} discarded: its MD5 sum is not the published {remote.md5}"
     return ""
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that a failed download has made for nothing, the innermost first."""
+    for path in folders:
+        with contextlib.suppress(OSError):  # not made, or not empty
+            path.rmdir()

@@ -158,7 +158,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def _read_number(file: h5py.File, name: str) -> int | float:
     value, kind = hdf5.attribute(file, name), NUMBERS[name]
     # The best accuracy is minus infinity before there is one; nothing else is below 0.
-    good = isinstance(value, np.integer if kind is int else np.floating) and (value >= 0 or name == "best_accuracy")
+    least = -np.inf if name == "best_accuracy" else 0
+    good = isinstance(value, np.integer if kind is int else np.floating) and value >= least  # which nan is not
     if not good:
         raise ValueError(f"{name} is {value}")
     return kind(value)

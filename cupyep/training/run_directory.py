@@ -175,8 +175,8 @@ class RunDirectory:
         """
         path = self.path / SETTLING
         try:
-            return check_trace(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return check_trace(json.loads(read_text(path, METRICS_BYTES))) if path.is_file() else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(f"'{path}' is not a record of settling: {error}") from error
 
     def save(self, checkpoint: Checkpoint) -> None:
