@@ -94,6 +94,7 @@ class _System:
 
     form = ""  # of the phase, as `Network.settle` names it
     scale = 1.0  # by which what moves is multiplied, and with it the residual before its square
+    relaxation = 1.0  # how far an update goes, in terms of what the rule says; `cupyep.settling.settle` sets it
 
     def __init__(
         self,
@@ -282,7 +283,7 @@ class Classical(_System):
         s = self.states[n - 1][part]
         g = None if self.drives is None or residual is None else self.drives[n - 1][part]
         force = self._force(n, part, self._seen(n, s)) if n in self._nudges else None
-        self.updates.states(s, drive, topdown, self.feedback, force, g, residual, self.buffers.scratch)
+        self.updates.states(s, drive, topdown, self.feedback, force, g, residual, self.buffers.scratch, self.relaxation)
 
 
 class Deviation(_System):
@@ -361,7 +362,7 @@ class Deviation(_System):
         shared = (self.eps[n - 1][part], drive, topdown, self.feedback, force)
         if self.tangent:
             slope = self._at_rest(self.buffers.slopes[n - 1], part)
-            self.updates.tangents(*shared, slope, residual, self.buffers.scratch)
+            self.updates.tangents(*shared, slope, residual, self.buffers.scratch, self.relaxation)
         else:
             g = self._at_rest(self.rest[n - 1], part)
-            self.updates.deviations(*shared, self.weights[n - 1], g, residual, self.buffers.scratch)
+            self.updates.deviations(*shared, self.weights[n - 1], g, residual, self.buffers.scratch, self.relaxation)

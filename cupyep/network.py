@@ -256,6 +256,7 @@ class Network:
         steps: int = 60,
         schedule: str = "synchronous",
         tolerance: float | None = None,
+        relaxation: float = 1.0,
         check_every: int = 10,
         targets: Any = None,
         beta: float | Sequence[float] = 0.0,
@@ -271,7 +272,7 @@ class Network:
         x : array of shape (N, H, W, C), or Batch
         start : State, optional
             Where to start, zeros otherwise. Nudged phases start at the free state.
-        steps, schedule, tolerance, check_every, record
+        steps, schedule, tolerance, relaxation, check_every, record
             See `cupyep.settling.settle`.
         targets : array of shape (N,) or Batch, optional
             Labels. With them the phase is nudged.
@@ -300,6 +301,7 @@ class Network:
             "steps": steps,
             "schedule": schedule,
             "tolerance": tolerance,
+            "relaxation": relaxation,
             "check_every": check_every,
             "record": record,
         }

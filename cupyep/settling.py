@@ -3,11 +3,11 @@
 This module knows no layer type. A *system* offers, for layers n = 1..depth, ``forward(n)`` (take up the drive from
 below), ``backward(n)`` (take up the feedback from above), ``update(n, measure)`` (set the state from both),
 ``prime(n)`` (take up the drive of a start) and the array ``residual`` (depth, B) into which a measured update adds the
-mean squared change of each sample. What it moves may be multiplied by its ``scale``. It need keep no more drives and
-feedback than the orders here ask for, as for the synchronous one: a drive until that of the next layer but one, a
-feedback until the next. Its flag ``drives_current`` says that its drives belong to its start already. Every iteration
-is done through its ``repeat(name, work)``, which may call ``work`` or, on a GPU, replay what it did before under the
-same name.
+mean squared change of each sample. What it moves may be multiplied by its ``scale``; its updates go ``relaxation``
+times as far as the rule says. It need keep no more drives and feedback than the orders here ask for, as for the
+synchronous one: a drive until that of the next layer but one, a feedback until the next. Its flag ``drives_current``
+says that its drives belong to its start already. Every iteration is done through its ``repeat(name, work)``, which may
+call ``work`` or, on a GPU, replay what it did before under the same name.
 One iteration of every schedule costs one product of each kind an edge.
 """
 
@@ -132,6 +132,15 @@ def watched(schedule: str, steps: int, tolerance: float | None) -> bool:
     return tolerance is not None and schedule == "synchronous" and steps >= 2
 
 
+def check_relaxation(relaxation: float, schedule: str) -> None:
+    """Raise ConfigurationError for a relaxation with which the schedule could not settle."""
+    require(0 < relaxation < 2, f"relaxation must be above 0 and below 2, not {relaxation}")
+    require(
+        relaxation <= 1 or schedule != "synchronous",
+        f"relaxation {relaxation:g} with synchronous updates would not settle: use schedule 'evenodd', or at most 1",
+    )
+
+
 def settle(
     system: Any,
     steps: int,
@@ -139,6 +148,7 @@ def settle(
     *,
     warm: bool,
     tolerance: float | None = None,
+    relaxation: float = 1.0,
     check_every: int = 10,
     record: bool = False,
     phase: str = "free",
@@ -158,6 +168,11 @@ def settle(
     tolerance : float, optional
         Stop as soon as no layer of any sample has a larger residual; looked at every `check_every` iterations,
         because on a GPU a look waits for the device.
+    relaxation : float
+        omega of ``s <- s + omega [sigma(g) - s]``, above 0 and below 2, at most 1 for synchronous updates. Above 1
+        (successive over-relaxation) even/odd updates come to the same rest point in a fraction of the steps where
+        feedback is strong. The last iteration, and each one that `tolerance` is asked at, is a plain update: what a
+        phase leaves is ``sigma(g)`` of its drives, and within the range of sigma.
     record : bool
         Keep the residual of every iteration.
     phase : str
@@ -172,17 +187,20 @@ def settle(
     require(int(steps) == steps and steps >= 1, f"steps of the {phase} phase must be a positive integer, not {steps}")
     require(tolerance is None or tolerance > 0, f"tolerance must be positive, not {tolerance}")
     require(check_every >= 1, f"check_every must be at least 1, not {check_every}")
+    check_relaxation(relaxation, schedule)
     if warm and not system.drives_current:
         _prime(system, schedule)
     watch_period = watched(schedule, steps, tolerance)
     trace: list[np.ndarray] = []
     converged, per_sample = None if tolerance is None else False, None
     for step in range(1, steps + 1):
-        measure = record or step == steps or (tolerance is not None and step % check_every == 0)
+        asked = step == steps or (tolerance is not None and step % check_every == 0)
+        measure = record or asked
         if watch_period and step == steps - 1:
             system.remember()
+        system.relaxation = 1.0 if asked else relaxation
         how = (schedule, measure, warm)
-        system.repeat(how, functools.partial(_iterate, system, *how))
+        system.repeat((*how, system.relaxation), functools.partial(_iterate, system, *how))
         if measure and (record or tolerance is not None):
             per_sample = _residual(system)
         if record:
@@ -202,7 +220,7 @@ def settle(
 
 
 def _residual(system: Any) -> np.ndarray:
-    return np.sqrt(system.host(system.residual)) / system.scale
+    return np.sqrt(system.host(system.residual)) / (system.scale * system.relaxation)
 
 
 def _warn(stats: SettleStats, phase: str) -> None:

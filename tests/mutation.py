@@ -320,6 +320,19 @@ DEFECTS = [
            "with self.directory.locked(), self.interruptions:", "with self.interruptions:", SURVIVAL),
     Defect("survival: an interrupted run is not saved", "training/trainer.py",
            "Interrupted:\n                self._save()\n", "Interrupted:\n", SURVIVAL),
+    Defect("relaxation: forgotten", "kernels/update.py", "if relaxation != 1.0:", "if False:", "test_schedules"),
+    Defect("relaxation: of the new state alone", "kernels/update.py",
+           "self.xp.add(s, change, out=fresh)", "fresh[...] = change", "test_schedules"),
+    Defect("relaxation: states not, where nothing is measured", "kernels/update.py",
+           "and s.dtype == g.dtype and relaxation == 1.0:", "and s.dtype == g.dtype:", "test_cuda_update"),
+    Defect("relaxation: the last update too", "settling.py",
+           "system.relaxation = 1.0 if asked else relaxation", "system.relaxation = relaxation", "test_schedules"),
+    Defect("relaxation: part of the residual", "settling.py",
+           "/ (system.scale * system.relaxation)", "/ system.scale", "test_schedules"),
+    Defect("relaxation: not part of a graph's key", "settling.py",
+           "system.repeat((*how, system.relaxation),", "system.repeat(how,", "test_replay"),
+    Defect("relaxation: of the nudged phase forgotten", "learning/equilibrium.py",
+           '"relaxation": self.relaxation,', '"relaxation": 1.0,', "test_equilibrium"),
     Defect("survival: signals stay caught after the run", "training/interruption.py",
            "signal.signal(number, signal.SIG_DFL if handler is None else handler)", "pass", SURVIVAL),
     Defect("survival: files are written in place", "files.py",
@@ -345,9 +358,10 @@ def copy_project(folder: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "cupyep", folder / "cupyep", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
-    if (ROOT / "tools").is_dir():
-        shutil.copytree(ROOT / "tools", folder / "tools", ignore=ignore)
-    for name in ("pyproject.toml", "setup.cfg", "README.md"):
+    for name in ("tools", "docs", ".ci"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "CHANGELOG.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / name)
     (folder / "from_the_copy.py").write_text(

@@ -273,8 +273,11 @@ class Oracle:
         )
 
 
-def iterate(oracle, x, start, schedule, steps, warm):
-    """Return all states that a schedule goes through, as lists of layers; each half of a sweep counts."""
+def iterate(oracle, x, start, schedule, steps, warm, relaxation=1.0):
+    """Return all states that a schedule goes through, as lists of layers; each half of a sweep counts.
+
+    Every update but those of the last step goes `relaxation` times as far.
+    """
     sigma, states = SIGMA[oracle.activation], [start]
     layers = [s.copy() for s in start]
     drives = [d for d, _ in oracle.drives(x, layers)]
@@ -288,16 +291,20 @@ def iterate(oracle, x, start, schedule, steps, warm):
         if n + 1 < oracle.depth:
             feedback[n] = oracle.feedback * oracle.edges[n + 1].topdown(layers[n + 1], winners[n + 1])
 
+    def moved(n, g):
+        return layers[n] + (1.0 if last else relaxation) * (sigma(g) - layers[n])
+
     def update(n):
-        layers[n] = sigma(drives[n] + feedback[n])
+        layers[n] = moved(n, drives[n] + feedback[n])
 
     everything = range(oracle.depth)
-    for _ in range(steps):
+    for step in range(steps):
+        last = step == steps - 1
         if schedule == "synchronous":
-            layers[:] = [sigma(g) for g in oracle.totals(x, layers)]
+            layers[:] = [moved(n, g) for n, g in enumerate(oracle.totals(x, layers))]
         elif schedule == "evenodd":
             for n in [*everything[1::2], *everything[0::2]]:  # even layers counted from 1, then odd ones
-                layers[n] = sigma(oracle.totals(x, layers)[n])
+                layers[n] = moved(n, oracle.totals(x, layers)[n])
         else:
             for down in (warm, not warm):
                 for n in reversed(everything) if down else everything:

@@ -214,6 +214,40 @@ def test_first_and_last_layer_of_deviations(make_ops, rng, topdown):
     np.testing.assert_allclose(eps, above if topdown else 0.3 * drive, rtol=1e-14)
 
 
+@types_and_shapes
+@pytest.mark.parametrize("relaxation", [0.5, 1.6])
+@pytest.mark.parametrize("form", ["states", "deviations", "tangents"])
+def test_relaxation(make_ops, rng, types, shape, relaxation, form):
+    """``s + omega (new - s)``, and the residual is that of the stored values."""
+    ops = make_ops("sigmoid")
+    s, drive, topdown, force, number = inputs(rng, types, shape)
+    rest = rng.uniform(0.2, 0.8, s.shape).astype(number)
+    before, (d, t, f, r) = s.astype(float), wide(drive, topdown, force, rest)
+    residual = np.zeros(SAMPLES, number)
+    last = (residual, scratch_for(ops, s, number), relaxation)
+    if form == "states":
+        new = SIGMA["sigmoid"](d + 0.3 * t + f)
+        g = np.full(s.shape, np.nan, number)
+        ops.states(s, drive, topdown, 0.3, force, g, *last)
+        np.testing.assert_allclose(g, d + 0.3 * t + f, rtol=rounding(number), atol=rounding(number))
+    elif form == "deviations":
+        new = SIGMA["sigmoid"](r + 0.3 * d + t + f) - SIGMA["sigmoid"](r)
+        ops.deviations(s, drive, topdown, 0.3, force, 1.0, rest, *last)
+    else:
+        new = r * (0.3 * d + t + f)
+        ops.tangents(s, drive, topdown, 0.3, force, rest, *last)
+    tolerance = 2 * rounding(s.dtype)
+    np.testing.assert_allclose(s.astype(float), before + relaxation * (new - before), rtol=tolerance, atol=tolerance)
+    change = ((s.astype(float) - before) ** 2).reshape(SAMPLES, -1).mean(axis=1)
+    np.testing.assert_allclose(residual, change, rtol=1e-5)
+    s[...] = before
+    unmeasured = (None, last[1], relaxation)
+    if form == "states":
+        ops.states(s, drive, topdown, 0.3, force, g, *unmeasured)
+        expected = before + relaxation * (new - before)
+        np.testing.assert_allclose(s.astype(float), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_nan_passes_a_clip(make_ops):
     """A network that diverged must be seen to have diverged."""
     ops = make_ops("hard_sigmoid")

@@ -8,7 +8,7 @@ assert that none of them changes within the nudge: only then are the orders defi
 import numpy as np
 import pytest
 from oracle import Oracle, finite_difference, relative_error
-from small import CLASSES, batch_of, network, on_host, oracle_terms, signals_of
+from small import CLASSES, batch_of, hosts, network, on_host, oracle_terms, signals_of
 
 import cupyep as ep
 
@@ -368,3 +368,30 @@ def test_classical_gradient_uses_the_winners_of_the_nudged_states():
                    for part in (slice(4), slice(4, 8)))  # fmt: skip
     for path, gradient in plus.items():
         np.testing.assert_allclose(found[path], (gradient - minus[path]) / (2 * 0.5 * 4), rtol=1e-9, atol=1e-12)
+
+
+def test_relaxation_is_that_of_both_phases(device):
+    """Three steps each: far from rest, where relaxed and plain phases differ."""
+    net = network("conv", device, pooling="max")
+    batch, how = batch_of(net), {"steps": 3, "schedule": "evenodd", "relaxation": 1.5}
+    free = net.settle(batch, **how)
+    nudged = net.settle(batch, free, targets=batch, beta=[0.4, -0.4], nudge="deviation", **how)
+    learner = ep.EquilibriumPropagation(net, 0.4, 3, 3, schedule="evenodd", relaxation=1.5)
+    own_free = learner.settle_free(batch).copy()
+    own_nudged = learner.settle_nudged(batch, own_free, [0.4, -0.4], net.nudges(batch))
+    for a, b in zip(hosts(net, free.drives), hosts(net, own_free.drives), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(hosts(net, nudged.deviations), hosts(net, own_nudged.deviations), strict=True):
+        np.testing.assert_array_equal(a, b)
+    plain = net.settle(batch, **how | {"relaxation": 1.0})
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(hosts(net, plain.drives), hosts(net, free.drives), strict=True)) > 0.01
+    )
+
+
+@pytest.mark.parametrize("learner", [ep.EquilibriumPropagation, ep.BackpropagationThroughTime])
+def test_relaxation_that_cannot_settle_is_refused(learner):
+    with pytest.raises(
+        ep.ConfigurationError, match=r"relaxation 1.5 with synchronous updates .* use schedule 'evenodd'"
+    ):
+        learner(network("dense"), relaxation=1.5)

@@ -144,11 +144,12 @@ def check_and_run(model, images):
     return session.run(None, {"images": images})[0]
 
 
-def assert_same_scores(net, steps, schedule, count=4):
+def assert_same_scores(net, steps, schedule, count=4, relaxation=1.0):
     pytest.importorskip("onnx")
     x = make_images(count, net.input_shape)
-    scores = check_and_run(onnx_model(net, steps, schedule), planes(x))
-    np.testing.assert_allclose(scores, net.scores(x, steps=steps, schedule=schedule), atol=1e-4)
+    scores = check_and_run(onnx_model(net, steps, schedule, relaxation=relaxation), planes(x))
+    expected = net.scores(x, steps=steps, schedule=schedule, relaxation=relaxation)
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
     return scores
 
 
@@ -159,6 +160,13 @@ def test_onnxruntime_gives_the_scores_of_the_settled_network(pooling, schedule, 
     net = make_network(pooling, feedback=feedback)
     few, many = (assert_same_scores(net, steps, schedule) for steps in (1, 6))
     assert np.abs(few - many).max() > 1e-3, "the steps after the first one do nothing: the test would see no feedback"
+
+
+@pytest.mark.parametrize(("schedule", "relaxation"), [("synchronous", 0.6), ("evenodd", 1.7), ("sweeps", 1.4)])
+def test_onnxruntime_gives_the_scores_of_relaxed_phases(schedule, relaxation):
+    net = make_network("max")
+    plain, relaxed = (assert_same_scores(net, 3, schedule, relaxation=omega) for omega in (1.0, relaxation))
+    assert np.abs(plain - relaxed).max() > 1e-3
 
 
 @pytest.mark.parametrize("schedule", ["synchronous", "evenodd", "sweeps"])

@@ -211,6 +211,28 @@ def test_what_is_exchanged_is_taken_up(gpu, change, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_relaxation_is_part_of_a_graph(gpu, form):
+    """A launch holds its number: relaxed and plain iterations, and those of another relaxation, are other graphs."""
+    ends = []
+    for graphs in (True, False):
+        net, arrays = make(gpu.device(graphs)), []
+        batch = batch_of(net)
+        for relaxation in (1.0, 1.6, 1.2, 1.6):
+            how = {"steps": 7, "schedule": "evenodd", "relaxation": relaxation}
+            free = net.settle_free(batch, **how)
+            betas, nudges = ([1.0] if form == "tangent" else [0.3, -0.3]), net.nudges(batch)
+            nudged = net.settle_nudged(batch, free, betas, nudges, form, **how)
+            found = [*(nudged.layers or nudged.deviations), nudged.stats.per_sample]
+            arrays.append([np.array(net.device.to_numpy(array)) for array in found])
+        ends.append(arrays)
+    for replayed, plain in zip(*ends, strict=True):
+        assert_same_bits(replayed, plain)
+    first, relaxed, _, again = ends[0]
+    assert_same_bits(relaxed, again)
+    assert any((a != b).any() for a, b in zip(first, relaxed, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_free_state_elsewhere_is_not_taken_for_the_networks_own(gpu, form):
     """Copies of free states, one after the other and then the network's own, in buffers that graphs know already."""
     ends = []

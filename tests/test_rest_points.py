@@ -58,13 +58,15 @@ def linear_case(kind, device, feedback):
     return net, batch_of(net), signals
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "relaxation"), [*((schedule, 1.0) for schedule in SCHEDULES), ("evenodd", 1.4), ("synchronous", 0.8)]
+)
 @pytest.mark.parametrize("feedback", [1.0, 0.3])
 @pytest.mark.parametrize("kind", ["conv", "dense"])
-def test_linear_network_is_one_linear_solve(device, kind, feedback, schedule):
+def test_linear_network_is_one_linear_solve(device, kind, feedback, schedule, relaxation):
     """Free, nudged in both forms, and the tangent: all rest points of linear equations."""
     net, batch, signals = linear_case(kind, device, feedback)
-    how = {"steps": 120, "schedule": schedule}
+    how = {"steps": 120, "schedule": schedule, "relaxation": relaxation}
     oracle, images = Oracle(net), net.device.to_numpy(batch.images)
     free = net.settle(batch, **how)
     expected = solve(oracle, images)

@@ -18,6 +18,7 @@ class Geometric:
 
     depth = 2
     scale = 1.0
+    relaxation = 1.0
     drives_current = False
     sizes = np.array([[1.0, 0.5, 0.25], [0.5, 2.0, 0.1]])
 
@@ -194,6 +195,10 @@ def test_calls_a_schedule_makes(schedule):
         ({"schedule": "syncronous"}, "did you mean 'synchronous'"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"check_every": 0}, "check_every"),
+        ({"relaxation": 0.0}, "above 0 and below 2"),
+        ({"relaxation": 2.0, "schedule": "evenodd"}, "above 0 and below 2"),
+        ({"relaxation": float("nan")}, "above 0 and below 2"),
+        ({"relaxation": 1.1}, "relaxation 1.1 with synchronous updates"),
     ],
 )
 def test_wrong_arguments_are_one_line(options, word):

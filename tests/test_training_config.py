@@ -97,6 +97,21 @@ def test_steps_that_are_not_given_follow_schedule_and_feedback(values, steps):
 
 
 @pytest.mark.parametrize(
+    ("values", "relaxation"),
+    [
+        ({}, 1.0),
+        ({"feedback": 1.0}, 1.0),
+        ({"feedback": 1.0, "schedule": "evenodd"}, 1.6),
+        ({"feedback": 0.3, "schedule": "evenodd"}, 1.0),
+        ({"feedback": 1.0, "schedule": "synchronous"}, 1.0),
+        ({"feedback": 1.0, "schedule": "evenodd", "relaxation": 1.2}, 1.2),
+    ],
+)
+def test_relaxation_that_is_not_given_follows_schedule_and_feedback(values, relaxation):
+    assert TrainConfig(**values).relaxation == relaxation
+
+
+@pytest.mark.parametrize(
     ("text", "layers"),
     [("all", [1, 2, 3, 4, 5, 6]), ("2,3,4", [2, 3, 4]), ("2-5", [2, 3, 4, 5]), ("6,1-2", [1, 2, 6]), (" 3 ", [3])],
 )

@@ -36,6 +36,12 @@ Examples:
 """
 WEAK_FEEDBACK, SWEEPS = 0.1, 2
 RESIDUAL = 1e-4
+CHECK_EVERY = 5
+PATHS = {
+    "synchronous": {"schedule": "synchronous"},
+    "evenodd": {"schedule": "evenodd"},
+    "relaxed": {"schedule": "evenodd", "relaxation": 1.6},
+}
 MOST_STEPS = 300  # given to a phase to reach that residual
 SETTLE_STEPS = 8  # between which a step is timed
 MEMORY_STEPS = (2, 4, 8)
@@ -196,14 +202,14 @@ def time_to_residual(run: Run) -> dict[str, Timing]:
     """Time free phases until no layer of any sample moves by more; those that never get there are only named."""
     cases, steps, network = {}, {}, run.network
     most = 30 if run.options["quick"] else MOST_STEPS
-    for schedule in ("synchronous", "evenodd"):
-        how = {"steps": most, "schedule": schedule, "tolerance": RESIDUAL}
-        stats = network.settle_free(run.batch, **how).stats
-        steps[schedule] = stats.steps if stats.converged else None
+    shared = {"steps": most, "tolerance": RESIDUAL, "check_every": CHECK_EVERY}
+    for name, how in PATHS.items():
+        stats = network.settle_free(run.batch, **shared, **how).stats
+        steps[name] = stats.steps if stats.converged else None
         if stats.converged:
-            cases[schedule] = Case(functools.partial(network.settle_free, run.batch, **how))
+            cases[name] = Case(functools.partial(network.settle_free, run.batch, **shared, **how))
         else:
-            click.echo(f"\nresidual {RESIDUAL:g} is not reached in {most} steps, {schedule}")
+            click.echo(f"\nresidual {RESIDUAL:g} is not reached in {most} steps, {name}")
     if run.reference is not None and steps["synchronous"]:
         # The reference takes the same path, and is not made to look at its residual.
         x, zeros = run.reference.images(run.batch.images), run.reference.zeros(len(run.batch))

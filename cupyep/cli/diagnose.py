@@ -15,7 +15,10 @@ from cupyep.training.plots.diagnosis import diagnosis
 from cupyep.training.plots.style import matplotlib_figure, save
 from cupyep.training.run_directory import CHECKPOINT_FILES
 
-OPTIONS = ("beta", "free_steps", "nudged_steps", "schedule", "tolerance", "scheme", "nudge", "data_dir", "batch_size")
+OPTIONS = (
+    "beta", "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "data_dir",
+    "batch_size",
+)  # fmt: skip
 DEFAULTS = dict.fromkeys((*OPTIONS, "device"), "as the run")
 EXAMPLES = """\b
 Examples:

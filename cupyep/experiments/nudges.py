@@ -113,7 +113,7 @@ def _fidelity_cell(cell: Cell) -> dict[str, Any]:
     network = build_network(config, dataset, get_device(config.device))
     batch = next(iter(Loader(dataset, "train", config.batch_size, network.device, network.dtype)))
     signals = build_signals(config, network, dataset, None)
-    names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule", "tolerance")
+    names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
     settings = {name: getattr(config, name) for name in names}
     forms = compare_forms(network, batch, forms=FORMS, signals=signals, **settings)
     keep = ("cosine", "nudge_response")

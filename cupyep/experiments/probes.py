@@ -34,7 +34,7 @@ def gradient_cosines(network: Network, batch: Batch, config: TrainConfig) -> dic
 
     EP as `config` says. BPTT is unrolled long enough for an error to cross the network twice.
     """
-    phases = {"free_steps": config.free_steps, "schedule": config.schedule}
+    phases = {"free_steps": config.free_steps, "schedule": config.schedule, "relaxation": config.relaxation}
     ep = EquilibriumPropagation(
         network, config.beta, nudged_steps=config.nudged_steps, scheme=config.scheme, nudge=config.nudge, **phases
     )

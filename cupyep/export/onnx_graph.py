@@ -20,7 +20,7 @@ from cupyep.errors import ConfigurationError, choose, require
 from cupyep.export.weights import torch_layout
 from cupyep.layers import Conv2d, Linear
 from cupyep.network import Network
-from cupyep.settling import ITERATIONS
+from cupyep.settling import ITERATIONS, check_relaxation
 
 OPSET, IR_VERSION = 17, 8  # of 2022: understood by every runtime in use
 INPUT, OUTPUT = "images", "scores"
@@ -31,6 +31,7 @@ def onnx_model(
     steps: int,
     schedule: str = "synchronous",
     *,
+    relaxation: float = 1.0,
     mean: np.ndarray | None = None,
     std: np.ndarray | None = None,
     classes: Sequence[str] = (),
@@ -45,13 +46,15 @@ def onnx_model(
     steps : int
         At least 1.
     schedule : {"synchronous", "evenodd", "sweeps"}
+    relaxation : float
+        See `cupyep.settling.settle`.
     mean, std : ndarray of shape (C,), optional
         With them the graph takes pixels in [0, 1] and normalises them itself, else normalised images.
     classes : sequence of str
         Kept in the model's metadata.
     feedforward : bool
-        One pass upwards without feedback, as networks trained by backpropagation predict; `steps` and `schedule` are
-        not used.
+        One pass upwards without feedback, as networks trained by backpropagation predict; `steps`, `schedule` and
+        `relaxation` are not used.
 
     Returns
     -------
@@ -67,7 +70,8 @@ def onnx_model(
     helper, numpy_helper = _onnx()
     graph = _Graph(network, helper)
     images = graph.normalised(INPUT, mean, std)
-    graph.settle(images, 0 if feedforward else steps, choose("schedule", schedule, ITERATIONS))
+    check_relaxation(relaxation, choose("schedule", schedule, ITERATIONS))
+    graph.settle(images, 0 if feedforward else steps, schedule, relaxation)
     graph.readout()
     shape = network.input_shape if len(network.input_shape) == 1 else [network.input_shape[k] for k in (2, 0, 1)]
     proto = helper.make_graph(
@@ -80,7 +84,9 @@ def onnx_model(
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(proto, producer_name="cupyep", producer_version=__version__, opset_imports=opsets)
     model.ir_version = IR_VERSION
-    how = {"schedule": "feedforward"} if feedforward else {"schedule": schedule, "steps": steps}
+    how = {"schedule": "feedforward"}
+    if not feedforward:
+        how = {"schedule": schedule, "relaxation": relaxation, "steps": steps}
     pixels = "pixels in [0, 1]" if mean is not None else "normalised images"
     properties = {"input": f"{pixels}, N x C x H x W", "settling": json.dumps(how | {"feedback": network.feedback})}
     helper.set_model_props(model, properties | {"classes": json.dumps(list(classes))})
@@ -99,6 +105,7 @@ class _Graph:
     """A system (see `cupyep.settling`) whose states, drives and feedback are names of tensors, None for zeros."""
 
     drives_current = False
+    relaxation = 1.0
 
     def __init__(self, network: Network, helper: Any):
         low, high = network.activation.low, network.activation.high
@@ -156,13 +163,14 @@ class _Graph:
         scaled = self.node("Mul", images, self.constant(1 / std))
         return self.node("Add", scaled, self.constant(-mean / std))
 
-    def settle(self, images: str, steps: int, schedule: str) -> None:
+    def settle(self, images: str, steps: int, schedule: str, relaxation: float) -> None:
         self.drives[0] = self._drive(1, images)
         if steps == 0:
             for n in range(1, self.depth + 1):
                 self.forward(n)
                 self.update(n, False)
-        for _ in range(steps):
+        for step in range(1, steps + 1):
+            self.relaxation = 1.0 if step == steps else relaxation
             ITERATIONS[schedule](self, False, False)
 
     def readout(self) -> None:
@@ -190,7 +198,12 @@ class _Graph:
             if self.network.feedback != 1:
                 topdown = self.node("Mul", topdown, self.constant(self.network.feedback))
             total = self.node("Add", total, topdown)
-        self.states[n - 1] = self._activation(self.network.activation, total)
+        fresh, old = self._activation(self.network.activation, total), self.states[n - 1]
+        if self.relaxation != 1:  # old + omega (fresh - old)
+            fresh = self.node("Mul", fresh, self.constant(self.relaxation))
+            if old is not None:
+                fresh = self.node("Add", fresh, self.node("Mul", old, self.constant(1 - self.relaxation)))
+        self.states[n - 1] = fresh
 
     # --- pieces ----------------------------------------------------------------------------------------------------
 

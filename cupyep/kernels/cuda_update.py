@@ -48,36 +48,41 @@ class CudaUpdateOps(UpdateOps):
     def scratch_size(batch, size):
         return batch * -(-size // BLOCK)  # one partial sum a block
 
-    def states(self, s, drive, topdown, feedback, force, g, residual, scratch):
+    def states(self, s, drive, topdown, feedback, force, g, residual, scratch, relaxation=1.0):
         number = arithmetic(s.dtype).type
         self._launch(
             ("update_states", self._rule, 1),
             (s, drive, topdown, number(feedback), force, *map(number, self._numbers), g),
+            number(relaxation),
             residual,
             scratch,
         )
 
-    def deviations(self, eps, drive, topdown, feedback, force, weight, g, residual, scratch):
+    def deviations(self, eps, drive, topdown, feedback, force, weight, g, residual, scratch, relaxation=1.0):
         number = arithmetic(eps.dtype).type
         weights = number(weight), number(1 / weight)
         self._launch(
             ("update_deviations", self._rule, len(eps) // len(g)),
             (eps, drive, topdown, number(feedback), force, *weights, g, *map(number, self._increment)),
+            number(relaxation),
             residual,
             scratch,
         )
 
-    def tangents(self, eps, drive, topdown, feedback, force, slope, residual, scratch):
+    def tangents(self, eps, drive, topdown, feedback, force, slope, residual, scratch, relaxation=1.0):
         number = arithmetic(eps.dtype).type
         unused = [number(0)] * 3
         self._launch(
             ("update_deviations", SLOPE, len(eps) // len(slope)),
             (eps, drive, topdown, number(feedback), force, number(1), number(1), slope, *unused),
+            number(relaxation),
             residual,
             scratch,
         )
 
-    def _launch(self, kernel: tuple[str, int, int], arguments: tuple, residual: Any, scratch: Any) -> None:
+    def _launch(
+        self, kernel: tuple[str, int, int], arguments: tuple, relaxation: Any, residual: Any, scratch: Any
+    ) -> None:
         """Launch an update and, where a residual is wanted, the sum of its partials."""
         name, rule, phases = kernel
         s, drive, topdown = arguments[:3]
@@ -99,7 +104,7 @@ class CudaUpdateOps(UpdateOps):
             [type_name(s.dtype), type_name(stored), vec, rule, measure],
             (parts, phases, batch // phases),
             (block, 1, 1),
-            (*arguments, None if residual is None else scratch, np.int32(count)),
+            (*arguments, relaxation, None if residual is None else scratch, np.int32(count)),
         )
         if residual is None:
             return

@@ -79,19 +79,24 @@ __device__ __forceinline__ void total_drive(
     }
 }
 
-// Store new values over the old ones and return the sum of the squared changes of what is stored.
+// Move the old values towards the new ones, `relaxation` times as far, and return the sum of the squared changes of what
+// is stored.
 template <typename S, int VEC, bool MEASURE>
 __device__ __forceinline__ typename Arithmetic<S>::type replace(
-    S* s, const typename Arithmetic<S>::type (&fresh)[VEC])
+    S* s, const typename Arithmetic<S>::type (&fresh)[VEC], typename Arithmetic<S>::type relaxation)
 {
-    typename Arithmetic<S>::type sum = 0;
+    typedef typename Arithmetic<S>::type A;
+    const bool relaxed = relaxation != A(1);  // the same for all threads
+    A sum = 0;
     Pack<S, VEC> old, now;
-    if (MEASURE) old.load(s);
+    if (MEASURE || relaxed) old.load(s);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-        now.values[i] = narrow<S>(fresh[i]);
+        A next = fresh[i];
+        if (relaxed) next = widen(old.values[i]) + relaxation * (next - widen(old.values[i]));
+        now.values[i] = narrow<S>(next);
         if (MEASURE) {
-            const typename Arithmetic<S>::type change = widen(now.values[i]) - widen(old.values[i]);
+            const A change = widen(now.values[i]) - widen(old.values[i]);
             sum += change * change;
         }
     }
@@ -106,7 +111,7 @@ __global__ void update_states(
     S* s, const D* __restrict__ drive, const D* __restrict__ topdown, typename Arithmetic<S>::type feedback,
     const typename Arithmetic<S>::type* __restrict__ force, typename Arithmetic<S>::type a,
     typename Arithmetic<S>::type b, typename Arithmetic<S>::type c, typename Arithmetic<S>::type* __restrict__ g,
-    typename Arithmetic<S>::type* __restrict__ partials, int count)
+    typename Arithmetic<S>::type relaxation, typename Arithmetic<S>::type* __restrict__ partials, int count)
 {
     typedef typename Arithmetic<S>::type A;
     const int item = blockIdx.x * blockDim.x + threadIdx.x;
@@ -125,7 +130,7 @@ __global__ void update_states(
         }
 #pragma unroll
         for (int i = 0; i < VEC; ++i) total[i] = activate<A, RULE>(total[i], numbers);
-        sum = replace<S, VEC, MEASURE>(s + at, total);
+        sum = replace<S, VEC, MEASURE>(s + at, total, relaxation);
     }
     if (MEASURE) store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
 }
@@ -138,7 +143,7 @@ __global__ void update_deviations(
     const typename Arithmetic<S>::type* __restrict__ force, typename Arithmetic<S>::type weight,
     typename Arithmetic<S>::type inverse, const typename Arithmetic<S>::type* __restrict__ rest,
     typename Arithmetic<S>::type a, typename Arithmetic<S>::type b, typename Arithmetic<S>::type c,
-    typename Arithmetic<S>::type* __restrict__ partials, int count)
+    typename Arithmetic<S>::type relaxation, typename Arithmetic<S>::type* __restrict__ partials, int count)
 {
     typedef typename Arithmetic<S>::type A;
     const int item = blockIdx.x * blockDim.x + threadIdx.x;
@@ -158,7 +163,7 @@ __global__ void update_deviations(
             else
                 t[i] = weight * increment<A, RULE>(t[i] * inverse, at_rest.values[i], numbers);
         }
-        sum = replace<S, VEC, MEASURE>(eps + at, t);
+        sum = replace<S, VEC, MEASURE>(eps + at, t, relaxation);
     }
     if (MEASURE) store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
 }

@@ -24,7 +24,8 @@ class UpdateOps:
     -----
     Arrays are C-contiguous, of shape (B, *shape) where nothing else is said. `drive`, `topdown` and `force` may be None
     for nothing there. `residual` (B,), or None, gains the mean squared change of each sample, taken of the values as
-    stored. `scratch` is 1-D with at least `scratch_size` elements of the type to compute in.
+    stored. `scratch` is 1-D with at least `scratch_size` elements of the type to compute in. With `relaxation`
+    omega an update goes omega times as far: ``s <- s + omega (new - s)``.
     """
 
     def __init__(self, xp: Any, activation: Any):
@@ -46,6 +47,7 @@ class UpdateOps:
         g: Any,
         residual: Any,
         scratch: Any,
+        relaxation: float = 1.0,
     ) -> None:
         """Overwrite the states `s` by ``sigma(drive + feedback * topdown + force)``.
 
@@ -57,11 +59,11 @@ class UpdateOps:
         fresh, change, row = self._parts(s, scratch)
         total = fresh if g is None else g
         self._total(total, topdown, feedback, drive, force)
-        if residual is None and g is not None and s.dtype == g.dtype:
+        if residual is None and g is not None and s.dtype == g.dtype and relaxation == 1.0:
             self.activation.value(total, s)
             return
         self.activation.value(total, fresh)
-        self._replace(s, fresh, change, row, residual)
+        self._replace(s, fresh, change, row, residual, relaxation)
 
     def deviations(
         self,
@@ -74,6 +76,7 @@ class UpdateOps:
         g: Any,
         residual: Any,
         scratch: Any,
+        relaxation: float = 1.0,
     ) -> None:
         """Overwrite `eps` by ``a [sigma(g + t / a) - sigma(g)]``, ``t = feedback * drive + topdown + force``.
 
@@ -92,7 +95,7 @@ class UpdateOps:
         self._increment(g.reshape(-1), t.reshape(-1), scratch[t.size :])
         if weight != 1.0:
             t *= weight
-        self._replace(eps, t, change, row, residual)
+        self._replace(eps, t, change, row, residual, relaxation)
 
     def _increment(self, g: Any, t: Any, scratch: Any) -> None:
         """Overwrite drives `t` by increments, half a phase at a time: then the scratch of one phase holds a pair."""
@@ -114,6 +117,7 @@ class UpdateOps:
         slope: Any,
         residual: Any,
         scratch: Any,
+        relaxation: float = 1.0,
     ) -> None:
         """Overwrite `eps` by ``slope * (feedback * drive + topdown + force)``, `slope` (N, *shape) the derivative."""
         t, change, row = self._parts(eps, scratch)
@@ -121,7 +125,7 @@ class UpdateOps:
         for start in range(0, len(eps), len(slope)):
             part = t[start : start + len(slope)]
             part *= slope
-        self._replace(eps, t, change, row, residual)
+        self._replace(eps, t, change, row, residual, relaxation)
 
     def _parts(self, s: Any, scratch: Any) -> tuple[Any, Any, Any]:
         """Return two arrays of the shape of `s` and one of shape (B,)."""
@@ -141,7 +145,11 @@ class UpdateOps:
         if force is not None:
             total += force
 
-    def _replace(self, s: Any, fresh: Any, change: Any, row: Any, residual: Any) -> None:
+    def _replace(self, s: Any, fresh: Any, change: Any, row: Any, residual: Any, relaxation: float) -> None:
+        if relaxation != 1.0:
+            self.xp.subtract(fresh, s, out=change)
+            change *= relaxation
+            self.xp.add(s, change, out=fresh)
         if residual is None:
             s[...] = fresh
             return

@@ -34,7 +34,7 @@ class BackpropagationThroughTime(Learner):
         Iterations before the unrolled ones, by `schedule`.
     unrolled_steps : int
         K, synchronous.
-    schedule, tolerance
+    schedule, tolerance, relaxation
         Of the iterations before; see `EquilibriumPropagation`.
     signals : sequence of Augmenter
         Their losses at the last state are part of L, as in the nudged phase of EP.
@@ -51,17 +51,25 @@ class BackpropagationThroughTime(Learner):
         tolerance: float | None = None,
         signals: Sequence[Augmenter] = (),
         micro_batch: int | None = None,
+        relaxation: float = 1.0,
     ):
         super().__init__(network, signals, micro_batch)
         self.free_steps, self.unrolled_steps = free_steps, unrolled_steps
-        self.schedule = checked_settling(schedule, {"free_steps": free_steps, "unrolled_steps": unrolled_steps})
+        steps = {"free_steps": free_steps, "unrolled_steps": unrolled_steps}
+        self.schedule = checked_settling(schedule, steps, relaxation)
         self.tolerance = tolerance
+        self.relaxation = relaxation
 
     @property
     def _free(self) -> dict[str, Any]:
         """How the free phase settles."""
-        how = {"steps": self.free_steps, "schedule": self.schedule, "tolerance": self.tolerance}
-        return {"keeps": "states", **how}
+        return {
+            "keeps": "states",
+            "steps": self.free_steps,
+            "schedule": self.schedule,
+            "tolerance": self.tolerance,
+            "relaxation": self.relaxation,
+        }
 
     def settle_free(self, batch: Batch, **how: Any) -> State:
         """Return the state before the unrolled steps; `how` as in `EquilibriumPropagation.settle_free`."""

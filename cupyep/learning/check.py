@@ -73,6 +73,7 @@ def compare_forms(
     schedule: str = "synchronous",
     unrolled_steps: int | None = None,
     tolerance: float | None = None,
+    relaxation: float = 1.0,
     signals: Sequence[Augmenter] = (),
 ) -> dict[str, list[Row]]:
     """Compare several nudge forms of EP with BPTT, all from one settled free state.
@@ -83,7 +84,7 @@ def compare_forms(
     x, y
         A `Batch`, or images (N, H, W, C) and labels (N,).
     forms : sequence of {"classical", "deviation"}
-    beta, free_steps, nudged_steps, scheme, schedule, signals
+    beta, free_steps, nudged_steps, scheme, schedule, relaxation, signals
         See `EquilibriumPropagation`.
     unrolled_steps : int, optional
         Steps of BPTT. By default `nudged_steps` for the synchronous schedule, whose every step EP then mirrors
@@ -99,13 +100,14 @@ def compare_forms(
     batch = network.batch(x, y)
     if unrolled_steps is None:
         unrolled_steps = _unrolled_steps(network, nudged_steps, schedule)
-    free = network.settle_free(batch, steps=free_steps, schedule=schedule, tolerance=tolerance).copy()
+    phases = {"schedule": schedule, "relaxation": relaxation}
+    free = network.settle_free(batch, steps=free_steps, tolerance=tolerance, **phases).copy()
     bptt = BackpropagationThroughTime(network, free_steps, unrolled_steps, schedule=schedule, signals=signals)
     truth = bptt.step_from(batch, free).gradients
     report = {}
     for form in forms:
         ep = EquilibriumPropagation(
-            network, beta, free_steps, nudged_steps, scheme=scheme, nudge=form, schedule=schedule, signals=signals
+            network, beta, free_steps, nudged_steps, scheme=scheme, nudge=form, signals=signals, **phases
         )
         report[form] = _rows(network, ep.step_from(batch, free), truth)
     return report
@@ -128,6 +130,7 @@ def compare_precisions(
     scheme: str = "centered",
     schedule: str = "synchronous",
     tolerance: float | None = None,
+    relaxation: float = 1.0,
 ) -> dict[float, dict[str, list[Row]]]:
     """Compare EP in one precision with EP in float32 and with BPTT in float64.
 
@@ -139,7 +142,7 @@ def compare_precisions(
     images : array of shape (N, H, W, C)
     labels : array of shape (N,)
     betas : sequence of float
-    forms, free_steps, nudged_steps, scheme, schedule, tolerance
+    forms, free_steps, nudged_steps, scheme, schedule, tolerance, relaxation
         See `compare_forms`.
 
     Returns
@@ -154,7 +157,7 @@ def compare_precisions(
     ones. BPTT unrolls from that of float64.
     """
     network, signals = build(precision)
-    how = {"steps": free_steps, "schedule": schedule, "tolerance": tolerance}
+    how = {"steps": free_steps, "schedule": schedule, "tolerance": tolerance, "relaxation": relaxation}
     batch = network.batch(images, labels)
     free = network.settle_free(batch, **how).copy()
     single, double = (_Twin(*build(name), network, free, how, images, labels) for name in ("float32", "float64"))
@@ -170,7 +173,7 @@ def compare_precisions(
     for beta in betas:
         report[beta] = {}
         for form in forms:
-            settings = {"scheme": scheme, "nudge": form, "schedule": schedule}
+            settings = {"scheme": scheme, "nudge": form, "schedule": schedule, "relaxation": relaxation}
             own, other = (
                 EquilibriumPropagation(each, beta, free_steps, nudged_steps, **settings, signals=their_signals)
                 for each, their_signals in ((network, signals), (single.network, single.signals))

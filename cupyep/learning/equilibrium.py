@@ -46,6 +46,8 @@ class EquilibriumPropagation(Learner):
     schedule : {"synchronous", "evenodd", "sweeps"}
     tolerance : float, optional
         Stop a phase at this residual (see `cupyep.settling.SettleStats`).
+    relaxation : float
+        omega of both phases, see `cupyep.settling.settle`.
     signals : sequence of Augmenter
     generator : numpy.random.Generator, optional
         For the random scheme.
@@ -76,6 +78,7 @@ class EquilibriumPropagation(Learner):
         signals: Sequence[Augmenter] = (),
         generator: np.random.Generator | None = None,
         micro_batch: int | None = None,
+        relaxation: float = 1.0,
     ):
         super().__init__(network, signals, micro_batch)
         require(beta > 0 and math.isfinite(beta), f"beta must be positive, not {beta}: it is the strength of the nudge")
@@ -85,8 +88,9 @@ class EquilibriumPropagation(Learner):
         self.nudge = choose("nudge", nudge, FORMS)
         if scheme == "tangent" and nudge == "classical":
             raise ConfigurationError("the tangent scheme is the limit of the deviation form; use nudge 'deviation'")
-        self.schedule = checked_settling(schedule, {"free_steps": free_steps, "nudged_steps": nudged_steps})
+        self.schedule = checked_settling(schedule, {"free_steps": free_steps, "nudged_steps": nudged_steps}, relaxation)
         self.tolerance = tolerance
+        self.relaxation = relaxation
         self.generator = np.random.default_rng(0) if generator is None else generator
         for risk in precision_risks(network, self.form, schedule, tolerance):
             warnings.warn(risk, PrecisionWarning, stacklevel=2)
@@ -97,7 +101,12 @@ class EquilibriumPropagation(Learner):
         return "tangent" if self.scheme == "tangent" else self.nudge
 
     def _how(self, steps: int) -> dict[str, Any]:
-        return {"steps": steps, "schedule": self.schedule, "tolerance": self.tolerance}
+        return {
+            "steps": steps,
+            "schedule": self.schedule,
+            "tolerance": self.tolerance,
+            "relaxation": self.relaxation,
+        }
 
     @property
     def _free(self) -> dict[str, Any]:
@@ -111,8 +120,8 @@ class EquilibriumPropagation(Learner):
     def settle_free(self, batch: Batch, **how: Any) -> State:
         """Return the free state of a batch, in memory that the nudged phases take over but for what they build on.
 
-        `how` replaces this learner's ``steps``, ``schedule`` or ``tolerance``, asks to ``record`` the residuals, or
-        says what it ``keeps`` (see `Network.settle_free`).
+        `how` replaces this learner's ``steps``, ``schedule``, ``tolerance`` or ``relaxation``, asks to ``record`` the
+        residuals, or says what it ``keeps`` (see `Network.settle_free`).
         """
         return self.network.settle_free(batch, **(self._free | how))
 

@@ -13,7 +13,7 @@ from cupyep.errors import choose, require
 from cupyep.heads import LossTerm, accuracy_count
 from cupyep.kernels.conv import chunked
 from cupyep.network import Network
-from cupyep.settling import SCHEDULES, SettleStats
+from cupyep.settling import SCHEDULES, SettleStats, check_relaxation
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take
 DEAD = 1e-3
@@ -250,9 +250,10 @@ def term_scratch_size(nudges: Sequence[Nudge], samples: int) -> int:
     return max((max(pair) for pair in sizes), default=0)
 
 
-def checked_settling(schedule: str, steps: dict[str, int]) -> str:
-    """Return `schedule`, after checking it and the numbers of steps: learners fail when made, not when used."""
-
+def checked_settling(schedule: str, steps: dict[str, int], relaxation: float) -> str:
+    """Return `schedule`, after checking it, the numbers of steps and the relaxation: learners fail when made."""
     for name, value in steps.items():
         require(int(value) == value and value >= 1, f"{name} must be a positive integer, not {value}")
-    return choose("schedule", schedule, SCHEDULES)
+    choose("schedule", schedule, SCHEDULES)
+    check_relaxation(relaxation, schedule)
+    return schedule

@@ -90,7 +90,13 @@ def build_learner(
 ) -> Any:
     """Return the learner of ``config.algorithm``; `generator` draws the signs of the scheme ``random``."""
     shared = {"signals": signals, "micro_batch": config.micro_batch}
-    phases = {"free_steps": config.free_steps, "schedule": config.schedule, **shared}
+    phases = {
+        "free_steps": config.free_steps,
+        "schedule": config.schedule,
+        "tolerance": config.tolerance,
+        "relaxation": config.relaxation,
+        **shared,
+    }
     if config.algorithm == "bp":
         return Backpropagation(network, **shared)
     if config.algorithm == "bptt":
@@ -101,7 +107,6 @@ def build_learner(
         nudged_steps=config.nudged_steps,
         scheme=config.scheme,
         nudge=config.nudge,
-        tolerance=config.tolerance,
         generator=generator,
         **phases,
     )

@@ -68,6 +68,7 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
     }
     settings |= {
         "schedule": run.config.schedule,
+        "relaxation": run.config.relaxation,
         "steps": steps,
         "algorithm": run.config.algorithm,
         "cupyep": __version__,
@@ -97,6 +98,7 @@ def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
         run.network,
         steps,
         config.schedule,
+        relaxation=config.relaxation,
         mean=images.mean,
         std=images.std,
         classes=images.classes,

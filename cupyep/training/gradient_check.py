@@ -26,8 +26,8 @@ from cupyep.training.config import TrainConfig
 # Options of ``cupyep check``, and where its defaults differ from those of ``cupyep train``.
 CHECK_OPTIONS = (
     "arch", "width", "activation", "pooling", "loss", "gain", "feedback", "dataset", "data_dir", "image_size", "beta",
-    "free_steps", "nudged_steps", "schedule", "tolerance", "scheme", "nudge", "aug", "signal_layers", "kappa",
-    "signal_loss", "batch_size", "seed", "device", "precision",
+    "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "aug", "signal_layers",
+    "kappa", "signal_loss", "batch_size", "seed", "device", "precision",
 )  # fmt: skip
 # The network of the papers, well settled: EP's theorem is about equilibria.
 CHECK_DEFAULTS = {
@@ -110,7 +110,7 @@ def check_gradient(
     batch = next(iter(Loader(dataset, "train", config.batch_size, device, np.float64)))
     report(f"{config.arch} on {len(batch)} images of {config.dataset}, device {device.name}, {config.precision}")
     betas = list(betas) or [config.beta]
-    names = ("free_steps", "nudged_steps", "scheme", "schedule", "tolerance")
+    names = ("free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
     others = [form for form in FORMS if form != config.nudge and config.scheme != "tangent"]
     settings = {name: getattr(config, name) for name in names} | {"forms": (config.nudge, *others)}
     if config.precision in ("float32", "float64"):
