@@ -26,7 +26,7 @@ from cupyep.training.diagnostics import Finding, Record, Setting, find, probe_re
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 from cupyep.training.statistics import LEVELS, gradient_norms, layer_names
-from cupyep.training.teacher import teacher_path
+from cupyep.training.teacher_cache import teacher_path
 
 #: Columns of the table: key of a row -> title, format.
 COLUMNS = {

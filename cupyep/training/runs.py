@@ -23,7 +23,7 @@ from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name
 from cupyep.training.display import Display
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, default_path
-from cupyep.training.teacher import cached_teacher
+from cupyep.training.teacher_cache import cached_teacher
 from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
 

@@ -1,25 +1,24 @@
-"""Teachers for knowledge distillation: train one by backpropagation, export a teacher's logits, cache both."""
+"""Teachers for knowledge distillation: train one by backpropagation, export a teacher's logits."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyep._version import __version__
 from cupyep.backend import Device
-from cupyep.data import VIEWS, Dataset, Loader, TeacherFile, TeacherWriter, data_directory
-from cupyep.errors import TeacherError
-from cupyep.files import can_write
+from cupyep.data import VIEWS, Dataset, Loader, TeacherWriter
+from cupyep.errors import CheckpointError, ConfigurationError
 from cupyep.learning import Backpropagation
 from cupyep.network import Network
 from cupyep.training.build import build_network, build_trainer, feature_name
-from cupyep.training.config import TrainConfig, parse_layers
+from cupyep.training.config import TrainConfig
 from cupyep.training.display import Display
+from cupyep.training.run_directory import CONFIG, PREVIOUS, RunDirectory
+from cupyep.training.trainer import Trainer
 
 # What a teacher has in common with its student ...
 SHARED = (
@@ -37,6 +36,8 @@ SHARED = (
     "batch_size",
     "seed",
     "device",
+    "checkpoint_minutes",
+    "on_divergence",
 )
 # ... and what not: it is trained feed-forward. This project's own choice: of VGG-7 teachers at one
 # eighth width (5000 CIFAR-10 images, 10 epochs) those with ReLU or ReLU6 were 3 points better than with a hard sigmoid.
@@ -68,6 +69,7 @@ def train_teacher(
     dataset: Dataset,
     device: Device | str = "auto",
     display: Display | None = None,
+    path: Path | None = None,
 ) -> Network:
     """Train a teacher by backpropagation and return its network.
 
@@ -78,10 +80,43 @@ def train_teacher(
     dataset : Dataset
     device, display
         See `Trainer`.
+    path : Path, optional
+        Run directory; the training that was broken off there goes on. Without one nothing is written.
+
+    Raises
+    ------
+    Interrupted
+        If a signal came; with a run directory, the training has been saved.
+    CheckpointError
+        If the run directory cannot be written, or what lies there is of no use.
     """
     network = build_network(config, dataset, device)
-    build_trainer(config, dataset, network, display=display).run()
+    trainer = build_trainer(config, dataset, network, display=display)
+    if path is not None:
+        _take_up(trainer, path, config)
+    if trainer.epochs_done < trainer.epochs:
+        trainer.run()
     return network
+
+
+def _take_up(trainer: Trainer, path: Path, config: TrainConfig) -> None:
+    """Give `trainer` the run directory `path`, and what a training that was broken off there has done."""
+    if not (path / CONFIG).is_file():
+        if path.exists():  # killed while it was made
+            shutil.rmtree(path)
+        trainer.directory = RunDirectory.create(path, config)
+        return
+    try:
+        trainer.directory = RunDirectory.open(path)
+        trainer.directory.config = config  # a checkpoint of another teacher is refused
+        problem = trainer.restore()
+    except (CheckpointError, ConfigurationError) as error:
+        raise CheckpointError(f"{error}; remove '{path}' to train the teacher anew") from error
+    if problem:
+        trainer.display.show("warning", f"{problem}; going on from {PREVIOUS}")
+    trainer.display.show("note", f"going on in {path} after epoch {trainer.epochs_done} of {trainer.epochs}")
+    if trainer.epochs_done == trainer.epochs:
+        trainer.directory.unlock()
 
 
 def feedforward(network: Network, layers: Sequence[int] = ()) -> Callable[[Any], Any]:
@@ -157,55 +192,3 @@ def export_logits(
                     progress.advance(len(logits))
                 start += len(batch)
     return writer.accuracy
-
-
-def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
-    """Return where the teacher file for the student `config` is kept if none is given.
-
-    It lies in the folder ``teachers`` below the data folder; its name holds a hash of all that determines it: options,
-    images, labels and the version of cupyep.
-    """
-    own = teacher_config(config)
-    digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
-    return data_directory(config.data_dir) / "teachers" / f"{own.arch}-{own.dataset}-{digest}.h5"
-
-
-def cached_teacher(
-    config: TrainConfig,
-    dataset: Dataset,
-    device: Device | str = "auto",
-    display: Display | None = None,
-) -> Path:
-    """Return the teacher file for the student `config`, training the teacher first where `teacher_path` has none."""
-    own, display = teacher_config(config), (display or Display()).about("teacher")
-    wanted, path = config.signal_layers if config.teacher_features else "", teacher_path(config, dataset)
-    if path.is_file():
-        with TeacherFile(path) as file:
-            display.show("note", f"{path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")
-        return path
-    if not can_write(path.parent):
-        raise TeacherError(
-            f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; give another "
-            "--data-dir, or a --teacher made by tools/export_teacher_logits.py"
-        )
-    display.show("note", f"none given, so {own.arch} is trained by backpropagation for {own.epochs} epochs first")
-    network = train_teacher(own, dataset, device, display)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = f"{own.arch} trained by backpropagation, {own.epochs} epochs, cupyep {__version__}"
-    layers = parse_layers(wanted, network.depth) if wanted else []
-    features = {feature_name(n): network.state_shapes[n - 1] for n in layers}
-    predict = feedforward(network, layers)
-    accuracy = export_logits(predict, dataset, path, teacher=text, features=features, device=device, display=display)
-    display.show("note", f"test accuracy {accuracy['test']:.2%}, kept in {path}")
-    return path
-
-
-def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
-    settled = {*SHARED, *TEACHER_SETTINGS, "epochs"} - {"device", "data_dir"}
-    options = {name: getattr(config, name) for name in sorted(settled)}
-    digest = hashlib.sha256(json.dumps([__version__, options, features], sort_keys=True).encode())
-    for split in (dataset.train, dataset.test):
-        for array in (split.images, split.labels):
-            digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()[:12]

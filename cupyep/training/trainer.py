@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.data import ImageFormat
-from cupyep.errors import ConvergenceWarning, DivergenceError, Interrupted, choose, require
+from cupyep.errors import ConfigurationError, ConvergenceWarning, DivergenceError, Interrupted, choose, require
 from cupyep.optim import Optimizer
 from cupyep.training.checkpoint import versions
 from cupyep.training.checkup import Checkup
@@ -145,6 +145,24 @@ class Trainer:
         require(self.epochs_done < self.epochs, f"all {self.epochs} epochs are done; give more --epochs to go on")
 
     def resume(self) -> str:
+        """As `restore`, for a run that has epochs left.
+
+        Raises
+        ------
+        CheckpointError
+            See `restore`.
+        ConfigurationError
+            If all epochs are done.
+        """
+        problem = self.restore()
+        try:
+            self.check_unfinished()
+        except ConfigurationError:
+            self.directory.unlock()
+            raise
+        return problem
+
+    def restore(self) -> str:
         """Take up the run of `directory` where its last checkpoint left it, and lock the directory until `run` ends.
 
         Returns
@@ -164,7 +182,6 @@ class Trainer:
                 restore_snapshot(self, path, saved)
                 self._compare_versions(saved.versions)
                 self.records = self.directory.metrics()
-            self.check_unfinished()
         except BaseException:
             self.directory.unlock()
             raise

@@ -1,0 +1,150 @@
+"""The teacher that ``--aug kd`` trains when none is given: kept in a file and found again, trained as a run is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep._version import __version__
+from cupyep.backend import Device
+from cupyep.data import Dataset, TeacherFile, data_directory
+from cupyep.errors import Interrupted, TeacherError
+from cupyep.files import FolderLock, can_write, remove_leftovers
+from cupyep.network import Network
+from cupyep.training.build import feature_name
+from cupyep.training.config import TrainConfig, parse_layers
+from cupyep.training.display import Display
+from cupyep.training.interruption import Interruptions
+from cupyep.training.teacher import SHARED, TEACHER_SETTINGS, export_logits, feedforward, teacher_config, train_teacher
+
+NO_MATTER = {"device", "data_dir", "checkpoint_minutes", "on_divergence"}  # to what becomes of a teacher
+WAIT_S = 1.0
+
+
+def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
+    """Return where the teacher file for the student `config` is kept if none is given.
+
+    It lies in the folder ``teachers`` below the data folder; its name holds a hash of all that determines it: options,
+    images, labels and the version of cupyep.
+    """
+    own = teacher_config(config)
+    digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
+    return data_directory(config.data_dir) / "teachers" / f"{own.arch}-{own.dataset}-{digest}.h5"
+
+
+def cached_teacher(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: Device | str = "auto",
+    display: Display | None = None,
+) -> Path:
+    """Return the teacher file for the student `config`, training the teacher first where `teacher_path` has none.
+
+    The training is a run of its own, in the folder beside the file that is called like it. It survives like any run:
+    whoever asks for the same teacher again goes on with it, and the folder goes when the file is there.
+
+    Raises
+    ------
+    Interrupted
+        If a signal came; the training has been saved.
+    TeacherError, CheckpointError
+        If no teacher can be kept there.
+    """
+    path, display = teacher_path(config, dataset), (display or Display()).about("teacher")
+    folder = path.with_suffix("")
+    if path.is_file():
+        _show_found(path, display)
+    else:
+        if not can_write(path.parent):
+            raise TeacherError(
+                f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; give another "
+                "--data-dir, or a --teacher made by tools/export_teacher_logits.py"
+            )
+        with _alone(folder, display):
+            if path.is_file():
+                _show_found(path, display)
+            else:
+                _make_teacher(config, dataset, device, display, path)
+    shutil.rmtree(folder, ignore_errors=True)  # nobody needs it now; another process may be removing it
+    return path
+
+
+def _show_found(path: Path, display: Display) -> None:
+    with TeacherFile(path) as file:
+        display.show("note", f"{path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, display: Display) -> Iterator[None]:
+    """Make `folder` and keep other processes out of it; wait for one that is there."""
+    lock, told = FolderLock(folder), False
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            holder = lock.acquire()
+        except OSError as error:
+            raise TeacherError(f"cannot keep a teacher in {folder}: {error.strerror}") from error
+        if not holder:
+            break
+        if not told:
+            display.show("note", f"waiting for {holder}, which trains the same one")
+            told = True
+        time.sleep(WAIT_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, display: Display, path: Path) -> None:
+    """Train the teacher of the student `config`, or go on with its training, and write its file to `path`."""
+    own, folder = teacher_config(config), path.with_suffix("")
+    display.show("note", f"none given, so {own.arch} is trained by backpropagation for {own.epochs} epochs first")
+    remove_leftovers(folder)
+    try:
+        network = train_teacher(own, dataset, device, display, folder / "run")
+        wanted = config.signal_layers if config.teacher_features else ""
+        layers = parse_layers(wanted, network.depth) if wanted else []
+        accuracy = _export(network, layers, dataset, folder / path.name, own, display)
+    except Interrupted as error:
+        raise Interrupted(f"{error} while the teacher is trained; the same command goes on", error.number) from None
+    os.replace(folder / path.name, path)
+    display.show("note", f"test accuracy {accuracy['test']:.2%}, kept in {path}")
+
+
+def _export(
+    network: Network, layers: Sequence[int], dataset: Dataset, path: Path, config: TrainConfig, display: Display
+) -> dict[str, float]:
+    """Write the teacher file of a network that was trained with `config`, unless a signal comes."""
+    text = f"{config.arch} trained by backpropagation, {config.epochs} epochs, cupyep {__version__}"
+    features = {feature_name(n): network.state_shapes[n - 1] for n in layers}
+    predict = feedforward(network, layers)
+    with Interruptions() as interruptions:
+
+        def predict_or_stop(images: Any) -> Any:
+            interruptions.check()
+            return predict(images)
+
+        return export_logits(
+            predict_or_stop, dataset, path, teacher=text, features=features, device=network.device, display=display
+        )
+
+
+def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
+    settled = {*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER
+    options = {name: getattr(config, name) for name in sorted(settled)}
+    digest = hashlib.sha256(json.dumps([__version__, options, features], sort_keys=True).encode())
+    for split in (dataset.train, dataset.test):
+        for array in (split.images, split.labels):
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
