@@ -5,6 +5,8 @@ Oracles: defects planted at known layers and batches; hand counts; a straight ru
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -157,6 +159,44 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(quadrants, 
     last = trainer.directory.load()
     assert (last.epoch, last.batch) == (1, 1)
     assert len(trainer.directory.metrics()) == 1
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("loss", "the loss is not finite in epoch 2, batch 2"),
+        ("activity", "the state of layer 2 is not finite in epoch 2, batch 2"),
+        ("saturated", "'saturated' of layer 2 is not finite in epoch 2; lower --learning-rate"),
+        ("dead", "'dead' of layer 2 is not finite in epoch 2; lower --learning-rate"),
+        ("nudge_response", "the nudged state of layer 2 is not finite in epoch 2, batch 2"),
+        ("free", "'free_residual' of layer 2 is not finite in epoch 2; lower --learning-rate"),
+        ("nudged", "'nudged_residual' of layer 2 is not finite in epoch 2; lower --learning-rate"),
+    ],
+)
+def test_whatever_is_not_finite_ends_the_run_and_leaves_valid_json(place, message, value, quadrants, tmp_path):
+    trainer = run({"epochs": 3}, tmp_path / "run")
+    step = trainer.learner.step
+
+    def poisoned(batch):
+        result = step(batch)
+        if (trainer.epochs_done, trainer.batches_done) == (1, 1):
+            found = getattr(result, place)
+            array = np.array(found.residual if place in ("free", "nudged") else found)
+            array.reshape(-1)[min(1, array.size - 1)] = value
+            if place in ("free", "nudged"):
+                found.residual = array
+            else:
+                result = dataclasses.replace(result, **{place: array})
+        return result
+
+    trainer.learner.step = poisoned
+    with pytest.raises(DivergenceError, match=message):
+        trainer.run()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["epoch"] for line in lines] == [1]
+    json.loads((tmp_path / "run" / "settling.json").read_text(), parse_constant=pytest.fail)
+    assert trainer.directory.load().epoch == 1
 
 
 def test_a_huge_learning_rate_ends_in_a_divergence_error(quadrants, tmp_path):

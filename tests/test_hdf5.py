@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from cupyep.data import hdf5
+from cupyep.errors import DataError
 
 
 @pytest.fixture
@@ -61,6 +62,21 @@ def test_an_edit_needs_a_new_seal(sealed):
     hdf5.seal(sealed)
     with hdf5.open_file(sealed) as file:
         assert hdf5.attribute(file, "number") == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"short", None])
+def test_a_file_without_room_is_not_sealed(content, tmp_path):
+    path = tmp_path / "plain.h5"
+    if content is None:
+        with h5py.File(path, "w") as file:
+            file["numbers"] = np.arange(300)
+        content = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"has no room for a seal; make it by h5py\.File\(path, 'w', userblock_size=512\)"
+    ):
+        hdf5.seal(path)
+    assert path.read_bytes() == content
 
 
 def test_sealed_files_are_not_walked_through_and_others_are(sealed, tmp_path, monkeypatch):

@@ -94,11 +94,23 @@ def test_unreadable_pictures_are_named_and_the_others_answered(trained, invoke, 
     save_pictures(tmp_path / "photos", data.test.images)
     (tmp_path / "photos" / "03.png").write_bytes(b"no picture")
     code, out, err = invoke("predict", path, tmp_path / "photos", "--top", 1)
-    assert (code, err) == (1, "Error: 1 of 10 pictures could not be read; see above\n")
+    assert (code, err) == (1, "Error: 1 of 10 pictures could not be classified; see above\n")
     assert out.count("\n") == 10
     assert f"{tmp_path / 'photos' / '03.png'}: is not a readable picture" in out.splitlines()[3]
     code, out, _ = invoke("predict", path, tmp_path / "photos", "--json")
     assert json.loads(out.splitlines()[3])["error"].startswith(str(tmp_path / "photos" / "03.png"))
+
+
+def test_a_network_that_grows_without_bounds_gives_no_answer_and_valid_json(trained, invoke, tmp_path):
+    path, data = trained("--activation", "relu", "--feedback", "1", "--gain", "3")
+    save_pictures(tmp_path / "photos", data.test.images[:2])
+    code, out, err = invoke("predict", path, tmp_path / "photos", "--free-steps", 1000, "--json")
+    assert (code, err) == (1, "Error: 2 of 2 pictures could not be classified; see above\n")
+    for line in out.splitlines():
+        answer = json.loads(line, parse_constant=pytest.fail)
+        assert answer["error"] == f"{answer['file']}: the network does not settle on it, its states grow without " + (
+            "bounds; lower --free-steps"
+        )
 
 
 # --- export --------------------------------------------------------------------------------------------------------
@@ -236,7 +248,7 @@ WRONG = {
     "empty folder": (["predict", "run", "."], 1, "no pictures in folder ."),
     "top 0": (["predict", "run", "run/p.png", "--top", "0"], 2, "--top must be from 1 to 10"),
     "top 11": (["predict", "run", "run/p.png", "--top", "11"], 2, "--top must be from 1 to 10"),
-    "no picture": (["predict", "run", "run/config.toml"], 1, "1 of 1 pictures could not be read"),
+    "no picture": (["predict", "run", "run/config.toml"], 1, "1 of 1 pictures could not be classified"),
     "free steps": (["predict", "run", "run/p.png", "--free-steps", "0"], 2, "--free-steps must be at least 1"),
 }
 

@@ -45,16 +45,16 @@ def predict(run: Path, pictures: tuple[Path, ...], top: int, as_json: bool, chec
     tolerance each line says whether the network settled, and always how far from rest its worst layer was.
 
     PNG, JPEG, BMP, GIF (first frame), WebP, TIFF and PPM are read, up to 50 million pixels. Needs the extra images:
-    pip install "cupyep[images]". Exit code 1 if a picture could not be read.
+    pip install "cupyep[images]". Exit code 1 if a picture could not be classified.
     """
     files = find_pictures(list(pictures))
     trained, failed = load_trained(run, checkpoint, given_options(options)), 0
     width = max(len(str(file)) for file in files)
     for prediction in predict_pictures(trained, files, top):
         failed += bool(prediction.error)
-        click.echo(json.dumps(prediction.to_json()) if as_json else _line(prediction, width))
+        click.echo(json.dumps(prediction.to_json(), allow_nan=False) if as_json else _line(prediction, width))
     if failed:
-        raise DataError(f"{failed} of {len(files)} pictures could not be read; see above")
+        raise DataError(f"{failed} of {len(files)} pictures could not be classified; see above")
 
 
 def _line(prediction: Prediction, width: int) -> str:

@@ -24,7 +24,10 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
+from cupyep.errors import DataError
+
 SEAL_BYTES = 512  # the smallest user block that HDF5 knows
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SEAL_TEXT = b"cupyep HDF5 file, sha256 of what follows this block: "
 ATTRIBUTE_BYTES = 1 << 20
 CHUNK_BYTES = 256 << 20
@@ -42,8 +45,17 @@ def create(path: str | Path | BinaryIO) -> h5py.File:
 
 
 def seal(path: str | Path) -> None:
-    """Write the checksum into the closed file at `path`, durably."""
+    """Write the checksum into the closed file at `path`, durably.
+
+    Raises
+    ------
+    DataError
+        If the file has no room for it: one that `create` did not make needs a user block of 512 bytes or more.
+    """
     with open(path, "rb+") as file:
+        head = file.read(SEAL_BYTES)
+        if len(head) < SEAL_BYTES or head.startswith(SIGNATURE):
+            raise DataError(f"'{path}' has no room for a seal; make it by h5py.File(path, 'w', userblock_size=512)")
         _seal(file)
         file.flush()
         os.fsync(file.fileno())

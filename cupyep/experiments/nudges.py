@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def _fidelity_cell(cell: Cell) -> dict[str, Any]:
 
 
 def _plain(number: float | None) -> float | None:
-    return None if number is None or number != number else float(f"{number:.5g}")
+    return None if number is None or not math.isfinite(number) else float(f"{number:.5g}")
 
 
 def _lowest(form: str) -> Any:

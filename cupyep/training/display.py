@@ -122,7 +122,7 @@ class JsonDisplay(Display):
     def _emit(self, event: str, text: str, values: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         head = {"event": event, "time": now, **({"subject": self.subject} if self.subject else {})}
-        self.write(json.dumps({**head, **({"text": text} if text and not values else {}), **values}))
+        self.write(json.dumps({**head, **({"text": text} if text and not values else {}), **values}, allow_nan=False))
 
     def _has_bars(self) -> bool:
         return False

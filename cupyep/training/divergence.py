@@ -54,6 +54,20 @@ def check_finite(counts: Mapping[str, Any], batches: int, epoch: int, layers: Se
     raise DivergenceError(f"{what} is not finite in epoch {epoch}, batch {good + 1}; lower {knob}")
 
 
+def check_means(means: Mapping[str, Any], epoch: int) -> None:
+    """Raise `DivergenceError` if a mean of the epoch (by name, a number or a list with one a layer) is not finite.
+
+    Squares overflow before what they are taken of: a residual can be infinite while every state is finite.
+    """
+    for name, values in means.items():
+        wrong = np.flatnonzero(~np.isfinite(np.asarray(values, float)))
+        if wrong.size:
+            where = f" of layer {wrong[0] + 1}" if isinstance(values, list) else ""
+            raise DivergenceError(
+                f"'{name}'{where} is not finite in epoch {epoch}; lower --learning-rate, --feedback or --gain"
+            )
+
+
 def check_arrays(arrays: Mapping[str, np.ndarray], epoch: int) -> None:
     """Raise `DivergenceError` if a parameter or a buffer of the optimizer (by name, on the host) is not finite."""
     for name, array in arrays.items():

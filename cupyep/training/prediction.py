@@ -17,6 +17,8 @@ from cupyep.data.sources import SOURCES
 from cupyep.errors import ConvergenceWarning, DataError, require
 from cupyep.training.trained import TrainedRun
 
+NOT_FINITE = "the network does not settle on it, its states grow without bounds; lower --free-steps"
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -77,17 +79,27 @@ def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int = 3) -> It
                 errors[file] = str(error)
         answers = iter(_answers(run, normalise, pixels, top) if pixels else [])
         for file in part:
-            yield Prediction(file, [], error=errors[file]) if file in errors else Prediction(file, *next(answers))
+            answer = None if file in errors else next(answers)
+            if answer is None:
+                yield Prediction(file, [], error=errors.get(file, f"{file}: {NOT_FINITE}"))
+            else:
+                yield Prediction(file, *answer)
 
 
-def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], top: int) -> Iterator[tuple]:
-    """Yield (classes, residual, settled) of each image."""
+def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], top: int) -> Iterator[tuple | None]:
+    """Yield (classes, residual, settled) of each image, None where they are not finite."""
     network = run.network
     images = normalise(network.device.asarray(np.stack(pixels)))
     batch = network.batch(Batch(images, np.zeros(len(images), np.int64)))
-    scores, residuals, tolerance = _settle(run.learner, batch)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores, residuals, tolerance = _settle(run.learner, batch)
+    finite = np.isfinite(scores).all(axis=1) & (True if residuals is None else np.isfinite(residuals))
+    scores = np.where(finite[:, None], scores, 0)
     probabilities = _softmax(scores) if network.readout.criterion.name == "cross_entropy" else None
     for n, row in enumerate(scores):
+        if not finite[n]:
+            yield None
+            continue
         best = np.argsort(-row, kind="stable")[:top]
         listed = [
             (run.images.classes[c], float(row[c]), None if probabilities is None else float(probabilities[n, c]))

@@ -13,7 +13,7 @@ import numpy as np
 
 from cupyep.backend.device import Device
 from cupyep.errors import CheckpointError
-from cupyep.training.divergence import WATCHED, check_finite
+from cupyep.training.divergence import WATCHED, check_finite, check_means
 
 LEVELS = ("activity", "saturated", "dead")
 
@@ -126,12 +126,14 @@ class EpochStatistics:
         Raises
         ------
         DivergenceError
-            If the loss, a state or a gradient stopped being finite; names layer, epoch, batch and what to change.
+            If the loss, a state, a gradient or another statistic stopped being finite; names layer, epoch, batch (where
+            it is known) and what to change.
         """
         host = self._host_sums()
         finite = {name: host.pop(f"finite_{name}") for name in WATCHED if name in host}
         check_finite(finite, self.batches, self.epoch, self.layers)
         means = {name: (value / self.count).tolist() for name, value in host.items()}
+        check_means(means, self.epoch)
         # Learned maps of signals belong to no layer; their gradients are only looked at for being finite.
         norms = zip(self.layers, means["gradient_norm"], strict=True)
         residuals = {phase: means.get(f"{phase}_residual") for phase in ("free", "nudged")}
