@@ -58,7 +58,7 @@ class Prediction:
 
 
 def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int = 3) -> Iterator[Prediction]:
-    """Yield the prediction of each picture, a batch at a time; pictures that cannot be read have an `error`.
+    """Yield the prediction of each picture, a batch at a time; those without an answer have an `error`.
 
     Parameters
     ----------
@@ -88,6 +88,8 @@ def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int = 3) -> It
 
 def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], top: int) -> Iterator[tuple | None]:
     """Yield (classes, residual, settled) of each image, None where they are not finite."""
+    from scipy.special import softmax  # here: it takes a quarter of a second, and most commands do without
+
     network = run.network
     images = normalise(network.device.asarray(np.stack(pixels)))
     batch = network.batch(Batch(images, np.zeros(len(images), np.int64)))
@@ -95,7 +97,8 @@ def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], t
         scores, residuals, tolerance = _settle(run.learner, batch)
     finite = np.isfinite(scores).all(axis=1) & (True if residuals is None else np.isfinite(residuals))
     scores = np.where(finite[:, None], scores, 0)
-    probabilities = _softmax(scores) if network.readout.criterion.name == "cross_entropy" else None
+    logits = network.readout.criterion.name == "cross_entropy"
+    probabilities = softmax(scores.astype(np.float64), axis=1) if logits else None
     for n, row in enumerate(scores):
         if not finite[n]:
             yield None
@@ -119,8 +122,3 @@ def _settle(learner: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, 
         free = learner.settle_free(batch)
     scores = host(learner.network.readout.output(free.layers[-1]))
     return scores, free.stats.per_sample.max(axis=0), free.stats.tolerance
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    powers = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)

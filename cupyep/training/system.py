@@ -26,6 +26,10 @@ LIBRARIES = (
     "pooch",
     "scikit-learn",
     "onnxruntime",
+    "onnx",
+    "pillow",
+    "matplotlib",
+    "tensorboardX",
 )
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
