@@ -42,7 +42,9 @@ def records(path):
 
 @pytest.mark.parametrize("aug", ["none", "le", "kd"])
 def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
-    options = ["--epochs", 2, "--teacher-epochs", 1, "--seed", 3, "--kappa", 0.25]
+    options = (
+        ["--epochs", 2, "--seed", 3] + ["--kappa", 0.25] * (aug != "none") + ["--teacher-epochs", 1] * (aug == "kd")
+    )
     code, out, err = invoke("train", *TINY, "--aug", aug, *options)
     assert (code, err) == (0, "")
     path = tmp_path / "work" / "runs" / f"vgg5-{aug}-cifar10-seed3"

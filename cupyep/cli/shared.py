@@ -162,6 +162,19 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+#: Options that say nothing unless another one has one of some values.
+ONLY_WITH = (
+    ("aug", ("le", "kd"), ("signal_layers", "kappa", "kappa_annealing", "signal_loss", "signal_pool")),
+    ("aug", ("kd",), ("temperature", "learned_maps", "teacher_features", "teacher_epochs")),
+    ("optimizer", ("sgd",), ("momentum", "nesterov")),
+)
+
+
 def require_used(config: TrainConfig, given: dict[str, Any]) -> None:
     """Raise `ConfigurationError` for an option on the command line that would be ignored."""
-    require("signal_layers" not in given or config.aug != "none", "--signal-layers needs --aug le or kd")
+    for other, values, names in ONLY_WITH:
+        for name in names:
+            useful = name not in given or getattr(config, other) in values
+            require(useful, f"{option_name(name)} needs {option_name(other)} {' or '.join(values)}")
+    trained = "teacher_epochs" not in given or config.teacher is None
+    require(trained, "--teacher-epochs is for a teacher that is trained here; give it or --teacher")

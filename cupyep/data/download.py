@@ -28,11 +28,17 @@ def fetch(source: Source, folder: Path) -> str:
             pooch.retrieve(remote.url, f"md5:{remote.md5}", fname=target.name, path=target.parent, progressbar=True)
         except OSError as error:  # no network, no such host, no permission to write; requests' errors are OSErrors
             _remove_empty(new)
-            return f"download of {remote.url} failed: {one_line(error)}"
+            return f"download of {remote.url} failed: {_reason(error)}"
         except ValueError:  # pooch's answer to a wrong checksum; it has deleted the file
             _remove_empty(new)
             return f"download of {remote.url} discarded: its MD5 sum is not the published {remote.md5}"
     return ""
+
+
+def _reason(error: OSError) -> str:
+    """Return why there was no download; requests puts all that it tried into its text."""
+    unreachable = type(error).__name__ in ("ConnectionError", "ConnectTimeout", "ReadTimeout")
+    return "the host cannot be reached" if unreachable else one_line(error)
 
 
 def _remove_empty(folders: list[Path]) -> None:

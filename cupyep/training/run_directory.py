@@ -138,7 +138,9 @@ class RunDirectory:
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 if number == len(lines):
                     break
-                raise CheckpointError(f"'{path}' line {number} is not a record of an epoch") from error
+                raise CheckpointError(
+                    f"'{path}' line {number} is not a record of an epoch; restore that line, or start a new run"
+                ) from error
         return records
 
     def _read_metrics(self) -> str:
@@ -188,7 +190,12 @@ class RunDirectory:
     def load(self, which: str = "last") -> Checkpoint:
         """Return the checkpoint ``"last"``, ``"previous"`` or ``"best"``; see `load_checkpoint` for the errors."""
         choose("checkpoint", which, CHECKPOINT_FILES)
-        return load_checkpoint(self.path / CHECKPOINT_FILES[which])
+        try:
+            return load_checkpoint(self.path / CHECKPOINT_FILES[which])
+        except CheckpointError as error:
+            there = [name for name, file in CHECKPOINT_FILES.items() if name != which and (self.path / file).is_file()]
+            hint = f"; there is --checkpoint {' or '.join(there)}" if there else ""
+            raise CheckpointError(f"{error}{hint}") from error
 
     def epoch_start(self) -> tuple[Path, Checkpoint]:
         """Return path and content of the last checkpoint that stood between two epochs."""
@@ -246,7 +253,7 @@ class RunDirectory:
                 return path, checkpoint, str(problems[0]) if problems else ""
         for path, problem in zip(paths, problems, strict=True):
             if path.exists():
-                raise problem
+                raise CheckpointError(f"{problem}; there is no other to go on from, start a new run") from problem
         return paths[0], None, ""
 
 

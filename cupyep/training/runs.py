@@ -9,7 +9,7 @@ from typing import Any
 
 from cupyep.backend import Device, get_device
 from cupyep.data import Dataset
-from cupyep.errors import require
+from cupyep.errors import CheckpointError, require
 from cupyep.network import Network
 from cupyep.training.build import (
     build_dataset,
@@ -66,6 +66,8 @@ def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | No
     path, display
         See `start_run`.
     """
+    if not Path(path).exists():
+        raise CheckpointError(f"'{path}' is not a run directory: nothing is there; leave out --resume to start a run")
     directory = RunDirectory.open(path)
     for name, value in given.items():
         old = getattr(directory.config, name)
