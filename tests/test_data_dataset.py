@@ -218,7 +218,7 @@ def stub_pooch(monkeypatch, retrieve):
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        (ConnectionError("no route\nto host"), "failed: ConnectionError: no route to host"),
+        (ConnectionError("no route\nto host"), "failed: the host cannot be reached"),
         (PermissionError("read only"), "failed: PermissionError"),
         (ValueError("MD5 hash of downloaded file does not match"), "MD5 sum is not the published c32a1d4ab5d0"),
     ],

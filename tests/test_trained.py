@@ -248,6 +248,11 @@ WRONG = {
     "empty folder": (["predict", "run", "."], 1, "no pictures in folder ."),
     "top 0": (["predict", "run", "run/p.png", "--top", "0"], 2, "--top must be from 1 to 10"),
     "top 11": (["predict", "run", "run/p.png", "--top", "11"], 2, "--top must be from 1 to 10"),
+    "too many steps": (
+        ["export", "run", "--format", "onnx", "--output", "x.onnx", "--steps", "100000000"],
+        2,
+        "a graph writes every step out: --steps must be from 1 to 5000 (got 100000000)",
+    ),
     "no picture": (["predict", "run", "run/config.toml"], 1, "1 of 1 pictures could not be classified"),
     "free steps": (["predict", "run", "run/p.png", "--free-steps", "0"], 2, "--free-steps must be at least 1"),
 }

@@ -24,6 +24,7 @@ from cupyep.settling import ITERATIONS, check_relaxation
 
 OPSET, IR_VERSION = 17, 8  # of 2022: understood by every runtime in use
 INPUT, OUTPUT = "images", "scores"
+MOST_STEPS = 5000  # a graph of more takes gigabytes to make, and hours to load
 
 
 def onnx_model(
@@ -44,7 +45,7 @@ def onnx_model(
     network : Network
         Of Conv2d and Linear layers and an activation of `cupyep.activations.ACTIVATIONS`; computed in float32.
     steps : int
-        At least 1.
+        From 1 to `MOST_STEPS`.
     schedule : {"synchronous", "evenodd", "sweeps"}
     relaxation : float
         See `cupyep.settling.settle`.
@@ -65,9 +66,11 @@ def onnx_model(
     Raises
     ------
     ConfigurationError
-        If the package onnx is not installed, or something in the network has no counterpart.
+        If the package onnx is not installed, there are too many steps, or something in the network has no counterpart.
     """
     helper, numpy_helper = _onnx()
+    within = feedforward or 1 <= steps <= MOST_STEPS
+    require(within, f"a graph writes every step out: --steps must be from 1 to {MOST_STEPS} (got {steps})")
     graph = _Graph(network, helper)
     images = graph.normalised(INPUT, mean, std)
     check_relaxation(relaxation, choose("schedule", schedule, ITERATIONS))
