@@ -203,6 +203,9 @@ def test_version_help_and_no_command(invoke):
     assert code == 0
     assert "cupyep train --arch vgg7 --aug kd" in out
     assert invoke()[1] == out
+    code, out, err = invoke("data")
+    assert (code, err) == (0, "")
+    assert out == invoke("data", "--help")[1]
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "check", "info"])

@@ -78,6 +78,16 @@ WRONG = {
     "nobody's home": (["train", "--data-dir", "~nobody-here/data"], 2, "whose home that is, is not known"),
     "half a character": (["train", "--data-dir", "\udcff"], 2, "--data-dir must be a text of valid characters"),
     "teacher without kd": (["train", "--teacher", "t.h5"], 2, "--teacher needs --aug kd"),
+    "a report of nothing": (
+        ["reproduce", "signals", "--report-only", "--out", "no"],
+        1,
+        "'no' holds no report: it has no results.json; leave out --report-only",
+    ),
+    "a file for the data": (
+        ["train", "--data-dir", "../data/cifar-10-batches-bin/test_batch.bin"],
+        1,
+        "data set cifar10 not found in ../data/cifar-10-batches-bin/test_batch.bin",
+    ),
     "unknown device": (["train", "--device", "gpu"], 2, "unknown device 'gpu'"),
     "json nowhere": (["check", "--json", "no/check.json"], 2, "there is no folder 'no'"),
     "check with kd": (["check", "--aug", "kd"], 2, "knows --aug none and le"),

@@ -244,6 +244,8 @@ def test_side_by_side_as_in_turn(tmp_path):
 
 def test_command_line(tmp_path):
     run = CliRunner().invoke
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "main.tex").write_text("text")
     listed = run(main, ["reproduce", "--list"])
     assert listed.exit_code == 0
     assert [line.split()[0] for line in listed.output.splitlines()] == list(EXPERIMENTS)
@@ -252,7 +254,8 @@ def test_command_line(tmp_path):
         ([], 2, "give the NAME"),
         (["signals", "--scale", "smal"], 2, "did you mean 'small'"),
         (["signals", "--seeds", "0"], 2, "0 is not in the range"),
-        (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "cannot read"),
+        (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "holds no report"),
+        (["signals", "--out", str(tmp_path / "thesis")], 1, "thesis' holds other files; give another --out"),
     ):
         result = run(main, ["reproduce", *arguments])
         assert result.exit_code == code, result.output

@@ -20,6 +20,14 @@ Examples:
   cupyep predict runs/mine cat.png                 what is in a picture?
   cupyep export runs/mine --format onnx --output mine.onnx
   cupyep data list                                 data sets: classes, sizes, which are here
+  cupyep recipes                                   settings of the papers, ready to train
+  cupyep reproduce --list                          experiments, each with its report
+
+Every command explains itself: cupyep COMMAND --help. Completion of commands, options and names in bash (zsh and fish:
+docs/cli.md):
+
+\b
+  eval "$(_CUPYEP_COMPLETE=bash_source cupyep)"
 """
 
 

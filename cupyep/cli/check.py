@@ -25,8 +25,7 @@ Examples:
 @click.option(
     "--betas",
     type=Numbers(),
-    show_default="the one of --beta",
-    help="Several strengths of the nudge, a table each, such as 0.5,0.05.",
+    help="Several strengths of the nudge, a table each, such as 0.5,0.05.  [default: the one of --beta]",
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
 def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> None:

@@ -24,9 +24,12 @@ Examples:
 SHOWN = 10  # classes named in the list of all data sets
 
 
-@click.group(cls=Commands, epilog=EXAMPLES)
-def data() -> None:
+@click.group(cls=Commands, invoke_without_command=True, epilog=EXAMPLES)
+@click.pass_context
+def data(context: click.Context) -> None:
     """List, verify and download data sets."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @data.command("list")

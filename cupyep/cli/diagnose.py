@@ -68,7 +68,9 @@ def diagnose(
 
 def _check_places(plot_path: Path | None, json_path: Path | None) -> None:
     for name, place in (("--plot", plot_path), ("--json", json_path)):
-        require(place is None or place.parent.is_dir(), f"{name}: there is no folder '{place and place.parent}'")
+        if place is not None:
+            require(place.parent.is_dir(), f"{name}: there is no folder '{place.parent}'")
+            require(not place.is_dir(), f"{name}: '{place}' is a folder, not a file")
     if plot_path is not None:
         require(plot_path.suffix in (".png", ".svg"), f"--plot must end in .png or .svg (got '{plot_path}')")
         matplotlib_figure()

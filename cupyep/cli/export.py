@@ -41,6 +41,6 @@ def export(run: Path, form: str, output: Path, checkpoint: str, steps: int | Non
     is the free phase with its steps written out, and takes pixels in [0, 1], which it normalises.
     """
     require(output.parent.is_dir(), f"--output: there is no folder '{output.parent}'")
-    require(not output.is_dir(), f"--output: '{output}' is a folder")
+    require(not output.is_dir(), f"--output: '{output}' is a folder, not a file")
     for line in export_run(run, form, output, checkpoint, steps):
         click.echo(line)

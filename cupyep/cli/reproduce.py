@@ -38,7 +38,7 @@ Examples:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Report folder.  [default: reports/NAME-SCALE]")
 @click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
-@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("--device", help="What computes: auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option(
     "--jobs",
     type=click.IntRange(1),

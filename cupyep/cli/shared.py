@@ -49,13 +49,15 @@ class SectionedCommand(click.Command):
     """A command whose ``--help`` lists the options of `TrainConfig` under their groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {rule.metadata["group"]: [] for rule in OPTIONS.values()}
         for param in self.get_params(ctx):
-            group = OPTIONS[param.name].metadata["group"] if param.name in OPTIONS else "Run"
-            sections.setdefault(group, []).append(param.get_help_record(ctx))
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections[OPTIONS[param.name].metadata["group"] if param.name in OPTIONS else "Run"].append(record)
         for group, records in sections.items():
-            with formatter.section(group):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
 
 
 class OneLineErrors(click.Command):

@@ -67,7 +67,8 @@ def train(
     """Train a network in a new run directory.
 
     The directory holds config.toml, metrics.jsonl, settling.json, checkpoint.h5 and best.h5. Ctrl-C finishes the batch
-    and saves; a second one leaves at once.
+    and saves, --resume goes on; a second Ctrl-C leaves at once. With --aug kd and no --teacher, a teacher is trained
+    first; stopped there, the same command goes on.
     """
     given = given_options(options)
     display = DISPLAYS[log_format](quiet)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cupyep.data.files import one_line
 from cupyep.data.sources import Source
+from cupyep.files import can_write
 
 
 def fetch(source: Source, folder: Path) -> str:
@@ -21,6 +22,8 @@ def fetch(source: Source, folder: Path) -> str:
         import pooch
     except ImportError:
         return 'no download: pooch is not installed, pip install "cupyep[download]"'
+    if not can_write(folder):
+        return f"no download into {folder}: no permission, or a file on the way to it"
     for remote in source.remotes:
         target = folder / remote.place
         new = [path for path in (target.parent, *target.parent.parents) if not path.exists()]

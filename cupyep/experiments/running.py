@@ -169,6 +169,8 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
         If there are none, or they are of another experiment.
     """
     path = Path(out) / RESULTS
+    if not path.is_file():
+        raise CheckpointError(f"'{out}' holds no report: it has no {RESULTS}; leave out --report-only to measure first")
     content = _read_json(path)
     if content.get("experiment") != experiment.name:
         raise CheckpointError(f"'{path}' is of experiment '{content.get('experiment')}', not '{experiment.name}'")
@@ -188,6 +190,8 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
                 f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
             )
         return
+    if folder.is_dir() and not {entry.name for entry in folder.iterdir()} <= {CELLS}:
+        raise CheckpointError(f"'{folder}' holds other files; give another --out")
     try:
         (folder / CELLS).mkdir(parents=True, exist_ok=True)
     except OSError as error:

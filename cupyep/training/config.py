@@ -103,7 +103,8 @@ class TrainConfig:
     image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are.", low=1)
     limit_train: int | None = DATA(None, int, "Use N training images, the first of each class, equally many of each; "
                                    "unset: all.", low=1)
-    limit_test: int | None = DATA(None, int, "Use N test images, chosen likewise; unset: all.", low=1)
+    limit_test: int | None = DATA(None, int, "Use N test images, the first of each class, equally many of each; "
+                                  "unset: all.", low=1)
     validation: int | None = DATA(None, int, "Hold N training images out, equally many of each class, drawn by the "
                                   "seed, and choose best.h5 by them; unset: none, the test images choose it.",
                                   low=1)
@@ -155,7 +156,7 @@ class TrainConfig:
     weight_decay: float = OPTIMIZER(0.0, float, "L2 penalty on every parameter.", low=0)
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
-    device: str = RUN("auto", str, "auto, cpu, cuda or cuda:N.")
+    device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.")
     precision: str = RUN("float32", str, "Number format; parameters and optimizer are float32 in all but float64.",
                          choices=PRECISIONS)
     checkpoint_minutes: float = RUN(10.0, float, "Save the run every so many minutes, besides after every epoch; 0 is "
