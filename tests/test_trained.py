@@ -183,6 +183,39 @@ def test_arrays_and_state_dict(trained, invoke, tmp_path):
         np.testing.assert_array_equal(tensor.numpy(), weights[name])
 
 
+def test_a_free_phase_in_pytorch_needs_nothing_but_the_export(trained, invoke, tmp_path):
+    """Sweeps: the layers upwards with fresh drives, then downwards with fresh feedback, all from zeros."""
+    torch = pytest.importorskip("torch")
+    path, data = trained()
+    _, scores = scores_of(path, data)
+    assert invoke("export", path, "--format", "npz", "--output", tmp_path / "net.npz")[0] == 0
+    file, functional = np.load(tmp_path / "net.npz"), torch.nn.functional
+    p, settings = {name: torch.tensor(file[name]) for name in file if "." in name}, json.loads(str(file["settings"]))
+    assert (settings["schedule"], settings["pooling"], settings["activation"]) == ("sweeps", "max", "hard_sigmoid")
+    edges = settings["layers"]
+    assert [edge["kind"] for edge in edges] == ["conv"] * 4
+    shift, scale = (torch.tensor(file[name])[:, None, None] for name in ("mean", "std"))
+    states = [(torch.tensor(planes(data.test.images)) / 255 - shift) / scale] + [None] * len(edges)
+    drives, winners, sizes, feedback = {}, {}, {}, dict.fromkeys(range(1, len(edges) + 1), 0.0)
+    for _ in range(settings["steps"]):
+        for n, edge in enumerate(edges, 1):
+            weight, bias = p[f"layers.{n - 1}.weight"], p[f"layers.{n - 1}.bias"]
+            before = functional.conv2d(states[n - 1], weight, bias, edge["stride"], edge["padding"])
+            sizes[n] = before.shape[2:]
+            drives[n], winners[n] = functional.max_pool2d(before, edge["pool"], return_indices=True)
+            states[n] = (drives[n] + settings["feedback"] * feedback[n]).clamp(0, 1)
+        for n in range(len(edges), 0, -1):
+            if n < len(edges):
+                above, edge = n + 1, edges[n]
+                spread = functional.max_unpool2d(states[above], winners[above], edge["pool"], output_size=sizes[above])
+                feedback[n] = functional.conv_transpose2d(
+                    spread, p[f"layers.{n}.weight"], None, edge["stride"], edge["padding"]
+                )
+            states[n] = (drives[n] + settings["feedback"] * feedback[n]).clamp(0, 1)
+    found = states[-1].flatten(1) @ p["readout.weight"].T + p["readout.bias"]
+    np.testing.assert_allclose(found.numpy(), scores, atol=1e-5)
+
+
 def test_the_last_checkpoint_and_replaced_files(trained, invoke, tmp_path):
     path, _ = trained()
     (tmp_path / "net.npz").write_text("old")

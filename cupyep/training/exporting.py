@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from cupyep._version import __version__
 from cupyep.errors import CheckpointError, ConfigurationError, choose, require
 from cupyep.export import onnx_model, torch_layout
 from cupyep.files import replacing
+from cupyep.layers import Conv2d
 from cupyep.training.trained import TrainedRun, load_trained
 
 
@@ -71,12 +73,20 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
         "relaxation": run.config.relaxation,
         "steps": steps,
         "algorithm": run.config.algorithm,
+        "layers": [_geometry(edge) for edge in run.network.layers],
         "cupyep": __version__,
     }
     texts = {"classes": np.array(run.images.classes), "settings": np.array(json.dumps(settings))}
     with replacing(output) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, mean=run.images.mean, std=run.images.std, **texts)
     return [f"arrays {', '.join(arrays)}; mean, std, classes, settings", _normalisation(run)]
+
+
+def _geometry(edge: Any) -> dict[str, Any]:
+    """Return what weights do not tell of an edge."""
+    if type(edge) is Conv2d:
+        return {"kind": "conv", "stride": edge.stride, "padding": edge.padding, "pool": edge.pool}
+    return {"kind": "linear"}
 
 
 def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
