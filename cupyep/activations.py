@@ -48,6 +48,10 @@ class Activation:
         """Write the derivative sigma'(g) into `out`."""
         raise NotImplementedError
 
+    def slope_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return how many bytes `slope` takes on the way, for arrays of this shape."""
+        return 0
+
     def increment(self, g: Any, dg: Any, scratch: tuple[Any, Any]) -> None:
         """Overwrite `dg` by ``sigma(g + dg) - sigma(g)`` to full relative accuracy, however small `dg` is.
 
@@ -91,8 +95,13 @@ class Clip(Activation):
         step = max(1, SLOPES_AT_ONCE // max(1, math.prod(g.shape[1:])))
         for start in range(0, len(g), step):
             part = g[start : start + step]
-            inside = (part > self.low / self.gain) & (part < self.high / self.gain)
+            inside = part > self.low / self.gain
+            inside &= part < self.high / self.gain
             xp.multiply(inside, self.gain, out=out[start : start + step])
+
+    def slope_bytes(self, shape):
+        one = math.prod(shape[1:])
+        return 2 * one * min(shape[0], max(1, SLOPES_AT_ONCE // max(1, one)))
 
     def increment(self, g, dg, scratch):
         # A difference of two clips would lose a response below the precision of s; a clamp of the change does not. It

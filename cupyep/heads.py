@@ -139,8 +139,8 @@ class Head(LossTerm):
         if self.identity:
             return
         dim = math.prod(self.inner_shape)
-        self.weight = device.asarray(
-            (generator.standard_normal((dim, self.classes)) * gain / math.sqrt(dim)).astype(dtype)
+        self.weight = device.drawn(
+            lambda shape: generator.standard_normal(shape) * gain / math.sqrt(dim), (dim, self.classes), dtype
         )
         if self.has_bias:
             self.bias = device.asarray(np.zeros(self.classes, dtype))

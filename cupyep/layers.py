@@ -56,8 +56,8 @@ class Edge:
         """
         require(gain > 0, f"gain must be positive, not {gain}")
         fan_in = math.prod(self.weight_shape[:-1])
-        weight = generator.standard_normal(self.weight_shape) * (gain / math.sqrt(fan_in))
-        self.weight = device.asarray(weight.astype(dtype))
+        scale = gain / math.sqrt(fan_in)
+        self.weight = device.drawn(lambda shape: generator.standard_normal(shape) * scale, self.weight_shape, dtype)
         self.bias = device.asarray(np.zeros(self.weight_shape[-1], dtype))
 
     def capture_key(self) -> tuple[Any, ...] | None:

@@ -82,7 +82,8 @@ class Flows:
 
     Synchronous updates follow the products by one layer: two layers have drives, one has a top-down input. Even/odd
     updates need both of one layer at a time. In a sweep one of the two is new and the other one is that of the sweep
-    before, so each layer keeps one array, in turn for both; the new one is put there after the update.
+    before, so each layer keeps one array, in turn for both; the new one is put there after the update. The outer layers
+    keep none: there a sweep ends and the next one begins, with what the last product gave.
 
     Parameters
     ----------
@@ -116,12 +117,10 @@ class Flows:
         self.topdown[:-1] = stack.take_turns(FLOWS, batch[:-1], dtype)
 
     def _for_sweeps(self, stack: Stack, batch: list[Shape], dtype: Any) -> None:
-        self.drive[1:-1] = self.topdown[1:-1] = stack.take_turns(FLOWS, batch[1:-1], dtype)
+        turns = stack.take_turns(FLOWS, batch if len(batch) > 1 else [], dtype)
+        self.drive[1:], self.topdown[:-1] = turns[1:], turns[:-1]
         self.kept[1:-1] = [stack.take(FLOWS, shape, dtype) for shape in batch[1:-1]]
-        self._carried = self.kept[1:-1]
-        if len(batch) > 1:  # the outer layers have one of the two only
-            self.topdown[0], self.drive[-1] = (stack.take(FLOWS, shape, dtype) for shape in (batch[0], batch[-1]))
-            self._carried += [self.topdown[0], self.drive[-1]]
+        self._carried = [*self.kept[1:-1], *turns[:1], *turns[-1:]]
 
     def clear(self) -> None:
         """Start without drives and feedback."""
@@ -285,6 +284,10 @@ class Layout:
             states = self._layers(stack, f"{name} states", shape.rows, self.stored)
         return states, drives, winners, None, end
 
+    def copied(self, layer: int, samples: int) -> int:
+        """Return the elements of a copy of a state in the type to compute in; none where it is stored in that."""
+        return samples * self.sizes[layer - 1] if self.halves else 0
+
     def factors(self, stack: Stack, batch: Sequence[Shape]) -> list[Any]:
         """Take what adjoint states are rounded to before a product, one layer's at a time; nothing in float32."""
         return stack.take_turns("adjoint states", batch if self.halves else [(0,)] * len(batch), self.stored)
@@ -339,7 +342,9 @@ class Layout:
             arrays = stack.take_turns("work", [(shape.samples, *self.shapes[n]) for n in pooled], "uint8")
             for n, array in zip(pooled, arrays, strict=True):
                 winners[n] = array
-        size = max((term.gradient_scratch_size(shape.samples) for term in shape.terms), default=0)
+        copied = self.copied if classical else lambda *_: 0  # deviations are made states of the type to compute in
+        sizes = (copied(t.layer, shape.samples) + t.gradient_scratch_size(shape.samples) for t in shape.terms)
+        size = max(sizes, default=0)
         terms = stack.take("work", (size,), self.number)
         stack.release(top)
         return {"work": work, "means": means, "images": images, "work_winners": winners, "term_work": terms}

@@ -25,6 +25,7 @@ CHANNELS = {  # a p marks 2 x 2 pooling after the convolution
     12: "128 128p 256 256 256p 512 512 512p 512 512 512p",
     16: "128 128p 256 256 256p 512 512 512p 512 512 512p 512 512 512 512p",
 }
+MOST_WIDTH = 1e6
 ARCHITECTURES = tuple(f"vgg{depth}" for depth in CHANNELS)
 
 
@@ -75,17 +76,8 @@ def vgg(
     ConfigurationError
         For an unknown depth or images too small for the pools.
     """
-    if depth not in CHANNELS:
-        raise ConfigurationError(f"there is no VGG-{depth} (choose from {', '.join(map(str, CHANNELS))})")
-    require(width > 0, f"width must be positive, not {width}")
-    require(len(input_shape) == 3, f"input_shape must be (H, W, C), not {tuple(input_shape)}")
-    require(classes >= 2, f"classes must be at least 2, not {classes}")
-    choose("pooling", pooling, ("max", "average"))
-    layers = _convolutions(depth, tuple(input_shape), width, pooling)
-    if loss == "squared_error":
-        layers.append(Linear(layers[-1].out_shape, classes))
     network = Network(
-        layers,
+        vgg_edges(depth, classes, input_shape, width, pooling, loss),
         classes,
         activation=activation,
         loss=loss,
@@ -109,6 +101,27 @@ def vgg(
         "precision": precision,
     }
     return network
+
+
+def vgg_edges(
+    depth: int,
+    classes: int = 10,
+    input_shape: Sequence[int] = (32, 32, 3),
+    width: float = 1.0,
+    pooling: str = "max",
+    loss: str = "cross_entropy",
+) -> list[Edge]:
+    """Return the edges of VGG-`depth`, without weights; see `vgg` for arguments and errors."""
+    if depth not in CHANNELS:
+        raise ConfigurationError(f"there is no VGG-{depth} (choose from {', '.join(map(str, CHANNELS))})")
+    require(0 < width < MOST_WIDTH, f"width must be positive and below {MOST_WIDTH:g}, not {width}")
+    require(len(input_shape) == 3, f"input_shape must be (H, W, C), not {tuple(input_shape)}")
+    require(classes >= 2, f"classes must be at least 2, not {classes}")
+    choose("pooling", pooling, ("max", "average"))
+    layers = _convolutions(depth, tuple(input_shape), width, pooling)
+    if loss == "squared_error":
+        layers.append(Linear(layers[-1].out_shape, classes))
+    return layers
 
 
 def _convolutions(depth: int, shape: tuple[int, ...], width: float, pooling: str) -> list[Edge]:

@@ -8,13 +8,15 @@ runs on NumPy and CuPy arrays and keeps each parameter's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupyep.backend import array_module
 from cupyep.errors import CheckpointError, ConfigurationError, nearest, require
+
+UPDATED_AT_ONCE = 1 << 19  # numbers: the scratch of an update is small beside the parameters
 
 
 def constant(progress: float) -> float:
@@ -67,8 +69,6 @@ class Optimizer:
         optimizers and both published EP code bases (Laborieux 2021, Scellier 2023) do. At least 0.
     slots : tuple of str
         Names of the buffers kept for every parameter.
-    scratches : int
-        Number of temporary arrays that an update needs.
 
     Raises
     ------
@@ -82,7 +82,6 @@ class Optimizer:
         learning_rate: float | Mapping[str, float],
         weight_decay: float,
         slots: tuple[str, ...],
-        scratches: int,
     ):
         require(len(parameters) > 0, "an optimizer needs at least one parameter")
         _require_number("weight_decay", weight_decay, low=0.0)
@@ -90,10 +89,12 @@ class Optimizer:
         self.rates = _rates(self.parameters, learning_rate)
         self.weight_decay = float(weight_decay)
         self.steps = 0
+        self._slots = slots
         self._buffers = {
             f"{slot}.{path}": array_module(p).zeros_like(p) for slot in slots for path, p in self.parameters.items()
         }
-        self._scratch = [_scratch_views(self.parameters) for _ in range(scratches)]
+        module = array_module(next(iter(self.parameters.values())))
+        self._scratch = {dtype: module.empty(size, dtype) for dtype, size in _scratch_sizes(self.parameters).items()}
 
     def step(self, gradients: Mapping[str, Any], factor: float = 1.0) -> None:
         """Update every parameter in place.
@@ -113,17 +114,21 @@ class Optimizer:
         _check_names("gradient", gradients, self.parameters, ConfigurationError)
         self.steps += 1
         for path, parameter in self.parameters.items():
-            self._update(path, parameter, gradients[path], self.rates[path] * factor)
+            arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
+            for piece in _pieces(parameter.shape):
+                part, gradient, *slots = (array[piece] for array in arrays)
+                scratch = self._scratch[part.dtype][: part.size].reshape(part.shape)
+                self._update(part, gradient, slots, scratch, self.rates[path] * factor)
 
-    def _update(self, path: str, parameter: Any, gradient: Any, rate: float) -> None:
+    def _update(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
+        """Update a piece of a parameter and of its buffers; `scratch` is an array like it."""
         raise NotImplementedError
 
-    def _decayed(self, path: str, parameter: Any, gradient: Any) -> Any:
-        """Return gradient + weight_decay * parameter in the first scratch array."""
-        xp, total = array_module(parameter), self._scratch[0][path]
-        xp.multiply(parameter, self.weight_decay, out=total)
-        total += gradient
-        return total
+    def _decayed(self, parameter: Any, gradient: Any, out: Any) -> Any:
+        """Return gradient + weight_decay * parameter, in `out`."""
+        array_module(parameter).multiply(parameter, self.weight_decay, out=out)
+        out += gradient
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on: ``"steps"`` and the buffers as ``"<slot>.<path>"`` (not copied)."""
@@ -186,15 +191,19 @@ class SGD(Optimizer):
     ):
         _require_number("momentum", momentum, low=0.0, below=1.0)
         require(not nesterov or momentum > 0, "nesterov needs a momentum above 0")
-        slots = ("velocity",) if momentum > 0 else ()
-        super().__init__(parameters, learning_rate, weight_decay, slots, scratches=1)
+        super().__init__(parameters, learning_rate, weight_decay, self.slots(momentum))
         self.momentum = float(momentum)
         self.nesterov = bool(nesterov)
 
-    def _update(self, path: str, parameter: Any, gradient: Any, rate: float) -> None:
-        total = self._decayed(path, parameter, gradient)
+    @staticmethod
+    def slots(momentum: float) -> tuple[str, ...]:
+        """Return the names of the buffers kept for every parameter."""
+        return ("velocity",) if momentum > 0 else ()
+
+    def _update(self, parameter, gradient, slots, scratch, rate):
+        total = self._decayed(parameter, gradient, scratch)
         if self.momentum > 0:
-            velocity = self._buffers[f"velocity.{path}"]
+            (velocity,) = slots
             velocity *= self.momentum
             velocity += total
         if self.momentum == 0 or self.nesterov:  # the gradient's own term
@@ -236,6 +245,8 @@ class Adam(Optimizer):
     Kingma & Ba, "Adam: a method for stochastic optimization", arXiv 1412.6980, algorithm 1.
     """
 
+    SLOTS = ("mean", "square")
+
     def __init__(
         self,
         parameters: Mapping[str, Any],
@@ -248,41 +259,60 @@ class Adam(Optimizer):
         for beta in betas:
             _require_number("each of betas", beta, low=0.0, below=1.0)
         _require_number("epsilon", epsilon, above=0.0)
-        super().__init__(parameters, learning_rate, weight_decay, ("mean", "square"), scratches=2)
+        super().__init__(parameters, learning_rate, weight_decay, self.SLOTS)
         self.betas = (float(betas[0]), float(betas[1]))
         self.epsilon = float(epsilon)
 
-    def _update(self, path: str, parameter: Any, gradient: Any, rate: float) -> None:
-        xp, (b1, b2) = array_module(parameter), self.betas
-        total, other = self._decayed(path, parameter, gradient), self._scratch[1][path]
-        mean, square = self._buffers[f"mean.{path}"], self._buffers[f"square.{path}"]
+    def _update(self, parameter, gradient, slots, scratch, rate):
+        xp, (b1, b2), (mean, square) = array_module(parameter), self.betas, slots
+        total = self._decayed(parameter, gradient, scratch)
+        total *= 1.0 - b1
         mean *= b1
-        xp.multiply(total, 1.0 - b1, out=other)
-        mean += other
-        square *= b2
+        mean += total
+        total = self._decayed(parameter, gradient, scratch)  # once more: a second scratch would be larger
         total *= total
         total *= 1.0 - b2
+        square *= b2
         square += total
         xp.multiply(square, 1.0 / (1.0 - b2**self.steps), out=total)
         xp.sqrt(total, out=total)
         total += self.epsilon
-        xp.divide(mean, total, out=other)
-        other *= rate / (1.0 - b1**self.steps)
-        parameter -= other
+        xp.divide(mean, total, out=total)
+        total *= rate / (1.0 - b1**self.steps)
+        parameter -= total
 
 
 #: The optimizers by name, as the option ``--optimizer`` takes them.
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam}
 
 
-def _scratch_views(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one temporary array a parameter, all views of one buffer a dtype (parameters are updated one by one)."""
+def optimizer_bytes(parameters: Mapping[str, Any], slots: Sequence[str]) -> int:
+    """Return the bytes of an optimizer's buffers and scratch."""
+    scratch = sum(size * np.dtype(dtype).itemsize for dtype, size in _scratch_sizes(parameters).items())
+    return len(slots) * sum(p.nbytes for p in parameters.values()) + scratch
+
+
+def _scratch_sizes(parameters: Mapping[str, Any]) -> dict[Any, int]:
+    """Return the numbers of the largest piece that is updated at once, by dtype."""
     sizes: dict[Any, int] = {}
     for p in parameters.values():
-        sizes[p.dtype] = max(sizes.get(p.dtype, 0), p.size)
-    module = array_module(next(iter(parameters.values())))
-    buffers = {dtype: module.empty(size, dtype=dtype) for dtype, size in sizes.items()}
-    return {path: buffers[p.dtype][: p.size].reshape(p.shape) for path, p in parameters.items()}
+        sizes[p.dtype] = max(sizes.get(p.dtype, 0), *(p[piece].size for piece in _pieces(p.shape)))
+    return sizes
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield indices that cut an array into pieces of about `UPDATED_AT_ONCE` numbers, whatever its strides."""
+    row = math.prod(shape[1:])
+    if math.prod(shape) <= UPDATED_AT_ONCE:
+        yield (...,)
+    elif row > UPDATED_AT_ONCE:
+        for first in range(shape[0]):
+            for rest in _pieces(shape[1:]):
+                yield (slice(first, first + 1), *rest)
+    else:
+        rows = UPDATED_AT_ONCE // row
+        for start in range(0, shape[0], rows):
+            yield (slice(start, start + rows),)
 
 
 def _rates(parameters: Mapping[str, Any], learning_rate: float | Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class Memory:
         return Workspace(self.edges, batch, self.device, self.precision)
 
     def _made_of_weights(self, n: int, ops: Any) -> list[Any]:
-        key = (n, type(ops), *((shape, np.dtype(dtype)) for shape, dtype in ops.made))
+        key = made_of_weights(n, ops)
         if key not in self._made:
             self._made[key] = [self.device.xp.empty(shape, dtype) for shape, dtype in ops.made]
         return self._made[key]
@@ -157,34 +158,55 @@ class Memory:
             self._block = None
             self._block = self.device.xp.empty(nbytes, np.uint8)
 
-    def expect(self, free: PhaseShape, rows: int, key: Hashable, lay_out: Callable[[Stack], Any]) -> None:
-        """Make room for a free phase and what follows it, before the first: once for all of this shape.
-
-        Parameters
-        ----------
-        free : PhaseShape
-        rows : int
-            Samples that are processed together afterwards.
-        key : hashable
-            Tells what follows from anything else.
-        lay_out : callable
-            Takes from a stack what is laid over all that the free phase does not leave.
-        """
-        key = ("expected", free, rows, key)
+    def expect(self, needs: Needs) -> None:
+        """Make room for all that a step needs, before its first phase: once for all steps of this shape."""
+        key = ("expected", needs.free, needs.rows, needs.key)
         if key not in self._laid_out:
-            self._prepare(sorted({free.rows, rows}))
-            self.reserve(stack_of(self.layout, free, lay_out).peak)
+            self._prepare(needs.batches)
+            self.reserve(needs.stack(self.layout).peak)
             self._laid_out[key] = None
 
 
-def stack_of(layout: Layout, free: PhaseShape, lay_out: Callable[[Stack], Any]) -> Stack:
-    """Return, on paper, the stack of a free phase or that of what follows, whichever is higher; see `Memory.expect`."""
-    first, second = Stack(), Stack()
-    end = layout.lay_out(first, free).end
-    layout.lasting(second, free)
-    second.release(end)
-    lay_out(second)
-    return max(first, second, key=lambda stack: stack.peak)
+@dataclass(frozen=True)
+class Needs:
+    """What a learning step needs of a network's memory.
+
+    Attributes
+    ----------
+    free : PhaseShape or None
+        Its free phase, if it has one.
+    rows : int
+        Samples that are processed together afterwards.
+    key : hashable
+        Tells what follows from anything else.
+    lay_out : callable
+        Takes from a stack what is laid over all that the free phase does not leave.
+    """
+
+    free: PhaseShape | None
+    rows: int
+    key: Hashable
+    lay_out: Callable[[Stack], Any]
+
+    @property
+    def batches(self) -> list[int]:
+        """The numbers of samples that are processed together."""
+        return sorted({self.rows} | ({self.free.rows} if self.free else set()))
+
+    def stack(self, layout: Layout) -> Stack:
+        """Return, on paper, the stack of the free phase or that of what follows, whichever is higher."""
+        first, second = Stack(), Stack()
+        if self.free is not None:
+            end = layout.lay_out(first, self.free).end
+            layout.lasting(second, self.free)
+            second.release(end)
+        self.lay_out(second)
+        return max(first, second, key=lambda stack: stack.peak)
+
+
+def made_of_weights(n: int, ops: Any) -> Hashable:
+    """Return what operations of edge n have in common that share what they make of its weights."""
+    return (n, type(ops), *((shape, np.dtype(dtype)) for shape, dtype in ops.made))
 
 
 def update_ops(activation: Activation, device: Device) -> UpdateOps:

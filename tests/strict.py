@@ -123,9 +123,9 @@ class _Namespace:
     FUNCTIONS = {
         "abs", "absolute", "add", "arange", "arctanh", "argmax", "argsort", "as_strided", "ascontiguousarray",
         "bitwise_and", "concatenate", "copyto", "divide", "dot", "empty", "empty_like", "equal", "exp", "full",
-        "greater", "isfinite", "less", "log", "log1p", "matmul", "max", "maximum", "mean", "min", "minimum", "multiply",
-        "ones", "ones_like", "right_shift", "sign", "sqrt", "stack", "subtract", "sum", "take", "tanh", "where",
-        "zeros", "zeros_like",
+        "greater", "greater_equal", "isfinite", "less", "log", "log1p", "matmul", "max", "maximum", "mean", "min",
+        "minimum", "multiply", "ones", "ones_like", "right_shift", "sign", "sqrt", "stack", "subtract", "sum", "take",
+        "tanh", "where", "zeros", "zeros_like",
     }
     # fmt: on
 

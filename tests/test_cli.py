@@ -208,7 +208,7 @@ def test_version_help_and_no_command(invoke):
     assert out == invoke("data", "--help")[1]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "check", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "check", "memory", "info"])
 def test_every_option_has_a_help_line_and_its_default(command):
     for param in main.commands[command].params:
         if param.param_type_name == "option":

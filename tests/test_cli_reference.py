@@ -62,7 +62,7 @@ def test_help_begins_with_one_short_sentence(name):
     assert not command.get_short_help_str().endswith("...")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("info", "data list", "data download")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("data list", "data download")])
 def test_commands_with_choices_to_make_show_examples(name):
     group = name.split()[0]
     epilog = COMMANDS[name].epilog or COMMANDS[group].epilog or ""

@@ -30,6 +30,7 @@ ORDER = [
     "network",
     "learning",
     "optim",
+    "plan",
     "models",
     "export",
     "training",

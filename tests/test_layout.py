@@ -180,10 +180,10 @@ def test_parts_of_an_update_cover_all_rows_and_cross_no_phase():
         # 8 x 8 x 2, 4 x 4 x 4, 4 x 4 x 8, 2 x 2 x 8, 10: 128, 64, 128, 32, 10 units
         ("synchronous", "free", 128 + (64 + 128) + 128),  # first drive, one of layers 2 and 4, one of 3 and 5, feedback
         ("evenodd", "free", 128 + 128 + 128),
-        ("sweeps", "free", 128 + 128 + (128 + 64 + 128 + 32 + 10)),
+        ("sweeps", "free", 128 + 128 + (64 + 128 + 32)),  # first drive, the new one of any layer, the inner layers
         ("synchronous", "deviation", 2 * (64 + 128 + 128)),  # no drive of the input
         ("evenodd", "deviation", 2 * (128 + 128)),
-        ("sweeps", "deviation", 2 * (128 + (128 + 64 + 128 + 32 + 10))),
+        ("sweeps", "deviation", 2 * (128 + (64 + 128 + 32))),
     ],
 )
 def test_drives_and_feedback_take_what_a_schedule_needs(schedule, form, expected):

@@ -105,7 +105,8 @@ def test_tf32_rounds_to_nearest_and_ties_to_even(device, rng):
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_factors_on_numpy_have_the_digits_of_the_precision(rng, name):
     precision = precision_of(name)
-    factors = Factors(precision, np, native=False)
+    factors = Factors(precision, native=False)
+    factors.scratch = np.empty(factors.scratch_size, np.uint32)
     weight = rng.standard_normal((130, 700)).astype(precision.number)  # more than are rounded at once
     assert weight.size > ROUNDED_AT_ONCE
     out = np.full_like(weight, np.nan)
@@ -122,7 +123,7 @@ def test_factors_on_numpy_have_the_digits_of_the_precision(rng, name):
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_factors_on_a_gpu_are_stored_as_they_are_multiplied(name):
     precision = precision_of(name)
-    factors = Factors(precision, np, native=True)
+    factors = Factors(precision, native=True)
     assert factors.dtype == precision.stored
     assert factors.copies == precision.half
     assert not factors.widens

@@ -20,10 +20,11 @@ from typing import Any
 import click
 import numpy as np
 from gate import BETA, check_results, learner, random_batch, torch_reference
-from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threads, peak_bytes
+from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threads
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS
+from cupyep.backend.peak import peak_bytes
 from cupyep.cli.shared import Names, OneLineErrors
 from cupyep.files import replacing
 from cupyep.settling import SCHEDULES
@@ -230,8 +231,11 @@ def measure_memory(run: Run) -> list[tuple[str, int, int]]:
         ("BPTT, K", lambda network, steps: ep.BackpropagationThroughTime(network, 2, steps)),
     ):
         for steps in MEMORY_STEPS:
-            call = functools.partial(lambda make, steps: make(run.build(), steps).step(run.batch), make, steps)
-            rows.append((name, steps, peak_bytes(call, run.network.device)))
+
+            def prepare(make=make, steps=steps):
+                return functools.partial(make(run.build(), steps).step, run.batch)
+
+            rows.append((name, steps, peak_bytes(prepare, run.network.device)))
     peaks = [peak for name, _, peak in rows if name == "BPTT, K"]
     run.report["peak_memory_bytes"] = max(peak for name, _, peak in rows if name == "EP, T")
     run.report["bptt_bytes_per_step"] = (peaks[-1] - peaks[0]) / (MEMORY_STEPS[-1] - MEMORY_STEPS[0])

@@ -1,4 +1,4 @@
-"""What `benchmark.py` measures with: a clock, products timed between all else, counted operations, peak memory."""
+"""What `benchmark.py` measures with: a clock, products timed between all else, counted operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import time
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +103,7 @@ class Stopwatch:
     def __init__(self, device: Device, precision: Precision, size: int, repeats: int, shortest: float = SHORTEST):
         self.device, self.repeats, self.shortest = device, repeats, shortest
         generator = np.random.default_rng(0)
-        factors = Factors(precision, device.xp, device.is_gpu)
+        factors = Factors(precision, device.is_gpu)
         a, b = (device.asarray(generator.standard_normal((size, size)), factors.dtype) for _ in range(2))
         out = device.xp.empty_like(a)
         self._product = Case(lambda: factors.product(a, b, out), 2.0 * size**3)
@@ -211,26 +210,6 @@ class Operations:
         """Free steps, then unrolled ones with, a step back, two gradients and two products an edge above the first."""
         unrolled = self.free_phase(unrolled_steps)
         return self.free_phase(free_steps) + unrolled + unrolled_steps * (self.first + 4 * self.rest)
-
-
-def peak_bytes(call: Callable[[], Any], device: Device) -> int:
-    """Return the peak memory in bytes that `call` takes beyond what was there: arrays on the CPU, CuPy's pool on a GPU.
-
-    The call must make what it uses (its network), so that nothing is left out of the count.
-    """
-    if device.is_gpu:
-        pool = device.xp.get_default_memory_pool()
-        pool.free_all_blocks()
-        before = pool.used_bytes()
-        call()
-        device.synchronize()
-        return int(pool.total_bytes() - before)
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def limit_threads(threads: int) -> contextlib.AbstractContextManager[Any]:

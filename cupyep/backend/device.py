@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,7 +110,7 @@ class Device:
             self.xp = cupy
             self.use()
             l2 = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrL2CacheSize, self.index)
-            self.scratch_bytes = max(LEAST_GPU_SCRATCH, int(GPU_SCRATCH_SHARE * l2))
+            self.scratch_bytes = gpu_scratch(l2)
             if graphs_wanted():
                 self.graphs = GraphCapture(cupy, self.index)
         else:
@@ -126,6 +127,10 @@ class Device:
     def asarray(self, array: Any, dtype: Any = None) -> Any:
         """Copy `array` to this device if it is not there yet."""
         return self.xp.asarray(array, dtype=dtype)
+
+    def drawn(self, draw: Callable[[tuple[int, ...]], np.ndarray], shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return what `draw` makes of a shape on the host, so that every device gets the same numbers."""
+        return self.asarray(draw(shape).astype(dtype))
 
     def to_numpy(self, array: Any) -> np.ndarray:
         """Return a host copy (or, on the CPU, the array itself)."""
@@ -157,6 +162,11 @@ class Device:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gpu_scratch(l2: int) -> int:
+    """Return `Device.scratch_bytes` of a GPU with an L2 cache of so many bytes."""
+    return max(LEAST_GPU_SCRATCH, int(GPU_SCRATCH_SHARE * l2))
 
 
 def get_device(device: str | Device = "auto") -> Device:

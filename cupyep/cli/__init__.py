@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import check, data, diagnose, evaluate, export, info, plot, predict, recipes, reproduce, train
+from cupyep.cli import check, data, diagnose, evaluate, export, info, memory, plot, predict, recipes, reproduce, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -51,6 +51,7 @@ COMMANDS = (
     data.data,
     recipes.recipes,
     reproduce.reproduce,
+    memory.memory,
     info.info,
 )
 for command in COMMANDS:

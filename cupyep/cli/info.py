@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from cupyep.cli.shared import config_options
+from cupyep.backend.paper import KINDS
+from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options, require_used
+from cupyep.errors import require
+from cupyep.training.config import make_config
+from cupyep.training.memory import MEMORY_OPTIONS, network_report
 from cupyep.training.system import system_report
 
+EXAMPLES = """\b
+Examples:
+  cupyep info                                                        device, libraries, data folder
+  cupyep info --arch vgg12 --batch-size 128 --device-kind gpu        layers, products, planned memory
+  cupyep info --arch vgg7 --algorithm bptt --nudged-steps 20
+"""
 
-@click.command()
-@config_options(("data_dir",))
-def info(data_dir: str | None) -> None:
-    """Show device, libraries, data folder."""
-    for name, value in system_report(data_dir):
-        click.echo(f"{name:<14} {value}")
+
+@click.command(cls=SectionedCommand, epilog=EXAMPLES)
+@config_options(("data_dir", "algorithm", *MEMORY_OPTIONS))
+@click.option(
+    "--device-kind",
+    type=Names("--device-kind", KINDS),
+    help="Plan for a cpu or a gpu, there or not.  [default: that of --device]",
+)
+def info(data_dir: str | None, device_kind: str | None, **options: Any) -> None:
+    """Show this machine, or a network.
+
+    The machine: device, libraries, data folder. With any option of a network: its layers with their shapes, its
+    parameters, its products, and the planned peak memory of a training step by purpose (see cupyep memory).
+    """
+    given = given_options(options)
+    if not given and device_kind is None:
+        for name, value in system_report(data_dir):
+            click.echo(f"{name:<14} {value}")
+        return
+    require(data_dir is None, "--data-dir says nothing of a network; give it alone")
+    config = make_config(given)
+    require_used(config, given)
+    click.echo(network_report(config, device_kind))

@@ -227,6 +227,13 @@ def _check_limits(source: Source, limit_train: int | None, limit_test: int | Non
         )
 
 
+def image_shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:
+    """Return (H, W, C) of the images that `load_dataset` would give, without looking for files."""
+    source = SOURCES[choose("data set", name, DATASETS)]
+    size = _checked_size(source, image_size)
+    return (size, size, source.shape[2])
+
+
 def _checked_size(source: Source, image_size: int | None) -> int:
     size = source.shape[0]
     if image_size is None:

@@ -37,6 +37,7 @@ class Stack:
     def __init__(self, block: Any = None, base: int = 0):
         self._block = block
         self._taken: list[tuple[int, int, str]] = []  # from, to, what for
+        self._sizes: dict[str, int] = {}
         self.top = self.peak = base
         self.at_peak: dict[str, int] = {}
 
@@ -49,11 +50,9 @@ class Stack:
         start, nbytes = self.top, max((_padded(shape, dtype) for shape in shapes), default=0)
         self.top += nbytes
         self._taken.append((start, self.top, purpose))
+        self._sizes[purpose] = self._sizes.get(purpose, 0) + nbytes
         if self.top > self.peak:
-            self.peak = self.top
-            self.at_peak = {}
-            for first, last, name in self._taken:
-                self.at_peak[name] = self.at_peak.get(name, 0) + last - first
+            self.peak, self.at_peak = self.top, dict(self._sizes)
         if self._block is None:
             return [None] * len(shapes)
         return [carve(self._block[start:], [(shape, dtype)])[0] for shape in shapes]
@@ -61,6 +60,9 @@ class Stack:
     def release(self, top: int) -> None:
         """Give back what was taken above `top`, a former value of the attribute."""
         self.top = top
+        for start, end, purpose in self._taken:
+            self._sizes[purpose] -= end - start if end > top else 0
+        self._sizes = {purpose: size for purpose, size in self._sizes.items() if size}
         self._taken = [taken for taken in self._taken if taken[1] <= top]
 
 

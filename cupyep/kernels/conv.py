@@ -108,7 +108,7 @@ class ConvOps:
         self.geometry = geometry
         self.flops = geometry.flops
         self.precision = precision
-        self.factors = Factors(precision, xp, self.NATIVE)
+        self.factors = Factors(precision, self.NATIVE)
         self.product_first = geometry.product_first if product_first is None else product_first
         one = Arena.size(self._requests(1))
         pixels = math.gcd(math.prod(geometry.map_shape[:2]), math.prod(geometry.in_shape[:2]))
@@ -117,6 +117,7 @@ class ConvOps:
         self.requests = self._requests(self.chunks[0][1])
         if not self.NATIVE:
             self.requests.append(((k * k * channels, outputs), precision.number))
+            self.requests.append(((self.factors.scratch_size,), np.uint32))
         self.nbytes = Arena.size(self.requests)
         copy, flipped = (
             ((k, k, channels, outputs), self.factors.dtype),
@@ -152,7 +153,7 @@ class ConvOps:
     def bind(self, arena: Arena, made: Sequence[Any]) -> None:
         """Take views of the arena, and the arrays of `made`."""
         self._take_made(made)
-        scratch, self._map, self._mask, self._wide, self.weight = arena.views(self.requests)
+        scratch, self._map, self._mask, self._wide, self.weight, self.factors.scratch = arena.views(self.requests)
         drive, topdown = self._column_requests(self.chunks[0][1])
         self._padded, self._columns = carve(scratch, drive)
         self._padded_up, self._columns_up = carve(scratch, topdown)

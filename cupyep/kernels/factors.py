@@ -23,8 +23,6 @@ class Factors:
     Parameters
     ----------
     precision : Precision
-    xp : module
-        ``numpy`` or ``cupy``.
     native : bool
         Whether the device multiplies the stored type and TF32 by itself.
 
@@ -38,25 +36,34 @@ class Factors:
         Whether a state must be copied to be a factor, and a product to be stored: never on a GPU.
     rounds : bool
         Whether `round` has something to do.
+    scratch : uint32 array of shape (scratch_size,), or None
+        For `round`; whoever lets it round gives it one.
     """
 
-    def __init__(self, precision: Precision, xp: Any, native: bool):
+    def __init__(self, precision: Precision, native: bool):
         self.precision = precision
         self.dtype = precision.stored if native else precision.number
         self.copies = precision.half or (precision.tf32 and not native)
         self.widens = precision.half and not native
         self.rounds = precision.tf32 and not native
-        self._scratch = xp.empty(ROUNDED_AT_ONCE, np.uint32) if self.rounds else None
+        self.scratch_size = ROUNDED_AT_ONCE if self.rounds else 0
+        self.scratch: Any = None
 
     def take_up(self, weight: Any, out: Any) -> None:
         """Write a float32 `weight` into `out`, rounded to the digits of a factor."""
-        out[...] = weight.astype(self.precision.stored) if self.widens else weight
+        if self.widens:
+            numbers, rounded = weight.reshape(-1), out.reshape(-1)
+            for start in range(0, len(numbers), ROUNDED_AT_ONCE):
+                part = slice(start, start + ROUNDED_AT_ONCE)
+                rounded[part] = numbers[part].astype(self.precision.stored)
+            return
+        out[...] = weight
         self.round(out)
 
     def round(self, x: Any) -> None:
         """Round a C-contiguous float32 array in place to TF32, where that is this class's business."""
         if self.rounds:
-            round_to_tf32(x, self._scratch)
+            round_to_tf32(x, self.scratch)
 
     def product(self, a: Any, b: Any, out: Any) -> None:
         """Write ``a @ b`` into `out`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
 from cupyep.kernels.buffers import Arena
@@ -34,19 +36,20 @@ class LinearOps:
 
     def __init__(self, shape: tuple[int, int], batch: int, precision: Precision, device: Device):
         self.flops = 2 * shape[0] * shape[1]
-        self.factors = Factors(precision, device.xp, device.is_gpu)
+        self.factors = Factors(precision, device.is_gpu)
         self.made = [(shape, self.factors.dtype)] if self.factors.copies else []
         copied = batch if self.factors.widens or self.factors.rounds else 0
         gradient = [] if device.adds_products else [shape]
         copies = [(copied, width) for width in shape]
         self.requests = [(part, precision.number) for part in copies + gradient]
+        self.requests.append(((self.factors.scratch_size,), np.uint32))
         self.nbytes = Arena.size(self.requests)
 
     def bind(self, arena: Arena, made: Sequence[Any]) -> None:
         """Take views of the arena, and the arrays of `made`."""
         self.matrix = made[0] if made else None
         # copies of the states below and above, each a factor or a result, and a gradient on its way
-        self._below, self._above, *gradient = arena.views(self.requests)
+        self._below, self._above, *gradient, self.factors.scratch = arena.views(self.requests)
         self.weight = gradient[0] if gradient else None
 
     def refresh(self, weight: Any) -> None:

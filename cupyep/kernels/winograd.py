@@ -84,7 +84,7 @@ class WinogradOps:
         self.geometry = geometry
         self._xp = xp
         self._dtype = dtype = precision.number
-        self._factors = Factors(precision, xp, native=False)
+        self._factors = Factors(precision, native=False)
         self._tiles = _tiles(geometry)
         axes = zip(geometry.in_shape[:2], self._tiles, strict=True)
         self._places = [_places(size, geometry.padding, tiles) for size, tiles in axes]

@@ -14,6 +14,7 @@ from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
+from cupyep.workspace import Needs
 
 
 class Backpropagation(Learner):
@@ -35,10 +36,14 @@ class Backpropagation(Learner):
         """Return the feed-forward states, in memory that the next call overwrites."""
         return self._forward(batch, self._passes(batch))
 
+    def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
+        layout = self.network.memory.layout
+        shape = PassesShape(samples, term_scratch_size(layout, nudges, samples))
+        return Needs(None, samples, shape, functools.partial(lay_out_passes, layout, shape=shape))
+
     def _passes(self, batch: Batch, nudges: Sequence[Nudge] = ()) -> Passes:
-        memory, samples = self.network.memory, len(batch.images)
-        shape = PassesShape(samples, term_scratch_size(nudges, samples))
-        return memory.laid_out(shape, 0, functools.partial(lay_out_passes, memory.layout, shape=shape))
+        needs = self.needs(len(batch.images), nudges)
+        return self.network.memory.laid_out(needs.key, 0, needs.lay_out)
 
     def _forward(self, batch: Batch, passes: Passes) -> State:
         network, state, below = self.network, passes.state, batch.images

@@ -21,7 +21,7 @@ from cupyep.layout import Layout, PhaseBuffers, PhaseShape
 from cupyep.learning.learner import Learner, StepResult, checked_settling, term_scratch_size
 from cupyep.network import Network
 from cupyep.settling import SettleStats, settle
-from cupyep.workspace import Workspace
+from cupyep.workspace import Needs, Workspace
 
 
 class BackpropagationThroughTime(Learner):
@@ -79,10 +79,13 @@ class BackpropagationThroughTime(Learner):
         return self.network.outputs(self.settle_free(batch).layers[-1])
 
     def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
-        network, shape = self.network, self._shape(part, self.network.nudges(part, self.signals))
-        lay_out = functools.partial(lay_out_unrolled, network.memory.layout, shape=shape)
-        network.memory.expect(network.free_shape(len(part), **self._free), len(part), shape, lay_out)
+        self.network.memory.expect(self.needs(len(part), self.network.nudges(part, self.signals)))
         return self._unroll_and_back(gradients, part, total, self.settle_free(part))
+
+    def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
+        network, shape = self.network, self._shape(samples, nudges)
+        lay_out = functools.partial(lay_out_unrolled, network.memory.layout, shape=shape)
+        return Needs(network.free_shape(samples, **self._free), samples, shape, lay_out)
 
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
@@ -91,14 +94,15 @@ class BackpropagationThroughTime(Learner):
         self._scale_edges(gradients)
         return result
 
-    def _shape(self, batch: Batch, nudges: Sequence[Nudge], base: int = 0) -> UnrolledShape:
-        step = self.network.free_shape(len(batch), steps=1, schedule="synchronous")
-        return UnrolledShape(replace(step, base=base), self.unrolled_steps, term_scratch_size(nudges, len(batch)))
+    def _shape(self, samples: int, nudges: Sequence[Nudge], base: int = 0) -> UnrolledShape:
+        step = self.network.free_shape(samples, steps=1, schedule="synchronous")
+        scratch = term_scratch_size(self.network.memory.layout, nudges, samples)
+        return UnrolledShape(replace(step, base=base), self.unrolled_steps, scratch)
 
     def _unroll_and_back(self, gradients: dict[str, Any], batch: Batch, total: int, start: State) -> StepResult:
         network, memory = self.network, self.network.memory
         nudges = network.nudges(batch, self.signals)
-        shape = self._shape(batch, nudges, start.end)
+        shape = self._shape(len(batch), nudges, start.end)
         lay_out = functools.partial(lay_out_unrolled, memory.layout, shape=shape)
         unrolled = memory.laid_out(shape, start.end, lay_out)
         workspace = memory.workspace(len(batch))

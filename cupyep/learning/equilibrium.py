@@ -22,6 +22,7 @@ from cupyep.dynamics import Nudge, State
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, require
 from cupyep.learning.learner import Learner, StepResult, checked_settling
 from cupyep.network import Network
+from cupyep.workspace import Needs
 
 SCHEMES = ("centered", "onesided", "random", "tangent")
 FORMS = ("classical", "deviation")
@@ -100,6 +101,10 @@ class EquilibriumPropagation(Learner):
         """How nudged phases are represented: ``classical``, ``deviation`` or ``tangent``."""
         return "tangent" if self.scheme == "tangent" else self.nudge
 
+    @property
+    def takes_slopes(self) -> bool:
+        return self.form == "tangent"
+
     def _how(self, steps: int) -> dict[str, Any]:
         return {
             "steps": steps,
@@ -146,11 +151,15 @@ class EquilibriumPropagation(Learner):
         return [1.0] if self.scheme == "tangent" else [self.beta]
 
     def _add(self, gradients: dict[str, Any], batch: Batch, total: int, betas: list[float]) -> StepResult:
-        network, nudges, samples = self.network, self.network.nudges(batch, self.signals), len(batch)
-        shape = network.nudged_shape(self.form, samples, len(betas), nudges, **self._nudged)
-        lay_out = functools.partial(network.memory.layout.lay_out, shape=shape)
-        network.memory.expect(network.free_shape(samples, **self._free), shape.rows, shape, lay_out)
+        nudges = self.network.nudges(batch, self.signals)
+        self.network.memory.expect(self.needs(len(batch), nudges))
         return self._nudge(Part(gradients, batch, total, betas, nudges), self.settle_free(batch))
+
+    def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
+        network, phases = self.network, 2 if self.scheme == "centered" else 1
+        shape = network.nudged_shape(self.form, samples, phases, nudges, **self._nudged)
+        lay_out = functools.partial(network.memory.layout.lay_out, shape=shape)
+        return Needs(network.free_shape(samples, **self._free), shape.rows, shape, lay_out)
 
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""

@@ -12,8 +12,10 @@ from cupyep.dynamics import Nudge
 from cupyep.errors import choose, require
 from cupyep.heads import LossTerm, accuracy_count
 from cupyep.kernels.conv import chunked
+from cupyep.layout import Layout
 from cupyep.network import Network
 from cupyep.settling import SCHEDULES, SettleStats, check_relaxation
+from cupyep.workspace import Needs
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take
 DEAD = 1e-3
@@ -67,6 +69,8 @@ class Learner:
         statistics are those of the whole batch (with a tolerance, each part stops by itself).
     """
 
+    takes_slopes = True  # whether a step asks for the derivative of the activation
+
     def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
         right = micro_batch is None or (int(micro_batch) == micro_batch and micro_batch >= 1)
         require(right, f"micro_batch must be a positive integer, not {micro_batch}")
@@ -104,8 +108,11 @@ class Learner:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return a batch in parts of nearly equal size."""
-        samples = len(batch.images)
-        return [batch.part(rows) for rows, _ in chunked(samples, self.micro_batch or samples)]
+        return [batch.part(rows) for rows in self.parts(len(batch.images))]
+
+    def parts(self, samples: int) -> list[slice]:
+        """Return the rows of a batch that are processed together, the longest first."""
+        return [rows for rows, _ in chunked(samples, self.micro_batch or samples)]
 
     def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: Any) -> StepResult:
         """Add the gradients of one of the parts that make a batch of `total` samples.
@@ -115,6 +122,10 @@ class Learner:
         StepResult
             Whose loss, activity and response are what the part contributes to the batch's.
         """
+        raise NotImplementedError
+
+    def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
+        """Return what a step with a part of so many samples, nudged by `nudges`, needs of the network's memory."""
         raise NotImplementedError
 
     def scores(self, batch: Batch) -> Any:
@@ -160,7 +171,8 @@ class Learner:
         xp.abs(s, out=size)
         dead = size.reshape(-1, s.shape[-1]).max(axis=0) <= DEAD
         dtype = self.network.dtype
-        return size.mean(dtype=dtype), (size >= top).mean(dtype=dtype), dead.mean(dtype=dtype)
+        activity, saturated = size.mean(dtype=dtype), xp.greater_equal(size, top, out=size)
+        return activity, saturated.mean(dtype=dtype), dead.mean(dtype=dtype)
 
     def _zero_gradients(self) -> dict[str, Any]:
         xp = self.network.device.xp
@@ -200,9 +212,9 @@ class Learner:
         for term, weight, target in nudges:
             if not term.parameters():
                 continue
-            state = network.wide(states(term.layer))
+            state, rest = self._wide(states(term.layer), scratch)
             scale = network.device.xp.full(len(state), share * weight / total, network.dtype)
-            term.add_parameter_gradient(state, target, scale, self._of(term, gradients), scratch)
+            term.add_parameter_gradient(state, target, scale, self._of(term, gradients), rest)
 
     def _loss_scale(self, nudges: Sequence[Nudge]) -> float:
         """Return by what to multiply dL/ds, of single samples, so that it can be stored."""
@@ -215,7 +227,16 @@ class Learner:
         for term, weight, target in nudges:
             if term.layer == n:
                 factor = self.network.device.xp.full(len(mu), scale * weight, mu.dtype)
-                term.add_force(self.network.wide(layers[n - 1]), target, factor, mu, scratch)
+                state, rest = self._wide(layers[n - 1], scratch)
+                term.add_force(state, target, factor, mu, rest)
+
+    def _wide(self, s: Any, scratch: Any) -> tuple[Any, Any]:
+        """Return a state in the type to compute in, a copy of halves at the start of `scratch`; and what is left."""
+        if s.dtype == self.network.dtype:
+            return s, scratch
+        copy = scratch[: s.size].reshape(s.shape)
+        copy[...] = s
+        return copy, scratch[s.size :]
 
     def _as_factor(self, array: Any, copy: Any) -> Any:
         """Return an array as products take it: itself, or rounded to halves, in `copy`."""
@@ -244,10 +265,16 @@ def _sum(parts: Sequence[StepResult]) -> StepResult:
     return whole
 
 
-def term_scratch_size(nudges: Sequence[Nudge], samples: int) -> int:
+def term_scratch_size(layout: Layout, nudges: Sequence[Nudge], samples: int) -> int:
     """Return the elements of scratch for the force or the parameter gradient of one term at a time."""
-    sizes = ((term.scratch_size(samples), term.gradient_scratch_size(samples)) for term, *_ in nudges)
-    return max((max(pair) for pair in sizes), default=0)
+    return (
+        max(
+            layout.copied(term.layer, samples) + max(term.scratch_size(samples), term.gradient_scratch_size(samples))
+            for term, *_ in nudges
+        )
+        if nudges
+        else 0
+    )
 
 
 def checked_settling(schedule: str, steps: dict[str, int], relaxation: float) -> str:

@@ -58,6 +58,17 @@ def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: De
 
 def build_signals(config: TrainConfig, network: Network, dataset: Dataset, teacher: Path | None) -> list[Augmenter]:
     """Return the intermediate signals: none, local error, or distillation from the file `teacher`."""
+    if config.aug != "kd":
+        return make_signals(config, network)
+    file = TeacherFile(teacher)
+    file.check(dataset)
+    if config.flip and dataset.flip:
+        file.logits("train", dataset.train.index[:1], 1)  # one without mirrored views is refused before the first batch
+    return make_signals(config, network, file)
+
+
+def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> list[Augmenter]:
+    """Return the intermediate signals; `teacher` is what distillation asks, an open `TeacherFile`."""
     if config.aug == "none":
         return []
     common = {
@@ -70,14 +81,10 @@ def build_signals(config: TrainConfig, network: Network, dataset: Dataset, teach
     }
     if config.aug == "le":
         return [LocalError(**common)]
-    file = TeacherFile(teacher)
-    file.check(dataset)
-    if config.flip and dataset.flip:
-        file.logits("train", dataset.train.index[:1], 1)  # one without mirrored views is refused before the first batch
     if config.teacher_features:
         names = {layer: feature_name(layer) for layer in common["layers"]}
-        return [FeatureDistillation(file, names, config.kappa, config.kappa_annealing)]
-    return [Distillation(file, temperature=config.temperature, learned=config.learned_maps, **common)]
+        return [FeatureDistillation(teacher, names, config.kappa, config.kappa_annealing)]
+    return [Distillation(teacher, temperature=config.temperature, learned=config.learned_maps, **common)]
 
 
 def feature_name(layer: int) -> str:
@@ -126,6 +133,11 @@ def build_optimizer(config: TrainConfig, parameters: dict[str, Any]) -> Optimize
     if config.optimizer == "adam":
         return Adam(parameters, rates, weight_decay=config.weight_decay)
     return SGD(parameters, rates, config.momentum, config.nesterov, config.weight_decay)
+
+
+def optimizer_slots(config: TrainConfig) -> tuple[str, ...]:
+    """Return the names of the buffers that the optimizer keeps for every parameter."""
+    return Adam.SLOTS if config.optimizer == "adam" else SGD.slots(config.momentum)
 
 
 def training_batches(config: TrainConfig, dataset: Dataset, network: Network, generator: np.random.Generator) -> Loader:
