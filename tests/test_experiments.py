@@ -227,6 +227,39 @@ def test_cost_to_a_target():
     assert costs.minutes_to_target(never) is costs.operations_to_target(never) is None
 
 
+def test_memory_is_planned_and_measured(tmp_path):
+    """A narrow network on this device, one of full width for a GPU without one."""
+    memory = find("memory")
+    narrow = dataclasses.replace(memory, rows={"small": memory.rows["small"][:1]})
+    options = {"device": "cpu", "batch_size": 16, "nudged_steps": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cupyep.experiments.memory.STEPS", (1, 2, 8))
+        results = reproduce(narrow, tmp_path / "small", overrides=options, report=silent)
+    cell = results.cells["vgg5/0"]
+    for algorithm, planned in cell["planned"].items():
+        assert cell["measured"][algorithm] == pytest.approx(planned, rel=0.05)
+    few, more, most = cell["planned"]["bptt"]
+    assert most - more == 6 * (more - few) > 0
+    assert len(set(cell["planned"]["ep"])) == 1
+    worst = max(
+        abs(a / b - 1)
+        for name, planned in cell["planned"].items()
+        for a, b in zip(planned, cell["measured"][name], strict=True)
+    )
+    assert f"differ by at most {100 * worst:.1f} %" in memory.verdict(Results(narrow.rows["small"], results.cells, 1))
+    full = reproduce(memory, tmp_path / "full", scale="full", overrides={"device": "cpu"}, report=silent)
+    deepest = full.cells["vgg12/0"]
+    assert deepest["measured"] == {}
+    assert deepest["planned"]["ep"][0] < 1431e6
+    text = report_text(memory, full, {"scale": "full"})
+    assert "1431 (EP, MB), 25954 (BPTT, T = 250, MB)" in text
+    figure = memory.figures["peaks"](full)
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    np.testing.assert_allclose(lines["VGG-12, BPTT"], np.array(deepest["planned"]["bptt"]) / 1e6)
+    np.testing.assert_allclose(lines["VGG-12, EP"], deepest["planned"]["ep"][0] / 1e6)
+    assert (figure.axes[0].get_xscale(), figure.axes[0].get_yscale()) == ("log", "log")
+
+
 @pytest.mark.slow
 def test_side_by_side_as_in_turn(tmp_path):
     """Two processes measure what one does; both read the experiment by its name."""

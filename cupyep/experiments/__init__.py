@@ -7,6 +7,7 @@ from cupyep.experiments.costs import COST
 from cupyep.experiments.design import SCALES, Experiment, Results
 from cupyep.experiments.feedback import ACTIVATIONS, FEEDBACK
 from cupyep.experiments.headline import VGG7, VGG12
+from cupyep.experiments.memory import MEMORY
 from cupyep.experiments.nudges import FIDELITY, NUDGE
 from cupyep.experiments.report import write_report
 from cupyep.experiments.running import load_results, reproduce
@@ -27,6 +28,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         FEEDBACK,
         NUDGE,
         FIDELITY,
+        MEMORY,
         COST,
         VGG7,
         VGG12,
