@@ -26,6 +26,7 @@ ORDER = [
     "settling",
     "dynamics",
     "energy",
+    "structure",
     "augment",
     "network",
     "learning",

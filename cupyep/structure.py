@@ -1,0 +1,148 @@
+"""What a network is before it settles: edges, activation, feedback weight, readout, and their parameters by path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep.activations import Activation, get_activation
+from cupyep.backend import Device, get_device, get_precision
+from cupyep.energy import Energy
+from cupyep.errors import require
+from cupyep.heads import Head
+from cupyep.layers import Edge
+from cupyep.losses import get_loss
+
+
+class Structure:
+    """The fixed parts of a network and its trained arrays; `cupyep.network.Network` is one that settles.
+
+    Parameters
+    ----------
+    layers, classes, activation, loss, feedback, gain, seed, device, precision
+        See `Network`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Edge],
+        classes: int,
+        *,
+        activation: str | Activation = "hard_sigmoid",
+        loss: str = "cross_entropy",
+        feedback: float = 1.0,
+        gain: float | Sequence[float] = 1.0,
+        seed: int = 0,
+        device: str | Device = "auto",
+        precision: str = "float32",
+    ):
+        self.layers = list(layers)
+        self.classes = classes
+        self.activation = get_activation(activation)
+        self.device = get_device(device)
+        self.precision = get_precision(precision)
+        self.dtype = self.precision.number
+        self.feedback = self._checked_feedback(feedback)
+        self._check_chain()
+        self.readout = self._make_readout(loss)
+        self._initialize(gain, seed)
+        self.config: dict[str, Any] = {}
+
+    def _checked_feedback(self, feedback: float) -> float:
+        require(0 < feedback <= 1, f"feedback (lambda) must be above 0 and at most 1, not {feedback}")
+        largest = feedback ** -(len(self.layers) - 1)
+        limit = float(np.finfo(self.dtype).max) ** 0.75
+        require(
+            largest < limit,
+            f"feedback {feedback} in {len(self.layers)} layers makes layer weights of {largest:.0e}, too large for "
+            f"{self.dtype}; raise the feedback or use precision float64",
+        )
+        return float(feedback)
+
+    def _check_chain(self) -> None:
+        require(len(self.layers) > 0, "a network needs at least one layer")
+        for n, (below, edge) in enumerate(zip(self.layers, self.layers[1:], strict=False), 2):
+            require(
+                math.prod(edge.in_shape) == math.prod(below.out_shape)
+                and (len(edge.in_shape) == 1 or edge.in_shape == below.out_shape),
+                f"layer {n} takes {edge.in_shape} but layer {n - 1} gives {below.out_shape}",
+            )
+
+    def _make_readout(self, loss: str) -> Head:
+        shape, criterion = self.layers[-1].out_shape, get_loss(loss)
+        if criterion.name == "cross_entropy":
+            return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True)
+        require(
+            shape == (self.classes,),
+            f"squared error needs a last layer of shape ({self.classes},), the classes; it gives {shape}",
+        )
+        return Head(self.depth, shape, criterion, self.classes, identity=True)
+
+    def _initialize(self, gain: float | Sequence[float], seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        gains = [float(gain)] * self.depth if np.isscalar(gain) else [float(g) for g in gain]
+        require(len(gains) == self.depth, f"give one gain or {self.depth}, one a layer, not {len(gains)}")
+        for edge, layer_gain in zip(self.layers, gains, strict=True):
+            edge.initialize(generator, layer_gain, self.device, self.dtype)
+        self.readout.initialize(generator, 1.0, self.device, self.dtype)
+
+    @property
+    def depth(self) -> int:
+        """Number of state layers L."""
+        return len(self.layers)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape (H, W, C) of an image."""
+        return self.layers[0].in_shape
+
+    @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of s^1 .. s^L without the batch axis."""
+        return [edge.out_shape for edge in self.layers]
+
+    @property
+    def energy(self) -> Energy:
+        """The energy that this network's free phase settles in."""
+        precision = get_precision(self.dtype.name)  # of a definition: nothing is stored in halves
+        return Energy(self.layers, self.activation, self.feedback, self.device, precision)
+
+    def __repr__(self) -> str:
+        readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
+        where = f"{self.precision.name}, {self.device.name}"
+        lines = [f"Network({self.activation.name}, feedback {self.feedback:g}, {where}"]
+        lines += [f"  {n}: {edge!r}" for n, edge in enumerate(self.layers, 1)]
+        return "\n".join([*lines, f"  readout: {readout}, {self.readout.criterion.name})"])
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the trained arrays by path, ``layers.1.weight`` .. ``readout.bias``."""
+        parameters = {
+            f"layers.{n}.{name}": array
+            for n, edge in enumerate(self.layers, 1)
+            for name, array in edge.parameters().items()
+        }
+        return parameters | {f"readout.{name}": array for name, array in self.readout.parameters().items()}
+
+    def load_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Copy arrays by path into the parameters.
+
+        Raises
+        ------
+        ConfigurationError
+            If a name is missing or unknown or a shape differs; nothing is changed then.
+        """
+        own = self.parameters()
+        missing, unknown = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
+        require(
+            not missing and not unknown, f"parameters do not fit this network: missing {missing}, unknown {unknown}"
+        )
+        for path, array in own.items():
+            require(
+                tuple(parameters[path].shape) == array.shape,
+                f"parameter {path} has shape {tuple(parameters[path].shape)}, this network's has {array.shape}",
+            )
+        for path, array in own.items():
+            array[...] = self.device.asarray(parameters[path], self.dtype)
