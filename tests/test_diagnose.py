@@ -52,6 +52,10 @@ def test_rows_are_those_of_the_step_and_of_the_gradient_check(device, schedule):
         for name, values in host.items():
             assert row[name] == pytest.approx(float(values[n]), rel=1e-12)
         assert row["scaled_response"] == pytest.approx(host["nudge_response"][n] * 0.5 ** (n - 2), rel=1e-12)
+        last, units = report.rows[2], [np.prod(shape) for shape in net.state_shapes]
+        share = row["scaled_response"] / last["scaled_response"] * np.sqrt(units[n] / units[2])
+        assert row["response_share"] == pytest.approx(share, rel=1e-12)
+        assert row["gradient_share"] == pytest.approx(row["gradient_norm"] / last["gradient_norm"], rel=1e-12)
         parts = [device.to_numpy(result.gradients[f"layers.{n + 1}.{part}"]) for part in ("weight", "bias")]
         assert row["gradient_norm"] == pytest.approx(np.sqrt(sum((p**2).sum() for p in parts)), rel=1e-12)
     settings = {"beta": 0.05, "free_steps": 30, "nudged_steps": 10, "schedule": schedule}
@@ -134,6 +138,32 @@ def test_the_command_draws_and_writes_and_exits_0_for_an_unhealthy_network(run, 
     assert len(content["settling"]["free"]["residual"]) == 2 + 9
     assert (path / "d.svg").read_text().startswith("<?xml")
     assert "units do not respond" in (path / "d.svg").read_text()
+
+
+def test_the_picture_shows_the_limits_and_what_is_beyond_them():
+    pytest.importorskip("matplotlib")
+    from cupyep.training.plots.diagnosis import diagnosis
+
+    row = {"nudge_response": 0.1, "gradient_share": 1.0, "saturated": 0.5, "dead": 0.2, "free_unsettled": 0.0}
+    shares, unsettled = (1e-5, 0.0, 1.0), (0.9, 0.26, 0.25)
+    rows = [
+        {**row, "name": str(n + 1), "response_share": shares[n], "nudged_unsettled": unsettled[n]} for n in range(3)
+    ]
+    phases = {phase: {"steps": 2, "residual": [[0.1] * 3] * 11} for phase in ("free", "nudged")}
+    trace = {"epoch": 1, "images": 8, "schedule": "sweeps", "tolerance": None, **phases}
+    figure = diagnosis([*rows, {"name": "readout"}], trace, "title", ["warning: what"])
+    free, nudged, reach, units = figure.subfigs[0].axes[:4]
+    assert (free.get_title(), nudged.get_title()) == (
+        "free phase: states",
+        "nudged phase: responses; layers 1-2 unsettled",
+    )
+    response, gradient, limit = (line.get_ydata() for line in reach.get_lines())
+    np.testing.assert_array_equal(response, [1e-5, np.nan, 1.0])
+    assert (list(gradient), set(limit)) == ([1.0] * 3, {1e-3})
+    assert [bar.get_height() for bar in units.patches] == pytest.approx([50.0] * 3 + [20.0] * 3)
+    assert set(units.get_lines()[0].get_ydata()) == {60.0}
+    assert [text.get_text() for axis in (reach, units) for text in axis.texts] == ["vanishing below", "collapse above"]
+    figure.canvas.draw()
 
 
 def test_the_picture_lies_in_the_run_unless_there_is_none(run, invoke, tmp_path, monkeypatch):

@@ -205,9 +205,15 @@ def test_few_images_leave_channels_still_by_chance():
 def test_the_knob_of_a_collapse():
     saturated, dead = {"saturated": [0.7] * 4}, {"dead": [0.0, 0.0, 0.0, 0.8], "saturated": [0.1] * 4}
     text = the_finding(**saturated).message
-    assert text.startswith("units do not respond: in layer 4 70% of them are saturated and 40% of the channels dead")
+    assert text.startswith(
+        "units do not respond: in layer 4 70% of the units are saturated and 40% of the channels are dead"
+    )
     assert text.endswith("(layers 1-4); lower --gain, or --learning-rate")
     assert the_finding(**dead).message.endswith("raise --gain, or lower --learning-rate")
+    both = the_finding(dead=[0.0, 0.0, 0.0, 0.5], saturated=[0.0, 0.0, 0.0, 0.4]).message
+    assert both.endswith("lower --gain, or --learning-rate"), "what is thrown to both ends is driven too hard"
+    text = the_finding(dead=[0.0, 0.0, 0.0, 0.8], saturated=[0.0] * 4).message
+    assert "in layer 4 80% of the channels are dead (layer 4)" in text
     assert the_finding(**saturated, kappa=1.0).message.endswith("lower --kappa, or --learning-rate")
     assert the_finding(**saturated, kappa=[0.1, 2.0]).message.endswith("lower --kappa, or --learning-rate")
     assert the_finding(**saturated, kappa=0.9).message.endswith("lower --gain, or --learning-rate")

@@ -63,7 +63,8 @@ def test_settling_shows_residuals_and_where_the_run_stops(layers):
     free[-1, 0] = 0.0
     trace = {"epoch": 2, "images": 8, "schedule": "sweeps", "tolerance": 1e-3,
              "free": {"steps": 4, "residual": free.tolist()}}  # fmt: skip
-    figure = curves.settling(trace)
+    figure = curves.settling(trace, "run: settling")
+    assert figure.get_suptitle() == "run: settling"
     axis = figure.axes[0]
     lines = axis.get_lines()
     for n in range(layers):
@@ -93,10 +94,12 @@ def test_maps_show_every_value(epochs, layers, log):
 
 
 def test_logarithmic_colours_span_whole_decades_but_no_more_than_six():
-    for smallest, low in ((2e-3, 1e-3), (1e-30, 1e-6), (0.0, 0.1)):
+    """Where something lies below them, the key ends in an arrow."""
+    for smallest, low, extend in ((2e-3, 1e-3, "neither"), (1e-30, 1e-6, "min"), (0.0, 0.1, "min")):
         values = np.array([[smallest, 0.5]])
-        norm = maps.over_epochs({"": values}, [1], "", "", log=True).axes[0].get_images()[0].norm
-        np.testing.assert_allclose([norm.vmin, norm.vmax], [low, 1.0])
+        image = maps.over_epochs({"": values}, [1], "", "", log=True).axes[0].get_images()[0]
+        np.testing.assert_allclose([image.norm.vmin, image.norm.vmax], [low, 1.0])
+        assert image.colorbar.extend == extend
 
 
 def test_the_readout_is_named():

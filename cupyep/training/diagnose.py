@@ -22,7 +22,7 @@ from cupyep.training.build import build_dataset, build_learner, build_network, b
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, restore_parameters
 from cupyep.training.checkup import trace_of
 from cupyep.training.config import TrainConfig, make_config
-from cupyep.training.diagnostics import Finding, Record, Setting, find, probe_record, scaled_response
+from cupyep.training.diagnostics import Finding, Record, Setting, find, probe_record, scaled_response, shares_of_last
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 from cupyep.training.statistics import LEVELS, gradient_norms, layer_names
@@ -211,6 +211,7 @@ def _rows(record: Record, setting: Setting, probes: Mapping[str, PhaseProbe]) ->
     if record["nudge_response"] is not None:
         columns["nudge_response"] = record["nudge_response"]
         columns["scaled_response"] = scaled_response(record, setting.weights).tolist()
+        columns["response_share"], columns["gradient_share"] = (s.tolist() for s in shares_of_last(record, setting))
     rows = [{"name": str(n + 1), **{key: values[n] for key, values in columns.items()}} for n in range(depth)]
     if len(record["gradient_norm"]) > depth:
         rows.append({"name": "readout"})

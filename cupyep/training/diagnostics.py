@@ -154,12 +154,24 @@ def scaled_response(record: Record, weights: Sequence[float]) -> np.ndarray:
     return np.asarray(record["nudge_response"]) * np.asarray(weights)
 
 
+def shares_of_last(record: Record, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Euclidean norms of scaled response and gradient of each layer, as shares of the last layer's."""
+    response = scaled_response(record, setting.weights) * np.sqrt(setting.units)
+    gradient = np.asarray(record["gradient_norm"][: len(response)])
+    return response / (response[-1] or 1), gradient / (gradient[-1] or 1)
+
+
+def unsettled_layers(fractions: Sequence[float]) -> tuple[int, ...]:
+    """Return the layers, counted from 1, in which too large a fraction of the samples is unsettled."""
+    return _above(np.asarray(fractions), LIMITS["unsettled samples"].value)
+
+
 # --- convergence ---------------------------------------------------------------------------------------------------
 
 
 def _unsettled(phase: str, record: Record, setting: Setting, probe: PhaseProbe | None) -> Finding | None:
     fractions = np.asarray(record.get(f"{phase}_unsettled") or [0.0])
-    layers = _above(fractions, LIMITS["unsettled samples"].value)
+    layers = unsettled_layers(fractions)
     if not layers:
         return None
     worst = int(fractions.argmax())
@@ -174,7 +186,7 @@ def _unsettled(phase: str, record: Record, setting: Setting, probe: PhaseProbe |
         change = record["nudged_distance"][worst]
         what = f"the response of layer {worst + 1} would still change by {change:.0%}, too much {samples}"
     message = (
-        f"the {phase} phase does not settle: after {steps} {unit}{'s' if steps > 1 else ''} {what} ({_names(layers)}); "
+        f"the {phase} phase does not settle: after {steps} {unit}{'s' if steps > 1 else ''} {what} ({spans(layers)}); "
         f"{_remedy(phase, setting, probe)}"
     )
     return Finding("convergence", layers, message)
@@ -195,12 +207,10 @@ def _remedy(phase: str, setting: Setting, probe: PhaseProbe | None) -> str:
 def _vanishing(record: Record, setting: Setting) -> Finding | None:
     if not record.get("nudge_response"):
         return None
-    response = scaled_response(record, setting.weights) * np.sqrt(setting.units)
-    gradient = np.asarray(record["gradient_norm"][: len(response)])
+    response, gradient = shares_of_last(record, setting)
     if response[-1] == 0:
         message = "no layer responds to the nudge, all units are at the ends of their ranges; start anew with a lower "
         return Finding("vanishing", (), message + "--learning-rate or --gain")
-    response, gradient = response / response[-1], gradient / (gradient[-1] or 1)
     weak = (response < LIMITS["response"].value) | (gradient < LIMITS["gradient"].value)
     unsettled = np.asarray(record.get("nudged_unsettled") or 0.0) > LIMITS["unsettled samples"].value
     weak &= ~(unsettled & (response == 0))  # the nudge has not got there yet, which `_unsettled` says
@@ -212,7 +222,7 @@ def _vanishing(record: Record, setting: Setting) -> Finding | None:
     form = ", or use --nudge deviation" if setting.form == "classical" else ""
     message = (
         f"the nudge vanishes on its way down: layer {worst + 1} responds with {_percent(response[worst])} of the last "
-        f"layer's strength, its gradient has {_percent(gradient[worst])} ({_names(layers)}); {knob}, or lower "
+        f"layer's strength, its gradient has {_percent(gradient[worst])} ({spans(layers)}); {knob}, or lower "
         f"--feedback{form}"
     )
     return Finding("vanishing", layers, message)
@@ -228,7 +238,7 @@ def _rounding(record: Record, setting: Setting) -> Finding | None:
     if not layers:
         return None
     message = (
-        f"the nudge is lost in rounding: the states of {_names(layers)} respond by {share[layers[0] - 1]:.0e} of their "
+        f"the nudge is lost in rounding: the states of {spans(layers)} respond by {share[layers[0] - 1]:.0e} of their "
         f"size and hold {setting.precision:.0e}; use --nudge deviation, or raise --beta"
     )
     return Finding("vanishing", layers, message)
@@ -247,12 +257,11 @@ def _idle(record: Record, setting: Setting, history: Sequence[Record]) -> Findin
     if not layers:
         return None
     worst = int((saturated + dead).argmax())
-    message = (
-        f"units do not respond: in layer {worst + 1} {saturated[worst]:.0%} of them are saturated and "
-        f"{dead[worst]:.0%} of the channels dead ({_names(layers)}); "
-    )
-    knob = _idle_remedy(record, setting, history, saturated[worst] > dead[worst])
-    return Finding("collapse", layers, message + knob)
+    parts = {"units are saturated": saturated[worst], "channels are dead": dead[worst]}
+    what = " and ".join(f"{share:.0%} of the {words}" for words, share in parts.items() if share >= 0.005)
+    knob = _idle_remedy(record, setting, history, saturated[worst] > dead[worst] / 4)
+    message = f"units do not respond: in layer {worst + 1} {what} ({spans(layers)}); {knob}"
+    return Finding("collapse", layers, message)
 
 
 def _idle_remedy(record: Record, setting: Setting, history: Sequence[Record], high: bool) -> str:
@@ -287,15 +296,15 @@ def _above(values: np.ndarray, limit: float) -> tuple[int, ...]:
     return tuple((np.flatnonzero(values > limit) + 1).tolist())
 
 
-def _names(layers: Sequence[int]) -> str:
+def spans(layers: Sequence[int]) -> str:
     """Return ``layer 3``, ``layers 2-5`` or ``layers 1, 3-4``."""
-    spans: list[list[int]] = []
+    found: list[list[int]] = []
     for n in layers:
-        if spans and spans[-1][1] == n - 1:
-            spans[-1][1] = n
+        if found and found[-1][1] == n - 1:
+            found[-1][1] = n
         else:
-            spans.append([n, n])
-    text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+            found.append([n, n])
+    text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
     return f"layer{'s' if len(layers) > 1 else ''} {text}"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from cupyep.dynamics import layer_weights
 from cupyep.errors import CheckpointError, CupyepError
 from cupyep.training.confusion import confusion_of
+from cupyep.training.diagnostics import LIMITS
 from cupyep.training.display import Display
 from cupyep.training.plots import curves, maps
 from cupyep.training.plots.style import matplotlib_figure, save
@@ -77,7 +78,11 @@ def _figures(
     """Yield (kind, figure, or why there is none) of one run."""
     yield from _maps(name, run, records)
     trace = run.settling()
-    yield "settling", curves.settling(trace) if trace and "free" in trace else "no phases are recorded"
+    if trace and "free" in trace:
+        title = f"{name}: settling of {trace['images']} training images, epoch {trace['epoch']}"
+        yield "settling", curves.settling(trace, title)
+    else:
+        yield "settling", "no phases are recorded"
     try:
         which = "best" if (run.path / BEST).exists() else "last"
         saved = run.load(which)
@@ -100,6 +105,11 @@ def _figures(
         yield "confusion", maps.confusion(matrix, classes, title)
 
 
+def _limited(phase: str) -> str:
+    """Return the title of a panel that says which distances are too far."""
+    return f"{phase} phase (too far: above {LIMITS[f'{phase} distance'].value:g})"
+
+
 def _maps(name: str, run: RunDirectory, records: list[Record]) -> Iterator[tuple[str, Any]]:
     """Yield the maps of values a layer over the epochs."""
     feedback = run.config.feedback
@@ -107,7 +117,7 @@ def _maps(name: str, run: RunDirectory, records: list[Record]) -> Iterator[tuple
     wanted = {
         "response": ({"": "nudge_response"}, f"{scale}mean $|s_+-s_-|$", "response of the layers to the nudge", True),
         "gradient": ({"": "gradient_norm"}, "norm of the gradient", "gradient of the layers", True),
-        "distance": ({"free phase": "free_distance", "nudged phase": "nudged_distance"}, DISTANCE,
+        "distance": ({_limited(phase): f"{phase}_distance" for phase in ("free", "nudged")}, DISTANCE,
                      "how far from rest the phases end", False),
         "units": ({"saturated": "saturated", "in dead channels": "dead"}, "fraction of the units",
                   "units that do not respond", False),

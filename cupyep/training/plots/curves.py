@@ -61,7 +61,7 @@ def _say_empty(axis: Any) -> None:
     axis.text(0.5, 0.5, "no epoch is done yet", transform=axis.transAxes, ha="center", color="0.4")
 
 
-def settling(trace: Record, title: str = "") -> Any:
+def settling(trace: Record, title: str) -> Any:
     """Return the figure of the residual a layer against the step, free and nudged.
 
     Parameters
@@ -69,15 +69,14 @@ def settling(trace: Record, title: str = "") -> Any:
     trace : dict
         As settling.json has it: ``epoch``, ``images``, ``schedule``, ``tolerance``, and of each phase ``steps``, the
         learner's own, and ``residual``, a list a layer for every step.
+    title : str
     """
     phases = [phase for phase in ("free", "nudged") if trace.get(phase)]
     figure, axes = plain_axes(len(phases), width=4.6)
     for axis, phase in zip(axes, phases, strict=True):
         draw_settling(axis, phase, trace)
     layer_colours(figure, axes, len(trace[phases[0]]["residual"][0]))
-    figure.suptitle(
-        title or f"settling of {trace['images']} training images, epoch {trace['epoch']}", fontsize="medium"
-    )
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.training.diagnostics import LIMITS
+from cupyep.training.diagnostics import LIMITS, spans, unsettled_layers
 from cupyep.training.plots.curves import draw_settling, layer_colours
-from cupyep.training.plots.style import COLOURS, integer_ticks, label_decades, matplotlib_figure, whole_decades
+from cupyep.training.plots.style import COLOURS, label_decades, matplotlib_figure, whole_decades
 
 LAYER = "layer (1 sees the image)"
+MOST_TICKS = 20
 
 
 def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str, verdicts: Sequence[str]) -> Any:
@@ -49,6 +50,9 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
         axis.set_visible(True)
         if panel in phases:
             draw_settling(axis, panel, trace)
+            unsettled = unsettled_layers([row[f"{panel}_unsettled"] for row in layers])
+            if unsettled:
+                axis.set_title(f"{axis.get_title()}; {spans(unsettled)} unsettled", color=COLOURS[1])
         else:
             (_draw_responses if panel == "responses" else _draw_units)(axis, layers)
     if phases:
@@ -61,19 +65,23 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
 def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     n = np.arange(1, len(layers) + 1)
     lines = {
-        "scaled response $a_n\\,$mean$|s_+-s_-|$": ("scaled_response", "o-"),
-        "gradient norm": ("gradient_norm", "s--"),
+        "response to the nudge, $|a_n(s_+-s_-)|$": ("response_share", "o-", COLOURS[0]),
+        "gradient": ("gradient_share", "s--", COLOURS[2]),
     }
-    values = []
-    for number, (label, (key, form)) in enumerate(lines.items()):
+    limit = LIMITS["response"].value
+    values = [limit]
+    for label, (key, form, colour) in lines.items():
         y = np.array([row[key] for row in layers], float)
         y[~(y > 0)] = np.nan
-        values.append(y)
-        axis.plot(n, y, form, color=COLOURS[number], label=label, markersize=4)
-    axis.set(yscale="log", xlabel=LAYER, title="what reaches the layers", ylim=whole_decades(np.array(values)))
-    integer_ticks(axis.xaxis)
+        values += y.tolist()
+        axis.plot(n, y, form, color=colour, label=label, markersize=4)
+    _draw_limit(axis, limit, "vanishing below")
+    low, high = whole_decades(values)
+    axis.set(yscale="log", xlabel=LAYER, title="what reaches the layers", ylim=(low, 10 * high))  # room for the key
+    axis.set_ylabel("norm, of the last layer's")
+    _layer_ticks(axis, n)
     label_decades(axis.yaxis)
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
 
 
 def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
@@ -81,10 +89,18 @@ def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     saturated, dead = (100 * np.array([row[key] for row in layers]) for key in ("saturated", "dead"))
     axis.bar(n, saturated, color=COLOURS[4], label="saturated units")
     axis.bar(n, dead, bottom=saturated, color=COLOURS[0], label="units of dead channels")
-    limit = 100 * LIMITS["idle"].value
-    axis.axhline(limit, color=COLOURS[1], linestyle="--", linewidth=1)
-    axis.annotate("collapse", (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                  fontsize="small", color=COLOURS[1])  # fmt: skip
+    _draw_limit(axis, 100 * LIMITS["idle"].value, "collapse above")
     axis.set(ylim=(0, 100), xlabel=LAYER, ylabel="% of the units", title="units that do not respond")
-    integer_ticks(axis.xaxis)
-    axis.legend(frameon=False, fontsize="small", loc="upper left")
+    _layer_ticks(axis, n)
+    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
+
+
+def _draw_limit(axis: Any, limit: float, label: str) -> None:
+    axis.axhline(limit, color="k", linestyle="--", linewidth=1)
+    box = {"facecolor": "w", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+    axis.annotate(label, (0.99, limit), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                  ha="right", va="bottom", fontsize="small", bbox=box)  # fmt: skip
+
+
+def _layer_ticks(axis: Any, layers: np.ndarray) -> None:
+    axis.set_xticks(layers[:: 1 if len(layers) <= MOST_TICKS else 2])

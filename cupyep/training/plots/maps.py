@@ -42,7 +42,8 @@ def over_epochs(
     axes[0].set_ylabel("layer (1 sees the image)")
     if readout:
         axes[0].set_yticks([*axes[0].get_yticks()[:-1], layers], [*map(str, axes[0].get_yticks()[:-1]), "readout"])
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, extend="min" if log else "neither")
+    below = log and any((values < scale["norm"].vmin).any() for values in maps.values())
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, extend="min" if below else "neither")
     bar.set_label(label)
     if log:
         label_decades(bar.ax.yaxis)
