@@ -69,7 +69,7 @@ FAILING = {
     "too high a gain": ({"gain": 5.0}, "collapse", "lower --gain"),
     "too high a kappa": (
         {"aug": "le", "kappa": 100.0, "learning_rate": 0.02, "epochs": 2}, "collapse", "lower --kappa"),
-    "too high a learning rate": ({"learning_rate": 0.05, "epochs": 2}, "collapse", "lower --gain, or --learning-rate"),
+    "too high a learning rate": ({"learning_rate": 0.05, "epochs": 2}, "collapse", "lower --learning-rate"),
 }  # fmt: skip
 
 

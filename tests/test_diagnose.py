@@ -161,7 +161,7 @@ def test_the_picture_shows_the_limits_and_what_is_beyond_them():
     np.testing.assert_array_equal(response, [1e-5, np.nan, 1.0])
     assert (list(gradient), set(limit)) == ([1.0] * 3, {1e-3})
     assert [bar.get_height() for bar in units.patches] == pytest.approx([50.0] * 3 + [20.0] * 3)
-    assert set(units.get_lines()[0].get_ydata()) == {60.0}
+    assert set(units.get_lines()[0].get_ydata()) == {75.0}
     assert [text.get_text() for axis in (reach, units) for text in axis.texts] == ["vanishing below", "collapse above"]
     figure.canvas.draw()
 

@@ -48,7 +48,7 @@ def probe(steps, last, before=1.0, oscillating=False):
     residual = np.full((steps + 9, LAYERS), 1.0)
     residual[-4:-2], residual[-2:] = before, last
     flags = np.full(LAYERS, oscillating)
-    return PhaseProbe(steps, residual, np.ones((LAYERS, 2)), np.ones((LAYERS, 2)), flags)
+    return PhaseProbe(steps, residual, np.ones((LAYERS, 2)), np.full((LAYERS, 2), 0.9), flags)
 
 
 def test_a_healthy_epoch_is_not_warned_about():
@@ -94,6 +94,9 @@ def test_the_knob_depends_on_how_it_fails():
     for late in (probe(4, last=0.5), probe(4, last=2.0, before=3.0)):
         text = the_finding(probes={"nudged": late}, **change).message
         assert text.endswith("raise --nudged-steps, or lower --feedback or --gain")
+    absent = dataclasses.replace(probe(4, last=2.0), distance=np.ones((LAYERS, 2)))
+    text = the_finding(probes={"nudged": absent}, **change).message
+    assert text.endswith("raise --nudged-steps, the nudge has not reached layer 1 yet"), "not growing, but new there"
     synchronous = dataclasses.replace(SETTING, schedule="synchronous", free_steps=1)
     change = {"free_unsettled": [0.0, 1.0, 0.0, 0.0], "free_distance": [0.0, 1.0, 0.0, 0.0]}
     swinging = the_finding(synchronous, {"free": probe(1, last=1.0, oscillating=True)}, **change).message
@@ -183,12 +186,12 @@ def test_rounding_drowns_the_classical_form_only():
 @pytest.mark.parametrize(
     ("saturated", "dead", "layers"),
     [
-        ([0.61, 0.2, 0.2, 0.2], [0.0] * 4, (1,)),
-        ([0.59, 0.2, 0.2, 0.2], [0.0] * 4, None),
-        ([0.0] * 4, [0.0, 0.0, 0.61, 0.0], (3,)),
-        ([0.0] * 4, [0.0, 0.0, 0.59, 0.0], None),
-        ([0.1, 0.3, 0.0, 0.4], [0.0, 0.31, 0.0, 0.3], (2, 4)),
-        ([0.0, 0.3, 0.0, 0.0], [0.0, 0.29, 0.0, 0.0], None),
+        ([0.76, 0.2, 0.2, 0.2], [0.0] * 4, (1,)),
+        ([0.74, 0.2, 0.2, 0.2], [0.0] * 4, None),
+        ([0.0] * 4, [0.0, 0.0, 0.76, 0.0], (3,)),
+        ([0.0] * 4, [0.0, 0.0, 0.74, 0.0], None),
+        ([0.1, 0.4, 0.0, 0.4], [0.0, 0.36, 0.0, 0.4], (2, 4)),
+        ([0.0, 0.4, 0.0, 0.37], [0.0, 0.34, 0.0, 0.23], None),
     ],
 )
 def test_units_that_do_not_respond(saturated, dead, layers):
@@ -203,10 +206,10 @@ def test_few_images_leave_channels_still_by_chance():
 
 
 def test_the_knob_of_a_collapse():
-    saturated, dead = {"saturated": [0.7] * 4}, {"dead": [0.0, 0.0, 0.0, 0.8], "saturated": [0.1] * 4}
+    saturated, dead = {"saturated": [0.8] * 4}, {"dead": [0.0, 0.0, 0.0, 0.8], "saturated": [0.1] * 4}
     text = the_finding(**saturated).message
     assert text.startswith(
-        "units do not respond: in layer 4 70% of the units are saturated and 40% of the channels are dead"
+        "units do not respond: in layer 4 80% of the units are saturated and 40% of the channels are dead"
     )
     assert text.endswith("(layers 1-4); lower --gain, or --learning-rate")
     assert the_finding(**dead).message.endswith("raise --gain, or lower --learning-rate")

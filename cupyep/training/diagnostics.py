@@ -40,8 +40,9 @@ LIMITS = {
     "gradient": Limit(1e-3, "norm of a layer's gradient against the last layer's; seen: 1e-2 and more where EP trains"),
     "rounding": Limit(100, "response of a state against its size, in units of its number format's precision: below "
                            "it a difference of two states (classical form) is noise"),
-    "idle": Limit(0.6, "fraction of a layer's units that do not respond, at the end of their range or in channels that "
-                       "no image moves; seen: up to 0.5 in healthy networks, 0.6 to 1 in collapsed ones"),
+    "idle": Limit(0.75, "fraction of a layer's units that do not respond, at the end of their range or in channels "
+                        "that no image moves; seen: up to 0.61 in the last layer of networks that learn, 0.77 to 1 in "
+                        "collapsed ones"),
     "accuracy": Limit(0.75, "training accuracy against its best epoch"),
     "kappa": Limit(1.0, "a signal that weighs as much as the readout"),
 }  # fmt: skip
@@ -195,6 +196,8 @@ def _unsettled(phase: str, record: Record, setting: Setting, probe: PhaseProbe |
 def _remedy(phase: str, setting: Setting, probe: PhaseProbe | None) -> str:
     if probe is not None and probe.oscillating.any():
         return "it swings between two states: use --schedule evenodd or sweeps"
+    if phase == "nudged" and probe is not None and (probe.distance[0] == 1).all():
+        return "raise --nudged-steps, the nudge has not reached layer 1 yet"
     if phase == "nudged" and probe is not None and probe.growing[0]:
         return "it grows all the time: lower --feedback or --gain, or raise --free-steps"
     tolerance = "" if setting.tolerance is None else ", or raise --tolerance"
@@ -268,7 +271,7 @@ def _idle_remedy(record: Record, setting: Setting, history: Sequence[Record], hi
     if _kappa(record) >= LIMITS["kappa"].value:
         return "lower --kappa, or --learning-rate"
     if history and _idle(history[0], setting, ()) is None:
-        return "they did in the first epoch: lower --learning-rate"
+        return "they did respond in the first epoch: lower --learning-rate"
     return "lower --gain, or --learning-rate" if high else "raise --gain, or lower --learning-rate"
 
 
