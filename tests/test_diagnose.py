@@ -153,11 +153,10 @@ def test_the_picture_shows_the_limits_and_what_is_beyond_them():
     trace = {"epoch": 1, "images": 8, "schedule": "sweeps", "tolerance": None, **phases}
     figure = diagnosis([*rows, {"name": "readout"}], trace, "title", ["warning: what"])
     free, nudged, reach, units = figure.subfigs[0].axes[:4]
-    assert (free.get_title(), nudged.get_title()) == (
-        "free phase: states",
-        "nudged phase: responses; layers 1-2 unsettled",
-    )
-    response, gradient, limit = (line.get_ydata() for line in reach.get_lines())
+    assert free.get_title() == "free phase: states"
+    assert nudged.get_title() == "nudged phase: layers 1-2 unsettled"
+    response, zeros, gradient, none, limit = (line.get_ydata() for line in reach.get_lines())
+    assert (list(zeros), list(none)) == ([reach.get_ylim()[0]], []), "what is 0 lies at the lower end"
     np.testing.assert_array_equal(response, [1e-5, np.nan, 1.0])
     assert (list(gradient), set(limit)) == ([1.0] * 3, {1e-3})
     assert [bar.get_height() for bar in units.patches] == pytest.approx([50.0] * 3 + [20.0] * 3)

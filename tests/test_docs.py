@@ -48,6 +48,9 @@ def parsed(command, words, name):
 
 def understood(words):
     """Fail unless the options and names of a command line are known, and its configuration is a valid one."""
+    if words[:2] == ["python", "-c"]:
+        compile(words[2], "python -c", "exec")
+        return
     if words[:2] == ["python", "-m"] or words[0] not in ("cupyep", "python"):
         return
     if words[0] == "python":

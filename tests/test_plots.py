@@ -126,6 +126,8 @@ def test_confusion_is_in_percent_of_the_true_class():
     np.testing.assert_array_equal(axis.get_images()[0].get_array(), [[75, 25], [0, 0]])
     assert {text.get_text() for text in axis.texts} == {"75", "25"}
     assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]
+    rare = maps.confusion(np.array([[199, 1], [3, 197]]), ["cat", "dog"], "title").axes[0]
+    assert {text.get_text() for text in rare.texts} == {"100", "2", "98"}, "half a percent is no number"
     many = maps.confusion(np.eye(100, dtype=int), [str(n) for n in range(100)], "title")
     assert not many.axes[0].texts
 

@@ -212,8 +212,11 @@ def _vanishing(record: Record, setting: Setting) -> Finding | None:
         return None
     response, gradient = shares_of_last(record, setting)
     if response[-1] == 0:
-        message = "no layer responds to the nudge, all units are at the ends of their ranges; start anew with a lower "
-        return Finding("vanishing", (), message + "--learning-rate or --gain")
+        message = (
+            "no layer responds to the nudge, all units of the last layer are at the ends of their ranges; start anew "
+            "with a lower --learning-rate or --gain"
+        )
+        return Finding("vanishing", (), message)
     weak = (response < LIMITS["response"].value) | (gradient < LIMITS["gradient"].value)
     unsettled = np.asarray(record.get("nudged_unsettled") or 0.0) > LIMITS["unsettled samples"].value
     weak &= ~(unsettled & (response == 0))  # the nudge has not got there yet, which `_unsettled` says

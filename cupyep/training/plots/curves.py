@@ -90,6 +90,8 @@ def draw_settling(axis: Any, phase: str, trace: Record) -> None:
         axis.plot(
             steps, residual[:, n], color=colour, linewidth=1.6, marker="o" if total <= FEW else None, markersize=3
         )
+    if np.isnan(residual).all():
+        axis.text(0.5, 0.5, "nothing moves", transform=axis.transAxes, ha="center", color="0.4")
     axis.axvspan(own, total, color="0.9", zorder=0)
     axis.axvline(own, color="0.4", linewidth=1)
     unit = "sweep" if trace["schedule"] == "sweeps" else "step"

@@ -14,6 +14,7 @@ from cupyep.training.plots.style import COLOURS, label_decades, matplotlib_figur
 
 LAYER = "layer (1 sees the image)"
 MOST_TICKS = 20
+LINE_INCHES = 0.16
 
 
 def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str, verdicts: Sequence[str]) -> Any:
@@ -38,8 +39,9 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
     phases = [phase for phase in ("free", "nudged") if phase in trace]
     panels = [*phases, *(["responses"] if "nudge_response" in layers[0] else []), "units"]
     rows_of_panels = -(-len(panels) // 2)
-    figure = matplotlib_figure()(figsize=(9.6, 2.9 * rows_of_panels + 0.6 + 0.2 * len(words)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.9 * rows_of_panels + 0.4, 0.2 + 0.2 * len(words)])
+    heights = [2.9 * rows_of_panels + 0.4, 0.2 + LINE_INCHES * len(words)]
+    figure = matplotlib_figure()(figsize=(9.6, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
     axes = list(np.atleast_1d(above.subplots(rows_of_panels, 2, squeeze=False)).ravel())
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -52,7 +54,7 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
             draw_settling(axis, panel, trace)
             unsettled = unsettled_layers([row[f"{panel}_unsettled"] for row in layers])
             if unsettled:
-                axis.set_title(f"{axis.get_title()}; {spans(unsettled)} unsettled", color=COLOURS[1])
+                axis.set_title(f"{panel} phase: {spans(unsettled)} unsettled", color=COLOURS[1])
         else:
             (_draw_responses if panel == "responses" else _draw_units)(axis, layers)
     if phases:
@@ -69,16 +71,14 @@ def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
         "gradient": ("gradient_share", "s--", COLOURS[2]),
     }
     limit = LIMITS["response"].value
-    values = [limit]
-    for label, (key, form, colour) in lines.items():
-        y = np.array([row[key] for row in layers], float)
-        y[~(y > 0)] = np.nan
-        values += y.tolist()
-        axis.plot(n, y, form, color=colour, label=label, markersize=4)
+    values = np.array([[row[key] for row in layers] for key, *_ in lines.values()], float)
+    low, high = whole_decades([*values.ravel(), limit / 2, 1.0])
+    for (label, (_, form, colour)), y in zip(lines.items(), values, strict=True):
+        axis.plot(n, np.where(y > 0, y, np.nan), form, color=colour, label=label, markersize=4)
+        axis.plot(n[y == 0], [low] * (y == 0).sum(), "v", color=colour, markersize=7, clip_on=False)  # off the scale
     _draw_limit(axis, limit, "vanishing below")
-    low, high = whole_decades(values)
     axis.set(yscale="log", xlabel=LAYER, title="what reaches the layers", ylim=(low, 10 * high))  # room for the key
-    axis.set_ylabel("norm, of the last layer's")
+    axis.set_ylabel("norm, relative to the last layer")
     _layer_ticks(axis, n)
     label_decades(axis.yaxis)
     axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
@@ -90,7 +90,13 @@ def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     axis.bar(n, saturated, color=COLOURS[4], label="saturated units")
     axis.bar(n, dead, bottom=saturated, color=COLOURS[0], label="units of dead channels")
     _draw_limit(axis, 100 * LIMITS["idle"].value, "collapse above")
-    axis.set(ylim=(0, 100), xlabel=LAYER, ylabel="% of the units", title="units that do not respond")
+    axis.set(
+        ylim=(0, 122),
+        yticks=range(0, 101, 20),
+        xlabel=LAYER,
+        ylabel="% of the units",
+        title="units that do not respond",
+    )
     _layer_ticks(axis, n)
     axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
 
@@ -103,4 +109,4 @@ def _draw_limit(axis: Any, limit: float, label: str) -> None:
 
 
 def _layer_ticks(axis: Any, layers: np.ndarray) -> None:
-    axis.set_xticks(layers[:: 1 if len(layers) <= MOST_TICKS else 2])
+    axis.set(xticks=layers[:: 1 if len(layers) <= MOST_TICKS else 2], xlim=(0.4, len(layers) + 0.6))

@@ -124,10 +124,9 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Any:
         axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(classes)), classes)
         for (row, column), value in np.ndenumerate(share):
-            if value >= 0.5:
-                axis.text(
-                    column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="w" if value < 35 else "k"
-                )
+            text = f"{value:.0f}"
+            if text != "0":
+                axis.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if value < 35 else "k")
     axis.set(xlabel="taken for", ylabel="true class", title=title)
     axis.title.set_fontsize("medium")
     figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03).set_label("% of the true class")
