@@ -14,7 +14,7 @@ from cupyep.training.plots.style import COLOURS, label_decades, matplotlib_figur
 
 LAYER = "layer (1 sees the image)"
 MOST_TICKS = 20
-LINE_INCHES = 0.16
+LINE_INCHES = 0.2
 
 
 def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str, verdicts: Sequence[str]) -> Any:
@@ -67,7 +67,7 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
 def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     n = np.arange(1, len(layers) + 1)
     lines = {
-        "response to the nudge, $|a_n(s_+-s_-)|$": ("response_share", "o-", COLOURS[0]),
+        "response $|a_n(s_+-s_-)|$": ("response_share", "o-", COLOURS[0]),
         "gradient": ("gradient_share", "s--", COLOURS[2]),
     }
     limit = LIMITS["response"].value
@@ -75,13 +75,14 @@ def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     low, high = whole_decades([*values.ravel(), limit / 2, 1.0])
     for (label, (_, form, colour)), y in zip(lines.items(), values, strict=True):
         axis.plot(n, np.where(y > 0, y, np.nan), form, color=colour, label=label, markersize=4)
-        axis.plot(n[y == 0], [low] * (y == 0).sum(), "v", color=colour, markersize=7, clip_on=False)  # off the scale
+        if (y == 0).any():  # off the scale
+            axis.plot(n[y == 0], [low] * (y == 0).sum(), "v", color=colour, markersize=7, clip_on=False)
     _draw_limit(axis, limit, "vanishing below")
     axis.set(yscale="log", xlabel=LAYER, title="what reaches the layers", ylim=(low, 10 * high))  # room for the key
-    axis.set_ylabel("norm, relative to the last layer")
+    axis.set_ylabel("norm / last layer's norm")
     _layer_ticks(axis, n)
     label_decades(axis.yaxis)
-    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
+    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
 
 
 def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
@@ -98,7 +99,7 @@ def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
         title="units that do not respond",
     )
     _layer_ticks(axis, n)
-    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
+    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
 
 
 def _draw_limit(axis: Any, limit: float, label: str) -> None:
