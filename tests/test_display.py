@@ -79,6 +79,17 @@ def test_plain_lines_in_a_log(capsys, monkeypatch):
     assert [line[:15] for line in lines[1:]] == ["epoch 1/1  100%", "epoch 1/1  trai"]
 
 
+def test_lines_and_bars_name_their_subject_once(capsys, monkeypatch):
+    for terminal in (False, True):
+        stream = open_terminal(monkeypatch) if terminal else None
+        with Display().about("teacher").progress("epoch 1/2", 4) as progress:
+            progress.advance(2)
+            progress.show("loss 1.000")
+        shown = stream.getvalue() if terminal else capsys.readouterr().out
+        assert ("teacher, epoch 1/2: " if terminal else "teacher: epoch 1/2   50%  loss 1.000") in shown
+        assert shown.count("teacher") == shown.count("epoch 1/2")
+
+
 def test_short_epochs_need_no_lines_in_between(capsys):
     trainer = fake_trainer()
     trainer.display = Display()

@@ -99,9 +99,8 @@ class Display:
     @contextlib.contextmanager
     def progress(self, title: str, total: int, done: int = 0, **values: Any) -> Iterator[Progress]:
         """Yield a `Progress` through `total` images, `done` of them before; `values` go with its events."""
-        if self.subject:
-            title = f"{self.subject}, {title}"
-        options = {"desc": title, "unit": " images", "leave": False, "disable": not self._has_bars()}
+        name = f"{self.subject}, {title}" if self.subject else title
+        options = {"desc": name, "unit": " images", "leave": False, "disable": not self._has_bars()}
         with tqdm(total=total, initial=done, **options) as bar:
             yield Progress(self, bar, title, total, done, values)
 
