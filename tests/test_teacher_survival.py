@@ -166,6 +166,20 @@ def test_a_teacher_that_another_process_trains_is_waited_for(straight, quadrants
     assert "from an earlier run" in second
 
 
+def test_waiting_can_be_interrupted(quadrants, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    config = student(tmp_path / "waiting")
+    folder = teacher_path(config, quadrants).with_suffix("")
+    folder.mkdir(parents=True)
+    other = FolderLock(folder)
+    assert other.acquire() == ""
+    monkeypatch.setattr(teacher_cache.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match="^interrupted$") as stop:
+        train(config, quadrants)
+    assert stop.value.number == signal.SIGTERM
+    other.release()
+
+
 def test_what_lies_in_the_way_is_said_with_the_remedy(quadrants, tmp_path, monkeypatch):
     config = student(tmp_path / "damaged")
     folder = teacher_path(config, quadrants).with_suffix("")

@@ -87,22 +87,26 @@ def _show_found(path: Path, display: Display) -> None:
 def _alone(folder: Path, display: Display) -> Iterator[None]:
     """Make `folder` and keep other processes out of it; wait for one that is there."""
     lock, told = FolderLock(folder), False
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            holder = lock.acquire()
-        except OSError as error:
-            raise TeacherError(f"cannot keep a teacher in {folder}: {error.strerror}") from error
-        if not holder:
-            break
-        if not told:
-            display.show("note", f"waiting for {holder}, which trains the same one")
-            told = True
-        time.sleep(WAIT_S)
+    with Interruptions() as interruptions:
+        while holder := _acquire(lock, folder):
+            if not told:
+                display.show("note", f"waiting for {holder}, which trains the same one")
+                told = True
+            time.sleep(WAIT_S)
+            interruptions.check()
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: FolderLock, folder: Path) -> str:
+    """Take `lock` in `folder`; return ``""``, or who else holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # whoever held it has removed it
+        return lock.acquire()
+    except OSError as error:
+        raise TeacherError(f"cannot keep a teacher in {folder}: {error.strerror}") from error
 
 
 def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, display: Display, path: Path) -> None:
