@@ -251,3 +251,11 @@ def test_no_traceback_and_the_exit_code_from_a_shell():
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "Error: --epochs must be at least 1 (got 0)\n"
+
+
+def test_files_of_the_system_that_fail_are_named(invoke, tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "locked"))
+
+    monkeypatch.setattr("cupyep.cli.info.system_report", fail)
+    assert invoke("info")[::2] == (1, f"Error: cannot use '{tmp_path / 'locked'}': Permission denied\n")

@@ -96,7 +96,8 @@ class OneLineErrors(click.Command):
         except MemoryError as error:
             return 1, f"out of memory ({error}); lower --batch-size or --width"
         except OSError as error:
-            return 1, str(error)
+            place = error.filename2 or error.filename
+            return 1, f"cannot use '{place}': {error.strerror}" if place else str(error)
         except click.Abort:
             return 130, "interrupted"
         return code if isinstance(code, int) else 0, ""
