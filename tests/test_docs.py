@@ -13,6 +13,7 @@ from documents import PAGES, ROOT, blocks, run_python
 
 import cupyep as ep
 from cupyep.cli import main
+from cupyep.cli.shared import require_used
 from cupyep.recipes import find_recipe
 from cupyep.training.config import OPTIONS, make_config, read_toml
 
@@ -63,7 +64,7 @@ def understood(words):
     given = {name: value for name, value in context.params.items() if name in OPTIONS and value is not None}
     if context.info_name == "train" and not context.params["resume"]:
         recipe = context.params["recipe"]
-        make_config(read_toml(find_recipe(recipe)) if recipe else {}, given)
+        require_used(make_config(read_toml(find_recipe(recipe)) if recipe else {}, given), given)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
