@@ -78,7 +78,6 @@ WRONG = {
     "nobody's home": (["train", "--data-dir", "~nobody-here/data"], 2, "whose home that is, is not known"),
     "half a character": (["train", "--data-dir", "\udcff"], 2, "--data-dir must be a text of valid characters"),
     "teacher without kd": (["train", "--teacher", "t.h5"], 2, "--teacher needs --aug kd"),
-    "width": (["train", "--width", "100000"], 2, "--width must be at most 16 (got 100000.0)"),
     "a report of nothing": (
         ["reproduce", "signals", "--report-only", "--out", "no"],
         1,

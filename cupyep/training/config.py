@@ -88,7 +88,7 @@ class TrainConfig:
 
     # fmt: off
     arch: str = NETWORK("vgg5", str, "Architecture.", choices=ARCHITECTURES)
-    width: float = NETWORK(1.0, float, "Multiplies the number of channels of every layer.", above=0, high=16)
+    width: float = NETWORK(1.0, float, "Multiplies the number of channels of every layer.", above=0)
     activation: str = NETWORK("hard_sigmoid", str, "Activation of the states.", choices=tuple(ACTIVATIONS))
     pooling: str = NETWORK("max", str, "Pooling of the convolutions.", choices=("max", "average"))
     loss: str = NETWORK("cross_entropy", str, "cross_entropy: a softmax readout on top; squared_error: the output "
