@@ -89,7 +89,7 @@ ROWS = (
     Row("synchronous", "EP, synchronous, 60 + 20 steps", {**STRONG, **SYNCHRONOUS}),
     Row("evenodd", "EP, even/odd, 30 + 10 iterations", EVENODD),
     Row("relaxed", "EP, even/odd over-relaxed, 16 + 8 iterations", RELAXED),
-    Row("tolerance", "EP, even/odd over-relaxed, to a residual of 1e-3", {**RELAXED, "free_steps": 60, "tolerance": 1e-3}),
+    Row("tolerance", "EP, the same to a residual of 1e-3", {**RELAXED, "free_steps": 60, "tolerance": 1e-3}),
     Row("sweeps", "EP, 6 + 3 sweeps", {**STRONG, "free_steps": 6, "nudged_steps": 3}),
     Row("weak", "EP, lambda 0.1, 2 + 2 sweeps", WEAK),
     Row("weak-one", "EP, lambda 0.1, 2 + 1 sweeps", {**WEAK, "nudged_steps": 1}),
@@ -112,7 +112,8 @@ COST = Experiment(
     },
     base={
         "small": {
-            **{name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "schedule", "beta", "batch_size")},
+            **{name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "schedule", "beta")},
+            "batch_size": 32,
             "arch": "vgg5",
             "width": 0.25,
             "limit_train": 4000,

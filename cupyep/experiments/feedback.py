@@ -12,9 +12,8 @@ from cupyep.experiments.signals import KD, LE, PAPER, SMALL
 from cupyep.experiments.trained import COLUMNS, accuracy, loss, train_cell
 
 SMALL_WEAK = {
-    **{
-        name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "width", "schedule", "beta", "batch_size")
-    },
+    **{name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "width", "schedule", "beta")},
+    "batch_size": 32,
     "limit_train": 2000,
     "free_steps": 2,
     "nudged_steps": 2,

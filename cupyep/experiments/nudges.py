@@ -73,7 +73,8 @@ NUDGE = Experiment(
     },
     base={
         "small": {
-            **{name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "schedule", "batch_size")},
+            **{name: SMALL[name] for name in ("dataset", "image_size", "limit_test", "schedule")},
+            "batch_size": 32,
             "arch": "vgg5",
             "width": 0.25,
             "limit_train": 2000,
