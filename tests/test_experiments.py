@@ -317,7 +317,7 @@ def synthetic(experiment, values):
     [
         ("signals", {"le": (1.9, 0.3), "kd": (1.8, 0.35)}, "stays at chance (training loss 2.30"),
         ("signals", {"none": (2.0, 0.3)}, "moves"),
-        ("signals", {"none-gain": (2.1, 0.2)}, "'no signals, gain 0.65', reaches 2.10 / 20 %"),
+        ("signals", {"none-tuned": (2.1, 0.2)}, "'no signals, tuned: gain 0.65', reaches 2.10 / 20 %"),
         ("baseline", {"ep": (1.0, 0.5)}, "Plain EP converges: 50.0 %"),
         ("baseline", {"ep": (1.0, 0.4)}, "Plain EP does not reach 45 %"),
         ("feedback", {"vgg11-0.1": (1.6, 0.40), "vgg11-bp": (1.6, 0.405)}, "reaches BP's accuracy: lambda 0.1 40.0 %"),

@@ -28,7 +28,7 @@ SMALL = {
     "optimizer": "sgd",
     "learning_rate": 0.01,
     "batch_size": 16,
-    "epochs": 5,
+    "epochs": 6,
     "teacher_epochs": 15,
 }
 FULL = {
@@ -43,7 +43,7 @@ FULL = {
     "epochs": 100,
 }
 SMALL_SETTING = (
-    "of 16 to 64 channels, CIFAR-10 reduced to 16 x 16 pixels, 4000 training and 1000 test images, 5 epochs of batches "
+    "of 16 to 64 channels, CIFAR-10 reduced to 16 x 16 pixels, 4000 training and 1000 test images, 6 epochs of batches "
     "of 16, no augmentation, SGD 0.01 with momentum 0.9 and a cosine, gain 0.5, lambda = 1, 5 free and 2 nudged "
     "sweeps, beta 0.5, deviation form, softmax readout, kappa constant."
 )
@@ -151,10 +151,7 @@ VANISHING = Experiment(
 
 PLAIN = {
     "none": Row("none", "no signals, the same setting"),
-    "none-gain": Row("none-gain", "no signals, gain 0.65", {"gain": 0.65}),
-    "none-adam": Row(
-        "none-adam", "no signals, Adam 2e-4, gain 0.65", {"optimizer": "adam", "learning_rate": 2e-4, "gain": 0.65}
-    ),
+    "none-tuned": Row("none-tuned", "no signals, tuned: gain 0.65", {"gain": 0.65}),
 }
 
 
@@ -168,7 +165,7 @@ def _verdict_signals(results: Results) -> str:
     stuck = "stays at chance" if abs(plain - math.log(10)) < 0.1 else "moves"
     return (
         f"At the matched setting VGG-11 without signals {stuck} (training loss {plain:.2f}, ln 10 = "
-        f"{math.log(10):.2f}), with signals it learns ({signals}); the best of {len(PLAIN)} plain settings, "
+        f"{math.log(10):.2f}), with signals it learns ({signals}); the better of the plain ones, "
         f"'{PLAIN[tuned].label}', reaches {loss(results, tuned):.2f} / {accuracy(results, tuned):.0f} %."
     )
 
@@ -194,8 +191,8 @@ SIGNALS = Experiment(
     remarks="""A large response is not by itself useful learning: a signal moves its layer whatever the readout needs,
 so the response figure shows that the early layers are reached, and only loss and accuracy show what for.
 
-Depth alone is not the whole story either. The plain network was tuned like the others (rate, gain, optimizer), and
-what it gains by that is in the table.""",
+Depth alone is not the whole story either. The plain network was tuned like the others; of gains from 0.5 to 0.65, SGD at
+0.01 to 0.03 and Adam at 5e-4 (which fell back to chance), its best setting is in the table.""",
 )
 
 PLACES = {"early": "1-3", "middle": "4-6", "late": "7-10", "even": "2,4,6,8,10", "most": "1-8", "all": "all"}
