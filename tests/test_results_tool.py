@@ -1,5 +1,6 @@
 """README's table and docs/results.md say what the committed results.json files say, and nothing else."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cupyep.experiments import EXPERIMENTS
-from cupyep.experiments.design import cell_name
+from cupyep.experiments.design import Row, cell_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +54,33 @@ def test_open_and_measured_rows(tool, tmp_path):
     assert "| `signals` | small | open |" in lines
     page = tool.results_page(tool.collect(tmp_path))
     assert "**small** ([report](results/baseline-small/REPORT.md), `the command`, 2026-01-02)" in page
-    assert "**full**: open; `cupyep reproduce baseline --scale full`" in page
+    assert "**full**: open; `cupyep reproduce baseline --scale full`; " in page
+    assert "**full**: open; `cupyep reproduce memory --scale full`\n" in page
+
+
+def test_operations_of_open_trainings(tool):
+    """VGG-5 by hand: 3 x 3 kernels, 128 to 512 channels on maps of 32, 16, 8 and, without padding, 2 pixels a side."""
+    first, *rest = (
+        2 * 9 * pixels**2 * channels * above
+        for pixels, channels, above in ((32, 3, 128), (16, 128, 256), (8, 256, 512), (2, 512, 512))
+    )
+    rest = sum(rest)
+    settings = {"arch": "vgg5", "dataset": "cifar10", "epochs": 7, "feedback": 1.0, "free_steps": 5, "nudged_steps": 3}
+    ep_step = (first + 5 * 2 * rest) + 2 * (3 * 2 * rest) + (first + 2 * rest)
+    bp_step = 2 * first + 3 * rest
+    for options, a_run in (
+        ({}, 7 * ep_step),
+        ({"algorithm": "bp"}, 7 * bp_step),
+        ({"aug": "kd", "teacher_epochs": 2}, 7 * ep_step + 2 * bp_step),
+    ):
+        row = Row("one", "one", options)
+        study = dataclasses.replace(
+            EXPERIMENTS["baseline"],
+            base={"small": {}, "full": settings},
+            rows={"small": (row,), "full": (row, row)},
+            seeds={"small": 1, "full": 3},
+        )
+        assert tool.training_operations(study) == 3 * 2 * 50_000 * a_run
 
 
 def test_a_readme_without_markers(tool):

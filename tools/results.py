@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from measuring import Operations
 
+from cupyep.backend.paper import PaperDevice
 from cupyep.cli.shared import OneLineErrors
 from cupyep.errors import ConfigurationError, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, Results, load_results
@@ -15,10 +17,15 @@ from cupyep.experiments.report import OPEN, table
 from cupyep.experiments.running import RESULTS
 from cupyep.experiments.trained import TEST_ACCURACY
 from cupyep.files import replacing
+from cupyep.training.config import TrainConfig, make_config
+from cupyep.training.memory import blank_learner
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTE = "<!-- Made by tools/results.py from docs/results; do not edit. -->"
 HEADLINES = ("vgg7-kd-cifar10", "vgg12-kd-cifar100")
+UNTRAINED = ("fidelity", "memory")  # experiments that train nothing
+IMAGES = 50_000  # training images of CIFAR-10 and CIFAR-100
+RATE = 100e12  # operations a second
 ROOT = Path(__file__).resolve().parents[1]
 
 Found = dict[str, tuple[Results, dict[str, Any]]]
@@ -77,14 +84,18 @@ def results_page(found: dict[str, Found]) -> str:
         "minutes on "
         "two CPU cores, with narrow networks and few images: it shows which setting is better, not how good it can "
         "get. "
-        "`full` is the paper's size.",
+        "`full` is the paper's size. What is open there names the operations of the products of all its trainings and "
+        f"the hours that they take at {RATE / 1e12:g} TFLOP/s; `python tools/benchmark.py --device cuda` tells the rate "
+        "of a card (`gemm_gflops`) and which fraction of it is reached.",
     ]
     for name, experiment in EXPERIMENTS.items():
         parts += [f"## {name}: {experiment.title}", experiment.claim]
         for scale in SCALES:
             measured = found[name].get(scale)
             if measured is None:
-                parts.append(f"**{scale}**: {OPEN}; `cupyep reproduce {name} --scale {scale}`")
+                parts.append(
+                    f"**{scale}**: {OPEN}; `cupyep reproduce {name} --scale {scale}`{_cost(experiment, scale)}"
+                )
                 continue
             results, about = measured
             verdict = experiment.verdict(results) if results.complete else "Open: not every cell is measured yet."
@@ -94,6 +105,36 @@ def results_page(found: dict[str, Found]) -> str:
                 verdict,
             ]
     return "\n\n".join(parts) + "\n"
+
+
+def _cost(experiment: Experiment, scale: str) -> str:
+    if scale != "full" or experiment.name in UNTRAINED:
+        return ""
+    count = training_operations(experiment)
+    return f"; {count / 1e15:.0f} PFLOP, {count / RATE / 3600:.1f} hours"
+
+
+def training_operations(experiment: Experiment) -> int:
+    """Return the operations of the products of all trainings of an experiment at full scale, teachers included.
+
+    At most so many where a tolerance ends phases early; evaluation is not counted.
+    """
+    options = ({**experiment.base["full"], **row.options} for row in experiment.rows["full"])
+    return experiment.seeds["full"] * IMAGES * sum(_operations_of_an_image(make_config(each)) for each in options)
+
+
+def _operations_of_an_image(config: TrainConfig) -> int:
+    """Return the operations that all epochs of a run and its teacher's spend on a training image."""
+    count = Operations(blank_learner(config, PaperDevice("gpu")).network, 1)
+    if config.algorithm == "bp":
+        step = count.bp_step()
+    elif config.algorithm == "bptt":
+        step = count.bptt_step(config.free_steps, config.nudged_steps)
+    else:
+        form = "tangent" if config.scheme == "tangent" else config.nudge
+        step = count.ep_step(config.free_steps, config.nudged_steps, form, config.schedule)
+    teacher = config.teacher_epochs * count.bp_step() if config.aug == "kd" else 0
+    return config.epochs * step + teacher
 
 
 def with_table(readme: str, lines: str) -> str:
