@@ -43,7 +43,7 @@ class Augmenter:
 
     Parameters
     ----------
-    layers : sequence of int
+    layers : int or sequence of int
         Layers, counted from 1 (the layer that sees the image).
     kappa : float
         Weight against the readout's loss, at least 0.
@@ -56,7 +56,8 @@ class Augmenter:
         The current weight.
     """
 
-    def __init__(self, layers: Sequence[int], kappa: float = 0.5, annealing: str = "cosine"):
+    def __init__(self, layers: int | Sequence[int], kappa: float = 0.5, annealing: str = "cosine"):
+        layers = [layers] if isinstance(layers, int) else layers
         require(kappa >= 0 and math.isfinite(kappa), f"kappa must be a number of at least 0, not {kappa}")
         require(len(layers) > 0, "a signal needs at least one layer")
         require(len(set(layers)) == len(layers), f"signal layers must not repeat: {list(layers)}")
@@ -173,7 +174,7 @@ class LocalError(_MapAugmenter):
 
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: int | Sequence[int],
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -209,7 +210,7 @@ class Distillation(_MapAugmenter):
     def __init__(
         self,
         teacher: TeacherFile,
-        layers: Sequence[int],
+        layers: int | Sequence[int],
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -225,7 +226,7 @@ class Distillation(_MapAugmenter):
         self.split = split
 
     @classmethod
-    def from_file(cls, path: str | Path, layers: Sequence[int], **options: Any) -> Distillation:
+    def from_file(cls, path: str | Path, layers: int | Sequence[int], **options: Any) -> Distillation:
         """Return a signal whose teacher is the file at `path` (see `cupyep.data.TeacherFile`)."""
         return cls(TeacherFile(path), layers, **options)
 

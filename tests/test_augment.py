@@ -304,3 +304,7 @@ def test_an_unfinished_signal_says_what_it_lacks():
     learner = ep.Backpropagation(net, [ep.Augmenter([1])])
     with pytest.raises(NotImplementedError, match=r"Augmenter must define gradient\(layer, state, target\)"):
         learner.step(batch_of(net))
+
+
+def test_one_layer_may_be_given_as_a_number():
+    assert ep.LocalError(3).layers == ep.LocalError([3]).layers == [3]

@@ -1,6 +1,12 @@
 """Experiments: what is measured is kept, what is missing is measured, what the report says is what was measured."""
 
+import contextlib
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -331,3 +337,20 @@ def synthetic(experiment, values):
 def test_verdicts_follow_the_figures(name, values, expected):
     experiment = find(name)
     assert expected in experiment.verdict(synthetic(experiment, values))
+
+
+def test_workers_end_with_the_process_that_started_them():
+    """Killed, it cannot stop them; they must not train on for hours."""
+    worker = "import os, time; from cupyep.experiments.running import end_with; end_with(os.getppid()); "
+    worker += "print(os.getpid(), flush=True); time.sleep(60)"
+    starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    end = time.monotonic() + 20
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.kill(pid, 0)
+            time.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("the worker is still there")

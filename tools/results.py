@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def results_page(found: dict[str, Found]) -> str:
         "two CPU cores, with narrow networks and few images: it shows which setting is better, not how good it can "
         "get. "
         "`full` is the paper's size. What is open there names the operations of the products of all its trainings and "
-        f"the hours that they take at {RATE / 1e12:g} TFLOP/s; `python tools/benchmark.py --device cuda` tells the rate "
-        "of a card (`gemm_gflops`) and which fraction of it is reached.",
+        f"the hours that they take at {RATE / 1e12:g} TFLOP/s; `python tools/benchmark.py --device cuda` tells the "
+        "rate of a card (`gemm_gflops`) and which fraction of it is reached.",
     ]
     for name, experiment in EXPERIMENTS.items():
         parts += [f"## {name}: {experiment.title}", experiment.claim]
@@ -125,7 +126,10 @@ def training_operations(experiment: Experiment) -> int:
 
 def _operations_of_an_image(config: TrainConfig) -> int:
     """Return the operations that all epochs of a run and its teacher's spend on a training image."""
-    count = Operations(blank_learner(config, PaperDevice("gpu")).network, 1)
+    network = blank_learner(
+        dataclasses.replace(config, aug="none", teacher=None, teacher_features=False), PaperDevice("gpu")
+    ).network
+    count = Operations(network, 1)
     if config.algorithm == "bp":
         step = count.bp_step()
     elif config.algorithm == "bptt":

@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -117,7 +118,8 @@ def _in_turn(experiment: Experiment, cells: Sequence[Cell]) -> dict[str, Any]:
 def _side_by_side(experiment: Experiment, scale: str, cells: Sequence[Cell], end: float, jobs: int) -> dict[str, Any]:
     """As `_in_turn`, in `jobs` processes."""
     context = multiprocessing.get_context("spawn")
-    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    ends = {"initializer": end_with, "initargs": (os.getpid(),)}
+    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context, **ends) as pool:
         waiting = {
             cell.name: pool.submit(
                 _measure_alone, experiment.name, scale, cell.row.key, cell.seed, cell.options, cell.out, cell.quiet, end
@@ -130,6 +132,17 @@ def _side_by_side(experiment: Experiment, scale: str, cells: Sequence[Cell], end
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return {name: content for name, content in found.items() if content is not None}
+
+
+def end_with(parent: int) -> None:
+    """Let this process end within a second of the process `parent`, which, when killed, cannot tell it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _measure_alone(
