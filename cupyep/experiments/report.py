@@ -91,9 +91,10 @@ def _circumstances(results: Results, about: Mapping[str, Any]) -> str:
     system = about.get("system", {})
     minutes = math.fsum(cell["minutes"] for cell in results.cells.values())
     where = system.get("gpu", "") if not system.get("gpu", "none").startswith("none") else "CPU"
+    seeds = f"± is the standard deviation over {results.seeds} seeds." if results.seeds > 1 else "One seed."
     versions = f"cupyep {system.get('cupyep')}, NumPy {system.get('numpy')}, Python {system.get('python')}"
     return (
         f"---\n\nMade by `{about.get('command', '')}` on {about.get('date', '')}; {where}, {minutes:.0f} minutes of "
-        f"training and measuring in all ({system.get('threads', '')}); {versions}. ± is the standard deviation over "
-        f"{results.seeds} seeds. All figures are in results.json."
+        f"training and measuring in all ({system.get('threads', '')}); {versions}. {seeds} All figures are in "
+        "results.json."
     )
