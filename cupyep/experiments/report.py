@@ -68,7 +68,8 @@ def table(experiment: Experiment, results: Results) -> str:
 def _mean_and_deviation(results: Results, row: Row, column: Column) -> str:
     values = results.values(row.key, column.value)
     if not len(values):
-        return "failed" if any("failed" in cell for cell in results.of(row.key)) else OPEN
+        cells = results.of(row.key)
+        return "failed" if any("failed" in cell for cell in cells) else "-" if cells else OPEN
     mean = format(float(values.mean()), column.form)
     return mean if len(values) < 2 else f"{mean} ± {format(float(values.std(ddof=1)), column.form)}"
 
