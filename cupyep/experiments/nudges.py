@@ -183,7 +183,7 @@ FIDELITY = Experiment(
         scale: (
             *(Row(f"vgg5-{beta}", f"VGG-5, beta {beta:g}", {"arch": "vgg5", "beta": beta}) for beta in FIDELITY_BETAS),
             Row("vgg7", "VGG-7, beta 0.05", {"arch": "vgg7", "beta": 0.05}),
-            Row("vgg11-le", "VGG-11, LE kappa 1, beta 0.05", {"arch": "vgg11", "beta": 0.05, **LE}),
+            Row("vgg11-le", f"VGG-11, LE kappa {LE['kappa']:g}, beta 0.05", {"arch": "vgg11", "beta": 0.05, **LE}),
             Row("vgg11-0.1", "VGG-11, lambda 0.1, beta 0.05", {"arch": "vgg11", "beta": 0.05, "feedback": 0.1}),
         )
         for scale in ("small", "full")
