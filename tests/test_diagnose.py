@@ -106,6 +106,18 @@ def test_options_that_differ_from_the_run(run):
     assert report.findings[0].signature == "convergence"
 
 
+def test_another_schedule_comes_with_its_own_relaxation(run):
+    """Over-relaxed even/odd updates of the run would be refused for synchronous ones."""
+    path = run("relaxed", feedback=1.0, schedule="evenodd", free_steps=4, nudged_steps=3)
+
+    def trace(**given):
+        return diagnose(path, "best", given).trace
+
+    assert trace() == trace(relaxation=1.6) != trace(relaxation=1.0)
+    assert trace(schedule="evenodd", relaxation=1.2) == trace(relaxation=1.2) != trace()
+    assert trace(schedule="synchronous") == trace(schedule="synchronous", relaxation=1.0)
+
+
 def test_the_signals_of_a_run_belong_to_its_nudge(run):
     """Local error reaches the first layer of a network whose own nudge is far away."""
     path = run(aug="le", kappa=2.0, kappa_annealing="constant", learning_rate=1e-5)

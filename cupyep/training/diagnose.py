@@ -131,7 +131,9 @@ def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | N
         If run, checkpoint or data set cannot be read.
     """
     file, saved, config = _open(Path(path), which)
-    config = dataclasses.replace(config, **(given or {}))
+    given = given or {}
+    follows = {"relaxation": None} if "schedule" in given else {}  # that of the run belongs to the run's schedule
+    config = dataclasses.replace(config, **(follows | given))
     dataset = build_dataset(config)
     network = build_network(config, dataset, get_device(config.device))
     check_same_network(file, saved, network)
