@@ -92,3 +92,54 @@ def test_wrong_arguments_are_one_line(options):
     with pytest.raises(ep.ConfigurationError, match=f"{next(iter(options))}") as error:
         ep.BackpropagationThroughTime(network("dense"), **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("signal", ["plain", "kd"])
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_gradients_at_an_equilibrium(device, kind, signal):
+    """Infinitely many steps: the derivative of the loss of the equilibrium itself, which moves with the parameters."""
+    net = network(kind, device, pooling="max", activation="tanh")
+    batch, signals = batch_of(net), signals_of(signal)
+    images = device.to_numpy(batch.images)
+    free = net.settle(batch, steps=300)
+    learner = ep.BackpropagationThroughTime(net, signals=signals)
+    result, residual = learner.step_from_equilibrium(batch, free)
+    assert residual <= 1e-5
+    found, parameters = on_host(net, result.gradients), on_host(net, learner.parameters())
+    start = [device.to_numpy(s) for s in free.layers]
+
+    def loss():
+        oracle = Oracle(net, {path: p for path, p in parameters.items() if not path.startswith("signals")})
+        layers = oracle.settle(images, 100, start)
+        return oracle.loss_value(layers, oracle_terms(net, batch, signals, parameters)).mean()
+
+    generator = np.random.default_rng(0)
+    for path, p in parameters.items():
+        numeric = finite_difference(loss, p, 1e-5, generator.choice(p.size, min(p.size, 6), replace=False))
+        checked = ~np.isnan(numeric)
+        size = np.abs(numeric[checked]).max()
+        np.testing.assert_allclose(found[path][checked], numeric[checked], rtol=3e-4, atol=3e-4 * size, err_msg=path)
+
+
+def test_many_steps_come_to_the_gradient_at_the_equilibrium(device):
+    net = network("conv", device, pooling="max", activation="hard_sigmoid", gain=1.0, bias=0.1)
+    batch = batch_of(net)
+    free = net.settle(batch, steps=300)
+    limit = on_host(net, ep.BackpropagationThroughTime(net).step_from_equilibrium(batch, free)[0].gradients)
+    distance = {}
+    for steps in (5, 200):
+        found = on_host(net, ep.BackpropagationThroughTime(net, 1, steps).step_from(batch, free).gradients)
+        distance[steps] = max(np.abs(found[path] - limit[path]).max() / np.abs(limit[path]).max() for path in limit)
+    assert distance[5] > 1e-2
+    assert distance[200] < 1e-4
+
+
+def test_an_equation_without_a_solution_is_seen(device):
+    """At states of zero tanh is steep, and feedback through large weights grows from step to step."""
+    net = network("conv", device, activation="tanh", gain=8.0)
+    batch = batch_of(net)
+    zero = net.settle(batch, steps=1)
+    for s in zero.layers:
+        s[...] = 0
+    _, residual = ep.BackpropagationThroughTime(net).step_from_equilibrium(batch, zero)
+    assert not residual <= 1e-2

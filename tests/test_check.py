@@ -44,12 +44,13 @@ def test_rows_compare_ep_with_bptt_from_one_free_state(device, signal, schedule)
     net = network("conv", device, pooling="max", activation="hard_sigmoid")
     batch, signals = batch_of(net), signals_of(signal)
     rows = ep.check_gradients(
-        net, batch, beta=0.2, free_steps=30, nudged_steps=7, schedule=schedule, signals=signals, nudge="classical"
+        net, batch, beta=0.2, free_steps=60, nudged_steps=7, schedule=schedule, signals=signals, nudge="classical"
     )
     how = {"signals": signals, "schedule": schedule}
-    free = net.settle(batch, steps=30, schedule=schedule)
+    free = net.settle(batch, steps=60, schedule=schedule)
     found = ep.EquilibriumPropagation(net, 0.2, 30, 7, nudge="classical", **how).step_from(batch, free)
-    unrolled = 7 if schedule == "synchronous" else 12  # up and down the three layers twice
+    # The same number of synchronous steps, or so many that more change nothing.
+    unrolled, rel = (7, 1e-9) if schedule == "synchronous" else (200, 2e-5)
     true = on_host(net, ep.BackpropagationThroughTime(net, 30, unrolled, **how).step_from(batch, free).gradients)
     gradients = on_host(net, found.gradients)
     names = [path.removesuffix(".weight") for path in gradients if path.endswith(".weight")]
@@ -57,10 +58,16 @@ def test_rows_compare_ep_with_bptt_from_one_free_state(device, signal, schedule)
     response = net.device.to_numpy(found.nudge_response)
     for row in rows:
         a, b = (g[f"{row['name']}.weight"].ravel() for g in (gradients, true))
-        assert row["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-9)
-        assert row["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-6)
+        assert row["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=rel)
+        assert row["relative_error"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=max(rel, 1e-6))
         assert row["sign_agreement"] == pytest.approx(np.mean(np.sign(a[b != 0]) == np.sign(b[b != 0])))
         assert row["gradient_norm"] == pytest.approx(np.linalg.norm(a), rel=1e-9)
         layer = row["name"].split(".")
         expected = response[int(layer[1]) - 1] if layer[0] == "layers" else None
         assert row["nudge_response"] == (expected if expected is None else pytest.approx(expected, rel=1e-9))
+
+
+def test_a_truth_that_does_not_converge_is_said():
+    net = network("conv", activation="tanh", gain=4.0)
+    with pytest.raises(ep.DivergenceError, match="no stable equilibrium; raise --free-steps, or lower --feedback"):
+        ep.check_gradients(net, batch_of(net), free_steps=3, nudged_steps=3, schedule="sweeps")

@@ -143,6 +143,7 @@ def test_the_command_draws_and_writes_and_exits_0_for_an_unhealthy_network(run, 
     code, out, err = invoke("diagnose", path, "--bptt", "--json", target, "--plot", path / "d.svg")
     assert (code, err) == (0, "")
     assert "warning: units do not respond: in layer" in out
+    assert "note: BPTT's gradient does not converge, the free state is no stable equilibrium" in out
     assert out.splitlines()[-2:] == [f"written to {target}", f"drawn in {path / 'd.svg'}"]
     content = json.loads(target.read_text())
     assert {finding["signature"] for finding in content["findings"]} >= {"collapse"}

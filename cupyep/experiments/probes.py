@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from cupyep.data import Batch, Loader
-from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
-from cupyep.learning.check import compare
+from cupyep.dynamics import State
+from cupyep.errors import DivergenceError
+from cupyep.learning import Backpropagation, EquilibriumPropagation
+from cupyep.learning.check import bptt_gradients, compare
 from cupyep.network import Network
 from cupyep.training.build import build_dataset
 from cupyep.training.config import TrainConfig
@@ -32,24 +35,33 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, Any]:
 def gradient_cosines(network: Network, batch: Batch, config: TrainConfig) -> dict[str, list[float | None]]:
     """Return the cosines of EP's weight gradients with BPTT's, from the same free state, and with BP's, a layer each.
 
-    EP as `config` says. BPTT is unrolled long enough for an error to cross the network twice.
+    EP as `config` says. BPTT goes on until its gradient does not change any more; where it never does, as the free
+    state is no stable equilibrium, there is no cosine with it.
     """
     phases = {"free_steps": config.free_steps, "schedule": config.schedule, "relaxation": config.relaxation}
     ep = EquilibriumPropagation(
         network, config.beta, nudged_steps=config.nudged_steps, scheme=config.scheme, nudge=config.nudge, **phases
     )
-    bptt = BackpropagationThroughTime(network, unrolled_steps=4 * network.depth, **phases)
     free = ep.settle_free(batch).copy()
     estimate = ep.step_from(batch, free).gradients
     estimate = {path: network.device.to_numpy(g).copy() for path, g in estimate.items() if path.endswith(".weight")}
-    truths = {"bptt": bptt.step_from(batch, free), "bp": Backpropagation(network).step(batch)}
     return {
-        name: [
-            _finite(compare(gradient, network.device.to_numpy(truth.gradients[path]))["cosine"])
-            for path, gradient in estimate.items()
-        ]
-        for name, truth in truths.items()
+        "bptt": _cosines(network, estimate, _bptt(network, batch, free)),
+        "bp": _cosines(network, estimate, Backpropagation(network).step(batch).gradients),
     }
+
+
+def _bptt(network: Network, batch: Batch, free: State) -> dict[str, Any] | None:
+    try:
+        return bptt_gradients(network, batch, free)
+    except DivergenceError:
+        return None
+
+
+def _cosines(network: Network, estimate: Mapping[str, Any], truth: Mapping[str, Any] | None) -> list[float | None]:
+    if truth is None:
+        return [None] * len(estimate)
+    return [_finite(compare(found, network.device.to_numpy(truth[path]))["cosine"]) for path, found in estimate.items()]
 
 
 def _finite(number: float) -> float | None:

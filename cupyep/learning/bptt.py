@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Classical, Nudge, State
@@ -22,6 +24,9 @@ from cupyep.learning.learner import Learner, StepResult, checked_settling, term_
 from cupyep.network import Network
 from cupyep.settling import SettleStats, settle
 from cupyep.workspace import Needs, Workspace
+
+ADJOINT_TOLERANCE = 1e-5
+ADJOINT_RELAXATION = 1.6
 
 
 class BackpropagationThroughTime(Learner):
@@ -94,15 +99,86 @@ class BackpropagationThroughTime(Learner):
         self._scale_edges(gradients)
         return result
 
+    def step_from_equilibrium(self, batch: Batch, free: State, max_iterations: int = 1000) -> tuple[StepResult, float]:
+        """Return the gradients of unrolling infinitely many steps from `free`, and what is left of their equation.
+
+        At an equilibrium all steps are the same step, so one is kept, and the sum of all adjoint states solves
+        ``mu = dL/ds + J^T mu``, J the derivative of the step (Almeida 1987, Pineda 1987): by even and odd layers in
+        turn, over-relaxed.
+
+        Parameters
+        ----------
+        batch : Batch
+        free : State
+            An equilibrium; the nearer, the better.
+        max_iterations : int
+            End after so many passes over the layers in any case.
+
+        Returns
+        -------
+        StepResult
+        float
+            Largest residual of the equation in any layer, relative to its mu: above `ADJOINT_TOLERANCE` where the
+            sum does not converge, as at a state that is no stable equilibrium.
+        """
+        gradients = self._zero_gradients()
+        unrolled, ops, result = self._unrolled(gradients, batch, len(batch), free, steps=1)
+        state = unrolled.history[0]
+        self._slopes(state)
+        mu, q, losses = unrolled.mu, unrolled.other, [array.copy() for array in unrolled.mu]
+        for array, slope, product in zip(mu, state.drives, q, strict=True):
+            self.network.device.xp.multiply(array, slope, out=product)
+        with np.errstate(over="ignore", invalid="ignore"):  # where there is no solution
+            for _ in range(max_iterations):
+                residual = self._relax_adjoint(losses, mu, q, state, unrolled, ops)
+                if not residual > ADJOINT_TOLERANCE:
+                    break
+            self._send_back(batch.images, state, mu, q, unrolled, ops, gradients)
+            self._scale_edges(gradients)
+        return result, residual
+
+    def _relax_adjoint(
+        self, losses: Sequence[Any], mu: Sequence[Any], q: Sequence[Any], state: State, unrolled: Unrolled, ops: Any
+    ) -> float:
+        """Move mu towards ``dL/ds + J^T mu``, every other layer first; return the largest residual.
+
+        The drives of `state` are slopes, and `q` is their product with mu.
+        """
+        network, xp, residuals = self.network, self.network.device.xp, []
+        for n in (*range(network.depth, 0, -2), *range(network.depth - 1, 0, -2)):
+            here, change = mu[n - 1], losses[n - 1] - mu[n - 1]
+            if n < network.depth:
+                change += self._down(n + 1, self._as_factor(q[n], unrolled.q[n]), state, unrolled, ops)
+            if n > 1:
+                change += self._up(n, q[n - 2], state, unrolled, ops)
+            size = abs(change).max()
+            residuals.append(size / xp.maximum(xp.maximum(abs(here).max(), size), xp.finfo(here.dtype).tiny))
+            change *= ADJOINT_RELAXATION
+            here += change
+            xp.multiply(here, state.drives[n - 1], out=q[n - 1])
+        return float(xp.stack(residuals).max())
+
     def _shape(self, samples: int, nudges: Sequence[Nudge], base: int = 0) -> UnrolledShape:
         step = self.network.free_shape(samples, steps=1, schedule="synchronous")
         scratch = term_scratch_size(self.network.memory.layout, nudges, samples)
         return UnrolledShape(replace(step, base=base), self.unrolled_steps, scratch)
 
     def _unroll_and_back(self, gradients: dict[str, Any], batch: Batch, total: int, start: State) -> StepResult:
+        unrolled, ops, result = self._unrolled(gradients, batch, total, start, self.unrolled_steps)
+        mu, other = unrolled.mu, unrolled.other
+        for state in reversed(unrolled.history):
+            self._slopes(state)
+            self._send_back(batch.images, state, mu, other, unrolled, ops, gradients)
+            mu, other = other, mu
+        return result
+
+    def _unrolled(
+        self, gradients: dict[str, Any], batch: Batch, total: int, start: State, steps: int
+    ) -> tuple[Unrolled, Sequence[Any], StepResult]:
+        """Unroll `steps` steps from `start`, and begin their adjoint: dL/ds of the last state in ``mu``."""
         network, memory = self.network, self.network.memory
         nudges = network.nudges(batch, self.signals)
-        shape = self._shape(len(batch), nudges, start.end)
+        shape = replace(self._shape(len(batch), nudges, start.end), steps=steps)
         lay_out = functools.partial(lay_out_unrolled, memory.layout, shape=shape)
         unrolled = memory.laid_out(shape, start.end, lay_out)
         workspace = memory.workspace(len(batch))
@@ -110,15 +186,12 @@ class BackpropagationThroughTime(Learner):
         last = unrolled.phase.states
         figures = self._figures(last, batch, total, unrolled.down)
         self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0, total, unrolled.scratch)
-        mu, other, scale = unrolled.mu, unrolled.other, self._loss_scale(nudges)
+        scale = self._loss_scale(nudges)
         self._factors = [1 / (scale * total)] * network.depth
-        for n, array in enumerate(mu, 1):
+        for n, array in enumerate(unrolled.mu, 1):
             array[...] = 0
             self._add_loss_gradient(nudges, last, n, scale, array, unrolled.scratch)
-        for state in reversed(unrolled.history):
-            self._step_back(batch.images, state, mu, other, unrolled, gradients, workspace.ops)
-            mu, other = other, mu
-        return StepResult(gradients, **figures, free=stats)
+        return unrolled, workspace.ops, StepResult(gradients, **figures, free=stats)
 
     def _unroll(self, batch: Batch, start: State, unrolled: Unrolled, workspace: Workspace) -> SettleStats:
         """Keep (s_t, g_t, winners of s_t) of every unrolled step; return the statistics of the last."""
@@ -133,39 +206,51 @@ class BackpropagationThroughTime(Learner):
             _copy(phase.winners, before.winners)
         return stats
 
-    def _step_back(
+    def _slopes(self, state: State) -> None:
+        """Turn the drives of a step into the slopes of the activation there."""
+        for g in state.drives:
+            self.network.activation.slope(g, g)
+
+    def _send_back(
         self,
         x: Any,
         state: State,
         mu: Sequence[Any],
         before: Sequence[Any],
         unrolled: Unrolled,
-        gradients: dict[str, Any],
         ops: Sequence[Any],
+        gradients: dict[str, Any],
     ) -> None:
         """Write dL/ds_t into `before`, from dL/ds_{t+1} in `mu`, and add this step's parameter gradients.
 
-        The drives of `state` and `mu` are overwritten.
+        The drives of `state` are slopes; `mu` is overwritten by its product with them.
         """
-        network, xp = self.network, self.network.device.xp
-        for g, q, fresh in zip(state.drives, mu, before, strict=True):
-            network.activation.slope(g, g)
-            q *= g
+        network = self.network
+        for slope, q, fresh in zip(state.drives, mu, before, strict=True):
+            q *= slope
             fresh[...] = 0
-        for n, edge in enumerate(network.layers, 1):
+        for n in range(1, network.depth + 1):
             winners, q = state.winners[n - 1], self._as_factor(mu[n - 1], unrolled.q[n - 1])
-            below = state.layers[n - 2] if n > 1 else x
-            self._add_edge(gradients, n, below, q, winners, ops[n - 1])
+            self._add_edge(gradients, n, state.layers[n - 2] if n > 1 else x, q, winners, ops[n - 1])
             if n == 1:
                 continue
-            down, up, scaled = unrolled.down[n - 2], unrolled.up[n - 1], unrolled.scaled[n - 2]
-            edge.topdown(q, winners, down, ops[n - 1])
             to_below, here = before[n - 2], before[n - 1]
-            to_below += down
-            xp.multiply(mu[n - 2], network.feedback, out=scaled)
-            edge.linear_drive(scaled, up, winners, ops[n - 1])
-            here += up
-            self._add_edge(gradients, n, scaled, state.layers[n - 1], winners, ops[n - 1], bias=False)
+            to_below += self._down(n, q, state, unrolled, ops)
+            here += self._up(n, mu[n - 2], state, unrolled, ops)
+            self._add_edge(gradients, n, unrolled.scaled[n - 2], state.layers[n - 1], winners, ops[n - 1], bias=False)
+
+    def _down(self, n: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
+        """Return what q of layer n, as a factor of products, sends to the layer below."""
+        down = unrolled.down[n - 2]
+        self.network.layers[n - 1].topdown(q, state.winners[n - 1], down, ops[n - 1])
+        return down
+
+    def _up(self, n: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
+        """Return what q of the layer below sends to layer n; ``unrolled.scaled`` holds q times the feedback weight."""
+        scaled, up = unrolled.scaled[n - 2], unrolled.up[n - 1]
+        self.network.device.xp.multiply(q, self.network.feedback, out=scaled)
+        self.network.layers[n - 1].linear_drive(scaled, up, state.winners[n - 1], ops[n - 1])
+        return up
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How close EP's gradient is to the truth: layer by layer against BPTT unrolled from the same free state.
+"""How close EP's gradient is to the truth: layer by layer against BPTT from the same free state.
 
 `compare_forms` says what a nudge form costs within one precision, `compare_precisions` what a precision costs.
 """
@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from cupyep.augment import Augmenter
+from cupyep.data.loader import Batch
 from cupyep.dynamics import State
-from cupyep.learning.bptt import BackpropagationThroughTime
+from cupyep.errors import DivergenceError
+from cupyep.learning.bptt import ADJOINT_TOLERANCE, BackpropagationThroughTime
 from cupyep.learning.equilibrium import FORMS, EquilibriumPropagation
 from cupyep.learning.learner import StepResult
 from cupyep.network import Network
@@ -88,7 +90,7 @@ def compare_forms(
         See `EquilibriumPropagation`.
     unrolled_steps : int, optional
         Steps of BPTT. By default `nudged_steps` for the synchronous schedule, whose every step EP then mirrors
-        (Ernoult et al. 2019), and for the others enough for an error to cross the network twice, up and down.
+        (Ernoult et al. 2019), and for the others as many as change its gradient; see `bptt_gradients`.
     tolerance : float, optional
         End the free phase at this residual; EP's theorem asks for an equilibrium.
 
@@ -96,14 +98,18 @@ def compare_forms(
     -------
     dict
         Form -> rows as `check_gradients` returns them.
+
+    Raises
+    ------
+    DivergenceError
+        See `bptt_gradients`.
     """
     batch = network.batch(x, y)
-    if unrolled_steps is None:
-        unrolled_steps = _unrolled_steps(network, nudged_steps, schedule)
+    if unrolled_steps is None and schedule == "synchronous":
+        unrolled_steps = nudged_steps
     phases = {"schedule": schedule, "relaxation": relaxation}
     free = network.settle_free(batch, steps=free_steps, tolerance=tolerance, **phases).copy()
-    bptt = BackpropagationThroughTime(network, free_steps, unrolled_steps, schedule=schedule, signals=signals)
-    truth = bptt.step_from(batch, free).gradients
+    truth = bptt_gradients(network, batch, free, signals, unrolled_steps)
     report = {}
     for form in forms:
         ep = EquilibriumPropagation(
@@ -113,8 +119,30 @@ def compare_forms(
     return report
 
 
-def _unrolled_steps(network: Network, nudged_steps: int, schedule: str) -> int:
-    return nudged_steps if schedule == "synchronous" else max(nudged_steps, 4 * network.depth)
+def bptt_gradients(
+    network: Network,
+    batch: Batch,
+    free: State,
+    signals: Sequence[Augmenter] = (),
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Return the gradients of BPTT from a free state, over so many synchronous steps or as many as change them.
+
+    Raises
+    ------
+    DivergenceError
+        If they never stop changing, as at a state that is no stable equilibrium.
+    """
+    learner = BackpropagationThroughTime(network, unrolled_steps=steps or 1, signals=signals)
+    if steps is not None:
+        return learner.step_from(batch, free).gradients
+    result, residual = learner.step_from_equilibrium(batch, free)
+    if not residual <= ADJOINT_TOLERANCE:
+        raise DivergenceError(
+            "BPTT's gradient does not converge, the free state is no stable equilibrium; raise --free-steps, or lower "
+            "--feedback or --gain"
+        )
+    return result.gradients
 
 
 def compare_precisions(
@@ -154,21 +182,15 @@ def compare_precisions(
     -----
     The network settles in its own precision. Its twins in float32 and float64 take up its parameters and its free state
     and settle on from there: three equilibria close to each other, where three cold starts might end in different
-    ones. BPTT unrolls from that of float64.
+    ones. BPTT starts at that of float64.
     """
     network, signals = build(precision)
     how = {"steps": free_steps, "schedule": schedule, "tolerance": tolerance, "relaxation": relaxation}
     batch = network.batch(images, labels)
     free = network.settle_free(batch, **how).copy()
     single, double = (_Twin(*build(name), network, free, how, images, labels) for name in ("float32", "float64"))
-    bptt = BackpropagationThroughTime(
-        double.network,
-        free_steps,
-        _unrolled_steps(network, nudged_steps, schedule),
-        schedule=schedule,
-        signals=double.signals,
-    )
-    truth = bptt.step_from(double.batch, double.free).gradients
+    unrolled = nudged_steps if schedule == "synchronous" else None
+    truth = bptt_gradients(double.network, double.batch, double.free, double.signals, unrolled)
     report: dict[float, dict[str, list[Row]]] = {}
     for beta in betas:
         report[beta] = {}

@@ -14,10 +14,10 @@ import numpy as np
 
 from cupyep.backend import get_device
 from cupyep.data import Batch
-from cupyep.errors import CheckpointError
+from cupyep.errors import CheckpointError, DivergenceError
 from cupyep.files import replacing
-from cupyep.learning import BackpropagationThroughTime, PhaseProbe, probe_settling
-from cupyep.learning.check import compare
+from cupyep.learning import PhaseProbe, probe_settling
+from cupyep.learning.check import bptt_gradients, compare
 from cupyep.training.build import build_dataset, build_learner, build_network, build_signals, first_images
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, restore_parameters
 from cupyep.training.checkup import trace_of
@@ -160,12 +160,15 @@ def examine(
         record[f"{phase}_residual_per_layer"] = probe.per_sample.mean(axis=1).tolist()
         if setting.tolerance is not None:
             record[f"{phase}_unsettled"] = (probe.per_sample > setting.tolerance).mean(axis=1).tolist()
-    rows = _rows(record, setting, probes)
+    rows, notes = _rows(record, setting, probes), list(notes)
     if bptt and "free" in probes:
-        for row, cosine in zip(rows, _cosines(learner, batch), strict=True):
-            row["cosine"] = cosine
+        try:
+            for row, cosine in zip(rows, _cosines(learner, batch), strict=True):
+                row["cosine"] = cosine
+        except DivergenceError as error:
+            notes.append(str(error))
     trace = trace_of(probes, setting, len(batch), epoch)
-    return Diagnosis(title, rows, find(record, setting, probes), trace, list(notes))
+    return Diagnosis(title, rows, find(record, setting, probes), trace, notes)
 
 
 def _open(path: Path, which: str) -> tuple[Path, Checkpoint, TrainConfig]:
@@ -223,14 +226,11 @@ def _rows(record: Record, setting: Setting, probes: Mapping[str, PhaseProbe]) ->
 
 
 def _cosines(learner: Any, batch: Batch) -> list[float]:
-    """Return the cosine of each weight gradient with BPTT's, unrolled long enough to cross the network twice."""
+    """Return the cosine of each weight gradient with BPTT's, from one free state."""
     network, nudged = learner.network, getattr(learner, "nudged_steps", learner.free_steps)
-    unrolled = nudged if learner.schedule == "synchronous" else max(nudged, 4 * network.depth)
-    truth = BackpropagationThroughTime(
-        network, learner.free_steps, unrolled, schedule=learner.schedule, signals=learner.signals
-    )
     free = learner.settle_free(batch).copy()
-    gradients = [found.step_from(batch, free).gradients for found in (learner, truth)]
+    steps = nudged if learner.schedule == "synchronous" else None
+    gradients = learner.step_from(batch, free).gradients, bptt_gradients(network, batch, free, learner.signals, steps)
     host = [{path: network.device.to_numpy(g).copy() for path, g in found.items()} for found in gradients]
     paths = [path for path in host[0] if path.endswith(".weight") and not path.startswith("signals.")]
     return [compare(host[0][path], host[1][path])["cosine"] for path in paths]
