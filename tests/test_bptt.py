@@ -134,6 +134,23 @@ def test_many_steps_come_to_the_gradient_at_the_equilibrium(device):
     assert distance[200] < 1e-4
 
 
+@pytest.mark.parametrize("feedback", [1.0, 0.3, 0.01])
+def test_the_equation_is_solved_in_a_deep_network(device, feedback):
+    """Weak feedback makes it far from symmetric: it must not be over-relaxed then."""
+    layers = [ep.Linear((6,), 8), *(ep.Linear((8,), 8) for _ in range(9))]
+    gain = 0.5 if feedback == 1 else 1.0
+    net = ep.Network(layers, 4, activation="tanh", feedback=feedback, gain=gain, device=device, precision="float32")
+    generator = np.random.default_rng(2)
+    batch = ep.Batch(generator.random((5, 6), np.float32), np.arange(5) % 4)
+    free = net.settle(batch, steps=200, schedule="sweeps")
+    limit, residual = ep.BackpropagationThroughTime(net).step_from_equilibrium(batch, free, 60)
+    assert residual <= 1e-5
+    limit = on_host(net, limit.gradients)
+    found = on_host(net, ep.BackpropagationThroughTime(net, 1, 400).step_from(batch, free).gradients)
+    for path, g in found.items():
+        np.testing.assert_allclose(limit[path], g, rtol=1e-3, atol=1e-3 * np.abs(g).max(), err_msg=path)
+
+
 def test_an_equation_without_a_solution_is_seen(device):
     """At states of zero tanh is steep, and feedback through large weights grows from step to step."""
     net = network("conv", device, activation="tanh", gain=8.0)

@@ -28,7 +28,7 @@ SMALL = {
     "optimizer": "sgd",
     "learning_rate": 0.02,
     "batch_size": 32,
-    "epochs": 10,
+    "epochs": 8,
     "teacher_epochs": 15,
 }
 FULL = {
@@ -53,6 +53,8 @@ FULL_SETTING = (
 )
 LE = {"aug": "le", "kappa": 0.6, "signal_layers": "1-8"}
 KD = {"aug": "kd", "kappa": 0.3, "signal_layers": "1-8"}
+# By the experiments kappa and placement.
+BEST_LE = {**LE, "signal_layers": "4-6", "kappa_annealing": "cosine"}
 FIGURES = {
     "courses": figures.courses("train_loss", "test_accuracy"),
     "layers": figures.over_layers("nudge_response", "gradient_norm"),
@@ -179,7 +181,7 @@ SIGNALS = Experiment(
     rows=_both(
         (
             *PLAIN.values(),
-            Row("le", "LE, layers 1 to 8, kappa 0.6", LE),
+            Row("le", "LE, layers 4 to 6, kappa 0.6 annealed by a cosine", BEST_LE),
             Row("kd", "KD, layers 1 to 8, kappa 0.3", KD),
         )
     ),

@@ -26,7 +26,8 @@ from cupyep.settling import SettleStats, settle
 from cupyep.workspace import Needs, Workspace
 
 ADJOINT_TOLERANCE = 1e-5
-ADJOINT_RELAXATION = 1.6
+ADJOINT_RELAXATION = 1.6  # of strong feedback: weak feedback needs few passes, and too large a step only adds to them
+STRONG_FEEDBACK = 0.3
 
 
 class BackpropagationThroughTime(Learner):
@@ -153,7 +154,8 @@ class BackpropagationThroughTime(Learner):
                 change += self._up(n, q[n - 2], state, unrolled, ops)
             size = abs(change).max()
             residuals.append(size / xp.maximum(xp.maximum(abs(here).max(), size), xp.finfo(here.dtype).tiny))
-            change *= ADJOINT_RELAXATION
+            if network.feedback > STRONG_FEEDBACK:
+                change *= ADJOINT_RELAXATION
             here += change
             xp.multiply(here, state.drives[n - 1], out=q[n - 1])
         return float(xp.stack(residuals).max())
