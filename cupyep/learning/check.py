@@ -180,7 +180,8 @@ def compare_precisions(
 
     Notes
     -----
-    The network settles in its own precision. Its twins in float32 and float64 take up its parameters and its free state
+    The network settles in its own precision, after over-relaxed updates by as many plain ones: rounded states flicker
+    under the first and come to rest under the second. Its twins in float32 and float64 take up its parameters and its free state
     and settle on from there: three equilibria close to each other, where three cold starts might end in different
     ones. BPTT starts at that of float64.
     """
@@ -188,6 +189,8 @@ def compare_precisions(
     how = {"steps": free_steps, "schedule": schedule, "tolerance": tolerance, "relaxation": relaxation}
     batch = network.batch(images, labels)
     free = network.settle_free(batch, **how).copy()
+    if relaxation > 1:
+        free = network.settle_free(batch, free, **how | {"relaxation": 1.0}).copy()
     single, double = (_Twin(*build(name), network, free, how, images, labels) for name in ("float32", "float64"))
     unrolled = nudged_steps if schedule == "synchronous" else None
     truth = bptt_gradients(double.network, double.batch, double.free, double.signals, unrolled)
