@@ -181,9 +181,9 @@ def compare_precisions(
     Notes
     -----
     The network settles in its own precision, after over-relaxed updates by as many plain ones: rounded states flicker
-    under the first and come to rest under the second. Its twins in float32 and float64 take up its parameters and its free state
-    and settle on from there: three equilibria close to each other, where three cold starts might end in different
-    ones. BPTT starts at that of float64.
+    under the first and come to rest under the second. Its twins in float32 and float64 take up its parameters and its
+    free state and settle on from there: three equilibria close to each other, where three cold starts might end in
+    different ones. BPTT starts at that of float64.
     """
     network, signals = build(precision)
     how = {"steps": free_steps, "schedule": schedule, "tolerance": tolerance, "relaxation": relaxation}
