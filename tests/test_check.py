@@ -7,7 +7,7 @@ import pytest
 from small import batch_of, network, on_host, signals_of
 
 import cupyep as ep
-from cupyep.learning.check import compare
+from cupyep.learning.check import compare, compare_precisions
 
 
 def test_compare_by_hand():
@@ -71,3 +71,36 @@ def test_a_truth_that_does_not_converge_is_said():
     net = network("conv", activation="tanh", gain=4.0)
     with pytest.raises(ep.DivergenceError, match="no stable equilibrium; raise --free-steps, or lower --feedback"):
         ep.check_gradients(net, batch_of(net), free_steps=3, nudged_steps=3, schedule="sweeps")
+
+
+def test_states_in_halves_are_at_rest_when_they_are_compared(monkeypatch):
+    """Over-relaxed updates leave them flickering by a digit; one more plain update must not move them."""
+
+    def build(precision):
+        layers = [ep.Linear((6, 6, 2), 16), *(ep.Linear((16,), 16) for _ in range(8))]
+        net = ep.Network(layers, 4, activation="hard_sigmoid", gain=0.55, precision=precision, device="cpu")
+        for path, array in net.parameters().items():
+            if path.endswith("bias"):
+                array[...] = 0.3
+        return net, []
+
+    def moved(net, batch, free):
+        more = net.settle_free(batch, free, steps=1, schedule="evenodd")
+        return max(
+            np.abs(a.astype(float) - b.astype(float)).max() for a, b in zip(free.layers, more.layers, strict=True)
+        )
+
+    def look(self, batch, free):
+        if self.network.precision.name == "float16":
+            found.append(moved(self.network, batch, free.copy()))
+        return step_from(self, batch, free)
+
+    found, step_from = [], ep.EquilibriumPropagation.step_from
+    monkeypatch.setattr(ep.EquilibriumPropagation, "step_from", look)
+    batch = batch_of(build("float32")[0], 8)
+    how = {"free_steps": 100, "schedule": "evenodd"}
+    compare_precisions(build, "float16", batch.images, batch.labels, forms=["deviation"], relaxation=1.6, **how)
+    net = build("float16")[0]
+    halves = batch_of(net, 8)
+    assert moved(net, halves, net.settle_free(halves, steps=100, schedule="evenodd", relaxation=1.6).copy()) > 0
+    assert found == [0]
