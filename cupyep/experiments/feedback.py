@@ -146,8 +146,8 @@ FEEDBACK = Experiment(
     },
     verdict=_verdict_feedback,
     remarks="""The cosines are taken on the trained networks, between gradients on one batch of 32 training images
-from the same free state; the lowest of all layers is shown. Where BPTT's gradient does not converge from there (two
-to six sweeps have left an image far from a stable equilibrium), there is none.
+from the same well settled free state; the lowest of all layers is shown. Where no stable equilibrium is found, there
+is none.
 
 **What this says about biological plausibility, and what not.** A feedback weight lambda < 1 is one energy with
 unequal weights of its layers, so the update stays local: a difference of correlations between neighbouring layers,

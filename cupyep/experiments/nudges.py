@@ -104,11 +104,11 @@ NUDGE = Experiment(
     columns=(*COLUMNS, Column("lowest cosine with BPTT, trained", smallest("bptt"))),
     figures={"courses": figures.courses("train_loss", "test_accuracy"), "cosines": _draw_cosines},
     verdict=_verdict_nudge,
-    remarks="""The cosines are those of weight gradients on the first 32 training images after every epoch, from the
-same free state as BPTT's; where BPTT's gradient does not converge from there, there is none. In a max-pooling network
-the classical form sees pooling winners flip between the phases, jumps that do not shrink with beta, and its float32
-states cannot hold small responses. Three nudged sweeps leave part of the response out, in either form, and the more
-the longer a network has trained.""",
+    remarks="""The cosines are those of weight gradients on the first 32 training images after every epoch, from one
+well settled free state, with the three nudged sweeps of the training; where no stable equilibrium is found there is
+none. In a max-pooling network the classical form sees pooling winners flip between the phases, jumps that do not
+shrink with beta, and its float32 states cannot hold small responses. Three sweeps leave part of the response out, in
+either form.""",
 )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cupyep.data import Batch, Loader
@@ -14,14 +14,15 @@ from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare
 from cupyep.network import Network
 from cupyep.training.build import build_dataset
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import TrainConfig, default_relaxation
 
 PROBE_IMAGES = 32
+SETTLE = 300  # iterations before gradients are compared
 
 
 def first_images(config: TrainConfig, network: Network) -> Batch:
     """Return the first training images, as they are."""
-    dataset = build_dataset(dataclasses.replace(config, limit_test=1))
+    dataset = build_dataset(replace(config, limit_test=1))
     return next(iter(Loader(dataset, "train", PROBE_IMAGES, network.device, network.dtype)))
 
 
@@ -35,14 +36,21 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, Any]:
 def gradient_cosines(network: Network, batch: Batch, config: TrainConfig) -> dict[str, list[float | None]]:
     """Return the cosines of EP's weight gradients with BPTT's, from the same free state, and with BP's, a layer each.
 
-    EP as `config` says. BPTT goes on until its gradient does not change any more; where it never does, as the free
-    state is no stable equilibrium, there is no cosine with it.
+    EP as `config` says, from a state that is settled well: a comparison of gradients where nothing is at rest says
+    little. Where no stable equilibrium is found, there is no cosine with BPTT.
     """
-    phases = {"free_steps": config.free_steps, "schedule": config.schedule, "relaxation": config.relaxation}
     ep = EquilibriumPropagation(
-        network, config.beta, nudged_steps=config.nudged_steps, scheme=config.scheme, nudge=config.nudge, **phases
+        network,
+        config.beta,
+        config.free_steps,
+        config.nudged_steps,
+        scheme=config.scheme,
+        nudge=config.nudge,
+        schedule=config.schedule,
+        relaxation=config.relaxation,
     )
-    free = ep.settle_free(batch).copy()
+    well = {"schedule": "evenodd", "relaxation": default_relaxation(replace(config, schedule="evenodd"))}
+    free = ep.settle_free(batch, steps=SETTLE, tolerance=None, **well).copy()
     estimate = ep.step_from(batch, free).gradients
     estimate = {path: network.device.to_numpy(g).copy() for path, g in estimate.items() if path.endswith(".weight")}
     return {
