@@ -106,9 +106,9 @@ NUDGE = Experiment(
     verdict=_verdict_nudge,
     remarks="""The cosines are those of weight gradients on the first 32 training images after every epoch, from one
 well settled free state, with the three nudged sweeps of the training; where no stable equilibrium is found there is
-none. In a max-pooling network the classical form sees pooling winners flip between the phases, jumps that do not
-shrink with beta, and its float32 states cannot hold small responses. Three sweeps leave part of the response out, in
-either form.""",
+none. From such a state the two forms hardly differ in this network. What differs is training: its six sweeps leave
+the free state on its way, the nudged states of the classical form go on from there, and the smaller beta, the larger
+that movement is beside the response. The deviation form is free of it.""",
 )
 
 
