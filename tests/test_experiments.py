@@ -18,6 +18,7 @@ from cupyep.errors import CheckpointError, DivergenceError
 from cupyep.experiments import EXPERIMENTS, costs, find, load_results, reproduce, write_report
 from cupyep.experiments.costs import cost_cell
 from cupyep.experiments.design import Column, Experiment, OutOfTime, Results, Row, cell_name
+from cupyep.experiments.headline import LABELS
 from cupyep.experiments.report import report_text, table
 from cupyep.experiments.trained import train_cell
 from cupyep.training.config import make_config
@@ -332,6 +333,9 @@ def synthetic(experiment, values):
         ("nudge", {}, "at least as good as"),
         ("placement", {"middle": (1.5, 0.3), "late": (2.6, 0.1)}, "layers 4-6 (1.50), highest on layers 7-10 (2.60)"),
         ("kappa", {"cosine-1": (1.5, 0.3)}, "1.50 / 30 % with kappa 1, cosine"),
+        ("vgg7-kd-cifar10", {"kd": (1.5, 0.3)}, "KD 30.0 %, LE 10.0 %"),
+        ("vgg7-kd-cifar10", {"kd": (1.5, 0.19)}, "Nothing gets far from chance (10 %)"),
+        ("vgg12-kd-cifar100", dict.fromkeys(LABELS, (4.6, 0.019)), "Nothing gets far from chance (1 %)"),
     ],
 )  # fmt: skip
 def test_verdicts_follow_the_figures(name, values, expected):
