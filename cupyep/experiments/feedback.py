@@ -21,6 +21,7 @@ SMALL_WEAK = {
     "epochs": 8,
     "teacher_epochs": 20,
 }
+FEW_EPOCHS = 5  # where many settings are compared
 FULL_WEAK = {"dataset": "cifar10", "schedule": "sweeps", "free_steps": 2, "nudged_steps": 2, "epochs": 100}
 SETTING = {
     "small": "of 16 to 64 channels, CIFAR-10 reduced to 16 x 16 pixels, 2000 training and 1000 test images, {epochs} "
@@ -182,8 +183,8 @@ ACTIVATIONS = Experiment(
     title="which activation settles and learns",
     claim="Bounded activations are customary in EP; unbounded and non-monotone ones are an open question of the "
     f"paper ({PAPER}).",
-    setting={scale: f"VGG-7 {text.format(epochs=5)}" for scale, text in SETTING.items()},
-    base={"small": {**SMALL_WEAK, "arch": "vgg7", "epochs": 5}, "full": {**FULL_WEAK, "arch": "vgg7"}},
+    setting={scale: f"VGG-7 {text.format(epochs=FEW_EPOCHS)}" for scale, text in SETTING.items()},
+    base={"small": {**SMALL_WEAK, "arch": "vgg7", "epochs": FEW_EPOCHS}, "full": {**FULL_WEAK, "arch": "vgg7"}},
     rows={
         scale: tuple(
             Row(

@@ -63,9 +63,9 @@ def _verdict(results: Results) -> str:
     best = max((key for key in LABELS if key.startswith("feedback")), key=lambda key: accuracy(results, key))
     chance = 1.0 if results.rows[0].options["dataset"] == "cifar100" else 10.0
     near = max(accuracy(results, key) for key in LABELS) < 2 * chance
+    caution = f"Nothing gets far from chance ({chance:.0f} %) here, so this is no ranking: " if near else ""
     return (
-        f"{f'Nothing gets far from chance ({chance:.0f} %) here, so this is no ranking: ' if near else ''}"
-        f"KD {accuracy(results, 'kd'):.1f} %, LE {accuracy(results, 'le'):.1f} %, no signals "
+        f"{caution}KD {accuracy(results, 'kd'):.1f} %, LE {accuracy(results, 'le'):.1f} %, no signals "
         f"{accuracy(results, 'none'):.1f} % in the paper's network (lambda = 1); the best without signals is "
         f"{LABELS[best]}, {accuracy(results, best):.1f} %; BP {accuracy(results, 'bp'):.1f} %."
     )
