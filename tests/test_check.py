@@ -7,6 +7,7 @@ import pytest
 from small import batch_of, network, on_host, signals_of
 
 import cupyep as ep
+from cupyep.dynamics import State
 from cupyep.learning.check import compare, compare_precisions
 
 
@@ -73,16 +74,18 @@ def test_a_truth_that_does_not_converge_is_said():
         ep.check_gradients(net, batch_of(net), free_steps=3, nudged_steps=3, schedule="sweeps")
 
 
+def deep(precision):
+    """A network of nine dense layers that has several equilibria."""
+    layers = [ep.Linear((6, 6, 2), 16), *(ep.Linear((16,), 16) for _ in range(8))]
+    net = ep.Network(layers, 4, activation="hard_sigmoid", gain=0.55, precision=precision, device="cpu")
+    for path, array in net.parameters().items():
+        if path.endswith("bias"):
+            array[...] = 0.3
+    return net, []
+
+
 def test_states_in_halves_are_at_rest_when_they_are_compared(monkeypatch):
     """Over-relaxed updates leave them flickering by a digit; one more plain update must not move them."""
-
-    def build(precision):
-        layers = [ep.Linear((6, 6, 2), 16), *(ep.Linear((16,), 16) for _ in range(8))]
-        net = ep.Network(layers, 4, activation="hard_sigmoid", gain=0.55, precision=precision, device="cpu")
-        for path, array in net.parameters().items():
-            if path.endswith("bias"):
-                array[...] = 0.3
-        return net, []
 
     def moved(net, batch, free):
         more = net.settle_free(batch, free, steps=1, schedule="evenodd")
@@ -97,10 +100,42 @@ def test_states_in_halves_are_at_rest_when_they_are_compared(monkeypatch):
 
     found, step_from = [], ep.EquilibriumPropagation.step_from
     monkeypatch.setattr(ep.EquilibriumPropagation, "step_from", look)
-    batch = batch_of(build("float32")[0], 8)
+    batch = batch_of(deep("float32")[0], 8)
     how = {"free_steps": 100, "schedule": "evenodd"}
-    compare_precisions(build, "float16", batch.images, batch.labels, forms=["deviation"], relaxation=1.6, **how)
-    net = build("float16")[0]
+    compare_precisions(deep, "float16", batch.images, batch.labels, forms=["deviation"], relaxation=1.6, **how)
+    net = deep("float16")[0]
     halves = batch_of(net, 8)
     assert moved(net, halves, net.settle_free(halves, steps=100, schedule="evenodd", relaxation=1.6).copy()) > 0
-    assert found == [0]
+    assert found == [0, 0]
+
+
+def test_a_precision_is_compared_where_it_holds_the_free_state_and_where_it_finds_one():
+    """Step by step: float32 from zeros and float16 on from there; float16 from zeros and float32 on from there."""
+    how = {"steps": 60, "schedule": "evenodd"}
+    nets = {name: deep(name)[0] for name in ("float32", "float16")}
+    images, labels = batch_of(nets["float32"], 8).images, np.arange(8) % 4
+    batches = {name: net.batch(images, labels) for name, net in nets.items()}
+
+    def settle(name, start=None):
+        if start is not None:
+            start = State([s.astype(name) for s in start.layers])
+        return nets[name].settle_free(batches[name], start, **how).copy()
+
+    def gradients(name, free):
+        learner = ep.EquilibriumPropagation(nets[name], 0.1, 60, 10, schedule="evenodd")
+        return learner.step_from(batches[name], free).gradients
+
+    def cosines(a, b):
+        return [compare(a[path], b[path])["cosine"] for path in a if path.endswith("weight")]
+
+    free = settle("float32")
+    found = settle("float16", settle("float16"))
+    expected = {
+        "cosine_float32": cosines(gradients("float16", settle("float16", free)), gradients("float32", free)),
+        "cosine_from_zeros": cosines(gradients("float16", found), gradients("float32", settle("float32", found))),
+    }
+    settings = {"forms": ["deviation"], "betas": [0.1], "free_steps": 60, "nudged_steps": 10, "schedule": "evenodd"}
+    rows = compare_precisions(deep, "float16", images, labels, **settings)[0.1]["deviation"]
+    for key, values in expected.items():
+        np.testing.assert_allclose([row[key] for row in rows], values, rtol=1e-12, err_msg=key)
+    assert not np.allclose(expected["cosine_float32"], expected["cosine_from_zeros"], rtol=1e-6)

@@ -174,7 +174,7 @@ def test_check_of_a_precision_prints_a_table_for_every_beta(cifar, invoke, tmp_p
     code, out, err = invoke("check", *options, "--activation", "sigmoid", "--betas", "0.1,0.02", "--json", path)
     assert (code, err) == (0, "")
     assert out.index("beta 0.1 ") < out.index("beta 0.02 ")
-    assert out.count("to float32") == 4
+    assert out.count("to float32") == out.count("from zeros") == 4
     content = json.loads(path.read_text())
     assert [part["beta"] for part in content["betas"]] == [0.1, 0.02]
     assert content["layers"] == content["betas"][0]["forms"]["deviation"]
@@ -182,6 +182,7 @@ def test_check_of_a_precision_prints_a_table_for_every_beta(cifar, invoke, tmp_p
         for row in part["forms"]["deviation"]:
             assert 0.99 < row["cosine"] < 1 - 1e-9
             assert 0.999 < row["cosine_float32"] < 1 - 1e-9
+            assert 0.999 < row["cosine_from_zeros"] < 1 - 1e-9
     code, _, err = invoke("check", "--betas", "0.1,-0.02")
     assert (code, err) == (2, "Error: --betas must be positive numbers with commas between them\n")
 

@@ -357,6 +357,11 @@ def test_unsafe_combinations_warn_in_one_line_each():
     assert "may never reach a tolerance of 0.001" in line
     assert line.endswith("or a tolerance of at least 0.004")
     assert len(risks(precision="tf32", tolerance=1e-6)) == 1
+    relaxed = {"schedule": "evenodd", "relaxation": 1.6, "tolerance": 1e-6}
+    assert risks(precision="tf32", **relaxed) == risks(precision="float16", **relaxed | {"relaxation": 1}) == []
+    (line,) = risks(precision="float16", **relaxed)
+    assert "precision float16 with relaxation 1.6 may never reach a tolerance of 1e-06" in line
+    assert line.endswith("use relaxation 1, or a tolerance of at least 0.0005")
     (line,) = risks(precision="float16", activation="relu")
     assert "ends at 65504 and activation 'relu' has no upper bound; use precision bfloat16" in line
     both = risks(precision="float16", nudge="classical", tolerance=1e-6, activation="gelu")

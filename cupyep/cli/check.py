@@ -32,7 +32,8 @@ def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> 
     """Compare EP's gradient with BPTT's.
 
     Layer by layer, from the same settled free state, for the nudge form asked for and the other one. In tf32, float16
-    and bfloat16 with BPTT in float64 and with EP in float32, each settled on from the free state of that precision.
+    and bfloat16 with BPTT in float64 and with EP in float32 ("to float32"), each settled on from the free state of
+    float32; "from zeros" is the cosine to float32 where that precision has found its free state by itself.
     """
     require(
         betas is None or all(beta > 0 and math.isfinite(beta) for beta in betas),

@@ -176,53 +176,72 @@ def compare_precisions(
     Returns
     -------
     dict
-        Beta -> form -> rows as `check_gradients` returns them, and ``cosine_float32`` in each.
+        Beta -> form -> rows as `check_gradients` returns them. ``cosine`` is with BPTT in float64, ``cosine_float32``
+        with EP in float32, ``cosine_from_zeros`` that of a free state which the precision found by itself.
 
     Notes
     -----
-    The network settles in its own precision, after over-relaxed updates by as many plain ones: rounded states flicker
-    under the first and come to rest under the second. Its twins in float32 and float64 take up its parameters and its
+    First what the precision holds: float32 settles from zeros, float64 and `precision` take up its parameters and its
     free state and settle on from there: three equilibria close to each other, where three cold starts might end in
-    different ones. BPTT starts at that of float64.
+    different ones. BPTT starts at that of float64. Then what it finds: `precision` settles from zeros, float32 on from
+    there, and their gradients are compared. Rounded states flicker under over-relaxed updates and come to rest under
+    plain ones: so they end with as many of these.
     """
-    network, signals = build(precision)
+    single, double, own = (_Side(*build(name), images, labels) for name in ("float32", "float64", precision))
+    host = single.network.device.to_numpy
+    parameters = {path: host(array) for path, array in single.network.parameters().items()}
+    double.network.load_parameters(parameters)
+    own.network.load_parameters(parameters)
     how = {"steps": free_steps, "schedule": schedule, "tolerance": tolerance, "relaxation": relaxation}
-    batch = network.batch(images, labels)
-    free = network.settle_free(batch, **how).copy()
-    if relaxation > 1:
-        free = network.settle_free(batch, free, **how | {"relaxation": 1.0}).copy()
-    single, double = (_Twin(*build(name), network, free, how, images, labels) for name in ("float32", "float64"))
+    rest = how | {"relaxation": min(relaxation, 1.0)}
+    free = single.settle(None, **how)
+    flickering = own.settle(None, **how | {"tolerance": None})
+    held, found = own.settle(free, **rest), own.settle(flickering, **rest)
+    beside = single.settle(found, **how)
     unrolled = nudged_steps if schedule == "synchronous" else None
-    truth = bptt_gradients(double.network, double.batch, double.free, double.signals, unrolled)
+    truth = bptt_gradients(double.network, double.batch, double.settle(free, **how), double.signals, unrolled)
     report: dict[float, dict[str, list[Row]]] = {}
     for beta in betas:
         report[beta] = {}
         for form in forms:
-            settings = {"scheme": scheme, "nudge": form, "schedule": schedule, "relaxation": relaxation}
-            own, other = (
-                EquilibriumPropagation(each, beta, free_steps, nudged_steps, **settings, signals=their_signals)
-                for each, their_signals in ((network, signals), (single.network, single.signals))
-            )
-            reference = other.step_from(single.batch, single.free).gradients
-            report[beta][form] = _rows(network, own.step_from(batch, free), truth, reference)
+            phases = {"scheme": scheme, "nudge": form, "schedule": schedule, "relaxation": relaxation}
+            settings = {"beta": beta, "free_steps": free_steps, "nudged_steps": nudged_steps, **phases}
+            estimate = own.estimate(held, **settings)
+            pairs = {
+                "cosine_float32": (estimate, single.estimate(free, **settings)),
+                "cosine_from_zeros": (own.estimate(found, **settings), single.estimate(beside, **settings)),
+            }
+            report[beta][form] = rows = _rows(own.network, estimate, truth)
+            for row in rows:
+                path = f"{row['name']}.weight"
+                row |= {
+                    key: compare(*(host(side.gradients[path]) for side in pair))["cosine"]
+                    for key, pair in pairs.items()
+                }
     return report
 
 
-class _Twin:
-    """A network in another precision, with the parameters of the first, settled on from its free state."""
+class _Side:
+    """A network in one of the precisions compared, with its signals and the batch as it sees it."""
 
-    def __init__(self, network, signals, other: Network, free: State, how: dict[str, Any], images, labels):
-        host = other.device.to_numpy
+    def __init__(self, network: Network, signals: list[Augmenter], images: np.ndarray, labels: np.ndarray):
         self.network, self.signals = network, signals
-        network.load_parameters({path: host(array) for path, array in other.parameters().items()})
-        start = State([network.device.asarray(host(s), network.precision.stored) for s in free.layers])
         self.batch = network.batch(images, labels)
-        self.free = network.settle_free(self.batch, start, **how).copy()
+
+    def settle(self, start: State | None, **how: Any) -> State:
+        """Return the free state, settled from zeros or on from that of any side."""
+        network = self.network
+        if start is not None:
+            host, stored = network.device.to_numpy, network.precision.stored
+            start = State([network.device.asarray(host(s), stored) for s in start.layers])
+        return network.settle_free(self.batch, start, **how).copy()
+
+    def estimate(self, free: State, **settings: Any) -> StepResult:
+        """Return the gradients of EP from a free state of this side."""
+        return EquilibriumPropagation(self.network, signals=self.signals, **settings).step_from(self.batch, free)
 
 
-def _rows(
-    network: Network, estimate: StepResult, truth: dict[str, Any], reference: dict[str, Any] | None = None
-) -> list[Row]:
+def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list[Row]:
     response = network.device.to_numpy(estimate.nudge_response)
     rows = []
     for path, gradient in estimate.gradients.items():
@@ -231,8 +250,6 @@ def _rows(
         name = path.removesuffix(".weight")
         host = network.device.to_numpy(gradient)
         row = {"name": name, **compare(host, network.device.to_numpy(truth[path]))}
-        if reference is not None:
-            row["cosine_float32"] = compare(host, network.device.to_numpy(reference[path]))["cosine"]
         row["gradient_norm"] = float(np.linalg.norm(host.astype(np.float64)))
         row["nudge_response"] = float(response[int(name.split(".")[1]) - 1]) if name.startswith("layers.") else None
         rows.append(row)

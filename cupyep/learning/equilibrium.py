@@ -93,7 +93,7 @@ class EquilibriumPropagation(Learner):
         self.tolerance = tolerance
         self.relaxation = relaxation
         self.generator = np.random.default_rng(0) if generator is None else generator
-        for risk in precision_risks(network, self.form, schedule, tolerance):
+        for risk in precision_risks(self):
             warnings.warn(risk, PrecisionWarning, stacklevel=2)
 
     @property
@@ -314,23 +314,30 @@ class Part:
         return slice(phase * self.samples, (phase + 1) * self.samples)
 
 
-def precision_risks(network: Network, form: str, schedule: str, tolerance: float | None) -> list[str]:
+def precision_risks(learner: EquilibriumPropagation) -> list[str]:
     """Return what does not go well with a network's precision, one line each (docs/precision.md)."""
-    precision, risks = network.precision, []
-    name, spacing = f"precision {precision.name}", f"{precision.spacing:.1g}"
-    if precision.half and form == "classical":
+    precision, activation, risks = learner.network.precision, learner.network.activation, []
+    name, spacing, tolerance = f"precision {precision.name}", f"{precision.spacing:.1g}", learner.tolerance
+    if precision.half and learner.form == "classical":
         risks.append(
             f"{name} with nudge 'classical': states near 1/2 are stored {spacing} apart, smaller responses are lost, "
             "and the gradient turns away from the true one as beta falls; use nudge 'deviation', or precision float32"
         )
-    if schedule == "synchronous" and tolerance is not None and tolerance < precision.spacing:
+    if tolerance is not None and tolerance < precision.spacing:
+        never = f"may never reach a tolerance of {tolerance:g}: rounded states can go on changing by {spacing}"
+        if learner.schedule == "synchronous":
+            risks.append(
+                f"{name} with synchronous updates {never}; use schedule 'evenodd' or 'sweeps', or a tolerance of at "
+                f"least {spacing}"
+            )
+        elif precision.half and learner.relaxation > 1:
+            risks.append(
+                f"{name} with relaxation {learner.relaxation:g} {never}; use relaxation 1, or a tolerance of at least "
+                f"{spacing}"
+            )
+    if precision.name == "float16" and not math.isfinite(activation.high):
         risks.append(
-            f"{name} with synchronous updates may never reach a tolerance of {tolerance:g}: rounded states can go on "
-            f"changing by {spacing}; use schedule 'evenodd' or 'sweeps', or a tolerance of at least {spacing}"
-        )
-    if precision.name == "float16" and not math.isfinite(network.activation.high):
-        risks.append(
-            f"{name} ends at 65504 and activation '{network.activation.name}' has no upper bound; "
+            f"{name} ends at 65504 and activation '{activation.name}' has no upper bound; "
             "use precision bfloat16, or an activation with one"
         )
     return risks

@@ -42,6 +42,7 @@ CHECK_DEFAULTS = {
 COLUMNS = {
     "cosine": "cosine",
     "cosine_float32": "to float32",
+    "cosine_from_zeros": "from zeros",
     "relative_error": "rel. error",
     "sign_agreement": "same sign",
     "nudge_response": "response",
@@ -87,7 +88,8 @@ def check_gradient(
 ) -> GradientReport:
     """Compare EP with BPTT unrolled from the same free state, on the first ``batch_size`` training images.
 
-    In float32 and float64 with BPTT in the same precision, in the others with BPTT in float64 and EP in float32.
+    In float32 and float64 with BPTT in the same precision, in the others with BPTT in float64 and EP in float32, see
+    `cupyep.learning.check.compare_precisions`.
 
     Parameters
     ----------
