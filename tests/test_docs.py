@@ -18,7 +18,8 @@ from cupyep.recipes import find_recipe
 from cupyep.training.config import OPTIONS, make_config, read_toml
 
 LANGUAGES = {"python", "sh", "text", "toml", "json", "mermaid"}
-PROGRAMS = {"cupyep", "python", "pip", "python3", "CUPYEP_REQUIRE_GPU=1", ".venv/bin/python", "eval"}
+PROGRAMS = {"cupyep", "python", "pip", "python3", ".venv/bin/pip", ".venv/bin/python", "eval"}
+PROGRAMS |= {"CUPYEP_REQUIRE_GPU=1", "CUPYEP_REQUIRE_NVRTC=1"}
 IDS = [page.name for page in PAGES]
 
 
