@@ -187,6 +187,21 @@ def test_check_of_a_precision_prints_a_table_for_every_beta(cifar, invoke, tmp_p
     assert (code, err) == (2, "Error: --betas must be positive numbers with commas between them\n")
 
 
+def test_check_of_a_recipe_takes_what_it_nudges_but_not_how_it_settles(cifar, invoke, tmp_path):
+    recipe, path = tmp_path / "mine.toml", tmp_path / "check.json"
+    nudge = 'aug = "le"\nsignal_layers = "1-2"\nsignal_pool = 2\nkappa = 0.7\nbeta = 0.03\n'
+    network = 'feedback = 0.4\nactivation = "sigmoid"\nwidth = 0.05\n'
+    recipe.write_text(nudge + network + 'schedule = "sweeps"\nfree_steps = 3\nbatch_size = 7\nepochs = 9\n')
+    code, out, err = invoke("check", "--recipe", recipe, "--width", 0.02, "--free-steps", 90, "--json", path)
+    assert (code, err) == (0, "")
+    assert "beta 0.03 " in out
+    options = json.loads(path.read_text())["options"]
+    taken = {"aug": "le", "signal_layers": "1-2", "kappa": 0.7, "signal_pool": 2, "beta": 0.03, "feedback": 0.4}
+    assert options | taken == options
+    own = {"width": 0.02, "free_steps": 90, "schedule": "evenodd", "batch_size": 4, "tolerance": 1e-6}
+    assert options | own == options
+
+
 def test_info_names_device_libraries_and_data_folder(invoke, tmp_path):
     code, out, _ = invoke("info", "--data-dir", tmp_path)
     assert code == 0

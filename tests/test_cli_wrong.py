@@ -91,6 +91,9 @@ WRONG = {
     "unknown device": (["train", "--device", "gpu"], 2, "unknown device 'gpu'"),
     "json nowhere": (["check", "--json", "no/check.json"], 2, "there is no folder 'no'"),
     "check with kd": (["check", "--aug", "kd"], 2, "knows --aug none and le"),
+    "check of a recipe with kd": (["check", "--recipe", "vgg7-kd-cifar10"], 2, "knows --aug none and le"),
+    "check of backpropagation": (["check", "--recipe", "vgg7-bp-cifar10"], 2, "the recipe trains by bp and not by EP"),
+    "check of no recipe": (["check", "--recipe", "vgg7-kd"], 2, "no recipe and no file 'vgg7-kd'; did you mean"),
     "tangent as states": (["train", "--scheme", "tangent", "--nudge", "classical"], 2, "use nudge 'deviation'"),
 }
 

@@ -8,27 +8,36 @@ from typing import Any
 
 import click
 
+from cupyep.cli.recipes import complete_recipe
 from cupyep.cli.shared import Numbers, SectionedCommand, config_options, given_options, require_used
 from cupyep.errors import require
+from cupyep.recipes import find_recipe
 from cupyep.training import gradient_check
-from cupyep.training.config import make_config
+from cupyep.training.config import make_config, read_toml
 
 EXAMPLES = """\b
 Examples:
   cupyep check --arch vgg5 --dataset digits --image-size 16     a minute, on bundled images
   cupyep check --arch vgg11 --width 0.125 --aug le --kappa 0.5  with local errors
+  cupyep check --recipe vgg11-le-cifar10 --width 0.125          at a recipe's beta, kappa, gain
 """
 
 
 @click.command(cls=SectionedCommand, epilog=EXAMPLES)
 @config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
 @click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    shell_complete=complete_recipe,
+    help="Take network, data, nudge and signals that are not given from a recipe; the phases settle as said here.",
+)
+@click.option(
     "--betas",
     type=Numbers(),
     help="Several strengths of the nudge, a table each, such as 0.5,0.05.  [default: the one of --beta]",
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
-def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> None:
+def check(recipe: str | None, betas: list[float] | None, json_path: Path | None, **options: Any) -> None:
     """Compare EP's gradient with BPTT's.
 
     Layer by layer, from the same settled free state, for the nudge form asked for and the other one. In tf32, float16
@@ -43,7 +52,8 @@ def check(betas: list[float] | None, json_path: Path | None, **options: Any) -> 
         require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
         require(not json_path.is_dir(), f"--json: '{json_path}' is a folder, not a file")
     given = given_options(options)
-    config = make_config(gradient_check.CHECK_DEFAULTS, given)
+    taken = {} if recipe is None else gradient_check.recipe_options(read_toml(find_recipe(recipe)))
+    config = make_config(gradient_check.CHECK_DEFAULTS, taken, given)
     require_used(config, given)
     report = gradient_check.check_gradient(config, betas or (), report=click.echo)
     click.echo(report.table())

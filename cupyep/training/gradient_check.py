@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from cupyep.training.config import TrainConfig
 CHECK_OPTIONS = (
     "arch", "width", "activation", "pooling", "loss", "gain", "feedback", "dataset", "data_dir", "image_size", "beta",
     "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "aug", "signal_layers",
-    "kappa", "signal_loss", "batch_size", "seed", "device", "precision",
+    "kappa", "signal_loss", "signal_pool", "batch_size", "seed", "device", "precision",
 )  # fmt: skip
+# How well the phases settle is the check's own business, whatever a recipe trains with.
+SETTLING = ("free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "batch_size")
 # The network of the papers, well settled: EP's theorem is about equilibria.
 CHECK_DEFAULTS = {
     "feedback": 1.0,
@@ -81,6 +83,19 @@ class GradientReport:
         content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas, "options": options}
         with replacing(Path(path)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def recipe_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a check takes from the options of a recipe: network, data, nudge, signals, but not how it settles.
+
+    Raises
+    ------
+    ConfigurationError
+        If the recipe does not train by EP.
+    """
+    algorithm = recipe.get("algorithm", "ep")
+    require(algorithm == "ep", f"the recipe trains by {algorithm} and not by EP: there is no gradient to check")
+    return {name: value for name, value in recipe.items() if name in CHECK_OPTIONS and name not in SETTLING}
 
 
 def check_gradient(
