@@ -14,7 +14,7 @@ from cupyep.experiments import figures
 from cupyep.experiments.design import Cell, Column, Experiment, Results, Row
 from cupyep.experiments.feedback import smallest
 from cupyep.experiments.probes import PROBE_IMAGES, cosines
-from cupyep.experiments.signals import FULL, LE, SMALL
+from cupyep.experiments.signals import FULL, FULL_SETTING, LE, SMALL
 from cupyep.experiments.trained import COLUMNS, accuracy, loss, train_cell
 from cupyep.learning.check import compare_forms
 from cupyep.training.build import build_dataset, build_network, build_signals
@@ -73,7 +73,7 @@ NUDGE = Experiment(
         "small": "VGG-5 of 32 to 128 channels, CIFAR-10 reduced to 16 x 16 pixels, 2000 training and 1000 test "
         "images, 4 epochs of batches of 32, crop and flip, Adam 1e-3 with a cosine, lambda = 1, gain 0.6, 6 free "
         "and 3 nudged sweeps, centered.",
-        "full": "VGG-5, full width, CIFAR-10, 100 epochs, lambda = 1, 12 free and 6 nudged sweeps, centered.",
+        "full": f"VGG-5, {FULL_SETTING}",
     },
     base={
         "small": {

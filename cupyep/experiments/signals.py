@@ -7,6 +7,8 @@ import math
 from cupyep.experiments import figures
 from cupyep.experiments.design import Column, Experiment, Results, Row
 from cupyep.experiments.trained import COLUMNS, accuracy, first_layer, loss, train_cell
+from cupyep.recipes import find_recipe
+from cupyep.training.config import read_toml
 
 PAPER = "arXiv 2508.15989 (Lin, Bal, Sengupta)"
 #: Where the networks of the paper train at a scale of minutes; this project's own choice.
@@ -31,17 +33,9 @@ SMALL = {
     "epochs": 8,
     "teacher_epochs": 15,
 }
-FULL = {
-    "dataset": "cifar10",
-    "feedback": 1.0,
-    "gain": 0.6,
-    "schedule": "sweeps",
-    "free_steps": 12,
-    "nudged_steps": 6,
-    "beta": 0.5,
-    "kappa_annealing": "cosine",
-    "epochs": 100,
-}
+# At the paper's size all settings but those of the rows are the recipe's, which follow the small experiments.
+RECIPE = "vgg11-none-cifar10"
+FULL = {name: value for name, value in read_toml(find_recipe(RECIPE)).items() if name not in ("arch", "aug")}
 FEW_EPOCHS = 4  # where many settings are compared
 SMALL_SETTING = (
     "of 16 to 64 channels, CIFAR-10 reduced to 16 x 16 pixels, 4000 training and 1000 test images, {epochs} epochs of "
@@ -49,7 +43,8 @@ SMALL_SETTING = (
     "nudged sweeps, beta 0.5, deviation form, softmax readout, kappa constant unless said."
 )
 FULL_SETTING = (
-    "full width, CIFAR-10, 100 epochs, lambda = 1, 12 free and 6 nudged sweeps; other options as `cupyep train`."
+    f"full width, CIFAR-10, {FULL['epochs']} epochs, lambda = 1; options that no row names are those of the recipe "
+    f"`{RECIPE}`."
 )
 LE = {"aug": "le", "kappa": 0.6, "signal_layers": "1-8"}
 KD = {"aug": "kd", "kappa": 0.3, "signal_layers": "1-8"}
@@ -86,7 +81,8 @@ BASELINE = Experiment(
     setting={
         "small": "VGG-5 of 32 to 128 channels, CIFAR-10 reduced to 16 x 16 pixels, 10 000 training and 2000 test "
         "images, 10 epochs, Adam with a cosine, crop and flip, deviation form, no signals.",
-        "full": "VGG-5, full width, CIFAR-10, 120 epochs, no signals; EP at lambda = 1 by the recipe vgg5-plain.",
+        "full": "VGG-5, full width, CIFAR-10, 120 epochs, no signals; EP at lambda = 1 as published, by the recipe "
+        "`vgg5-plain`, the others as `cupyep train`.",
     },
     base={
         "small": {
@@ -105,16 +101,16 @@ BASELINE = Experiment(
             Row(
                 "ep",
                 "EP, lambda = 1",
-                {"feedback": 1.0, "gain": 0.6, **steps},
+                strong,
                 {"test accuracy, %": 88.3},
                 "Laborieux et al., arXiv 2101.05536, 120 epochs",
             ),
             Row("weak", "EP, lambda = 0.1", {"feedback": 0.1}),
             Row("bp", "BP, same layers", {"algorithm": "bp", "feedback": 0.1}),
         )
-        for scale, steps in {
-            "small": {"free_steps": 6, "nudged_steps": 3},
-            "full": {"schedule": "sweeps", "free_steps": 12, "nudged_steps": 6},
+        for scale, strong in {
+            "small": {"feedback": 1.0, "gain": 0.6, "free_steps": 6, "nudged_steps": 3},
+            "full": read_toml(find_recipe("vgg5-plain")),
         }.items()
     },  # fmt: skip
     seeds={"small": 1, "full": 1},
