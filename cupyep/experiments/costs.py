@@ -93,6 +93,7 @@ ROWS = (
     Row("sweeps", "EP, 6 + 3 sweeps", {**STRONG, "free_steps": 6, "nudged_steps": 3}),
     Row("weak", "EP, lambda 0.1, 2 + 2 sweeps", WEAK),
     Row("weak-one", "EP, lambda 0.1, 2 + 1 sweeps", {**WEAK, "nudged_steps": 1}),
+    Row("weak-least", "EP, lambda 0.1, 1 + 1 sweeps", {**WEAK, "free_steps": 1, "nudged_steps": 1}),
     Row("tangent", "EP, lambda 0.1, 2 + 2 sweeps, tangent", {**WEAK, "scheme": "tangent"}),
     Row("bptt", "BPTT, 60 + 20 steps", {**STRONG, **SYNCHRONOUS, "algorithm": "bptt"}),
     Row("bp", "BP", {"feedback": 0.1, "gain": 1.2, "algorithm": "bp"}),
