@@ -114,6 +114,14 @@ def test_time_that_is_up(tmp_path):
     assert "| second row | open | - |" in text
 
 
+def test_defaults_are_for_rows_that_do_not_name_them(tmp_path):
+    measure, rows = Measure(1.0, 2.0), (Row("named", "a", {"precision": "bfloat16"}), Row("free", "b"))
+    experiment = study(measure, rows, base={"arch": "vgg7"})
+    reproduce(experiment, tmp_path, seeds=1, defaults={"precision": "float16", "arch": "vgg9"}, report=silent)
+    found = {key: (options["precision"], options["arch"]) for key, _, options in measure.cells}
+    assert found == {"named": ("bfloat16", "vgg7"), "free": ("float16", "vgg7")}
+
+
 def test_divergence_is_a_result(tmp_path):
     experiment = study(Measure(1.0, DivergenceError("the loss is not finite in epoch 2"), 2.0, 6.0))
     results = reproduce(experiment, tmp_path, report=silent)
@@ -294,6 +302,7 @@ def test_command_line(tmp_path):
         ([], 2, "give the NAME"),
         (["signals", "--scale", "smal"], 2, "did you mean 'small'"),
         (["signals", "--seeds", "0"], 2, "0 is not in the range"),
+        (["signals", "--precision", "float61"], 2, "unknown --precision 'float61'"),
         (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "holds no report"),
         (["signals", "--out", str(tmp_path / "thesis")], 1, "thesis' holds other files; give another --out"),
     ):
@@ -301,6 +310,18 @@ def test_command_line(tmp_path):
         assert result.exit_code == code, result.output
         assert text in result.output
         assert len(result.output.strip().splitlines()) == 1
+
+
+def test_the_precision_of_a_report_is_in_its_command(tmp_path):
+    """The plans of the largest networks: halves take less."""
+    peaks = []
+    for words in ([], ["--precision", "float16"]):
+        out = tmp_path / f"report{len(words)}"
+        command = ["reproduce", "memory", "--scale", "full", "--device", "cpu", "--out", str(out), *words]
+        assert CliRunner().invoke(main, command).exit_code == 0
+        assert f"`{' '.join(['cupyep reproduce memory --scale full', *words])}`" in (out / "REPORT.md").read_text()
+        peaks.append(load_results(find("memory"), out)[0].cells["vgg12/0"]["planned"]["ep"][0])
+    assert peaks[1] < 0.8 * peaks[0]
 
 
 def synthetic(experiment, values):

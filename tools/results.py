@@ -87,7 +87,8 @@ def results_page(found: dict[str, Found]) -> str:
         "get. "
         "`full` is the paper's size. What is open there names the operations of the products of all its trainings and "
         f"the hours that they take at {RATE / 1e12:g} TFLOP/s; `python tools/benchmark.py --device cuda` tells the "
-        "rate of a card (`gemm_gflops`) and which fraction of it is reached.",
+        "rate of a card (`gemm_gflops`) and which fraction of it is reached. Rates of that order ask for `--precision "
+        "tf32` or `float16`.",
     ]
     for name, experiment in EXPERIMENTS.items():
         parts += [f"## {name}: {experiment.title}", experiment.claim]

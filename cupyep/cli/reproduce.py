@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cupyep.backend import PRECISIONS
 from cupyep.cli.shared import Names
 from cupyep.errors import require
 from cupyep.experiments import EXPERIMENTS, SCALES, find, load_results, write_report
@@ -19,6 +20,7 @@ Examples:
   cupyep reproduce signals                         minutes on two cores
   cupyep reproduce signals --max-minutes 10        ten of them; the same command goes on later
   cupyep reproduce vgg7-kd-cifar10 --scale full    the paper's size, hours on a GPU
+  cupyep reproduce baseline --precision float16    in halves
 """
 
 
@@ -40,6 +42,12 @@ Examples:
 @click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
 @click.option("--device", help="What computes: auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option(
+    "--precision",
+    type=Names("--precision", PRECISIONS),
+    help="Number format of the rows that do not name one; on a GPU tf32 and halves use its tensor cores.  [default: "
+    "float32]",
+)
+@click.option(
     "--jobs",
     type=click.IntRange(1),
     default=1,
@@ -57,6 +65,7 @@ def reproduce(
     out: Path | None,
     data_dir: str | None,
     device: str | None,
+    precision: str | None,
     jobs: int,
     report_only: bool,
     quiet: bool,
@@ -75,10 +84,12 @@ def reproduce(
     matplotlib_figure()  # said before hours of measuring
     if not report_only:
         place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}
-        command = shlex.join(
-            ["cupyep", "reproduce", name, "--scale", scale, *([] if seeds is None else ["--seeds", str(seeds)])]
-        )
-        run_experiment(experiment, folder, scale, seeds, max_minutes, place, command, quiet, click.echo, jobs)
+        defaults = {} if precision is None else {"precision": precision}
+        chosen = {"--seeds": seeds, "--precision": precision}
+        words = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
+        command = shlex.join(["cupyep", "reproduce", name, "--scale", scale, *words])
+        how = {"command": command, "quiet": quiet, "report": click.echo, "jobs": jobs, "defaults": defaults}
+        run_experiment(experiment, folder, scale, seeds, max_minutes, place, **how)
     results, about = load_results(experiment, folder)
     path = write_report(experiment, results, about, folder)
     click.echo(experiment.verdict(results) if results.complete else "open: not every cell is measured yet")

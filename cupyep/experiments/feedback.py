@@ -35,7 +35,7 @@ DEPTHS = (5, 11)
 PRECISIONS = {
     "float16": ("float16", {"precision": "float16"}),
     "bfloat16": ("bfloat16", {"precision": "bfloat16"}),
-    "classical": ("float32, classical form", {"nudge": "classical"}),
+    "classical": ("float32, classical form", {"precision": "float32", "nudge": "classical"}),
 }
 
 
@@ -111,11 +111,12 @@ def _verdict_feedback(results: Results) -> str:
     reached = accuracy(results, best) >= bp - max(noise, 1.0)
     worst = min(plain, key=lambda key: accuracy(results, key))
     precisions = ", ".join(f"{label} {accuracy(results, key):.1f} %" for key, (label, _) in PRECISIONS.items())
+    own = next((cell["options"].get("precision") for cell in results.of("vgg11-0.03") if "options" in cell), None)
     return (
         f"VGG-11 without signals {'reaches' if reached else 'does not reach'} BP's accuracy: lambda {best[6:]} "
         f"{accuracy(results, best):.1f} %, BP {bp:.1f} % (± {noise:.1f}); it breaks at lambda {worst[6:]} "
         f"({accuracy(results, worst):.1f} %). VGG-5: {_range(results)} % over all lambda. By precision, at lambda "
-        f"0.03 ({accuracy(results, 'vgg11-0.03'):.1f} % in float32, deviation form): {precisions}."
+        f"0.03 ({accuracy(results, 'vgg11-0.03'):.1f} % in {own or 'float32'}, deviation form): {precisions}."
     )
 
 

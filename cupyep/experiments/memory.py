@@ -108,10 +108,10 @@ MEMORY = Experiment(
     claim=f"EP needs far less memory than BPTT, which stores every step ({PAPER}); here EP's does not depend on the "
     "number of steps at all.",
     setting={
-        "small": "VGG-5 to VGG-12 of 16 to 64 channels, 16 x 16 pixels, batch 16, float32, Adam: planned for the "
-        "device at hand, and measured by doing one step of each.",
-        "full": "VGG-5 to VGG-12 at full width, 32 x 32 pixels, batch 128, float32, Adam: planned for a GPU; nothing "
-        "is done, so nothing is measured.",
+        "small": "VGG-5 to VGG-12 of 16 to 64 channels, 16 x 16 pixels, batch 16, Adam, float32 unless the command "
+        "says otherwise: planned for the device at hand, and measured by doing one step of each.",
+        "full": "VGG-5 to VGG-12 at full width, 32 x 32 pixels, batch 128, Adam, float32 unless the command says "
+        "otherwise: planned for a GPU; nothing is done, so nothing is measured.",
     },
     base={
         "small": {**SHARED, "width": 0.125, "image_size": 16, "batch_size": 16},

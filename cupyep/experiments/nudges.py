@@ -180,7 +180,7 @@ FIDELITY = Experiment(
     "deviation form at any depth, with strong and with weak feedback.",
     setting={
         "small": "Untrained networks, quarter width, 4 CIFAR-10 images, lambda = 1, settled by even/odd up to 500 "
-        "iterations to 1e-6, 160 nudged iterations, float32, gain 0.6 unless said.",
+        "iterations to 1e-6, 160 nudged iterations, float32 and gain 0.6 unless said.",
         "full": "The same at full width.",
     },
     base={

@@ -39,6 +39,7 @@ def reproduce(
     quiet: bool = False,
     report: Callable[[str], None] = print,
     jobs: int = 1,
+    defaults: dict[str, Any] | None = None,
 ) -> Results:
     """Measure every cell that the report folder `out` lacks and write its results.json.
 
@@ -59,6 +60,8 @@ def reproduce(
     jobs : int
         Cells measured at the same time, each in a process of its own with one BLAS thread; for experiments that
         `find` knows. Narrow networks leave a second core idle.
+    defaults : dict, optional
+        Options for the rows that do not name them: precision.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def reproduce(
         Cell(
             row,
             seed,
-            {**experiment.base[scale], **row.options, "seed": seed, **(overrides or {})},
+            {**(defaults or {}), **experiment.base[scale], **row.options, "seed": seed, **(overrides or {})},
             folder,
             report,
             quiet,
