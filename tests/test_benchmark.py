@@ -103,6 +103,27 @@ def test_quick_run_writes_its_report(benchmark, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_steps_by_scratch(load, benchmark, tmp_path, monkeypatch):
+    """Each budget has a network of its own, whose chunks are as long as the budget allows."""
+    path, tool, chunks = tmp_path / "report.json", load("benchmark"), {}
+
+    def look(run, phases):
+        for name, settle in phases.items():
+            if name.endswith("MB"):
+                ops = settle.func.__self__.memory.workspace(2).ops
+                chunks[name] = [length for _, length in ops[1].chunks]
+        return time_steps(run, phases)
+
+    time_steps = tool.time_steps
+    monkeypatch.setattr(tool, "time_steps", look)
+    code, out, _ = benchmark(*FEW, "--scratch-mb", "0.001,4", "--json", path)
+    assert code == 0
+    assert chunks == {"0.001 MB": [1, 1], "4 MB": [2]}
+    assert "settle step by the scratch of a chunk (above: 8.4 MB)" in out
+    found = json.loads(path.read_text(encoding="utf-8"))["settle_step_s_by_scratch_mb"]
+    assert {name: type(value) for name, value in found.items()} == {"0.001": float, "4": float}
+
+
 def test_against_torch(torch, benchmark, tmp_path):
     path = tmp_path / "report.json"
     code, out, _ = benchmark(*FEW, "--against", "torch", "--json", path)
@@ -118,6 +139,7 @@ def test_against_torch(torch, benchmark, tmp_path):
     ("args", "told"),
     [
         (("--against", "tensorflow"), "choose from torch"),
+        (("--scratch-mb", "8,0"), "--scratch-mb takes numbers above 0"),
         (("--against", "torch", "--schedule", "sweeps"), "--schedule synchronous"),
         (("--arch", "vgg6"), "did you mean"),
         (("--batch-size", "0"), "batch-size"),

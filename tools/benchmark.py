@@ -25,7 +25,7 @@ from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threa
 import cupyep as ep
 from cupyep.backend import PRECISIONS
 from cupyep.backend.peak import peak_bytes
-from cupyep.cli.shared import Names, OneLineErrors
+from cupyep.cli.shared import Names, Numbers, OneLineErrors
 from cupyep.files import replacing
 from cupyep.settling import SCHEDULES
 from cupyep.training.system import system_report
@@ -115,8 +115,24 @@ def plainly(device: ep.Device, work: Callable[..., Any], **how: Any) -> None:
         device.graphs = graphs
 
 
+def time_steps(run: Run, phases: dict[str, Callable[..., Any]]) -> dict[str, Timing]:
+    """Time one step of each phase, a function of ``steps``, as the difference of a long and a short one."""
+    cases = {
+        (name, steps): Case(functools.partial(settle, steps=steps))
+        for name, settle in phases.items()
+        for steps in (1, 1 + SETTLE_STEPS)
+    }
+    timings, (flops, done) = run.stopwatch.measure(cases), run.counts(Operations.settle_step)
+    return {
+        name: timings[name, 1 + SETTLE_STEPS].per_step(
+            timings[name, 1], SETTLE_STEPS, flops, None if name == "torch" else done
+        )
+        for name in phases
+    }
+
+
 def time_settle_steps(run: Run) -> dict[str, Timing]:
-    """Time one step of every schedule, as the difference of a long and a short free phase."""
+    """Time one step of every schedule."""
     network, reference, phases = run.network, run.reference, {}
     for schedule in SCHEDULES:
         phases[schedule] = functools.partial(network.settle_free, run.batch, schedule=schedule)
@@ -125,17 +141,7 @@ def time_settle_steps(run: Run) -> dict[str, Timing]:
     if reference is not None:
         x, zeros = reference.images(run.batch.images), reference.zeros(len(run.batch))
         phases["torch"] = lambda steps: reference.settle(x, zeros, steps)
-    cases = {
-        (name, steps): Case(functools.partial(settle, steps=steps))
-        for name, settle in phases.items()
-        for steps in (1, 1 + SETTLE_STEPS)
-    }
-    timings, (flops, done) = run.stopwatch.measure(cases), run.counts(Operations.settle_step)
-    rows = {}
-    for name in phases:
-        long, short = timings[name, 1 + SETTLE_STEPS], timings[name, 1]
-        done_here = None if name == "torch" else done
-        rows[f"settle step, {name}"] = long.per_step(short, SETTLE_STEPS, flops, done_here)
+    rows = {f"settle step, {name}": timing for name, timing in time_steps(run, phases).items()}
     step = rows["settle step, synchronous"]
     run.report |= {
         "settle_step_s": step.median,
@@ -146,6 +152,21 @@ def time_settle_steps(run: Run) -> dict[str, Timing]:
         run.report["settle_step_plain_launches_s"] = plain.median
     if reference is not None:
         run.report["settle_step_speedup_vs_torch"] = rows["settle step, torch"].median / step.median
+    return rows
+
+
+def time_scratch(run: Run) -> dict[str, Timing]:
+    """Time one synchronous step with other budgets for what a chunk of a batch needs."""
+    device, phases = run.network.device, {}
+    usual = device.scratch_bytes
+    for budget in run.options["scratch_mb"]:
+        device.scratch_bytes = int(budget * 1e6)
+        network = run.build()
+        network.memory.workspace(len(run.batch))  # which plans its chunks
+        phases[f"{budget:g} MB"] = functools.partial(network.settle_free, run.batch, schedule="synchronous")
+    device.scratch_bytes = usual
+    rows = time_steps(run, phases)
+    run.report["settle_step_s_by_scratch_mb"] = {name.removesuffix(" MB"): row.median for name, row in rows.items()}
     return rows
 
 
@@ -296,6 +317,9 @@ def measure(options: dict[str, Any]) -> Run:
     steps = f"T = {options['free_steps']}, K = {options['nudged_steps']}, {options['schedule']}"
     click.echo(table("edges", time_edges(run)))
     click.echo(table("settle", time_settle_steps(run)))
+    if options["scratch_mb"]:
+        usual = f"{network.device.scratch_bytes / 1e6:.1f} MB"
+        click.echo(table(f"settle step by the scratch of a chunk (above: {usual})", time_scratch(run)))
     click.echo(table(f"learning, {steps}", time_learning(run), "BP step"))
     weak = time_weak_feedback(run)
     click.echo(table(f"learning, feedback {WEAK_FEEDBACK}, sweeps, free + nudged", weak, "BP step"))
@@ -328,6 +352,7 @@ POSITIVE = click.IntRange(1)
 @click.option("--nudged-steps", type=POSITIVE, default=5)
 @click.option("--feedback", default=1.0, help="Weight lambda of the top-down input.")
 @click.option("--schedule", type=Names("--schedule", SCHEDULES), default="synchronous", help="Of EP and BPTT steps.")
+@click.option("--scratch-mb", type=Numbers(), help="Time steps with so many MB for a chunk of the batch too: 8,16,32.")
 @click.option("--repeats", type=POSITIVE, default=5)
 @click.option("--against", type=Names("--against", ("torch",)), help="Time a reference in PyTorch too.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
@@ -343,6 +368,8 @@ def main(json_path: Path | None, threads: int | None, **options: Any) -> None:
         told = "--against torch is for --schedule synchronous, the reference's only one"
         ep.errors.require(options["schedule"] == "synchronous", told)
         torch_reference()
+    options["scratch_mb"] = options["scratch_mb"] or []
+    ep.errors.require(all(0 < budget < 1e6 for budget in options["scratch_mb"]), "--scratch-mb takes numbers above 0")
     if options["quick"]:
         options["repeats"] = 1
     with limit_threads(threads) if threads else contextlib.nullcontext(), warnings.catch_warnings():
