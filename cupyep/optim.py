@@ -2,7 +2,7 @@
 
 An optimizer updates the parameter arrays in place, so a network whose `parameters()` it was given learns by
 `optimizer.step(result.gradients)`. All buffers exist after construction: a step allocates no array. The same code
-runs on NumPy and CuPy arrays and keeps each parameter's dtype.
+runs on NumPy and CuPy arrays and keeps each parameter's dtype; on a GPU a step is one kernel a parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import array_module
+from cupyep.backend.device import launcher_for
 from cupyep.errors import CheckpointError, ConfigurationError, nearest, require
+from cupyep.kernels.cuda_optimizer import SOURCE, CudaOptimizerOps
+from cupyep.kernels.optimizer import OptimizerOps
 
 UPDATED_AT_ONCE = 1 << 19  # numbers: the scratch of an update is small beside the parameters
 
@@ -93,8 +96,10 @@ class Optimizer:
         self._buffers = {
             f"{slot}.{path}": array_module(p).zeros_like(p) for slot in slots for path, p in self.parameters.items()
         }
+        self._ops = _ops_for(self.parameters)
         module = array_module(next(iter(self.parameters.values())))
-        self._scratch = {dtype: module.empty(size, dtype) for dtype, size in _scratch_sizes(self.parameters).items()}
+        sizes = _scratch_sizes(self.parameters) if self._ops.needs_scratch else {}
+        self._scratch = {dtype: module.empty(size, dtype) for dtype, size in sizes.items()}
 
     def step(self, gradients: Mapping[str, Any], factor: float = 1.0) -> None:
         """Update every parameter in place.
@@ -115,20 +120,18 @@ class Optimizer:
         self.steps += 1
         for path, parameter in self.parameters.items():
             arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
+            rate = self.rates[path] * factor
+            if not self._ops.needs_scratch:
+                self._update(*arrays[:2], arrays[2:], None, rate)
+                continue
             for piece in _pieces(parameter.shape):
                 part, gradient, *slots = (array[piece] for array in arrays)
                 scratch = self._scratch[part.dtype][: part.size].reshape(part.shape)
-                self._update(part, gradient, slots, scratch, self.rates[path] * factor)
+                self._update(part, gradient, slots, scratch, rate)
 
     def _update(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
-        """Update a piece of a parameter and of its buffers; `scratch` is an array like it."""
+        """Update a parameter, or a piece of it, and its buffers; `scratch` is an array like it where it is needed."""
         raise NotImplementedError
-
-    def _decayed(self, parameter: Any, gradient: Any, out: Any) -> Any:
-        """Return gradient + weight_decay * parameter, in `out`."""
-        array_module(parameter).multiply(parameter, self.weight_decay, out=out)
-        out += gradient
-        return out
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on: ``"steps"`` and the buffers as ``"<slot>.<path>"`` (not copied)."""
@@ -201,18 +204,8 @@ class SGD(Optimizer):
         return ("velocity",) if momentum > 0 else ()
 
     def _update(self, parameter, gradient, slots, scratch, rate):
-        total = self._decayed(parameter, gradient, scratch)
-        if self.momentum > 0:
-            (velocity,) = slots
-            velocity *= self.momentum
-            velocity += total
-        if self.momentum == 0 or self.nesterov:  # the gradient's own term
-            total *= rate
-            parameter -= total
-        if self.momentum > 0:  # the velocity's term
-            share = self.momentum if self.nesterov else 1.0
-            array_module(parameter).multiply(velocity, rate * share, out=total)
-            parameter -= total
+        how = {"momentum": self.momentum, "nesterov": self.nesterov, "decay": self.weight_decay}
+        self._ops.sgd(parameter, gradient, slots[0] if slots else None, scratch, rate=rate, **how)
 
 
 class Adam(Optimizer):
@@ -264,32 +257,28 @@ class Adam(Optimizer):
         self.epsilon = float(epsilon)
 
     def _update(self, parameter, gradient, slots, scratch, rate):
-        xp, (b1, b2), (mean, square) = array_module(parameter), self.betas, slots
-        total = self._decayed(parameter, gradient, scratch)
-        total *= 1.0 - b1
-        mean *= b1
-        mean += total
-        total = self._decayed(parameter, gradient, scratch)  # once more: a second scratch would be larger
-        total *= total
-        total *= 1.0 - b2
-        square *= b2
-        square += total
-        xp.multiply(square, 1.0 / (1.0 - b2**self.steps), out=total)
-        xp.sqrt(total, out=total)
-        total += self.epsilon
-        xp.divide(mean, total, out=total)
-        total *= rate / (1.0 - b1**self.steps)
-        parameter -= total
+        rate, correction = rate / (1.0 - self.betas[0] ** self.steps), 1.0 / (1.0 - self.betas[1] ** self.steps)
+        how = {"betas": self.betas, "correction": correction, "epsilon": self.epsilon, "decay": self.weight_decay}
+        self._ops.adam(parameter, gradient, *slots, scratch, rate=rate, **how)
 
 
 #: The optimizers by name, as the option ``--optimizer`` takes them.
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam}
 
 
-def optimizer_bytes(parameters: Mapping[str, Any], slots: Sequence[str]) -> int:
+def optimizer_bytes(parameters: Mapping[str, Any], slots: Sequence[str], is_gpu: bool = False) -> int:
     """Return the bytes of an optimizer's buffers and scratch."""
-    scratch = sum(size * np.dtype(dtype).itemsize for dtype, size in _scratch_sizes(parameters).items())
+    sizes = {} if is_gpu else _scratch_sizes(parameters)
+    scratch = sum(size * np.dtype(dtype).itemsize for dtype, size in sizes.items())
     return len(slots) * sum(p.nbytes for p in parameters.values()) + scratch
+
+
+def _ops_for(parameters: Mapping[str, Any]) -> OptimizerOps:
+    """Return the operations for some parameters: kernels where they are on a GPU, each one run of memory."""
+    launcher = launcher_for(next(iter(parameters.values())), SOURCE)
+    if launcher is None or not all(p.flags.c_contiguous for p in parameters.values()):
+        return OptimizerOps()
+    return CudaOptimizerOps(launcher)
 
 
 def _scratch_sizes(parameters: Mapping[str, Any]) -> dict[Any, int]:

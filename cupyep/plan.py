@@ -45,7 +45,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
         "parameters": _nbytes(learned),
         "maps of signals": _nbytes(_fixed_maps(nudges)),
         "gradients": _nbytes(learned),
-        "optimizer": 0 if slots is None else optimizer_bytes(learned, slots),
+        "optimizer": 0 if slots is None else optimizer_bytes(learned, slots, network.device.is_gpu),
         "made of weights": _made_of_weights(workspaces),
         "scratch of products": max(workspace.nbytes for workspace in workspaces),
         "cuBLAS": WORKSPACE_BYTES if network.device.is_gpu else 0,

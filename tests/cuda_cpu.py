@@ -75,7 +75,17 @@ def _head_instances():
     return names + [instance("add_spread", [t, vec]) for t in ("float", "double") for vec in _widths(t)]
 
 
-_INSTANCES = {"conv.cu": _conv_instances, "update.cu": _update_instances, "head.cu": _head_instances}
+def _optimizer_instances():
+    kernels = ("sgd_step", "adam_step")
+    return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
+
+
+_INSTANCES = {
+    "conv.cu": _conv_instances,
+    "update.cu": _update_instances,
+    "head.cu": _head_instances,
+    "optimizer.cu": _optimizer_instances,
+}
 
 
 def tf32_of(x):

@@ -182,4 +182,6 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(strict.XP, "cuda", cuda, raising=False)
     cublas = Cublas(FakeCublas(), strict.XP, current_stream)
     monkeypatch.setattr(device_module, "_cublas", lambda array: cublas)
-    return FakeGpu()
+    gpu = FakeGpu()
+    monkeypatch.setattr(device_module, "_launcher_of", lambda index, source: gpu.launcher(source))
+    return gpu

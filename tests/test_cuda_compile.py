@@ -12,9 +12,9 @@ import pytest
 from cuda_cpu import instances
 
 from cupyep.backend.cuda import source_text
-from cupyep.kernels import cuda_conv, cuda_head, cuda_update
+from cupyep.kernels import cuda_conv, cuda_head, cuda_optimizer, cuda_update
 
-SOURCES = {"conv.cu": cuda_conv.SOURCE, "update.cu": cuda_update.SOURCE, "head.cu": cuda_head.SOURCE}
+SOURCES = {module.SOURCE.name: module.SOURCE for module in (cuda_conv, cuda_update, cuda_head, cuda_optimizer)}
 
 
 @pytest.fixture(scope="module")

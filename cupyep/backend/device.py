@@ -215,6 +215,20 @@ def _cublas(array: Any) -> Cublas:
     return _cublas_of(array.device.id, threading.get_ident())
 
 
+@functools.cache
+def _launcher_of(index: int, source: Path) -> Launcher:
+    """Return what compiles and launches the kernels of a file on one device."""
+    cupy, reason = _import_cupy()
+    if cupy is None:
+        raise DeviceError(reason)
+    return Launcher(source, cupy)
+
+
+def launcher_for(array: Any, source: Path) -> Launcher | None:
+    """Return what launches the kernels of a file on the GPU that `array` is on; None for an array on the host."""
+    return _launcher_of(array.device.id, source) if array_module(array).__name__ == "cupy" else None
+
+
 def gemm(a: Any, b: Any, out: Any, tf32: bool = False) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here.
 
