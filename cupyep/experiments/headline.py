@@ -7,7 +7,7 @@ from typing import Any
 from cupyep.experiments import figures
 from cupyep.experiments.design import Experiment, Results, Row
 from cupyep.experiments.feedback import SMALL_WEAK, lambda_options
-from cupyep.experiments.signals import FEW_EPOCHS, KD, LE, PAPER, SMALL
+from cupyep.experiments.signals import BEST_LE, FEW_EPOCHS, KD, LE, PAPER, SMALL
 from cupyep.experiments.trained import COLUMNS, TEST_ACCURACY, accuracy, train_cell
 from cupyep.recipes import find_recipe
 from cupyep.training.config import read_toml
@@ -38,22 +38,22 @@ def _full_rows(arch: str, dataset: str, published: float) -> tuple[Row, ...]:
 
 def _small_rows(arch: str, dataset: str, published: float, longer: dict[str, Any]) -> tuple[Row, ...]:
     where = {"arch": arch, "dataset": dataset, **longer}
-    strong = {**SMALL, "epochs": FEW_EPOCHS}
+    strong, everywhere = {**SMALL, "epochs": FEW_EPOCHS}, {"signal_layers": "all"}
     options: dict[str, dict[str, Any]] = {
-        "kd": {**strong, **KD},
-        "le": {**strong, **LE},
+        "kd": {**strong, **KD, **everywhere},
+        # With LE on all layers the deepest network's upper ones died in the fourth epoch.
+        "le": {**strong, **(BEST_LE if longer else {**LE, **everywhere})},
         "none": strong,
         "feedback0.1": {**SMALL_WEAK, **lambda_options(0.1)},
         "feedback0.03": {**SMALL_WEAK, **lambda_options(0.03)},
         "bptt": {**strong, **BPTT_STEPS},
         "bp": {**SMALL_WEAK, "algorithm": "bp", "feedback": 0.1, "gain": 1.2},
     }
-    signals = {"signal_layers": "all"}
     return tuple(
         Row(
             key,
             LABELS[key],
-            {**own, **where, **(signals if "aug" in own else {})},
+            {**own, **where},
             {f"{TEST_ACCURACY.title}, full size": published} if key == "kd" else {},
             PAPER if key == "kd" else "",
         )
