@@ -124,6 +124,7 @@ class Network(Structure):
             f"this {type(signal).__name__} belongs to another network, whose maps it holds: make one for each network",
         )
         if signal.network is None:
+            self.device.use()
             signal.bind(self.state_shapes, self.classes, self.device, self.dtype)
             signal.network = self
         return signal
@@ -208,6 +209,7 @@ class Network(Structure):
             What the nudged phases leave alone: classical ones need the states, deviations the drives. Without drives
             the state has none.
         """
+        batch = self.batch(batch)
         samples = len(batch.images)
         shape = self.free_shape(samples, keeps, **how)
         buffers = self.memory.phase(shape)
@@ -240,6 +242,7 @@ class Network(Structure):
             form == "tangent" or not self.readout.identity or all(abs(b) < 1 for b in betas),
             f"squared error needs beta between -1 and 1, not {list(betas)}: s <- d - beta (s - y) never settles beyond",
         )
+        batch = self.batch(batch)
         samples, phases = len(batch.images), len(betas)
         self._check_start(free, samples)
         shape = self.nudged_shape(form, samples, phases, nudges, keeps, free.end, **how)

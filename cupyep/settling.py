@@ -117,6 +117,19 @@ def _iterate(system: Any, schedule: str, measure: bool, downward: bool) -> None:
     ITERATIONS[schedule](system, measure, downward)
 
 
+def iterate(system: Any, schedule: str, measure: bool, warm: bool, relaxation: float = 1.0) -> None:
+    """Do one iteration; what it measures stays on the device. Arguments as `settle`."""
+    system.relaxation = relaxation
+    how = (schedule, measure, warm)
+    system.repeat((*how, relaxation), functools.partial(_iterate, system, *how))
+
+
+def stats_of(system: Any, steps: int) -> SettleStats:
+    """Return the statistics of a phase of so many steps, the last of them measured, without tolerance."""
+    per_sample = _residual(system)
+    return SettleStats(steps, per_sample.mean(axis=1), per_sample)
+
+
 def _prime(system: Any, schedule: str) -> None:
     """Make drives and winners belong to a given start, as far as the schedule reads them before it renews them."""
     if schedule == "evenodd":
@@ -198,9 +211,7 @@ def settle(
         measure = record or asked
         if watch_period and step == steps - 1:
             system.remember()
-        system.relaxation = 1.0 if asked else relaxation
-        how = (schedule, measure, warm)
-        system.repeat((*how, system.relaxation), functools.partial(_iterate, system, *how))
+        iterate(system, schedule, measure, warm, 1.0 if asked else relaxation)
         if measure and (record or tolerance is not None):
             per_sample = _residual(system)
         if record:

@@ -43,6 +43,7 @@ class Structure:
         self.classes = classes
         self.activation = get_activation(activation)
         self.device = get_device(device)
+        self.device.use()  # another GPU may be the current one
         self.precision = get_precision(precision)
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)

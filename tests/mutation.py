@@ -96,6 +96,8 @@ DEFECTS = [
            "return max(slopes, last)", "return 0", "test_plan"),
     Defect("plan: one nudged phase and not two", "learning/equilibrium.py",
            'phases = self.network, 2 if self.scheme == "centered" else 1', "phases = self.network, 1", "test_plan"),
+    Defect("nudged phases take images as they come", "network.py",
+           "batch = self.batch(batch)\n        samples, phases", "samples, phases", "test_replay"),
     Defect("sweeps forget what is carried on", "layout.py",
            "self.kept[n - 1][part] = self.drive[n - 1][part]", "pass", "test_layout"),
     Defect("kappa forgotten in the nudge", "dynamics.py",

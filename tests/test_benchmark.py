@@ -223,15 +223,29 @@ def test_reference_and_cupyep_agree(torch, load, loss, pooling, activation):
 
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
 def test_reference_multiplies_as_precisely_as_the_network(torch, load, precision):
-    """float32 is not TF32, whatever PyTorch does by default on a GPU."""
+    """float32 is not TF32, whatever PyTorch does by default on a GPU, or another reference asks for in between."""
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
     try:
-        load("torch_reference").TorchReference(ep.vgg(5, 4, (16, 16, 1), 1 / 64, device="cpu", precision=precision))
+        make, options = load("torch_reference").TorchReference, {"input_shape": (16, 16, 1), "width": 1 / 64}
+        reference = make(ep.vgg(5, 4, device="cpu", precision=precision, **options))
+        other = make(ep.vgg(5, 4, device="cpu", precision="float32" if precision == "tf32" else "tf32", **options))
+        x = np.zeros((1, 16, 16, 1), np.float32)
+        for each in (reference, other, reference):
+            each.settle(each.images(x), each.zeros(1), 1)
         assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
     finally:
         for backend, allowed in zip(backends, before, strict=True):
             backend.allow_tf32 = allowed
+
+
+def test_reference_takes_images_in_halves(torch, load):
+    """PyTorch does not know NumPy's bfloat16."""
+    pytest.importorskip("ml_dtypes")
+    net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, device="cpu", precision="bfloat16")
+    images = net.images(np.full((1, 16, 16, 1), 0.3))
+    found = load("torch_reference").TorchReference(net).images(images)
+    np.testing.assert_array_equal(found.numpy(), images.astype(np.float32).transpose(0, 3, 1, 2))
 
 
 def test_reference_refuses_what_it_has_not(torch, load):

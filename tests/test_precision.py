@@ -175,12 +175,14 @@ def check_edge(device, rng, precision, edge, exact, max_pooled):
         winners[...] = 0
     own_winners = None if winners is None else on(winners)
     limit = 2.0**-digits if precision.half else 0.0
+    # A GPU may take the factors of so small a product as they are, cut them or round them.
+    sums = 2.0**-9 * 20 if name == "tf32" and device.is_gpu else 5e-6
 
     def compare(found, expected, stored_before=0.0):
         """A rounding of the result, one of what was stored on the way, and the sums of float32."""
         assert found.dtype == precision.stored
         error = np.abs(device.to_numpy(found).astype(np.float64) - expected)
-        assert (error <= limit * (np.abs(expected) + np.abs(stored_before)) + 5e-6).all(), error.max()
+        assert (error <= limit * (np.abs(expected) + np.abs(stored_before)) + sums).all(), error.max()
 
     for call in ("linear_drive", "drive"):
         out, expected = device.xp.empty(s.shape, precision.stored), np.empty(s.shape)
@@ -197,7 +199,7 @@ def check_edge(device, rng, precision, edge, exact, max_pooled):
     edge.add_gradient(on(below), on(s), own_winners, gradient, bias_gradient, ops)
     expected, expected_bias = np.ones(master.shape), np.ones(bias.shape)
     exact.add_gradient(below64, s64, winners, expected, expected_bias, exact_ops)
-    np.testing.assert_allclose(device.to_numpy(gradient), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(device.to_numpy(gradient), expected, rtol=1e-5, atol=max(1e-5, sums))
     if name != "tf32":  # a sum, no product: TF32 rounds nothing
         np.testing.assert_allclose(device.to_numpy(bias_gradient), expected_bias, rtol=1e-5, atol=1e-5)
     assert gradient.dtype == bias_gradient.dtype == np.float32

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 
 import numpy as np
 import pytest
 from fake_gpu import FakeGpu, FakeStream
-from small import Teacher, batch_of, network
+from small import Teacher, batch_of, hosts, network, on_host
 
 import cupyep as ep
 from cupyep import settling
 from cupyep.backend.cuda import identity
 from cupyep.backend.graphs import Replayer
+from cupyep.training import prediction
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
 FORMS = ("classical", "deviation", "tangent")
@@ -388,6 +390,53 @@ def test_the_host_waits_once_a_phase(fake_gpu, monkeypatch, tolerance, reads):
     with expectation:
         net.settle_free(batch, steps=12, schedule="evenodd", tolerance=tolerance, check_every=5)
     assert crossings == [(net.depth, len(batch))] * reads
+
+
+def test_the_host_waits_once_for_all_unrolled_steps(fake_gpu, monkeypatch):
+    net = make(fake_gpu)
+    learner, batch, crossings = ep.BackpropagationThroughTime(net, 3, unrolled_steps=5), batch_of(net), []
+    learner.step(batch)
+    to_numpy = FakeGpu.to_numpy
+    monkeypatch.setattr(FakeGpu, "to_numpy", lambda self, array: crossings.append(array.shape) or to_numpy(self, array))
+    learner.step(batch)
+    assert crossings == [(net.depth, len(batch))] * 2, "for the free steps and for the unrolled ones"
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_network_in_halves_takes_batches_of_float32(fake_gpu, name):
+    """A loader's batches are float32; kernels that expect halves would refuse them, wherever they come in."""
+    pytest.importorskip("ml_dtypes")
+    net = network("conv", fake_gpu, pooling="max", activation="hard_sigmoid", precision=name)
+    raw = batch_of(net)
+    fit = net.batch(raw)
+    assert (raw.images.dtype, fit.images.dtype) == (np.float32, net.precision.stored)
+    phases = {"free_steps": 3, "nudged_steps": 2, "schedule": "sweeps"}
+    learner = ep.EquilibriumPropagation(net, 0.3, **phases)
+    unrolled = ep.BackpropagationThroughTime(net, 3, unrolled_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ep.PrecisionWarning)
+        classical = ep.EquilibriumPropagation(net, 0.3, nudge="classical", **phases)
+
+    def gradients(step):
+        return lambda batch: on_host(net, step(batch, learner.settle_free(batch).copy()).gradients)
+
+    def nudged(batch):
+        free = classical.settle_free(batch).copy()
+        return dict(enumerate(hosts(net, classical.settle_nudged(batch, free, [0.3], net.nudges(batch)).layers)))
+
+    for call in (
+        nudged,
+        gradients(learner.step_from),
+        gradients(unrolled.step_from),
+        gradients(lambda *arguments: unrolled.step_from_equilibrium(*arguments, max_iterations=3)[0]),
+        lambda batch: dict(enumerate(hosts(net, ep.Backpropagation(net).forward(batch).layers))),
+        lambda batch: {0: hosts(net, [net.scores(batch, steps=2)])[0]},
+        lambda batch: dict(enumerate(prediction._settle(learner, batch)[:2])),
+    ):
+        found, expected = call(raw), call(fit)
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_array_equal(found[key], array)
 
 
 def test_a_real_device_asks_environment_and_card(monkeypatch):

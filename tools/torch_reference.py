@@ -39,8 +39,6 @@ class TorchReference:
         require(isinstance(network.activation, Clip), f"the reference has no activation '{network.activation.name}'")
         self.network = network
         self.device, self.dtype = device, getattr(torch, dtype)
-        # Left alone, cuDNN multiplies float32 as TF32 on a GPU.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = network.precision.tf32
         self.activation = network.activation
         self.weights = network.energy.weights
         self.edges = nn.ModuleList([_torch_edge(edge) for edge in network.layers])
@@ -56,6 +54,10 @@ class TorchReference:
             array = torch.tensor(self.network.device.to_numpy(parameters[path]), dtype=self.dtype)
             with torch.no_grad():
                 own.copy_(_channels_first(array, self._below(path)))
+
+    def _round_as_the_network(self) -> None:
+        """Let PyTorch multiply float32 as TF32 on a GPU if, and only if, the network does: left alone, cuDNN would."""
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.network.precision.tf32
 
     def _below(self, path: str) -> tuple[int, ...]:
         """Return the shape of the state below a parameter."""
@@ -73,7 +75,8 @@ class TorchReference:
 
     def images(self, x: Any) -> torch.Tensor:
         """Return images (N, H, W, C) of the network's device as a tensor (N, C, H, W)."""
-        array = torch.tensor(self.network.device.to_numpy(x), dtype=self.dtype, device=self.device)
+        host = self.network.device.to_numpy(x).astype(self.network.dtype)  # PyTorch does not know NumPy's bfloat16
+        array = torch.tensor(host, dtype=self.dtype, device=self.device)
         return array.permute(0, 3, 1, 2).contiguous()
 
     def labels(self, labels: Any) -> torch.Tensor:
@@ -103,6 +106,7 @@ class TorchReference:
         self, x: torch.Tensor, states: list[torch.Tensor], steps: int, labels: Any = None, beta: float = 0.0
     ) -> list[torch.Tensor]:
         """Return the states after `steps` synchronous steps."""
+        self._round_as_the_network()
         for _ in range(steps):
             states = [state.detach().requires_grad_() for state in states]
             forces = torch.autograd.grad(self.phi(x, states, labels, beta), states)

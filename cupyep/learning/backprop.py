@@ -34,6 +34,7 @@ class Backpropagation(Learner):
 
     def forward(self, batch: Batch) -> State:
         """Return the feed-forward states, in memory that the next call overwrites."""
+        batch = self.network.batch(batch)
         return self._forward(batch, self._passes(batch))
 
     def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:

@@ -22,7 +22,7 @@ from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout, PhaseBuffers, PhaseShape
 from cupyep.learning.learner import Learner, StepResult, checked_settling, term_scratch_size
 from cupyep.network import Network
-from cupyep.settling import SettleStats, settle
+from cupyep.settling import SettleStats, iterate, stats_of
 from cupyep.workspace import Needs, Workspace
 
 ADJOINT_TOLERANCE = 1e-5
@@ -95,7 +95,7 @@ class BackpropagationThroughTime(Learner):
 
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
-        gradients = self._zero_gradients()
+        batch, gradients = self.network.batch(batch), self._zero_gradients()
         result = self._unroll_and_back(gradients, batch, len(batch), start)
         self._scale_edges(gradients)
         return result
@@ -122,7 +122,7 @@ class BackpropagationThroughTime(Learner):
             Largest residual of the equation in any layer, relative to its mu: above `ADJOINT_TOLERANCE` where the
             sum does not converge, as at a state that is no stable equilibrium.
         """
-        gradients = self._zero_gradients()
+        batch, gradients = self.network.batch(batch), self._zero_gradients()
         unrolled, ops, result = self._unrolled(gradients, batch, len(batch), free, steps=1)
         state = unrolled.history[0]
         self._slopes(state)
@@ -153,7 +153,7 @@ class BackpropagationThroughTime(Learner):
             if n > 1:
                 change += self._up(n, q[n - 2], state, unrolled, ops)
             size = abs(change).max()
-            residuals.append(size / xp.maximum(xp.maximum(abs(here).max(), size), xp.finfo(here.dtype).tiny))
+            residuals.append(size / xp.maximum(xp.maximum(abs(here).max(), size), np.finfo(here.dtype).tiny))
             if network.feedback > STRONG_FEEDBACK:
                 change *= ADJOINT_RELAXATION
             here += change
@@ -203,10 +203,10 @@ class BackpropagationThroughTime(Learner):
         system = Classical(*network.parts(workspace, phase), batch.images, workspace.ops[0])
         for before in unrolled.history:
             _copy(phase.states, before.layers)
-            stats = settle(system, 1, "synchronous", warm=True, phase="unrolled")
+            iterate(system, "synchronous", measure=True, warm=True)
             _copy(phase.drives, before.drives)
             _copy(phase.winners, before.winners)
-        return stats
+        return stats_of(system, 1)  # the only time that the host waits for the device
 
     def _slopes(self, state: State) -> None:
         """Turn the drives of a step into the slopes of the activation there."""

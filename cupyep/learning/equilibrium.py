@@ -163,6 +163,7 @@ class EquilibriumPropagation(Learner):
 
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""
+        batch = self.network.batch(batch)
         nudges = self.network.nudges(batch, self.signals)
         part = Part(self._zero_gradients(), batch, len(batch), self.betas(), nudges)
         result = self._nudge(part, free)

@@ -120,5 +120,5 @@ def _settle(learner: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # each picture's line says so
         free = learner.settle_free(batch)
-    scores = host(learner.network.readout.output(free.layers[-1]))
+    scores = host(learner.network.outputs(free.layers[-1]))
     return scores, free.stats.per_sample.max(axis=0), free.stats.tolerance
