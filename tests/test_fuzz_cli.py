@@ -110,7 +110,7 @@ def work(cifar, invoke, monkeypatch):
     monkeypatch.setattr(Trainer, "run", lambda self: TrainSummary(0.5, 1.0, 0.5, 1, "test", 2.0, None))
     monkeypatch.setattr("cupyep.data.dataset.fetch", lambda *_: "no network")
     monkeypatch.setattr("cupyep.cli.data.fetch", lambda *_: "no network")
-    monkeypatch.setattr("cupyep.cli.reproduce.run_experiment", lambda *_: None)
+    monkeypatch.setattr("cupyep.cli.reproduce.run_experiment", lambda *_, **__: None)
     monkeypatch.setattr("cupyep.training.memory.measured_step", lambda *_: 1)
     return cifar.parent / "work"
 
