@@ -108,8 +108,9 @@ def test_any_increment(device, name):
     """Large ones too, across the bounds of a clip in both directions."""
     g, dg = (a.ravel() for a in np.meshgrid(G[1:-1], [-3.0, -0.6, -0.05, 0.0, 0.05, 0.7, 4.0]))
     found = increment(device, ep.ACTIVATIONS[name], g, dg, np.float64)
-    np.testing.assert_allclose(found, exact_increment(name, g, dg), rtol=1e-5, atol=1e-14)  # 1 - tanh^2 rounds
-    np.testing.assert_allclose(found, SIGMA[name](g + dg) - SIGMA[name](g), rtol=1e-5, atol=1e-13)
+    rtol = 1e-5 if device.is_gpu else 1e-6  # 1 - tanh^2 rounds, and a GPU's tanh may be off by a last digit
+    np.testing.assert_allclose(found, exact_increment(name, g, dg), rtol=rtol, atol=1e-14)
+    np.testing.assert_allclose(found, SIGMA[name](g + dg) - SIGMA[name](g), rtol=rtol, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"gelu"}))

@@ -53,7 +53,9 @@ def test_distance_of_the_nudged_phase(device, form, scheme, betas):
     np.testing.assert_allclose(probes["nudged"].distance, relative(late, early), rtol=1e-6, atol=1e-9)
     assert probes["nudged"].per_sample.shape == (3, 3)
     np.testing.assert_allclose(probes["free"].distance, 0, atol=1e-12)
-    assert (probes["nudged"].distance[0] > 1 - 1e-6).all(), "two steps bring no nudge to the first of three layers"
+    distance = probes["nudged"].distance[0]
+    unmoved = distance > 1 - 1e-6 if device.is_gpu else distance == 1  # a GPU may round the last digit otherwise
+    assert unmoved.all(), "after two steps the first of three layers knows of no nudge"
 
 
 def nudged_states(net, batch, rest, beta, steps):
