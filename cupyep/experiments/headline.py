@@ -76,7 +76,10 @@ def _verdict(results: Results) -> str:
 
 def _small_setting(longer: dict[str, Any]) -> str:
     if longer:
-        return f"{longer['limit_train']} images as they are, {longer['epochs']} epochs, no BPTT: it would take hours"
+        return (
+            f"{longer['limit_train']} images as they are, {longer['epochs']} epochs, LE on layers 4 to 6 (tried first, "
+            "on all layers, the upper ones died), no BPTT (it would take hours)"
+        )
     return (
         f"{SMALL['limit_train']} training images and {FEW_EPOCHS} epochs at lambda = 1, {SMALL_WEAK['limit_train']} "
         f"and {SMALL_WEAK['epochs']} otherwise"
