@@ -21,6 +21,7 @@ from cupyep.kernels.columns import output_size
 from cupyep.kernels.conv import ConvGeometry, ConvOps, part_of
 from cupyep.kernels.cuda_conv import CudaConvOps
 from cupyep.kernels.linear import LinearOps
+from cupyep.kernels.reduction import add_sum
 from cupyep.kernels.winograd import WinogradOps
 
 POOLINGS = ("none", "max", "average")
@@ -193,7 +194,7 @@ class Conv2d(Edge):
         """
         ops.add_gradient(s_below, s, winners, weight)
         if bias is not None:
-            bias += s.reshape(-1, self.map_shape[2]).sum(axis=0, dtype=bias.dtype)  # pooling adjoints keep the sum
+            add_sum(s, bias)  # pooling adjoints keep the sum
 
     def flops(self) -> int:
         """Return the operations (multiply and add counted apart) of one direct product for one sample."""
@@ -243,7 +244,7 @@ class Linear(Edge):
         """Add the derivative of ``<s, d(s_below)>`` to `weight` and (unless None) `bias`."""
         ops.add_gradient(s_below.reshape(len(s), -1), s, weight)
         if bias is not None:
-            bias += s.sum(axis=0, dtype=bias.dtype)
+            add_sum(s, bias)
 
     def flops(self) -> int:
         """Return the operations of one product for one sample."""

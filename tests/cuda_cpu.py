@@ -80,11 +80,18 @@ def _optimizer_instances():
     return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
 
 
+def _reduction_instances():
+    kernels = ("column_sums", "column_levels")
+    names = [instance(kernel, [t, vec]) for kernel in kernels for t in WIDTHS for vec in _widths(t)]
+    return names + [instance("level_shares", [t]) for t in ("float", "double")]
+
+
 _INSTANCES = {
     "conv.cu": _conv_instances,
     "update.cu": _update_instances,
     "head.cu": _head_instances,
     "optimizer.cu": _optimizer_instances,
+    "reduction.cu": _reduction_instances,
 }
 
 

@@ -231,7 +231,7 @@ class Cublas:
     def __init__(self, library: Any, xp: Any, current_stream: Callable[[], int]):
         self._library = library
         self._current_stream = current_stream
-        self._workspace = xp.empty(WORKSPACE_BYTES, np.uint8)
+        self.workspace = xp.empty(WORKSPACE_BYTES, np.uint8)
         self._stream: int | None = None
         self._handle = library.create()
         library.set_math_mode(self._handle, _DISALLOW_REDUCED_PRECISION_REDUCTION)
@@ -278,7 +278,7 @@ class Cublas:
         stream = self._current_stream()
         if stream != self._stream:
             self._library.set_stream(self._handle, stream)  # takes the workspace away again
-            self._library.set_workspace(self._handle, address(self._workspace), self._workspace.nbytes)
+            self._library.set_workspace(self._handle, address(self.workspace), self.workspace.nbytes)
             self._stream = stream
 
     @staticmethod

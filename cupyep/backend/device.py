@@ -229,6 +229,14 @@ def launcher_for(array: Any, source: Path) -> Launcher | None:
     return _launcher_of(array.device.id, source) if array_module(array).__name__ == "cupy" else None
 
 
+def workspace_for(array: Any) -> Any:
+    """Return the workspace (bytes) of this thread's products on the GPU that `array` is on.
+
+    Between two products it is scratch for anybody who launches on the same stream.
+    """
+    return _cublas(array).workspace
+
+
 def gemm(a: Any, b: Any, out: Any, tf32: bool = False) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here.
 

@@ -12,6 +12,7 @@ from cupyep.dynamics import Nudge
 from cupyep.errors import choose, require
 from cupyep.heads import LossTerm, accuracy_count
 from cupyep.kernels.conv import chunked
+from cupyep.kernels.reduction import levels
 from cupyep.layout import Layout
 from cupyep.network import Network
 from cupyep.settling import SCHEDULES, SettleStats, check_relaxation
@@ -151,28 +152,19 @@ class Learner:
         `work` is an array for each layer.
         """
         loss, correct = self._judge(self.network.outputs(layers[-1]), batch)
-        xp, share = self.network.device.xp, len(batch) / total
-        levels = [
-            self._levels(s, xp.empty(s.shape, self.network.dtype) if work is None else work[n])
-            for n, s in enumerate(layers)
-        ]
+        xp, share, activation = self.network.device.xp, len(batch) / total, self.network.activation
+        top = SATURATED * max(abs(activation.low), abs(activation.high))
+        figures = xp.empty((len(layers), 3), self.network.dtype)
+        for n, s in enumerate(layers):
+            levels(s, top, DEAD, figures[n], xp.empty(s.shape, self.network.dtype) if work is None else work[n])
+        figures *= share
         names = ("activity", "saturated", "dead")
         return {
             "loss": loss / total,
             "correct": correct,
             "count": len(batch),
-            **{name: xp.stack(values) * share for name, values in zip(names, zip(*levels, strict=True), strict=True)},
+            **{name: figures[:, i] for i, name in enumerate(names)},
         }
-
-    def _levels(self, s: Any, size: Any) -> tuple[Any, Any, Any]:
-        """Return `StepResult.activity`, `saturated` and `dead` of one layer; `size` is scratch of its shape."""
-        xp, activation = self.network.device.xp, self.network.activation
-        top = SATURATED * max(abs(activation.low), abs(activation.high))
-        xp.abs(s, out=size)
-        dead = size.reshape(-1, s.shape[-1]).max(axis=0) <= DEAD
-        dtype = self.network.dtype
-        activity, saturated = size.mean(dtype=dtype), xp.greater_equal(size, top, out=size)
-        return activity, saturated.mean(dtype=dtype), dead.mean(dtype=dtype)
 
     def _zero_gradients(self) -> dict[str, Any]:
         xp = self.network.device.xp

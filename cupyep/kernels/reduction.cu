@@ -1,0 +1,146 @@
+// Reductions of a state over all axes but the channels, the last; the NumPy reference is reduction.py.
+//
+// A state is a matrix of rows (samples and places) by channels. Stage one cuts the rows into slabs, one block each, so that
+// there are enough blocks for every multiprocessor; stage two adds up what the slabs left. No atomics and a fixed order:
+// results repeat bit for bit. A block is `lanes` packs of channels by BLOCK / lanes rows; lanes is a power of two.
+
+#include "common.cuh"
+
+static const int BLOCK = 256;
+
+// Store values as a pack.
+template <typename A, int VEC> __device__ __forceinline__ void store_values(const A (&values)[VEC], A* target)
+{
+    Pack<A, VEC> pack;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) pack.values[i] = values[i];
+    pack.store(target);
+}
+
+// Add (or take the maximum of) the values of a block's threads that hold the same channels, those of row 0 get it.
+template <typename A, int VEC, bool MAXIMUM>
+__device__ __forceinline__ void across_rows(A (&values)[VEC], A* shared, int lanes)
+{
+    const int thread = threadIdx.x;
+    __syncthreads();  // what the memory held before has been read
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) shared[i * BLOCK + thread] = values[i];
+    __syncthreads();
+    for (int half = BLOCK / 2; half >= lanes; half /= 2) {
+        if (thread < half) {
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) {
+                A& mine = shared[i * BLOCK + thread];
+                const A other = shared[i * BLOCK + thread + half];
+                if (!MAXIMUM)
+                    mine += other;
+                else if (other > mine || other != other)  // a NaN wins, so that divergence stays visible
+                    mine = other;
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) values[i] = shared[i * BLOCK + thread];
+}
+
+// out (slabs, C), the sums over the rows of each slab of s (rows, C); added to what is there with `accumulate`.
+template <typename T, int VEC>
+__global__ void column_sums(
+    const T* __restrict__ s, typename Arithmetic<T>::type* out, int rows, int groups, int slab, int lanes,
+    int accumulate)
+{
+    typedef typename Arithmetic<T>::type A;
+    __shared__ A shared[VEC * BLOCK];
+    const int row = threadIdx.x / lanes, group = blockIdx.x * lanes + threadIdx.x % lanes;
+    const int start = blockIdx.y * slab, end = rows < start + slab ? rows : start + slab;
+    A sum[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) sum[i] = 0;
+    if (group < groups) {
+        for (int at = start + row; at < end; at += BLOCK / lanes) {
+            Pack<T, VEC> value;
+            value.load(s + (size_t(at) * groups + group) * VEC);
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) sum[i] += widen(value.values[i]);
+        }
+    }
+    across_rows<A, VEC, false>(sum, shared, lanes);
+    if (row != 0 || group >= groups) return;
+    out += (size_t(blockIdx.y) * groups + group) * VEC;
+    Pack<A, VEC> total;
+    total.clear();
+    if (accumulate) total.load(out);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) total.values[i] += sum[i];
+    total.store(out);
+}
+
+// partials (slabs, 3, C): of each channel the sum of |s|, how many |s| are at least `top`, and the largest |s|.
+template <typename T, int VEC>
+__global__ void column_levels(
+    const T* __restrict__ s, typename Arithmetic<T>::type* __restrict__ partials, typename Arithmetic<T>::type top,
+    int rows, int groups, int slab, int lanes)
+{
+    typedef typename Arithmetic<T>::type A;
+    __shared__ A shared[VEC * BLOCK];
+    const int row = threadIdx.x / lanes, group = blockIdx.x * lanes + threadIdx.x % lanes;
+    const int start = blockIdx.y * slab, end = rows < start + slab ? rows : start + slab;
+    A sum[VEC], count[VEC], most[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) sum[i] = count[i] = most[i] = 0;
+    if (group < groups) {
+        for (int at = start + row; at < end; at += BLOCK / lanes) {
+            Pack<T, VEC> value;
+            value.load(s + (size_t(at) * groups + group) * VEC);
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) {
+                const A x = widen(value.values[i]), size = x < A(0) ? -x : x;
+                sum[i] += size;
+                count[i] += size >= top ? A(1) : A(0);
+                if (size > most[i] || size != size) most[i] = size;
+            }
+        }
+    }
+    const bool stores = row == 0 && group < groups;
+    partials += (size_t(blockIdx.y) * 3 * groups + group) * VEC;
+    across_rows<A, VEC, false>(sum, shared, lanes);
+    if (stores) store_values<A, VEC>(sum, partials);
+    across_rows<A, VEC, false>(count, shared, lanes);
+    if (stores) store_values<A, VEC>(count, partials + groups * VEC);
+    across_rows<A, VEC, true>(most, shared, lanes);
+    if (stores) store_values<A, VEC>(most, partials + 2 * groups * VEC);
+}
+
+// out (3): the mean of |s|, the share of units at `top` or above, the share of channels whose largest |s| is at most
+// `dead`, from the partials of `column_levels`. One block; `size` is the number of units.
+template <typename A>
+__global__ void level_shares(
+    const A* __restrict__ partials, A* __restrict__ out, A dead, A size, int slabs, int channels, int lanes)
+{
+    __shared__ A shared[BLOCK];
+    const int row = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    A total[1] = {0}, many[1] = {0}, still[1] = {0};
+    for (int start = 0; start < channels; start += lanes) {
+        const int channel = start + lane;
+        A most[1] = {0};
+        if (channel < channels) {
+            for (int slab = row; slab < slabs; slab += BLOCK / lanes) {
+                const A* of = partials + size_t(slab) * 3 * channels + channel;
+                total[0] += of[0];
+                many[0] += of[channels];
+                const A largest = of[2 * channels];
+                if (largest > most[0] || largest != largest) most[0] = largest;
+            }
+        }
+        across_rows<A, 1, true>(most, shared, lanes);
+        if (row == 0 && channel < channels && most[0] <= dead) still[0] += A(1);
+    }
+    across_rows<A, 1, false>(total, shared, 1);
+    across_rows<A, 1, false>(many, shared, 1);
+    across_rows<A, 1, false>(still, shared, 1);
+    if (threadIdx.x != 0) return;
+    out[0] = total[0] / size;
+    out[1] = many[0] / size;
+    out[2] = still[0] / A(channels);
+}
