@@ -164,8 +164,7 @@ def current_stream():
     return 0 if FakeStream.current is None else FakeStream.current.ptr
 
 
-@pytest.fixture
-def fake_gpu(monkeypatch):
+def make_fake_gpu(monkeypatch):
     """Return a `FakeGpu`; arrays of the strict device are CuPy's as far as the package can see."""
     FakeGraph.made.clear()
     monkeypatch.setattr(strict.XP, "__name__", "cupy")
@@ -185,3 +184,8 @@ def fake_gpu(monkeypatch):
     gpu = FakeGpu()
     monkeypatch.setattr(device_module, "_launcher_of", lambda index, source: gpu.launcher(source))
     return gpu
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    return make_fake_gpu(monkeypatch)

@@ -37,7 +37,7 @@ def load(monkeypatch):
     """Import a module of tools/ as a script there would."""
     monkeypatch.syspath_prepend(TOOLS)
     yield importlib.import_module
-    for name in ("benchmark", "gate", "measuring", "torch_reference"):
+    for name in ("benchmark", "gate", "measuring", "parts", "torch_reference"):
         sys.modules.pop(name, None)
 
 

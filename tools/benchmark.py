@@ -21,6 +21,7 @@ import click
 import numpy as np
 from gate import BETA, check_results, learner, random_batch, torch_reference
 from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threads
+from parts import TrainingStep, copy_case, parts_report, parts_table, time_products
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS
@@ -34,6 +35,7 @@ EXAMPLES = """\b
 Examples:
   benchmark.py --arch vgg5 --width 0.25 --batch-size 8
   benchmark.py --arch vgg5 --batch-size 8 --threads 1 --against torch --json vgg5.json
+  benchmark.py --arch vgg7 --batch-size 128 --parts --feedback 0.1 --schedule sweeps --free-steps 2 --nudged-steps 2
 """
 WEAK_FEEDBACK, SWEEPS = 0.1, 2
 RESIDUAL = 1e-4
@@ -244,6 +246,29 @@ def time_to_residual(run: Run) -> dict[str, Timing]:
     return {f"{name}, {steps[name]} steps": timing for name, timing in timings.items()}
 
 
+def measure_parts(run: Run) -> None:
+    """Print where the time of a training step of EP and of BP goes, what the machine can do, and the products alone."""
+    network, samples, repeats = run.network, len(run.batch), run.options["repeats"]
+    free, nudged, schedule = (run.options[name] for name in ("free_steps", "nudged_steps", "schedule"))
+    learners = {
+        f"EP {free} + {nudged}, {schedule}": learner(network, free, nudged, "deviation", schedule),
+        "BP": ep.Backpropagation(network),
+    }
+    steps = {name: TrainingStep(made, samples) for name, made in learners.items()}
+    copy, copied = copy_case(network.device)
+    timings = run.stopwatch.measure({"copy": copy, **{name: Case(step) for name, step in steps.items()}})
+    for name, step in steps.items():
+        times = step.time_parts(repeats)
+        click.echo(parts_table(name, times, timings[name].median, samples))
+        run.report |= {name: {"step_s": timings[name].median, "parts": parts_report(times)}}
+    bandwidth = copied / timings["copy"].median
+    click.echo(f"\ncopy of {copied / 2e6:.0f} MB: {bandwidth / 1e9:.0f} GB/s read and written")
+    counted = time_products(next(iter(steps.values())), run.stopwatch)
+    rows = {f"{count} x {name}": timing for name, (count, timing) in counted.items()}
+    click.echo(table("products of an EP step, alone (times a step x rows x inner x columns)", rows))
+    run.report |= {"copy_bytes_per_s": bandwidth, "products_s": {name: row.median for name, row in rows.items()}}
+
+
 def measure_memory(run: Run) -> list[tuple[str, int, int]]:
     """Return (algorithm, steps, peak bytes): EP with T free steps, BPTT with K unrolled ones, networks included."""
     rows = []
@@ -268,13 +293,13 @@ def measure_memory(run: Run) -> list[tuple[str, int, int]]:
 
 def table(title: str, rows: dict[str, Timing], compared: str | None = None) -> str:
     """Return the rows as text; with `compared`, also how long each takes in terms of that one."""
-    lines = [f"\n{title}", f"  {'':<36}{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of product':>12}{'done':>8}"]
+    lines = [f"\n{title}", f"  {'':<44}{'ms':>10}{'spread':>8}{'GFLOP/s':>10}{'of product':>12}{'done':>8}"]
     if compared:
         lines[1] += f"{'of ' + compared:>16}"
     for name, row in rows.items():
         rate = "" if row.rate is None else f"{row.rate / 1e9:.1f}"
         fraction, done = ("" if part is None else f"{part:.0%}" for part in (row.fraction, row.done_fraction))
-        lines.append(f"  {name:<36}{row.median * 1e3:>10.2f}{row.spread:>8.0%}{rate:>10}{fraction:>12}{done:>8}")
+        lines.append(f"  {name:<44}{row.median * 1e3:>10.2f}{row.spread:>8.0%}{rate:>10}{fraction:>12}{done:>8}")
         if compared:
             lines[-1] += f"{row.median / rows[compared].median:>16.2f}"
     return "\n".join(lines)
@@ -302,18 +327,9 @@ def write_json(path: Path, run: Run) -> None:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def measure(options: dict[str, Any]) -> Run:
-    """Run all parts, print their tables and return the figures."""
-    for name, value in (*system_report(), ("--threads", options["threads"] or "as the libraries choose")):
-        click.echo(f"{name:<14} {value}")
-    run = build_run(options)
-    network, (flops, done) = run.network, (count / 1e9 for count in run.counts(Operations.settle_step))
-    click.echo(f"\n{network!r}\nbatch {len(run.batch)}, {flops:.2f} GFLOP a settle step by direct convolution")
-    click.echo(
-        f"{done:.2f} GFLOP of products done; below, 'of product' is the rate of the work, 'done' of what is done"
-    )
-    check_results(network.device, None if run.reference is None else torch_reference())
-    click.echo("results checked: EP's gradient against BPTT's" + (", PyTorch's against EP's" if run.reference else ""))
+def measure_all(run: Run) -> None:
+    """Print the tables of edges, settling, learning and memory."""
+    network, options = run.network, run.options
     steps = f"T = {options['free_steps']}, K = {options['nudged_steps']}, {options['schedule']}"
     click.echo(table("edges", time_edges(run)))
     click.echo(table("settle", time_settle_steps(run)))
@@ -326,6 +342,24 @@ def measure(options: dict[str, Any]) -> Run:
     if settled := time_to_residual(run):
         click.echo(table(f"free phase to residual {RESIDUAL:g}", settled))
     click.echo(memory_table(measure_memory(run)))
+
+
+def measure(options: dict[str, Any]) -> Run:
+    """Run all parts, print their tables and return the figures."""
+    for name, value in (*system_report(), ("--threads", options["threads"] or "as the libraries choose")):
+        click.echo(f"{name:<14} {value}")
+    run = build_run(options)
+    network, (flops, done) = run.network, (count / 1e9 for count in run.counts(Operations.settle_step))
+    click.echo(f"\n{network!r}\nbatch {len(run.batch)}, {flops:.2f} GFLOP a settle step by direct convolution")
+    click.echo(
+        f"{done:.2f} GFLOP of products done; below, 'of product' is the rate of the work, 'done' of what is done"
+    )
+    check_results(network.device, None if run.reference is None else torch_reference())
+    click.echo("results checked: EP's gradient against BPTT's" + (", PyTorch's against EP's" if run.reference else ""))
+    if options["parts"]:
+        measure_parts(run)
+    else:
+        measure_all(run)
     rates = np.array(run.stopwatch.product_rates) / 1e9
     low, high = np.percentile(rates, [25, 75])
     click.echo(f"\nproduct of this run: {np.median(rates):.1f} GFLOP/s, quartiles {low:.1f} and {high:.1f}")
@@ -354,6 +388,7 @@ POSITIVE = click.IntRange(1)
 @click.option("--schedule", type=Names("--schedule", SCHEDULES), default="synchronous", help="Of EP and BPTT steps.")
 @click.option("--scratch-mb", type=Numbers(), help="Time steps with so many MB for a chunk of the batch too: 8,16,32.")
 @click.option("--repeats", type=POSITIVE, default=5)
+@click.option("--parts", is_flag=True, help="Only tell where the time of a training step goes.")
 @click.option("--against", type=Names("--against", ("torch",)), help="Time a reference in PyTorch too.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 @click.option("--quick", is_flag=True, help="Only show that everything runs: one repeat, a small product.")
