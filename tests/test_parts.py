@@ -46,7 +46,7 @@ def test_products_of_backpropagation(parts):
 
 
 def test_parts_make_the_step(parts):
-    """Free phase, nudged phases and gradient have all products of the edges, and the parts no more time than the step."""
+    """Phases and gradient have all products of the edges, and the parts take no more time than the step."""
     times = ep_step(parts, "cpu").time_parts(3)
     assert list(times)[0] == "loader"
     within = ("free phase", "loss and levels", "nudged phases", "gradient")

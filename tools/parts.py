@@ -168,7 +168,7 @@ class TrainingStep:
         self.statistics.add(result)
 
     def places(self) -> dict[str, tuple[Any, str]]:
-        """Return where each part of a step is called: its owner and the name of its method; `step` has all but three."""
+        """Return where each part of a step is called, owner and name of the method; `step` has all but three."""
         learner, within = self.learner, {}
         if isinstance(learner, ep.EquilibriumPropagation):
             gradient = "_add_classical" if learner.form == "classical" else "_add_deviation"
