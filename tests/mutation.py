@@ -107,6 +107,8 @@ DEFECTS = [
            'phases = self.network, 2 if self.scheme == "centered" else 1', "phases = self.network, 1", "test_plan"),
     Defect("nudged phases take images as they come", "network.py",
            "batch = self.batch(batch)\n        samples, phases", "samples, phases", "test_replay"),
+    Defect("memory: what is released is not forgotten", "kernels/buffers.py",
+           "self._taken = [taken for taken in self._taken if taken[1] <= top]", "pass", "test_depth_one test_plan"),
     Defect("sweeps forget what is carried on", "layout.py",
            "self.kept[n - 1][part] = self.drive[n - 1][part]", "pass", "test_layout"),
     Defect("kappa forgotten in the nudge", "dynamics.py",

@@ -24,16 +24,21 @@ def network(
     seed=0,
     bias=0.3,
 ):
-    """Return a network of three state layers (four with squared error) with biases that are not zero."""
+    """Return a network with biases that are not zero.
+
+    Of three state layers (four with squared error) for the kinds "conv" and "dense", of one for "single".
+    """
     if kind == "conv":
         layers = [
             ep.Conv2d((6, 6, 2), 3, pooling=pooling),
             ep.Conv2d((3, 3, 3), 4),
             ep.Conv2d((3, 3, 4), 4, kernel=2, pooling=pooling),
         ]
-    else:
+    elif kind == "dense":
         layers = [ep.Linear((6, 6, 2), 7), ep.Linear((7,), 6), ep.Linear((6,), 5)]
-    if loss == "squared_error":
+    else:  # "single": one layer of states
+        layers = [ep.Linear((6, 6, 2), CLASSES if loss == "squared_error" else 7)]
+    if loss == "squared_error" and kind != "single":
         layers.append(ep.Linear(layers[-1].out_shape, CLASSES))
     net = ep.Network(
         layers,

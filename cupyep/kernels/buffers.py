@@ -37,7 +37,6 @@ class Stack:
     def __init__(self, block: Any = None, base: int = 0):
         self._block = block
         self._taken: list[tuple[int, int, str]] = []  # from, to, what for
-        self._sizes: dict[str, int] = {}
         self.top = self.peak = base
         self.at_peak: dict[str, int] = {}
 
@@ -50,9 +49,8 @@ class Stack:
         start, nbytes = self.top, max((_padded(shape, dtype) for shape in shapes), default=0)
         self.top += nbytes
         self._taken.append((start, self.top, purpose))
-        self._sizes[purpose] = self._sizes.get(purpose, 0) + nbytes
         if self.top > self.peak:
-            self.peak, self.at_peak = self.top, dict(self._sizes)
+            self.peak, self.at_peak = self.top, self._by_purpose()
         if self._block is None:
             return [None] * len(shapes)
         return [carve(self._block[start:], [(shape, dtype)])[0] for shape in shapes]
@@ -60,10 +58,13 @@ class Stack:
     def release(self, top: int) -> None:
         """Give back what was taken above `top`, a former value of the attribute."""
         self.top = top
-        for start, end, purpose in self._taken:
-            self._sizes[purpose] -= end - start if end > top else 0
-        self._sizes = {purpose: size for purpose, size in self._sizes.items() if size}
         self._taken = [taken for taken in self._taken if taken[1] <= top]
+
+    def _by_purpose(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for start, end, purpose in self._taken:
+            sizes[purpose] = sizes.get(purpose, 0) + end - start
+        return {purpose: size for purpose, size in sizes.items() if size}
 
 
 class Arena:
