@@ -347,7 +347,8 @@ class Deviation(_System):
         """Return some rows of what layer n's losses see: ``s* + eps / a``, s* in the tangent limit."""
         g, nudged = self._at_rest(self.rest[n - 1], part), self.buffers.nudged[n][: part.stop - part.start]
         if self.tangent:
-            self.activation.value(g, nudged)
+            for start in range(0, len(nudged), len(g)):
+                self.activation.value(g, nudged[start : start + len(g)])
             return nudged
         s = self.buffers.force[n][: len(g)]  # its memory is free until the force is computed
         self.activation.value(g, s)

@@ -187,7 +187,7 @@ def settle(
         feedback is strong. The last iteration, and each one that `tolerance` is asked at, is a plain update: what a
         phase leaves is ``sigma(g)`` of its drives, and within the range of sigma.
     record : bool
-        Keep the residual of every iteration.
+        Keep the residual of every iteration; the phase itself is the same, bit for bit.
     phase : str
         Named in the warning.
 
@@ -212,11 +212,11 @@ def settle(
         if watch_period and step == steps - 1:
             system.remember()
         iterate(system, schedule, measure, warm, 1.0 if asked else relaxation)
-        if measure and (record or tolerance is not None):
+        if record or (asked and tolerance is not None):
             per_sample = _residual(system)
-        if record:
+        if record:  # which must not change the phase: it stops where it would stop unwatched
             trace.append(per_sample.mean(axis=1))
-        if tolerance is not None and measure and per_sample.max() <= tolerance:
+        if tolerance is not None and asked and per_sample.max() <= tolerance:
             converged = True
             break
     if per_sample is None:  # the only time that the host waits for the device

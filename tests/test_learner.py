@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from oracle import Oracle
-from small import batch_of, network
+from small import batch_of, network, signals_of
 
 import cupyep as ep
 
@@ -32,3 +32,32 @@ def test_half_a_permille_is_still_dead_and_two_are_not():
     net.parameters()["layers.1.weight"][...] = [[0.0005, 0.002, 0.985, 0.995]]
     result = ep.Backpropagation(net).step(np.ones((3, 1)), np.array([0, 1, 0]))
     assert (float(result.dead[0]), float(result.saturated[0])) == (0.25, 0.25)
+
+
+LEARNERS = {
+    "ep": lambda net, signals: ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=signals),
+    "tangent": lambda net, signals: ep.EquilibriumPropagation(
+        net, 0.3, 3, 2, "tangent", schedule="sweeps", signals=signals
+    ),
+    "bptt": lambda net, signals: ep.BackpropagationThroughTime(net, 3, 4, signals=signals),
+    "bptt, sweeps": lambda net, signals: ep.BackpropagationThroughTime(net, 1, 4, "sweeps", signals=signals),
+    "bp": lambda net, signals: ep.Backpropagation(net, signals=signals),
+}
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_what_a_learner_trains_is_what_it_evaluates(device, name, micro_batch):
+    """Far from rest the loss depends on the step: that of `evaluate` is that of `step`, and so are the hits."""
+    net = network("conv", device, pooling="max", feedback=0.8, gain=1.5)
+    learner, batch = LEARNERS[name](net, signals_of("le")), batch_of(net, 5)
+    learner.micro_batch = micro_batch
+    result = learner.step(batch)
+    loss, correct = learner.evaluate(batch)
+    assert float(loss) / len(batch) == pytest.approx(float(result.loss), rel=1e-12)
+    assert int(correct) == int(result.correct)
+    shared = net.outputs(learner.settle_free(batch).layers[-1]) if hasattr(learner, "settle_free") else None
+    same = shared is not None and np.allclose(
+        device.to_numpy(shared), device.to_numpy(learner.scores(batch)), atol=1e-6
+    )
+    assert same == (name in ("ep", "tangent")), "BPTT's state after its free steps is another one"

@@ -429,7 +429,7 @@ def test_a_network_in_halves_takes_batches_of_float32(fake_gpu, name):
         gradients(learner.step_from),
         gradients(unrolled.step_from),
         gradients(lambda *arguments: unrolled.step_from_equilibrium(*arguments, max_iterations=3)[0]),
-        lambda batch: dict(enumerate(hosts(net, ep.Backpropagation(net).forward(batch).layers))),
+        lambda batch: dict(enumerate(hosts(net, ep.Backpropagation(net).settled(batch).layers))),
         lambda batch: {0: hosts(net, [net.scores(batch, steps=2)])[0]},
         lambda batch: dict(enumerate(prediction._settle(learner, batch)[:2])),
     ):

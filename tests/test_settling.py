@@ -206,3 +206,31 @@ def test_wrong_arguments_are_one_line(options, word):
     with pytest.raises(ep.ConfigurationError, match=word) as error:
         net.settle(batch_of(net), **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", [{}, {"tolerance": 0.02, "check_every": 4}, {"tolerance": 1e-9, "check_every": 7}])
+@pytest.mark.parametrize(
+    ("schedule", "relaxation"), [("synchronous", 1.0), ("synchronous", 0.8), ("evenodd", 1.6), ("sweeps", 1.0)]
+)
+@pytest.mark.parametrize("nudge", ["classical", "deviation", "tangent"])
+def test_watching_does_not_touch(device, nudge, schedule, relaxation, how):
+    """With `record` a phase stops at the same step with the same bits, and its states are sigma of its drives."""
+    net = network("conv", device, pooling="max", gain=1.2)
+    batch, shared = batch_of(net), {"schedule": schedule, "relaxation": relaxation, "steps": 25, **how}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ep.ConvergenceWarning)
+        phases = {}
+        for record in (False, True):
+            free = net.settle(batch, record=record, **shared)
+            nudged = net.settle(batch, free, targets=batch, beta=[0.2, -0.2], nudge=nudge, record=record, **shared)
+            phases[record] = free, nudged
+    for plain, watched in zip(phases[False], phases[True], strict=True):
+        assert plain.stats.steps == watched.stats.steps == len(watched.stats.trace)
+        for name in ("layers", "drives", "winners", "deviations"):
+            for a, b in zip(getattr(plain, name) or [], getattr(watched, name) or [], strict=True):
+                if a is not None:
+                    np.testing.assert_array_equal(device.to_numpy(a), device.to_numpy(b))
+        np.testing.assert_array_equal(plain.stats.per_sample, watched.stats.per_sample)
+    free = phases[True][0]
+    for s, g in zip(free.layers, free.drives, strict=True):
+        np.testing.assert_allclose(device.to_numpy(s), 1 / (1 + np.exp(2 - 4 * device.to_numpy(g))), rtol=1e-12)

@@ -53,7 +53,9 @@ def save_pictures(folder, images):
         Image.fromarray(image).save(folder / f"{n:02}.png")
 
 
-@pytest.mark.parametrize("options", [(), ("--image-size", "16"), ("--tolerance", "0.5"), ("--algorithm", "bp")])
+@pytest.mark.parametrize(
+    "options", [(), ("--image-size", "16"), ("--tolerance", "0.5"), ("--algorithm", "bp"), ("--algorithm", "bptt")]
+)
 def test_predictions_are_those_of_the_test_images(trained, invoke, tmp_path, options):
     whole = ep.load_dataset("cifar10").test.images
     path, data = trained(*options)
@@ -64,7 +66,7 @@ def test_predictions_are_those_of_the_test_images(trained, invoke, tmp_path, opt
     answers = [json.loads(line) for line in out.splitlines()]
     if "bp" not in options:
         batch = next(iter(ep.Loader(data, "test", 10, "cpu", run.network.dtype)))
-        residuals = run.learner.settle_free(batch).stats.per_sample.max(axis=0)
+        residuals = run.learner.settled(batch).stats.per_sample.max(axis=0)
         np.testing.assert_allclose([answer["residual"] for answer in answers], residuals, rtol=1e-4)
     assert [answer["file"] for answer in answers] == [str(tmp_path / "photos" / f"{n:02}.png") for n in range(10)]
     for answer, row, wanted in zip(answers, scores, softmax(scores), strict=True):
@@ -123,6 +125,7 @@ def planes(images):
 @pytest.mark.parametrize(
     "options",
     [(), ("--feedback", "1", "--schedule", "evenodd"), ("--algorithm", "bp"), ("--loss", "squared_error"),
+     ("--algorithm", "bptt", "--feedback", "0.5", "--free-steps", "1", "--nudged-steps", "3"),
      ("--pooling", "average", "--schedule", "synchronous")],
 )  # fmt: skip
 def test_the_exported_graph_takes_pixels_and_gives_the_runs_scores(trained, invoke, tmp_path, options):

@@ -33,6 +33,7 @@ def onnx_model(
     schedule: str = "synchronous",
     *,
     relaxation: float = 1.0,
+    unrolled_steps: int = 0,
     mean: np.ndarray | None = None,
     std: np.ndarray | None = None,
     classes: Sequence[str] = (),
@@ -49,6 +50,8 @@ def onnx_model(
     schedule : {"synchronous", "evenodd", "sweeps"}
     relaxation : float
         See `cupyep.settling.settle`.
+    unrolled_steps : int
+        Synchronous steps after these, as `BackpropagationThroughTime` predicts.
     mean, std : ndarray of shape (C,), optional
         With them the graph takes pixels in [0, 1] and normalises them itself, else normalised images.
     classes : sequence of str
@@ -69,12 +72,15 @@ def onnx_model(
         If the package onnx is not installed, there are too many steps, or something in the network has no counterpart.
     """
     helper, numpy_helper = _onnx()
-    within = feedforward or 1 <= steps <= MOST_STEPS
-    require(within, f"a graph writes every step out: --steps must be from 1 to {MOST_STEPS} (got {steps})")
+    within = feedforward or 1 <= steps <= steps + unrolled_steps <= MOST_STEPS
+    require(
+        within, f"a graph writes every step out: --steps must be from 1 to {MOST_STEPS} (got {steps + unrolled_steps})"
+    )
     graph = _Graph(network, helper)
     images = graph.normalised(INPUT, mean, std)
     check_relaxation(relaxation, choose("schedule", schedule, ITERATIONS))
     graph.settle(images, 0 if feedforward else steps, schedule, relaxation)
+    graph.iterate(0 if feedforward else unrolled_steps, "synchronous", 1.0)
     graph.readout()
     shape = network.input_shape if len(network.input_shape) == 1 else [network.input_shape[k] for k in (2, 0, 1)]
     proto = helper.make_graph(
@@ -89,7 +95,7 @@ def onnx_model(
     model.ir_version = IR_VERSION
     how = {"schedule": "feedforward"}
     if not feedforward:
-        how = {"schedule": schedule, "relaxation": relaxation, "steps": steps}
+        how = {"schedule": schedule, "relaxation": relaxation, "steps": steps, "unrolled_steps": unrolled_steps}
     pixels = "pixels in [0, 1]" if mean is not None else "normalised images"
     properties = {"input": f"{pixels}, N x C x H x W", "settling": json.dumps(how | {"feedback": network.feedback})}
     helper.set_model_props(model, properties | {"classes": json.dumps(list(classes))})
@@ -172,6 +178,9 @@ class _Graph:
             for n in range(1, self.depth + 1):
                 self.forward(n)
                 self.update(n, False)
+        self.iterate(steps, schedule, relaxation)
+
+    def iterate(self, steps: int, schedule: str, relaxation: float) -> None:
         for step in range(1, steps + 1):
             self.relaxation = 1.0 if step == steps else relaxation
             ITERATIONS[schedule](self, False, False)

@@ -32,7 +32,7 @@ class Backpropagation(Learner):
     def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
         super().__init__(network, signals, micro_batch)
 
-    def forward(self, batch: Batch) -> State:
+    def settled(self, batch: Batch) -> State:
         """Return the feed-forward states, in memory that the next call overwrites."""
         batch = self.network.batch(batch)
         return self._forward(batch, self._passes(batch))
@@ -54,9 +54,6 @@ class Backpropagation(Learner):
             network.activation.value(state.drives[n], state.layers[n])
             below = state.layers[n]
         return state
-
-    def scores(self, batch: Batch) -> Any:
-        return self.network.outputs(self.forward(batch).layers[-1])
 
     def _add(self, gradients: dict[str, Any], batch: Batch, total: int, draw: None) -> StepResult:
         network, samples = self.network, len(batch)

@@ -81,8 +81,10 @@ class BackpropagationThroughTime(Learner):
         """Return the state before the unrolled steps; `how` as in `EquilibriumPropagation.settle_free`."""
         return self.network.settle_free(batch, **(self._free | how))
 
-    def scores(self, batch: Batch) -> Any:
-        return self.network.outputs(self.settle_free(batch).layers[-1])
+    def settled(self, batch: Batch) -> State:
+        """Return the state after the unrolled steps, too: the loss of that one is lowered."""
+        unrolled = {"steps": self.unrolled_steps, "schedule": "synchronous", "keeps": "states"}
+        return self.network.settle_free(batch, self.settle_free(batch), **unrolled)
 
     def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
         self.network.memory.expect(self.needs(len(part), self.network.nudges(part, self.signals)))

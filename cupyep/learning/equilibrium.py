@@ -136,8 +136,8 @@ class EquilibriumPropagation(Learner):
         """Return the nudged states from `free`, one phase a beta, as `settle_free` returns the free ones."""
         return self.network.settle_nudged(batch, free, betas, nudges, self.form, **(self._nudged | how))
 
-    def scores(self, batch: Batch) -> Any:
-        return self.network.outputs(self.settle_free(batch).layers[-1])
+    def settled(self, batch: Batch) -> State:
+        return self.settle_free(batch)
 
     def _draw(self) -> list[float]:
         return self.betas()

@@ -8,7 +8,7 @@ from typing import Any
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Nudge
+from cupyep.dynamics import Nudge, State
 from cupyep.errors import choose, require
 from cupyep.heads import LossTerm, accuracy_count
 from cupyep.kernels.conv import chunked
@@ -129,9 +129,13 @@ class Learner:
         """Return what a step with a part of so many samples, nudged by `nudges`, needs of the network's memory."""
         raise NotImplementedError
 
-    def scores(self, batch: Batch) -> Any:
-        """Return the readout's output (N, classes) as this algorithm predicts."""
+    def settled(self, batch: Batch) -> State:
+        """Return the state whose readout loss this algorithm lowers, and from which it predicts."""
         raise NotImplementedError
+
+    def scores(self, batch: Batch) -> Any:
+        """Return the readout's output (N, classes) at the state `settled`."""
+        return self.network.outputs(self.settled(batch).layers[-1])
 
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""

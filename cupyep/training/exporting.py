@@ -104,11 +104,13 @@ def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
 def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
     config, images = run.config, run.images
     feedforward = config.algorithm == "bp"
+    unrolled = config.nudged_steps if config.algorithm == "bptt" else 0
     model = onnx_model(
         run.network,
         steps,
         config.schedule,
         relaxation=config.relaxation,
+        unrolled_steps=unrolled,
         mean=images.mean,
         std=images.std,
         classes=images.classes,
@@ -117,6 +119,7 @@ def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
     with replacing(output) as temporary:
         temporary.write_bytes(model.SerializeToString())
     phase = "feed-forward pass" if feedforward else f"free phase of {steps} steps, schedule {config.schedule}"
+    phase += f", and {unrolled} synchronous steps" if unrolled else ""
     height, width, channels = images.image_shape
     lines = [
         f"{phase}, {len(model.graph.node)} nodes",

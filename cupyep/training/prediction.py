@@ -114,11 +114,10 @@ def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], t
 
 def _settle(learner: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, float | None]:
     """Return scores (N, classes), the residual of each sample's worst layer, and the tolerance."""
-    host = learner.network.device.to_numpy
-    if not hasattr(learner, "settle_free"):
-        return host(learner.scores(batch)), None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # each picture's line says so
-        free = learner.settle_free(batch)
-    scores = host(learner.network.outputs(free.layers[-1]))
-    return scores, free.stats.per_sample.max(axis=0), free.stats.tolerance
+        state = learner.settled(batch)
+    scores = learner.network.device.to_numpy(learner.network.outputs(state.layers[-1]))
+    if state.stats is None:  # a feed-forward pass
+        return scores, None, None
+    return scores, state.stats.per_sample.max(axis=0), learner.tolerance

@@ -127,7 +127,7 @@ def feedforward(network: Network, layers: Sequence[int] = ()) -> Callable[[Any],
     learner = Backpropagation(network)
 
     def predict(images: Any) -> Any:
-        state = learner.forward(network.batch(images))
+        state = learner.settled(network.batch(images))
         logits = network.outputs(state.layers[-1])
         return (logits, {feature_name(n): network.wide(state.layers[n - 1]) for n in layers}) if layers else logits
 
