@@ -219,6 +219,61 @@ def test_probes_are_kept_by_epoch(tmp_path):
     ]
 
 
+def products_by_hand(free, nudged, form, schedule):
+    """Return products (drives, top-down products, gradients) of edges 1, 2 and 3, in samples of a batch, by definition."""
+    phases = 1 if form == "tangent" else 2
+    settled = np.array([0, 2, 2]) * (free + phases * nudged)
+    first = np.array([1, 0, 0])
+    if form != "classical":
+        return settled + first + np.array([1, 2, 2])  # one drive of the image; the gradient's two products an edge
+    primed = {"synchronous": 0, "evenodd": np.array([0, 0, 1]), "sweeps": np.array([0, 1, 1])}[schedule]
+    winners = np.array([0, 1, 0])  # found anew for the gradient, of the edge with max-pooling
+    return settled + 2 * first + 2 * (primed + winners + 1)
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "evenodd", "sweeps"])
+@pytest.mark.parametrize("form", ["classical", "deviation", "tangent"])
+@pytest.mark.parametrize("kind", ["cpu", "graphs"])
+def test_operations_of_replayed_graphs_count(request, rng, kind, form, schedule):
+    """Step by step the same, whether a product is launched by the host or by a graph."""
+    device = request.getfixturevalue("fake_gpu") if kind == "graphs" else "cpu"
+    edges = [ep.Conv2d((6, 6, 2), 3), ep.Conv2d((6, 6, 3), 4, pooling="max"), ep.Linear((3, 3, 4), 5)]
+    net = ep.Network(edges, classes=4, device=device)
+    how = {"scheme": "tangent"} if form == "tangent" else {"nudge": form}
+    learner = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3, schedule=schedule, **how)
+    images, labels = rng.uniform(0, 1, (5, 6, 6, 2)), np.arange(5) % 4
+    flops = np.array([2 * 36 * 9 * 2 * 3, 2 * 36 * 9 * 3 * 4, 2 * 36 * 5])
+    counter, counts = costs._Counter(net), []
+    for _ in range(4):  # launched, captured, replayed
+        before = counter.operations
+        learner.step(images, labels)
+        counts.append(counter.operations - before)
+    assert counts == [5 * int(products_by_hand(4, 3, form, schedule) @ flops)] * 4
+
+
+@pytest.mark.parametrize("kind", ["cpu", "graphs"])
+def test_operations_of_other_algorithms(request, rng, kind):
+    device = request.getfixturevalue("fake_gpu") if kind == "graphs" else "cpu"
+    net = ep.Network([ep.Linear((6,), 4), ep.Linear((4,), 5)], classes=3, device=device)
+    first, second, samples = 2 * 6 * 4, 2 * 4 * 5, 7
+    images, labels = rng.uniform(0, 1, (samples, 6)), np.arange(samples) % 3
+    free, unrolled = 3, 4
+    bptt = first + free * 2 * second + first + unrolled * 2 * second + unrolled * (first + 4 * second)
+    cases = {
+        ep.Backpropagation(net): 2 * first + 3 * second,
+        ep.BackpropagationThroughTime(net, free, unrolled): bptt,
+    }
+    for learner, expected in cases.items():
+        counter = costs._Counter(net)
+        for _ in range(4):
+            counter.operations = 0
+            learner.step(images, labels)
+            assert counter.operations == samples * expected
+        for edge in net.layers:  # the next counter starts from plain edges
+            for name in costs._Counter.PRODUCTS:
+                delattr(edge, name)
+
+
 def test_operations_are_those_of_the_edges(tmp_path):
     """By hand: BP of 64 + 20 images, a forward pass of every image, for training a gradient and a top-down product."""
     experiment = study(cost_cell, (Row("bp", "BP", {"algorithm": "bp"}),), {**DIGITS, "epochs": 1})
