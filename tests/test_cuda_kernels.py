@@ -194,6 +194,22 @@ def test_bias_and_pool(rng, name, types):
 
 
 @product_cases
+def test_rounding_decides_no_winner(rng, name, types):
+    """Units that are equal but for rounding are equal: the first in row order wins, as in NumPy."""
+    edge, ops, values, u, out = product_case(name, types, rng, 3)
+    if not edge.has_winners:
+        return
+    eps = np.finfo(np.float64 if types[1] == "float64" else np.float32).eps
+    u[...] = values * (1 + 4 * eps * rng.uniform(-1, 1, values.shape))
+    winners = np.full(out.shape, 77, np.uint8)
+    ops.pool(u, np.zeros(edge.out_shape[2], u.dtype), out, winners, SAMPLES)
+    p = edge.pool
+    for n, y, x, c in np.ndindex(*out.shape):
+        window = list(values[n, y * p : y * p + p, x * p : x * p + p, c].ravel())
+        assert winners[n, y, x, c] == window.index(max(window))
+
+
+@product_cases
 def test_gather(rng, name, types):
     edge, ops, values, u, out = product_case(name, types, rng, 100)
     _, winners = pooled_case(edge, rng, out.dtype)

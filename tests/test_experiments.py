@@ -220,7 +220,7 @@ def test_probes_are_kept_by_epoch(tmp_path):
 
 
 def products_by_hand(free, nudged, form, schedule):
-    """Return products (drives, top-down products, gradients) of edges 1, 2 and 3, in samples of a batch, by definition."""
+    """Return how often edges 1, 2 and 3 multiply (drives, top-down products, gradients), in batches, by definition."""
     phases = 1 if form == "tangent" else 2
     settled = np.array([0, 2, 2]) * (free + phases * nudged)
     first = np.array([1, 0, 0])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cupyep.backend.precision import get_precision
 from cupyep.kernels.buffers import Arena, Stack
 from cupyep.kernels.columns import col2im, im2col, inner_view, output_size
 from cupyep.kernels.pooling import (
@@ -29,11 +30,11 @@ def pooled_shape(u, p):
     return (u.shape[0], u.shape[1] // p, u.shape[2] // p, u.shape[3])
 
 
-def run_max_pool(device, u, p):
+def run_max_pool(device, u, p, margin=0.0):
     xp = device.xp
     shape = pooled_shape(u, p)
     out, winners, mask = xp.full(shape, np.nan), xp.full(shape, 77, np.uint8), xp.empty(shape, bool)
-    max_pool(windows(device.asarray(u), p), out, winners, mask)
+    max_pool(windows(device.asarray(u.copy()), p), out, winners, mask, margin)
     return device.to_numpy(out), device.to_numpy(winners)
 
 
@@ -112,6 +113,35 @@ def test_ties_go_to_the_first_in_row_order(device, rng):
         assert winners[place] == values.index(max(values))
     assert ties > 20
     assert set(run_max_pool(device, np.zeros((1, 4, 4, 1)), 2)[1].ravel()) == {0}
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_the_first_unit_within_the_margin_wins(device, rng, p):
+    """By definition: equal to the maximum is what is not below it by more than margin * max(|max|, 1)."""
+    u, margin = 3 * integers(rng, (2, 6, 6, 3)) + rng.uniform(-1, 1, (2, 6, 6, 3)), 0.3
+    out, winners = run_max_pool(device, u, p, margin)
+    moved = 0
+    for place in np.ndindex(*out.shape):
+        values = window(u, *place, p)
+        best = max(values)
+        assert out[place] == best
+        first = next(k for k, value in enumerate(values) if value >= best - margin * max(abs(best), 1))
+        assert winners[place] == first
+        moved += first != values.index(best)
+    assert moved > 5
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_rounding_decides_no_winner(device, rng, precision):
+    """Windows of flat areas are equal but for rounding; those of texture are not, and keep their maxima."""
+    number, chosen = np.dtype(precision), get_precision(precision)
+    flat = np.repeat(np.repeat(rng.uniform(-8, 8, (2, 4, 4, 3)), 2, axis=1), 2, axis=2)
+    texture = rng.permutation(np.linspace(-8, 8, flat.size)).reshape(flat.shape)  # 0.08 apart
+    for base, expected in ((flat, np.zeros((2, 4, 4, 3))), (texture, run_max_pool(device, texture, 2)[1])):
+        for _ in range(3):
+            noise = 1 + 4 * np.finfo(number).eps * rng.uniform(-1, 1, base.shape)
+            winners = run_max_pool(device, (base * noise).astype(number), 2, chosen.tie_margin)[1]
+            np.testing.assert_array_equal(winners, expected)
 
 
 @pytest.mark.parametrize("p", [2, 3])

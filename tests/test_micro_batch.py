@@ -5,6 +5,7 @@ import pytest
 from small import Teacher, batch_of, network, on_host, signals_of
 
 import cupyep as ep
+from cupyep.kernels import factors
 from cupyep.settling import SettleStats
 
 SAMPLES = 7
@@ -136,3 +137,48 @@ def test_a_tolerance_ends_each_part_by_itself(device):
 def test_wrong_micro_batches(wrong):
     with pytest.raises(ep.ConfigurationError, match=f"micro_batch must be a positive integer, not {wrong}"):
         ep.Backpropagation(network(), micro_batch=wrong)
+
+
+def pictures(kind, rng):
+    """Return images of one colour each, of repeated pixels, or of a drawing on a flat ground, (SAMPLES, 8, 8, 2)."""
+    if kind == "flat":
+        return np.broadcast_to(rng.uniform(0, 1, (SAMPLES, 1, 1, 2)), (SAMPLES, 8, 8, 2))
+    if kind == "repeated":
+        return rng.uniform(0, 1, (SAMPLES, 2, 2, 2)).repeat(4, axis=1).repeat(4, axis=2)
+    images = np.full((SAMPLES, 8, 8, 2), -0.42)
+    images[:, 2:6, 3:5] = rng.uniform(0, 2.8, (SAMPLES, 4, 2, 2))
+    return images
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", "float16", "tf32"])
+@pytest.mark.parametrize("kind", ["flat", "repeated", "drawing"])
+def test_a_sample_does_not_depend_on_its_batch(monkeypatch, rng, algorithm, kind, precision):
+    """Where windows tie, rounding must not choose the winner: a library may sum another batch in another order.
+
+    Here every product is off by its own rounding errors, of eight units in the last place.
+    """
+    noise, exact = np.random.default_rng(1), factors.gemm
+
+    def rounded(a, b, out, tf32=False):
+        exact(a, b, out, tf32)
+        out *= (1 + 4 * np.finfo(out.dtype).eps * noise.uniform(-1, 1, out.shape)).astype(out.dtype)
+
+    monkeypatch.setattr(factors, "gemm", rounded)
+    edges = [ep.Conv2d((8, 8, 2), 6, pooling="max"), ep.Conv2d((4, 4, 6), 6, pooling="max"), ep.Linear((2, 2, 6), 5)]
+    net = ep.Network(edges, 3, feedback=0.1, gain=1.2, device="cpu", precision=precision)
+    images, labels = net.images(pictures(kind, rng)), np.arange(SAMPLES) % 3
+    whole = net.settle(images, steps=2, schedule="sweeps")
+    first, middle, _ = whole.winners
+    for n in range(SAMPLES):
+        alone = net.settle(images[n : n + 1], steps=2, schedule="sweeps")
+        np.testing.assert_array_equal(alone.winners[0][0], first[n])
+    if kind == "flat":
+        assert not first[:, 1:-1, 1:-1].any(), "where padding does not reach all units of a window are equal"
+    how = {"free_steps": 2, "nudged_steps": 2, "schedule": "sweeps"}
+    gradients = [
+        on_host(net, ep.EquilibriumPropagation(net, micro_batch=size, **how).step(images, labels).gradients)
+        for size in (None, 2)
+    ]
+    limit = {"float64": 1e-12, "float32": 1e-4}.get(precision, 0.02)
+    for path, gradient in gradients[0].items():
+        assert np.abs(gradients[1][path] - gradient).max() <= limit * np.abs(gradient).max()

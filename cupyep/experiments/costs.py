@@ -159,8 +159,8 @@ COST = Experiment(
     ),
     figures={"courses": figures.courses("train_loss", "test_accuracy")},
     verdict=_verdict,
-    remarks="Operations are those of all products of the edges (a multiply and an add are two), those in "
-    "replayed CUDA graphs included (of an epoch that was stopped and went on, only those since then); minutes are those of the machine "
-    "named below. Both include the evaluation after every epoch. With one seed an epoch more or less to the target is "
-    "chance.",
+    remarks="Operations are those of all products of the edges (a multiply and an add are two), those in replayed CUDA "
+    "graphs included (of an epoch that was stopped and went on, only those since then); minutes are those of the "
+    "machine named below. Both include the evaluation after every epoch. With one seed an epoch more or less to the "
+    "target is chance.",
 )

@@ -152,12 +152,14 @@ __global__ void unpool_im2col(
 
 // --- Pooling -------------------------------------------------------------------------------------------------------
 
-// Pool one window of u and, for MAX, note the first maximum in row order. u points to the window's first unit; a unit
-// below lies `down` elements further, a unit to the right `right`. A NaN wins, so that divergence stays visible.
+// Pool one window of u and, for MAX, find its winner: the first unit in row order that is not below the maximum by more
+// than margin * max(|maximum|, 1). Units of flat image areas are equal but for rounding, and that depends on the batch. u
+// points to the window's first unit; a unit below lies `down` elements further, a unit to the right `right`. A NaN is the
+// maximum, so that divergence stays visible.
 template <typename U, int VEC, int POOL>
 __device__ __forceinline__ void pool_window(
-    const U* u, int down, int right, int p, typename Arithmetic<U>::type (&pooled)[VEC],
-    Pack<unsigned char, VEC>& winner)
+    const U* u, int down, int right, int p, typename Arithmetic<U>::type margin,
+    typename Arithmetic<U>::type (&pooled)[VEC], Pack<unsigned char, VEC>& winner)
 {
     typedef typename Arithmetic<U>::type A;
     Pack<U, VEC> unit;
@@ -174,12 +176,10 @@ __device__ __forceinline__ void pool_window(
 #pragma unroll
             for (int i = 0; i < VEC; ++i) {
                 const A value = widen(unit.values[i]);
-                if (POOL == AVERAGE) {
+                if (POOL == AVERAGE)
                     pooled[i] += value;
-                } else if (value > pooled[i] || value != value) {
+                else if (value > pooled[i] || value != value)
                     pooled[i] = value;
-                    winner.values[i] = dy * p + dx;
-                }
             }
         }
     }
@@ -187,13 +187,23 @@ __device__ __forceinline__ void pool_window(
 #pragma unroll
         for (int i = 0; i < VEC; ++i) pooled[i] *= A(1) / A(p * p);
     }
+#pragma unroll
+    for (int offset = POOL == MAX ? p * p - 2 : -1; offset >= 0; --offset) {
+        unit.load(u + offset / p * down + offset % p * right);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {  // the number of units from here on that are passed over: one more, or none
+            const A size = pooled[i] < A(0) ? -pooled[i] : pooled[i];
+            const A least = pooled[i] - margin * (size < A(1) ? A(1) : size);
+            winner.values[i] = widen(unit.values[i]) < least ? winner.values[i] + 1 : 0;
+        }
+    }
 }
 
 // out = P(u) + bias and, for MAX, its winners, from u (n, map_height, map_width, K). Without pooling out may be u.
 template <typename U, typename D, int VEC, int POOL>
 __global__ void bias_pool(
     const U* u, const typename Arithmetic<D>::type* __restrict__ bias, D* out, unsigned char* __restrict__ winners,
-    int map_height, int map_width, int height, int width, int groups, int p)
+    typename Arithmetic<D>::type margin, int map_height, int map_width, int height, int width, int groups, int p)
 {
     typedef typename Arithmetic<D>::type A;
     const int item = blockIdx.x * blockDim.x + threadIdx.x;
@@ -206,11 +216,11 @@ __global__ void bias_pool(
     A pooled[VEC];
     Pack<unsigned char, VEC> winner;
     if (POOL == NONE)
-        pool_window<U, VEC, POOL>(u, 0, 0, 1, pooled, winner);
+        pool_window<U, VEC, POOL>(u, 0, 0, 1, margin, pooled, winner);
     else if (p == 2)
-        pool_window<U, VEC, POOL>(u, map_width * right, right, 2, pooled, winner);
+        pool_window<U, VEC, POOL>(u, map_width * right, right, 2, margin, pooled, winner);
     else
-        pool_window<U, VEC, POOL>(u, map_width * right, right, p, pooled, winner);
+        pool_window<U, VEC, POOL>(u, map_width * right, right, p, margin, pooled, winner);
     Pack<D, VEC> result;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) result.values[i] = narrow<D>(pooled[i] + offset.values[i]);
@@ -260,9 +270,9 @@ __global__ void gather(
     else if (POOL == MAX)
         gather_window<U, VEC>(u, down, right, p, found, winner);
     else if (p == 2)
-        pool_window<U, VEC, POOL>(u, down, right, 2, found, winner);
+        pool_window<U, VEC, AVERAGE>(u, down, right, 2, 0, found, winner);
     else
-        pool_window<U, VEC, POOL>(u, down, right, p, found, winner);
+        pool_window<U, VEC, AVERAGE>(u, down, right, p, 0, found, winner);
     Pack<D, VEC> result;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) result.values[i] = narrow<D>(found[i]);

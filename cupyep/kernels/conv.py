@@ -237,7 +237,7 @@ class ConvOps:
         g = self.geometry
         result = out if g.pooling == "none" else self._wider(out)
         if g.pooling == "max":
-            max_pool(windows(u, g.pool), result, winners, self._mask[:m])
+            max_pool(windows(u, g.pool), result, winners, self._mask[:m], self.precision.tie_margin)
         elif g.pooling == "average":
             average_pool(windows(u, g.pool), result)
         result += bias  # after pooling: both poolings commute with a constant a channel

@@ -142,7 +142,7 @@ class CudaConvOps(ConvOps):
         self._launch(
             ("bias_pool", [type_name(u.dtype), type_name(out.dtype), vec, POOLING[g.pooling]]),
             self._pooled_threads(vec, m),
-            (u, bias, out, winners),
+            (u, bias, out, winners, self.precision.number.type(self.precision.tie_margin)),
             (*g.map_shape[:2], *g.out_shape[:2], g.out_shape[2] // vec, g.pool),
         )
 

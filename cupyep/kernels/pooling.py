@@ -1,7 +1,9 @@
 """Pooling over non-overlapping ``p x p`` windows, its winners and its adjoint, channels last.
 
-Winners are one byte each: the offset ``dy * p + dx`` of the maximum in its window; ties go to the first in row
-order. Rows and columns that do not fill a window are dropped (floor mode) and get zero from the adjoint.
+Winners are one byte each: the offset ``dy * p + dx`` of the maximum in its window; ties go to the first in row order.
+Units of flat image areas are equal but for rounding, which differs with the size of the batch: what is not below the
+maximum by more than a margin counts as equal to it, so that a sample's winners do not depend on its batch. Rows and
+columns that do not fill a window are dropped (floor mode) and get zero from the adjoint.
 """
 
 from __future__ import annotations
@@ -27,28 +29,37 @@ def clear_remainder(u: Any, p: int) -> None:
         u[:, :height, width:] = 0
 
 
-def max_pool(units: Sequence[Any], out: Any, winners: Any, mask: Any) -> None:
-    """Write the maxima of windows into `out` and the offsets of the maxima into `winners`.
+def max_pool(units: Sequence[Any], out: Any, winners: Any, mask: Any, margin: float) -> None:
+    """Write the maxima of windows into `out` and the offsets of their winners into `winners`.
 
     Parameters
     ----------
     units : sequence of arrays of the shape of `out`
-        The units at each offset, as `windows` returns them.
+        The units at each offset, as `windows` returns them; the last ones are overwritten.
     out : array
     winners : uint8 array of the shape of `out`
     mask : bool array of the shape of `out`
         Scratch.
+    margin : float
+        Units above ``max - margin * max(|max|, 1)`` are equal to the maximum; the first of them wins.
     """
     xp = array_module(out)
-    greater = mask.view(winners.dtype)
     out[...] = units[0]
     winners[...] = 0
-    for offset, unit in enumerate(units[1:], 1):
-        xp.greater(unit, out, out=mask)
-        # Offsets rise, so the new one is the larger. (A copy by mask, ``copyto``, takes seven times as long in NumPy.)
-        xp.multiply(greater, offset, out=greater, dtype=winners.dtype)
-        xp.maximum(winners, greater, out=winners)
+    for unit in units[1:]:
         xp.maximum(out, unit, out=out)
+    if len(units) == 1:
+        return
+    *earlier, least = units
+    xp.abs(out, out=least)
+    xp.maximum(least, 1, out=least)
+    least *= -margin
+    least += out
+    below = mask.view(winners.dtype)
+    for unit in reversed(earlier):  # the number of units from here on that are passed over: one more, or none
+        xp.less(unit, least, out=mask)
+        winners += 1
+        winners *= below
 
 
 def max_gather(units: Sequence[Any], winners: Any, out: Any, mask: Any) -> None:

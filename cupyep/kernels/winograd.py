@@ -76,8 +76,8 @@ class WinogradOps:
 
     Notes
     -----
-    The rounding error is of the size of the direct product's, whose sums are nine times as long. Where inputs are equal
-    along an axis, so are the units of a tile, exactly: of equals the first in row order wins, as elsewhere.
+    The rounding error is of the size of the direct product's, whose sums are nine times as long, but relative to the
+    largest unit of a tile: the margin within which pooled units are equal is four times as wide.
     """
 
     def __init__(self, geometry: ConvGeometry, batch: int, nbytes: int, precision: Precision, xp: Any):
@@ -85,6 +85,7 @@ class WinogradOps:
         self._xp = xp
         self._dtype = dtype = precision.number
         self._factors = Factors(precision, native=False)
+        self._tie_margin = 4 * precision.tie_margin
         self._tiles = _tiles(geometry)
         axes = zip(geometry.in_shape[:2], self._tiles, strict=True)
         self._places = [_places(size, geometry.padding, tiles) for size, tiles in axes]
@@ -205,7 +206,7 @@ class WinogradOps:
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; `u` is what `product` returned."""
         if self.geometry.pooling == "max":
-            max_pool(_units(u), out, winners, self._mask[:m])
+            max_pool(_units(u), out, winners, self._mask[:m], self._tie_margin)
         elif self.geometry.pooling == "average":
             average_pool(_units(u), out)
         out += bias
