@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from cupyep.backend import array_module
 from cupyep.errors import ConfigurationError, choose
 
@@ -148,32 +146,62 @@ class Tanh(Activation):
         out *= self.height
         out += self.center
 
+    def _decay(self, g, out):
+        """Write ``e^(-2 |a|)``, ``a = rate (g - center)``, into `out`."""
+        xp = array_module(g)
+        xp.subtract(g, self.center, out=out)
+        xp.abs(out, out=out)
+        out *= -2 * self.rate
+        xp.exp(out, out=out)
+
     def slope(self, g, out):
-        self._tanh(g, out)
+        # 1 - tanh(a)^2 would be rounded where it is tiny; 4 e / (1 + e)^2, e = e^(-2 |a|), is not.
+        decay = g.copy()
+        self._decay(g, decay)
+        array_module(g).add(1, decay, out=out)
         out *= out
-        array_module(g).subtract(1, out, out=out)
-        out *= self.height * self.rate
+        array_module(g).divide(decay, out, out=out)
+        out *= 4 * self.height * self.rate
+
+    def slope_bytes(self, shape):
+        return math.prod(shape) * 8  # of a copy, at most in float64
 
     def increment(self, g, dg, scratch):
-        # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b)), free of cancellation for small b.
-        xp, (at_rest, factor) = array_module(dg), scratch
-        self._tanh(g, at_rest)
+        # tanh(a + b) - tanh(a) = sinh(b) / (cosh(a) cosh(a + b)), with e^-|x| in place of every e^|x|: each factor
+        # keeps its digits, whether b is tiny or swings a saturated unit all the way back.
+        xp, (first, second) = array_module(dg), scratch
         dg *= self.rate
-        xp.tanh(dg, out=dg)
-        xp.multiply(dg, at_rest, out=factor)
-        factor += 1
-        xp.maximum(factor, np.finfo(factor.dtype).eps, out=factor)  # a saturated unit swinging all the way back
-        dg /= factor
-        xp.multiply(at_rest, at_rest, out=factor)
-        xp.subtract(1, factor, out=factor)
-        dg *= factor
-        dg *= self.height
+        xp.subtract(g, self.center, out=first)
+        first *= self.rate
+        xp.add(first, dg, out=second)
+        xp.abs(first, out=first)
+        xp.abs(second, out=second)
+        first += second
+        second *= -2
+        xp.exp(second, out=second)
+        second += 1
+        xp.copysign(second, dg, out=second)
+        xp.abs(dg, out=dg)
+        xp.subtract(dg, first, out=first)
+        xp.minimum(first, 0, out=first)  # |b| <= |a| + |a + b|, but for rounding
+        xp.exp(first, out=first)
+        dg *= -2
+        xp.expm1(dg, out=dg)
+        dg *= first
+        dg /= second
+        self._decay(g, first)
+        first += 1
+        dg /= first
+        dg *= -2 * self.height
 
     def potential(self, s):
         xp = array_module(s)
         t = (s - self.center) / self.height
         bulk = t * xp.arctanh(t) + 0.5 * xp.log1p(-t * t)
         return self.center * s + self.height / self.rate * bulk
+
+
+TANH = Tanh("tanh", 0.0, 1.0, 1.0)
 
 
 class Gelu(Activation):
@@ -189,29 +217,33 @@ class Gelu(Activation):
     name = "gelu"
     low = -0.17004075057125
 
-    def _tanh(self, g):
-        return array_module(g).tanh(self.RATE * (g + self.CUBE * g**3))
+    def _half(self, g):
+        """Return u."""
+        return self.RATE * (g + self.CUBE * g**3)
+
+    @staticmethod
+    def _gate(u):
+        """Return ``(1 + tanh(u)) / 2`` with all its digits, and ``e^(-2 |u|)``."""
+        xp = array_module(u)
+        decay = xp.exp(-2 * abs(u))
+        return xp.where(u < 0, decay, 1) / (1 + decay), decay
 
     def value(self, g, out):
-        array_module(g).multiply(0.5 * g, 1 + self._tanh(g), out=out)
+        array_module(g).multiply(g, self._gate(self._half(g))[0], out=out)
 
     def slope(self, g, out):
-        t = self._tanh(g)
+        gate, decay = self._gate(self._half(g))
         steepness = self.RATE * (1 + 3 * self.CUBE * g * g)
-        array_module(g).add(0.5 * (1 + t), 0.5 * g * (1 - t * t) * steepness, out=out)
+        array_module(g).add(gate, 2 * g * decay / (1 + decay) ** 2 * steepness, out=out)
 
     def increment(self, g, dg, scratch):
-        # With T' = T + dT the increment is (dg (1 + T) + (g + dg) dT) / 2, and dT as for the smooth clip.
-        xp, (factor, _) = array_module(dg), scratch
-        t = self._tanh(g)
-        du = xp.tanh(self.RATE * dg * (1 + self.CUBE * (3 * g * (g + dg) + dg * dg)))
-        xp.add(1, t * du, out=factor)
-        xp.maximum(factor, np.finfo(factor.dtype).eps, out=factor)
-        change = du * (1 - t * t) / factor
-        xp.multiply(g + dg, change, out=factor)
-        dg *= 1 + t
-        dg += factor
-        dg *= 0.5
+        # With T = tanh(u) and T' = T + dT the increment is dg (1 + T) / 2 + (g + dg) dT / 2, dT as for the smooth clip.
+        u = self._half(g)
+        half = self.RATE * dg * (1 + self.CUBE * (3 * g * (g + dg) + dg * dg))
+        TANH.increment(u, half, scratch)
+        half *= 0.5 * (g + dg)
+        dg *= self._gate(u)[0]
+        dg += half
 
     def potential(self, s):
         raise ConfigurationError("gelu is not increasing, so no energy belongs to it; use another activation")
@@ -225,7 +257,7 @@ ACTIVATIONS = {
         Clip("relu6", 1.0, 0.0, 6.0),
         Clip("relu", 1.0, 0.0, math.inf),
         Tanh("sigmoid", 0.5, 0.5, 2.0),
-        Tanh("tanh", 0.0, 1.0, 1.0),
+        TANH,
         Gelu(),
     )
 }

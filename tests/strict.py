@@ -122,10 +122,10 @@ class _Namespace:
     # fmt: off
     FUNCTIONS = {
         "abs", "absolute", "add", "arange", "arctanh", "argmax", "argsort", "as_strided", "ascontiguousarray",
-        "bitwise_and", "concatenate", "copyto", "divide", "dot", "empty", "empty_like", "equal", "exp", "full",
-        "greater", "greater_equal", "isfinite", "less", "log", "log1p", "matmul", "max", "maximum", "mean", "min",
-        "minimum", "multiply", "ones", "ones_like", "right_shift", "sign", "sqrt", "stack", "subtract", "sum", "take",
-        "tanh", "where", "zeros", "zeros_like",
+        "bitwise_and", "concatenate", "copysign", "copyto", "divide", "dot", "empty", "empty_like", "equal", "exp",
+        "expm1", "full", "greater", "greater_equal", "isfinite", "less", "log", "log1p", "matmul", "max", "maximum",
+        "mean", "min", "minimum", "multiply", "ones", "ones_like", "right_shift", "sign", "sqrt", "stack", "subtract",
+        "sum", "take", "tanh", "where", "zeros", "zeros_like",
     }
     # fmt: on
 

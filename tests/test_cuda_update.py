@@ -178,13 +178,21 @@ def test_deviations_keep_responses_far_below_the_precision_of_the_state(make_ops
     assert np.count_nonzero(eps) > 50
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
-def test_a_saturated_unit_that_swings_all_the_way_back_stays_finite(make_ops, name):
-    ops = make_ops(name)
-    g = np.full((1, 8), 40, np.float32)
-    eps, t = np.zeros_like(g), -2 * g
-    ops.deviations(eps, t, None, 1.0, None, 1.0, g, None, scratch_for(ops, eps, np.float32))
-    assert np.isfinite(eps).all()
+def test_smooth_increments_keep_their_digits(make_ops, name, dtype):
+    """Saturated or not, tiny or all the way back: sinh(b) / (cosh(a) cosh(a + b)), in exponents that do not overflow."""
+    rest, changes = np.linspace(-12, 12, 25), np.concatenate([s * np.logspace(-12, 1.5, 24) for s in (1, -1)])
+    g, dg = (a.reshape(1, -1).astype(dtype) for a in np.meshgrid([*rest, 40], changes))
+    eps, ops = np.zeros_like(g), make_ops(name)
+    ops.deviations(eps, dg, None, 1.0, None, 1.0, g, None, scratch_for(ops, eps, dtype))
+    center, height, rate = (0.5, 0.5, 2) if name == "sigmoid" else (0, 1, 1)
+    long = np.longdouble
+    a, b = rate * (g.astype(long) - center), rate * dg.astype(long)
+    size = 2 * height * -np.expm1(-2 * abs(b)) * np.exp(abs(b) - abs(a) - abs(a + b))
+    expected = np.sign(b) * size / ((1 + np.exp(-2 * abs(a))) * (1 + np.exp(-2 * abs(a + b))))
+    tolerance = 8 * np.finfo(dtype).eps * (4 + abs(a) + abs(b))
+    assert (abs(eps - expected) <= tolerance * abs(expected) + 1e3 * np.finfo(dtype).tiny).all()
 
 
 @types_and_shapes

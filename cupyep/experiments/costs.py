@@ -37,7 +37,6 @@ class _Counter:
 
         return counted
 
-
     def _capturing(self, capture: Callable[..., Any]) -> Callable[..., Any]:
         """Return `capture` for graphs that count, at every launch, what they hold: nobody calls an edge then."""
 

@@ -35,10 +35,11 @@ template <typename A, int RULE> __device__ __forceinline__ A increment(A dg, A g
         const A clipped = clamp(g, n.b, n.c);
         return n.a * clamp(dg + (g - clipped), n.b - clipped, n.c - clipped);
     }
-    const A rest = tanh(n.c * (g - n.a)), t = tanh(n.c * dg), least = sizeof(A) == 8 ? A(0x1p-52) : A(0x1p-23);
-    A below = t * rest + A(1);
-    if (below < least) below = least;  // a saturated unit swinging all the way back
-    return n.b * (t / below * (A(1) - rest * rest));
+    // tanh(a + b) - tanh(a) = sinh(b) / (cosh(a) cosh(a + b)), with e^-|x| in place of every e^|x|.
+    const A a = n.c * (g - n.a), b = n.c * dg, at_rest = fabs(a), moved = fabs(a + b), size = fabs(b);
+    const A exponent = size - (at_rest + moved), share = -expm1(A(-2) * size) * exp(exponent < A(0) ? exponent : A(0));
+    const A change = A(2) * n.b * share / ((A(1) + exp(A(-2) * at_rest)) * (A(1) + exp(A(-2) * moved)));
+    return b < A(0) ? -change : change;
 }
 
 // Sum over the block, in a fixed order, and store it; every thread of the block must take part. The size of the block
