@@ -181,7 +181,7 @@ def test_deviations_keep_responses_far_below_the_precision_of_the_state(make_ops
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 def test_smooth_increments_keep_their_digits(make_ops, name, dtype):
-    """Saturated or not, tiny or all the way back: sinh(b) / (cosh(a) cosh(a + b)), in exponents that do not overflow."""
+    """Saturated or not, tiny or all the way back: sinh(b) / (cosh(a) cosh(a + b)) in long numbers."""
     rest, changes = np.linspace(-12, 12, 25), np.concatenate([s * np.logspace(-12, 1.5, 24) for s in (1, -1)])
     g, dg = (a.reshape(1, -1).astype(dtype) for a in np.meshgrid([*rest, 40], changes))
     eps, ops = np.zeros_like(g), make_ops(name)
