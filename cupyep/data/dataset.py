@@ -12,14 +12,16 @@ from cupyep.data import cifar, digits, idx, svhn
 from cupyep.data.download import fetch
 from cupyep.data.files import check_labels
 from cupyep.data.images import channel_statistics, resize
+from cupyep.data.original import check_original
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Layout, Source
+from cupyep.data.sources import DATASETS, SOURCES, Arrays, Layout, Source
 from cupyep.errors import ConfigurationError, DataError, choose, require
 
 READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
 """The views of an image; a batch and a teacher file number them by their place here."""
 SPLITS = ("train", "validation", "test")
+SHOWN = 8  # names in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +191,7 @@ def load_dataset(
     source = SOURCES[choose("data set", name, DATASETS)]
     _check_limits(source, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
-    arrays = digits.read(source) if name == "digits" else _find(source, data_directory(data_dir), download).read()
+    arrays = _read(source, data_directory(data_dir), download)
     train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
     mean, std = channel_statistics(train.images)
     train, held = train.hold_out(validation, seed) if validation else (train, None)
@@ -246,6 +248,16 @@ def _checked_size(source: Source, image_size: int | None) -> int:
     return image_size
 
 
+def _read(source: Source, folder: Path, download: bool) -> tuple[Arrays, Arrays]:
+    """Return (train, test) as they are in the files, which hold what the name promises."""
+    if source.name == "digits":
+        return digits.read(source)
+    layout = _find(source, folder, download)
+    arrays = layout.read()
+    check_original(source, arrays, layout.place)
+    return arrays
+
+
 def _find(source: Source, folder: Path, download: bool) -> Layout:
     """Return the first complete layout below `folder`, downloading the original archives if there is none."""
     layouts, note = layouts_found(source.name, folder)
@@ -254,10 +266,20 @@ def _find(source: Source, folder: Path, download: bool) -> Layout:
         layouts = [] if reason else layouts_found(source.name, folder)[0]
         if not layouts:
             raise DataError(
-                f"data set {source.name} not found in {folder} ({note}{reason}): put there {source.accepts}, "
-                "or name the folder that has it by --data-dir or CUPYEP_DATA"
+                f"data set {source.name} not found in {folder} ({note}{reason}; {_seen(folder)}): put there "
+                f"{source.accepts}, or name the folder that has it by --data-dir or CUPYEP_DATA"
             )
     return layouts[0]
+
+
+def _seen(folder: Path) -> str:
+    """Return what lies in `folder`, in words."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"the folder cannot be read: {error.strerror}"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"seen there: {', '.join(names[:SHOWN]) or 'nothing'}{more}"
 
 
 def layouts_found(name: str, folder: Path) -> tuple[list[Layout], str]:
