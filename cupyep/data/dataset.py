@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,11 +208,25 @@ def data_directory(data_dir: str | Path | None = None) -> Path:
     The cache folder is ``$XDG_CACHE_HOME/cupyep``, or ``~/.cache/cupyep``.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cupyep"
-    folder = Path(data_dir or os.environ.get("CUPYEP_DATA") or cache)
+    return _at_home(data_dir or os.environ.get("CUPYEP_DATA") or cache, "data folder")
+
+
+def cache_directory() -> Path:
+    """Return the folder of what can be made again, teachers above all: ``CUPYEP_CACHE``, else the platform's place.
+
+    That is ``cupyep`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, on macOS in ``~/Library/Caches``, on Windows in
+    ``%LOCALAPPDATA%``.
+    """
+    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
+    place = os.environ.get("XDG_CACHE_HOME") or base.get(sys.platform, "~/.cache")
+    return _at_home(os.environ.get("CUPYEP_CACHE") or Path(place) / "cupyep", "cache folder")
+
+
+def _at_home(folder: str | Path, what: str) -> Path:
     try:
-        return folder.expanduser()
+        return Path(folder).expanduser()
     except RuntimeError as error:
-        raise ConfigurationError(f"data folder '{folder}': whose home that is, is not known") from error
+        raise ConfigurationError(f"{what} '{folder}': whose home that is, is not known") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:

@@ -45,8 +45,8 @@ def check_original(source: Source, arrays: tuple[Arrays, Arrays], where: str | P
             _check_counts(source, split, labels, np.array(wanted), where)
     if source.fingerprints:
         raise DataError(
-            f"{where}: the labels or images are not those of {source.name}, though their sizes are: other images, order or "
-            f"labels; get the original files, or {OWN}"
+            f"{where}: the labels or images are not those of {source.name}, though their sizes are: other images, "
+            f"another order or other labels; get the original files, or {OWN}"
         )
 
 
