@@ -19,6 +19,11 @@ MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memo
 ROUNDING = 0.005  # by which a stored accuracy may be off: ties, logits rounded to halves
 FEWEST = 200  # samples from which an accuracy is told from chance
 MOST_SAMPLES = 1 << 26  # of a split; labels are read whole
+# How models, by the endings of their files, become teacher files.
+MODELS = {
+    ".onnx": "--onnx {}",
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".safetensors"), "--torch PACKAGE.MODULE:FACTORY --weights {}"),
+}
 AGAIN = "make the file again with tools/export_teacher_logits.py"
 
 
@@ -50,6 +55,11 @@ class TeacherFile:
         self._index: dict[str, np.ndarray] = {}  # canonical index of each row, where that is not the row's number
         if not self.path.is_file():
             raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
+        if option := MODELS.get(self.path.suffix.lower()):
+            raise TeacherError(
+                f"'{self.path}' is a model, no teacher file; make one of it by: python tools/export_teacher_logits.py "
+                f"--dataset NAME {option.format(self.path)} --output teacher.h5"
+            )
         with self._disk():
             self._file = hdf5.open_file(self.path)
         try:
