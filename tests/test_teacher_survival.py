@@ -279,6 +279,14 @@ def test_a_lost_teacher_is_found_in_the_cache_and_another_one_refused(begun, tmp
             go_on(tmp_path)
     (tmp_path / "cached.h5").rename(cached)
     assert go_on(tmp_path) == begun
+    assert own.read_bytes() == content
+
+
+def test_a_link_given_as_teacher_is_kept_as_a_file(quadrants, tmp_path, straight):
+    (tmp_path / "link.h5").symlink_to(straight)
+    run({"aug": "kd", "teacher": str(tmp_path / "link.h5"), "epochs": 1}, tmp_path / "run")
+    assert not (tmp_path / "run" / "teacher.h5").is_symlink()
+    assert (tmp_path / "run" / "teacher.h5").read_bytes() == straight.read_bytes()
 
 
 def test_a_run_of_an_earlier_version_takes_the_cached_teacher_and_keeps_it(begun, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
 
 
 def keep_teacher(path: Path, run: Path) -> None:
-    """Keep the teacher file `path` with the run in the folder `run`, unless its teacher is there already.
+    """Keep the teacher file `path` with the run in the folder `run`, unless it is the run's own already.
 
     Raises
     ------
@@ -59,10 +59,10 @@ def keep_teacher(path: Path, run: Path) -> None:
     """
     kept = run / KEPT
     try:
-        if not (run / CHECKSUM).is_file():
+        if path != kept:
             with replacing(kept) as temporary:
                 if os.access(path, os.W_OK):
-                    link(path, temporary)
+                    link(path.resolve(), temporary)
                 else:  # a link would be as hard to write, and to remove
                     shutil.copyfile(path, temporary)
             write_file(run / CHECKSUM, f"{_checksum(kept)}  {KEPT}\n".encode())
