@@ -76,7 +76,7 @@ def write_file(path: Path, content: bytes, keep_as: Path | None = None) -> None:
             os.fsync(file.fileno())
         if keep_as is not None:
             with replacing(keep_as) as second:
-                _link(path, second)
+                link(path, second)
 
 
 def _rename(temporary: Path, path: Path) -> None:
@@ -89,7 +89,8 @@ def _rename(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _link(path: Path, other: Path) -> None:
+def link(path: Path, other: Path) -> None:
+    """Make `other` the same file as `path`, or a copy of it where the file system has no links."""
     try:
         os.link(path, other)
     except OSError:  # a file system without links

@@ -41,14 +41,15 @@ def records(path):
 
 
 @pytest.mark.parametrize("aug", ["none", "le", "kd"])
-def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
+def test_train_leaves_a_complete_run_directory(aug, cifar, cache, invoke, tmp_path):
     options = (
         ["--epochs", 2, "--seed", 3] + ["--kappa", 0.25] * (aug != "none") + ["--teacher-epochs", 1] * (aug == "kd")
     )
     code, out, err = invoke("train", *TINY, "--aug", aug, *options)
     assert (code, err) == (0, "")
     path = tmp_path / "work" / "runs" / f"vgg5-{aug}-cifar10-seed3"
-    assert sorted(p.name for p in path.iterdir()) == FILES
+    own = ["teacher.h5", "teacher.sha256"] if aug == "kd" else []
+    assert sorted(p.name for p in path.iterdir()) == FILES + own
     settings = tomllib.loads((path / "config.toml").read_text())
     assert (settings["aug"], settings["epochs"], settings["width"], settings["seed"]) == (aug, 2, 0.06, 3)
     assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "validation", "tolerance",
@@ -62,7 +63,8 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
     assert f"run directory {path.relative_to(tmp_path / 'work')}" in out.splitlines()[-1]
     assert out.count("epoch 1/2") == 1
     assert ("trained by backpropagation" in out) == (aug == "kd")
-    assert (cifar / "teachers").exists() == (aug == "kd")
+    assert (cache / "teachers").exists() == (aug == "kd")
+    assert [p.name for p in cifar.iterdir()] == ["cifar-10-batches-bin"]
 
 
 def test_quiet_prints_no_line_an_epoch(cifar, invoke):

@@ -183,18 +183,20 @@ def test_a_truncated_archive(size, cifar, invoke, tmp_path):
         ["--scheme", "tangent", "--nudge", "classical"],
     ],
 )
-def test_wrong_options_are_said_before_a_teacher_is_trained(wrong, cifar, invoke):
+def test_wrong_options_are_said_before_a_teacher_is_trained(wrong, cifar, cache, invoke):
     code, out, err = invoke("train", *TINY, "--aug", "kd", *wrong)
     assert (code, err.count("\n")) == (2, 1)
     assert "teacher" not in out
-    assert not (cifar / "teachers").exists()
+    assert not cache.exists()
 
 
-def test_a_teacher_that_cannot_be_kept_is_not_trained(cifar, invoke, tmp_path):
-    (cifar / "teachers").write_text("in the way")
+def test_a_teacher_that_cannot_be_kept_is_not_trained(cifar, cache, invoke, tmp_path):
+    cache.mkdir()
+    (cache / "teachers").write_text("in the way")
     code, out, err = invoke("train", *TINY, "--aug", "kd")
     assert (code, err.count("\n")) == (1, 1)
-    assert err.startswith(f"Error: cannot keep a teacher in {cifar / 'teachers'}")
+    assert err.startswith(f"Error: cannot keep a teacher in {cache / 'teachers'}")
+    assert "CUPYEP_CACHE" in err
     assert "teacher" not in out
     assert not (tmp_path / "work" / "runs").exists()
 

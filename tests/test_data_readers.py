@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
+import shutil
 import sys
 import tarfile
 
@@ -23,9 +25,11 @@ from data_files import (
     shrink_source,
     write_archive,
     write_files,
+    write_svhn,
 )
 
 from cupyep.data import cifar, load_dataset
+from cupyep.data.dataset import layouts_found
 from cupyep.data.idx import read_idx
 from cupyep.errors import DataError
 
@@ -244,6 +248,77 @@ def test_idx_folders(monkeypatch, tmp_path, which, folder, compress):
     arrays = random_arrays((28, 28, 1), 10)
     write_files(tmp_path / folder, idx_files(arrays, compress))
     assert_same(load(which, tmp_path), arrays)
+
+
+NAMES = {
+    "dots": "{0}-{1}.idx{2}-ubyte",
+    "a folder each": "{0}-{1}-idx{2}-ubyte/{0}-{1}-idx{2}-ubyte",
+    "a folder each, dots inside": "{0}-{1}-idx{2}-ubyte/{0}-{1}.idx{2}-ubyte",
+    "capitals": "{0}-{1}-IDX{2}-UBYTE.GZ",
+    "fetched twice": "{0}-{1}-idx{2}-ubyte.gz.1",
+    "fetched twice by a browser": "{0}-{1}-idx{2}-ubyte (1).gz",
+}
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("which", ["mnist", "fashion-mnist"])
+@pytest.mark.parametrize("form", NAMES)
+def test_idx_files_under_their_other_names(form, which, compress, monkeypatch, tmp_path):
+    """What is compressed is seen by the content: some programs unpack a file and leave its name."""
+    shrink_source(monkeypatch, which)
+    arrays = random_arrays((28, 28, 1), 10)
+    for name, content in idx_files(arrays, compress).items():
+        prefix, kind, rank = re.fullmatch(r"(\w+)-(\w+)-idx(\d)-ubyte(?:\.gz)?", name).groups()
+        path = tmp_path / which / NAMES[form].format(prefix, kind, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert_same(load(which, tmp_path), arrays)
+    (layout,) = layouts_found(which, tmp_path)[0]
+    assert layout.place == tmp_path / which
+
+
+def test_svhn_in_capitals(monkeypatch, tmp_path):
+    shrink_source(monkeypatch, "svhn")
+    arrays = random_arrays((32, 32, 3), 10)
+    write_svhn(tmp_path, arrays)
+    (tmp_path / "train_32x32.mat").rename(tmp_path / "TRAIN_32x32.MAT")
+    (tmp_path / "test_32x32.mat").rename(tmp_path / "test_32x32.mat.1")
+    assert_same(load("svhn", tmp_path), arrays)
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_cifar_in_the_folders_of_an_unpacker(name, arrays, tmp_path, form):
+    files = (cifar_binary_files, cifar_python_files)[form](name, arrays)
+    folder, archive = CIFAR[name][form], CIFAR[name][2 + form]
+    for k, outer in enumerate((folder, archive.removesuffix(".tar.gz"))):
+        write_files(tmp_path / str(k) / outer / folder, files)
+        assert_same(load(name, tmp_path / str(k)), arrays)
+
+
+@pytest.mark.parametrize("form", [0, 1])
+@pytest.mark.parametrize("end", [".tar", ".tgz", ".tar.gz.1", ".tar (1).gz", ".TAR.GZ", "unpacked"])
+def test_cifar_archives_under_their_other_names(name, arrays, tmp_path, form, end):
+    """One that has been decompressed already, too, whatever it is called."""
+    files = (cifar_binary_files, cifar_python_files)[form](name, arrays)
+    archive = tmp_path / CIFAR[name][2 + form]
+    write_archive(archive, CIFAR[name][form], files)
+    shutil.rmtree(tmp_path / "staging")
+    content = archive.read_bytes()
+    archive.unlink()
+    if end in (".tar", "unpacked"):
+        content = gzip.decompress(content)
+    stem = archive.name.removesuffix(".tar.gz")
+    (tmp_path / f"{stem}{end if end != 'unpacked' else '.tar.gz'}").write_bytes(content)
+    assert_same(load(name, tmp_path), arrays)
+
+
+def test_what_was_seen_instead_is_named(tmp_path):
+    for k in range(9):
+        (tmp_path / f"file{k}").touch()
+    with pytest.raises(DataError, match="seen there: file0, file1, .*, file7 and 1 more\\): put there a folder mnist"):
+        load("mnist", tmp_path)
+    with pytest.raises(DataError, match="the folder cannot be read: No such file or directory"):
+        load("mnist", tmp_path / "none")
 
 
 def test_idx_data_dir_named_after_fashion_mnist(monkeypatch, tmp_path):

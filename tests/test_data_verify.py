@@ -11,17 +11,20 @@ import types
 import numpy as np
 import pytest
 from data_files import (
+    assert_same,
     cifar_binary_files,
     cifar_python_files,
     idx_files,
     random_arrays,
+    random_split,
     shrink_source,
     write_archive,
     write_files,
 )
 
-from cupyep.data import DATASETS, sources
+from cupyep.data import DATASETS, load_dataset, sources
 from cupyep.data.verify import verify
+from cupyep.errors import DataError
 
 
 def believe(monkeypatch, name, arrays, **more):
@@ -107,6 +110,62 @@ def test_idx_files_are_compared_by_their_content(monkeypatch, tmp_path, compress
     path.write_bytes(gzip.compress(wrong) if compress else wrong)
     (finding,) = verify("mnist", tmp_path)
     assert finding.text.startswith(f"{path}: MD5 sum {hashlib.md5(wrong).hexdigest()}")
+
+
+# --- is it what its name promises? ------------------------------------------------------------------------------
+
+
+def print_of(images, labels):
+    """The definition of a fingerprint, for fewer than 200 images."""
+    return hashlib.md5(bytes(labels.tolist()) + images.tobytes()).hexdigest()
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Small MNIST and Fashion-MNIST that count as the original ones."""
+    arrays = {}
+    for seed, name in enumerate(("mnist", "fashion-mnist")):
+        arrays[name] = random_split(50, (28, 28, 1), 10, seed), random_split(10, (28, 28, 1), 10, seed + 7)
+        believe(monkeypatch, name, arrays[name], fingerprints=tuple(print_of(*part) for part in arrays[name]), sums={})
+    return arrays
+
+
+def test_the_files_of_another_data_set_are_recognised(known, tmp_path):
+    write_files(tmp_path / "mnist", idx_files(known["fashion-mnist"]))
+    message = f"{tmp_path / 'mnist'}: holds fashion-mnist, not mnist; get the files of mnist, or use --dataset fashion-"
+    with pytest.raises(DataError, match=message):
+        load_dataset("mnist", tmp_path, download=False)
+    (finding,) = verify("mnist", tmp_path)
+    assert not finding.good
+    assert finding.text.startswith(message)
+    write_files(tmp_path / "fashion-mnist", idx_files(known["fashion-mnist"]))
+    assert load_dataset("fashion-mnist", tmp_path, download=False).classes[0] == "T-shirt/top"
+
+
+def test_images_that_nobody_knows_are_not_taken_for_the_data_set(known, tmp_path):
+    """Other counts (KMNIST has 6000 of each class, MNIST has not); the same counts of other images; another order."""
+    (images, labels), test = known["mnist"]
+    first = int(labels[0])
+    cases = {
+        "other counts": ((images, np.where(np.arange(50) == 0, (first + 1) % 10, labels)), "classes differ"),
+        "other images": ((images ^ 1, labels), "the labels or images are not those of mnist"),
+        "other order": ((images[::-1], labels[::-1]), "the labels or images are not those of mnist"),
+        "labels shuffled": ((images, np.roll(labels, 1)), "the labels or images are not those of mnist"),
+    }
+    for case, (train, message) in cases.items():
+        write_files(tmp_path / "mnist", idx_files((train, test)))
+        with pytest.raises(DataError, match=message) as error:
+            load_dataset("mnist", tmp_path, download=False)
+        assert str(error.value).startswith(f"{tmp_path / 'mnist'}: "), case
+        assert "Dataset.from_splits" in str(error.value), case
+    write_files(tmp_path / "mnist", idx_files(known["mnist"]))
+    assert_same(load_dataset("mnist", tmp_path, download=False), known["mnist"])
+
+
+def test_table_of_fingerprints():
+    prints = [source.fingerprints for source in sources.SOURCES.values() if source.fingerprints]
+    assert len(prints) == len(set(prints)) == 4
+    assert all(len(part) == 32 for pair in prints for part in pair)
 
 
 def test_nothing_there(tmp_path):

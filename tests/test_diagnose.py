@@ -129,7 +129,9 @@ def test_the_signals_of_a_run_belong_to_its_nudge(run):
 def test_a_missing_teacher_is_said_and_the_rest_shown(run):
     path = run(aug="kd", teacher_epochs=1)
     assert diagnose(path).notes == []
-    (teacher,) = (path.parent / "data" / "teachers").glob("*.h5")
+    (path / "teacher.h5").unlink()
+    assert diagnose(path).notes == []  # there is the cache
+    (teacher,) = (path.parent / "cache" / "teachers").glob("*.h5")
     teacher.unlink()
     report = diagnose(path)
     assert report.notes == [f"without the distillation of the run: its teacher file {teacher} is not there"]

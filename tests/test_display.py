@@ -185,7 +185,7 @@ def test_a_run_in_json(cifar, invoke, tmp_path, monkeypatch):
     wanted = ["note", "note", "start", "checkpoint", *epoch[:2], "checkpoint", "epoch", *epoch[:2], "checkpoint"]
     assert names == [*wanted, "epoch", "end"]
     assert [o["event"] for o in found if "subject" in o] == [
-        *("note", "checkpoint", *epoch[:2], "checkpoint", "epoch", "note")
+        *("note", "checkpoint", *epoch[:2], "checkpoint", "epoch", "note", "note")
     ]
     start, end = own[names.index("start")], own[-1]
     assert (start["run_dir"], start["epochs"], start["batches"], start["epoch"]) == (str(path), 2, 2, 0)

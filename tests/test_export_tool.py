@@ -25,17 +25,43 @@ RNG = np.random.default_rng(11)
 WEIGHT = RNG.standard_normal((3 * 32 * 32, 10)).astype(np.float32) / 50
 BIAS = RNG.standard_normal(10).astype(np.float32)
 MODULE = """
+import collections
+import dataclasses
+import functools
+
 import torch
 
-class Twice(torch.nn.Module):
+class As(torch.nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
     def forward(self, x):
-        return x, x
+        return self.form(x)
+
+@dataclasses.dataclass
+class Output:
+    loss: object
+    logits: object
+
+Auxiliary = collections.namedtuple("Auxiliary", "logits aux_logits")
+FORMS = {
+    "two_outputs": lambda x: (x, -x),
+    "one_entry": lambda x: {"out": x},
+    "mapping": lambda x: {"features": -x, "logits": x},
+    "with_fields": lambda x: Output(None, x),
+    "auxiliary": lambda x: Auxiliary(x, -x),
+    "no_tensor": lambda x: {"features": x, "attention": x},
+    "nothing": lambda x: None,
+}
+for name, form in FORMS.items():
+    globals()[name] = functools.partial(lambda form: torch.nn.Sequential(build(), As(form)), form)
 
 def build(size=3072):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(size, 10))
 
 def narrow(): return build(27)
-def two_outputs(): return torch.nn.Sequential(build(), Twice())
+def deep(): return torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(9)])
 def number(): return 3
 def failing(): raise RuntimeError("no such luck,\\nreally")
 def with_argument(size): return build(size)
@@ -226,8 +252,9 @@ def test_code_in_a_weights_file_is_not_executed(how, refused):
         torch.save({"2.weight": Malicious()}, "w.pt")
     code, line = refused("--torch", "model:build", "--weights", "w.pt", "--output", "t.h5")
     assert code == 1
+    what = f" ({os.mkdir.__module__}.mkdir)" if how == "torch.save" else ""
     assert line == (
-        "Error: w.pt is damaged or holds more than weights; save them by torch.save(model.state_dict(), ...)"
+        f"Error: w.pt is damaged or holds more than weights{what}; save them by torch.save(model.state_dict(), ...)"
     )
     assert not Path("executed").exists()
     if how == "pickle":
@@ -235,6 +262,109 @@ def test_code_in_a_weights_file_is_not_executed(how, refused):
     else:
         torch.load("w.pt", weights_only=False)
     assert Path("executed").exists(), "the file is as malicious as it should be"
+
+
+def own_state(torch):
+    return {"2.weight": torch.from_numpy(WEIGHT.T.copy()), "2.bias": torch.from_numpy(BIAS)}
+
+
+def under(prefix):
+    return lambda state: {prefix + name: value for name, value in state.items()}
+
+
+CHECKPOINTS = {
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": 0.5},
+    "model": lambda state: {"model": state, "args": {"lr": 0.1}},
+    "net": lambda state: {"net": state, "acc": 93.1},
+    "DataParallel": under("module."),
+    "compiled": under("_orig_mod."),
+    "compiled, parallel, in a checkpoint": lambda state: {"model": under("module._orig_mod.")(state)},
+    "Lightning": lambda state: {"pytorch-lightning_version": "2", "state_dict": under("model.")(state)},
+    "averaged": lambda state: {"n_averaged": state["2.bias"][0], **under("module.")(state)},
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_weights_in_a_checkpoint_are_found(case, export):
+    torch = torch_model()
+    torch.save(CHECKPOINTS[case](own_state(torch)), "w.pt")
+    code, out, err = export("--torch", "model:build", "--weights", "w.pt", "--output", "t.h5")
+    assert (code, err) == (0, "")
+    check_file(Path("t.h5"), out)
+
+
+def test_a_name_that_the_module_has_itself_is_not_a_prefix(tool):
+    state = {"module.weight": np.ones(2), "module.bias": np.ones(1)}
+    assert tool.unwrapped(state, state.keys(), Path("w.pt")) == state
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"epoch": 3, "optimizer": {}, "args": {}},
+            "w.pt holds 'epoch, optimizer, args' and no state dict (looked for",
+        ),
+        ([1, 2], "w.pt holds list and no state dict"),
+        ({}, "w.pt holds '' and no state dict"),
+    ],
+)
+def test_a_checkpoint_without_weights_says_what_it_holds(content, message, refused):
+    torch = torch_model()
+    torch.save(content, "w.pt")
+    code, line = refused("--torch", "model:build", "--weights", "w.pt", "--output", "t.h5")
+    assert code == 1
+    assert message in line
+
+
+def test_a_checkpoint_that_holds_itself_comes_to_an_end(refused):
+    torch = torch_model()
+    content = {}
+    content["model"] = content
+    torch.save(content, "w.pt")
+    assert "no state dict" in refused("--torch", "model:build", "--weights", "w.pt", "--output", "t.h5")[1]
+
+
+def test_safetensors(export, refused, monkeypatch):
+    torch = torch_model()
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(under("module.")(own_state(torch)), "w.safetensors")
+    options = ["--torch", "model:build", "--weights", "w.safetensors", "--output", "t.h5"]
+    code, out, err = export(*options)
+    assert (code, err) == (0, "")
+    check_file(Path("t.h5"), out)
+    Path("t.h5").unlink()
+    content = Path("w.safetensors").read_bytes()
+    for damaged in (b"", content[:9], content[:-1], b"\xff" * 8 + content[8:]):
+        Path("w.safetensors").write_bytes(damaged)
+        code, line = refused(*options)
+        assert (code, "w.safetensors is not a readable safetensors file" in line) == (1, True)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    code, line = refused(*options)
+    assert (code, line) == (2, "Error: w.safetensors needs safetensors: pip install safetensors")
+
+
+@pytest.mark.parametrize("factory", ["two_outputs", "one_entry", "mapping", "with_fields", "auxiliary"])
+def test_logits_are_found_in_what_a_module_returns(factory, export):
+    torch = pytest.importorskip("torch")
+    torch_model(weights=under("0.")(own_state(torch)))
+    code, out, err = export("--torch", f"model:{factory}", "--weights", "w.pt", "--output", "t.h5")
+    assert (code, err) == (0, "")
+    check_file(Path("t.h5"), out)
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.PTH", "net.safetensors", "net.onnx"])
+def test_a_model_given_as_teacher_file_is_told_how_to_become_one(name, tool):
+    """The command that is named has options that there are."""
+    Path(name).write_bytes(b"whatever")
+    with pytest.raises(ep.TeacherError, match=f"'{name}' is a model, no teacher file; make one of it by: ") as error:
+        ep.TeacherFile(name)
+    command = str(error.value).partition("make one of it by: ")[2].split()
+    assert command[1] == "tools/export_teacher_logits.py"
+    known = {option for parameter in tool.main.params for option in parameter.opts}
+    assert {word for word in command if word.startswith("--")} < known
+    assert name in command
 
 
 WRONG_TORCH = {
@@ -245,8 +375,12 @@ WRONG_TORCH = {
     "model:number": (1, "returned int, not a torch.nn.Module"),
     "model:failing": (1, "--torch model:failing: RuntimeError: no such luck, really"),
     "model:with_argument": (1, "missing 1 required positional argument"),
-    "model:narrow": (1, "w.pt does not hold the weights of model:narrow"),
-    "model:two_outputs": (1, "w.pt does not hold the weights of model:two_outputs"),
+    "model:narrow": (
+        1,
+        "w.pt does not hold the weights of model:narrow; of another shape: 2.weight (10, 3072) for (10,",
+    ),
+    "model:two_outputs": (1, "missing: 0.2.weight, 0.2.bias; unexpected: 2.weight, 2.bias"),
+    "model:deep": (1, "missing: 0.weight, 0.bias, 1.weight, 1.bias and 12 more; of another shape: 2.weight"),
 }
 
 
@@ -261,7 +395,8 @@ def test_wrong_torch_module(factory, refused):
     ("factory", "key", "message"),
     [
         ("narrow", "2", "model:narrow cannot run on images of shape (50, 3, 32, 32): RuntimeError"),
-        ("two_outputs", "0.2", "model:two_outputs cannot run on images of shape (50, 3, 32, 32): AttributeError"),
+        ("no_tensor", "0.2", "model:no_tensor returns dict with features, attention; wanted: a tensor of logits, or"),
+        ("nothing", "0.2", "model:nothing returns NoneType; wanted: a tensor of logits"),
     ],
 )
 def test_a_torch_module_that_cannot_run(factory, key, message, refused):

@@ -52,14 +52,14 @@ def test_resumed_as_undisturbed_with_masters_in_float32(cifar, invoke, tmp_path,
     assert f"--precision float32 is not the run's {precision}" in err
 
 
-def test_teacher_and_metrics_are_those_of_float32(cifar, invoke, tmp_path):
+def test_teacher_and_metrics_are_those_of_float32(cifar, cache, invoke, tmp_path):
     """The teacher of a run in halves is trained in float32, whoever asks first."""
     options = [*TINY, "--aug", "kd", "--teacher-epochs", 1, "--epochs", 1, "--limit-train", 25, "--quiet"]
     teachers, metrics = [], []
     for precision in ("float16", "float32"):
         run = tmp_path / precision
         assert invoke("train", *options, "--precision", precision, "--run-dir", run)[::2] == (0, "")
-        (path,) = (cifar / "teachers").iterdir()
+        (path,) = (cache / "teachers").iterdir()
         teachers.append(arrays_of(path))
         path.unlink()
         metrics.append(metrics_of(run)[0])

@@ -128,10 +128,10 @@ def little(kind, data, declared=None):
     return struct.pack("<II", kind, len(data) if declared is None else declared) + data + bytes(-len(data) % 8)
 
 
-def array_of(data, declared=None, shape=(32, 32, 3, 50)):
+def array_of(data, declared=None, shape=(32, 32, 3, 50), kind=2):
     flags, name = little(6, struct.pack("<II", 9, 0)), struct.pack("<HH4s", 1, 1, b"X")
     shape = little(5, struct.pack(f"<{len(shape)}i", *shape))
-    return flags + shape + name + little(2, data, declared)
+    return flags + shape + name + little(kind, data, declared)
 
 
 HEAD = b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x0100, b"IM")
@@ -148,6 +148,9 @@ def zipped_zeros(size, head):
     ("content", "message"),
     [
         (HEAD + little(14, array_of(b"x" * 10)), "holds 10 values, not those of its shape"),
+        # Types of values that there are not: SciPy looks them up beyond the end of its table, and crashes.
+        (HEAD + little(14, array_of(b"x" * 10, shape=(2, 5), kind=15)), "stores its integers as type 15"),
+        (HEAD + little(14, array_of(b"x" * 10, shape=(2, 5), kind=1000)), "stores its integers as type 1000"),
         (HEAD + little(14, array_of(b"", declared=(1 << 32) - 16)), "ends too early"),
         (HEAD + little(14, array_of(b"", shape=(-1, 5))), "holds 0 values"),
         (HEAD + little(14, array_of(b"", shape=(1 << 30, 1 << 30, 1 << 30, 0, -1))), "holds 0 values"),

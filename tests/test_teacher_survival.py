@@ -5,6 +5,7 @@ Oracle: the teacher that was trained undisturbed, bit for bit. 2 epochs of 3 bat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,20 +14,24 @@ from functools import partial
 
 import numpy as np
 import pytest
-from quadrants import TIMES, TINY, Recorder
+from data_files import assert_one_line, edited
+from quadrants import SILENT, TIMES, TINY, Recorder, numbers, quadrant_data, run
 from test_survival import Killed, kill
 
 import cupyep as ep
-from cupyep.errors import CheckpointError, Interrupted, TeacherError
+from cupyep.data import cache_directory
+from cupyep.errors import CheckpointError, ConfigurationError, Interrupted, TeacherError
 from cupyep.files import FolderLock
 from cupyep.learning import Backpropagation
-from cupyep.training import teacher_cache
+from cupyep.training import build, runs, teacher_cache
 from cupyep.training.config import make_config
 from cupyep.training.teacher_cache import cached_teacher, teacher_path
 
 
 def student(folder, **more):
-    return make_config(TINY, {"aug": "kd", "teacher_epochs": 2, "data_dir": str(folder), **more})
+    """Return the options of a student whose teacher is kept in `folder` from now on."""
+    os.environ["CUPYEP_CACHE"] = str(folder)  # the fixture `cache` puts it back
+    return make_config(TINY, {"aug": "kd", "teacher_epochs": 2, **more})
 
 
 def train(config, dataset):
@@ -213,11 +218,159 @@ def test_the_same_command_goes_on(number, wanted, cifar, invoke, tmp_path, monke
     code, out, err = invoke(*options, "--run-dir", tmp_path / "run")
     assert (code, err) == (0, "")
     assert "after epoch 1 of 2" in out
-    shutil.copytree(cifar, tmp_path / "other", ignore=shutil.ignore_patterns("teachers"))
-    assert invoke(*options, "--run-dir", tmp_path / "straight", "--data-dir", tmp_path / "other")[0] == 0
+    monkeypatch.setenv("CUPYEP_CACHE", str(tmp_path / "other"))
+    assert invoke(*options, "--run-dir", tmp_path / "straight")[0] == 0
     assert "from an earlier run" in invoke(*options, "--run-dir", tmp_path / "again")[1]
     (found, *_), (wanted, *_) = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("run", "straight")
     )
     assert {k: v for k, v in found.items() if k not in TIMES} == {k: v for k, v in wanted.items() if k not in TIMES}
+
+
+# --- the teacher stays with its run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(quadrants, tmp_path):
+    """Options of a student that has done its first epoch of two in tmp_path/run; what an undisturbed one comes to."""
+    values = {"aug": "kd", "teacher_epochs": 1, "epochs": 2, "kappa_annealing": "constant", "lr_schedule": "constant"}
+    whole = run(values, tmp_path / "straight")
+    whole.run()
+    run({**values, "epochs": 1}, tmp_path / "run").run()
+    return numbers(whole.directory)
+
+
+def go_on(tmp_path, **given):
+    trainer = runs.resume_run(tmp_path / "run", {"epochs": 2, **given}, SILENT)
+    trainer.run()
+    return numbers(trainer.directory)
+
+
+def test_a_run_goes_on_with_its_own_teacher_though_cache_and_data_are_gone(begun, tmp_path, monkeypatch):
+    """The kept file holds what the cached one does, by the checksum that sha256sum would find."""
+    shutil.rmtree(tmp_path / "cache")
+    kept = (tmp_path / "run" / "teacher.h5").read_bytes()
+    text = (tmp_path / "run" / "teacher.sha256").read_text()
+    assert text == f"{hashlib.sha256(kept).hexdigest()}  teacher.h5\n"
+    (tmp_path / "nowhere").write_text("no folder")
+    monkeypatch.setenv("CUPYEP_CACHE", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(teacher_cache, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    assert go_on(tmp_path, data_dir=str(tmp_path / "nowhere")) == begun
+
+
+def test_a_lost_teacher_is_found_in_the_cache_and_another_one_refused(begun, tmp_path, quadrants):
+    own = tmp_path / "run" / "teacher.h5"
+    content = own.read_bytes()
+    with ep.TeacherWriter(tmp_path / "other.h5", quadrants, "another one") as writer:
+        for split, count in (("train", 40), ("test", 20)):
+            for view in ("identity", "hflip"):
+                writer.write(split, view, 0, np.eye(2)[quadrants.split(split).labels[:count]])
+    with pytest.raises(ConfigurationError, match=r"--teacher .*other.h5 is not the one that the run started with"):
+        go_on(tmp_path, teacher=str(tmp_path / "other.h5"))
+    (cached,) = (tmp_path / "cache" / "teachers").glob("*.h5")
+    assert cached.read_bytes() == content
+    own.unlink()
+    cached.rename(tmp_path / "cached.h5")
+    for mine in (None, tmp_path / "other.h5"):
+        if mine:
+            shutil.copyfile(mine, own)
+        with pytest.raises(TeacherError, match=r"the teacher that the run in '.*run' started with is none of .*, .*h5"):
+            go_on(tmp_path)
+    (tmp_path / "cached.h5").rename(cached)
+    assert go_on(tmp_path) == begun
+    assert own.read_bytes() == content
+
+
+def test_a_link_given_as_teacher_is_kept_as_a_file(quadrants, tmp_path, straight):
+    (tmp_path / "link.h5").symlink_to(straight)
+    run({"aug": "kd", "teacher": str(tmp_path / "link.h5"), "epochs": 1}, tmp_path / "run")
+    assert not (tmp_path / "run" / "teacher.h5").is_symlink()
+    assert (tmp_path / "run" / "teacher.h5").read_bytes() == straight.read_bytes()
+
+
+def test_a_run_of_an_earlier_version_takes_the_cached_teacher_and_keeps_it(begun, tmp_path, monkeypatch):
+    """Earlier versions kept teachers in the data folder, and nothing with the run."""
+    for name in ("teacher.h5", "teacher.sha256"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "cache").rename(tmp_path / "data")
+    monkeypatch.setenv("CUPYEP_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(teacher_cache, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    assert go_on(tmp_path) == begun
+    assert (tmp_path / "run" / "teacher.h5").is_file()
+
+
+def test_a_given_teacher_is_kept_too_where_there_are_no_links(quadrants, tmp_path, monkeypatch, straight):
+    values = {"aug": "kd", "teacher": str(straight), "epochs": 1}
+    content = straight.read_bytes()
+
+    def no_link(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", no_link)
+    run(values, tmp_path / "run").run()
+    straight.unlink()
+    assert (tmp_path / "run" / "teacher.h5").read_bytes() == content
+    runs.resume_run(tmp_path / "run", {"epochs": 2}, SILENT).run()
+    runs.resume_run(tmp_path / "run", {"epochs": 3, "teacher": str(straight)}, SILENT).run()
+
+
+def test_place_of_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for name in ("CUPYEP_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for system, place in (("linux", ".cache"), ("darwin", "Library/Caches"), ("win32", "AppData/Local")):
+        monkeypatch.setattr("sys.platform", system)
+        assert str(cache_directory()) == f"/home/someone/{place}/cupyep"
+    monkeypatch.setenv("LOCALAPPDATA", "/local")
+    assert str(cache_directory()) == "/local/cupyep"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert str(cache_directory()) == "/xdg/cupyep"
+    monkeypatch.setenv("CUPYEP_CACHE", "~/mine")
+    assert str(cache_directory()) == "/home/someone/mine"
+
+
+# --- is it a good one? ----------------------------------------------------------------------------------------------
+
+
+def teacher_of(path, dataset, shuffled=(), views=("identity", "hflip")):
+    """Write a teacher that is right on 90 % of the samples, but in the views `shuffled` in another order."""
+    rng = np.random.default_rng(0)
+    with ep.TeacherWriter(path, dataset, "nearly right", views=views) as writer:
+        for split in ("train", "test"):
+            labels = dataset.split(split).labels
+            said = np.where(np.arange(len(labels)) % 10 == 3, 1 - labels, labels)
+            for view in views:
+                order = rng.permutation(len(labels)) if view in shuffled else np.arange(len(labels))
+                writer.write(split, view, 0, 3 * np.eye(2)[said[order]])
+
+
+@pytest.mark.parametrize("shuffled", [(), ("identity", "hflip"), ("hflip",)])
+def test_the_accuracy_of_a_teacher_is_shown_and_one_at_chance_is_warned_of(shuffled, tmp_path, monkeypatch):
+    """0.9 by construction; 400 logits in another order agree with a label of two by chance, 0.5 within 0.075."""
+    dataset, recorder = quadrant_data(400, 20), Recorder()
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: dataset)
+    teacher_of(tmp_path / "t.h5", dataset, shuffled)
+    config = make_config(TINY, {"aug": "kd", "teacher": str(tmp_path / "t.h5")})
+    trainer = runs.start_run(config, tmp_path / "run", recorder)
+    (warned,) = recorder.texts("warning") or [""]
+    assert ("knows no more of the labels than chance" in warned) == bool(shuffled)
+    assert (f"view {shuffled[0]}" in warned) if shuffled else not warned
+    (shown,) = (text for text in recorder.texts("note") if text.startswith("nearly right: train accuracy "))
+    assert (shown == "nearly right: train accuracy 90.00%, test accuracy 90.00%") == ("identity" not in shuffled)
+    (signal_,) = trainer.learner.signals
+    for view, found in signal_.teacher.measured["train"].items():
+        assert found == 0.9 if view not in shuffled else abs(found - 0.5) < 0.075
+
+
+def test_a_stored_accuracy_that_its_logits_contradict_is_refused(tmp_path):
+    dataset = quadrant_data(400, 20)
+    teacher_of(tmp_path / "t.h5", dataset)
+    with edited(tmp_path / "t.h5") as file:
+        file["train/logits"][:] = file["train/logits"][...][:, ::-1]  # labels alternate: each gets its neighbour's
+    with (
+        ep.TeacherFile(tmp_path / "t.h5") as file,
+        pytest.raises(TeacherError, match=r"train accuracy is 90.00%, but its logits have 1\d.00% on its labels") as e,
+    ):
+        file.check(dataset)
+    assert_one_line(e, tmp_path / "t.h5", "another order", "tools/export_teacher_logits.py")

@@ -129,7 +129,7 @@ def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkey
     student = make_config(TINY, {"aug": "kd", "teacher_epochs": 2, "data_dir": str(tmp_path), "beta": 0.1})
     recorder = Recorder()
     path = teacher_cache.cached_teacher(student, quadrants, "cpu", recorder)
-    assert path.parent == tmp_path / "teachers"
+    assert path.parent == tmp_path / "cache" / "teachers"
     assert "trained by backpropagation for 2 epochs" in recorder.texts("note")[0]
     assert len(recorder.texts("epoch")) == 2
     with ep.TeacherFile(path) as file:

@@ -21,8 +21,9 @@ Written by `python tools/cli_reference.py` from the commands themselves; `cupyep
 Exit codes: 0 done; 1 something failed (one line on stderr says what and what to do); 2 wrong usage; 130 interrupted
 (SIGINT), 143 terminated (SIGTERM).
 
-Environment: `CUPYEP_DATA` names the folder of data sets and cached teachers; without it `$XDG_CACHE_HOME/cupyep`, or
-`~/.cache/cupyep`. `OPENBLAS_NUM_THREADS` and its like bound the threads of a CPU.
+Environment: `CUPYEP_DATA` names the folder of data sets; without it `$XDG_CACHE_HOME/cupyep`, or `~/.cache/cupyep`.
+`CUPYEP_CACHE` names the folder of teachers that were trained here; without it the same, or the platform's own
+(`docs/formats.md`). `OPENBLAS_NUM_THREADS` and its like bound the threads of a CPU.
 
 ## Shell completion
 

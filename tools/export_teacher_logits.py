@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ Examples:
 # Options that would say nothing about another kind of teacher.
 FOREIGN, OWN = ("--onnx", "--torch"), ("--train-bp",)
 ONLY_WITH = {"layout": FOREIGN, "mean": FOREIGN, "std": FOREIGN, "weights": ("--torch",), "epochs": OWN, "width": OWN}
+SHOWN = 4  # names of a kind in a message
+DEPTH = 4  # wrappers around a state dict
+# Where training programs keep the state dict in a checkpoint, and what wrappers of modules put before its names.
+HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
@@ -92,7 +97,8 @@ def onnx_predictor(path: Path, layout: str, device: str) -> Predict:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1:
         raise TeacherError(f"{path} has {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); one is needed")
-    name, first, size = inputs[0].name, outputs[0].name, (inputs[0].shape or [None])[0]
+    first = next((output.name for output in outputs if output.name == "logits"), outputs[0].name)
+    name, size = inputs[0].name, (inputs[0].shape or [None])[0]
 
     def predict(images: np.ndarray) -> np.ndarray:
         images = _laid_out(images, layout)
@@ -117,7 +123,7 @@ def torch_predictor(factory: str, weights: Path, layout: str, device: str) -> Pr
     factory : str
         ``package.module:callable``; called without arguments it returns the module.
     weights : path
-        A state dict; loaded with ``weights_only=True``, which runs no code from the file.
+        A state dict, alone or in a checkpoint (`unwrapped`), of PyTorch or safetensors.
 
     Raises
     ------
@@ -135,16 +141,7 @@ def torch_predictor(factory: str, weights: Path, layout: str, device: str) -> Pr
     model = _call_factory(factory)
     if not isinstance(model, torch.nn.Module):
         raise TeacherError(f"--torch {factory} returned {type(model).__name__}, not a torch.nn.Module")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the refusal below says all
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip, runtime errors; PyTorch's own text advises to trust the file
-        raise TeacherError(
-            f"{weights} is damaged or holds more than weights; save them by torch.save(model.state_dict(), ...)"
-        ) from error
-    with foreign_code(f"{weights} does not hold the weights of {factory}"):
-        model.load_state_dict(state)
+    _load_weights(model, unwrapped(read_weights(weights), model.state_dict().keys(), weights), f"{weights}", factory)
     target = "cpu" if not on_gpu else "cuda" if device == "auto" else device
     with foreign_code(f"{factory} cannot be moved to {target}"):
         model = model.to(target).eval()
@@ -152,9 +149,112 @@ def torch_predictor(factory: str, weights: Path, layout: str, device: str) -> Pr
     def predict(images: np.ndarray) -> np.ndarray:
         images = _laid_out(images, layout)
         with foreign_code(f"{factory} cannot run on images of shape {images.shape}"), torch.inference_mode():
-            return model(torch.from_numpy(images).to(target)).float().cpu().numpy()
+            return logits_of(model(torch.from_numpy(images).to(target)), factory).float().cpu().numpy()
 
     return predict
+
+
+def logits_of(output: Any, factory: str) -> Any:
+    """Return the logits in what a module returns: itself, or what is called ``logits`` in it, or the first of several.
+
+    Raises
+    ------
+    TeacherError
+        If there is no tensor in that place.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits", next(iter(output.values())) if len(output) == 1 else None)
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not hasattr(found, "float"):
+        keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+        raise TeacherError(
+            f"{factory} returns {type(output).__name__}{keys}; wanted: a tensor of logits, or something with 'logits'"
+        )
+    return found
+
+
+def read_weights(path: Path) -> Any:
+    """Return what a file of weights holds; no code in it is run.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is a safetensors file and safetensors is not installed.
+    TeacherError
+        If it is damaged, or holds anything but tensors, numbers, texts and containers of them.
+    """
+    import torch
+
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ConfigurationError(f"{path} needs safetensors: pip install safetensors") from None
+        with foreign_code(f"{path} is not a readable safetensors file"):
+            return load_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the refusal below says all
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, runtime errors; PyTorch's own text advises to trust the file
+        named = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
+        what = f" ({named[1] or named[2]})" if named else ""
+        raise TeacherError(
+            f"{path} is damaged or holds more than weights{what}; save them by torch.save(model.state_dict(), ...)"
+        ) from error
+
+
+def unwrapped(found: Any, names: Collection[str], path: Path) -> dict[str, Any]:
+    """Return the state dict in `found`, a state dict or a checkpoint that holds one, for the parameters `names`.
+
+    Prefixes that wrappers of modules put before every name are taken off, unless `names` have them, too.
+
+    Raises
+    ------
+    TeacherError
+        If there is no state dict; the message says what there is.
+    """
+    for _ in range(DEPTH):
+        if isinstance(found, Mapping) and not found.keys() & set(names):
+            found = next((found[key] for key in HOLDERS if isinstance(found.get(key), Mapping)), found)
+    if not isinstance(found, Mapping) or not any(hasattr(value, "shape") for value in found.values()):
+        holds = f"'{_few(found)}'" if isinstance(found, Mapping) else type(found).__name__
+        raise TeacherError(f"{path} holds {holds} and no state dict (looked for below {', '.join(HOLDERS)})")
+    state = {str(name): value for name, value in found.items() if name != "n_averaged"}  # of torch's AveragedModel
+    for _ in range(DEPTH):
+        if not state.keys() & set(names):
+            prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), "")
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _load_weights(model: Any, state: dict[str, Any], path: str, factory: str) -> None:
+    """Give the module the weights; say, shortly, which do not fit."""
+    with foreign_code(f"{path} does not hold the weights of {factory}"):
+        wanted = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
+        problems = {
+            "missing": [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")],
+            "unexpected": [n for n in state if n not in wanted],
+            "of another shape": [
+                f"{n} {tuple(state[n].shape)} for {tuple(shape)}"
+                for n, shape in wanted.items()
+                if shape is not None and n in state and state[n].shape != shape
+            ],
+        }
+        texts = [f"{what}: {_few(names)}" for what, names in problems.items() if names]
+        if texts:
+            raise TeacherError(f"{path} does not hold the weights of {factory}; {'; '.join(texts)}")
+        model.load_state_dict(state, strict=False)  # only counters of batches may be missing
+
+
+def _few(names: Iterable[Any]) -> str:
+    names = [str(name) for name in names]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _call_factory(factory: str) -> Any:
@@ -201,7 +301,11 @@ def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, s
 @config_options(("dataset", "data_dir", "image_size", "limit_train", "limit_test", "batch_size", "seed", "device"))
 @click.option("--onnx", type=click.Path(path_type=Path), help="Teacher: an ONNX model, images in, logits out.")
 @click.option("--torch", metavar="PACKAGE.MODULE:FACTORY", help="Teacher: the PyTorch module that this returns.")
-@click.option("--weights", type=click.Path(path_type=Path), help="State dict for --torch (loaded as weights only).")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="State dict for --torch, or a checkpoint or .safetensors file with it; no code in it is run.",
+)
 @click.option(
     "--train-bp", type=Names("--train-bp", ARCHITECTURES), help="Teacher: train this network by backpropagation first."
 )

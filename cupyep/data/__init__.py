@@ -1,6 +1,6 @@
 """Data: the data sets, the loader that feeds batches to a device, and the teacher file."""
 
-from cupyep.data.dataset import VIEWS, Dataset, Split, data_directory, load_dataset
+from cupyep.data.dataset import VIEWS, Dataset, Split, cache_directory, data_directory, load_dataset
 from cupyep.data.image_format import ImageFormat
 from cupyep.data.loader import Batch, Loader
 from cupyep.data.sources import DATASETS
@@ -16,6 +16,7 @@ __all__ = [
     "TeacherFile",
     "TeacherWriter",
     "VIEWS",
+    "cache_directory",
     "data_directory",
     "load_dataset",
 ]

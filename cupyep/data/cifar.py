@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: binary or python batches, in a folder or in the original tar.gz.
+"""CIFAR-10 and CIFAR-100: binary or python batches, in a folder or in the original tar.gz (or tar, tgz).
 
 A python batch is a pickle, which is never unpickled but read by `cupyep.data.pickles`. An archive is read in memory;
 nothing is ever extracted. Source: https://www.cs.toronto.edu/~kriz/cifar.html
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import check_labels, check_length, one_line, read_bounded
+from cupyep.data.files import check_labels, check_length, find_file, one_line, read_bounded
 from cupyep.data.pickles import Array, load_pickle
 from cupyep.data.sources import Arrays, Layout, Source
 from cupyep.errors import DataError
@@ -64,11 +64,14 @@ def layouts(source: Source, folder: Path) -> list[Layout]:
     """Return the places below `folder` where the batches may lie, the quickest to read first."""
     found = []
     for form in FORMS[source.name]:
-        for place in (folder / form.folder, folder):
+        outer = folder / form.archive.removesuffix(".tar.gz")  # some unpack an archive into a folder called like it
+        for place in (folder / form.folder, folder / form.folder / form.folder, outer / form.folder, folder):
             files = tuple(place / name for name in form.train + form.test)
             found.append(Layout(files, functools.partial(_read_folder, source, form, place)))
     for form in FORMS[source.name]:
-        archive = folder / form.archive
+        stem = form.archive.removesuffix(".tar.gz")
+        archives = (find_file(folder, stem + end) for end in (".tar", ".tgz"))
+        archive = next((path for path in archives if path.is_file()), folder / form.archive)
         found.append(Layout((archive,), functools.partial(_read_archive, source, form, archive)))
     return found
 

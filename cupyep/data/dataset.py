@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from cupyep.data import cifar, digits, idx, svhn
 from cupyep.data.download import fetch
 from cupyep.data.files import check_labels
 from cupyep.data.images import channel_statistics, resize
+from cupyep.data.original import check_original
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Layout, Source
+from cupyep.data.sources import DATASETS, SOURCES, Arrays, Layout, Source
 from cupyep.errors import ConfigurationError, DataError, choose, require
 
 READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
 """The views of an image; a batch and a teacher file number them by their place here."""
 SPLITS = ("train", "validation", "test")
+SHOWN = 8  # names in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +192,7 @@ def load_dataset(
     source = SOURCES[choose("data set", name, DATASETS)]
     _check_limits(source, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
-    arrays = digits.read(source) if name == "digits" else _find(source, data_directory(data_dir), download).read()
+    arrays = _read(source, data_directory(data_dir), download)
     train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
     mean, std = channel_statistics(train.images)
     train, held = train.hold_out(validation, seed) if validation else (train, None)
@@ -205,11 +208,25 @@ def data_directory(data_dir: str | Path | None = None) -> Path:
     The cache folder is ``$XDG_CACHE_HOME/cupyep``, or ``~/.cache/cupyep``.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cupyep"
-    folder = Path(data_dir or os.environ.get("CUPYEP_DATA") or cache)
+    return _at_home(data_dir or os.environ.get("CUPYEP_DATA") or cache, "data folder")
+
+
+def cache_directory() -> Path:
+    """Return the folder of what can be made again, teachers above all: ``CUPYEP_CACHE``, else the platform's place.
+
+    That is ``cupyep`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, on macOS in ``~/Library/Caches``, on Windows in
+    ``%LOCALAPPDATA%``.
+    """
+    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
+    place = os.environ.get("XDG_CACHE_HOME") or base.get(sys.platform, "~/.cache")
+    return _at_home(os.environ.get("CUPYEP_CACHE") or Path(place) / "cupyep", "cache folder")
+
+
+def _at_home(folder: str | Path, what: str) -> Path:
     try:
-        return folder.expanduser()
+        return Path(folder).expanduser()
     except RuntimeError as error:
-        raise ConfigurationError(f"data folder '{folder}': whose home that is, is not known") from error
+        raise ConfigurationError(f"{what} '{folder}': whose home that is, is not known") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
@@ -246,6 +263,16 @@ def _checked_size(source: Source, image_size: int | None) -> int:
     return image_size
 
 
+def _read(source: Source, folder: Path, download: bool) -> tuple[Arrays, Arrays]:
+    """Return (train, test) as they are in the files, which hold what the name promises."""
+    if source.name == "digits":
+        return digits.read(source)
+    layout = _find(source, folder, download)
+    arrays = layout.read()
+    check_original(source, arrays, layout.place)
+    return arrays
+
+
 def _find(source: Source, folder: Path, download: bool) -> Layout:
     """Return the first complete layout below `folder`, downloading the original archives if there is none."""
     layouts, note = layouts_found(source.name, folder)
@@ -254,10 +281,20 @@ def _find(source: Source, folder: Path, download: bool) -> Layout:
         layouts = [] if reason else layouts_found(source.name, folder)[0]
         if not layouts:
             raise DataError(
-                f"data set {source.name} not found in {folder} ({note}{reason}): put there {source.accepts}, "
-                "or name the folder that has it by --data-dir or CUPYEP_DATA"
+                f"data set {source.name} not found in {folder} ({note}{reason}; {_seen(folder)}): put there "
+                f"{source.accepts}, or name the folder that has it by --data-dir or CUPYEP_DATA"
             )
     return layouts[0]
+
+
+def _seen(folder: Path) -> str:
+    """Return what lies in `folder`, in words."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"the folder cannot be read: {error.strerror}"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"seen there: {', '.join(names[:SHOWN]) or 'nothing'}{more}"
 
 
 def layouts_found(name: str, folder: Path) -> tuple[list[Layout], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 
 from cupyep.errors import DataError
 
+GZIP = b"\x1f\x8b"  # how a gzip file begins, and nothing else that is read here
+
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return the content of `path`, decompressed when its name ends in ``.gz``.
+    """Return the content of `path`, decompressed when it begins as gzip files do, whatever it is called.
 
     Parameters
     ----------
@@ -26,13 +29,34 @@ def read_bounded(path: Path, limit: int) -> bytes:
         If the file cannot be read, is a truncated or damaged gzip file, or holds more than `limit` bytes.
     """
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        with open(path, "rb") as raw, gzip.open(raw) if raw.peek(2).startswith(GZIP) else raw as file:
             content = file.read(limit + 1)  # one more: finds what is too long, and makes gzip compare its checksum
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)}); truncated or damaged, get it again") from error
     if len(content) > limit:
         raise DataError(f"{path}: holds more than the {limit} bytes expected; get the original file")
     return content
+
+
+def plain_name(path: Path) -> str:
+    """Return an original file's name for any of those it goes by: dots, capitals, ``.gz``, a second download."""
+    name = re.sub(r"(\.gz|\.\d| ?\(\d\))+$", "", path.name.lower())
+    return re.sub(r"\.(idx\d-ubyte)$", r"-\1", name)
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """Return the file in `folder` that `plain_name` calls `name`, or else ``folder / name``.
+
+    Some unpack every archive into a folder that is called like the file in it; that is looked into.
+    """
+    if (folder / name).is_file():
+        return folder / name
+    try:
+        found = [path for path in sorted(folder.iterdir()) if plain_name(path) == name]
+    except OSError:
+        return folder / name
+    found += [inner for path in found if path.is_dir() for inner in path.iterdir() if plain_name(inner) == name]
+    return next((path for path in found if path.is_file()), folder / name)
 
 
 def check_length(content: bytes | memoryview, expected: int, where: str | Path) -> None:

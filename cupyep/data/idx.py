@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: four files in the IDX format, plain or gzip-compressed.
+"""MNIST and Fashion-MNIST: four files in the IDX format, plain or gzip-compressed, under any of their usual names.
 
 IDX: four magic bytes ``0 0 type rank`` (type 8 is uint8), `rank` big-endian uint32 lengths, then the bytes.
 Source: https://yann.lecun.com/exdb/mnist/
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import check_labels, check_length, read_bounded
+from cupyep.data.files import check_labels, check_length, find_file, read_bounded
 from cupyep.data.sources import Arrays, Layout, Source
 from cupyep.errors import DataError
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 FOLDERS = {
     "mnist": ("mnist", "MNIST/raw", "MNIST"),
-    "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "FashionMNIST"),
+    "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "FashionMNIST", "fashion_mnist", "fashion", "fashionmnist"),
 }
 
 
@@ -30,14 +30,14 @@ def layouts(source: Source, folder: Path) -> list[Layout]:
     so, and for MNIST only when it is not.
     """
     places = [folder / name for name in FOLDERS[source.name]]
-    named_fashion = {"fashion-mnist", "FashionMNIST"} & {folder.name, folder.parent.name}
+    named_fashion = {"fashion-mnist", "FashionMNIST", "fashion_mnist"} & {folder.name, folder.parent.name}
     if bool(named_fashion) == (source.name == "fashion-mnist"):
         places.append(folder)
     return [_layout(source, place) for place in places]
 
 
 def _layout(source: Source, place: Path) -> Layout:
-    files = tuple(place / name if (place / name).is_file() else place / f"{name}.gz" for name in FILES)
+    files = tuple(find_file(place, name) for name in FILES)
     return Layout(files, functools.partial(_read, source, files))
 
 

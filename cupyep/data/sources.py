@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,9 @@ class Source:
         Where the data set is described, and on what terms it may be used, in words.
     sums : mapping of str to str
         Further published MD5 sums by file name: of other archives, and of extracted files where they are known.
+    fingerprints : tuple of str
+        Of the training and of the test part as they are read, whatever files they come from; see `fingerprint`. Empty
+        where they are not known.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Source:
     homepage: str
     licence: str
     sums: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Layout:
     @property
     def place(self) -> Path:
         """The one file (an archive), or the folder that holds all of them."""
-        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+        return self.files[0] if len(self.files) == 1 else Path(os.path.commonpath(self.files))
 
 
 def _remotes(base: str, folder: str, sums: dict[str, str]) -> tuple[Remote, ...]:
@@ -119,6 +124,7 @@ SOURCES = {
                 "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
                 "test_batch": "40351d587109b95175f43aff81a1287e",
             },
+            fingerprints=("a6638aac02242e3a36040757919ecbcc", "fb5628be1942cbbd8b77ff1348265d01"),
         ),
         Source(
             name="cifar100",
@@ -138,6 +144,7 @@ SOURCES = {
                 "train": "16019d7e3df5f24257cddd939b257f8d",
                 "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
             },
+            fingerprints=("7296d15b838a90cd8c4fdcc9adb7f696", "0ebfce3aca2fe8062080d54e08d7d0a0"),
         ),
         Source(
             name="mnist",
@@ -147,7 +154,7 @@ SOURCES = {
             test_count=10000,
             flip=False,
             pad=2,
-            accepts="a folder mnist or MNIST/raw with the four idx files (.gz or not)",
+            accepts="a folder mnist or MNIST/raw with the four idx files (train-images-idx3-ubyte, ...)",
             remotes=_remotes(
                 "https://ossci-datasets.s3.amazonaws.com/mnist/",
                 "mnist/",
@@ -170,6 +177,7 @@ SOURCES = {
                 "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
                 "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
             },
+            fingerprints=("5222f2ba145e3639bbebe913af99da02", "80ebbbc52a45750c7014f75d0b38ffcd"),
         ),
         Source(
             name="fashion-mnist",
@@ -179,7 +187,7 @@ SOURCES = {
             test_count=10000,
             flip=True,
             pad=2,
-            accepts="a folder fashion-mnist or FashionMNIST/raw with the four idx files (.gz or not)",
+            accepts="a folder fashion-mnist or FashionMNIST/raw with the four idx files (train-images-idx3-ubyte, ...)",
             remotes=_remotes(
                 "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                 "fashion-mnist/",
@@ -199,6 +207,7 @@ SOURCES = {
                 "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
                 "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
             },
+            fingerprints=("451978ad4f181c64fc4b89686e4c8fbd", "89448dbd034f35973240c5c918749027"),
         ),
         Source(
             name="svhn",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import check_labels, one_line, read_bounded
+from cupyep.data.files import check_labels, find_file, one_line, read_bounded
 from cupyep.data.matlab import read_matlab
 from cupyep.data.sources import Arrays, Layout, Source
 from cupyep.errors import DataError
@@ -26,7 +26,7 @@ def layouts(source: Source, folder: Path) -> list[Layout]:
     """Return the places below `folder` where the two files may lie."""
     found = []
     for place in (folder / "svhn", folder / "SVHN", folder):
-        files = tuple(place / name for name in FILES)
+        files = tuple(find_file(place, name) for name in FILES)
         found.append(Layout(files, functools.partial(_read, source, files)))
     return found
 

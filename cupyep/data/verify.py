@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cupyep.data import digits
 from cupyep.data.dataset import layouts_found
-from cupyep.data.files import read_bounded
+from cupyep.data.files import plain_name, read_bounded
+from cupyep.data.original import check_original
 from cupyep.data.sources import SOURCES, Arrays, Source
 from cupyep.errors import DataError
 
@@ -52,23 +51,11 @@ def verify(name: str, folder: Path) -> Iterator[Finding]:
 def _finding(source: Source, place: str, read: Callable[[], tuple[Arrays, Arrays]], files: tuple[Path, ...]) -> Finding:
     try:
         arrays = read()
-        _check_counts(source, arrays)
+        check_original(source, arrays, place)
         text = f"{_counts(source)}; {_check_sums(source, files)}"
     except DataError as error:
         return Finding(source.name, place, False, str(error))
     return Finding(source.name, place, True, text)
-
-
-def _check_counts(source: Source, arrays: tuple[Arrays, Arrays]) -> None:
-    for split, (_, labels), wanted in zip(("train", "test"), arrays, source.per_class, strict=True):
-        counts = np.bincount(labels, minlength=len(wanted))
-        wrong = np.flatnonzero(counts != np.array(wanted))
-        if wrong.size:
-            c = int(wrong[0])
-            raise DataError(
-                f"{counts[c]} {split} images of class '{source.classes[c]}', {source.name} has {wanted[c]} "
-                f"({wrong.size} classes differ); these are not the original data, get them again"
-            )
 
 
 def _counts(source: Source) -> str:
@@ -81,8 +68,8 @@ def _check_sums(source: Source, files: tuple[Path, ...]) -> str:
     published = {Path(remote.place).name: remote.md5 for remote in source.remotes} | dict(source.sums)
     compared = 0
     for file in files:
-        if file.suffix == ".gz" and file.stem in source.sums:  # compressed anew by some mirrors: the content counts
-            wanted, found = source.sums[file.stem], hashlib.md5(read_bounded(file, LIMIT)).hexdigest()
+        if plain_name(file) in source.sums:  # compressed anew by some mirrors: the content counts
+            wanted, found = source.sums[plain_name(file)], hashlib.md5(read_bounded(file, LIMIT)).hexdigest()
         elif file.name in published:
             wanted, found = published[file.name], md5(file)
         else:

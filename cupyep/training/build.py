@@ -56,15 +56,33 @@ def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: De
     )
 
 
-def build_signals(config: TrainConfig, network: Network, dataset: Dataset, teacher: Path | None) -> list[Augmenter]:
-    """Return the intermediate signals: none, local error, or distillation from the file `teacher`."""
+def build_signals(
+    config: TrainConfig, network: Network, dataset: Dataset, teacher: Path | None, display: Display | None = None
+) -> list[Augmenter]:
+    """Return the intermediate signals: none, local error, or distillation from the file `teacher`, which is shown."""
     if config.aug != "kd":
         return make_signals(config, network)
     file = TeacherFile(teacher)
     file.check(dataset)
     if config.flip and dataset.flip:
         file.logits("train", dataset.train.index[:1], 1)  # one without mirrored views is refused before the first batch
+    if display is not None:
+        _show_teacher(file, display.about("teacher"))
     return make_signals(config, network, file)
+
+
+def _show_teacher(file: TeacherFile, display: Display) -> None:
+    """Show how good a teacher that has been checked is."""
+    train, test = (file.measured[name]["identity"] for name in ("train", "test"))
+    text = f"{file.teacher}: train accuracy {train:.2%}, test accuracy {test:.2%}"
+    display.show("note", text, train_accuracy=train, test_accuracy=test)
+    if views := file.by_chance():
+        found = file.measured["train"][views[0]]
+        display.show(
+            "warning",
+            f"{file.path} knows no more of the labels than chance (view {views[0]}, train accuracy {found:.2%}): a "
+            "student learns nothing from it; were its logits written in another order?",
+        )
 
 
 def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> list[Augmenter]:

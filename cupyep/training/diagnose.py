@@ -26,7 +26,7 @@ from cupyep.training.diagnostics import Finding, Record, Setting, find, probe_re
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 from cupyep.training.statistics import LEVELS, gradient_norms, layer_names
-from cupyep.training.teacher_cache import teacher_path
+from cupyep.training.teacher_cache import KEPT, teacher_path
 
 #: Columns of the table: key of a row -> title, format.
 COLUMNS = {
@@ -137,7 +137,7 @@ def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | N
     dataset = build_dataset(config)
     network = build_network(config, dataset, get_device(config.device))
     check_same_network(file, saved, network)
-    signals, notes = _signals(config, network, dataset)
+    signals, notes = _signals(config, network, dataset, file.parent)
     learner = build_learner(config, network, signals, np.random.default_rng(config.seed))
     own = {name: a for name, a in saved.parameters.items() if signals or not name.startswith("signals.")}
     restore_parameters(file, own, learner.parameters(), network.device)
@@ -181,10 +181,11 @@ def _open(path: Path, which: str) -> tuple[Path, Checkpoint, TrainConfig]:
     return path, saved, make_config(saved.config)
 
 
-def _signals(config: TrainConfig, network: Any, dataset: Any) -> tuple[list[Any], list[str]]:
+def _signals(config: TrainConfig, network: Any, dataset: Any, run: Path) -> tuple[list[Any], list[str]]:
     if config.aug != "kd":
         return build_signals(config, network, dataset, None), []
     teacher = Path(config.teacher) if config.teacher else teacher_path(config, dataset)
+    teacher = run / KEPT if (run / KEPT).is_file() else teacher
     if not teacher.is_file():
         return [], [f"without the distillation of the run: its teacher file {teacher} is not there"]
     return build_signals(config, network, dataset, teacher), []

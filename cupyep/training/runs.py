@@ -23,7 +23,7 @@ from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name
 from cupyep.training.display import Display
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, default_path
-from cupyep.training.teacher_cache import cached_teacher
+from cupyep.training.teacher_cache import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
 from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
 
@@ -50,8 +50,10 @@ def start_run(config: TrainConfig, path: str | Path | None = None, display: Disp
         One clear line for whatever stands in the way.
     """
     path = check_free(default_path(config) if path is None else path)
-    trainer = _prepare(config, display or Display())
+    trainer, teacher = _prepare(config, display or Display())
     trainer.directory = RunDirectory.create(path, config)
+    if teacher:
+        keep_teacher(teacher, path)
     _show_start(trainer, f"run directory {path}")
     return trainer
 
@@ -75,10 +77,15 @@ def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | No
         allowed = ", ".join(map(option_name, RESUME_OPTIONS))
         require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
     directory.config = dataclasses.replace(directory.config, **given)
-    trainer = _prepare(directory.config, display or Display())
+    other = Path(given.get("teacher") or "")
+    same = not other.is_file() or is_teacher_of(directory.path, other)
+    require(same, f"--teacher {other} is not the one that the run started with; leave it out, or start a new run")
+    trainer, teacher = _prepare(directory.config, display or Display(), directory.path)
     trainer.directory = directory
     problem = trainer.resume()
     directory.write_config()
+    if teacher:
+        keep_teacher(teacher, directory.path)
     if problem:
         trainer.display.show("warning", f"{problem}; going on from {PREVIOUS}")
     batch = f", batch {trainer.batches_done} of {len(trainer.train)}" if trainer.batches_done else ""
@@ -133,8 +140,8 @@ def evaluate_run(
     return lines
 
 
-def _prepare(config: TrainConfig, display: Display) -> Trainer:
-    """Return the trainer of `config`, without a run directory."""
+def _prepare(config: TrainConfig, display: Display, run: Path | None = None) -> tuple[Trainer, Path | None]:
+    """Return the trainer of `config`, without a run directory, and the file of its teacher; `run` is to go on."""
     device = get_device(config.device)
     dataset = build_dataset(config)
     network = build_network(config, dataset, device)
@@ -144,13 +151,18 @@ def _prepare(config: TrainConfig, display: Display) -> Trainer:
         # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
         trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
-    signals = build_signals(config, network, dataset, _teacher(config, dataset, device, display))
-    return build_trainer(config, dataset, network, signals, display=display)
+    teacher = _teacher(config, dataset, device, display, run)
+    signals = build_signals(config, network, dataset, teacher, display)
+    return build_trainer(config, dataset, network, signals, display=display), teacher
 
 
-def _teacher(config: TrainConfig, dataset: Dataset, device: Device, display: Display) -> Path | None:
+def _teacher(config: TrainConfig, dataset: Dataset, device: Device, display: Display, run: Path | None) -> Path | None:
     if config.aug != "kd":
         return None
+    if run is not None:
+        other = Path(config.teacher) if config.teacher else teacher_path(config, dataset)
+        if kept := kept_teacher(run, [other]):
+            return kept
     return Path(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display)
 
 

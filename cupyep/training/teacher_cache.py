@@ -1,4 +1,8 @@
-"""The teacher that ``--aug kd`` trains when none is given: kept in a file and found again, trained as a run is."""
+"""The teacher that ``--aug kd`` trains when none is given, kept in the cache; the teacher that a run keeps with it.
+
+A run holds the teacher that it started with, ``teacher.h5``, and in ``teacher.sha256`` its checksum, as ``sha256sum``
+writes it: it goes on with this one and no other, whatever became of cache and data folder.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ import numpy as np
 
 from cupyep._version import __version__
 from cupyep.backend import Device
-from cupyep.data import Dataset, TeacherFile, data_directory
-from cupyep.errors import Interrupted, TeacherError
-from cupyep.files import FolderLock, can_write, remove_leftovers
+from cupyep.data import Dataset, cache_directory, data_directory
+from cupyep.errors import CheckpointError, Interrupted, TeacherError
+from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
 from cupyep.network import Network
 from cupyep.training.build import feature_name
 from cupyep.training.config import TrainConfig, parse_layers
@@ -28,17 +32,86 @@ from cupyep.training.teacher import SHARED, TEACHER_SETTINGS, export_logits, fee
 
 NO_MATTER = {"device", "data_dir", "checkpoint_minutes", "on_divergence"}  # to what becomes of a teacher
 WAIT_S = 1.0
+KEPT, CHECKSUM = "teacher.h5", "teacher.sha256"  # in the folder of a run
 
 
 def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
     """Return where the teacher file for the student `config` is kept if none is given.
 
-    It lies in the folder ``teachers`` below the data folder; its name holds a hash of all that determines it: options,
-    images, labels and the version of cupyep.
+    It lies in the folder ``teachers`` of the cache (`cache_directory`), or of the data folder, where they were kept in
+    earlier versions, if it is found there. Its name holds a hash of all that determines it: options, images, labels and
+    the version of cupyep.
     """
     own = teacher_config(config)
     digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
-    return data_directory(config.data_dir) / "teachers" / f"{own.arch}-{own.dataset}-{digest}.h5"
+    name = Path("teachers") / f"{own.arch}-{own.dataset}-{digest}.h5"
+    old = data_directory(config.data_dir) / name
+    return old if old.is_file() else cache_directory() / name
+
+
+def keep_teacher(path: Path, run: Path) -> None:
+    """Keep the teacher file `path` with the run in the folder `run`, unless it is the run's own already.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder cannot be written.
+    """
+    kept = run / KEPT
+    try:
+        if path != kept:
+            with replacing(kept) as temporary:
+                if os.access(path, os.W_OK):
+                    link(path.resolve(), temporary)
+                else:  # a link would be as hard to write, and to remove
+                    shutil.copyfile(path, temporary)
+            write_file(run / CHECKSUM, f"{_checksum(kept)}  {KEPT}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot keep the teacher in '{run}': {error.strerror}") from error
+
+
+def kept_teacher(run: Path, others: Sequence[Path] = ()) -> Path | None:
+    """Return the file of the teacher that the run in the folder `run` started with; None if the run does not tell.
+
+    Parameters
+    ----------
+    run : Path
+    others : sequence of Path
+        Where it may be, should the run's own copy be gone.
+
+    Raises
+    ------
+    TeacherError
+        If there is none with the run's checksum.
+    """
+    if not (run / CHECKSUM).is_file():
+        return None
+    places = [run / KEPT, *others]
+    found = next((path for path in places if path.is_file() and is_teacher_of(run, path)), None)
+    if found is None:
+        raise TeacherError(
+            f"the teacher that the run in '{run}' started with is none of {', '.join(map(str, places))} (by its "
+            f"checksum in {CHECKSUM}); put it there as {KEPT}, or start a new run"
+        )
+    return found
+
+
+def is_teacher_of(run: Path, path: Path) -> bool:
+    """Return whether `path` is the teacher file that the run in the folder `run` started with, as far as it tells."""
+    if not (run / CHECKSUM).is_file():
+        return True
+    try:
+        return read_text(run / CHECKSUM, 1 << 10, errors="replace").split(" ")[0] == _checksum(path)
+    except OSError as error:
+        raise TeacherError(f"cannot read the teacher of '{run}', or its checksum: {error.strerror}") from error
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def cached_teacher(
@@ -62,25 +135,20 @@ def cached_teacher(
     path, display = teacher_path(config, dataset), (display or Display()).about("teacher")
     folder = path.with_suffix("")
     if path.is_file():
-        _show_found(path, display)
+        display.show("note", f"{path} from an earlier run")
     else:
         if not can_write(path.parent):
             raise TeacherError(
-                f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; give another "
-                "--data-dir, or a --teacher made by tools/export_teacher_logits.py"
+                f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; name another "
+                "folder by CUPYEP_CACHE, or give a --teacher made by tools/export_teacher_logits.py"
             )
         with _alone(folder, display):
             if path.is_file():
-                _show_found(path, display)
+                display.show("note", f"{path} from an earlier run")
             else:
                 _make_teacher(config, dataset, device, display, path)
     shutil.rmtree(folder, ignore_errors=True)  # nobody needs it now; another process may be removing it
     return path
-
-
-def _show_found(path: Path, display: Display) -> None:
-    with TeacherFile(path) as file:
-        display.show("note", f"{path} from an earlier run, test accuracy {file.accuracy('test'):.2%}")
 
 
 @contextlib.contextmanager
@@ -118,16 +186,16 @@ def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, d
         network = train_teacher(own, dataset, device, display, folder / "run")
         wanted = config.signal_layers if config.teacher_features else ""
         layers = parse_layers(wanted, network.depth) if wanted else []
-        accuracy = _export(network, layers, dataset, folder / path.name, own, display)
+        _export(network, layers, dataset, folder / path.name, own, display)
     except Interrupted as error:
         raise Interrupted(f"{error} while the teacher is trained; the same command goes on", error.number) from None
     os.replace(folder / path.name, path)
-    display.show("note", f"test accuracy {accuracy['test']:.2%}, kept in {path}")
+    display.show("note", f"kept in {path}")
 
 
 def _export(
     network: Network, layers: Sequence[int], dataset: Dataset, path: Path, config: TrainConfig, display: Display
-) -> dict[str, float]:
+) -> None:
     """Write the teacher file of a network that was trained with `config`, unless a signal comes."""
     text = f"{config.arch} trained by backpropagation, {config.epochs} epochs, cupyep {__version__}"
     features = {feature_name(n): network.state_shapes[n - 1] for n in layers}
@@ -138,7 +206,7 @@ def _export(
             interruptions.check()
             return predict(images)
 
-        return export_logits(
+        export_logits(
             predict_or_stop, dataset, path, teacher=text, features=features, device=network.device, display=display
         )
 

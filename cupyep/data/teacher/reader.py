@@ -16,7 +16,14 @@ from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, 
 from cupyep.errors import TeacherError, choose
 
 MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory
+ROUNDING = 0.005  # by which a stored accuracy may be off: ties, logits rounded to halves
+FEWEST = 200  # samples from which an accuracy is told from chance
 MOST_SAMPLES = 1 << 26  # of a split; labels are read whole
+# How models, by the endings of their files, become teacher files.
+MODELS = {
+    ".onnx": "--onnx {}",
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".safetensors"), "--torch PACKAGE.MODULE:FACTORY --weights {}"),
+}
 AGAIN = "make the file again with tools/export_teacher_logits.py"
 
 
@@ -32,6 +39,8 @@ class TeacherFile:
     dataset, teacher : str
     classes, views : tuple of str
     feature_layers : dict of str to (H, W, C)
+    measured : dict of str to dict of str to float
+        Accuracy, from 0 to 1, by split and view, counted from the logits; filled by `check`.
 
     Raises
     ------
@@ -41,10 +50,16 @@ class TeacherFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.measured: dict[str, dict[str, float]] = {}
         self._memory: dict[str, np.ndarray] = {}
         self._index: dict[str, np.ndarray] = {}  # canonical index of each row, where that is not the row's number
         if not self.path.is_file():
             raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
+        if option := MODELS.get(self.path.suffix.lower()):
+            raise TeacherError(
+                f"'{self.path}' is a model, no teacher file; make one of it by: python tools/export_teacher_logits.py "
+                f"--dataset NAME {option.format(self.path)} --output teacher.h5"
+            )
         with self._disk():
             self._file = hdf5.open_file(self.path)
         try:
@@ -139,7 +154,10 @@ class TeacherFile:
         return index
 
     def check(self, dataset: Dataset) -> None:
-        """Raise `TeacherError` unless the file is a finite teacher of just these samples, in this order."""
+        """Raise `TeacherError` unless the file is a finite teacher of just these samples, in this order.
+
+        Its accuracies are counted anew; one that contradicts the file's own is refused.
+        """
         remedy = f"make one for {dataset.name} with tools/export_teacher_logits.py"
         self._check(
             self.dataset == dataset.name, f"is a teacher for data set {self.dataset}, not {dataset.name}; {remedy}"
@@ -148,7 +166,7 @@ class TeacherFile:
         for name in SPLITS:
             with self._disk():
                 self._check_labels(dataset, name, remedy)
-                self._check_finite(name)
+                self._check_logits(name)
 
     def _check_classes(self, dataset: Dataset, remedy: str) -> None:
         ours, theirs = dataset.classes, self.classes
@@ -185,23 +203,42 @@ class TeacherFile:
         rows = np.searchsorted(known, index).clip(0, count - 1)
         return rows, known[rows] == index
 
-    def _check_finite(self, name: str) -> None:
-        logits = self._file[f"{name}/logits"]
+    def _check_logits(self, name: str) -> None:
+        logits, labels = self._file[f"{name}/logits"], self._file[f"{name}/labels"][...]
+        right = np.zeros(len(self.views))
         for rows in blocks(logits):
-            finite = np.isfinite(logits[:, rows]).all(axis=2)
+            values = logits[:, rows]
+            right += (values.argmax(axis=2) == labels[rows]).sum(axis=1)
+            finite = np.isfinite(values).all(axis=2)
             if not finite.all():
                 view, row = (int(i[0]) for i in np.nonzero(~finite))
                 sample = rows.start + row
                 self._check(
                     False, f"{name}/logits of sample {sample}, view {self.views[view]}, are not finite; {AGAIN}"
                 )
+        self.measured[name] = dict(zip(self.views, (right / len(labels)).tolist(), strict=True))
+        stored, found = self.accuracy(name), self.measured[name]["identity"]
+        self._check(
+            abs(stored - found) <= ROUNDING,
+            f"says that its {name} accuracy is {stored:.2%}, but its logits have {found:.2%} on its labels: one of "
+            f"them is in another order or of another teacher; {AGAIN}",
+        )
+
+    def by_chance(self) -> list[str]:
+        """Return the views whose training logits say no more of the labels than guessing does; `check` comes first.
+
+        Of fewer than `FEWEST` samples nothing is said.
+        """
+        count, guess = self.count("train"), 1 / len(self.classes)
+        most = guess + 3 * (guess * (1 - guess) / count) ** 0.5
+        return [view for view, found in self.measured["train"].items() if count >= FEWEST and found <= most]
 
     def count(self, split_name: str) -> int:
         """Return the number of samples of a split that the file covers."""
         return self._file[f"{split_name}/logits"].shape[1]
 
     def accuracy(self, split_name: str) -> float:
-        """Return the teacher's accuracy on a split, from 0 to 1, identity view."""
+        """Return the accuracy on a split that the file states, from 0 to 1, identity view."""
         return float(self._file[split_name].attrs["accuracy"])
 
     def logits(self, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
