@@ -18,7 +18,7 @@ from cupyep.dynamics import Classical, Deviation, Nudge, State
 from cupyep.errors import choose, require
 from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.losses import one_hot
-from cupyep.model_file import read_network, write_network
+from cupyep.model_file import describe, read_network, write_network
 from cupyep.settling import settle, watched
 from cupyep.structure import Structure
 from cupyep.workspace import Memory, Workspace, update_ops
@@ -59,6 +59,10 @@ class Network(Structure):
     def memory(self) -> Memory:
         """What settling and learning need beside the parameters."""
         return Memory(self.layers, self.device, self.precision)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what this network is, parameters aside: see `cupyep.model_file.describe`."""
+        return describe(self)
 
     def save(self, path: str | Path) -> None:
         """Write structure and parameters to one HDF5 file; see `cupyep.model_file` for its form and the errors."""

@@ -186,13 +186,13 @@ class Learner:
     def _add_edge(self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, ops: Any, bias=True):
         """Add ``corr(below, U_n(above))`` to edge n's gradient (and the sum of ``U_n(above)`` to its bias')."""
         path = f"layers.{n}"
-        bias = gradients[f"{path}.bias"] if bias else None
+        bias = gradients.get(f"{path}.bias") if bias else None
         self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
 
     def _scale_edges(self, gradients: dict[str, Any]) -> None:
         """Multiply the gradients of edges, sums so far, by their factors."""
-        for n, factor in enumerate(self._factors, 1):
-            for name in ("weight", "bias"):
+        for n, (edge, factor) in enumerate(zip(self.network.layers, self._factors, strict=True), 1):
+            for name in edge.parameters():
                 gradients[f"layers.{n}.{name}"] *= factor
 
     def _add_terms(
