@@ -14,6 +14,7 @@ from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
+from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 
 
@@ -55,6 +56,7 @@ class Backpropagation(Learner):
             below = state.layers[n]
         return state
 
+    @exclusive
     def scores(self, batch: Batch) -> Any:
         return self.network.outputs(self.forward(batch).layers[-1])
 

@@ -15,6 +15,7 @@ from cupyep.kernels.conv import chunked
 from cupyep.layout import Layout
 from cupyep.network import Network
 from cupyep.settling import SCHEDULES, SettleStats, check_relaxation
+from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take
@@ -77,14 +78,13 @@ class Learner:
         self.network = network
         self.micro_batch = micro_batch
         self.signals = [network.bind(signal) for signal in signals]
-        self._paths: dict[int, str] = {id(network.readout): "readout"}
-        for index, signal in enumerate(self.signals):
-            for layer in signal.layers:
-                self._paths[id(signal.term(layer))] = f"signals.{index}.layer{layer}"
         self._gradients: dict[str, Any] = {}
         # By what the edges' gradients are multiplied when all parts of a batch are in, the same for all of them. The
         # states must not be: halves might not hold them then.
         self._factors = [1.0] * network.depth
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_gradients": {}}
 
     def parameters(self) -> dict[str, Any]:
         """Return all trained arrays by path: the network's, and learned maps as ``signals.0.layer3.weight``."""
@@ -95,6 +95,7 @@ class Learner:
         }
         return self.network.parameters() | learned
 
+    @exclusive
     def step(self, x: Any, targets: Any = None) -> StepResult:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
         batch = self.network.batch(x, targets)
@@ -132,6 +133,7 @@ class Learner:
         """Return the readout's output (N, classes) as this algorithm predicts."""
         raise NotImplementedError
 
+    @exclusive
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
         figures = [self._judge(self.scores(part), part) for part in self._parts(self.network.batch(x, targets))]
@@ -246,7 +248,10 @@ class Learner:
         return copy
 
     def _of(self, term: LossTerm, gradients: dict[str, Any]) -> dict[str, Any]:
-        path = self._paths[id(term)]
+        paths = {id(self.network.readout): "readout"}
+        for index, signal in enumerate(self.signals):
+            paths |= {id(signal.term(layer)): f"signals.{index}.layer{layer}" for layer in signal.layers}
+        path = paths[id(term)]
         return {name: gradients[f"{path}.{name}"] for name in term.parameters()}
 
 
