@@ -26,7 +26,10 @@ from cupyep.learning import (
     BackpropagationThroughTime,
     EquilibriumPropagation,
     StepResult,
+    check_activation,
+    check_edge,
     check_gradients,
+    check_signal,
 )
 from cupyep.losses import CrossEntropy, SquaredError
 from cupyep.models import ARCHITECTURES, build, vgg
@@ -82,7 +85,10 @@ __all__ = [
     "__version__",
     "array_module",
     "build",
+    "check_activation",
+    "check_edge",
     "check_gradients",
+    "check_signal",
     "get_activation",
     "get_device",
     "gpu_status",

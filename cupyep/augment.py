@@ -35,6 +35,12 @@ class _LayerTerm(LossTerm):
 
     def add_force(self, state, target, scale, force, scratch=None):
         gradient = self.augmenter.gradient(self.layer, state, target)
+        shape = getattr(gradient, "shape", ())  # another one would be spread over the state
+        if shape != state.shape:
+            raise ConfigurationError(
+                f"{type(self.augmenter).__name__}, layer {self.layer}: the gradient has shape {shape}, "
+                f"the state {tuple(state.shape)}; they must be equal"
+            )
         force += scale.reshape(-1, *[1] * (force.ndim - 1)) * gradient
 
 
@@ -43,8 +49,9 @@ class Augmenter:
 
     Parameters
     ----------
-    layers : int or sequence of int
-        Layers, counted from 1 (the layer that sees the image).
+    layers : int, sequence of int or "all"
+        Layers, counted from 1 (the layer that sees the image); ``"all"`` is every layer of the network that the signal
+        is bound to.
     kappa : float
         Weight against the readout's loss, at least 0.
     annealing : {"cosine", "constant"}
@@ -56,12 +63,16 @@ class Augmenter:
         The current weight.
     """
 
-    def __init__(self, layers: int | Sequence[int], kappa: float = 0.5, annealing: str = "cosine"):
+    def __init__(self, layers: int | Sequence[int] | str, kappa: float = 0.5, annealing: str = "cosine"):
+        require(
+            not isinstance(layers, str) or layers == "all", f"signal layers must be numbers or 'all', not '{layers}'"
+        )
+        self.every_layer = isinstance(layers, str)
         layers = [layers] if isinstance(layers, int) else layers
         require(kappa >= 0 and math.isfinite(kappa), f"kappa must be a number of at least 0, not {kappa}")
         require(len(layers) > 0, "a signal needs at least one layer")
-        require(len(set(layers)) == len(layers), f"signal layers must not repeat: {list(layers)}")
-        self.layers = [int(layer) for layer in layers]
+        require(self.every_layer or len(set(layers)) == len(layers), f"signal layers must not repeat: {list(layers)}")
+        self.layers = [] if self.every_layer else [int(layer) for layer in layers]
         self.initial_kappa = float(kappa)
         self.kappa = float(kappa)
         self.annealing = choose("kappa annealing", annealing, ANNEALINGS)
@@ -89,6 +100,8 @@ class Augmenter:
         ConfigurationError
             If a layer does not exist.
         """
+        if self.every_layer:
+            self.layers = list(range(1, len(shapes) + 1))
         for layer in self.layers:
             require(
                 1 <= layer <= len(shapes),
@@ -174,7 +187,7 @@ class LocalError(_MapAugmenter):
 
     def __init__(
         self,
-        layers: int | Sequence[int],
+        layers: int | Sequence[int] | str,
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -210,7 +223,7 @@ class Distillation(_MapAugmenter):
     def __init__(
         self,
         teacher: TeacherFile,
-        layers: int | Sequence[int],
+        layers: int | Sequence[int] | str,
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -226,7 +239,7 @@ class Distillation(_MapAugmenter):
         self.split = split
 
     @classmethod
-    def from_file(cls, path: str | Path, layers: int | Sequence[int], **options: Any) -> Distillation:
+    def from_file(cls, path: str | Path, layers: int | Sequence[int] | str, **options: Any) -> Distillation:
         """Return a signal whose teacher is the file at `path` (see `cupyep.data.TeacherFile`)."""
         return cls(TeacherFile(path), layers, **options)
 

@@ -68,6 +68,9 @@ class State:
         """Bytes of the network's memory that the next phase must leave alone."""
         return 0 if self.buffers is None else self.buffers.end
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"buffers": None}  # a pickled state's arrays are its own
+
     def copy(self) -> State:
         """Return a state whose arrays are its own."""
 

@@ -118,8 +118,8 @@ class Energy:
         _, winners = self._drives(x, layers, workspace)
         gradients = {}
         for n, edge in enumerate(self.edges):
-            weight, bias = self.device.xp.zeros_like(edge.weight), self.device.xp.zeros_like(edge.bias)
-            below = x if n == 0 else layers[n - 1]
-            edge.add_gradient(below, -self.weights[n] * layers[n], winners[n], weight, bias, workspace.ops[n])
-            gradients[f"layers.{n + 1}.weight"], gradients[f"layers.{n + 1}.bias"] = weight, bias
+            own = {name: self.device.xp.zeros_like(array) for name, array in edge.parameters().items()}
+            below, above = x if n == 0 else layers[n - 1], -self.weights[n] * layers[n]
+            edge.add_gradient(below, above, winners[n], own["weight"], own.get("bias"), workspace.ops[n])
+            gradients |= {f"layers.{n + 1}.{name}": array for name, array in own.items()}
         return gradients

@@ -129,6 +129,7 @@ class Head(LossTerm):
             self.inner_shape = self.shape
         self.weight: Any = None
         self.bias: Any = None
+        self._device: Device | None = None
         self._dtype: Any = None
         self._ops: HeadOps = HeadOps()
         self._needs_back = self._adds_products = False
@@ -147,11 +148,19 @@ class Head(LossTerm):
 
     def attach(self, device: Device, dtype: Any) -> None:
         """Learn where and in what type to compute; the map is not there yet."""
-        self._dtype = np.dtype(dtype)
+        self._device, self._dtype = device, np.dtype(dtype)
         self._adds_products = device.adds_products
         self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
         if device.is_gpu:
             self._ops = CudaHeadOps(device.launcher(cuda_head.SOURCE))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _ops=HeadOps())
+        if self._device is not None:
+            self.attach(self._device, self._dtype)
 
     def scratch_size(self, samples: int) -> int:
         return self._parts_size(samples, self._needs_back)

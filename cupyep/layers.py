@@ -37,9 +37,15 @@ class Edge:
     weight, bias : arrays
     has_winners : bool
         Whether the drive comes with max-pooling winners.
+    has_bias : bool
+        Whether the bias is a parameter. Without, `bias` stays zero.
+    arguments : tuple of str
+        The names of what the class is made with; all are attributes (`cupyep.model_file`).
     """
 
     has_winners = False
+    has_bias = True
+    arguments: tuple[str, ...] = ()
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     weight: Any
@@ -70,8 +76,8 @@ class Edge:
         return (identity(self.weight), identity(self.bias)) if type(self) in (Conv2d, Linear) else None
 
     def parameters(self) -> dict[str, Any]:
-        """Return ``{"weight": ..., "bias": ...}``."""
-        return {"weight": self.weight, "bias": self.bias}
+        """Return ``{"weight": ..., "bias": ...}``, or the weight alone."""
+        return {"weight": self.weight, "bias": self.bias} if self.has_bias else {"weight": self.weight}
 
 
 class Conv2d(Edge):
@@ -87,12 +93,15 @@ class Conv2d(Edge):
     pooling : {"none", "max", "average"}
     pool : int
         Edge of the non-overlapping pooling window.
+    bias : bool
 
     Raises
     ------
     ConfigurationError
         If a value is out of range or the map is too small for kernel and pooling.
     """
+
+    arguments = ("in_shape", "channels", "kernel", "stride", "padding", "pooling", "pool", "has_bias")
 
     def __init__(
         self,
@@ -103,6 +112,7 @@ class Conv2d(Edge):
         padding: int = 1,
         pooling: str = "none",
         pool: int = 2,
+        bias: bool = True,
     ):
         require(len(in_shape) == 3 and min(in_shape) > 0, f"Conv2d needs an input shape (H, W, C), not {in_shape}")
         require(
@@ -110,7 +120,8 @@ class Conv2d(Edge):
         )
         require(0 <= padding < kernel, f"padding must be from 0 to kernel - 1 = {kernel - 1}, not {padding}")
         self.in_shape = tuple(in_shape)
-        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.channels, self.kernel, self.stride, self.padding = channels, kernel, stride, padding
+        self.has_bias = bool(bias)
         self.pooling = choose("pooling", pooling, POOLINGS)
         self.pool = 1 if pooling == "none" else pool
         self.has_winners = pooling == "max"
@@ -135,7 +146,7 @@ class Conv2d(Edge):
         pooled = "" if self.pooling == "none" else f", {self.pooling} pool {self.pool}"
         return (
             f"Conv2d({self.in_shape} -> {self.out_shape}, kernel {self.kernel}, stride {self.stride}, "
-            f"padding {self.padding}{pooled})"
+            f"padding {self.padding}{pooled}{'' if self.has_bias else ', no bias'})"
         )
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> ConvOps | WinogradOps:
@@ -208,16 +219,20 @@ class Linear(Edge):
     ----------
     in_shape : tuple of int
     units : int
+    bias : bool
     """
 
-    def __init__(self, in_shape: tuple[int, ...], units: int):
+    arguments = ("in_shape", "units", "has_bias")
+
+    def __init__(self, in_shape: tuple[int, ...], units: int, bias: bool = True):
         require(units > 0, f"units must be positive, not {units}")
         self.in_shape = tuple(in_shape)
+        self.units, self.has_bias = units, bool(bias)
         self.out_shape = (units,)
         self.weight_shape = (math.prod(in_shape), units)
 
     def __repr__(self) -> str:
-        return f"Linear({self.in_shape} -> {self.out_shape})"
+        return f"Linear({self.in_shape} -> {self.out_shape}{'' if self.has_bias else ', no bias'})"
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> LinearOps:
         """Return products and scratch for `batch` samples."""

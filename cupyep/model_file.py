@@ -1,4 +1,7 @@
-"""A network as one file, version 1 (HDF5): its structure as JSON, its parameters as arrays. Nothing is ever executed.
+"""What a network is, in plain values, and a network as one file, version 1 (HDF5). Nothing is ever executed.
+
+`describe` is the identity of a network: model files and checkpoints keep it, and `differences` says what another one is
+not. A file holds the structure as JSON and the parameters as arrays.
 
 Root attributes: ``format="cupyep-network"``, ``version=1``, ``cupyep`` (version of the writer) and ``network`` (JSON:
 ``layers``, a list of objects with type and arguments; ``options``, the other arguments of `Network`; ``config``, that
@@ -25,12 +28,72 @@ from cupyep.files import write_file
 from cupyep.layers import Conv2d, Edge, Linear
 
 FORMAT, VERSION = "cupyep-network", 1
-#: The arguments that make a layer, by its class.
-LAYERS: dict[str, tuple[type[Edge], tuple[str, ...]]] = {
-    "Conv2d": (Conv2d, ("in_shape", "channels", "kernel", "stride", "padding", "pooling", "pool")),
-    "Linear": (Linear, ("in_shape", "units")),
-}
+LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear}
 OPTIONS = ("classes", "activation", "loss", "feedback", "precision")
+
+
+def describe(network: Any) -> dict[str, Any]:
+    """Return what sets `network` apart from others, the values of its parameters and its device aside, as JSON has it.
+
+    Returns
+    -------
+    dict
+        ``layers`` (of each edge its type and arguments; of a user's own all its plain attributes), ``activation``
+        (name, range and parameters), ``feedback``, ``loss``, ``classes``, ``input_shape``, ``precision``.
+    """
+    description = {
+        "input_shape": network.input_shape,
+        "classes": network.classes,
+        "layers": [_describe_edge(edge) for edge in network.layers],
+        "activation": _attributes(network.activation, ("name", "low", "high")),
+        "feedback": network.feedback,
+        "loss": network.readout.criterion.name,
+        "precision": network.precision.name,
+    }
+    return json.loads(json.dumps(description))
+
+
+def _describe_edge(edge: Edge) -> dict[str, Any]:
+    if type(edge) in LAYERS.values():
+        return {"type": type(edge).__name__} | {name: getattr(edge, name) for name in edge.arguments}
+    return _attributes(edge, ("in_shape", "out_shape", *edge.parameters()))
+
+
+def _attributes(part: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return the type of an edge or activation, the attributes of some names and all other public plain ones."""
+    found = {name: getattr(part, name) for name in names} | vars(part)
+    found.pop("code", None)  # for kernels, made of the others
+    plain = {name: _plain(value) for name, value in sorted(found.items()) if not name.startswith("_")}
+    return {"type": type(part).__name__} | {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """Return a number, text or sequence of these as JSON has them, None for all else; of an array its shape."""
+    if isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return list(value.shape) if hasattr(value, "shape") else None
+
+
+def difference(saved: Any, own: Any, where: str = "") -> str:
+    """Return in what the description `own` differs first from the one `saved`, empty if in nothing.
+
+    What `saved` says nothing of, as descriptions by other versions may, makes no difference.
+    """
+    if isinstance(saved, dict) and isinstance(own, dict):
+        pairs = [(f"{where} {key}".strip(), saved[key], own[key]) for key in own if key in saved]
+    elif isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own) and isinstance(own[0], dict):
+        pairs = [(f"{where} {n}", *pair) for n, pair in enumerate(zip(saved, own, strict=True), 1)]
+    elif isinstance(saved, list) and isinstance(own, list) and own and isinstance(own[0], dict):
+        return f"number of {where}: saved {len(saved)}, this network {len(own)}"
+    else:
+        return "" if saved == own else f"{where}: saved {saved}, this network {own}"
+    return next(filter(None, (difference(*pair[1:], pair[0]) for pair in pairs)), "")
 
 
 def write_network(path: str | Path, network: Any) -> None:
@@ -45,19 +108,15 @@ def write_network(path: str | Path, network: Any) -> None:
     """
     remedy = "keep the parameters with numpy.savez, and give them to load_parameters of a network built by your code"
     for n, edge in enumerate(network.layers, 1):
-        known = LAYERS.get(type(edge).__name__, (None,))[0] is type(edge)
-        require(known, f"layer {n} is a {type(edge).__name__}, which a file cannot hold; {remedy}")
-    name = network.activation.name
-    require(ACTIVATIONS.get(name) is network.activation, f"activation '{name}' is not one of cupyep's; {remedy}")
+        require(
+            type(edge) in LAYERS.values(), f"layer {n} is a {type(edge).__name__}, which a file cannot hold; {remedy}"
+        )
+    name, description = network.activation.name, describe(network)
+    known = name in ACTIVATIONS and description["activation"] == _attributes(ACTIVATIONS[name], ("name", "low", "high"))
+    require(known, f"activation '{name}' is not one of cupyep's; {remedy}")
     structure = {
-        "layers": [_arguments(edge) for edge in network.layers],
-        "options": {
-            "classes": network.classes,
-            "activation": name,
-            "loss": network.readout.criterion.name,
-            "feedback": network.feedback,
-            "precision": network.precision.name,
-        },
+        "layers": description["layers"],
+        "options": {key: description[key] for key in OPTIONS} | {"activation": name},
         "config": {key: value for key, value in network.config.items() if key != "device"},
     }
 
@@ -71,12 +130,6 @@ def write_network(path: str | Path, network: Any) -> None:
         write_file(Path(path), hdf5.image(fill))
     except OSError as error:
         raise CheckpointError(f"cannot write network '{path}': {error.strerror}") from error
-
-
-def _arguments(edge: Edge) -> dict[str, Any]:
-    kind = type(edge).__name__
-    values = {"channels": edge.out_shape[-1], "units": edge.out_shape[-1]}
-    return {"type": kind} | {name: values.get(name, getattr(edge, name, None)) for name in LAYERS[kind][1]}
 
 
 def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
@@ -126,19 +179,21 @@ def _check_format(path: Path, file: h5py.File) -> None:
 
 
 def _layer(values: dict[str, Any]) -> Edge:
-    kind, names = LAYERS[values["type"]]
-    arguments = {name: values[name] for name in names}
+    kind = LAYERS[values["type"]]
+    arguments = {name: values[name] for name in kind.arguments if name != "has_bias"}
+    bias = values.get("has_bias", True)  # files from before there was a choice
     numbers = [*arguments["in_shape"], *(v for name, v in arguments.items() if name not in ("in_shape", "pooling"))]
-    if not all(type(number) is int for number in numbers):
+    if type(bias) is not bool or not all(type(number) is int for number in numbers):
         raise TypeError(f"{values['type']} with {arguments}")
-    return kind(**arguments | {"in_shape": tuple(arguments["in_shape"])})
+    return kind(**arguments | {"in_shape": tuple(arguments["in_shape"]), "bias": bias})
 
 
 def _shapes(layers: Sequence[Edge], options: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the path and shape of every parameter, so that sizes are compared before memory is taken for a network."""
     for n, edge in enumerate(layers, 1):
         yield f"layers.{n}.weight", edge.weight_shape
-        yield f"layers.{n}.bias", edge.weight_shape[-1:]
+        if edge.has_bias:
+            yield f"layers.{n}.bias", edge.weight_shape[-1:]
     if options["loss"] == "cross_entropy":
         yield "readout.weight", (math.prod(layers[-1].out_shape), options["classes"])
         yield "readout.bias", (options["classes"],)

@@ -18,9 +18,9 @@ from cupyep.dynamics import Classical, Deviation, Nudge, State
 from cupyep.errors import choose, require
 from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.losses import one_hot
-from cupyep.model_file import read_network, write_network
+from cupyep.model_file import describe, read_network, write_network
 from cupyep.settling import settle, watched
-from cupyep.structure import Structure
+from cupyep.structure import Structure, exclusive
 from cupyep.workspace import Memory, Workspace, update_ops
 
 NUDGES = ("classical", "deviation", "tangent")
@@ -53,12 +53,21 @@ class Network(Structure):
     ------
     ConfigurationError
         If shapes do not fit or a value is out of range.
+
+    Notes
+    -----
+    Threads may share a network: they take turns, for its memory is one. To use many cores give each process a network;
+    networks and learners are pickled without that memory, their device by its name.
     """
 
     @functools.cached_property
     def memory(self) -> Memory:
         """What settling and learning need beside the parameters."""
         return Memory(self.layers, self.device, self.precision)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what this network is, parameters aside: see `cupyep.model_file.describe`."""
+        return describe(self)
 
     def save(self, path: str | Path) -> None:
         """Write structure and parameters to one HDF5 file; see `cupyep.model_file` for its form and the errors."""
@@ -129,6 +138,7 @@ class Network(Structure):
             signal.network = self
         return signal
 
+    @exclusive
     def settle(
         self,
         x: Any,
@@ -166,7 +176,7 @@ class Network(Structure):
             Intermediate signals of the nudged phase.
         copy : bool
             With False the arrays are the network's own memory, valid until it settles from another start, learns or
-            scores.
+            scores, in any thread: threads take turns, and each needs copies.
 
         Returns
         -------
@@ -200,6 +210,7 @@ class Network(Structure):
             self._add_deviations(state, start)
         return state.copy() if copy else state
 
+    @exclusive
     def settle_free(self, batch: Batch, start: State | None = None, keeps: str = "both", **how: Any) -> State:
         """Settle the free phase into this network's memory; see `settle` for the arguments.
 
@@ -223,6 +234,7 @@ class Network(Structure):
         stats = settle(system, warm=start is not None, phase="free", **how)
         return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
 
+    @exclusive
     def settle_nudged(
         self,
         batch: Batch,
@@ -327,6 +339,7 @@ class Network(Structure):
             delta = (eps.astype(self.dtype) / a).reshape(-1, *s.shape)
             state.layers.append((delta + s).reshape(eps.shape))
 
+    @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
         """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`."""
         state = self.settle_free(self.batch(x), start, **({"steps": 60, "schedule": "synchronous"} | how))

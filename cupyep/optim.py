@@ -101,6 +101,12 @@ class Optimizer:
         sizes = _scratch_sizes(self.parameters) if self._ops.needs_scratch else {}
         self._scratch = {dtype: module.empty(size, dtype) for dtype, size in sizes.items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _ops=_ops_for(state["parameters"]))
+
     def step(self, gradients: Mapping[str, Any], factor: float = 1.0) -> None:
         """Update every parameter in place.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,17 @@ from cupyep.errors import require
 from cupyep.heads import Head
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
+
+
+def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one thread at a time into a network, or into the one that a learner is of: all share its memory."""
+
+    @functools.wraps(method)
+    def locked(self: Any, *args: Any, **options: Any) -> Any:
+        with getattr(self, "network", self).lock:
+            return method(self, *args, **options)
+
+    return locked
 
 
 class Structure:
@@ -39,6 +52,7 @@ class Structure:
         device: str | Device = "auto",
         precision: str = "float32",
     ):
+        self.lock = threading.RLock()
         self.layers = list(layers)
         self.classes = classes
         self.activation = get_activation(activation)
@@ -51,6 +65,12 @@ class Structure:
         self.readout = self._make_readout(loss)
         self._initialize(gain, seed)
         self.config: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "memory")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     def _checked_feedback(self, feedback: float) -> float:
         require(0 < feedback <= 1, f"feedback (lambda) must be above 0 and at most 1, not {feedback}")
@@ -127,6 +147,7 @@ class Structure:
         }
         return parameters | {f"readout.{name}": array for name, array in self.readout.parameters().items()}
 
+    @exclusive
     def load_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Copy arrays by path into the parameters.
 

@@ -76,7 +76,7 @@ class FakeLearner:
 
     def __init__(self, accuracies):
         self.parameter = np.zeros(1)
-        self.network = SimpleNamespace(device=ep.get_device("cpu"), config={"arch": "fake", "shape": (1, 2)})
+        self.network = SimpleNamespace(device=ep.get_device("cpu"), describe=lambda: {"classes": 3}, config={})
         self.signals = [ep.LocalError([1], kappa=0.8)]
         self.kappas = []
         self.accuracies = list(accuracies)

@@ -205,7 +205,12 @@ DAMAGE = {
     "cut": ("config.toml", b"arch = 'vgg5", 2, "run/config.toml' is not valid TOML"),
     "no text": ("config.toml", b"\xff\xfe\x00", 2, "run/config.toml' is not valid TOML"),
     "number for a name": ("config.toml", b"arch = 7", 2, "run/config.toml': arch must be a text (got 7)"),
-    "other network": ("config.toml", b"width = 0.02\nfeedback = 0.3", 1, "a network with feedback = 0.1, not 0.3"),
+    "other network": (
+        "config.toml",
+        b"width = 0.02\nfeedback = 0.3",
+        1,
+        "another network: feedback: saved 0.1, this network 0.3",
+    ),
     "no metrics": ("metrics.jsonl", b"\xff\n\xfe", 1, "metrics.jsonl' line 1 is not a record of an epoch"),
 }
 

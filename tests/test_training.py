@@ -61,6 +61,20 @@ def test_means_are_weighted_by_images():
     assert means["gradient_norm"] == pytest.approx([(3 * 5 + 4) / 4])
 
 
+def test_statistics_go_on_from_a_checkpoint():
+    """The means of a batch before and one after are those of both, weighted by hand."""
+    first = EpochStatistics(ep.get_device("cpu"), 1, ["layers.1"])
+    first.add(fake_result(3, 2.0, 1, [[3.0, 0.0]], (0.1, 0.4), (1.0, 2.0), 0.3))
+    second = EpochStatistics(ep.get_device("cpu"), 1, ["layers.1"])
+    second.load_state_dict(first.state_dict())
+    second.add(fake_result(1, 6.0, 1, [[0.0, 0.0]], (0.5, 0.0), (5.0, 6.0), 0.3))
+    assert (second.count, second.batches) == (4, 2)
+    means = second.read()
+    assert (means["loss"], means["accuracy"]) == (pytest.approx((3 * 2 + 6) / 4), 2 / 4)
+    assert means["gradient_norm"] == pytest.approx([(3 * 5 + 4) / 4])
+    assert means["nudge_response"] == pytest.approx([2.0, 3.0])
+
+
 def test_nobody_is_unsettled_without_a_tolerance_to_reach():
     statistics = EpochStatistics(ep.get_device("cpu"), 1, ["layers.1"])
     statistics.add(fake_result(2, 1.0, 1, [3.0], (0.5, 0.5)))
@@ -152,8 +166,8 @@ def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
     directory = RunDirectory.create(tmp_path / "run", TrainConfig(seed=4))
     fake_trainer(directory=directory).run()
     other = fake_trainer(directory=directory)
-    other.network.config["arch"] = "vgg5"
-    with pytest.raises(CheckpointError, match="belongs to a network with arch = fake, not vgg5"):
+    other.network.describe = lambda: {"classes": 10}
+    with pytest.raises(CheckpointError, match="belongs to another network: classes: saved 3, this network 10"):
         other.resume()
     other = fake_trainer(directory=directory, generators={"learner": np.random.default_rng()})
     with pytest.raises(CheckpointError, match="lacks the state of a random generator"):

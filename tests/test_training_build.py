@@ -67,6 +67,59 @@ def test_options_of_the_signals(quadrants, tmp_path):
     assert build.build_signals(make_config(TINY), network, quadrants, None) == []
 
 
+def test_rates_of_layers_and_of_learned_maps():
+    """One number a layer for weight and bias, the last for the readout; learned maps take that one, too."""
+    network = ep.Network([ep.Linear((4,), 3), ep.Linear((3,), 2)], 2, device="cpu", precision="float64")
+    signal = ep.Distillation(None, [1], learned=True)
+    parameters = ep.EquilibriumPropagation(network, signals=[signal]).parameters()
+    for optimizer in ("sgd", "adam"):
+        rates = [0.5, 0.25, 0.125]
+        made = build.build_optimizer(
+            TrainConfig(optimizer=optimizer, learning_rate=rates, weight_decay=0.0), parameters
+        )
+        assert made.rates == {
+            "layers.1.weight": 0.5,
+            "layers.1.bias": 0.5,
+            "layers.2.weight": 0.25,
+            "layers.2.bias": 0.25,
+            "readout.weight": 0.125,
+            "readout.bias": 0.125,
+            "signals.0.layer1.weight": 0.125,
+        }
+        one = build.build_optimizer(TrainConfig(optimizer=optimizer, learning_rate=0.25, weight_decay=0.0), parameters)
+        assert set(one.rates.values()) == {0.25}
+    before = {path: array.copy() for path, array in parameters.items()}
+    values = {"optimizer": "sgd", "learning_rate": rates, "momentum": 0.0, "weight_decay": 0.0}
+    ones = {path: np.ones_like(array) for path, array in parameters.items()}
+    build.build_optimizer(TrainConfig(**values), parameters).step(ones)
+    for path, rate in made.rates.items():
+        np.testing.assert_allclose(before[path] - parameters[path], rate, rtol=1e-12, err_msg=path)
+
+
+def test_relaxation_micro_batch_and_kappa_reach_every_learner(quadrants):
+    settings = make_config(TINY, {"device": "cpu", "relaxation": 1.25, "schedule": "evenodd", "micro_batch": 3})
+    network = build.build_network(settings, quadrants, "cpu")
+    for algorithm in ("ep", "bptt", "bp"):
+        learner = build.build_learner(
+            dataclasses.replace(settings, algorithm=algorithm), network, [ep.LocalError([1])], np.random.default_rng(0)
+        )
+        assert (learner.micro_batch, len(learner.signals)) == (3, 1)
+        assert algorithm == "bp" or learner.relaxation == 1.25
+
+
+def test_generators_of_a_run_are_those_of_its_seed(quadrants):
+    """Order and crops from the first stream of the seed, signs of the random scheme from the second."""
+    settings = make_config(TINY, {"device": "cpu", "seed": 11, "scheme": "random"})
+    network = build.build_network(settings, quadrants, "cpu")
+    trainer = build.build_trainer(settings, quadrants, network)
+    draws, signs = map(np.random.default_rng, np.random.SeedSequence(11).spawn(2))
+    assert trainer.train.generator.bit_generator.state == draws.bit_generator.state
+    assert trainer.learner.generator.bit_generator.state == signs.bit_generator.state
+    assert trainer.generators["learner"] is trainer.learner.generator
+    assert (trainer.train.split, trainer.test.split) == (quadrants.train, quadrants.test)
+    assert (trainer.train.shuffle, trainer.test.shuffle, trainer.test.augment) == (True, False, False)
+
+
 def test_options_of_the_optimizer():
     parameters = {"layers.1.weight": np.zeros(2), "signals.0.layer1.weight": np.zeros(1)}
     values = {"optimizer": "sgd", "learning_rate": [0.3], "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}

@@ -116,6 +116,9 @@ class Device:
         else:
             self.xp = np
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.reason)  # pickled by name and found again
+
     def __repr__(self) -> str:
         return f"Device({self.name!r})"
 

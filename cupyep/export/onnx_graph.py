@@ -98,6 +98,7 @@ def onnx_model(
         how = {"schedule": schedule, "relaxation": relaxation, "steps": steps, "unrolled_steps": unrolled_steps}
     pixels = "pixels in [0, 1]" if mean is not None else "normalised images"
     properties = {"input": f"{pixels}, N x C x H x W", "settling": json.dumps(how | {"feedback": network.feedback})}
+    properties["network"] = json.dumps(network.describe())
     helper.set_model_props(model, properties | {"classes": json.dumps(list(classes))})
     return model
 
@@ -231,10 +232,11 @@ class _Graph:
         return self.network.state_shapes[n - 2] if n > 1 else self.network.input_shape
 
     def _drive(self, n: int, below: str) -> str:
-        edge, weight, bias = self.network.layers[n - 1], f"layers.{n - 1}.weight", f"layers.{n - 1}.bias"
+        edge = self.network.layers[n - 1]
+        parameters = [f"layers.{n - 1}.{name}" for name in edge.parameters()]
         if type(edge) is Linear:
-            return self.node("Gemm", self._flat(below, self._below(n)), weight, bias, transB=1)
-        u = self.node("Conv", below, weight, bias, **_window(edge))
+            return self.node("Gemm", self._flat(below, self._below(n)), *parameters, transB=1)
+        u = self.node("Conv", below, *parameters, **_window(edge))
         pool = {"kernel_shape": [edge.pool] * 2, "strides": [edge.pool] * 2}
         if edge.pooling == "average":
             return self.node("AveragePool", u, **pool)

@@ -27,7 +27,8 @@ def torch_layout(network: Network) -> dict[str, np.ndarray]:
     Returns
     -------
     dict of str to ndarray of float32 (float64 for a float64 network), on the host
-        ``layers.0.weight``, ``layers.0.bias``, .., and with a softmax readout ``readout.weight``, ``readout.bias``.
+        ``layers.0.weight``, ``layers.0.bias`` (where there is one), .., and with a softmax readout ``readout.weight``,
+        ``readout.bias``.
 
     Raises
     ------
@@ -38,7 +39,8 @@ def torch_layout(network: Network) -> dict[str, np.ndarray]:
     for n, edge in enumerate(network.layers, 1):
         below = network.layers[n - 2].out_shape if n > 1 else edge.in_shape
         arrays[f"layers.{n - 1}.weight"] = _weight(n, edge, host(edge.weight), below)
-        arrays[f"layers.{n - 1}.bias"] = host(edge.bias).copy()
+        if edge.has_bias:
+            arrays[f"layers.{n - 1}.bias"] = host(edge.bias).copy()
     readout = network.readout
     if not readout.identity:
         arrays["readout.weight"] = _dense(host(readout.weight), readout.shape)

@@ -3,6 +3,7 @@
 from cupyep.learning.backprop import Backpropagation
 from cupyep.learning.bptt import BackpropagationThroughTime
 from cupyep.learning.check import check_gradients
+from cupyep.learning.custom import check_activation, check_edge, check_signal
 from cupyep.learning.equilibrium import EquilibriumPropagation
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.learning.probe import PhaseProbe, probe_settling
@@ -14,6 +15,9 @@ __all__ = [
     "Learner",
     "PhaseProbe",
     "StepResult",
+    "check_activation",
+    "check_edge",
     "check_gradients",
+    "check_signal",
     "probe_settling",
 ]

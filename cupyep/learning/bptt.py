@@ -23,6 +23,7 @@ from cupyep.layout import Layout, PhaseBuffers, PhaseShape
 from cupyep.learning.learner import Learner, StepResult, checked_settling, term_scratch_size
 from cupyep.network import Network
 from cupyep.settling import SettleStats, iterate, stats_of
+from cupyep.structure import exclusive
 from cupyep.workspace import Needs, Workspace
 
 ADJOINT_TOLERANCE = 1e-5
@@ -95,6 +96,7 @@ class BackpropagationThroughTime(Learner):
         lay_out = functools.partial(lay_out_unrolled, network.memory.layout, shape=shape)
         return Needs(network.free_shape(samples, **self._free), samples, shape, lay_out)
 
+    @exclusive
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
         batch, gradients = self.network.batch(batch), self._zero_gradients()
@@ -102,6 +104,7 @@ class BackpropagationThroughTime(Learner):
         self._scale_edges(gradients)
         return result
 
+    @exclusive
     def step_from_equilibrium(self, batch: Batch, free: State, max_iterations: int = 1000) -> tuple[StepResult, float]:
         """Return the gradients of unrolling infinitely many steps from `free`, and what is left of their equation.
 

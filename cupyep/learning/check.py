@@ -15,6 +15,7 @@ from cupyep.data.loader import Batch
 from cupyep.dynamics import State
 from cupyep.errors import DivergenceError
 from cupyep.learning.bptt import ADJOINT_TOLERANCE, BackpropagationThroughTime
+from cupyep.learning.custom import check_parts
 from cupyep.learning.equilibrium import FORMS, EquilibriumPropagation
 from cupyep.learning.learner import StepResult
 from cupyep.network import Network
@@ -101,10 +102,14 @@ def compare_forms(
 
     Raises
     ------
+    ConfigurationError
+        If a signal, an activation or an edge of the user's own is not what it says: EP and BPTT share it and would
+        agree on what is wrong. See `check_signal`, `check_activation` and `check_edge`.
     DivergenceError
         See `bptt_gradients`.
     """
     batch = network.batch(x, y)
+    check_parts(network, signals, batch)
     if unrolled_steps is None and schedule == "synchronous":
         unrolled_steps = nudged_steps
     phases = {"schedule": schedule, "relaxation": relaxation}

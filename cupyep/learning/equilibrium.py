@@ -22,6 +22,7 @@ from cupyep.dynamics import Nudge, State
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, require
 from cupyep.learning.learner import Learner, StepResult, checked_settling
 from cupyep.network import Network
+from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 
 SCHEMES = ("centered", "onesided", "random", "tangent")
@@ -161,6 +162,7 @@ class EquilibriumPropagation(Learner):
         lay_out = functools.partial(network.memory.layout.lay_out, shape=shape)
         return Needs(network.free_shape(samples, **self._free), shape.rows, shape, lay_out)
 
+    @exclusive
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""
         batch = self.network.batch(batch)

@@ -16,6 +16,7 @@ from cupyep.kernels.reduction import levels
 from cupyep.layout import Layout
 from cupyep.network import Network
 from cupyep.settling import SCHEDULES, SettleStats, check_relaxation
+from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take
@@ -78,14 +79,13 @@ class Learner:
         self.network = network
         self.micro_batch = micro_batch
         self.signals = [network.bind(signal) for signal in signals]
-        self._paths: dict[int, str] = {id(network.readout): "readout"}
-        for index, signal in enumerate(self.signals):
-            for layer in signal.layers:
-                self._paths[id(signal.term(layer))] = f"signals.{index}.layer{layer}"
         self._gradients: dict[str, Any] = {}
         # By what the edges' gradients are multiplied when all parts of a batch are in, the same for all of them. The
         # states must not be: halves might not hold them then.
         self._factors = [1.0] * network.depth
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_gradients": {}}
 
     def parameters(self) -> dict[str, Any]:
         """Return all trained arrays by path: the network's, and learned maps as ``signals.0.layer3.weight``."""
@@ -96,6 +96,7 @@ class Learner:
         }
         return self.network.parameters() | learned
 
+    @exclusive
     def step(self, x: Any, targets: Any = None) -> StepResult:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
         batch = self.network.batch(x, targets)
@@ -133,10 +134,12 @@ class Learner:
         """Return the state whose readout loss this algorithm lowers, and from which it predicts."""
         raise NotImplementedError
 
+    @exclusive
     def scores(self, batch: Batch) -> Any:
         """Return the readout's output (N, classes) at the state `settled`."""
         return self.network.outputs(self.settled(batch).layers[-1])
 
+    @exclusive
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
         figures = [self._judge(self.scores(part), part) for part in self._parts(self.network.batch(x, targets))]
@@ -182,13 +185,13 @@ class Learner:
     def _add_edge(self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, ops: Any, bias=True):
         """Add ``corr(below, U_n(above))`` to edge n's gradient (and the sum of ``U_n(above)`` to its bias')."""
         path = f"layers.{n}"
-        bias = gradients[f"{path}.bias"] if bias else None
+        bias = gradients.get(f"{path}.bias") if bias else None
         self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
 
     def _scale_edges(self, gradients: dict[str, Any]) -> None:
         """Multiply the gradients of edges, sums so far, by their factors."""
-        for n, factor in enumerate(self._factors, 1):
-            for name in ("weight", "bias"):
+        for n, (edge, factor) in enumerate(zip(self.network.layers, self._factors, strict=True), 1):
+            for name in edge.parameters():
                 gradients[f"layers.{n}.{name}"] *= factor
 
     def _add_terms(
@@ -242,7 +245,10 @@ class Learner:
         return copy
 
     def _of(self, term: LossTerm, gradients: dict[str, Any]) -> dict[str, Any]:
-        path = self._paths[id(term)]
+        paths = {id(self.network.readout): "readout"}
+        for index, signal in enumerate(self.signals):
+            paths |= {id(signal.term(layer)): f"signals.{index}.layer{layer}" for layer in signal.layers}
+        path = paths[id(term)]
         return {name: gradients[f"{path}.{name}"] for name in term.parameters()}
 
 

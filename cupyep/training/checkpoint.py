@@ -3,7 +3,7 @@
 Groups ``parameters`` (by path), ``optimizer`` (`Optimizer.state_dict` by name) and ``statistics`` (running sums of the
 epoch under way). Root attributes: ``format="cupyep-checkpoint"``, ``version=2``; numbers, ``epoch`` (epochs done),
 ``batch`` (batches done of the epoch after), ``best_accuracy`` and ``best_epoch``, ``elapsed_s`` and ``epoch_s``,
-``halvings``; JSON texts, ``network`` (the keyword arguments that rebuild it), ``generators`` (name -> bit generator
+``halvings``; JSON texts, ``network`` (`Network.describe`), ``generators`` (name -> bit generator
 state), ``config`` (options of the run), ``images`` (`ImageFormat`) and ``versions`` (of cupyep, Python and libraries).
 The file begins with a checksum (`cupyep.data.hdf5`).
 """
@@ -48,7 +48,7 @@ class Checkpoint:
     parameters, optimizer, statistics : dict of str to host array
         By path, by the names of `Optimizer.state_dict` and of `EpochStatistics.state_dict`.
     network : dict
-        The configuration of the network that the parameters belong to.
+        `Network.describe` of the network that the parameters belong to.
     epoch, batch : int
         Epochs done, and batches done of the epoch after; 0 between epochs.
     best_accuracy, best_epoch : float, int

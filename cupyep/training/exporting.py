@@ -74,6 +74,7 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
         "steps": steps,
         "algorithm": run.config.algorithm,
         "layers": [_geometry(edge) for edge in run.network.layers],
+        "network": run.network.describe(),
         "cupyep": __version__,
     }
     texts = {"classes": np.array(run.images.classes), "settings": np.array(json.dumps(settings))}

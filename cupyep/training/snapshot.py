@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from cupyep.data.files import one_line
 from cupyep.errors import CheckpointError
+from cupyep.model_file import difference
 from cupyep.training.checkpoint import Checkpoint, restore_parameters
 from cupyep.training.config import RESUME_OPTIONS, option_name
 from cupyep.training.divergence import LossWatch, check_arrays
@@ -51,7 +51,7 @@ def take_snapshot(trainer: Any) -> Checkpoint:
         optimizer=optimizer,
         statistics=statistics,
         generators=generators,
-        network=portable(trainer.network.config),
+        network=trainer.network.describe(),
         config={} if trainer.directory is None else dataclasses.asdict(trainer.directory.config),
         images={} if trainer.images is None else trainer.images.to_json(),
         **{name: getattr(trainer, attribute) for name, attribute in PROGRESS.items()},
@@ -108,16 +108,9 @@ def _try_state(trainer: Any, saved: Checkpoint) -> None:
 
 def check_same_network(path: Path, saved: Checkpoint, network: Any) -> None:
     """Raise `CheckpointError` unless the checkpoint `saved`, read from `path`, is of a network like `network`."""
-    for key, value in portable(network.config).items():
-        if saved.network.get(key) != value:
-            raise CheckpointError(
-                f"checkpoint '{path}' belongs to a network with {key} = {saved.network.get(key)}, not {value}"
-            )
-
-
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the network's configuration as it comes back from JSON, without what may change between machines."""
-    return json.loads(json.dumps({key: value for key, value in config.items() if key != "device"}))
+    found = difference(saved.network, network.describe())
+    if found:
+        raise CheckpointError(f"checkpoint '{path}' belongs to another network: {found}")
 
 
 def _tagged(tag: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -72,6 +72,9 @@ class TeacherFile:
             self.close()
             raise
 
+    def __reduce__(self) -> tuple[type[TeacherFile], tuple[Path]]:
+        return type(self), (self.path,)  # opened again
+
     def __enter__(self) -> TeacherFile:
         return self
 
