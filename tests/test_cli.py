@@ -112,7 +112,7 @@ def test_validation_is_recorded_chooses_the_best_and_can_be_evaluated(cifar, inv
     assert "  validation loss " in out
     lines = records(path)
     best = max(lines, key=lambda line: line["validation_accuracy"])
-    assert f"best.h5: epoch {best['epoch']}, chosen by validation accuracy" in out
+    assert f"after epoch {best['epoch']} (best.h5, chosen by validation accuracy" in out
     code, out, _ = invoke("evaluate", path, "--split", "validation")
     assert code == 0
     assert f"vgg5 on the 20 validation images of cifar10, epoch {best['epoch']} (best, chosen by validation" in out

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 
 import cupyep as ep
 from cupyep.cli import main
-from cupyep.errors import CheckpointError, DivergenceError
+from cupyep.errors import CheckpointError, DivergenceError, OutOfTime
 from cupyep.experiments import EXPERIMENTS, costs, find, load_results, reproduce, write_report
 from cupyep.experiments.costs import cost_cell
-from cupyep.experiments.design import Column, Experiment, OutOfTime, Results, Row, cell_name
+from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name
 from cupyep.experiments.headline import LABELS
 from cupyep.experiments.report import report_text, table
 from cupyep.experiments.trained import train_cell
@@ -110,7 +110,7 @@ def test_time_that_is_up(tmp_path):
     assert not results.complete
     assert lines[-1] == "5 minutes are used up: 1 of 4 cells are measured"
     text = report_text(study(Measure()), results, {"scale": "small"})
-    assert "Open: not every cell is measured yet." in text
+    assert "Open: 3 of 4 cells are not measured yet (two/0, one/1, two/1)." in text
     assert "| second row | open | - |" in text
 
 

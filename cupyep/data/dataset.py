@@ -15,6 +15,7 @@ from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Layout, Source
 from cupyep.errors import ConfigurationError, DataError, choose, require
+from cupyep.files import expanded
 
 READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
@@ -207,9 +208,9 @@ def data_directory(data_dir: str | Path | None = None) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cupyep"
     folder = Path(data_dir or os.environ.get("CUPYEP_DATA") or cache)
     try:
-        return folder.expanduser()
-    except RuntimeError as error:
-        raise ConfigurationError(f"data folder '{folder}': whose home that is, is not known") from error
+        return expanded(folder)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"data folder {error}, by --data-dir or CUPYEP_DATA") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
