@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,9 +47,8 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        if Path(path).parts[0] != "~":  # no such user: a name like any other
-            return Path(path)
-        raise ConfigurationError(f"'{path}': where ~ is, is not known; set HOME, or name the folder in full") from error
+        words = "whose home that is, is not known; set HOME, or name the folder in full (./~x for a file called ~x)"
+        raise ConfigurationError(f"'{path}': {words}") from error
 
 
 def read_text(path: str | Path, limit: int, errors: str = "strict") -> str:
@@ -173,6 +173,7 @@ class FolderLock:
     """
 
     _owned: ClassVar[set[Path]] = set()  # by this process, where a file says so
+    _one_by_one = threading.Lock()  # of its threads
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
@@ -193,7 +194,8 @@ class FolderLock:
                 return file.read(80).decode(errors="replace") or "another process"
         except OSError:  # a file system without locks
             file.close()
-            return self._claim()
+            with self._one_by_one:
+                return self._claim()
         self._file = file
         with contextlib.suppress(OSError):  # on a full disk the holder stays nameless
             file.truncate(0)
@@ -229,7 +231,8 @@ class FolderLock:
             void = self.owner.with_name(f"{OWNER}.{os.getpid()}.tmp")
             os.rename(self.owner, void)
             if void.read_bytes() != text.encode():
-                os.link(void, self.owner)
+                with contextlib.suppress(FileExistsError):
+                    os.link(void, self.owner)
             void.unlink()
         return ""
 

@@ -58,7 +58,7 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, invoke, tmp_path):
     assert set(lines[0]) == METRICS
     assert [len(lines[0][name]) for name in ("activity", "nudge_response", "gradient_norm")] == [4, 4, 5]
     assert lines[0]["kappa"] == (None if aug == "none" else 0.25)
-    assert f"test accuracy {lines[1]['test_accuracy']:.2%} (best" in out.splitlines()[-1]
+    assert f"test accuracy {lines[1]['test_accuracy']:.2%} after the last epoch, 2; " in out.splitlines()[-1]
     assert f"run directory {path.relative_to(tmp_path / 'work')}" in out.splitlines()[-1]
     assert out.count("epoch 1/2") == 1
     assert ("trained by backpropagation" in out) == (aug == "kd")

@@ -253,7 +253,7 @@ def test_the_home_is_written_as_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert expanded("~/runs/a") == tmp_path / "runs" / "a"
     assert expanded("~") == tmp_path
-    for plain in ("a/~/b", "~no-such-user-here/x", ".", ""):
+    for plain in ("a/~/b", "./~x", ".", ""):
         assert str(expanded(plain)) == str(Path(plain))
 
 
@@ -261,6 +261,8 @@ def test_without_a_home_the_remedy_is_named(monkeypatch):
     def unknown(_):
         raise RuntimeError("Could not determine home directory.")
 
+    with pytest.raises(ConfigurationError, match="whose home"):
+        expanded("~no-such-user-here/x")
     monkeypatch.setattr(Path, "expanduser", unknown)
     with pytest.raises(ConfigurationError, match=r"~/x': .*set HOME, or name the folder"):
         expanded("~/x")

@@ -210,7 +210,7 @@ def data_directory(data_dir: str | Path | None = None) -> Path:
     try:
         return expanded(folder)
     except ConfigurationError as error:
-        raise ConfigurationError(f"data folder {error}, by --data-dir or CUPYEP_DATA") from error
+        raise ConfigurationError(f"data folder {error}; by --data-dir or CUPYEP_DATA") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
