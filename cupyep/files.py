@@ -45,7 +45,7 @@ def expanded(path: str | Path) -> Path:
         If nobody knows where the home is.
     """
     try:
-        return Path(path).expanduser()
+        return Path(path).expanduser() if str(path).startswith("~") else Path(path)
     except RuntimeError as error:
         words = "whose home that is, is not known; set HOME, or name the folder in full (./~x for a file called ~x)"
         raise ConfigurationError(f"'{path}': {words}") from error
