@@ -54,6 +54,10 @@ class Interrupted(CupyepError):
         self.number = number
 
 
+class OutOfTime(Interrupted):
+    """The minutes that were given are used up; what is done is kept."""
+
+
 class ConvergenceWarning(UserWarning):
     """A settle phase ended above its tolerance; the message names the layer and the knob to turn."""
 

@@ -165,7 +165,7 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
         raise CheckpointError(f"network '{path}' does not fit together: {error}") from error
     except (*hdf5.ERRORS, AttributeError, IndexError) as error:
         reason = one_line(error)
-        raise CheckpointError(f"'{path}' is not a readable network (truncated or damaged): {reason}") from error
+        raise CheckpointError(f"'{path}' is not a readable network ({hdf5.blame(error)}): {reason}") from error
     return network
 
 

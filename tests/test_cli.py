@@ -59,7 +59,7 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, cache, invoke, tmp_pa
     assert set(lines[0]) == METRICS
     assert [len(lines[0][name]) for name in ("activity", "nudge_response", "gradient_norm")] == [4, 4, 5]
     assert lines[0]["kappa"] == (None if aug == "none" else 0.25)
-    assert f"test accuracy {lines[1]['test_accuracy']:.2%} (best" in out.splitlines()[-1]
+    assert f"test accuracy {lines[1]['test_accuracy']:.2%} after the last epoch, 2; " in out.splitlines()[-1]
     assert f"run directory {path.relative_to(tmp_path / 'work')}" in out.splitlines()[-1]
     assert out.count("epoch 1/2") == 1
     assert ("trained by backpropagation" in out) == (aug == "kd")
@@ -114,7 +114,7 @@ def test_validation_is_recorded_chooses_the_best_and_can_be_evaluated(cifar, inv
     assert "  validation loss " in out
     lines = records(path)
     best = max(lines, key=lambda line: line["validation_accuracy"])
-    assert f"best.h5: epoch {best['epoch']}, chosen by validation accuracy" in out
+    assert f"after epoch {best['epoch']} (best.h5, chosen by validation accuracy" in out
     code, out, _ = invoke("evaluate", path, "--split", "validation")
     assert code == 0
     assert f"vgg5 on the 20 validation images of cifar10, epoch {best['epoch']} (best, chosen by validation" in out

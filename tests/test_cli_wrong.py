@@ -118,7 +118,7 @@ def test_no_gpu_is_said_with_the_reason(cifar, invoke, tmp_path, monkeypatch):
     assert err.startswith("Error: device 'cuda:0' cannot be used: the reason")
     assert err.count("\n") == 1
     assert not (tmp_path / "work" / "runs").exists()
-    assert "device cpu: the reason" in invoke("train", *TINY[:-2], "--limit-train", 5, "--epochs", 1, "--quiet")[1]
+    assert "device cpu: the reason" in invoke("train", *TINY[:-2], "--limit-train", 5, "--epochs", 1)[1]
 
 
 @pytest.mark.parametrize(

@@ -283,3 +283,12 @@ def test_statistics_do_not_wait_for_the_device():
     watch.check(1)
     assert again.read()["loss"] == statistics.read()["loss"] == 2.0
     assert again.count == 16
+
+
+def test_quiet_says_the_result_and_nothing_else(invoke, tmp_path):
+    options = ("--dataset", "digits", "--image-size", 16, "--limit-train", 40, "--limit-test", 20, "--arch", "vgg5")
+    code, out, err = invoke("train", *options, "--width", 0.02, "--aug", "none", "--epochs", 1, "--quiet",
+                            "--run-dir", tmp_path / "run")  # fmt: skip
+    assert (code, err) == (0, "")
+    (line,) = out.splitlines()
+    assert line.startswith("test accuracy ")

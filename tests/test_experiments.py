@@ -14,14 +14,15 @@ from click.testing import CliRunner
 
 import cupyep as ep
 from cupyep.cli import main
-from cupyep.errors import CheckpointError, DivergenceError
-from cupyep.experiments import EXPERIMENTS, costs, find, load_results, reproduce, write_report
+from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime
+from cupyep.experiments import EXPERIMENTS, costs, find, load_results, reproduce, running, write_report
 from cupyep.experiments.costs import cost_cell
-from cupyep.experiments.design import Column, Experiment, OutOfTime, Results, Row, cell_name
+from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name
 from cupyep.experiments.headline import LABELS
 from cupyep.experiments.report import report_text, table
 from cupyep.experiments.trained import train_cell
 from cupyep.training.config import make_config
+from cupyep.training.trainer import Trainer
 
 pytest.importorskip("matplotlib")
 
@@ -110,7 +111,7 @@ def test_time_that_is_up(tmp_path):
     assert not results.complete
     assert lines[-1] == "5 minutes are used up: 1 of 4 cells are measured"
     text = report_text(study(Measure()), results, {"scale": "small"})
-    assert "Open: not every cell is measured yet." in text
+    assert "Open: 3 of 4 cells are not measured yet (two/0, one/1, two/1)." in text
     assert "| second row | open | - |" in text
 
 
@@ -434,3 +435,58 @@ def test_workers_end_with_the_process_that_started_them():
             time.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
         pytest.fail("the worker is still there")
+
+
+def test_every_cell_is_in_results_json_as_soon_as_it_is_measured(tmp_path):
+    seen = []
+
+    def measure(cell):
+        seen.append(sorted(load_results(study(None), tmp_path)[0].cells))
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)  # not to the end
+        return {"loss": 1.0}
+
+    with pytest.raises(Interrupted, match="2 of 4 cells are measured; the same command goes on") as error:
+        reproduce(study(measure), tmp_path, report=silent)
+    assert error.value.number == signal.SIGTERM
+    assert seen == [[], ["one/0"], ["one/0", "two/0"]]
+    assert reproduce(study(measure), tmp_path, report=silent).complete
+    assert seen[3] == ["one/0", "two/0"], "what an earlier run measured is there from the start"
+
+
+def test_minutes_end_a_training_after_a_batch(tmp_path, monkeypatch):
+    """The minutes are over in the first batch; the wall clock, which may jump, says nothing."""
+    batches, now = [], [0.0]
+    step = Trainer._step
+
+    def counted(self, epoch, batch):
+        step(self, epoch, batch)
+        batches.append(epoch)
+        now[0] += 600
+
+    def late(end):
+        if now[0] > 540 and end < np.inf:
+            raise OutOfTime
+
+    straight = reproduce(study(train_cell, ROWS[1:], DIGITS), tmp_path / "a", seeds=1, report=silent)
+    monkeypatch.setattr(time, "time", lambda: 1e12 * len(batches))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", counted)
+        patch.setattr(running, "_check_time", late)
+        stopped = reproduce(study(train_cell, ROWS[1:], DIGITS), tmp_path / "b", seeds=1, max_minutes=9, report=silent)
+    assert not stopped.complete
+    assert batches == [1], "of two batches an epoch"
+    resumed = reproduce(study(train_cell, ROWS[1:], DIGITS), tmp_path / "b", seeds=1, max_minutes=9, report=silent)
+    one, two = (r.cells["two/0"] for r in (straight, resumed))
+    assert one["train_loss"] == two["train_loss"]
+    assert one["nudge_response"] == two["nudge_response"]
+
+
+def test_a_report_folder_is_measured_in_once_at_a_time(tmp_path):
+    def measure(cell):
+        with pytest.raises(CheckpointError, match="is in use by process"):
+            reproduce(study(measure), tmp_path, report=silent)
+        return {"loss": 1.0}
+
+    assert reproduce(study(measure), tmp_path, seeds=1, report=silent).complete

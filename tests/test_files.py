@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from cupyep import files
-from cupyep.files import FolderLock, can_write, is_leftover, remove_leftovers, replacing, write_file
+from cupyep.errors import ConfigurationError
+from cupyep.files import (
+    FolderLock,
+    can_write,
+    expanded,
+    is_leftover,
+    read_text,
+    remove_leftovers,
+    replacing,
+    write_file,
+)
 
 
 def names(folder):
@@ -163,10 +177,99 @@ def test_without_locks_nothing_is_locked(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="this platform has no flock")
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "no locks here")
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def no_locks(request, monkeypatch):
+    """A file system without locks, as some network file systems are."""
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    assert FolderLock(tmp_path).acquire() == FolderLock(tmp_path).acquire() == ""
+    def refuse(*_):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_a_file_names_the_owner(tmp_path):
+    lock, other = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert lock.acquire() == lock.acquire() == ""
+    assert other.acquire() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert all(map(is_leftover, tmp_path.iterdir()))
+    other.release()
+    assert other.acquire() != "", "who does not hold it cannot give it back"
+    lock.release()
+    assert other.acquire() == ""
+    other.release()
+    assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_an_owner_that_has_ended_blocks_nobody(tmp_path):
+    """Killed on this machine, or in a container that had our number; of another machine nobody here knows."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getpid()):
+        (tmp_path / ".owner").write_text(f"process {process} on {socket.gethostname()}")
+        lock = FolderLock(tmp_path)
+        assert lock.acquire() == ""
+        lock.release()
+    for text in (f"process {os.getppid()} on {socket.gethostname()}", "process 1 on elsewhere", ""):
+        (tmp_path / ".owner").write_text(text)
+        holder = FolderLock(tmp_path).acquire()
+        assert holder.startswith(text or "another process")
+        assert ("remove" in holder) is (socket.gethostname() not in text)
+    assert names(tmp_path) == [".lock", ".owner"]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_of_many_that_come_at_once_one_gets_the_folder(tmp_path):
+    for round_ in range(20):
+        folder = tmp_path / str(round_)
+        folder.mkdir()
+        locks = [FolderLock(folder) for _ in range(8)]
+        barrier = threading.Barrier(8)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda lock, barrier=barrier: (barrier.wait(), lock.acquire())[1], locks))
+        assert sum(holder == "" for holder in found) == 1
+        for lock in locks:
+            lock.release()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_as_windows_writes_it(tmp_path, encoding):
+    path = tmp_path / "x.toml"
+    path.write_text("name = 'ä€'\r\n", encoding=encoding, newline="")
+    assert read_text(path, 1000) == "name = 'ä€'\r\n"
+
+
+def test_text_in_an_unknown_encoding_is_one_line(tmp_path):
+    path = tmp_path / "x.toml"
+    for content, words in ((b"a\xe4", "not text in UTF-8 .byte 1"), (b"\xff\xfea", "not text in UTF-16")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{words}.*save it as UTF-8"):
+            read_text(path, 1000)
+
+
+def test_the_home_is_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert expanded("~/runs/a") == tmp_path / "runs" / "a"
+    assert expanded("~") == tmp_path
+    for plain in ("a/~/b", "./~x", ".", ""):
+        assert str(expanded(plain)) == str(Path(plain))
+
+
+def test_without_a_home_the_remedy_is_named(monkeypatch):
+    def unknown(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    with pytest.raises(ConfigurationError, match="whose home"):
+        expanded("~no-such-user-here/x")
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(ConfigurationError, match=r"~/x': .*set HOME, or name the folder"):
+        expanded("~/x")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    Disk(monkeypatch, 0)
+    with pytest.raises(OSError, match="No space") as error:
+        write_file(tmp_path / "x", b"1")
+    assert error.value.filename == str(tmp_path / "x")

@@ -94,8 +94,9 @@ def test_learners_evaluate_by_the_same_scores(device):
     batch = batch_of(net, samples=5)
     oracle = Oracle(net)
     term = oracle.readout_term(batch.labels)
+    bptt = ep.BackpropagationThroughTime(net, free_steps=4, unrolled_steps=2)
     top = oracle.settle(net.device.to_numpy(batch.images), 6)[-1]
-    for learner in (ep.EquilibriumPropagation(net, free_steps=6), ep.BackpropagationThroughTime(net, free_steps=6)):
+    for learner in (ep.EquilibriumPropagation(net, free_steps=6), bptt):
         loss, correct = learner.evaluate(batch.images, batch.labels)
         assert float(loss) == pytest.approx(term.value(top).sum(), rel=1e-11)
         assert int(correct) == (term.output(top).argmax(axis=1) == batch.labels).sum()

@@ -125,7 +125,7 @@ def planes(images):
 @pytest.mark.parametrize(
     "options",
     [(), ("--feedback", "1", "--schedule", "evenodd"), ("--algorithm", "bp"), ("--loss", "squared_error"),
-     ("--algorithm", "bptt", "--feedback", "0.5", "--free-steps", "1", "--nudged-steps", "3"),
+     ("--algorithm", "bptt", "--feedback", "0.5", "--free-steps", "1", "--nudged-steps", "3", "--pooling", "average"),
      ("--pooling", "average", "--schedule", "synchronous")],
 )  # fmt: skip
 def test_the_exported_graph_takes_pixels_and_gives_the_runs_scores(trained, invoke, tmp_path, options):

@@ -134,7 +134,8 @@ def test_records_best_epoch_and_summary(tmp_path):
     assert last.generators == {"data": data, "learner": generator.bit_generator.state}
     np.testing.assert_array_equal(last.parameters["layers.1.weight"], trainer.learner.parameter)
     assert str(summary) == (
-        "test accuracy 75.00% (best.h5: epoch 2, chosen by test accuracy 75.00%), 0.0 minutes, run directory "
+        "test accuracy 75.00% after the last epoch, 3; 75.00% after epoch 2 (best.h5, chosen by test accuracy 75.00%); "
+        "0.0 minutes, run directory "
         f"{directory.path}"
     )
     assert records[0]["validation_loss"] is None
@@ -151,7 +152,11 @@ def test_the_best_epoch_is_chosen_on_validation_where_there_is_one(tmp_path):
     assert [r["validation_accuracy"] for r in directory.metrics()] == [0.25, 0.75, 0.5]
     assert [r["test_accuracy"] for r in directory.metrics()] == [0.25, 0.5, 1.0]
     assert (directory.load("best").epoch, directory.load("last").best_accuracy) == (2, 0.75)
-    assert "best.h5: epoch 2, chosen by validation accuracy 75.00%" in str(summary)
+    assert summary.best_test_accuracy == 0.5
+    assert (
+        "100.00% after the last epoch, 3; 50.00% after epoch 2 (best.h5, chosen by validation accuracy 75.00%)"
+        in str(summary)
+    )
 
 
 def test_a_finished_run_does_not_go_on(tmp_path):

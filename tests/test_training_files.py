@@ -6,9 +6,12 @@ Oracles: HDF5 as h5py reads it, damage done by hand.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -19,7 +22,7 @@ import cupyep as ep
 from cupyep.errors import CheckpointError
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, restore_parameters, save_checkpoint
 from cupyep.training.config import TrainConfig
-from cupyep.training.run_directory import RunDirectory, check_free, default_path
+from cupyep.training.run_directory import RunDirectory, check_free, claim_path, default_path
 
 # --- checkpoint ----------------------------------------------------------------------------------------------------
 
@@ -347,3 +350,75 @@ def test_one_process_at_a_time(tmp_path):
         other.lock()
     with other.locked():
         pass
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    """Looking first and making then, several find the same number free."""
+    settings, count = TrainConfig(arch="vgg5", aug="none"), 16
+    barrier = threading.Barrier(count)
+
+    def start(_):
+        barrier.wait()
+        return claim_path(settings, tmp_path)
+
+    with ThreadPoolExecutor(count) as pool:
+        paths = list(pool.map(start, range(count)))
+    base = default_path(settings, tmp_path / "other").name
+    assert sorted(path.name for path in paths) == sorted([base, *(f"{base}-{n}" for n in range(2, count + 1))])
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_folder_named_twice_at_once_goes_to_one(tmp_path, monkeypatch, locks):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    barrier = threading.Barrier(8)
+
+    def start(_):
+        barrier.wait()
+        try:
+            return RunDirectory.create(tmp_path / "run", TrainConfig())
+        except CheckpointError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(start, range(8)))
+    assert sum(isinstance(made, RunDirectory) for made in found) == 1
+    for text in (made for made in found if isinstance(made, str)):
+        assert "is in use by process" in text or "holds another run" in text
+
+
+def test_hdf5_itself_locks_nothing(tmp_path, monkeypatch):
+    """Where there are no locks, or others hold one, it would not open what was saved."""
+    asked = []
+    opened = h5py.File
+
+    def file(*args, **how):
+        asked.append(how.get("locking"))
+        return opened(*args, **how)
+
+    monkeypatch.setattr(h5py, "File", file)
+    save_checkpoint(tmp_path / "x.h5", make_checkpoint(1))
+    load_checkpoint(tmp_path / "x.h5")
+    assert asked == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EAGAIN, "another program has locked it"), (errno.ENOLCK, "HDF5_USE_FILE_LOCKING=FALSE"),
+     (errno.EACCES, "no permission"), (None, "truncated or damaged")],
+)  # fmt: skip
+def test_a_file_that_is_locked_is_not_called_damaged(tmp_path, monkeypatch, number, words):
+    save_checkpoint(tmp_path / "x.h5", make_checkpoint(1))
+
+    def refuse(*_, **__):
+        raise OSError(number, "unable to lock file") if number else OSError("bad signature")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_checkpoint(tmp_path / "x.h5")
+    assert ("damaged" in str(error.value)) is (number is None)

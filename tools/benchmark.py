@@ -26,7 +26,7 @@ from parts import TrainingStep, copy_case, parts_report, parts_table, time_produ
 import cupyep as ep
 from cupyep.backend import PRECISIONS
 from cupyep.backend.peak import peak_bytes
-from cupyep.cli.shared import Names, Numbers, OneLineErrors
+from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors
 from cupyep.files import replacing
 from cupyep.settling import SCHEDULES
 from cupyep.training.system import system_report
@@ -390,7 +390,7 @@ POSITIVE = click.IntRange(1)
 @click.option("--repeats", type=POSITIVE, default=5)
 @click.option("--parts", is_flag=True, help="Only tell where the time of a training step goes.")
 @click.option("--against", type=Names("--against", ("torch",)), help="Time a reference in PyTorch too.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@click.option("--json", "json_path", type=FilePath(), help="Also write the figures to this file.")
 @click.option("--quick", is_flag=True, help="Only show that everything runs: one repeat, a small product.")
 def main(json_path: Path | None, threads: int | None, **options: Any) -> None:
     """Time products, settle steps and learning steps on random images, and measure peak memory.

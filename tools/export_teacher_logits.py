@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from cupyep import __version__
 from cupyep.backend import get_device
-from cupyep.cli.shared import Names, Numbers, OneLineErrors, config_options
+from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors, config_options
 from cupyep.data import Dataset
 from cupyep.data.files import one_line
 from cupyep.errors import ConfigurationError, CupyepError, DeviceError, TeacherError, require
@@ -299,11 +299,11 @@ def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, s
 
 @click.command(cls=OneLineErrors, epilog=EXAMPLES)
 @config_options(("dataset", "data_dir", "image_size", "limit_train", "limit_test", "batch_size", "seed", "device"))
-@click.option("--onnx", type=click.Path(path_type=Path), help="Teacher: an ONNX model, images in, logits out.")
+@click.option("--onnx", type=FilePath(), help="Teacher: an ONNX model, images in, logits out.")
 @click.option("--torch", metavar="PACKAGE.MODULE:FACTORY", help="Teacher: the PyTorch module that this returns.")
 @click.option(
     "--weights",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="State dict for --torch, or a checkpoint or .safetensors file with it; no code in it is run.",
 )
 @click.option(
@@ -327,7 +327,7 @@ def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, s
     help="Standard deviations likewise; --mean 0,0,0 --std 1,1,1 means pixels in [0, 1].  [default: the data set's]",
 )
 @click.option("--teacher-name", help="Free text kept in the file.  [default: what was exported]")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The teacher file to write (HDF5).")
+@click.option("--output", type=FilePath(), required=True, help="The teacher file to write (HDF5).")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def main(onnx, torch, weights, train_bp, epochs, width, layout, mean, std, teacher_name, output, quiet, **options):
     """Write the logits of a teacher for every image of a data set, as it is and mirrored.

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cupyep.cli.recipes import complete_recipe
-from cupyep.cli.shared import Numbers, SectionedCommand, config_options, given_options, require_used
+from cupyep.cli.shared import FilePath, Numbers, SectionedCommand, config_options, given_options, require_used
 from cupyep.errors import require
 from cupyep.recipes import find_recipe
 from cupyep.training import gradient_check
@@ -36,7 +36,7 @@ Examples:
     type=Numbers(),
     help="Several strengths of the nudge, a table each, such as 0.5,0.05.  [default: the one of --beta]",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the table to this file.")
+@click.option("--json", "json_path", type=FilePath(), help="Also write the table to this file.")
 def check(recipe: str | None, betas: list[float] | None, json_path: Path | None, **options: Any) -> None:
     """Compare EP's gradient with BPTT's.
 

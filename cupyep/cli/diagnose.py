@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options
+from cupyep.cli.shared import FilePath, Names, SectionedCommand, config_options, given_options
 from cupyep.errors import ConfigurationError, require
 from cupyep.files import can_write
 from cupyep.training import diagnose as diagnosing
@@ -29,7 +29,7 @@ Examples:
 
 
 @click.command(cls=SectionedCommand, epilog=EXAMPLES)
-@click.argument("path", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN|CHECKPOINT", type=FilePath())
 @click.option(
     "--checkpoint",
     type=Names("--checkpoint", tuple(sorted(CHECKPOINT_FILES))),
@@ -38,9 +38,9 @@ Examples:
     help="Which of a run's checkpoints.",
 )
 @click.option("--bptt", is_flag=True, help="Compare the gradient with backpropagation through time (slower).")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path),
+@click.option("--plot", "plot_path", type=FilePath(),
               help="Picture, .png or .svg.  [default: plots/diagnosis.png in the run directory]")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything to this file.")
+@click.option("--json", "json_path", type=FilePath(), help="Also write everything to this file.")
 @config_options(DEFAULTS, DEFAULTS)
 def diagnose(
     path: Path, checkpoint: str, bptt: bool, plot_path: Path | None, json_path: Path | None, **options: Any

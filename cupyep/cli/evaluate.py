@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cupyep.cli.shared import Names, config_options, given_options
+from cupyep.cli.shared import FilePath, Names, config_options, given_options
 from cupyep.training import runs
 from cupyep.training.display import Display
 from cupyep.training.run_directory import CHECKPOINT_FILES
@@ -22,7 +22,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FilePath())
 @click.option(
     "--checkpoint",
     type=Names("--checkpoint", tuple(sorted(CHECKPOINT_FILES))),

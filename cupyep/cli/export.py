@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cupyep.cli.shared import Names
+from cupyep.cli.shared import FilePath, Names
 from cupyep.errors import require
 from cupyep.training.exporting import FORMS, export_run
 from cupyep.training.run_directory import CHECKPOINT_FILES
@@ -20,9 +20,9 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FilePath())
 @click.option("--format", "form", type=Names("--format", tuple(FORMS)), required=True, help="What to write.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.option("--output", type=FilePath(), required=True, help="The file to write.")
 @click.option(
     "--checkpoint",
     type=Names("--checkpoint", tuple(sorted(CHECKPOINT_FILES))),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cupyep.backend.paper import KINDS
-from cupyep.cli.shared import Names, Numbers, SectionedCommand, config_options, given_options, require_used
+from cupyep.cli.shared import FilePath, Names, Numbers, SectionedCommand, config_options, given_options, require_used
 from cupyep.errors import require
 from cupyep.training import memory as planning
 from cupyep.training.config import make_config
@@ -37,7 +37,7 @@ MOST_NUMBERS = 20
     help="Plan for a cpu or a gpu (one with 50 MB of L2 cache), there or not.  [default: that of --device]",
 )
 @click.option("--measure", is_flag=True, help="Also do one step each on the device, and compare.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the tables to this file.")
+@click.option("--json", "json_path", type=FilePath(), help="Also write the tables to this file.")
 def memory(steps: list[float], device_kind: str | None, measure: bool, json_path: Path | None, **options: Any) -> None:
     """Plan the peak memory of EP, BPTT and BP.
 

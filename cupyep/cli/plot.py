@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cupyep.cli.shared import Names, config_options, given_options
+from cupyep.cli.shared import FilePath, Names, config_options, given_options
 from cupyep.training.display import Display
 from cupyep.training.plots import draw_runs
 from cupyep.training.plots.style import FORMATS
@@ -22,10 +22,10 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("run", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("run", nargs=-1, required=True, type=FilePath(), metavar="RUN...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     help="Folder of the pictures.  [default: plots in the run directory; plots here for several runs]",
 )
 @click.option(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cupyep.cli.shared import Names, config_options, given_options
+from cupyep.cli.shared import FilePath, Names, config_options, given_options
 from cupyep.data.pictures import find_pictures
 from cupyep.errors import DataError
 from cupyep.training.prediction import Prediction, predict_pictures
@@ -25,8 +25,8 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PICTURE|FOLDER...")
+@click.argument("run", type=FilePath())
+@click.argument("pictures", nargs=-1, required=True, type=FilePath(), metavar="PICTURE|FOLDER...")
 @click.option("--top", type=int, default=3, show_default=True, help="Number of classes shown.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture.")
 @click.option(

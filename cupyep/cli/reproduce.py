@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from cupyep.backend import PRECISIONS
-from cupyep.cli.shared import Names
-from cupyep.errors import require
-from cupyep.experiments import EXPERIMENTS, SCALES, find, load_results, write_report
+from cupyep.cli.shared import FilePath, Names
+from cupyep.errors import Interrupted, require
+from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report
 from cupyep.experiments import reproduce as run_experiment
+from cupyep.experiments.report import open_text
 from cupyep.training.plots.style import matplotlib_figure
 
 EXAMPLES = """\b
@@ -36,9 +37,11 @@ Examples:
 )
 @click.option("--seeds", type=click.IntRange(1), help="Number of seeds.  [default: the experiment's]")
 @click.option(
-    "--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop after that; go on by the same command."
+    "--max-minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Stop after that, at the end of a batch; go on by the same command.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Report folder.  [default: reports/NAME-SCALE]")
+@click.option("--out", type=FilePath(), help="Report folder.  [default: reports/NAME-SCALE]")
 @click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
 @click.option("--device", help="What computes: auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option(
@@ -73,7 +76,8 @@ def reproduce(
     """Run an experiment and write its report.
 
     The report folder holds REPORT.md (claim, setting, table beside the published figures, verdict), figures,
-    results.json and, per cell of the table, what lets the same command go on where it was stopped.
+    results.json and, per cell of the table, what lets the same command go on where it was stopped. Stopped by
+    --max-minutes (exit code 0) or a signal (128 + its number), it reports the cells that are finished.
     """
     if show_list:
         for experiment in EXPERIMENTS.values():
@@ -89,8 +93,17 @@ def reproduce(
         words = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         command = shlex.join(["cupyep", "reproduce", name, "--scale", scale, *words])
         how = {"command": command, "quiet": quiet, "report": click.echo, "jobs": jobs, "defaults": defaults}
-        run_experiment(experiment, folder, scale, seeds, max_minutes, place, **how)
+        try:
+            run_experiment(experiment, folder, scale, seeds, max_minutes, place, **how)
+        except Interrupted:
+            _report(experiment, folder)
+            raise
+    _report(experiment, folder)
+
+
+def _report(experiment: Experiment, folder: Path) -> None:
+    """Write the report of what is measured, and say what it comes to."""
     results, about = load_results(experiment, folder)
     path = write_report(experiment, results, about, folder)
-    click.echo(experiment.verdict(results) if results.complete else "open: not every cell is measured yet")
+    click.echo(experiment.verdict(results) if results.complete else open_text(results))
     click.echo(f"report: {path}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest, require
+from cupyep.files import expanded
 from cupyep.training.config import OPTIONS, TrainConfig, option_name
+from cupyep.training.display import SIGPIPE, silence
 
 
 class Names(click.ParamType):
@@ -45,6 +50,16 @@ class Numbers(click.ParamType):
             return self.fail(f"'{value}' is neither a number nor numbers with commas between them", param, ctx)
 
 
+class FilePath(click.Path):
+    """A path, as `Path`; ``~`` is the home also where no shell sees it (``--run-dir=~/x``, Windows)."""
+
+    def __init__(self, **how: Any):
+        super().__init__(path_type=Path, **how)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return super().convert(expanded(value), param, ctx)
+
+
 class SectionedCommand(click.Command):
     """A command whose ``--help`` lists the options of `TrainConfig` under their groups."""
 
@@ -63,23 +78,33 @@ class SectionedCommand(click.Command):
 class OneLineErrors(click.Command):
     """Reports every error that a user can make as one line on stderr.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + signal (130, 143) interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + signal (130, 143) interrupted, 141 (as by SIGPIPE) output that
+    nobody reads.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> None:
         kwargs["standalone_mode"] = False
-        for stream in (sys.stdout, sys.stderr):
+        open_streams()
+        streams = (sys.stdout, sys.stderr)
+        for stream in streams:
             if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal cannot show
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.showwarning = show_once(lambda text: click.echo(f"Warning: {text}", err=True))
             code, message = self._run(args, kwargs)
-        if message:
-            click.echo(f"Error: {' '.join(message.split())}", err=True)
+        text = f"Error: {' '.join(message.split())}\n" if message else ""
+        for stream, last in zip(streams, ("", text), strict=True):
+            try:
+                stream.write(last)
+                stream.flush()
+            except OSError:  # nobody reads it, or the disk that it goes to is full
+                silence(stream)
+                code = code or 128 + SIGPIPE
         sys.exit(code)
 
     def _run(self, args: Any, kwargs: Any) -> tuple[int, str]:
         """Return (exit code, message)."""
+        stdout = sys.stdout
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoSuchOption as error:
@@ -96,11 +121,29 @@ class OneLineErrors(click.Command):
         except MemoryError as error:
             return 1, f"out of memory ({error}); lower --batch-size or --width"
         except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO) and error.filename is None:  # a reader, a terminal that has gone
+                return 128 + SIGPIPE, ""
             place = error.filename2 or error.filename
             return 1, f"cannot use '{place}': {error.strerror}" if place else str(error)
+        except SystemExit as error:  # click's own, of a completion, or because nobody reads the output
+            return (error.code or 0) if sys.stdout is stdout else 128 + SIGPIPE, ""
         except click.Abort:
             return 130, "interrupted"
         return code if isinstance(code, int) else 0, ""
+
+
+def open_streams() -> None:
+    """Put nowhere in the place of standard streams that are closed, or the next file opened would take their output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
 
 class Commands(OneLineErrors, click.Group):

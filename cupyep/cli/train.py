@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from cupyep.cli.recipes import complete_recipe
-from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options, require_used, show_once
+from cupyep.cli.shared import FilePath, Names, SectionedCommand, config_options, given_options, require_used, show_once
 from cupyep.errors import CupyepError, Interrupted, require
 from cupyep.recipes import find_recipe
 from cupyep.training import runs
@@ -38,7 +38,7 @@ Examples:
 )
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Folder of this run.  [default: runs/ARCH-AUG-DATASET-seedSEED, numbered if taken]",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir where it stopped.")

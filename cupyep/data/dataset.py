@@ -17,6 +17,7 @@ from cupyep.data.original import check_original
 from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Arrays, Layout, Source
 from cupyep.errors import ConfigurationError, DataError, choose, require
+from cupyep.files import expanded
 
 READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
@@ -208,7 +209,7 @@ def data_directory(data_dir: str | Path | None = None) -> Path:
     The cache folder is ``$XDG_CACHE_HOME/cupyep``, or ``~/.cache/cupyep``.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cupyep"
-    return _at_home(data_dir or os.environ.get("CUPYEP_DATA") or cache, "data folder")
+    return _at_home(data_dir or os.environ.get("CUPYEP_DATA") or cache, "data folder", "--data-dir or CUPYEP_DATA")
 
 
 def cache_directory() -> Path:
@@ -219,14 +220,15 @@ def cache_directory() -> Path:
     """
     base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
     place = os.environ.get("XDG_CACHE_HOME") or base.get(sys.platform, "~/.cache")
-    return _at_home(os.environ.get("CUPYEP_CACHE") or Path(place) / "cupyep", "cache folder")
+    folder = os.environ.get("CUPYEP_CACHE") or Path(place) / "cupyep"
+    return _at_home(folder, "cache folder", "CUPYEP_CACHE")
 
 
-def _at_home(folder: str | Path, what: str) -> Path:
+def _at_home(folder: str | Path, what: str, remedy: str) -> Path:
     try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:
-        raise ConfigurationError(f"{what} '{folder}': whose home that is, is not known") from error
+        return expanded(folder)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{what} {error}; by {remedy}") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:

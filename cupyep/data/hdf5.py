@@ -11,6 +11,7 @@ A seal finds damage; it is no signature, and whoever means harm can make one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import math
@@ -34,14 +35,26 @@ CHUNK_BYTES = 256 << 20
 COMPRESSION = 1032  # the most that deflate can do
 PROBE = Path(__file__).with_name("probe.py")
 PROBE_SECONDS = 60
+# Files are written whole and renamed, so HDF5's own lock guards nothing; some network file systems have none.
+LOCKING = False
 #: What h5py raises on a damaged or foreign file, one way or another.
 ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)
+#: Error numbers that say nothing of a file's content.
+ELSEWHERE = {
+    errno.EAGAIN: "another program has locked it; close it there",
+    errno.EACCES: "no permission, or another program has locked it",
+    errno.EPERM: "no permission",
+    **dict.fromkeys(
+        (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS),
+        "its file system has no locks; set HDF5_USE_FILE_LOCKING=FALSE in the environment",
+    ),
+}
 
 
 def create(path: str | Path | BinaryIO) -> h5py.File:
     """Return a new file, open for writing; to be closed and then sealed."""
     # From this version of HDF5's format on, attributes may be larger than 64 KiB.
-    return h5py.File(path, "w", libver=("v108", "v108"), userblock_size=SEAL_BYTES)
+    return h5py.File(path, "w", libver=("v108", "v108"), userblock_size=SEAL_BYTES, locking=LOCKING)
 
 
 def seal(path: str | Path) -> None:
@@ -92,7 +105,12 @@ def open_file(path: str | Path) -> h5py.File:
         if not h5py.is_hdf5(path):
             raise OSError("no HDF5 signature")
         _probe(path)
-    return h5py.File(path, "r")
+    return h5py.File(path, "r", locking=LOCKING)
+
+
+def blame(error: Exception, content: str = "truncated or damaged") -> str:
+    """Return in a few words why a file cannot be read, given one of `ERRORS`: what is in the way, else `content`."""
+    return ELSEWHERE.get(error.errno, content) if isinstance(error, OSError) else content
 
 
 def _is_sealed(path: str | Path) -> bool:

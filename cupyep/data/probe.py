@@ -33,7 +33,7 @@ def _visit(_: str | None, item: h5py.Group | h5py.Dataset) -> None:
 if __name__ == "__main__":
     _limit_memory()
     try:
-        with h5py.File(sys.argv[2], "r") as file:
+        with h5py.File(sys.argv[2], "r", locking=False) as file:
             _visit(None, file)
             file.visititems(_visit)
     except Exception as error:  # a damaged file raises nearly anything; the parent makes one line of it

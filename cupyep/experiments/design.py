@@ -52,7 +52,7 @@ class Cell:
         Takes lines that say what is going on.
     quiet : bool
     deadline : callable
-        Raises `OutOfTime` when the time is used up; long measurements call it where they can go on later.
+        Raises `OutOfTime` when the time is used up; asked after every batch of a training, too.
     """
 
     row: Row
@@ -77,10 +77,6 @@ class Cell:
     def folder(self) -> Path:
         """Where the measurement may keep what it needs to go on later; made when first used."""
         return self.out / "work" / self.place
-
-
-class OutOfTime(Exception):
-    """The minutes that were given are used up; what is done is kept."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cupyep.experiments.design import Column, Experiment, Results, Row
+from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name
 from cupyep.files import replacing
 from cupyep.training.plots.style import save
 
 REPORT = "REPORT.md"
 OPEN = "open"
+SHOWN = 12  # names of cells that are open
 
 
 def write_report(experiment: Experiment, results: Results, about: Mapping[str, Any], out: str | Path) -> Path:
@@ -36,7 +37,7 @@ def write_report(experiment: Experiment, results: Results, about: Mapping[str, A
 def report_text(experiment: Experiment, results: Results, about: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     scale, failed = about["scale"], _failures(results)
-    verdict = experiment.verdict(results) if results.complete else "Open: not every cell is measured yet."
+    verdict = experiment.verdict(results) if results.complete else f"{open_text(results).capitalize()}."
     parts = [
         f"# {experiment.name}: {experiment.title}",
         f"**Claim.** {experiment.claim}",
@@ -49,6 +50,14 @@ def report_text(experiment: Experiment, results: Results, about: Mapping[str, An
         _circumstances(results, about),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def open_text(results: Results) -> str:
+    """Return which cells are not measured yet."""
+    names = [cell_name(row.key, seed) for seed in range(results.seeds) for row in results.rows]
+    left = [name for name in names if name not in results.cells]
+    more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+    return f"open: {len(left)} of {len(names)} cells are not measured yet ({', '.join(left[:SHOWN])}{more})"
 
 
 def table(experiment: Experiment, results: Results) -> str:

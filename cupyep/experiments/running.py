@@ -12,20 +12,23 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cupyep.errors import CheckpointError, DivergenceError, require
-from cupyep.experiments.design import SCALES, Cell, Experiment, OutOfTime, Results, cell_name
-from cupyep.files import replacing
+from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, require
+from cupyep.experiments.design import SCALES, Cell, Experiment, Results, cell_name
+from cupyep.files import FolderLock, is_leftover, read_text, replacing
+from cupyep.training.interruption import NAMES, Interruptions
 from cupyep.training.system import THREAD_VARIABLES, system_report
 
 CELLS, RESULTS = "cells", "results.json"
+JSON_BYTES = 1 << 28  # at most
 
 
 def reproduce(
@@ -52,7 +55,7 @@ def reproduce(
     seeds : int, optional
         Seeds 0 .. seeds - 1.
     max_minutes : float, optional
-        Start nothing new after that; long trainings stop after an epoch. What is done is kept.
+        Start nothing new after that; a training stops after the batch under way. What is done is kept.
     overrides : dict, optional
         Options for all rows: device, data folder.
     command : str
@@ -70,6 +73,8 @@ def reproduce(
 
     Raises
     ------
+    Interrupted
+        If a signal came; results.json holds what is measured, and the cells under way are saved.
     CupyepError
         One clear line for whatever stands in the way.
     """
@@ -79,8 +84,7 @@ def reproduce(
     require(jobs >= 1, f"--jobs must be at least 1 (got {jobs})")
     folder, rows = Path(out), experiment.rows[scale]
     header = {"experiment": experiment.name, "scale": scale}
-    _claim(folder, header)
-    end = math.inf if max_minutes is None else time.time() + 60 * max_minutes
+    end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     cells = [  # all rows of a seed first: a first answer comes early
         Cell(
             row,
@@ -94,51 +98,77 @@ def reproduce(
         for seed in range(count)
         for row in rows
     ]
-    measured = _in_turn(experiment, cells) if jobs == 1 else _side_by_side(experiment, scale, cells, end, jobs)
+    about = {**header, **_circumstances(command), "seeds": count}
+    with _claimed(folder, header), Interruptions(at_once=True):
+        measured = {cell.name: content for cell in cells if (content := _kept(cell)) is not None}
+        left = [cell for cell in cells if cell.name not in measured]
+        new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, scale, left, end, jobs)
+        try:
+            _write_json(folder / RESULTS, {**about, "cells": measured})
+            with contextlib.closing(new):
+                for name, content in new:
+                    measured[name] = content
+                    _write_json(folder / RESULTS, {**about, "cells": measured})
+        except Interrupted as error:
+            done = f"{len(measured)} of {len(cells)} cells are measured; the same command goes on"
+            raise Interrupted(f"{error}: {done}", error.number) from None
     if len(measured) < len(cells):
         report(f"{max_minutes:g} minutes are used up: {len(measured)} of {len(cells)} cells are measured")
-    results = Results(rows, measured, count)
-    _write_json(folder / RESULTS, {**header, **_circumstances(command), "seeds": count, "cells": measured})
-    return results
+    return Results(rows, measured, count)
 
 
 def _check_time(end: float) -> None:
-    if time.time() > end:
+    if time.monotonic() > end:
         raise OutOfTime
 
 
-def _in_turn(experiment: Experiment, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Measure `cells` until all are done or the time is up; return what was measured."""
-    measured = {}
+def _in_turn(experiment: Experiment, cells: Sequence[Cell]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure `cells` until all are done or the time is up; yield name and content of each."""
     for cell in cells:
         try:
-            measured[cell.name] = _measured(experiment, cell)
-        except OutOfTime:  # cells measured earlier cost none
-            continue
-    return measured
+            yield cell.name, _measured(experiment, cell)
+        except OutOfTime:
+            return
 
 
-def _side_by_side(experiment: Experiment, scale: str, cells: Sequence[Cell], end: float, jobs: int) -> dict[str, Any]:
-    """As `_in_turn`, in `jobs` processes."""
+def _side_by_side(
+    experiment: Experiment, scale: str, cells: Sequence[Cell], end: float, jobs: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `_in_turn`, in `jobs` processes, in the order in which they end; a signal stops them all."""
     context = multiprocessing.get_context("spawn")
-    ends = {"initializer": end_with, "initargs": (os.getpid(),)}
+    stop = context.Event()
+    ends = {"initializer": end_with, "initargs": (os.getpid(), stop)}
     with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context, **ends) as pool:
-        waiting = {
-            cell.name: pool.submit(
+        waiting = [
+            pool.submit(
                 _measure_alone, experiment.name, scale, cell.row.key, cell.seed, cell.options, cell.out, cell.quiet, end
             )
             for cell in cells
-        }
+        ]
         try:
-            found = {name: future.result() for name, future in waiting.items()}
+            for future in as_completed(waiting):
+                if future.result() is not None:
+                    yield future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for what they save
             raise
-    return {name: content for name, content in found.items() if content is not None}
 
 
-def end_with(parent: int) -> None:
-    """Let this process end within a second of the process `parent`, which, when killed, cannot tell it."""
+_stop: Any = None  # in a process of `_side_by_side`: the event that tells it to stop
+
+
+def end_with(parent: int, stop: Any = None) -> None:
+    """Let this process end within a second of the process `parent`, which, when killed, cannot tell it.
+
+    With the event `stop`, signals are left to the parent, which sets it: a terminal sends them to both.
+    """
+    global _stop
+    _stop = stop
+    if stop is not None:
+        for name in NAMES:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -150,8 +180,8 @@ def end_with(parent: int) -> None:
 
 def _measure_alone(
     name: str, scale: str, key: str, seed: int, options: dict[str, Any], out: Path, quiet: bool, end: float
-) -> dict[str, Any] | None:
-    """Measure one cell in this process; None where the time is up. Its lines name it."""
+) -> tuple[str, dict[str, Any]] | None:
+    """Measure one cell in this process, return its name and content; None where the time is up. Its lines name it."""
     from cupyep.experiments import find
 
     experiment = find(name)
@@ -160,8 +190,12 @@ def _measure_alone(
     def report(text: str) -> None:
         print(f"[{key}-seed{seed}] {text}", flush=True)
 
-    cell = Cell(row, seed, options, out, report, quiet, partial(_check_time, end))
-    return _in_turn(experiment, [cell]).get(cell.name)
+    def deadline() -> None:
+        _check_time(end)
+        if _stop is not None and _stop.is_set():
+            raise OutOfTime
+
+    return next(_in_turn(experiment, [Cell(row, seed, options, out, report, quiet, deadline)]), None)
 
 
 @contextlib.contextmanager
@@ -196,6 +230,20 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
     return Results(rows, cells, content["seeds"]), content
 
 
+@contextlib.contextmanager
+def _claimed(folder: Path, header: dict[str, Any]) -> Iterator[None]:
+    """Keep other processes from measuring in the report folder, which is made, or checked to be of `header`."""
+    _claim(folder, header)
+    lock = FolderLock(folder)
+    holder = lock.acquire()
+    if holder:
+        raise CheckpointError(f"'{folder}' is in use by {holder}; wait for it or give another --out")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _claim(folder: Path, header: dict[str, Any]) -> None:
     """Make the report folder, or check that it is of the same experiment and scale."""
     path = folder / RESULTS
@@ -206,7 +254,7 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
                 f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
             )
         return
-    if folder.is_dir() and not {entry.name for entry in folder.iterdir()} <= {CELLS}:
+    if folder.is_dir() and not all(entry.name == CELLS or is_leftover(entry) for entry in folder.iterdir()):
         raise CheckpointError(f"'{folder}' holds other files; give another --out")
     try:
         (folder / CELLS).mkdir(parents=True, exist_ok=True)
@@ -215,15 +263,27 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
     _write_json(path, {**header, "seeds": 0, "cells": {}})
 
 
+def _kept(cell: Cell) -> dict[str, Any] | None:
+    """Return what an earlier run with the same options has measured; None if there is none."""
+    path = _file(cell)
+    if not path.is_file():
+        return None
+    kept = _read_json(path)
+    if kept.get("options") == _options(cell):
+        return kept
+    raise CheckpointError(f"'{path}' was measured with other options; remove it or give another --out")
+
+
+def _file(cell: Cell) -> Path:
+    return cell.out / CELLS / f"{cell.place}.json"
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in ("device", "data_dir")}))
+
+
 def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
-    """Return what the cell measured, from an earlier run with the same options if there is one."""
-    path = cell.out / CELLS / f"{cell.place}.json"
-    options = json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in ("device", "data_dir")}))
-    if path.is_file():
-        kept = _read_json(path)
-        if kept["options"] == options:
-            return kept
-        raise CheckpointError(f"'{path}' was measured with other options; remove it or give another --out")
+    """Measure the cell and keep what it measured."""
     cell.deadline()
     cell.report(f"== {experiment.name}: {cell.row.label}, seed {cell.seed}")
     begin = time.monotonic()
@@ -231,8 +291,9 @@ def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         content = experiment.measure(cell)
     except DivergenceError as error:  # that a setting fails is a result
         content = {"failed": str(error)}
-    content = {"options": options, **content}
+    content = {"options": _options(cell), **content}
     content.setdefault("minutes", (time.monotonic() - begin) / 60)
+    path = _file(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_json(path, content)
     return content
@@ -248,7 +309,7 @@ def _circumstances(command: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, JSON_BYTES))
     except OSError as error:
         raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:

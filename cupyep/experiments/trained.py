@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.experiments.design import Cell, Column, Results
-from cupyep.files import replacing
+from cupyep.files import read_text, replacing
 from cupyep.network import Network
 from cupyep.training.config import TrainConfig, make_config
 from cupyep.training.display import Display
+from cupyep.training.interruption import stopped_by
 from cupyep.training.run_directory import CONFIG, RunDirectory
 from cupyep.training.runs import resume_run, start_run
 from cupyep.training.trainer import Trainer
 
 COURSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 LAYER_COURSES = ("nudge_response", "gradient_norm", "activity")
-PROBES = "probes.json"
+PROBES, PROBES_BYTES = "probes.json", 1 << 28
 PORTABLE = ("device", "data_dir", "teacher")  # may change when a training goes on
 
 Probe = Callable[[Network, TrainConfig], dict[str, Any]]
@@ -50,6 +51,12 @@ def train_cell(
         ``nudge_response``, ``gradient_norm``, ``activity``: a list an epoch with a number a layer; ``minutes``,
         ``peak_memory_bytes``; ``probes``: what `probe` returned, and the ``epoch``.
     """
+    with stopped_by(cell.deadline):
+        _train(cell, probe, every_epoch, prepare)
+    return _courses(RunDirectory.open(cell.folder).metrics(), _probes(cell.folder))
+
+
+def _train(cell: Cell, probe: Probe | None, every_epoch: bool, prepare: Callable[[Network], None] | None) -> None:
     display, trainer = Display(cell.quiet, cell.report), None
     if (cell.folder / CONFIG).is_file():
         given = {name: cell.options[name] for name in PORTABLE if name in cell.options}
@@ -62,11 +69,10 @@ def train_cell(
         if prepare:
             prepare(trainer.network)
         trainer.run()
-    return _courses(RunDirectory.open(cell.folder).metrics(), _probes(cell.folder))
 
 
 class _Watch(Display):
-    """Shows a cell's training, keeps its probes, and looks at the clock."""
+    """Shows a cell's training and keeps its probes."""
 
     def __init__(self, cell: Cell, trainer: Trainer, probe: Probe | None, every_epoch: bool):
         super().__init__(cell.quiet, cell.report)
@@ -79,7 +85,6 @@ class _Watch(Display):
         if self.probe and (self.every_epoch or values["epoch"] == self.trainer.epochs):
             found = self.probe(self.trainer.network, self.trainer.directory.config)
             _keep_probe(self.cell.folder, {"epoch": values["epoch"], **found})
-        self.cell.deadline()
 
 
 def _epochs_left(folder: Path) -> bool:
@@ -103,7 +108,7 @@ def _courses(records: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dic
 
 def _probes(folder: Path) -> list[dict[str, Any]]:
     path = folder / PROBES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return json.loads(read_text(path, PROBES_BYTES)) if path.is_file() else []
 
 
 def _keep_probe(folder: Path, record: dict[str, Any]) -> None:

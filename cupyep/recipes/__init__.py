@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from cupyep.errors import ConfigurationError, nearest
-from cupyep.files import read_text
+from cupyep.files import expanded, read_text
 
 FOLDER = Path(__file__).parent
 
@@ -32,8 +32,9 @@ def find_recipe(recipe: str | Path) -> Path:
     names = recipe_names()
     if str(recipe) in names:
         return FOLDER / f"{recipe}.toml"
-    if Path(recipe).is_file():
-        return Path(recipe)
+    path = expanded(recipe)
+    if path.is_file():
+        return path
     raise ConfigurationError(f"no recipe and no file '{recipe}'{nearest(str(recipe), names)} (see cupyep recipes)")
 
 
@@ -42,7 +43,7 @@ def recipe_text(recipe: str | Path) -> str:
     path = find_recipe(recipe)
     try:
         return read_text(path, 1 << 15)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigurationError(f"cannot read '{path}': {error}") from error
 
 

@@ -148,7 +148,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise
     except hdf5.ERRORS as error:
         reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"'{path}' is not a readable checkpoint (truncated or damaged): {reason}") from error
+        raise CheckpointError(f"'{path}' is not a readable checkpoint ({hdf5.blame(error)}): {reason}") from error
     for name, array in (checkpoint.parameters | checkpoint.optimizer).items():
         if not np.isfinite(array).all():
             raise CheckpointError(f"checkpoint '{path}': '{name}' holds numbers that are not finite")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.files import can_write, write_file
+from cupyep.files import can_write, read_text, write_file
 from cupyep.training.build import build_dataset, evaluation_batches
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
@@ -63,7 +63,7 @@ def _kept(run: RunDirectory, epoch: int) -> tuple[np.ndarray, list[str]] | None:
     """Return what confusion.json holds if it is of that epoch and sound: it is made anew otherwise."""
     path = run.path / CONFUSION
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, 1 << 24))
         matrix, classes = np.array(content["matrix"]), [str(name) for name in content["classes"]]
     except (OSError, ValueError, TypeError, KeyError):
         return None

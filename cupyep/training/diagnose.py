@@ -15,7 +15,7 @@ import numpy as np
 from cupyep.backend import get_device
 from cupyep.data import Batch
 from cupyep.errors import CheckpointError, DivergenceError
-from cupyep.files import replacing
+from cupyep.files import expanded, replacing
 from cupyep.learning import PhaseProbe, probe_settling
 from cupyep.learning.check import bptt_gradients, compare
 from cupyep.training.build import build_dataset, build_learner, build_network, build_signals, first_images
@@ -184,7 +184,7 @@ def _open(path: Path, which: str) -> tuple[Path, Checkpoint, TrainConfig]:
 def _signals(config: TrainConfig, network: Any, dataset: Any, run: Path) -> tuple[list[Any], list[str]]:
     if config.aug != "kd":
         return build_signals(config, network, dataset, None), []
-    teacher = Path(config.teacher) if config.teacher else teacher_path(config, dataset)
+    teacher = expanded(config.teacher) if config.teacher else teacher_path(config, dataset)
     teacher = run / KEPT if (run / KEPT).is_file() else teacher
     if not teacher.is_file():
         return [], [f"without the distillation of the run: its teacher file {teacher} is not there"]

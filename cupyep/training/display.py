@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cupyep.errors import Interrupted
 
-DETAILS = ("progress", "checkpoint", "epoch")  # not shown when quiet
+DETAILS = ("note", "start", "progress", "checkpoint", "epoch")  # not shown when quiet
 # New numbers come this often, because the device is waited for each time: on a bar, and as lines of a log.
 BAR_S, LINE_S = 0.5, 30.0
 SIGPIPE = 13
@@ -35,13 +35,34 @@ def write_line(text: str, file: Any = None) -> None:
         If nobody reads it any more: ``cupyep train | head``, a terminal that was closed.
     """
     file = file or sys.stdout
+    if file is None:  # a program without a console
+        return
     try:
         tqdm.write(text, file=file)
         file.flush()
     except OSError as error:
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), file.fileno())  # or Python fails again when it flushes at exit
+        silence(file)
         raise Interrupted(f"cannot write the output: {error.strerror}", SIGPIPE) from error
+
+
+def silence(file: Any) -> None:
+    """Send to nowhere what a stream that broke still holds, or Python fails again when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
+
+
+class Bar(tqdm):
+    """A bar on stderr; where its terminal has gone, the work goes on without it."""
+
+    def display(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().display(*args, **kwargs)
+        except OSError:
+            silence(self.fp)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class Display:
@@ -50,7 +71,7 @@ class Display:
     Parameters
     ----------
     quiet : bool
-        Nothing on the way: no bars, no line an epoch.
+        Nothing on the way: no bars, no line but the result, and warnings.
     write : callable
         Takes each line that is not a warning.
     subject : str
@@ -94,14 +115,14 @@ class Display:
             self.write(text)
 
     def _has_bars(self) -> bool:
-        return not self.quiet and sys.stderr.isatty()
+        return not self.quiet and sys.stderr is not None and sys.stderr.isatty()
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, done: int = 0, **values: Any) -> Iterator[Progress]:
         """Yield a `Progress` through `total` images, `done` of them before; `values` go with its events."""
         name = f"{self.subject}, {title}" if self.subject else title
         options = {"desc": name, "unit": " images", "leave": False, "disable": not self._has_bars()}
-        with tqdm(total=total, initial=done, **options) as bar:
+        with Bar(total=total, initial=done, **options) as bar:
             yield Progress(self, bar, title, total, done, values)
 
     def over(self, batches: Any, title: str) -> Iterator[Any]:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from cupyep.errors import Interrupted
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+_reasons: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def stopped_by(check: Callable[[], None]) -> Iterator[None]:
+    """Let `check`, too, be asked wherever a signal may stop what is going on; it raises `Interrupted` to stop it."""
+    _reasons.append(check)
+    try:
+        yield
+    finally:
+        _reasons.remove(check)
 
 
 class Interruptions:
@@ -20,13 +33,20 @@ class Interruptions:
     Handlers belong to the main thread: in another one, signals do what they always do. A signal that is ignored when
     the context begins (SIGHUP under nohup) stays so.
 
+    Parameters
+    ----------
+    at_once : bool
+        Whether the first signal raises `Interrupted` where it comes, instead of at the next `check`: for what is kept
+        piece by piece anyway.
+
     Attributes
     ----------
     received : int
         The signal that asked to stop; 0 if there was none.
     """
 
-    def __init__(self):
+    def __init__(self, at_once: bool = False):
+        self.at_once = at_once
         self.received = 0
         self._before: dict[int, Any] = {}
 
@@ -47,10 +67,16 @@ class Interruptions:
         if self.received:
             os._exit(128 + number)  # every file in the run directory is whole at any time
         self.received = number
-        if sys.stderr.isatty():  # print must not be called while the program may be inside of it
-            os.write(2, b"\nfinishing the batch and saving; once more leaves at once\n")
+        if self.at_once:
+            raise Interrupted(number=number)
+        if sys.stderr is not None and sys.stderr.isatty():
+            # Not by print: the program may be inside of it.
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                os.write(2, b"\nfinishing the batch and saving; once more leaves at once\n")
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
+        """Raise `Interrupted` if a signal has come, or another reason to stop (`stopped_by`)."""
         if self.received:
             raise Interrupted(number=self.received)
+        for reason in _reasons:
+            reason()

@@ -18,10 +18,14 @@ class TrainSummary:
 
     Attributes
     ----------
+    epoch : int
+        The last one.
     test_accuracy, test_loss : float
         After the last epoch; the accuracy in [0, 1].
     best_accuracy, best_epoch : float, int
         Of the validation images where there are some, else of the test images.
+    best_test_accuracy : float
+        Of the test images after the best epoch.
     best_split : {"validation", "test"}
         Which of the two.
     elapsed_s : float
@@ -30,18 +34,21 @@ class TrainSummary:
         The run directory.
     """
 
+    epoch: int
     test_accuracy: float
     test_loss: float
     best_accuracy: float
     best_epoch: int
+    best_test_accuracy: float
     best_split: str
     elapsed_s: float
     path: Path | None
 
     def __str__(self) -> str:
         text = (
-            f"test accuracy {self.test_accuracy:.2%} (best.h5: epoch {self.best_epoch}, chosen by {self.best_split} "
-            f"accuracy {self.best_accuracy:.2%}), {self.elapsed_s / 60:.1f} minutes"
+            f"test accuracy {self.test_accuracy:.2%} after the last epoch, {self.epoch}; "
+            f"{self.best_test_accuracy:.2%} after epoch {self.best_epoch} (best.h5, chosen by {self.best_split} "
+            f"accuracy {self.best_accuracy:.2%}); {self.elapsed_s / 60:.1f} minutes"
         )
         return text if self.path is None else f"{text}, run directory {self.path}"
 

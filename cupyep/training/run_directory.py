@@ -9,6 +9,7 @@ damaged. Every file is replaced as a whole, and only one process at a time write
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ class RunDirectory:
         """
         path = check_free(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)  # empty, it may be there; the lock decides between several
             directory = cls(path, config)
             with directory.locked():
                 check_free(path)  # again: another process may have come first
@@ -286,9 +287,25 @@ def _require_writable(path: Path) -> None:
 
 def default_path(config: TrainConfig, root: str | Path = "runs") -> Path:
     """Return ``runs/<arch>-<aug>-<dataset>-seed<seed>``, with ``-2``, ``-3``, ... behind it if that is taken."""
+    return next(path for path in _numbered(config, root) if not path.exists())
+
+
+def claim_path(config: TrainConfig, root: str | Path = "runs") -> Path:
+    """Make the folder that `default_path` names and return it; of several processes each gets one of its own."""
+    return next(path for path in _numbered(config, root) if _is_made(path))
+
+
+def _is_made(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"cannot write run directory '{path}': {error.strerror}") from error
+    return True
+
+
+def _numbered(config: TrainConfig, root: str | Path) -> Iterator[Path]:
     base = Path(root) / f"{config.arch}-{config.aug}-{config.dataset}-seed{config.seed}"
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+    yield base
+    yield from (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))

@@ -10,6 +10,7 @@ from typing import Any
 from cupyep.backend import Device, get_device
 from cupyep.data import Dataset
 from cupyep.errors import CheckpointError, require
+from cupyep.files import expanded
 from cupyep.network import Network
 from cupyep.training.build import (
     build_dataset,
@@ -22,7 +23,7 @@ from cupyep.training.checkpoint import versions
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name
 from cupyep.training.display import Display
 from cupyep.training.results import evaluate, top_k_accuracy
-from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, default_path
+from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
 from cupyep.training.teacher_cache import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
 from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
@@ -49,8 +50,9 @@ def start_run(config: TrainConfig, path: str | Path | None = None, display: Disp
     CupyepError
         One clear line for whatever stands in the way.
     """
-    path = check_free(default_path(config) if path is None else path)
+    check_free(default_path(config) if path is None else path)
     trainer, teacher = _prepare(config, display or Display())
+    path = claim_path(config) if path is None else path  # others may have started meanwhile
     trainer.directory = RunDirectory.create(path, config)
     if teacher:
         keep_teacher(teacher, path)
@@ -160,10 +162,10 @@ def _teacher(config: TrainConfig, dataset: Dataset, device: Device, display: Dis
     if config.aug != "kd":
         return None
     if run is not None:
-        other = Path(config.teacher) if config.teacher else teacher_path(config, dataset)
+        other = expanded(config.teacher) if config.teacher else teacher_path(config, dataset)
         if kept := kept_teacher(run, [other]):
             return kept
-    return Path(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display)
+    return expanded(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display)
 
 
 def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:

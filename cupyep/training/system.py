@@ -13,6 +13,7 @@ import numpy as np
 from cupyep._version import __version__
 from cupyep.backend import get_device, gpu_status
 from cupyep.data import data_directory
+from cupyep.errors import ConfigurationError
 
 LIBRARIES = (
     "numpy",
@@ -38,7 +39,11 @@ def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
     """Return (name, value) lines: cupyep, Python, device, why not a GPU, libraries, BLAS, threads, data folder."""
     device = get_device("auto")
     usable, reason = gpu_status()
-    folder = data_directory(data_dir)
+    try:
+        folder = data_directory(data_dir)
+        place = f"{folder}{'' if folder.is_dir() else ' (does not exist yet)'}"
+    except ConfigurationError as error:  # all else is known
+        place = f"none: {error}"
     return [
         ("cupyep", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -47,7 +52,7 @@ def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
         *((name, _version(name)) for name in LIBRARIES),
         ("blas", _blas()),
         ("threads", _threads()),
-        ("data folder", f"{folder}{'' if folder.is_dir() else ' (does not exist yet)'}"),
+        ("data folder", place),
     ]
 
 

@@ -188,7 +188,7 @@ def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, d
         layers = parse_layers(wanted, network.depth) if wanted else []
         _export(network, layers, dataset, folder / path.name, own, display)
     except Interrupted as error:
-        raise Interrupted(f"{error} while the teacher is trained; the same command goes on", error.number) from None
+        raise type(error)(f"{error} while the teacher is trained; the same command goes on", error.number) from None
     os.replace(folder / path.name, path)
     display.show("note", f"kept in {path}")
 

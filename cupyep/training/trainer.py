@@ -211,8 +211,10 @@ class Trainer:
                 except DivergenceError as error:
                     self._take_back(error)
         path = None if self.directory is None else self.directory.path
-        best = (self.best_accuracy, self.best_epoch, self.best_split)
-        return TrainSummary(record["test_accuracy"], record["test_loss"], *best, self.elapsed_s, path)
+        chosen = next(r for r in reversed(self.records) if r["epoch"] == self.best_epoch)["test_accuracy"]
+        best = (self.best_accuracy, self.best_epoch, chosen, self.best_split)
+        last = (record["epoch"], record["test_accuracy"], record["test_loss"])
+        return TrainSummary(*last, *best, self.elapsed_s, path)
 
     def _take_back(self, error: DivergenceError) -> None:
         """Go back to the end of the last epoch with half the learning rates, or raise `error`."""

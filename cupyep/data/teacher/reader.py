@@ -314,6 +314,5 @@ class TeacherFile:
         except TeacherError:
             raise
         except hdf5.ERRORS as error:
-            raise TeacherError(
-                f"teacher file {self.path}: is not HDF5, truncated or damaged ({one_line(error)}); {AGAIN}"
-            ) from error
+            why = hdf5.blame(error, f"is not HDF5, truncated or damaged ({one_line(error)}); {AGAIN}")
+            raise TeacherError(f"teacher file {self.path}: {why}") from error

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupyep.errors import ConfigurationError
+from cupyep.files import write_file
 
 # Okabe & Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -28,10 +32,19 @@ def matplotlib_figure() -> Any:
     ConfigurationError
         If matplotlib is missing; names the command that installs it.
     """
+    # Figures are drawn without a backend, whatever a shell names: one that is not there would end the import.
+    wanted = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:
+        import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise ConfigurationError(f'figures need matplotlib ({error}): pip install "cupyep[plot]"') from error
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = wanted  # for whoever draws here after us
     return Figure
 
 
@@ -81,14 +94,16 @@ def save(figure: Any, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> 
     files = [path.with_name(f"{path.name}.{name}") for name in formats]
     with matplotlib.rc_context({"svg.hashsalt": "cupyep", "svg.fonttype": "none"}):
         for file in files:
+            content = io.BytesIO()
             if file.suffix == ".png":
-                _save_png(figure, file)
+                _save_png(figure, content)
             else:
-                figure.savefig(file, metadata={"Date": None})
+                figure.savefig(content, format=file.suffix[1:], metadata={"Date": None})
+            write_file(file, content.getbuffer())
     return files
 
 
-def _save_png(figure: Any, file: Path) -> None:
+def _save_png(figure: Any, file: io.BytesIO) -> None:
     """Write a PNG, of 256 colours where these are enough: a third of the size, and no difference to the eye."""
     from PIL import Image  # which matplotlib needs for its own PNG files
 
@@ -97,4 +112,4 @@ def _save_png(figure: Any, file: Path) -> None:
     image = Image.open(buffer).convert("RGB")
     few = image.quantize(256, dither=Image.Dither.NONE)
     difference = np.abs(np.asarray(image, int) - np.asarray(few.convert("RGB"), int)).mean()
-    (few if difference < 1 else image).save(file, optimize=True)
+    (few if difference < 1 else image).save(file, "PNG", optimize=True)
