@@ -133,6 +133,26 @@ POTENTIAL = {  # integrals of INVERSE, each up to a constant
 }
 
 
+def _gelu_slope(g):
+    c = 2 * np.sqrt(2 / np.pi)
+    e = expit(c * (g + 0.044715 * g**3))
+    return e + g * e * (1 - e) * c * (1 + 3 * 0.044715 * g**2)
+
+
+SLOPE = {
+    "hard_sigmoid": lambda g: 1.0 * ((g > 0) & (g < 1)),
+    "half_hard_sigmoid": lambda g: 0.5 * ((g > 0) & (g < 2)),
+    "relu6": lambda g: 1.0 * ((g > 0) & (g < 6)),
+    "relu": lambda g: 1.0 * (g > 0),
+    "sigmoid": lambda g: 4 * SIGMA["sigmoid"](g) * (1 - SIGMA["sigmoid"](g)),
+    "tanh": lambda g: 1 - np.tanh(g) ** 2,
+    "gelu": _gelu_slope,
+    "identity": np.ones_like,
+}
+
+KINKS = {"hard_sigmoid": (0, 1), "half_hard_sigmoid": (0, 2), "relu6": (0, 6), "relu": (0,)}
+
+
 @dataclass
 class Edge:
     """One edge; `stride` 0 marks a dense map."""
@@ -162,6 +182,30 @@ class Edge:
         if self.pooling == "max":
             return gather(u, self.pool, winners)
         return average_pool(u, self.pool) if self.pooling == "average" else u
+
+    def gap(self, s):
+        """Return how near the two largest units of a max-pooling window are; windows without any input do not count."""
+        if self.pooling != "max" or self.pool == 1 or not s.any():
+            return np.inf
+        u, gap = self.u(s) + self.bias, np.inf
+        for _, _, rows, columns in windows(u.shape[1:], self.pool):
+            two = np.sort(u[:, rows, columns].reshape(len(u), -1, u.shape[3]), axis=1)[:, -2:]
+            gap = min(gap, (two[:, 1] - two[:, 0]).min())
+        return gap
+
+    def gradient(self, below, s, winners):
+        """Return the derivatives of ``<s, d(below)>`` by weight and bias, winners fixed."""
+        if not self.stride:
+            return np.einsum("ni,nk->ik", below.reshape(len(below), -1), s), s.sum(axis=0)
+        u = self.unpool(s, winners, self.u(np.zeros((1, *self.in_shape))).shape[1:])
+        p, k, (ho, wo) = self.padding, self.weight.shape[0], u.shape[1:3]
+        x, out = np.pad(below, ((0, 0), (p, p), (p, p), (0, 0))), np.zeros(self.weight.shape)
+        for i in range(k):
+            for j in range(k):
+                rows = slice(i, i + (ho - 1) * self.stride + 1, self.stride)
+                seen = x[:, rows, j : j + (wo - 1) * self.stride + 1 : self.stride]
+                out[i, j] = np.einsum("nyxc,nyxk->ck", seen, u)
+        return out, u.sum(axis=(0, 1, 2))
 
     def unpool(self, s, winners, map_shape):
         if self.pooling == "max":
@@ -193,6 +237,25 @@ class Term:
             s = average_pool(s, self.pool)
         flat = s.reshape(len(s), -1)
         return flat if self.matrix is None else np.einsum("ni,ik->nk", flat, self.matrix) + self.bias
+
+    def error(self, s):
+        """Return ``weight * dloss/doutput``."""
+        z, t = self.output(s), self.temperature
+        return self.weight * (z - self.target if self.loss == "squared_error" else t * (softmax(z / t) - self.target))
+
+    def gradient(self, s):
+        """Return the derivative of `value` by s."""
+        error = self.error(s)
+        back = error if self.matrix is None else np.einsum("nk,ik->ni", error, self.matrix)
+        if self.pool == 1:
+            return back.reshape(s.shape)
+        pooled = (len(s), s.shape[1] // self.pool, s.shape[2] // self.pool, s.shape[3])
+        return average_scatter(back.reshape(pooled), self.pool, s.shape[1:])
+
+    def map_gradient(self, s):
+        """Return the derivatives of the sum of `value` by matrix and bias."""
+        flat = (average_pool(s, self.pool) if self.pool > 1 else s).reshape(len(s), -1)
+        return np.einsum("ni,nk->ik", flat, self.error(s)), self.error(s).sum(axis=0)
 
     def value(self, s):
         return self.weight * LOSSES[self.loss](self.output(s), self.target, self.temperature)
@@ -314,6 +377,126 @@ def iterate(oracle, x, start, schedule, steps, warm, relaxation=1.0):
             continue
         states.append([s.copy() for s in layers])
     return states
+
+
+class Phase:
+    """A phase step by step: free or nudged states (`rest` None), deviations or tangents from a `rest` point.
+
+    `layers` are states, or scaled deviations ``eps^n = a_n (s^n - s*^n)``. `g` are the arguments of sigma at the last
+    update and `winners` those of the last drive. `kink` and `tie` say how near any unit came to a clip boundary, and
+    any two of a window to each other.
+    """
+
+    def __init__(self, oracle, x, start=None, terms=(), beta=0.0, rest=None, tangent=False):
+        self.oracle, self.x, self.terms, self.beta, self.rest, self.tangent = oracle, x, terms, beta, rest, tangent
+        cold = start is None or rest is not None
+        self.warm = not cold or rest is not None
+        self.layers = [s.copy() for s in (oracle.zeros(len(x)) if cold else start)]
+        self.kink = self.tie = np.inf
+        self.sigma, self.a = SIGMA[oracle.activation], oracle.scales
+        self.g, self.drives, self.winners = ([None] * oracle.depth for _ in range(3))
+        self.above = [np.zeros_like(s) for s in self.layers]
+        for n in range(oracle.depth):
+            self._from_below(n)
+
+    def _from_below(self, n):
+        edge = self.oracle.edges[n]
+        if self.rest is None:
+            below = self.layers[n - 1] if n else self.x
+            self.drives[n], self.winners[n] = edge.drive(below)
+            self.tie = min(self.tie, edge.gap(below))
+        else:
+            self.winners[n] = self.rest.winners[n]
+            below = self.layers[n - 1] if n else np.zeros_like(self.x)
+            self.drives[n] = self.oracle.feedback * edge.linear_drive(below, self.winners[n])
+
+    def _from_above(self, n):
+        if n + 1 < self.oracle.depth:
+            edge = self.oracle.edges[n + 1]
+            winners = edge.drive(self.layers[n])[1] if self.rest is None else self.rest.winners[n + 1]
+            weight = self.oracle.feedback if self.rest is None else 1.0
+            self.above[n] = weight * edge.topdown(self.layers[n + 1], winners)
+
+    def state(self, n):
+        """Return the state of layer n as the loss sees it."""
+        if self.rest is None:
+            return self.layers[n]
+        s = self.sigma(self.rest.g[n])
+        return s if self.tangent else s + self.layers[n] / self.a[n]
+
+    def _new(self, n):
+        force = -self.beta * sum((t.gradient(self.state(n)) for t in self.terms if t.layer == n + 1), 0.0)
+        a = self.a[n]
+        if self.rest is None:
+            self.g[n] = self.drives[n] + self.above[n] + force / a
+            self._note(self.g[n])
+            return self.sigma(self.g[n])
+        total, g = self.drives[n] + self.above[n] + force, self.rest.g[n]
+        if self.tangent:
+            return SLOPE[self.oracle.activation](g) * total
+        self._note(g + total / a)
+        if self.oracle.activation in KINKS:  # a difference of two clips would lose the digits of a small response
+            scale = 2.0 if self.oracle.activation == "half_hard_sigmoid" else 1.0
+            low, high = self.sigma(np.array([-np.inf, np.inf]))
+            s = self.sigma(g)
+            return np.clip((total + a * (g - scale * s)) / scale, a * (low - s), a * (high - s))
+        return a * self._increment(g, total / a)
+
+    def _increment(self, g, step):
+        """Return ``sigma(g + step) - sigma(g)``: of a small step the integral of the slope, which keeps its digits."""
+        points, weights = np.polynomial.legendre.leggauss(8)
+        slope = SLOPE[self.oracle.activation]
+        mean = sum(w / 2 * slope(g + step * (1 + t) / 2) for t, w in zip(points, weights, strict=True))
+        return np.where(np.abs(step) < 0.05, step * mean, self.sigma(g + step) - self.sigma(g))
+
+    def _note(self, g):
+        for kink in KINKS.get(self.oracle.activation, ()):
+            self.kink = min(self.kink, np.abs(g - kink).min())
+
+    def _update(self, layers, relaxation):
+        for n, new in [(n, self._new(n)) for n in layers]:
+            self.layers[n] = self.layers[n] + relaxation * (new - self.layers[n])
+
+    def run(self, schedule, steps, relaxation=1.0):
+        """Do so many iterations, all but the last relaxed, and return self."""
+        everything = range(self.oracle.depth)
+        for step in range(steps):
+            omega = 1.0 if step == steps - 1 else relaxation
+            if schedule == "sweeps":
+                for down in (self.warm, not self.warm):
+                    for n in reversed(everything) if down else everything:
+                        (self._from_above if down else self._from_below)(n)
+                        self._update([n], omega)
+                continue
+            for group in [everything] if schedule == "synchronous" else [everything[1::2], everything[0::2]]:
+                for n in group:
+                    self._from_below(n)
+                    self._from_above(n)
+                self._update(group, omega)
+        return self
+
+
+def ep_gradients(free, phases):
+    """Return the EP estimate of every edge's gradient, by path: DESIGN, section 2, in the form of the phases."""
+    oracle, x, first = free.oracle, free.x, phases[0]
+    span, result = (first.beta - (phases[1].beta if len(phases) > 1 else 0.0)) * len(x), {}
+    for n, edge in enumerate(oracle.edges):
+        if first.rest is None:
+            parts = []
+            for phase in (first, phases[1] if len(phases) > 1 else free):
+                below = phase.layers[n - 1] if n else x
+                parts.append(edge.gradient(below, phase.layers[n], edge.drive(below)[1]))
+            weight, bias = (oracle.scales[n] * (p - q) for p, q in zip(*parts, strict=True))
+        else:
+            eps = [[np.zeros_like(x), *p.layers] for p in phases]
+            e = [p - q for p, q in zip(*eps, strict=True)] if len(phases) > 1 else eps[0]
+            ends = phases if len(phases) > 1 or first.tangent else [first, Phase(oracle, x, rest=free)]
+            mean = [x, *(sum(p.state(m) for p in ends) / len(ends) for m in range(oracle.depth))]
+            winners = free.winners[n]
+            weight, bias = edge.gradient(mean[n], e[n + 1], winners)
+            weight = weight + oracle.feedback * edge.gradient(e[n], mean[n + 1], winners)[0]
+        result[f"layers.{n + 1}.weight"], result[f"layers.{n + 1}.bias"] = -weight / span, -bias / span
+    return result
 
 
 def finite_difference(function, array, step=1e-5, entries=None):
