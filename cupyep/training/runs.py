@@ -79,7 +79,7 @@ def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | No
         allowed = ", ".join(map(option_name, RESUME_OPTIONS))
         require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
     directory.config = dataclasses.replace(directory.config, **given)
-    other = Path(given.get("teacher") or "")
+    other = expanded(given.get("teacher") or "")
     same = not other.is_file() or is_teacher_of(directory.path, other)
     require(same, f"--teacher {other} is not the one that the run started with; leave it out, or start a new run")
     trainer, teacher = _prepare(directory.config, display or Display(), directory.path)
