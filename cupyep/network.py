@@ -13,7 +13,7 @@ import numpy as np
 
 from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device
-from cupyep.data.loader import Batch
+from cupyep.data.loader import Batch, checked_images, checked_labels
 from cupyep.dynamics import Classical, Deviation, Nudge, State
 from cupyep.errors import choose, require
 from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
@@ -78,37 +78,35 @@ class Network(Structure):
         """Return the network that `save` wrote to `path`; see `cupyep.model_file` for the errors."""
         return read_network(path, functools.partial(cls, device=get_device(device)))
 
-    def images(self, x: Any) -> Any:
-        """Return images as an array of this network's device and of the type that it stores, checked for shape.
+    def batch(self, x: Any, targets: Any = None) -> Batch:
+        """Return images, or a `Batch`, as a checked `Batch` on the device: the gate of every entry.
+
+        Parameters
+        ----------
+        x : array of float, shape (N, H, W, C), or Batch
+            Normalised images. Their values are looked at once: what this returns can be passed on without another look.
+        targets : array of int, shape (N,), or Batch, optional
+            Labels, instead of those of `x`.
 
         Raises
         ------
         ConfigurationError
-            If `x` is not (N, H, W, C) with this network's H, W, C.
+            If images are not finite floats of this network's shape, or labels not as many integers from 0 to
+            ``classes - 1``.
         """
         self.device.use()  # another network may have used another GPU, or another thread this one
-        x = self.device.xp.ascontiguousarray(self.device.asarray(x, self.precision.stored))
-        require(
-            x.ndim == len(self.input_shape) + 1 and x.shape[1:] == self.input_shape and len(x) > 0,
-            f"images have shape {tuple(x.shape)}, this network takes (N, {', '.join(map(str, self.input_shape))}), "
-            "channels last",
-        )
-        return x
-
-    def batch(self, x: Any, targets: Any = None) -> Batch:
-        """Return `x` as a `Batch` on the device: itself if it is one, else images with labels `targets`."""
-        if isinstance(x, Batch):
-            return Batch(self.images(x.images), x.labels, x.index, x.view)
-        labels = targets.labels if isinstance(targets, Batch) else targets
-        index = targets.index if isinstance(targets, Batch) else None
-        view = targets.view if isinstance(targets, Batch) else None
-        x = self.images(x)
+        batch = x if isinstance(x, Batch) else Batch(x, None)
+        if isinstance(targets, Batch):
+            batch = replace(batch, labels=targets.labels, index=targets.index, view=targets.view)
+        elif targets is not None:
+            batch = replace(batch, labels=targets)
+        stored = self.precision.stored
+        images = checked_images(batch.images, self.input_shape, stored, values=not batch.checked)
+        labels = batch.labels
         if labels is not None:
-            labels = np.asarray(self.device.to_numpy(labels))
-            require(
-                labels.shape == (len(x),), f"{len(x)} images need {len(x)} labels, not an array of shape {labels.shape}"
-            )
-        return Batch(x, labels, index, view)
+            labels = checked_labels(labels, len(images), self.classes)
+        images = self.device.xp.ascontiguousarray(self.device.asarray(images, stored))
+        return replace(batch, images=images, labels=labels, checked=True)
 
     def nudges(self, batch: Batch, signals: Sequence[Augmenter] = ()) -> list[Nudge]:
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""

@@ -243,7 +243,7 @@ def test_reference_takes_images_in_halves(torch, load):
     """PyTorch does not know NumPy's bfloat16."""
     pytest.importorskip("ml_dtypes")
     net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, device="cpu", precision="bfloat16")
-    images = net.images(np.full((1, 16, 16, 1), 0.3))
+    images = net.batch(np.full((1, 16, 16, 1), 0.3)).images
     found = load("torch_reference").TorchReference(net).images(images)
     np.testing.assert_array_equal(found.numpy(), images.astype(np.float32).transpose(0, 3, 1, 2))
 

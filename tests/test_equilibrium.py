@@ -364,7 +364,7 @@ def test_classical_gradient_uses_the_winners_of_the_nudged_states():
     free = net.settle(x, steps=2)
     found = learner.step_from(net.batch(x, y), free).gradients
     nudged = net.settle(x, free, targets=y, beta=[0.5, -0.5], steps=2)
-    plus, minus = (net.energy.parameter_gradient(net.images(x), [s[part] for s in nudged.layers])
+    plus, minus = (net.energy.parameter_gradient(net.batch(x).images, [s[part] for s in nudged.layers])
                    for part in (slice(4), slice(4, 8)))  # fmt: skip
     for path, gradient in plus.items():
         np.testing.assert_allclose(found[path], (gradient - minus[path]) / (2 * 0.5 * 4), rtol=1e-9, atol=1e-12)

@@ -57,7 +57,7 @@ def measured(device, algorithm, samples, **options):
         network, generator = learner.network, np.random.default_rng(0)
         images = device.asarray(generator.standard_normal((samples, *network.input_shape)), network.precision.stored)
         labels = np.arange(samples) % 10
-        batch = ep.Batch(images, labels, labels, np.zeros(samples, np.uint8))
+        batch = ep.Batch(images, labels, labels, np.zeros(samples, np.uint8), True)
         return lambda: optimizer.step(learner.step(batch).gradients)
 
     return peak_bytes(make, device)

@@ -36,7 +36,7 @@ def torch_reference() -> Any:
 def random_batch(network: ep.Network, samples: int) -> ep.Batch:
     generator = np.random.default_rng(0)
     images = generator.standard_normal((samples, *network.input_shape)).astype(np.float32)
-    return ep.Batch(network.images(images), generator.integers(0, network.classes, samples))
+    return ep.Batch(network.batch(images).images, generator.integers(0, network.classes, samples))
 
 
 def check_results(device: ep.Device, reference: Any = None) -> None:

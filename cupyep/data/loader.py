@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from cupyep.backend import Device, get_device
+from cupyep.backend import Device, array_module, get_device
 from cupyep.data.dataset import Dataset
-from cupyep.errors import require
+from cupyep.errors import ConfigurationError, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +26,15 @@ class Batch:
         Canonical index of each sample (`Split.index`); teacher logits are looked up by it.
     view : ndarray of uint8, shape (N,), on the host, optional
         0 where the image is as stored, 1 where it is mirrored (see `cupyep.data.VIEWS`).
+    checked : bool
+        Whether the values of the images are known to be good, as a `Loader`'s are; a look at them waits for the GPU.
     """
 
     images: Any
     labels: np.ndarray
     index: np.ndarray | None = None
     view: np.ndarray | None = None
+    checked: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,7 +42,77 @@ class Batch:
     def part(self, rows: slice) -> Batch:
         """Return a batch of some of the samples, which shares their memory."""
         arrays = (self.images, self.labels, self.index, self.view)
-        return Batch(*(None if array is None else array[rows] for array in arrays))
+        images, labels, index, view = (None if array is None else array[rows] for array in arrays)
+        return replace(self, images=images, labels=labels, index=index, view=view)
+
+
+def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:
+    """Return images as an array, where they are, if they are floats (N, *shape), finite, N >= 1.
+
+    Parameters
+    ----------
+    x : array or nested sequence
+    shape : tuple of int
+    stored : dtype
+        Taken as well as the float types of NumPy.
+    values : bool, default True
+        Whether to look at the values; on a GPU that waits.
+
+    Raises
+    ------
+    ConfigurationError
+    """
+    x = _array("images", x)
+    takes = f"this network takes (N, {', '.join(map(str, shape))}), channels last"
+    hint = "; transpose them: x.transpose(0, 2, 3, 1)" if x.shape[1:] == (*shape[2:], *shape[:2]) else ""
+    require(
+        x.ndim == len(shape) + 1 and x.shape[1:] == shape and len(x) > 0,
+        f"images have shape {tuple(x.shape)}, {takes}{hint}",
+    )
+    require(
+        x.dtype.kind == "f" or x.dtype == stored,
+        f"images are {x.dtype}, not normalised floats: take (x / 255 - mean) / std, with the data set's mean and std "
+        "a channel (Dataset.mean, Dataset.std); a Loader does so",
+    )
+    if values:
+        xp = array_module(x)
+        finite = xp.isfinite(x).reshape(len(x), -1).min(axis=1)
+        finite = finite if isinstance(finite, np.ndarray) else xp.asnumpy(finite)
+        if not finite.all():
+            first = int(finite.argmin())
+            raise ConfigurationError(f"image {first} has values that are NaN or infinite; correct or leave it out")
+    return x
+
+
+def checked_labels(labels: Any, samples: int, classes: int) -> np.ndarray:
+    """Return labels as int64 (N,) on the host if they are `samples` integers from 0 to ``classes - 1``.
+
+    Raises
+    ------
+    ConfigurationError
+    """
+    labels = _array("labels", labels)
+    labels = labels if isinstance(labels, np.ndarray) else array_module(labels).asnumpy(labels)
+    require(labels.shape == (samples,), f"{samples} images need {samples} labels, not an array of shape {labels.shape}")
+    require(labels.dtype.kind in "iu", f"labels must be integers from 0 to {classes - 1}, not {labels.dtype}")
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        first = wrong[0]
+        raise ConfigurationError(f"labels must be integers from 0 to {classes - 1}, not {labels[first]} (at {first})")
+    return labels.astype(np.int64, copy=False)
+
+
+def _array(what: str, x: Any) -> Any:
+    """Return `x` if it is an array of any device, else as a NumPy array."""
+    try:
+        array_module(x)
+        return x
+    except TypeError:
+        pass  # no array yet: a list, a tensor of another library
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"{what} must be an array of numbers, not {type(x).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -171,7 +244,7 @@ class Loader:
             images = self._normalise(self.device.xp.take(self._images, self.device.asarray(places), axis=0))
         else:
             images = self._normalise(self._images[rows])
-        return Batch(images, self.split.labels[places], self.split.index[places], flip.astype(np.uint8))
+        return Batch(images, self.split.labels[places], self.split.index[places], flip.astype(np.uint8), True)
 
     def _crop(self, places: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device."""

@@ -226,7 +226,7 @@ def noise(network: Network, samples: int) -> Batch:
     generator = np.random.default_rng(0)
     images = generator.standard_normal((samples, *network.input_shape), np.float32)
     labels, views = generator.integers(0, network.classes, samples), np.zeros(samples, np.uint8)
-    return Batch(network.device.asarray(images, network.precision.stored), labels, np.arange(samples), views)
+    return Batch(network.device.asarray(images, network.precision.stored), labels, np.arange(samples), views, True)
 
 
 def _signals(config: TrainConfig, network: Network) -> list[Augmenter]:

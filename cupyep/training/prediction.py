@@ -92,7 +92,7 @@ def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], t
 
     network = run.network
     images = normalise(network.device.asarray(np.stack(pixels)))
-    batch = network.batch(Batch(images, np.zeros(len(images), np.int64)))
+    batch = network.batch(Batch(images, np.zeros(len(images), np.int64), checked=True))
     with np.errstate(over="ignore", invalid="ignore"):
         scores, residuals, tolerance = _settle(run.learner, batch)
     finite = np.isfinite(scores).all(axis=1) & (True if residuals is None else np.isfinite(residuals))
