@@ -166,7 +166,7 @@ def test_a_sample_does_not_depend_on_its_batch(monkeypatch, rng, algorithm, kind
     monkeypatch.setattr(factors, "gemm", rounded)
     edges = [ep.Conv2d((8, 8, 2), 6, pooling="max"), ep.Conv2d((4, 4, 6), 6, pooling="max"), ep.Linear((2, 2, 6), 5)]
     net = ep.Network(edges, 3, feedback=0.1, gain=1.2, device="cpu", precision=precision)
-    images, labels = net.images(pictures(kind, rng)), np.arange(SAMPLES) % 3
+    images, labels = net.batch(pictures(kind, rng)).images, np.arange(SAMPLES) % 3
     whole = net.settle(images, steps=2, schedule="sweeps")
     first, middle, _ = whole.winners
     for n in range(SAMPLES):

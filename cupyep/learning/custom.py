@@ -76,7 +76,7 @@ def _few(network: Network, batch: Batch | None) -> Batch:
         return network.batch(batch).part(slice(0, SAMPLES))
     generator, rows = np.random.default_rng(0), np.arange(SAMPLES)
     images = generator.uniform(size=(SAMPLES, *network.input_shape))
-    return Batch(network.images(images), rows % network.classes, rows, np.zeros(SAMPLES, np.uint8))
+    return network.batch(Batch(images, rows % network.classes, rows, np.zeros(SAMPLES, np.uint8)))
 
 
 def _check_term(name: str, term: LossTerm, target: Any, network: Network, samples: int) -> None:
