@@ -268,3 +268,10 @@ def test_files_of_the_system_that_fail_are_named(invoke, tmp_path, monkeypatch):
 
     monkeypatch.setattr("cupyep.cli.info.system_report", fail)
     assert invoke("info")[::2] == (1, f"Error: cannot use '{tmp_path / 'locked'}': Permission denied\n")
+
+
+@pytest.mark.parametrize(("alias", "value", "option"), [("--lambda", 2, "--feedback"), ("--lr", -1, "--learning-rate")])
+def test_other_spellings_are_the_options(invoke, alias, value, option):
+    code, _, err = invoke("train", alias, value)
+    assert code == 2
+    assert err.startswith(f"Error: {option} must be ")

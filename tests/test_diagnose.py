@@ -214,3 +214,26 @@ def test_wrong_use_is_one_line(arguments, code, words, invoke, tmp_path, monkeyp
     assert (found, out) == (code, "")
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ("bp", ["healthy: no layer has collapsed"]),
+        ("bptt", ["healthy: the free phase ends with at most", "no layer has collapsed"]),
+        ("ep", ["the free phase ends with at most", "(limit 50%, no tolerance)", "the nudge reaches every layer"]),
+    ],
+)
+def test_a_verdict_says_what_was_measured_only(run, algorithm, said):
+    """Backpropagation has no phases and no nudge; without a tolerance nothing has "settled"."""
+    report = diagnose(run(algorithm=algorithm))
+    verdict = report.lines()[-1]
+    assert all(words in verdict for words in said), verdict
+    assert "settles" not in verdict
+    assert ("phase" in verdict) == (algorithm != "bp")
+    assert ("nudge" in verdict) == (algorithm == "ep")
+
+
+def test_a_verdict_names_the_tolerance_that_judged(run):
+    verdict = diagnose(run(), given={"tolerance": 100.0}).lines()[-1]
+    assert verdict.startswith("healthy: the free phase is within --tolerance 100 in 100% of the samples, the nudged")

@@ -156,9 +156,20 @@ def test_files_and_folders(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     odd = tmp_path / "notes.txt"
-    assert find_pictures([odd, tmp_path]) == [odd, tmp_path / "a.jpeg", tmp_path / "b.PNG"]
+    assert find_pictures([odd, tmp_path]) == [odd, tmp_path / "a.jpeg", tmp_path / "b.PNG", odd]  # no picture: said
     with pytest.raises(DataError, match="there is no file or folder"):
         find_pictures([tmp_path / "gone.png"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures in folder"):
         find_pictures([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("x.pgm", ">u2"), ("x.png", "<u2")])
+def test_sixteen_bits_of_every_format_are_scaled(tmp_path, name, dtype):
+    """The PGM is written by hand: a head, then big-endian pairs of bytes."""
+    values = (np.arange(784).reshape(28, 28) * 83).astype(dtype)
+    if name == "x.pgm":
+        (tmp_path / name).write_bytes(b"P5 28 28 65535\n" + values.tobytes())
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    np.testing.assert_array_equal(read_picture(tmp_path / name, GREY, 28)[..., 0], values // 256)

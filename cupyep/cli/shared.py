@@ -47,7 +47,9 @@ class Numbers(click.ParamType):
         try:
             return [float(part) for part in value.split(",")]
         except ValueError:
-            return self.fail(f"'{value}' is neither a number nor numbers with commas between them", param, ctx)
+            return self.fail(
+                f"'{value}' is neither a number nor numbers with commas between them: 0.1 or 0.1,0.01", param, ctx
+            )
 
 
 class FilePath(click.Path):
@@ -190,6 +192,10 @@ def config_options(names: Any, defaults: dict[str, Any] | None = None) -> Any:
     return decorate
 
 
+#: Other spellings: of PyTorch's scripts, and of the papers.
+ALIASES = {"learning_rate": ("--lr",), "feedback": ("--lambda",)}
+
+
 def _config_option(name: str, default: Any) -> Any:
     rule, flag = OPTIONS[name].metadata, option_name(name)
     kind = rule["kind"]
@@ -201,7 +207,7 @@ def _config_option(name: str, default: Any) -> Any:
     text = rule["text"]
     if default is not None:  # then what happens when it is unset says nothing
         text = f"{text.partition('; unset:')[0].rstrip('.')}.  [default: {default}]"
-    return click.option(flag, name, type=value_type, default=None, help=text)
+    return click.option(flag, *ALIASES.get(name, ()), name, type=value_type, default=None, help=text)
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,9 @@ COLOURS = {1: "L", 3: "RGB"}
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
-    """Return the files among `paths`, and for every folder the pictures in it (not below it) by name.
+    """Return the files among `paths`, and for every folder the files in it (not below it) by name; no hidden ones.
+
+    What is no picture is among them, so that whoever reads them says so.
 
     Raises
     ------
@@ -37,8 +39,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not inside:
+            inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+            if not any(file.suffix.lower() in SUFFIXES for file in inside):
                 raise DataError(f"no pictures in folder {path} (looked for {', '.join(SUFFIXES)})")
             found += inside
         elif path.is_file():
@@ -79,8 +81,9 @@ def read_picture(path: Path, source: Source, size: int) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
                 _check_size(path, picture)
+                kind = picture.format  # which a transposed copy forgets
                 picture = ImageOps.exif_transpose(picture)
-                picture = _coloured(path, picture, source.shape[2], Image)
+                picture = _coloured(path, picture, kind, source.shape[2], Image)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -101,8 +104,10 @@ def _check_size(path: Path, picture: Any) -> None:
         )
 
 
-def _coloured(path: Path, picture: Any, channels: int, image: Any) -> Any:
+def _coloured(path: Path, picture: Any, kind: str, channels: int, image: Any) -> Any:
     """Return `picture` in grey (1 channel) or red, green, blue (3), 8 bits each."""
+    if picture.mode == "I" and kind in ("PPM", "PNG"):  # Pillow's mode for their 16 bits; they cannot hold more
+        picture = image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise DataError(f"{path}: has pixels of 32 bits; save it with 8 or 16 bits")
     if picture.mode in GREY_16:  # Pillow would clip such values, not scale them

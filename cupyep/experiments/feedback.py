@@ -129,7 +129,8 @@ FEEDBACK = Experiment(
     name="feedback",
     title="weak feedback trains deep networks without signals",
     claim="With feedback weight lambda < 1 and nudged phases as scaled deviations, EP trains an eleven-layer "
-    "network as well as backpropagation, without signals (this project's own; not published elsewhere).",
+    "network as well as backpropagation, without signals (feedback scaled by a small coefficient: Xie & Seung 2003, "
+    "arXiv 2508.11659; this project's own: the layer-weighted exact energy and the scaled deviations).",
     setting={scale: f"VGG-5 and VGG-11 {text.format(epochs=SMALL_WEAK['epochs'])}" for scale, text in SETTING.items()},
     base={"small": SMALL_WEAK, "full": FULL_WEAK},
     rows={"small": _feedback_rows(), "full": _feedback_rows()},

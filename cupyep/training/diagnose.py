@@ -22,7 +22,16 @@ from cupyep.training.build import build_dataset, build_learner, build_network, b
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, restore_parameters
 from cupyep.training.checkup import trace_of
 from cupyep.training.config import TrainConfig, make_config
-from cupyep.training.diagnostics import Finding, Record, Setting, find, probe_record, scaled_response, shares_of_last
+from cupyep.training.diagnostics import (
+    LIMITS,
+    Finding,
+    Record,
+    Setting,
+    find,
+    probe_record,
+    scaled_response,
+    shares_of_last,
+)
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 from cupyep.training.statistics import LEVELS, gradient_norms, layer_names
@@ -75,8 +84,24 @@ class Diagnosis:
     def lines(self) -> list[str]:
         """Return title, table, notes and verdicts."""
         verdict = [f"warning: {finding.message}" for finding in self.findings]
-        healthy = "healthy: every phase settles, the nudge reaches every layer, no layer has collapsed"
-        return [self.title, *self._table(), *(f"note: {note}" for note in self.notes), *(verdict or [healthy])]
+        return [self.title, *self._table(), *(f"note: {note}" for note in self.notes), *(verdict or [self._healthy()])]
+
+    def _healthy(self) -> str:
+        """Return what was measured and by which limit it is healthy; backpropagation has neither phases nor a nudge."""
+        layers, tolerance, parts = [row for row in self.rows if "saturated" in row], self.trace.get("tolerance"), []
+        for phase in ("free", "nudged"):
+            if f"{phase}_distance" not in layers[0]:
+                continue
+            if tolerance is None:
+                furthest, limit = max(row[f"{phase}_distance"] for row in layers), LIMITS[f"{phase} distance"].value
+                parts.append(
+                    f"the {phase} phase ends with at most {furthest:.0%} to go (limit {limit:.0%}, no tolerance)"
+                )
+            else:
+                settled = 1 - max(row[f"{phase}_unsettled"] for row in layers)
+                parts.append(f"the {phase} phase is within --tolerance {tolerance:g} in {settled:.0%} of the samples")
+        parts += ["the nudge reaches every layer"] if "nudge_response" in layers[0] else []
+        return "healthy: " + ", ".join([*parts, "no layer has collapsed"])
 
     def _table(self) -> list[str]:
         shown = {
