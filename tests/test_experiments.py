@@ -17,7 +17,7 @@ from cupyep.cli import main
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime
 from cupyep.experiments import EXPERIMENTS, costs, find, load_results, reproduce, running, write_report
 from cupyep.experiments.costs import cost_cell
-from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name
+from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name, seen
 from cupyep.experiments.headline import LABELS
 from cupyep.experiments.report import report_text, table
 from cupyep.experiments.trained import train_cell
@@ -218,6 +218,20 @@ def test_probes_are_kept_by_epoch(tmp_path):
         {"epoch": 1, "cosines": [1.0], "beta": 0.5},
         {"epoch": 2, "cosines": [2.0], "beta": 0.5},
     ]
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_rows_of_a_table_see_the_same_images(name, scale):
+    """The same data, as often and changed in the same way: else a table ranks settings that nobody can compare."""
+    experiment = EXPERIMENTS[name]
+    rows = {row.key: seen({**experiment.base[scale], **row.options}) for row in experiment.rows[scale]}
+    assert len(set(rows.values())) == 1, rows
+
+
+def test_what_is_not_given_is_the_default():
+    assert seen({"dataset": "mnist"}) == seen({"dataset": "mnist", "crop": make_config({}).crop, "limit_train": None})
+    assert seen({"epochs": 3}) != seen({"epochs": 4})
 
 
 def products_by_hand(free, nudged, form, schedule):

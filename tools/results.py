@@ -14,6 +14,7 @@ from cupyep.backend.paper import PaperDevice
 from cupyep.cli.shared import OneLineErrors
 from cupyep.errors import ConfigurationError, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, Results, load_results
+from cupyep.experiments.design import SEEN, seen
 from cupyep.experiments.report import OPEN, table
 from cupyep.experiments.running import RESULTS
 from cupyep.experiments.trained import TEST_ACCURACY
@@ -40,6 +41,11 @@ def collect(folder: Path) -> dict[str, Found]:
             place = folder / f"{name}-{scale}"
             if (place / RESULTS).is_file():
                 found[name][scale] = load_results(experiment, place)
+                different = {
+                    seen(cell["options"]) for cell in found[name][scale][0].cells.values() if "options" in cell
+                }
+                told = f"{place}: its rows differ in {', '.join(SEEN)}; measure them alike, or make two experiments"
+                require(len(different) < 2, told)
     return found
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cupyep.training.config import TrainConfig
 
 SCALES = ("small", "full")
 
@@ -95,6 +98,16 @@ class Column:
     title: str
     value: Callable[[Mapping[str, Any]], float | None]
     form: str = ".3f"
+
+
+#: Options that say which images are seen, how and how often: rows of one table share them.
+SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip")
+
+
+def seen(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the values of `SEEN` in the options of a cell, those that are not given by their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    return tuple(options.get(name, defaults[name]) for name in SEEN)
 
 
 class Results:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupyep.experiments import figures
-from cupyep.experiments.design import Experiment, Results, Row
+from cupyep.experiments.design import SEEN, Experiment, Results, Row
 from cupyep.experiments.feedback import SMALL_WEAK, lambda_options
 from cupyep.experiments.signals import BEST_LE, FEW_EPOCHS, KD, LE, PAPER, SMALL
 from cupyep.experiments.trained import COLUMNS, TEST_ACCURACY, accuracy, train_cell
@@ -37,8 +37,9 @@ def _full_rows(arch: str, dataset: str, published: float) -> tuple[Row, ...]:
 
 
 def _small_rows(arch: str, dataset: str, published: float, longer: dict[str, Any]) -> tuple[Row, ...]:
-    where = {"arch": arch, "dataset": dataset, **longer}
     strong, everywhere = {**SMALL, "epochs": FEW_EPOCHS}, {"signal_layers": "all"}
+    # Rows of one table see the same images, as often and in the same way.
+    where = {"arch": arch, "dataset": dataset, **{name: strong[name] for name in SEEN if name in strong}, **longer}
     options: dict[str, dict[str, Any]] = {
         "kd": {**strong, **KD, **everywhere},
         # With LE on all layers the deepest network's upper ones died in the fourth epoch.
@@ -80,10 +81,7 @@ def _small_setting(longer: dict[str, Any]) -> str:
             f"{longer['limit_train']} images as they are, {longer['epochs']} epochs, LE on layers 4 to 6 (tried first, "
             "on all layers, the upper ones died), no BPTT (it would take hours)"
         )
-    return (
-        f"{SMALL['limit_train']} training images and {FEW_EPOCHS} epochs at lambda = 1, {SMALL_WEAK['limit_train']} "
-        f"and {SMALL_WEAK['epochs']} otherwise"
-    )
+    return f"{SMALL['limit_train']} training images as they are, {FEW_EPOCHS} epochs"
 
 
 def _headline(arch: str, dataset: str, published: float, longer: dict[str, Any]) -> Experiment:
