@@ -220,8 +220,11 @@ def test_wrong_use_is_one_line(arguments, code, words, invoke, tmp_path, monkeyp
     ("algorithm", "said"),
     [
         ("bp", ["healthy: no layer has collapsed"]),
-        ("bptt", ["healthy: the free phase ends with at most", "no layer has collapsed"]),
-        ("ep", ["the free phase ends with at most", "(limit 50%, no tolerance)", "the nudge reaches every layer"]),
+        ("bptt", ["healthy: the free phase has ", "left to go in the mean", "no layer has collapsed"]),
+        (
+            "ep",
+            ["more than 50% in ", "more than 75% in ", "of the samples (limit 25%)", "the nudge reaches every layer"],
+        ),
     ],
 )
 def test_a_verdict_says_what_was_measured_only(run, algorithm, said):
@@ -236,4 +239,4 @@ def test_a_verdict_says_what_was_measured_only(run, algorithm, said):
 
 def test_a_verdict_names_the_tolerance_that_judged(run):
     verdict = diagnose(run(), given={"tolerance": 100.0}).lines()[-1]
-    assert verdict.startswith("healthy: the free phase is within --tolerance 100 in 100% of the samples, the nudged")
+    assert verdict.startswith("healthy: the free phase is above --tolerance 100 in 0% of the samples (limit 25%), the")

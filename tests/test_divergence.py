@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small
 from quadrants import SILENT, Recorder, assert_same_state, numbers, run
 
 import cupyep as ep
@@ -19,7 +20,7 @@ from cupyep.errors import DivergenceError
 from cupyep.learning.learner import StepResult
 from cupyep.training import runs
 from cupyep.training.divergence import LossWatch, check_arrays
-from cupyep.training.statistics import EpochStatistics
+from cupyep.training.statistics import EpochStatistics, layer_names
 
 LAYERS = ["layers.1", "layers.2", "readout"]
 GOOD = {"loss": 2.0, "activity": [0.5, 0.5], "response": [0.1, 0.1], "gradients": [1.0, 1.0, 1.0]}
@@ -100,6 +101,23 @@ def batches_until_noticed(start, loss):
     """mean_n = loss - (loss - start) (1 - 1/100)^n reaches 3 max(start, 1) at this n."""
     limit = 3 * max(start, 1)
     return math.ceil(math.log((loss - limit) / (loss - start)) / math.log(0.99))
+
+
+@pytest.mark.parametrize("beta", [0.5, 1e-6])
+@pytest.mark.parametrize(("gain", "free_steps", "knob"), [(3.0, 10, "--gain or --feedback"), (0.4, 60, "--beta")])
+def test_a_small_nudge_is_no_remedy_for_a_network_that_never_rests(gain, free_steps, knob, beta):
+    """ReLU and a high gain: the nudged phase overflows first, with any beta; the free one grows all the same."""
+    net = small.network("dense", activation="relu", gain=gain, precision="float32")
+    learner = ep.EquilibriumPropagation(net, beta, free_steps=free_steps, nudged_steps=300)
+    statistics = EpochStatistics(net.device, 1, layer_names(learner.parameters()))
+    with np.errstate(all="ignore"):
+        step = learner.step(small.batch_of(net))
+        if knob == "--beta":  # such a network does not diverge by itself
+            assert np.isfinite(step.nudge_response).all()
+            step.nudge_response = np.full_like(step.nudge_response, np.inf)
+        statistics.add(step)
+    with pytest.raises(DivergenceError, match=f"the nudged state of layer 1 .*; lower {knob}"):
+        statistics.read()
 
 
 @pytest.mark.parametrize(("start", "loss"), [(2, 10), (2, 6.5), (0.25, 10), (2, 1e4)])

@@ -92,14 +92,13 @@ class Diagnosis:
         for phase in ("free", "nudged"):
             if f"{phase}_distance" not in layers[0]:
                 continue
+            unsettled, most = max(row[f"{phase}_unsettled"] for row in layers), LIMITS["unsettled samples"].value
             if tolerance is None:
-                furthest, limit = max(row[f"{phase}_distance"] for row in layers), LIMITS[f"{phase} distance"].value
-                parts.append(
-                    f"the {phase} phase ends with at most {furthest:.0%} to go (limit {limit:.0%}, no tolerance)"
-                )
+                left, limit = max(row[f"{phase}_distance"] for row in layers), LIMITS[f"{phase} distance"].value
+                what = f"has {left:.0%} left to go in the mean, more than {limit:.0%} in {unsettled:.0%} of the samples"
             else:
-                settled = 1 - max(row[f"{phase}_unsettled"] for row in layers)
-                parts.append(f"the {phase} phase is within --tolerance {tolerance:g} in {settled:.0%} of the samples")
+                what = f"is above --tolerance {tolerance:g} in {unsettled:.0%} of the samples"
+            parts.append(f"the {phase} phase {what} (limit {most:.0%})")
         parts += ["the nudge reaches every layer"] if "nudge_response" in layers[0] else []
         return "healthy: " + ", ".join([*parts, "no layer has collapsed"])
 

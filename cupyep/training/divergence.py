@@ -19,6 +19,7 @@ ON_DIVERGENCE = ("stop", "halve-lr")
 # This project's own choice: a network that only guesses stays near its first loss, one that recovers does so sooner.
 FAR = 3.0  # times the first loss
 LONG = 100  # batches
+UNREST = 0.1  # of a layer's mean state: who still changes by as much an iteration does not come to rest
 
 #: What is watched, in the order in which one makes the next: statistic -> its name in the message, the likely knob.
 WATCHED = {
@@ -29,7 +30,9 @@ WATCHED = {
 }
 
 
-def check_finite(counts: Mapping[str, Any], batches: int, epoch: int, layers: Sequence[str]) -> None:
+def check_finite(
+    counts: Mapping[str, Any], batches: int, epoch: int, layers: Sequence[str], unrest: float = 0.0
+) -> None:
     """Raise `DivergenceError` if something stopped being finite; name what was first, and where.
 
     Parameters
@@ -41,6 +44,9 @@ def check_finite(counts: Mapping[str, Any], batches: int, epoch: int, layers: Se
     epoch : int
     layers : sequence of str
         Names that belong to the entries of ``gradient_norm``.
+    unrest : float
+        What a layer's state still changes by in an iteration at the end of a free phase, as a part of the state: a
+        network that does not come to rest without a nudge does not do so with a small one.
     """
     good = min(int(np.min(count)) for count in counts.values())
     if good == batches:
@@ -50,6 +56,8 @@ def check_finite(counts: Mapping[str, Any], batches: int, epoch: int, layers: Se
     what, knob = WATCHED[name]
     if knob == "--learning-rate" and epoch == 1 and good == 0:  # nothing has been learned yet
         knob = "--gain"
+    elif knob == "--beta" and unrest > UNREST:
+        knob = "--gain or --feedback: the free phase does not settle, either"
     what = what.format(layers[place] if name == "gradient_norm" else place + 1)
     raise DivergenceError(f"{what} is not finite in epoch {epoch}, batch {good + 1}; lower {knob}")
 

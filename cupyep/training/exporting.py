@@ -72,6 +72,7 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
         "schedule": run.config.schedule,
         "relaxation": run.config.relaxation,
         "steps": steps,
+        "unrolled_steps": _unrolled(run),
         "algorithm": run.config.algorithm,
         "layers": [_geometry(edge) for edge in run.network.layers],
         "network": run.network.describe(),
@@ -81,6 +82,11 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
     with replacing(output) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, mean=run.images.mean, std=run.images.std, **texts)
     return [f"arrays {', '.join(arrays)}; mean, std, classes, settings", _normalisation(run)]
+
+
+def _unrolled(run: TrainedRun) -> int:
+    """Return the synchronous steps after those of the schedule, from whose end BPTT predicts."""
+    return run.config.nudged_steps if run.config.algorithm == "bptt" else 0
 
 
 def _geometry(edge: Any) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
 def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
     config, images = run.config, run.images
     feedforward = config.algorithm == "bp"
-    unrolled = config.nudged_steps if config.algorithm == "bptt" else 0
+    unrolled = _unrolled(run)
     model = onnx_model(
         run.network,
         steps,

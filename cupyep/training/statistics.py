@@ -131,7 +131,7 @@ class EpochStatistics:
         """
         host = self._host_sums()
         finite = {name: host.pop(f"finite_{name}") for name in WATCHED if name in host}
-        check_finite(finite, self.batches, self.epoch, self.layers)
+        check_finite(finite, self.batches, self.epoch, self.layers, _unrest(host))
         means = {name: (value / self.count).tolist() for name, value in host.items()}
         check_means(means, self.epoch)
         # Learned maps of signals belong to no layer; their gradients are only looked at for being finite.
@@ -147,3 +147,11 @@ class EpochStatistics:
             "nudge_response": means.get("nudge_response"),
             "gradient_norm": [norm for layer, norm in norms if not layer.startswith("signals.")],
         }
+
+
+def _unrest(sums: Mapping[str, np.ndarray]) -> float:
+    """Return the largest free residual of a layer in terms of its activity; 0 where there is none, or it is unknown."""
+    if "free_residual" not in sums:
+        return 0.0
+    parts = sums["free_residual"] / np.maximum(sums["activity"], np.finfo(np.float32).tiny)
+    return float(np.nan_to_num(parts, nan=0.0, posinf=np.inf).max())
