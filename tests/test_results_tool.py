@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import cupyep as ep
 from cupyep.experiments import EXPERIMENTS
 from cupyep.experiments.design import Row, cell_name
 
@@ -37,6 +38,18 @@ def test_committed_pages_are_up_to_date(tool):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tool.with_table(readme, tool.readme_table(found)) == readme, "run: python tools/results.py"
     assert tool.results_page(found) == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_rows_that_saw_other_images_are_no_table(tool, tmp_path):
+    """Whatever the code says today: the settings are those that the cells recorded."""
+    write(tmp_path, "baseline", "small", 0.5)
+    path = tmp_path / "baseline-small" / "results.json"
+    content = json.loads(path.read_text())
+    for number, cell in enumerate(content["cells"].values()):
+        cell["options"] = {"dataset": "cifar10", "limit_train": 4000, "epochs": 4 if number else 8}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ep.ConfigurationError, match="its rows differ in dataset, image_size, limit_train"):
+        tool.collect(tmp_path)
 
 
 def test_open_and_measured_rows(tool, tmp_path):

@@ -59,6 +59,8 @@ def readme_table(found: dict[str, Found]) -> str:
             ours = [_accuracy(found[name].get(scale), row.key) for scale in ("full", "small")]
             label = f"{experiment.title.partition(',')[0]}: {row.label}"
             lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
+    settings = [f"`{name}`: {EXPERIMENTS[name].setting['small']}" for name in HEADLINES]
+    lines += ["", "Small scale, " + " ".join(settings)]
     lines += ["", "| experiment | scale | what was found |", "| --- | --- | --- |"]
     for name, experiment in EXPERIMENTS.items():
         if name not in HEADLINES:
