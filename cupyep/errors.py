@@ -136,9 +136,9 @@ def seed(name: str, value: Any) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is a number of Python or NumPy that a float can hold, and no NaN; booleans are none."""
+    """Return whether `value` is a number of Python or NumPy that a float can hold; booleans are none."""
     try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and isinstance(float(value), float)
     except OverflowError:
         return False
 
@@ -163,7 +163,7 @@ def number(
     rule = " and ".join(f"{word} {limit:g}" for word, limit in words if math.isfinite(limit))
     right = is_number(value) and (infinite or math.isfinite(value)) and low <= value <= high
     right = right and (above < value or above == -math.inf) and (value < below or below == math.inf)
-    require(right, f"{name} must be a {rule and 'number ' or 'finite number'}{rule}, not {shown(value)}")
+    require(right, f"{name} must be {rule or 'a finite number'}, not {shown(value)}")
     return float(value)
 
 
