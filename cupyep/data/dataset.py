@@ -68,10 +68,10 @@ class Split:
             raise DataError(f"split {self.name}: {len(self)} images have {len(self.labels)} labels")
         if self.index is None:
             object.__setattr__(self, "index", np.arange(len(self)))
-        self._check_array("index", "iu", f"{len(self)} increasing integers from 0 on", 1)
+        self._check_array("index", "iu", f"{len(self)} increasing numbers from 0 on", 1)
         index = self.index.astype(np.int64)  # first: differences of unsigned numbers are never negative
         if index.shape != self.labels.shape or index[0] < 0 or (np.diff(index) <= 0).any():
-            raise DataError(f"split {self.name}: the index should be {len(self)} increasing integers from 0 on")
+            raise DataError(f"split {self.name}: the index should be {len(self)} increasing numbers from 0 on")
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "total", max(integer("total", self.total, 0), int(index[-1]) + 1))
 
