@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from cupyep.backend import array_module
-from cupyep.errors import ConfigurationError, choose
+from cupyep.errors import ConfigurationError, choose, instance, number, require
 
 SLOPES_AT_ONCE = 1 << 22  # units; what is inside a clip takes memory
 
@@ -73,11 +73,12 @@ class Clip(Activation):
     """``sigma(g) = clip(slope * g, low, high)``; derivative `slope` strictly inside the range, zero elsewhere."""
 
     def __init__(self, name: str, slope: float, low: float, high: float):
-        self.name = name
-        self.gain = slope
-        self.low = low
-        self.high = high
-        self.code = ("clip", (slope, low, high))
+        self.name = instance("name", name, str, "a text")
+        self.gain = number("slope", slope, above=0)
+        self.low = number("low", low, infinite=True)
+        self.high = number("high", high, infinite=True)
+        require(self.low < self.high, f"low must be below high, not {self.low:g} and {self.high:g}")
+        self.code = ("clip", (self.gain, self.low, self.high))
 
     def value(self, g, out):
         xp = array_module(g)
@@ -127,13 +128,13 @@ class Tanh(Activation):
     """``sigma(g) = center + height * tanh(rate * (g - center))``, a smooth clip."""
 
     def __init__(self, name: str, center: float, height: float, rate: float):
-        self.name = name
-        self.center = center
-        self.height = height
-        self.rate = rate
-        self.low = center - height
-        self.high = center + height
-        self.code = ("tanh", (center, height, rate))
+        self.name = instance("name", name, str, "a text")
+        self.center = number("center", center)
+        self.height = number("height", height, above=0)
+        self.rate = number("rate", rate, above=0)
+        self.low = self.center - self.height
+        self.high = self.center + self.height
+        self.code = ("tanh", (self.center, self.height, self.rate))
 
     def _tanh(self, g, out):
         xp = array_module(g)

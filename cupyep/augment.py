@@ -6,17 +6,19 @@ The nudged phase descends ``L + kappa * sum_{i in layers} L_i(s^i, target_i)``; 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cupyep import errors
 from cupyep.backend.device import Device
 from cupyep.data.loader import Batch
 from cupyep.data.teacher import TeacherFile
+from cupyep.data.teacher.layout import SPLITS
 from cupyep.dynamics import Nudge
-from cupyep.errors import ConfigurationError, choose, require
+from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.heads import Head, LossTerm
 from cupyep.losses import SquaredError, get_loss, one_hot
 
@@ -64,23 +66,23 @@ class Augmenter:
     """
 
     def __init__(self, layers: int | Sequence[int] | str, kappa: float = 0.5, annealing: str = "cosine"):
+        self.every_layer = isinstance(layers, str) and layers == "all"
         require(
-            not isinstance(layers, str) or layers == "all", f"signal layers must be numbers or 'all', not '{layers}'"
+            self.every_layer or not isinstance(layers, str),
+            f"signal layers must be numbers or 'all', not {shown(layers)}",
         )
-        self.every_layer = isinstance(layers, str)
-        layers = [layers] if isinstance(layers, int) else layers
-        require(kappa >= 0 and math.isfinite(kappa), f"kappa must be a number of at least 0, not {kappa}")
-        require(len(layers) > 0, "a signal needs at least one layer")
-        require(self.every_layer or len(set(layers)) == len(layers), f"signal layers must not repeat: {list(layers)}")
-        self.layers = [] if self.every_layer else [int(layer) for layer in layers]
-        self.initial_kappa = float(kappa)
-        self.kappa = float(kappa)
+        given = [] if self.every_layer else [layers] if is_integer(layers) else items("signal layers", layers)
+        self.layers = [integer("each of the signal layers", layer) for layer in given]
+        require(self.every_layer or len(given) > 0, "a signal needs at least one layer; layers are empty")
+        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
+        self.kappa = self.initial_kappa = number("kappa", kappa, 0)
         self.annealing = choose("kappa annealing", annealing, ANNEALINGS)
         self._terms: dict[int, LossTerm] = {}
         self.network: Any = None  # the one it is bound to
 
     def anneal(self, progress: float) -> None:
         """Set `kappa` for training progress from 0 to 1: ``kappa_0 (1 + cos(pi progress)) / 2`` if annealed."""
+        number("progress", progress, 0, 1)
         factor = 0.5 * (1 + math.cos(math.pi * progress)) if self.annealing == "cosine" else 1.0
         self.kappa = self.initial_kappa * factor
 
@@ -150,12 +152,11 @@ class _MapAugmenter(Augmenter):
 
     def __init__(self, layers, kappa, annealing, loss, temperature, pool, learned, gain, seed):
         super().__init__(layers, kappa, annealing)
-        require(pool is None or pool >= 1, f"pool must be a positive integer or None, not {pool}")
-        self.criterion = get_loss(loss, temperature)
-        self.pool = pool
-        self.learned = learned
-        self.gain = gain
-        self.seed = seed
+        self.criterion = get_loss(loss, number("temperature", temperature, above=0))
+        self.pool = None if pool is None else integer("pool", pool)
+        self.learned = flag("learned", learned)
+        self.gain = number("gain", gain, above=0)
+        self.seed = errors.seed("seed", seed)
 
     def make_term(self, layer, shape):
         head = Head(layer, shape, self.criterion, self.classes, learned=self.learned, pool=self.pool)
@@ -235,8 +236,8 @@ class Distillation(_MapAugmenter):
         split: str = "train",
     ):
         super().__init__(layers, kappa, annealing, loss, temperature, pool, learned, gain, seed)
-        self.teacher = teacher
-        self.split = split
+        self.teacher = _that_has(teacher, "logits")
+        self.split = choose("split", split, SPLITS)
 
     @classmethod
     def from_file(cls, path: str | Path, layers: int | Sequence[int] | str, **options: Any) -> Distillation:
@@ -274,10 +275,13 @@ class FeatureDistillation(Augmenter):
         annealing: str = "cosine",
         split: str = "train",
     ):
+        instance("features", features, Mapping, "a mapping of layers to names")
+        for layer in features:
+            integer("each layer of features", layer)
         super().__init__(list(features), kappa, annealing)
-        self.teacher = teacher
-        self.features = features
-        self.split = split
+        self.teacher = _that_has(teacher, "feature")
+        self.features = dict(features)
+        self.split = choose("split", split, SPLITS)
 
     def make_term(self, layer, shape):
         name = self.features[layer]
@@ -296,6 +300,11 @@ class FeatureDistillation(Augmenter):
         _require_index(batch)
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
         return self.device.asarray(feature.astype(self.dtype))
+
+
+def _that_has(teacher: Any, method: str) -> Any:
+    require(callable(getattr(teacher, method, None)), f"teacher must be a TeacherFile, not {shown(teacher)}")
+    return teacher
 
 
 def _require_index(batch: Batch) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
+from cupyep.data.loader import checked_images
 from cupyep.dynamics import Nudge, layer_weights
+from cupyep.errors import instance, is_number, items, number, require, shown
 from cupyep.layers import Edge
 from cupyep.workspace import Memory, Workspace
 
@@ -42,16 +44,29 @@ class Energy:
         device: Device,
         precision: Precision,
     ):
-        self.edges = edges
-        self.activation = activation
-        self.weights = layer_weights(len(edges), feedback)
-        self.device = device
-        self.precision = precision
+        self.edges = items("edges", edges, Edge)
+        require(len(self.edges) > 0, "an energy needs at least one of edges")
+        self.activation = instance("activation", activation, Activation)
+        self.weights = layer_weights(len(self.edges), number("feedback", feedback, above=0, high=1))
+        self.device = instance("device", device, Device)
+        self.precision = instance("precision", precision, Precision)
         self.dtype = precision.number
 
     def _wide(self, x: Any, layers: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """Return images and states in the type to compute in."""
+        """Return images and states in the type to compute in, after the gate: images as `Network.batch` takes them."""
+        x = checked_images(x, self.edges[0].in_shape, self.dtype)
+        layers = items("layers", layers)
+        found, shapes = [getattr(s, "shape", None) for s in layers], [(len(x), *e.out_shape) for e in self.edges]
+        require(found == shapes, f"layers must be states of shapes {shapes}, not {found}")
         return self.device.asarray(x, self.dtype), [self.device.asarray(s, self.dtype) for s in layers]
+
+    def _beta(self, beta: Any, samples: int) -> Any:
+        """Return a beta for all samples, or one each, after a look at it."""
+        if is_number(beta):
+            return number("beta", beta)
+        right = getattr(beta, "shape", None) == (samples,) and beta.dtype.kind == "f"
+        require(right, f"beta must be a number or {samples} floats, one a sample, not {shown(beta)}")
+        return beta
 
     def _workspace(self, x: Any) -> Workspace:
         return Memory(self.edges, self.device, self.precision).workspace(len(x))
@@ -83,10 +98,11 @@ class Energy:
         beta : float or array of shape (B,)
         """
         x, layers = self._wide(x, layers)
+        beta = self._beta(beta, len(x))
         total = self.device.xp.zeros(len(x), self.dtype)
         for s, phi, a in zip(layers, self.phi(x, layers), self.weights, strict=True):
             total += a * (self.activation.potential(s).reshape(len(s), -1).sum(axis=1) - phi)
-        for term, weight, target in nudges:
+        for term, weight, target in items("nudges", nudges, Nudge):
             total += beta * weight * term.loss(layers[term.layer - 1], target)
         return total
 
@@ -106,8 +122,8 @@ class Energy:
                 self.edges[n + 1].topdown(layers[n + 1], winners[n + 1], topdown, workspace.ops[n + 1])
                 force += self.weights[n + 1] * topdown
             forces.append(force)
-        scale = -beta * self.device.xp.ones(len(x), self.dtype)
-        for term, weight, target in nudges:
+        scale = -self._beta(beta, len(x)) * self.device.xp.ones(len(x), self.dtype)
+        for term, weight, target in items("nudges", nudges, Nudge):
             term.add_force(layers[term.layer - 1], target, weight * scale, forces[term.layer - 1])
         return forces
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 MESSAGE_LENGTH = 1000
+SHOWN_LENGTH = 60
+LARGEST = 2**63 - 1  # what an array can count
 
 
 class CupyepError(Exception):
@@ -86,8 +93,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def choose(what: str, name: str, known: Iterable[str]) -> str:
     """Return `name` if it is one of `known`, else raise `ConfigurationError` that lists them."""
     known = list(known)
-    if name not in known:
-        raise ConfigurationError(f"unknown {what} '{name}'{nearest(str(name), known)} (choose from {', '.join(known)})")
+    if not isinstance(name, str) or name not in known:
+        name = name if isinstance(name, str) else shown(name)
+        raise ConfigurationError(f"unknown {what} '{name}'{nearest(name, known)} (choose from {', '.join(known)})")
     return name
 
 
@@ -95,3 +103,104 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigurationError` with `message` unless `condition` holds."""
     if not condition:
         raise ConfigurationError(message)
+
+
+def shown(value: Any) -> str:
+    """Return a wrong value for a message: of an array type and shape alone, of what has no short text its type."""
+    kind = type(value).__name__
+    if getattr(value, "shape", ()) != ():
+        return f"an array ({kind}) of shape {value.shape}"
+    try:
+        text = repr(value)
+    except ValueError:  # integers of more digits than Python prints
+        return f"a huge {kind}"
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}... ({kind})"
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether `value` is an integer of Python or NumPy; booleans are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def integer(name: str, value: Any, least: int = 1, most: float = LARGEST) -> int:
+    """Return the argument `name` as an integer from `least` to `most`, else raise `ConfigurationError`."""
+    rule = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    rule = rule if most >= LARGEST else f"an integer from {least} to {most}"
+    require(is_integer(value) and least <= value <= most, f"{name} must be {rule}, not {shown(value)}")
+    return int(value)
+
+
+def seed(name: str, value: Any) -> int:
+    """Return what NumPy takes as a seed: an integer of at least 0, however large."""
+    return integer(name, value, 0, math.inf)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a number of Python or NumPy that a float can hold; booleans are none."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and isinstance(float(value), float)
+    except OverflowError:
+        return False
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    infinite: bool = False,
+) -> float:
+    """Return the argument `name` as a float, ``low <= value <= high`` and ``above < value < below``.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is not, is no number, or is infinite where that is not allowed.
+    """
+    words = (("above", above), ("at least", low), ("at most", high), ("below", below))
+    rule = " and ".join(f"{word} {limit:g}" for word, limit in words if math.isfinite(limit))
+    right = is_number(value) and (infinite or math.isfinite(value)) and low <= value <= high
+    right = right and (above < value or above == -math.inf) and (value < below or below == math.inf)
+    require(right, f"{name} must be {rule or 'a finite number'}, not {shown(value)}")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return the argument `name` as a bool; it is True or False, also NumPy's."""
+    require(type(value).__name__ in ("bool", "bool_"), f"{name} must be True or False, not {shown(value)}")
+    return bool(value)
+
+
+def instance(name: str, value: Any, kind: type, what: str = "") -> Any:
+    """Return the argument `name`, which must be of the class `kind`, called `what`."""
+    require(isinstance(value, kind), f"{name} must be {what or f'of class {kind.__name__}'}, not {shown(value)}")
+    return value
+
+
+def items(name: str, value: Any, kind: type = object, what: str = "") -> list[Any]:
+    """Return the argument `name`, a sequence of objects of the class `kind`, as a list; a text is none."""
+    message = f"{name} must be a sequence{f' of {what or kind.__name__}' if kind is not object else ''}"
+    wrong = isinstance(value, (str, bytes, Mapping)) or getattr(value, "shape", None) == ()
+    require(isinstance(value, Iterable) and not wrong, f"{message}, not {shown(value)}")
+    found = list(value)
+    for item in found:
+        require(isinstance(item, kind), f"{message}; it holds {shown(item)}")
+    return found
+
+
+def shape(name: str, value: Any, axes: str = "") -> tuple[int, ...]:
+    """Return the argument `name` as a shape of positive integers, with just the `axes`, as "H, W, C", if given."""
+    found = items(name, value)
+    require(
+        len(found) == (len(axes.split(",")) if axes else max(1, len(found))),
+        f"{name} must be ({axes or 'n, ...'}), not {shown(value)}",
+    )
+    return tuple(integer(f"each of {name}", n) for n in found)
+
+
+def path(name: str, value: Any) -> Path:
+    """Return the argument `name` as a path; it is a text or a path."""
+    require(isinstance(value, (str, os.PathLike)), f"{name} must be a path, not {shown(value)}")
+    return Path(value)

@@ -15,7 +15,7 @@ import numpy as np
 from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
-from cupyep.errors import ConfigurationError, choose, require
+from cupyep.errors import ConfigurationError, choose, flag, integer, number, shape
 from cupyep.kernels import cuda_conv, winograd
 from cupyep.kernels.columns import output_size
 from cupyep.kernels.conv import ConvGeometry, ConvOps, part_of
@@ -61,7 +61,7 @@ class Edge:
         gain : float
             Positive.
         """
-        require(gain > 0, f"gain must be positive, not {gain}")
+        gain = number("gain", gain, above=0)
         fan_in = math.prod(self.weight_shape[:-1])
         scale = gain / math.sqrt(fan_in)
         self.weight = device.drawn(lambda shape: generator.standard_normal(shape) * scale, self.weight_shape, dtype)
@@ -114,14 +114,13 @@ class Conv2d(Edge):
         pool: int = 2,
         bias: bool = True,
     ):
-        require(len(in_shape) == 3 and min(in_shape) > 0, f"Conv2d needs an input shape (H, W, C), not {in_shape}")
-        require(
-            channels > 0 and kernel > 0 and stride > 0 and pool > 0, "channels, kernel, stride, pool must be positive"
-        )
-        require(0 <= padding < kernel, f"padding must be from 0 to kernel - 1 = {kernel - 1}, not {padding}")
-        self.in_shape = tuple(in_shape)
-        self.channels, self.kernel, self.stride, self.padding = channels, kernel, stride, padding
-        self.has_bias = bool(bias)
+        self.in_shape = in_shape = shape("in_shape", in_shape, "H, W, C")
+        self.channels = channels = integer("channels", channels)
+        self.kernel = kernel = integer("kernel", kernel)
+        self.stride = stride = integer("stride", stride)
+        self.padding = padding = integer("padding", padding, 0, kernel - 1)
+        pool = integer("pool", pool)
+        self.has_bias = flag("bias", bias)
         self.pooling = choose("pooling", pooling, POOLINGS)
         self.pool = 1 if pooling == "none" else pool
         self.has_winners = pooling == "max"
@@ -225,11 +224,10 @@ class Linear(Edge):
     arguments = ("in_shape", "units", "has_bias")
 
     def __init__(self, in_shape: tuple[int, ...], units: int, bias: bool = True):
-        require(units > 0, f"units must be positive, not {units}")
-        self.in_shape = tuple(in_shape)
-        self.units, self.has_bias = units, bool(bias)
-        self.out_shape = (units,)
-        self.weight_shape = (math.prod(in_shape), units)
+        self.in_shape = shape("in_shape", in_shape)
+        self.units, self.has_bias = integer("units", units), flag("bias", bias)
+        self.out_shape = (self.units,)
+        self.weight_shape = (math.prod(self.in_shape), self.units)
 
     def __repr__(self) -> str:
         return f"Linear({self.in_shape} -> {self.out_shape}{'' if self.has_bias else ', no bias'})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupyep.backend import array_module
-from cupyep.errors import choose, require
+from cupyep.errors import choose, number, require
 
 
 def log_softmax(z: Any) -> Any:
@@ -48,8 +48,7 @@ class CrossEntropy:
     name = "cross_entropy"
 
     def __init__(self, temperature: float = 1.0):
-        require(temperature > 0, f"temperature must be positive, not {temperature}")
-        self.temperature = float(temperature)
+        self.temperature = number("temperature", temperature, above=0)
 
     def value(self, z: Any, target: Any) -> Any:
         """Return the loss a sample, shape (N,)."""
@@ -90,7 +89,10 @@ class SquaredError:
         return logits
 
 
+LOSSES = (CrossEntropy.name, SquaredError.name)
+
+
 def get_loss(name: str, temperature: float = 1.0) -> CrossEntropy | SquaredError:
     """Return the loss called ``cross_entropy`` or ``squared_error``."""
-    choose("loss", name, (CrossEntropy.name, SquaredError.name))
+    choose("loss", name, LOSSES)
     return CrossEntropy(temperature) if name == CrossEntropy.name else SquaredError()

@@ -11,10 +11,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from cupyep.activations import Activation
+from cupyep.activations import Activation, get_activation
 from cupyep.backend import Device
-from cupyep.errors import ConfigurationError, choose, require
+from cupyep.errors import ConfigurationError, choose, integer, is_integer, number, shape, shown
 from cupyep.layers import Conv2d, Edge, Linear
+from cupyep.losses import LOSSES
 from cupyep.network import Network
 
 CHANNELS = {  # a p marks 2 x 2 pooling after the convolution
@@ -35,8 +36,8 @@ def default_gain(activation: str | Activation, feedback: float) -> float:
     Weak feedback wants the gain of a feed-forward net. With lambda = 1 every layer is driven from both sides, and too
     high a gain saturates or never settles. The halved hard sigmoid has slope 1/2 and wants twice the gain.
     """
-    name = activation if isinstance(activation, str) else activation.name
-    gain = 0.6 if feedback > 0.3 else 1.2
+    name = get_activation(activation).name
+    gain = 0.6 if number("feedback", feedback) > 0.3 else 1.2
     return 2 * gain if name == "half_hard_sigmoid" else gain
 
 
@@ -112,13 +113,15 @@ def vgg_edges(
     loss: str = "cross_entropy",
 ) -> list[Edge]:
     """Return the edges of VGG-`depth`, without weights; see `vgg` for arguments and errors."""
-    if depth not in CHANNELS:
-        raise ConfigurationError(f"there is no VGG-{depth} (choose from {', '.join(map(str, CHANNELS))})")
-    require(0 < width < MOST_WIDTH, f"width must be positive and below {MOST_WIDTH:g}, not {width}")
-    require(len(input_shape) == 3, f"input_shape must be (H, W, C), not {tuple(input_shape)}")
-    require(classes >= 2, f"classes must be at least 2, not {classes}")
+    if not is_integer(depth) or depth not in CHANNELS:
+        raise ConfigurationError(
+            f"there is no VGG of depth {shown(depth)} (choose from {', '.join(map(str, CHANNELS))})"
+        )
+    width = number("width", width, above=0, below=MOST_WIDTH)
+    classes = integer("classes", classes, 2)
     choose("pooling", pooling, ("max", "average"))
-    layers = _convolutions(depth, tuple(input_shape), width, pooling)
+    choose("loss", loss, LOSSES)
+    layers = _convolutions(depth, shape("input_shape", input_shape, "H, W, C"), width, pooling)
     if loss == "squared_error":
         layers.append(Linear(layers[-1].out_shape, classes))
     return layers

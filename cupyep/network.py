@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from cupyep import errors
 from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device
 from cupyep.data.loader import Batch, checked_images, checked_labels
 from cupyep.dynamics import Classical, Deviation, Nudge, State
-from cupyep.errors import choose, require
+from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.losses import one_hot
 from cupyep.model_file import describe, read_network, write_network
-from cupyep.settling import settle, watched
+from cupyep.settling import check_settling, settle, watched
 from cupyep.structure import Structure, exclusive
 from cupyep.workspace import Memory, Workspace, update_ops
 
 NUDGES = ("classical", "deviation", "tangent")
+KEEPS = ("states", "drives", "both")
 
 
 class Network(Structure):
@@ -71,12 +72,12 @@ class Network(Structure):
 
     def save(self, path: str | Path) -> None:
         """Write structure and parameters to one HDF5 file; see `cupyep.model_file` for its form and the errors."""
-        write_network(path, self)
+        write_network(errors.path("path", path), self)
 
     @classmethod
     def load(cls, path: str | Path, device: str | Device = "auto") -> Network:
         """Return the network that `save` wrote to `path`; see `cupyep.model_file` for the errors."""
-        return read_network(path, functools.partial(cls, device=get_device(device)))
+        return read_network(errors.path("path", path), functools.partial(cls, device=get_device(device)))
 
     def batch(self, x: Any, targets: Any = None) -> Batch:
         """Return images, or a `Batch`, as a checked `Batch` on the device: the gate of every entry.
@@ -107,6 +108,12 @@ class Network(Structure):
             labels = checked_labels(labels, len(images), self.classes)
         images = self.device.xp.ascontiguousarray(self.device.asarray(images, stored))
         return replace(batch, images=images, labels=labels, checked=True)
+
+    def labelled(self, x: Any, targets: Any = None) -> Batch:
+        """Return what `batch` does, with labels: those that learn and judge need them."""
+        batch = self.batch(x, targets)
+        require(batch.labels is not None, "targets are missing: give labels with the images, or a Batch that has them")
+        return batch
 
     def nudges(self, batch: Batch, signals: Sequence[Augmenter] = ()) -> list[Nudge]:
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
@@ -195,13 +202,18 @@ class Network(Structure):
             "record": record,
         }
         batch = self.batch(x, targets)
+        if start is not None:
+            self.check_start(start, len(batch.images))
+        flag("copy", copy)
+        choose("nudge", nudge, NUDGES)
+        signals = items("signals", signals, Augmenter)
+        betas = [beta] if is_number(beta) else items("beta", beta)
         if targets is None and not isinstance(x, Batch):
-            require(np.isscalar(beta) and beta == 0, "a nudged phase (beta not 0) needs targets")
-        if np.isscalar(beta) and beta == 0:
+            require(betas == [0], "a nudged phase (beta not 0) needs targets")
+        if is_number(beta) and beta == 0:
             require(targets is None, "a nudged phase (targets given) needs a beta that is not 0")
             state = self.settle_free(batch, start, **how)
         else:
-            betas = [float(beta)] if np.isscalar(beta) else [float(b) for b in beta]
             require(start is not None, "a nudged phase starts at a free state: settle without targets first")
             state = self.settle_nudged(batch, start, betas, self.nudges(batch, signals), nudge, **how)
         if nudge != "classical" and state.deviations is not None:
@@ -223,7 +235,7 @@ class Network(Structure):
         shape = self.free_shape(samples, keeps, **how)
         buffers = self.memory.phase(shape)
         if start is not None:
-            self._check_start(start, samples)
+            self.check_start(start, samples)
             if start.buffers is not None and start.buffers is not buffers:  # it lies where this phase would
                 buffers = self.memory.phase(replace(shape, base=start.buffers.top))
         self._fill(buffers, start, 1)
@@ -244,17 +256,17 @@ class Network(Structure):
         **how: Any,
     ) -> State:
         """Settle one nudged phase a beta, as one batch, into this network's memory; see `settle` and `settle_free`."""
-        choose("nudge", form, NUDGES)
-        require(
-            all(b != 0 and math.isfinite(b) for b in betas), f"beta must be a number other than 0, not {list(betas)}"
-        )
+        choose("form of the nudge", form, NUDGES)
+        nudges = items("nudges", nudges, Nudge)
+        betas = [number("beta", beta) for beta in items("betas", betas)]
+        require(len(betas) > 0 and 0 not in betas, f"each beta must be a number other than 0, not {betas}")
         require(
             form == "tangent" or not self.readout.identity or all(abs(b) < 1 for b in betas),
             f"squared error needs beta between -1 and 1, not {list(betas)}: s <- d - beta (s - y) never settles beyond",
         )
         batch = self.batch(batch)
         samples, phases = len(batch.images), len(betas)
-        self._check_start(free, samples)
+        self.check_start(free, samples, "free")
         shape = self.nudged_shape(form, samples, phases, nudges, keeps, free.end, **how)
         buffers = self.memory.phase(shape)
         first = self.memory.workspace(samples).ops[0]
@@ -275,7 +287,7 @@ class Network(Structure):
 
     def free_shape(self, samples: int, keeps: str = "both", **how: Any) -> PhaseShape:
         """Return what decides on the memory of a free phase; arguments as `settle_free`."""
-        return PhaseShape("free", samples, how["schedule"], keeps=keeps, **self._shared_shape(how))
+        return PhaseShape("free", samples, keeps=choose("keeps", keeps, KEEPS), **self._shared_shape(**how))
 
     def nudged_shape(
         self,
@@ -293,18 +305,19 @@ class Network(Structure):
         return PhaseShape(
             form,
             samples,
-            how["schedule"],
-            phases,
-            keeps,
-            terms,
-            tuple(targets.values()),
+            phases=phases,
+            keeps=choose("keeps", keeps, KEEPS),
+            terms=terms,
+            targets=tuple(targets.values()),
             base=base,
-            **self._shared_shape(how),
+            **self._shared_shape(**how),
         )
 
-    def _shared_shape(self, how: dict[str, Any]) -> dict[str, Any]:
+    def _shared_shape(self, steps: int, schedule: str, tolerance: float | None = None, **how: Any) -> dict[str, Any]:
+        check_settling(schedule, {"steps": steps}, tolerance, **how)
         return {
-            "watched": watched(how["schedule"], how["steps"], how.get("tolerance")),
+            "schedule": schedule,
+            "watched": watched(schedule, steps, tolerance),
             "update_scratch": update_ops(self.activation, self.device).scratch_size,
         }
 
@@ -313,10 +326,12 @@ class Network(Structure):
         updates = update_ops(self.activation, self.device)
         return self.layers, self.activation, self.feedback, self.device, workspace, updates, buffers
 
-    def _check_start(self, start: State, samples: int) -> None:
+    def check_start(self, start: State, samples: int, name: str = "start") -> None:
+        """Raise ConfigurationError unless the argument `name` is a state of so many samples of this network."""
+        instance(name, start, State, "a state that settle() returned")
         require(
             [tuple(s.shape) for s in start.layers] == [(samples, *shape) for shape in self.state_shapes],
-            f"the start state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
+            f"the {name} state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
             f"the batch {samples} in {self.depth}, and their shapes must agree",
         )
 
@@ -353,7 +368,7 @@ class Network(Structure):
 
     def predict(self, x: Any, k: int = 1, **how: Any) -> np.ndarray:
         """Return the most likely classes on the host: shape (N,) for ``k = 1``, else (N, k) in falling order."""
-        require(1 <= k <= self.classes, f"k must be from 1 to {self.classes}, not {k}")
+        k = integer("k", k, 1, self.classes)
         scores = self.device.to_numpy(self.scores(x, **how))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return order[:, 0] if k == 1 else order

@@ -15,7 +15,7 @@ import numpy as np
 
 from cupyep.backend import array_module
 from cupyep.backend.device import launcher_for
-from cupyep.errors import CheckpointError, ConfigurationError, nearest, require
+from cupyep.errors import CheckpointError, ConfigurationError, flag, instance, items, nearest, number, require, shown
 from cupyep.kernels.cuda_optimizer import SOURCE, CudaOptimizerOps
 from cupyep.kernels.optimizer import OptimizerOps
 
@@ -55,7 +55,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosi
 
 
 def _check_progress(progress: float) -> None:
-    require(0.0 <= progress <= 1.0, f"progress must be between 0 and 1 (got {progress})")
+    number("progress", progress, 0, 1)
 
 
 class Optimizer:
@@ -86,8 +86,14 @@ class Optimizer:
         weight_decay: float,
         slots: tuple[str, ...],
     ):
-        require(len(parameters) > 0, "an optimizer needs at least one parameter")
-        _require_number("weight_decay", weight_decay, low=0.0)
+        instance("parameters", parameters, Mapping, "a mapping of arrays by path")
+        require(len(parameters) > 0, "an optimizer needs at least one of parameters")
+        for path, p in parameters.items():
+            floats = getattr(getattr(p, "dtype", None), "kind", "") == "f"
+            require(
+                isinstance(path, str) and floats, f"parameters must be arrays of floats by path; '{path}' is {shown(p)}"
+            )
+        number("weight_decay", weight_decay, 0)
         self.parameters = dict(parameters)
         self.rates = _rates(self.parameters, learning_rate)
         self.weight_decay = float(weight_decay)
@@ -122,7 +128,8 @@ class Optimizer:
         ConfigurationError
             If a gradient is missing, belongs to no parameter or has another shape.
         """
-        _check_names("gradient", gradients, self.parameters, ConfigurationError)
+        number("factor", factor, 0)
+        _check_names("gradients", gradients, self.parameters, ConfigurationError)
         self.steps += 1
         for path, parameter in self.parameters.items():
             arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
@@ -198,8 +205,8 @@ class SGD(Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
     ):
-        _require_number("momentum", momentum, low=0.0, below=1.0)
-        require(not nesterov or momentum > 0, "nesterov needs a momentum above 0")
+        number("momentum", momentum, 0, below=1)
+        require(not flag("nesterov", nesterov) or momentum > 0, "nesterov needs a momentum above 0")
         super().__init__(parameters, learning_rate, weight_decay, self.slots(momentum))
         self.momentum = float(momentum)
         self.nesterov = bool(nesterov)
@@ -254,10 +261,9 @@ class Adam(Optimizer):
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        require(len(betas) == 2, f"betas must be two numbers (got {betas})")
-        for beta in betas:
-            _require_number("each of betas", beta, low=0.0, below=1.0)
-        _require_number("epsilon", epsilon, above=0.0)
+        betas = [number("each of betas", beta, 0, below=1) for beta in items("betas", betas)]
+        require(len(betas) == 2, f"betas must be two numbers, not {betas}")
+        number("epsilon", epsilon, above=0)
         super().__init__(parameters, learning_rate, weight_decay, self.SLOTS)
         self.betas = (float(betas[0]), float(betas[1]))
         self.epsilon = float(epsilon)
@@ -313,11 +319,10 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
 def _rates(parameters: Mapping[str, Any], learning_rate: float | Mapping[str, float]) -> dict[str, float]:
     """Return the learning rate of every path."""
     if not isinstance(learning_rate, Mapping):
-        _require_number("learning_rate", learning_rate, above=0.0)
-        return dict.fromkeys(parameters, float(learning_rate))
+        return dict.fromkeys(parameters, number("learning_rate", learning_rate, above=0))
     for path, rate in learning_rate.items():
-        require(path in parameters, f"learning_rate names no parameter: '{path}'{nearest(path, parameters)}")
-        _require_number(f"learning_rate of '{path}'", rate, above=0.0)
+        require(path in parameters, f"learning_rate names no parameter: '{path}'{nearest(str(path), parameters)}")
+        number(f"learning_rate of '{path}'", rate, above=0)
     for path in parameters:
         require(path in learning_rate, f"learning_rate has no entry for '{path}'; give every parameter one")
     return {path: float(learning_rate[path]) for path in parameters}
@@ -325,21 +330,14 @@ def _rates(parameters: Mapping[str, Any], learning_rate: float | Mapping[str, fl
 
 def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any], error: type[Exception]) -> None:
     """Raise `error` unless `given` has exactly the names and shapes of `known`."""
+    if not isinstance(given, Mapping):
+        raise error(f"{what} must be a mapping of arrays by path, not {shown(given)}")
     for name in given:
         if name not in known:
-            raise error(f"{what} '{name}' belongs to no parameter here{nearest(name, known)}")
+            raise error(f"{what} '{name}' belongs to no parameter here{nearest(str(name), known)}")
     for name, array in known.items():
         if name not in given:
             raise error(f"{what} of '{name}' is missing")
-        if given[name].shape != array.shape:
-            raise error(f"{what} '{name}' has shape {given[name].shape} where {array.shape} is needed")
-
-
-def _require_number(
-    name: str, value: float, low: float = -math.inf, above: float = -math.inf, below: float = math.inf
-) -> None:
-    """Raise ConfigurationError unless low <= value, above < value < below, and value is finite."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    rules = [("at least", low, -math.inf), ("above", above, -math.inf), ("below", below, math.inf)]
-    rule = " and ".join(f"{word} {limit:g}" for word, limit, none in rules if limit != none)
-    require(is_number and value >= low and value > above and value < below, f"{name} must be {rule} (got {value})")
+        found = getattr(given[name], "shape", None)
+        if found != array.shape:
+            raise error(f"{what} '{name}' has shape {found} where {array.shape} is needed")

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cupyep.errors import ConvergenceWarning, choose, require
+from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, require
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
 
@@ -147,11 +148,30 @@ def watched(schedule: str, steps: int, tolerance: float | None) -> bool:
 
 def check_relaxation(relaxation: float, schedule: str) -> None:
     """Raise ConfigurationError for a relaxation with which the schedule could not settle."""
-    require(0 < relaxation < 2, f"relaxation must be above 0 and below 2, not {relaxation}")
+    number("relaxation", relaxation, above=0, below=2)
     require(
         relaxation <= 1 or schedule != "synchronous",
         f"relaxation {relaxation:g} with synchronous updates would not settle: use schedule 'evenodd', or at most 1",
     )
+
+
+def check_settling(
+    schedule: str,
+    steps: Mapping[str, int],
+    tolerance: float | None = None,
+    relaxation: float = 1.0,
+    check_every: int = 10,
+    record: bool = False,
+) -> None:
+    """Raise ConfigurationError for a phase that could not be settled so; `steps` are by the names they go by."""
+    for name, value in steps.items():
+        integer(name, value)
+    choose("schedule", schedule, SCHEDULES)
+    if tolerance is not None:
+        number("tolerance", tolerance, above=0)
+    check_relaxation(relaxation, schedule)
+    integer("check_every", check_every)
+    flag("record", record)
 
 
 def settle(
@@ -196,11 +216,7 @@ def settle(
     ConvergenceWarning
         If a tolerance was given and not reached.
     """
-    choose("schedule", schedule, SCHEDULES)
-    require(int(steps) == steps and steps >= 1, f"steps of the {phase} phase must be a positive integer, not {steps}")
-    require(tolerance is None or tolerance > 0, f"tolerance must be positive, not {tolerance}")
-    require(check_every >= 1, f"check_every must be at least 1, not {check_every}")
-    check_relaxation(relaxation, schedule)
+    check_settling(schedule, {f"steps of the {phase} phase": steps}, tolerance, relaxation, check_every, record)
     if warm and not system.drives_current:
         _prime(system, schedule)
     watch_period = watched(schedule, steps, tolerance)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from cupyep import errors
 from cupyep.activations import Activation, get_activation
-from cupyep.backend import Device, get_device, get_precision
+from cupyep.backend import PRECISIONS, Device, get_device, get_precision
 from cupyep.energy import Energy
-from cupyep.errors import require
+from cupyep.errors import choose, instance, integer, is_number, items, number, require
 from cupyep.heads import Head
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
@@ -53,12 +54,12 @@ class Structure:
         precision: str = "float32",
     ):
         self.lock = threading.RLock()
-        self.layers = list(layers)
-        self.classes = classes
+        self.layers = items("layers", layers, Edge)
+        self.classes = integer("classes", classes)
         self.activation = get_activation(activation)
         self.device = get_device(device)
         self.device.use()  # another GPU may be the current one
-        self.precision = get_precision(precision)
+        self.precision = get_precision(choose("precision", precision, PRECISIONS))
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
         self._check_chain()
@@ -73,7 +74,7 @@ class Structure:
         vars(self).update(state, lock=threading.RLock())
 
     def _checked_feedback(self, feedback: float) -> float:
-        require(0 < feedback <= 1, f"feedback (lambda) must be above 0 and at most 1, not {feedback}")
+        feedback = number("feedback (lambda)", feedback, above=0, high=1)
         largest = feedback ** -(len(self.layers) - 1)
         limit = float(np.finfo(self.dtype).max) ** 0.75
         require(
@@ -81,7 +82,7 @@ class Structure:
             f"feedback {feedback} in {len(self.layers)} layers makes layer weights of {largest:.0e}, too large for "
             f"{self.dtype}; raise the feedback or use precision float64",
         )
-        return float(feedback)
+        return feedback
 
     def _check_chain(self) -> None:
         require(len(self.layers) > 0, "a network needs at least one layer")
@@ -103,8 +104,8 @@ class Structure:
         return Head(self.depth, shape, criterion, self.classes, identity=True)
 
     def _initialize(self, gain: float | Sequence[float], seed: int) -> None:
-        generator = np.random.default_rng(seed)
-        gains = [float(gain)] * self.depth if np.isscalar(gain) else [float(g) for g in gain]
+        generator = np.random.default_rng(errors.seed("seed", seed))
+        gains = [gain] * self.depth if is_number(gain) else items("gain", gain)
         require(len(gains) == self.depth, f"give one gain or {self.depth}, one a layer, not {len(gains)}")
         for edge, layer_gain in zip(self.layers, gains, strict=True):
             edge.initialize(generator, layer_gain, self.device, self.dtype)
@@ -157,14 +158,13 @@ class Structure:
             If a name is missing or unknown or a shape differs; nothing is changed then.
         """
         own = self.parameters()
-        missing, unknown = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
+        instance("parameters", parameters, Mapping, "a mapping of arrays by path")
+        missing, unknown = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys(), key=str)
         require(
             not missing and not unknown, f"parameters do not fit this network: missing {missing}, unknown {unknown}"
         )
         for path, array in own.items():
-            require(
-                tuple(parameters[path].shape) == array.shape,
-                f"parameter {path} has shape {tuple(parameters[path].shape)}, this network's has {array.shape}",
-            )
+            found = getattr(parameters[path], "shape", None)
+            require(found == array.shape, f"parameter {path} has shape {found}, this network's has {array.shape}")
         for path, array in own.items():
             array[...] = self.device.asarray(parameters[path], self.dtype)

@@ -175,8 +175,8 @@ def test_plain_loader_leaves_the_generator_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch size is 0"),
-        ({"pad": -1}, "pad is -1"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
+        ({"pad": -1}, "pad must be an integer of at least 0, not -1"),
         ({"generator": None}, "need a generator"),
         ({"generator": None, "shuffle": False}, "need a generator"),
         ({"split_name": "tset"}, "unknown split 'tset'; did you mean 'test'"),

@@ -105,3 +105,24 @@ def test_values_are_looked_at_once(net):
     assert batch.part(slice(0, 1)).checked
     unseen = ep.Batch(NAN, Y, checked=True)
     assert net.batch(unseen).images is NAN
+
+
+@pytest.mark.parametrize("call", ["phi", "value", "force", "parameter_gradient"])
+@pytest.mark.parametrize(("images", "says"), WRONG_IMAGES)
+def test_the_energy_has_the_same_gate(net, call, images, says):
+    states = [np.full((2, *shape), 0.5, np.float32) for shape in net.state_shapes]
+    with pytest.raises(ep.ConfigurationError) as error:
+        getattr(net.energy, call)(images, states)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(("precision", "largest"), [("float16", 65504.0), ("float32", 3.4028234e38)])
+def test_images_stay_finite_as_they_are_stored(precision, largest):
+    """The largest float16 is 65504, the largest float32 (2 - 2^-23) 2^127; beyond, conversion gives infinity."""
+    net = ep.Network([ep.Linear((4, 5, 3), 6)], 3, device="cpu", precision=precision)
+    x = X.astype(np.float64)
+    x[1, 0, 0, 0] = largest
+    assert np.isfinite(net.batch(x).images).all()
+    x[1, 0, 0, 0] = 1.01 * largest
+    with pytest.raises(ep.ConfigurationError, match=f"image 1 has values that are NaN or infinite, as {precision}"):
+        net.batch(x)

@@ -315,7 +315,7 @@ def test_initial_weights_have_the_variance_of_their_gain(device):
         ({"kernel": 0}, "kernel"),
         ({"stride": 0}, "stride"),
         ({"padding": -1}, "padding"),
-        ({"padding": 3}, "padding must be from 0 to kernel - 1 = 2, not 3"),
+        ({"padding": 3}, "padding must be an integer from 0 to 2, not 3"),
         ({"pooling": "maximum"}, "did you mean 'max'"),
         ({"pooling": "max", "pool": 0}, "pool"),
         ({"in_shape": (1, 9, 2), "pooling": "max"}, "1x9 map is too small"),
@@ -329,7 +329,7 @@ def test_wrong_arguments_are_one_line(options, word):
 
 
 def test_wrong_units_and_gain_are_one_line():
-    with pytest.raises(ep.ConfigurationError, match="units must be positive, not 0"):
+    with pytest.raises(ep.ConfigurationError, match="units must be a positive integer, not 0"):
         ep.Linear((3,), 0)
     with pytest.raises(ep.ConfigurationError, match="gain must be positive, not 0"):
         ep.Network([ep.Linear((3,), 2)], 2, gain=0)

@@ -104,5 +104,5 @@ def test_lookup():
     with pytest.raises(ep.ConfigurationError, match="did you mean 'squared_error'"):
         get_loss("squared-error")
     for temperature in (0, -1.0):
-        with pytest.raises(ep.ConfigurationError, match="temperature must be positive"):
+        with pytest.raises(ep.ConfigurationError, match="temperature must be above 0"):
             CrossEntropy(temperature)

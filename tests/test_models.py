@@ -122,9 +122,9 @@ def test_default_gain_by_activation_and_feedback():
     [
         (lambda: ep.build("vgg6"), "did you mean 'vgg"),
         (lambda: ep.build("resnet"), "choose from vgg5, vgg7"),
-        (lambda: ep.vgg(6), "there is no VGG-6"),
-        (lambda: ep.vgg(5, width=0), "width must be positive"),
-        (lambda: ep.vgg(5, classes=1), "classes must be at least 2"),
+        (lambda: ep.vgg(6), "there is no VGG of depth 6"),
+        (lambda: ep.vgg(5, width=0), "width must be above 0"),
+        (lambda: ep.vgg(5, classes=1), "classes must be an integer of at least 2"),
         (lambda: ep.vgg(5, input_shape=(32, 32)), "input_shape"),
         (lambda: ep.vgg(5, pooling="none"), "unknown pooling 'none'"),
         (lambda: ep.vgg(5, loss="cross-entropy"), "did you mean 'cross_entropy'"),

@@ -86,7 +86,7 @@ def test_predict_top_k(device):
     for k in (0, 4):
         with pytest.raises(ep.ConfigurationError) as error:
             net.predict(images, k=k)
-        one_line(error, "k must be from 1 to 3")
+        one_line(error, "k must be an integer from 1 to 3")
 
 
 def test_learners_evaluate_by_the_same_scores(device):

@@ -214,13 +214,13 @@ def test_foreign_gradients_are_refused_before_anything_changes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: SGD(p, 0.0), r"learning_rate must be above 0 \(got 0.0\)"),
+        (lambda p: SGD(p, 0.0), r"learning_rate must be above 0, not 0.0"),
         (lambda p: SGD(p, math.nan), "learning_rate must be above 0"),
         (lambda p: SGD(p, momentum=1.0), "momentum must be at least 0 and below 1"),
         (lambda p: SGD(p, momentum=-0.1), "momentum must be"),
         (lambda p: SGD(p, momentum=0.0, nesterov=True), "nesterov needs a momentum above 0"),
         (lambda p: SGD(p, weight_decay=-1e-4), "weight_decay must be at least 0"),
-        (lambda p: SGD({}), "at least one parameter"),
+        (lambda p: SGD({}), "at least one of parameters"),
         (lambda p: SGD(p, {"layers.1.weight": 0.1}), "no entry for 'layers.1.bias'"),
         (lambda p: SGD(p, {**dict.fromkeys(p, 0.1), "layers.1.bais": 1.0}), "did you mean 'layers.1.bias'"),
         (lambda p: SGD(p, {**dict.fromkeys(p, 0.1), "layers.1.bias": -1.0}), "of 'layers.1.bias' must be above 0"),
@@ -239,5 +239,5 @@ def test_schedules_closed_forms():
     np.testing.assert_allclose([LR_SCHEDULES["cosine"](x) for x in (0, 1 / 3, 0.5, 1)], [1, 0.75, 0.5, 0], atol=1e-15)
     assert [LR_SCHEDULES["step"](x) for x in (0, 0.49, 0.5, 0.74, 0.75, 1)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
     for schedule in LR_SCHEDULES.values():
-        with pytest.raises(ConfigurationError, match="progress must be between 0 and 1"):
+        with pytest.raises(ConfigurationError, match="progress must be at least 0 and at most 1"):
             schedule(1.01)

@@ -18,7 +18,7 @@ import numpy as np
 
 from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
 from cupyep.backend.graphs import GraphCapture, graphs_wanted
-from cupyep.errors import ConfigurationError, DeviceError
+from cupyep.errors import DeviceError, instance, require, shown
 
 GPU_SCRATCH_SHARE = 0.8  # of L2; the rest is for weights and results passing by
 LEAST_GPU_SCRATCH = 16 << 20  # where L2 is small, large products matter more than where the columns lie
@@ -93,8 +93,10 @@ class Device:
     """
 
     def __init__(self, name: str, reason: str = ""):
+        right = isinstance(name, str) and re.fullmatch(r"cpu|cuda:\d{1,9}", name)
+        require(bool(right), f"unknown device {shown(name)} (choose from auto, cpu, cuda, cuda:N)")
         self.name = name
-        self.reason = reason
+        self.reason = instance("reason", reason, str, "a text")
         self.is_gpu = self.adds_products = name != "cpu"
         self.graphs: GraphCapture | None = None
         self.scratch_bytes = 8 << 20
@@ -189,18 +191,12 @@ def get_device(device: str | Device = "auto") -> Device:
     """
     if isinstance(device, Device):
         return device
-    if device == "cpu":
-        return Device("cpu")
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         usable, reason = gpu_status()
         if usable:
             return Device("cuda:0", "a CUDA device answers")
         return Device("cpu", reason)
-    if device == "cuda":
-        return Device("cuda:0")
-    if re.fullmatch(r"cuda:\d+", str(device)):
-        return Device(device)
-    raise ConfigurationError(f"unknown device '{device}' (choose from auto, cpu, cuda, cuda:N)")
+    return Device("cuda:0" if isinstance(device, str) and device == "cuda" else device)
 
 
 @functools.cache

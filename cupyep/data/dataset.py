@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cupyep import errors
 from cupyep.data import cifar, digits, idx, svhn
 from cupyep.data.download import fetch
 from cupyep.data.files import check_labels
@@ -16,7 +17,18 @@ from cupyep.data.images import channel_statistics, resize
 from cupyep.data.original import check_original
 from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Arrays, Layout, Source
-from cupyep.errors import ConfigurationError, DataError, choose, require
+from cupyep.errors import (
+    ConfigurationError,
+    DataError,
+    choose,
+    flag,
+    instance,
+    integer,
+    is_integer,
+    items,
+    require,
+    shown,
+)
 from cupyep.files import expanded
 
 READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
@@ -50,27 +62,40 @@ class Split:
 
     def __post_init__(self) -> None:
         choose("split", self.name, SPLITS)
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or 0 in self.images.shape:
-            raise DataError(
-                f"split {self.name}: images should be uint8 (N, H, W, C), found {self.images.dtype} {self.images.shape}"
-            )
-        if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
-            raise DataError(
-                f"split {self.name}: labels should be int64 {self.images.shape[:1]}, "
-                f"found {self.labels.dtype} {self.labels.shape}"
-            )
-        index = np.arange(len(self)) if self.index is None else self.index
+        self._check_array("images", "u1", "uint8 (N, H, W, C)", 4)
+        self._check_array("labels", "i8", f"int64 {self.images.shape[:1]}", 1)
+        if len(self.labels) != len(self):
+            raise DataError(f"split {self.name}: {len(self)} images have {len(self.labels)} labels")
+        if self.index is None:
+            object.__setattr__(self, "index", np.arange(len(self)))
+        self._check_array("index", "iu", f"{len(self)} increasing numbers from 0 on", 1)
+        index = self.index.astype(np.int64)  # first: differences of unsigned numbers are never negative
         if index.shape != self.labels.shape or index[0] < 0 or (np.diff(index) <= 0).any():
             raise DataError(f"split {self.name}: the index should be {len(self)} increasing numbers from 0 on")
-        object.__setattr__(self, "index", index.astype(np.int64))
-        object.__setattr__(self, "total", max(self.total, int(index[-1]) + 1))
+        object.__setattr__(self, "index", index)
+        object.__setattr__(self, "total", max(integer("total", self.total, 0), int(index[-1]) + 1))
+
+    def _check_array(self, what: str, kinds: str, rule: str, axes: int) -> None:
+        """Raise DataError unless an attribute is a NumPy array, not empty, of a dtype or of one of the kinds."""
+        array = getattr(self, what)
+        right = isinstance(array, np.ndarray) and (array.dtype.kind in kinds if kinds == "iu" else array.dtype == kinds)
+        if not right or array.ndim != axes or 0 in array.shape:
+            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else shown(array)
+            raise DataError(f"split {self.name}: {what} should be {rule}, found {found}")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def select(self, rows: np.ndarray, name: str | None = None) -> Split:
         """Return the samples in the increasing `rows`, with their canonical indices; the rest can be freed."""
-        return Split(name or self.name, self.images[rows], self.labels[rows], self.index[rows], self.total)
+        rows = np.asarray(rows) if isinstance(rows, (list, tuple)) else instance("rows", rows, np.ndarray)
+        require(
+            rows.ndim == 1 and rows.dtype.kind in "iu" and bool(((rows >= 0) & (rows < len(self))).all()),
+            f"rows must be increasing integers from 0 to {len(self) - 1}, not {shown(rows)} of {rows.dtype}",
+        )
+        return Split(
+            self.name if name is None else name, self.images[rows], self.labels[rows], self.index[rows], self.total
+        )
 
     def take(self, count: int) -> Split:
         """Return the first `count` samples; 1 <= count <= N, otherwise `ConfigurationError`."""
@@ -82,13 +107,14 @@ class Split:
 
     def hold_out(self, count: int, seed: int) -> tuple[Split, Split]:
         """Return (the rest, the validation split of `count` samples drawn by `seed`, equally many of each class)."""
-        rows = held_out(self.labels, self._checked(count), seed)
+        rows = held_out(self.labels, self._checked(count), errors.seed("seed", seed))
         rest = np.setdiff1d(np.arange(len(self)), rows, assume_unique=True)
         return self.select(rest), self.select(rows, "validation")
 
     def _checked(self, count: int) -> int:
-        require(1 <= count <= len(self), f"cannot take {count} {self.name} images: choose from 1 to {len(self)}")
-        return count
+        right = is_integer(count) and 1 <= count <= len(self)
+        require(right, f"cannot take a count of {shown(count)} {self.name} images: choose from 1 to {len(self)}")
+        return int(count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,23 +148,35 @@ class Dataset:
     validation: Split | None = None
 
     def __post_init__(self) -> None:
-        for split in (self.train, self.test, self.validation):
-            if split is None:
-                continue
+        instance("name", self.name, str, "a text")
+        require(len(items("classes", self.classes, str)) > 0, "classes must not be empty")
+        flag("flip", self.flip)
+        integer("pad", self.pad, 0)
+        splits = {"train": self.train, "test": self.test, "validation": self.validation}
+        if self.validation is None:
+            del splits["validation"]
+        for name, split in splits.items():
+            instance(name, split, Split)
             if split.images.shape[1:] != self.image_shape:
                 raise DataError(
                     f"data set {self.name}: train images are {self.image_shape}, {split.name} images "
                     f"{split.images.shape[1:]}; they must agree"
                 )
             check_labels(split.labels, len(self.classes), f"data set {self.name}, split {split.name}")
+        for name, array in (("mean", self.mean), ("std", self.std)):
+            right = isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.shape == self.image_shape[2:]
+            right = right and np.isfinite(array).all() and (name == "mean" or (array > 0).all())
+            rule = f"{self.image_shape[2]} finite floats{', above 0' if name == 'std' else ''}"
+            if not right:
+                raise DataError(f"data set {self.name}: {name} should be {rule}, one a channel, found {shown(array)}")
 
     @classmethod
     def from_splits(
         cls, name: str, classes: tuple[str, ...], train: Split, test: Split, flip: bool = False, pad: int = 0
     ) -> Dataset:
         """Return a data set whose mean and std are those of `train`."""
-        mean, std = channel_statistics(train.images)
-        return cls(name, tuple(classes), train, test, mean, std, flip, pad)
+        mean, std = channel_statistics(instance("train", train, Split).images)
+        return cls(name, tuple(items("classes", classes, str)), train, test, mean, std, flip, pad)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -191,6 +229,10 @@ def load_dataset(
         If files are missing and cannot be downloaded, or are not what they should be.
     """
     source = SOURCES[choose("data set", name, DATASETS)]
+    flag("download", download)
+    errors.seed("seed", seed)
+    if data_dir is not None:
+        errors.path("data_dir", data_dir)
     _check_limits(source, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
     arrays = _read(source, data_directory(data_dir), download)
@@ -234,15 +276,15 @@ def _at_home(folder: str | Path, what: str, remedy: str) -> Path:
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
     name, most = source.name, source.train_count - 1
     require(
-        validation is None or 1 <= validation <= most,
-        f"validation is {validation}: {name} has {source.train_count} train images, choose from 1 to {most}",
+        validation is None or (is_integer(validation) and 1 <= validation <= most),
+        f"validation is {shown(validation)}: {name} has {source.train_count} train images, choose from 1 to {most}",
     )
     limits = (("train", limit_train, source.train_count, validation or 0), ("test", limit_test, source.test_count, 0))
     for what, limit, count, held in limits:
         note = f", {held} of them held out" if held else ""
         require(
-            limit is None or 1 <= limit <= count - held,
-            f"limit-{what} is {limit}: {name} has {count} {what} images{note}, choose from 1 to {count - held}",
+            limit is None or (is_integer(limit) and 1 <= limit <= count - held),
+            f"limit-{what} is {shown(limit)}: {name} has {count} {what} images{note}, choose from 1 to {count - held}",
         )
 
 
@@ -259,8 +301,9 @@ def _checked_size(source: Source, image_size: int | None) -> int:
         return size
     sizes = [n for n in range(2, 4 * size + 1) if size % n == 0 or n % size == 0]
     require(
-        image_size in sizes,
-        f"image-size is {image_size}: {source.name} is {size} x {size} and can become {', '.join(map(str, sizes))}",
+        is_integer(image_size) and image_size in sizes,
+        f"image-size is {shown(image_size)}: {source.name} is {size} x {size} and can become "
+        f"{', '.join(map(str, sizes))}",
     )
     return image_size
 

@@ -10,7 +10,9 @@ import numpy as np
 
 from cupyep.backend import Device, array_module, get_device
 from cupyep.data.dataset import Dataset
-from cupyep.errors import ConfigurationError, require
+from cupyep.errors import ConfigurationError, flag, instance, integer, require, shown
+
+DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class Batch:
 
     def part(self, rows: slice) -> Batch:
         """Return a batch of some of the samples, which shares their memory."""
+        instance("rows", rows, slice)
         arrays = (self.images, self.labels, self.index, self.view)
         images, labels, index, view = (None if array is None else array[rows] for array in arrays)
         return replace(self, images=images, labels=labels, index=index, view=view)
@@ -54,7 +57,7 @@ def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = T
     x : array or nested sequence
     shape : tuple of int
     stored : dtype
-        Taken as well as the float types of NumPy.
+        What they become: their values must stay finite in it. bfloat16 is taken as well as the float types of NumPy.
     values : bool, default True
         Whether to look at the values; on a GPU that waits.
 
@@ -62,7 +65,7 @@ def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = T
     ------
     ConfigurationError
     """
-    x = _array("images", x)
+    x = as_array("images", x)
     takes = f"this network takes (N, {', '.join(map(str, shape))}), channels last"
     hint = "; transpose them: x.transpose(0, 2, 3, 1)" if x.shape[1:] == (*shape[2:], *shape[:2]) else ""
     require(
@@ -70,17 +73,21 @@ def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = T
         f"images have shape {tuple(x.shape)}, {takes}{hint}",
     )
     require(
-        x.dtype.kind == "f" or x.dtype == stored,
+        x.dtype.kind == "f" or x.dtype.name == "bfloat16",
         f"images are {x.dtype}, not normalised floats: take (x / 255 - mean) / std, with the data set's mean and std "
         "a channel (Dataset.mean, Dataset.std); a Loader does so",
     )
     if values:
         xp = array_module(x)
-        finite = xp.isfinite(x).reshape(len(x), -1).min(axis=1)
+        with np.errstate(over="ignore"):  # what becomes infinite is the question
+            kept = x.astype(stored, copy=False) if np.dtype(stored).kind == "f" else x
+        finite = xp.isfinite(kept).reshape(len(x), -1).min(axis=1)
         finite = finite if isinstance(finite, np.ndarray) else xp.asnumpy(finite)
         if not finite.all():
             first = int(finite.argmin())
-            raise ConfigurationError(f"image {first} has values that are NaN or infinite; correct or leave it out")
+            raise ConfigurationError(
+                f"image {first} has values that are NaN or infinite, as {stored}; correct or leave it out"
+            )
     return x
 
 
@@ -91,7 +98,7 @@ def checked_labels(labels: Any, samples: int, classes: int) -> np.ndarray:
     ------
     ConfigurationError
     """
-    labels = _array("labels", labels)
+    labels = as_array("labels", labels)
     labels = labels if isinstance(labels, np.ndarray) else array_module(labels).asnumpy(labels)
     require(labels.shape == (samples,), f"{samples} images need {samples} labels, not an array of shape {labels.shape}")
     require(labels.dtype.kind in "iu", f"labels must be integers from 0 to {classes - 1}, not {labels.dtype}")
@@ -102,7 +109,7 @@ def checked_labels(labels: Any, samples: int, classes: int) -> np.ndarray:
     return labels.astype(np.int64, copy=False)
 
 
-def _array(what: str, x: Any) -> Any:
+def as_array(what: str, x: Any) -> Any:
     """Return `x` if it is an array of any device, else as a NumPy array."""
     try:
         array_module(x)
@@ -197,18 +204,20 @@ class Loader:
         pad: int | None = None,
         flip: bool = True,
     ):
-        require(batch_size >= 1, f"batch size is {batch_size}: it must be at least 1")
-        require(pad is None or pad >= 0, f"pad is {pad}: it must be at least 0")
+        instance("dataset", dataset, Dataset)
+        self.batch_size = integer("batch_size", batch_size)
+        self.augment, self.shuffle = flag("augment", augment), flag("shuffle", shuffle)
         require(generator is not None or not (augment or shuffle), "shuffle and augment need a generator")
+        if generator is not None:
+            instance("generator", generator, np.random.Generator)
+        named = isinstance(dtype, (str, type, np.dtype)) and str(getattr(dtype, "__name__", dtype)) in DTYPES
+        require(named, f"dtype must be {' or '.join(DTYPES)}, not {shown(dtype)}")
         self.split = dataset.split(split_name)
-        self.batch_size = batch_size
         self.device = get_device(device)
         self.dtype = np.dtype(dtype)
-        self.augment = augment
-        self.shuffle = shuffle
         self.generator = generator
-        self.pad = dataset.pad if pad is None else pad
-        self.flip = flip and dataset.flip
+        self.pad = dataset.pad if pad is None else integer("pad", pad, 0)
+        self.flip = flag("flip", flip) and dataset.flip
         self._images = self.device.asarray(self.split.images)
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
 
@@ -224,6 +233,7 @@ class Loader:
 
         To take up an epoch in its middle, set the generator back to its state at the beginning of that epoch.
         """
+        integer("first", first, 0)
         draws = self._draw()  # here, not in the generator below: an epoch's draws are made when it begins
         starts = range(first * self.batch_size, len(self.split), self.batch_size)
         return (self._batch(draws, start) for start in starts)

@@ -18,11 +18,12 @@ import numpy as np
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Classical, Nudge, State
+from cupyep.errors import integer
 from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout, PhaseBuffers, PhaseShape
-from cupyep.learning.learner import Learner, StepResult, checked_settling, term_scratch_size
+from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
-from cupyep.settling import SettleStats, iterate, stats_of
+from cupyep.settling import SettleStats, check_settling, iterate, stats_of
 from cupyep.structure import exclusive
 from cupyep.workspace import Needs, Workspace
 
@@ -63,7 +64,8 @@ class BackpropagationThroughTime(Learner):
         super().__init__(network, signals, micro_batch)
         self.free_steps, self.unrolled_steps = free_steps, unrolled_steps
         steps = {"free_steps": free_steps, "unrolled_steps": unrolled_steps}
-        self.schedule = checked_settling(schedule, steps, relaxation)
+        check_settling(schedule, steps, tolerance, relaxation)
+        self.schedule = schedule
         self.tolerance = tolerance
         self.relaxation = relaxation
 
@@ -99,7 +101,8 @@ class BackpropagationThroughTime(Learner):
     @exclusive
     def step_from(self, batch: Batch, start: State) -> StepResult:
         """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
-        batch, gradients = self.network.batch(batch), self._zero_gradients()
+        batch, gradients = self.network.labelled(batch), self._zero_gradients()
+        self.network.check_start(start, len(batch))
         result = self._unroll_and_back(gradients, batch, len(batch), start)
         self._scale_edges(gradients)
         return result
@@ -127,7 +130,9 @@ class BackpropagationThroughTime(Learner):
             Largest residual of the equation in any layer, relative to its mu: above `ADJOINT_TOLERANCE` where the
             sum does not converge, as at a state that is no stable equilibrium.
         """
-        batch, gradients = self.network.batch(batch), self._zero_gradients()
+        integer("max_iterations", max_iterations)
+        batch, gradients = self.network.labelled(batch), self._zero_gradients()
+        self.network.check_start(free, len(batch), "free")
         unrolled, ops, result = self._unrolled(gradients, batch, len(batch), free, steps=1)
         state = unrolled.history[0]
         self._slopes(state)

@@ -13,7 +13,7 @@ import numpy as np
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import State
-from cupyep.errors import DivergenceError
+from cupyep.errors import DivergenceError, choose, instance, items
 from cupyep.learning.bptt import ADJOINT_TOLERANCE, BackpropagationThroughTime
 from cupyep.learning.custom import check_parts
 from cupyep.learning.equilibrium import FORMS, EquilibriumPropagation
@@ -60,7 +60,7 @@ def check_gradients(network: Network, x: Any, y: Any = None, *, nudge: str = "de
         A row a weight, input side first: ``name``, ``cosine``, ``relative_error``, ``sign_agreement``,
         ``gradient_norm`` (of EP), ``nudge_response`` (mean |s+ - s-|; None for the readout).
     """
-    return compare_forms(network, x, y, forms=(nudge,), **settings)[nudge]
+    return compare_forms(network, x, y, forms=(choose("nudge", nudge, FORMS),), **settings)[nudge]
 
 
 def compare_forms(
@@ -108,7 +108,8 @@ def compare_forms(
     DivergenceError
         See `bptt_gradients`.
     """
-    batch = network.batch(x, y)
+    batch = instance("network", network, Network).labelled(x, y)
+    signals = items("signals", signals, Augmenter)
     check_parts(network, signals, batch)
     if unrolled_steps is None and schedule == "synchronous":
         unrolled_steps = nudged_steps

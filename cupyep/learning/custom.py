@@ -15,7 +15,7 @@ from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh
 from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device, get_precision
 from cupyep.data.loader import Batch
-from cupyep.errors import ConfigurationError, require
+from cupyep.errors import ConfigurationError, instance, require
 from cupyep.heads import Head, LossTerm
 from cupyep.layers import Conv2d, Edge, Linear
 from cupyep.network import Network
@@ -56,7 +56,8 @@ def check_signal(signal: Augmenter, network: Network, batch: Batch | None = None
     ConfigurationError
         Says what is wrong: a shape, a sign, a factor, or what was forgotten.
     """
-    batch = _few(network, batch)
+    instance("signal", signal, Augmenter)
+    batch = _few(instance("network", network, Network), batch)
     twin = copy.copy(signal)
     twin.network = None
     twin.bind(network.state_shapes, network.classes, network.device, np.dtype(np.float64))
@@ -213,6 +214,7 @@ def check_activation(activation: Activation) -> None:
     ConfigurationError
         Says what is wrong.
     """
+    instance("activation", activation, Activation)
     name = f"activation {activation.name or type(activation).__name__}"
     generator = np.random.default_rng(0)
     g = generator.uniform(-4, 4, (50, 8))
@@ -292,7 +294,7 @@ def check_edge(edge: Edge, device: Device | str = "cpu") -> None:
     ConfigurationError
         Says what is wrong.
     """
-    _EdgeCheck(edge, get_device(device)).run()
+    _EdgeCheck(instance("edge", edge, Edge), get_device(device)).run()
 
 
 class _EdgeCheck:

@@ -19,9 +19,10 @@ import numpy as np
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Nudge, State
-from cupyep.errors import ConfigurationError, PrecisionWarning, choose, require
-from cupyep.learning.learner import Learner, StepResult, checked_settling
+from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
+from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
+from cupyep.settling import check_settling
 from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 
@@ -83,17 +84,19 @@ class EquilibriumPropagation(Learner):
         relaxation: float = 1.0,
     ):
         super().__init__(network, signals, micro_batch)
-        require(beta > 0 and math.isfinite(beta), f"beta must be positive, not {beta}: it is the strength of the nudge")
-        self.beta = float(beta)
+        self.beta = number("beta, the strength of the nudge,", beta, above=0)
         self.free_steps, self.nudged_steps = free_steps, nudged_steps
         self.scheme = choose("scheme", scheme, SCHEMES)
         self.nudge = choose("nudge", nudge, FORMS)
         if scheme == "tangent" and nudge == "classical":
             raise ConfigurationError("the tangent scheme is the limit of the deviation form; use nudge 'deviation'")
-        self.schedule = checked_settling(schedule, {"free_steps": free_steps, "nudged_steps": nudged_steps}, relaxation)
+        steps = {"free_steps": free_steps, "nudged_steps": nudged_steps}
+        check_settling(schedule, steps, tolerance, relaxation)
+        self.schedule = schedule
         self.tolerance = tolerance
         self.relaxation = relaxation
-        self.generator = np.random.default_rng(0) if generator is None else generator
+        generator = np.random.default_rng(0) if generator is None else generator
+        self.generator = instance("generator", generator, np.random.Generator)
         for risk in precision_risks(self):
             warnings.warn(risk, PrecisionWarning, stacklevel=2)
 
@@ -165,7 +168,8 @@ class EquilibriumPropagation(Learner):
     @exclusive
     def step_from(self, batch: Batch, free: State) -> StepResult:
         """Return gradients and statistics of the nudged phases that start at the given free state, in one part."""
-        batch = self.network.batch(batch)
+        batch = self.network.labelled(batch)
+        self.network.check_start(free, len(batch), "free")
         nudges = self.network.nudges(batch, self.signals)
         part = Part(self._zero_gradients(), batch, len(batch), self.betas(), nudges)
         result = self._nudge(part, free)

@@ -9,13 +9,13 @@ from typing import Any
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Nudge, State
-from cupyep.errors import choose, require
+from cupyep.errors import instance, integer, items
 from cupyep.heads import LossTerm, accuracy_count
 from cupyep.kernels.conv import chunked
 from cupyep.kernels.reduction import levels
 from cupyep.layout import Layout
 from cupyep.network import Network
-from cupyep.settling import SCHEDULES, SettleStats, check_relaxation
+from cupyep.settling import SettleStats
 from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 
@@ -74,11 +74,9 @@ class Learner:
     takes_slopes = True  # whether a step asks for the derivative of the activation
 
     def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
-        right = micro_batch is None or (int(micro_batch) == micro_batch and micro_batch >= 1)
-        require(right, f"micro_batch must be a positive integer, not {micro_batch}")
-        self.network = network
-        self.micro_batch = micro_batch
-        self.signals = [network.bind(signal) for signal in signals]
+        self.network = instance("network", network, Network)
+        self.micro_batch = None if micro_batch is None else integer("micro_batch", micro_batch)
+        self.signals = [network.bind(signal) for signal in items("signals", signals, Augmenter)]
         self._gradients: dict[str, Any] = {}
         # By what the edges' gradients are multiplied when all parts of a batch are in, the same for all of them. The
         # states must not be: halves might not hold them then.
@@ -99,7 +97,7 @@ class Learner:
     @exclusive
     def step(self, x: Any, targets: Any = None) -> StepResult:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
-        batch = self.network.batch(x, targets)
+        batch = self.network.labelled(x, targets)
         gradients, draw = self._zero_gradients(), self._draw()
         result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
         self._scale_edges(gradients)
@@ -142,7 +140,7 @@ class Learner:
     @exclusive
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
-        figures = [self._judge(self.scores(part), part) for part in self._parts(self.network.batch(x, targets))]
+        figures = [self._judge(self.scores(part), part) for part in self._parts(self.network.labelled(x, targets))]
         loss, correct = figures[0]
         for more_loss, more_correct in figures[1:]:
             loss, correct = loss + more_loss, correct + more_correct
@@ -277,12 +275,3 @@ def term_scratch_size(layout: Layout, nudges: Sequence[Nudge], samples: int) -> 
         if nudges
         else 0
     )
-
-
-def checked_settling(schedule: str, steps: dict[str, int], relaxation: float) -> str:
-    """Return `schedule`, after checking it, the numbers of steps and the relaxation: learners fail when made."""
-    for name, value in steps.items():
-        require(int(value) == value and value >= 1, f"{name} must be a positive integer, not {value}")
-    choose("schedule", schedule, SCHEDULES)
-    check_relaxation(relaxation, schedule)
-    return schedule

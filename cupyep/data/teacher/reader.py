@@ -9,11 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from cupyep import errors
 from cupyep.data import hdf5
 from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.files import one_line
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
-from cupyep.errors import TeacherError, choose
+from cupyep.errors import TeacherError, choose, instance, require, shown
 
 MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory
 ROUNDING = 0.005  # by which a stored accuracy may be off: ties, logits rounded to halves
@@ -49,7 +50,7 @@ class TeacherFile:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = errors.path("path", path)
         self.measured: dict[str, dict[str, float]] = {}
         self._memory: dict[str, np.ndarray] = {}
         self._index: dict[str, np.ndarray] = {}  # canonical index of each row, where that is not the row's number
@@ -161,6 +162,7 @@ class TeacherFile:
 
         Its accuracies are counted anew; one that contradicts the file's own is refused.
         """
+        instance("dataset", dataset, Dataset)
         remedy = f"make one for {dataset.name} with tools/export_teacher_logits.py"
         self._check(
             self.dataset == dataset.name, f"is a teacher for data set {self.dataset}, not {dataset.name}; {remedy}"
@@ -238,11 +240,11 @@ class TeacherFile:
 
     def count(self, split_name: str) -> int:
         """Return the number of samples of a split that the file covers."""
-        return self._file[f"{split_name}/logits"].shape[1]
+        return self._file[f"{choose('split', split_name, SPLITS)}/logits"].shape[1]
 
     def accuracy(self, split_name: str) -> float:
         """Return the accuracy on a split that the file states, from 0 to 1, identity view."""
-        return float(self._file[split_name].attrs["accuracy"])
+        return float(self._file[choose("split", split_name, SPLITS)].attrs["accuracy"])
 
     def logits(self, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
         """Return the raw logits of some samples.
@@ -269,7 +271,8 @@ class TeacherFile:
     def feature(self, layer: str, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
         """Return the teacher's activations of one layer, float32 (B, H, W, C); arguments as for `logits`."""
         known = ", ".join(self.feature_layers) or "no layer"
-        self._check(layer in self.feature_layers, f"has no features of layer '{layer}' (it has {known}); {AGAIN}")
+        found = isinstance(layer, str) and layer in self.feature_layers
+        self._check(found, f"has no features of layer '{layer if found else shown(layer)}' (it has {known}); {AGAIN}")
         name = f"{choose('split', split_name, SPLITS)}/features/{layer}"
         values = self._rows(self._file[name], name, index, view)
         self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite; {AGAIN}")
@@ -278,7 +281,9 @@ class TeacherFile:
     def _rows(
         self, array: h5py.Dataset | np.ndarray, name: str, index: np.ndarray, view: np.ndarray | int
     ) -> np.ndarray:
-        split, index = name.partition("/")[0], np.asarray(index)
+        split, index, view = name.partition("/")[0], _integers("index", index), _integers("view", view)
+        require(index.ndim == 1, f"index must be a vector of integers, not {shown(index)}")
+        require(view.shape in ((), index.shape), f"view must be one integer or as many as index, not {shown(view)}")
         view = np.broadcast_to(view, index.shape)
         places, found = self._find(split, index)
         covered = self._index.get(split, [0, array.shape[1] - 1])
@@ -316,3 +321,15 @@ class TeacherFile:
         except hdf5.ERRORS as error:
             why = hdf5.blame(error, f"is not HDF5, truncated or damaged ({one_line(error)}); {AGAIN}")
             raise TeacherError(f"teacher file {self.path}: {why}") from error
+
+
+def _integers(name: str, value: np.ndarray | int) -> np.ndarray:
+    """Return integers of Python or NumPy as an array."""
+    value = (
+        np.asarray(value)
+        if isinstance(value, (list, tuple, int, np.integer)) and not isinstance(value, bool)
+        else value
+    )
+    right = isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size > 0
+    require(right, f"{name} must be one or more integers, not {shown(value)}")
+    return value

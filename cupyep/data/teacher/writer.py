@@ -11,11 +11,13 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cupyep import errors
 from cupyep.data import hdf5
 from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.files import one_line
+from cupyep.data.loader import as_array
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
-from cupyep.errors import TeacherError
+from cupyep.errors import TeacherError, choose, instance, integer, items, shown
 
 
 class TeacherWriter:
@@ -42,8 +44,10 @@ class TeacherWriter:
 
     Raises
     ------
+    ConfigurationError
+        If an argument is of a wrong kind.
     TeacherError
-        If an argument is wrong, a batch does not fit, values are not finite, or rows are missing at the end.
+        If a batch does not fit, values are not finite, or rows are missing at the end.
     """
 
     def __init__(
@@ -55,15 +59,22 @@ class TeacherWriter:
         features: Mapping[str, tuple[int, int, int]] | None = None,
         dtype: Any = np.float32,
     ):
-        self.path = Path(path)
-        self.views = tuple(views)
-        self.features = dict(features or {})
+        self.path = errors.path("path", path)
+        self.views = tuple(items("views", views, str))
+        features = {} if features is None else instance("features", features, Mapping, "a mapping of shapes by layer")
+        self.features = {
+            layer: errors.shape(f"features of {layer}", size, "H, W, C") for layer, size in features.items()
+        }
+        instance("dataset", dataset, Dataset)
+        instance("teacher", teacher, str, "a text")
         self.accuracy: dict[str, float] = {}
         self._classes = len(dataset.classes)
         self._check(not views_problem(self.views), views_problem(self.views))
-        self._check(np.dtype(dtype).name in DTYPES, f"dtype is {np.dtype(dtype).name}: choose from {', '.join(DTYPES)}")
+        named = isinstance(dtype, (str, type, np.dtype)) and str(getattr(dtype, "__name__", dtype)) in DTYPES
+        self._check(named, f"dtype is {shown(dtype)}: choose from {', '.join(DTYPES)}")
         self._check(
-            all(name and "/" not in name and name != "." for name in self.features), "layer names must not hold '/'"
+            all(isinstance(name, str) and name and "/" not in name and name != "." for name in self.features),
+            "layer names must not hold '/'",
         )
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._written = {name: np.zeros((len(self.views), len(dataset.split(name))), bool) for name in SPLITS}
@@ -120,12 +131,17 @@ class TeacherWriter:
         features : mapping of str to ndarray (B, H, W, C)
             Exactly the layers announced.
         """
-        features = features or {}
-        self._check(split_name in SPLITS, f"unknown split '{split_name}' (choose from {', '.join(SPLITS)})")
-        self._check(view_name in self.views, f"unknown view '{view_name}' (choose from {', '.join(self.views)})")
+        features = {} if features is None else instance("features", features, Mapping, "a mapping of arrays by layer")
+        choose("split", split_name, SPLITS)
+        choose("view", view_name, self.views)
+        start = integer("start", start, 0)
+        logits = as_array("logits", logits)
+        self._check(
+            logits.ndim == 2 and logits.dtype.kind in "fiu", f"logits must be numbers (B, classes), not {shown(logits)}"
+        )
         self._check(
             features.keys() == self.features.keys(),
-            f"features given: {sorted(features)}, announced: {sorted(self.features)}",
+            f"features given: {sorted(features, key=str)}, announced: {sorted(self.features)}",
         )
         view, written = self.views.index(view_name), self._written[split_name]
         rows = slice(start, start + len(logits))
@@ -140,7 +156,8 @@ class TeacherWriter:
 
     def _store(self, target: h5py.Dataset, view: int, rows: slice, values: np.ndarray, where: str) -> None:
         shape = (rows.stop - rows.start, *target.shape[2:])
-        values = np.asarray(values)
+        values = as_array(where, values)
+        self._check(values.dtype.kind in "fiu", f"{where} are {values.dtype}, not numbers")
         self._check(values.shape == shape, f"{where} have shape {values.shape}, expected {shape}")
         with np.errstate(over="ignore"):  # an overflow of float16 becomes infinite, which the next line reports
             values = values.astype(target.dtype)
