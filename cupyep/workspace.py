@@ -127,7 +127,7 @@ class Memory:
     def _made_of_weights(self, n: int, ops: Any) -> list[Any]:
         key = made_of_weights(n, ops)
         if key not in self._made:
-            self._made[key] = [self.device.xp.empty(shape, dtype) for shape, dtype in ops.made]
+            self._made[key] = [self.device.xp.zeros(shape, dtype) for shape, dtype in ops.made]
         return self._made[key]
 
     def phase(self, shape: PhaseShape) -> PhaseBuffers:

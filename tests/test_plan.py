@@ -135,7 +135,9 @@ def test_purposes_by_hand():
     assert parts["cuBLAS"] == 32 << 20
     newest, carried = 16 * 16 * 128, 8 * 8 * 256 + 4 * 4 * 512
     assert parts["drives and feedback"] == 2 * 128 * (newest + carried) * 4
-    assert parts["made of weights"] == 4 * 9 * (128 * 3 + 256 * 128 + 512 * 256), "mirrored; edge 4 multiplies first"
+    mirrored = 9 * (128 * 3 + 256 * 128 + 512 * 256)  # edge 4 multiplies first
+    filled = 28 * 128  # edge 1 has 27 inputs
+    assert parts["made of weights"] == 4 * (mirrored + filled)
     halves = planned(
         "ep", 128, "gpu", network={"width": 1.0, "input_shape": (32, 32, 3)}, precision="float16", **SWEEPS
     )
