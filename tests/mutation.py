@@ -71,6 +71,8 @@ DEFECTS = [
     Defect("first edge: gradients of earlier steps are added again", "kernels/cuda_conv.py",
            "multiply = self.factors.product\n",
            "multiply = functools.partial(self.factors.add_product, scratch=None)\n", "test_cuda_kernels"),
+    Defect("residual: a warp adds its first partials alone", "kernels/update.cu",
+           "part += blockDim.x) sum +=", "part += parts) sum +=", "test_cuda_update"),
     Defect("kernels: lambda scales the drive", "kernels/update.cu",
            "(SCALE_DRIVE ? feedback * d + t : feedback * t + d)", "(feedback * d + t)", "test_cuda_update"),
     Defect("kernels: increments without the clipped part", "kernels/update.cu",
