@@ -200,6 +200,19 @@ def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
         runs.resume_run(tmp_path / "short", {"beta": 0.3}, display=SILENT)
 
 
+def test_scratch_may_differ_on_resume_and_changes_nothing_but_rounding(quadrants, tmp_path):
+    values = {"epochs": 2, "lr_schedule": "constant", "optimizer": "sgd"}
+    straight = run(values, tmp_path / "straight")
+    straight.run()
+    run({**values, "epochs": 1, "scratch_mb": 0.01}, tmp_path / "short").run()
+    assert RunDirectory.open(tmp_path / "short").config.scratch_mb == 0.01
+    longer = runs.resume_run(tmp_path / "short", {"epochs": 2, "scratch_mb": 0.5}, display=SILENT)
+    assert longer.network.device.scratch_bytes == 500_000
+    longer.run()
+    for path, array in straight.network.parameters().items():
+        np.testing.assert_allclose(longer.network.parameters()[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
 def test_a_run_without_any_checkpoint_resumes_from_the_start(quadrants, tmp_path):
     straight = run({"epochs": 1}, tmp_path / "straight")
     straight.run()
