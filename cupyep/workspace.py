@@ -81,8 +81,10 @@ class Memory:
     precision : Precision
     """
 
-    WORKSPACES_KEPT = 4
-    LAYOUTS_KEPT = 16
+    # An epoch's: N and 2N of each of the two lengths that the parts of a batch have, of those of the last, ragged one,
+    # and of the checkup's images; N of the batches of two other splits and of their last ones.
+    WORKSPACES_KEPT = 16
+    LAYOUTS_KEPT = 64
 
     def __init__(self, edges: Sequence[Edge], device: Device, precision: Precision):
         self.edges = edges

@@ -6,6 +6,7 @@ Oracles: closed forms and hand values for schedules, means and records; a straig
 from __future__ import annotations
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from cupyep.training.config import TrainConfig
 from cupyep.training.results import top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics, gradient_norms
+from cupyep.workspace import Workspace
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
@@ -211,6 +213,23 @@ def test_scratch_may_differ_on_resume_and_changes_nothing_but_rounding(quadrants
     longer.run()
     for path, array in straight.network.parameters().items():
         np.testing.assert_allclose(longer.network.parameters()[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_an_epoch_makes_no_workspace_that_another_has_made(quadrants, tmp_path, monkeypatch):
+    """Parts of two lengths, ragged last batches of three splits, the checkup: a graph is lost with its workspace."""
+    made, begin = [Counter() for _ in range(4)], Workspace.__init__
+
+    def counted(self, edges, batch, *others):
+        made[trainer.epochs_done][batch] += 1
+        begin(self, edges, batch, *others)
+
+    monkeypatch.setattr(Workspace, "__init__", counted)
+    values = {"epochs": 3, "batch_size": 13, "micro_batch": 7, "validation": 12, "limit_test": 20}
+    trainer = run(values, tmp_path / "run")
+    trainer.run()
+    assert len(made[0]) > 6
+    assert max((made[0] + made[1]).values()) <= 2, "made anew when the checkup's many images have taken more scratch"
+    assert not any(made[2:]), made
 
 
 def test_a_run_without_any_checkpoint_resumes_from_the_start(quadrants, tmp_path):
