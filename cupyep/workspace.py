@@ -81,8 +81,10 @@ class Memory:
     precision : Precision
     """
 
-    WORKSPACES_KEPT = 4
-    LAYOUTS_KEPT = 16
+    # An epoch's: N and 2N of each of the two lengths that the parts of a batch have, of those of the last, ragged one,
+    # and of the checkup's images; N of the batches of two other splits and of their last ones.
+    WORKSPACES_KEPT = 16
+    LAYOUTS_KEPT = 64
 
     def __init__(self, edges: Sequence[Edge], device: Device, precision: Precision):
         self.edges = edges
@@ -127,7 +129,7 @@ class Memory:
     def _made_of_weights(self, n: int, ops: Any) -> list[Any]:
         key = made_of_weights(n, ops)
         if key not in self._made:
-            self._made[key] = [self.device.xp.empty(shape, dtype) for shape, dtype in ops.made]
+            self._made[key] = [self.device.xp.zeros(shape, dtype) for shape, dtype in ops.made]
         return self._made[key]
 
     def phase(self, shape: PhaseShape) -> PhaseBuffers:

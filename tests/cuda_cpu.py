@@ -45,7 +45,7 @@ def _conv_instances():
     names = []
     for t in WIDTHS:
         for vec in _widths(t):
-            names.append(instance("im2col", [t, vec]))
+            names += [instance(kernel, [t, vec]) for kernel in ("im2col", "im2col_rows")[: 2 if vec > 1 else 1]]
             names += [instance("unpool_im2col", [t, vec, pool]) for pool in (0, 1, 2)]
             names += [instance("unpool", [t, vec, pool]) for pool in (1, 2)]
     for product, out in PAIRS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,10 @@ import pytest
 from cuda_cpu import SHIM, compiler
 from fake_gpu import FakeCublas
 
-from cupyep.backend import cuda
+from cupyep.backend import cuda, gpu_status, libraries
 from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher, instance, kernel_argument, source_text
 from cupyep.errors import DeviceError
+from cupyep.training.system import system_report
 
 # --- Launcher ------------------------------------------------------------------------------------------------------
 
@@ -85,6 +87,7 @@ def test_kernels_are_compiled_at_their_first_launch_only(module, source):
             ValueError('k.cu(3): error: cannot open source file "cuda_fp16.h"\n1 error'),
             "the header cuda_fp16.h is missing",
         ),
+        (RuntimeError("Failed to find CUDA headers. Please install them"), "CUDA's headers are missing"),
         (ValueError('k.cu(3): catastrophic error: could not open source file "x.h"'), "the header x.h is missing"),
     ],
 )
@@ -270,6 +273,7 @@ def stub(tmp_path, monkeypatch):
         assert name == "libcublas.so.99"
         return real(str(path))
 
+    monkeypatch.setattr(cuda, "_preload_cublas", lambda: None)
     monkeypatch.setattr(cuda.ctypes, "CDLL", load)
     return CublasLibrary(99)
 
@@ -312,3 +316,52 @@ def test_a_missing_library_is_one_line_with_the_remedy():
     with pytest.raises(DeviceError, match=r"cuBLAS cannot be loaded \(.*libcublas.so.0.*\); install CuPy") as caught:
         CublasLibrary(0)
     assert "\n" not in str(caught.value)
+
+
+def test_cublas_is_loaded_by_cupy_before_it_is_looked_for_by_name(monkeypatch):
+    """In a wheel's folder the system's loader does not find it, unless it is loaded: that is not left to chance."""
+    order = []
+
+    class Libs:
+        @property
+        def cublas(self):
+            order.append("CuPy's")
+
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", Libs())
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: order.append(name))
+    CublasLibrary(12)
+    assert order == ["CuPy's", "libcublas.so.12"]
+
+
+MAPS = """\
+7f10-7f20 r-xp 00000000 08:01 11 /env/nvidia/cublas/lib/libcublasLt.so.12
+7f20-7f30 r-xp 00000000 08:01 12 /env/nvidia/cublas/lib/libcublas.so.12
+7f30-7f40 r-xp 00000000 08:01 13 /with space/nvrtc/libnvrtc-builtins.so.12.9
+7f40-7f50 r-xp 00000000 08:01 14 /with space/nvrtc/libnvrtc.so.12
+7f50-7f60 rw-p 00000000 00:00 0
+"""
+
+
+def test_libraries_of_a_gpu_and_where_they_lie(fake_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(libraries, "MAPS", tmp_path / "maps")
+    (tmp_path / "maps").write_text(MAPS)
+    cuda_of = fake_gpu.xp.cuda
+    cuda_of.nvrtc = SimpleNamespace(getVersion=lambda: (12, 9))
+    cuda_of.runtime.runtimeGetVersion = lambda: 12090
+    assert libraries.cuda_libraries(fake_gpu) == [
+        ("cublas", "/env/nvidia/cublas/lib/libcublas.so.12"),
+        ("nvrtc", "/with space/nvrtc/libnvrtc.so.12"),
+        ("cudart", "version 12.9, part of CuPy"),
+    ]
+    (tmp_path / "maps").unlink()  # another system
+    cuda_of.nvrtc.getVersion = lambda: 1 / 0
+    assert libraries.cuda_libraries(fake_gpu) == [
+        ("cublas", "loaded"),
+        ("nvrtc", "cannot be used: division by zero"),
+        ("cudart", "version 12.9, part of CuPy"),
+    ]
+
+
+def test_without_a_gpu_nothing_is_said_of_its_libraries():
+    usable, _ = gpu_status()
+    assert usable or not {"cublas", "nvrtc", "cudart"} & dict(system_report()).keys()

@@ -95,9 +95,12 @@ def test_wide_instances_make_wide_accesses(nvrtc, name):
     for expression, entry in mangled.items():
         accesses = re.findall(r"\b(ld|st)\.global(?:\.nc)?(?:\.v(\d))?\.[a-z](\d+)", entries[entry])
         sizes = [(kind, int(vector or 1) * int(bits) // 8) for kind, vector, bits in accesses]
-        assert sizes.count(("ld", 16)) > 0, expression
-        assert sizes.count(("st", 16)) > 0, expression
         narrow = [(kind, size) for kind, size in sizes if size != 16]
+        assert sizes.count(("st", 16)) > 0, expression
+        if expression.startswith("im2col_rows"):  # reads numbers that lie as they come
+            assert {kind for kind, _ in narrow} == {"ld"}, expression
+            continue
+        assert sizes.count(("ld", 16)) > 0, expression
         if expression.startswith("column_levels"):
             assert {kind for kind, _ in narrow} <= {"st"}, expression
         elif expression.endswith("true>"):

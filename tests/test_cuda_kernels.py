@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import small
+import strict
 from cuda_cpu import ShimLauncher, compiler
 from fake_gpu import FakeCublas
 from small import bind
@@ -40,6 +41,9 @@ EDGES = {
     "large": ((9, 10, 8), 24, {"kernel": 5, "stride": 3, "padding": 2, "pooling": "max", "pool": 3}),
     "even": ((5, 5, 16), 8, {"kernel": 4, "padding": 3, "pooling": "max", "pool": 3}),
     "pointwise": ((4, 5, 8), 7, {"kernel": 1, "padding": 0, "pooling": "max"}),
+    "grey": ((6, 7, 1), 8, {"pooling": "max"}),
+    "two": ((5, 6, 2), 8, {"kernel": 4, "stride": 2, "padding": 1}),  # whole packs without filling
+    "odd": ((5, 4, 11), 8, {"pooling": "average"}),  # inside the network: also a top-down product
     "single": ((2, 2, 8), 8, {"padding": 0, "kernel": 2}),
 }
 SAMPLES = 3
@@ -113,6 +117,11 @@ def test_columns(rng, name, dtype_name):
     found = operations(edge, dtype).columns(s, SAMPLES)
     k, stride, padding = edge.kernel, edge.stride, edge.padding
     (height, width, channels), (ho, wo, _) = edge.in_shape, edge.map_shape
+    assert found.shape[1] * dtype.itemsize % 16 == 0, "rows are whole packs"
+    filling = found[:, k * k * channels :]
+    assert filling.shape[1] * dtype.itemsize < 16
+    np.testing.assert_array_equal(filling.astype(float), 0)
+    found = found[:, : k * k * channels]
     expected = np.zeros((SAMPLES, ho, wo, k, k, channels))
     for y, x, i, j in np.ndindex(ho, wo, k, k):
         row, column = y * stride + i - padding, x * stride + j - padding
@@ -122,11 +131,12 @@ def test_columns(rng, name, dtype_name):
 
 
 @pytest.mark.parametrize(("name", "dtype_name"), list(itertools.product(["usual", "image"], DTYPES)))
-def test_wide_accesses_are_used_where_channels_divide(rng, name, dtype_name):
+def test_columns_are_written_in_packs_whatever_the_channels(rng, name, dtype_name):
     edge, dtype = edge_and(name, dtype_name)
     ops = operations(edge, dtype)
     ops.columns(integers(rng, (SAMPLES, *edge.in_shape), dtype), SAMPLES)
-    assert last_width() == (16 // dtype.itemsize if name == "usual" else 1)
+    assert last_width() == 16 // dtype.itemsize
+    assert launcher().launched[-1].startswith("im2col<" if name == "usual" else "im2col_rows<")
 
 
 @cases
@@ -361,6 +371,31 @@ def test_scratch_is_the_columns_of_one_direction_and_a_map(rng):
     assert plain.nbytes == ops.nbytes + 4 * 18 * 18 * 16 + 8 * 8 * 16 + 4 * 9 * 8 * 16
     half = CudaConvOps(edge.geometry, 1, 1 << 20, get_precision("float16"), np, launcher())
     assert half.nbytes == 2 * 256 * 9 * 16 + 4 * 256 * 16  # products stay float32 until they are pooled
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("float32", 28), ("tf32", 28), ("float16", 32), ("float64", 28)])
+def test_the_first_edge_is_multiplied_in_whole_packs(rng, name, inputs):
+    """3 x 3 x 3 = 27 inputs. A padded weight, zeros at its end, and a padded gradient; no size that a user sees."""
+    edge, precision = Conv2d((8, 8, 3), 16, pooling="max"), get_precision(name)
+    ops = operations(edge, precision.stored)
+    assert (ops.inputs, ops.factor.shape, ops.made[0][0]) == (inputs, (inputs, 16), (inputs, 16))
+    edge.weight = rng.standard_normal(edge.weight_shape).astype(precision.number)
+    ops.refresh(edge.weight)
+    np.testing.assert_array_equal(ops.factor[27:], 0)
+    np.testing.assert_array_equal(ops.kernel, edge.weight.astype(precision.stored))
+    even = operations(Conv2d((8, 8, 8), 16), precision.stored)
+    assert even.inputs == 72
+    assert not even.padded, "a weight of whole packs is a factor itself"
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_what_fills_up_the_weight_is_zero_whatever_the_memory_held(fake_gpu, monkeypatch, precision):
+    monkeypatch.setattr(strict.XP, "empty", lambda shape, dtype: strict.XP.full(shape, np.nan, dtype), raising=False)
+    net = small.network(device=fake_gpu, precision=precision)
+    ops = net.memory._made_of_weights(0, net.layers[0].prepare(2, 1 << 20, net.precision, fake_gpu))
+    padded = fake_gpu.to_numpy(ops[0])
+    assert len(padded) > net.layers[0].geometry.window
+    np.testing.assert_array_equal(padded, 0)
 
 
 def test_states_of_another_type_are_refused():

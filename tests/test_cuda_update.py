@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,3 +298,30 @@ def test_launches(rng):
     many = np.zeros((65536, 1), np.float32)
     with pytest.raises(ConfigurationError, match="not 65536"):
         ops.states(many, many, None, 1.0, None, None, None, many[:, 0])
+
+
+@pytest.mark.parametrize("number", ["float32", "float64"])
+@pytest.mark.parametrize("parts", [1, 3, 32, 33, 64, 301])
+def test_every_partial_is_added_once_by_a_warp_a_sample(rng, parts, number):
+    """Integers: exact in any order. What follows the partials is no number."""
+    partials = rng.integers(0, 50, (7, parts)).astype(number)
+    memory = np.concatenate([partials.ravel(), np.full(64, np.nan, number)])
+    residual = np.arange(7).astype(number)
+    sizes = np.int32(parts), np.int32(16)
+    launcher().launch("add_residual", [{"float32": "float", "float64": "double"}[number]], (7, 1, 1), (32, 1, 1),
+                      (memory, residual, *sizes))  # fmt: skip
+    expected = [n + sum(map(int, row)) / 16 for n, row in enumerate(partials)]
+    np.testing.assert_array_equal(residual, expected)
+
+
+def test_residuals_take_a_warp_a_sample(rng, monkeypatch):
+    """One thread a sample would be four warps for a batch of 128, each lane reading a line of its own."""
+    activation = copy.copy(ACTIVATIONS["relu"])
+    activation.code = CODES["relu"]
+    ops, launches = CudaUpdateOps(np, activation, launcher()), []
+    monkeypatch.setattr(ops, "launcher", SimpleNamespace(launch=lambda *launch: launches.append(launch)))
+    s = np.zeros((5, 40, 40, 8), np.float32)
+    ops.states(s, s, None, 1.0, None, None, np.zeros(5, np.float32), np.empty(ops.scratch_size(5, s[0].size), "f"))
+    name, _, grid, block, arguments = launches[-1]
+    assert (name, grid, block) == ("add_residual", (5, 1, 1), (32, 1, 1))
+    assert arguments[2:] == (13, 40 * 40 * 8)  # 12800 units, 4 a thread, 256 threads a block

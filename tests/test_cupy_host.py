@@ -81,7 +81,9 @@ def host(monkeypatch):
     with cupy.cuda.using_allocator(on_host):
         cublas = Cublas(FakeCublas(), cupy, lambda: 0)
         monkeypatch.setattr(device_module, "_cublas", lambda array: cublas)
-        yield CupyOnHost()
+        device = CupyOnHost()
+        monkeypatch.setattr(device_module, "_launcher_of", lambda index, source: device.launcher(source))
+        yield device
 
 
 def test_addresses_views_and_modules(host):
@@ -156,7 +158,7 @@ def edge_pair(host, kind, precision, nbytes):
         edge.initialize(np.random.default_rng(0), 1.0, device, precision.number)
         view(edge.bias)[...] = np.linspace(-1, 1, len(edge.bias))
         ops = edge.prepare(BATCH, nbytes, precision, device)
-        ops.bind(Arena(device.xp, ops.nbytes), [device.xp.empty(*request) for request in ops.made])
+        ops.bind(Arena(device.xp, ops.nbytes), [device.asarray(np.zeros(*request)) for request in ops.made])
         ends.append((edge, ops, device))
     (edge, ops, _), (same, theirs, _) = ends
     edge.refresh(ops)
@@ -164,7 +166,10 @@ def edge_pair(host, kind, precision, nbytes):
     if isinstance(edge, ep.Linear):
         theirs.matrix = host.asarray(edge.weight, precision.stored) if precision.half else same.weight
         return ends
-    theirs.kernel = host.asarray(edge.weight, precision.stored) if precision.half else same.weight
+    if theirs.copies:
+        view(theirs.kernel)[...] = edge.weight
+    else:
+        theirs.kernel, theirs.factor = same.weight, same.weight.reshape(-1, same.weight.shape[-1])
     if theirs.flipped is not None:
         mirrored = view(theirs.kernel)[::-1, ::-1].transpose(0, 1, 3, 2)
         view(theirs.flipped)[...] = mirrored.reshape(theirs.flipped.shape)

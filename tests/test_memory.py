@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 
+import cupyep as ep
 from cupyep.backend.paper import PaperDevice
 from cupyep.training.config import make_config
-from cupyep.training.memory import planned_step
+from cupyep.training.memory import memory_report, planned_step
 
 SMALL = ("--arch", "vgg5", "--width", 0.2, "--image-size", 16, "--batch-size", 24, "--device", "cpu")
 
@@ -105,3 +107,21 @@ def test_wrong_usage_is_one_line(invoke, words, message):
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+def test_scratch_is_a_setting_of_the_machine():
+    """It is planned for, kept by a device that is pickled, and refused where it is none."""
+    device = ep.get_device("cpu", 2.5)
+    assert device.scratch_bytes == pickle.loads(pickle.dumps(device)).scratch_bytes == 2_500_000
+    assert ep.get_device("cpu").scratch_bytes == 8 << 20
+    options = {"arch": "vgg5", "width": 0.2, "device": "cpu"}
+    found = []
+    for mb in (None, 5):
+        report = memory_report(make_config({**options, "scratch_mb": mb}), [2], "gpu")
+        found.append(report.rows[0].planned["scratch of products"])
+    assert found[1] <= 5.1e6 < found[0]
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ep.ConfigurationError, match="scratch_mb must be above 0"):
+            ep.get_device("cpu", wrong)
+    with pytest.raises(ep.ConfigurationError, match="a Device has its own"):
+        ep.get_device(device, 5)

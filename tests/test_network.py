@@ -203,9 +203,10 @@ def test_defaults_are_what_the_documentation_says(device):
     assert net.settle(images).stats.steps == 60
 
 
-def test_workspaces_of_the_last_few_batch_sizes_are_kept(device):
+def test_workspaces_of_the_last_few_batch_sizes_are_kept(device, monkeypatch):
     """Settling many batch sizes must not keep the buffers of all of them, nor change a result."""
     net = network("conv", device)
+    monkeypatch.setattr(net.memory, "WORKSPACES_KEPT", 4)
     batch = batch_of(net, samples=8)
     first = net.device.to_numpy(net.settle(batch.images[:2], steps=3).layers[0]).copy()
     for samples in range(8, 2, -1):

@@ -29,6 +29,7 @@ class Teacher:
         return np.zeros((len(index), 10))
 
 
+FULL = {"width": 1.0, "input_shape": (32, 32, 3)}
 SIGNALS = {
     None: list,
     "le": lambda: [ep.LocalError([1, 2, 3])],
@@ -120,12 +121,24 @@ def test_bptt_grows_by_one_step_and_ep_does_not():
     assert planned("ep", 32, free_steps=2, **how) == planned("ep", 32, free_steps=250, **how)
 
 
+def test_scratch_as_it_is_set():
+    """A setting is kept to, but for the gradient of the first edge. A whole batch in one chunk, by hand."""
+    gradient = 4 * 28 * 128
+    scratch = {
+        mb: plan(learner_on(PaperDevice("gpu", mb), "ep", network=FULL, **SWEEPS), 128)["scratch of products"]
+        - gradient
+        for mb in (None, 10, 100, 100_000)
+    }
+    assert scratch[10] <= 10e6 < scratch[None] <= 0.8 * (50 << 20) < scratch[100] <= 100e6
+    assert scratch[100_000] == 4 * 256 * 32 * 32 * (9 * 128 + 128), "edge 1, both nudged phases: columns and map"
+
+
 def test_purposes_by_hand():
     """VGG-5 at full width, batch 128, float32 on a GPU, in bytes."""
     weights = 9 * (3 * 128 + 128 * 256 + 256 * 512 + 512 * 512) + 512 * 10
     biases = 128 + 256 + 512 + 512 + 10
     units = 16 * 16 * 128 + 8 * 8 * 256 + 4 * 4 * 512 + 512
-    parts = planned("ep", 128, "gpu", network={"width": 1.0, "input_shape": (32, 32, 3)}, **SWEEPS)
+    parts = planned("ep", 128, "gpu", network=FULL, **SWEEPS)
     assert parts["parameters"] == parts["gradients"] == 4 * (weights + biases)
     assert parts["optimizer"] == 2 * parts["parameters"]
     assert parts["free drives"] == 128 * units * 4
@@ -135,10 +148,10 @@ def test_purposes_by_hand():
     assert parts["cuBLAS"] == 32 << 20
     newest, carried = 16 * 16 * 128, 8 * 8 * 256 + 4 * 4 * 512
     assert parts["drives and feedback"] == 2 * 128 * (newest + carried) * 4
-    assert parts["made of weights"] == 4 * 9 * (128 * 3 + 256 * 128 + 512 * 256), "mirrored; edge 4 multiplies first"
-    halves = planned(
-        "ep", 128, "gpu", network={"width": 1.0, "input_shape": (32, 32, 3)}, precision="float16", **SWEEPS
-    )
+    mirrored = 9 * (128 * 3 + 256 * 128 + 512 * 256)  # edge 4 multiplies first
+    filled = 28 * 128  # edge 1 has 27 inputs
+    assert parts["made of weights"] == 4 * (mirrored + filled)
+    halves = planned("ep", 128, "gpu", network=FULL, precision="float16", **SWEEPS)
     for purpose in ("deviations", "drives and feedback", "images"):
         assert halves[purpose] == parts[purpose] / 2
     for purpose in ("parameters", "gradients", "optimizer", "free drives", "winners"):

@@ -174,7 +174,7 @@ def test_a_run_on_another_device_goes_on_like_one_on_the_cpu(quadrants, tmp_path
     values = {"aug": "le", "epochs": 2, "checkpoint_minutes": 0}
     straight = run(values, tmp_path / "straight")
     straight.run()
-    monkeypatch.setattr(runs, "get_device", lambda _: StrictDevice())
+    monkeypatch.setattr(runs, "get_device", lambda *_: StrictDevice())
     broken = run(values, tmp_path / "broken")
     before_call(broken, 5, kill)
     with pytest.raises(Killed):

@@ -6,6 +6,7 @@ Oracles: closed forms and hand values for schedules, means and records; a straig
 from __future__ import annotations
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from cupyep.training.config import TrainConfig
 from cupyep.training.results import top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics, gradient_norms
+from cupyep.workspace import Workspace
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
@@ -198,6 +200,36 @@ def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
         ConfigurationError, match="--beta 0.3 is not the run's 0.5; a resumed run may only change --epo"
     ):
         runs.resume_run(tmp_path / "short", {"beta": 0.3}, display=SILENT)
+
+
+def test_scratch_may_differ_on_resume_and_changes_nothing_but_rounding(quadrants, tmp_path):
+    values = {"epochs": 2, "lr_schedule": "constant", "optimizer": "sgd"}
+    straight = run(values, tmp_path / "straight")
+    straight.run()
+    run({**values, "epochs": 1, "scratch_mb": 0.01}, tmp_path / "short").run()
+    assert RunDirectory.open(tmp_path / "short").config.scratch_mb == 0.01
+    longer = runs.resume_run(tmp_path / "short", {"epochs": 2, "scratch_mb": 0.5}, display=SILENT)
+    assert longer.network.device.scratch_bytes == 500_000
+    longer.run()
+    for path, array in straight.network.parameters().items():
+        np.testing.assert_allclose(longer.network.parameters()[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_an_epoch_makes_no_workspace_that_another_has_made(quadrants, tmp_path, monkeypatch):
+    """Parts of two lengths, ragged last batches of three splits, the checkup: a graph is lost with its workspace."""
+    made, begin = [Counter() for _ in range(4)], Workspace.__init__
+
+    def counted(self, edges, batch, *others):
+        made[trainer.epochs_done][batch] += 1
+        begin(self, edges, batch, *others)
+
+    monkeypatch.setattr(Workspace, "__init__", counted)
+    values = {"epochs": 3, "batch_size": 13, "micro_batch": 7, "validation": 12, "limit_test": 20}
+    trainer = run(values, tmp_path / "run")
+    trainer.run()
+    assert len(made[0]) > 6
+    assert max((made[0] + made[1]).values()) <= 2, "made anew when the checkup's many images have taken more scratch"
+    assert not any(made[2:]), made
 
 
 def test_a_run_without_any_checkpoint_resumes_from_the_start(quadrants, tmp_path):

@@ -5,7 +5,9 @@ Nothing is imported, compiled or loaded before its first use.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,6 +136,8 @@ def _missing_compiler(error: Exception) -> str | None:
     header = re.search(r'(?:cannot|could not) open source file "([^"]+)"', text)
     if header:
         return f"the header {header[1]} is missing"
+    if "Failed to find CUDA headers" in text:  # CuPy's words
+        return "CUDA's headers are missing"
     if isinstance(error, ImportError | OSError) or re.search("(load|find).*nvrtc", first):
         return f"the compiler library NVRTC cannot be loaded ({first})"
     return None
@@ -157,13 +161,19 @@ _STATUS = {
 }
 
 
+def _preload_cublas() -> None:
+    """Let CuPy load the cuBLAS that it is linked with, from the folder of a wheel too: then it is found by its name."""
+    with contextlib.suppress(Exception):  # whatever it is: the library may be on the loader's own path
+        importlib.import_module("cupy_backends.cuda.libs").cublas  # noqa: B018 - an attribute that loads
+
+
 class CublasLibrary:
     """The functions of NVIDIA's cuBLAS that `Cublas` needs, called through ctypes.
 
     Parameters
     ----------
     major : int
-        CUDA's major version, 12 say; the library that CuPy has loaded has this number in its name.
+        CUDA's major version, 12 say; CuPy's own library, wherever it lies, has this number in its name.
 
     Raises
     ------
@@ -173,6 +183,7 @@ class CublasLibrary:
 
     def __init__(self, major: int):
         name = f"libcublas.so.{major}"
+        _preload_cublas()
         try:
             self._library = ctypes.CDLL(name)
         except OSError as error:

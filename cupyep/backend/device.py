@@ -18,9 +18,10 @@ import numpy as np
 
 from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
 from cupyep.backend.graphs import GraphCapture, graphs_wanted
-from cupyep.errors import DeviceError, instance, require, shown
+from cupyep.errors import DeviceError, instance, number, require, shown
 
 GPU_SCRATCH_SHARE = 0.8  # of L2; the rest is for weights and results passing by
+MOST_SCRATCH_MB = 1e6  # below that
 LEAST_GPU_SCRATCH = 16 << 20  # where L2 is small, large products matter more than where the columns lie
 
 
@@ -75,6 +76,10 @@ class Device:
     ----------
     name : str
         ``"cpu"`` or ``"cuda:N"``.
+    reason : str
+        Why this device was chosen (for ``auto``), otherwise empty.
+    scratch_mb : float, optional
+        Scratch of one chunk of a batch in 10^6 bytes, above 0; what stays in the cache unless given.
 
     Attributes
     ----------
@@ -84,19 +89,20 @@ class Device:
     adds_products : bool
         Whether `add_gemm` needs no scratch.
     scratch_bytes : int
-        Scratch that stays in the cache while one chunk of a batch is worked on: part of a GPU's L2, of a core's L2 and
-        L3.
+        Scratch of one chunk of a batch: `scratch_mb`, or what stays in the cache while the chunk is worked on, part of
+        a GPU's L2, of a core's L2 and L3.
     graphs : GraphCapture or None
         None on the CPU, and on a GPU where ``CUPYEP_GRAPHS=0``.
-    reason : str
-        Why this device was chosen (for ``auto``), otherwise empty.
     """
 
-    def __init__(self, name: str, reason: str = ""):
+    def __init__(self, name: str, reason: str = "", scratch_mb: float | None = None):
         right = isinstance(name, str) and re.fullmatch(r"cpu|cuda:\d{1,9}", name)
         require(bool(right), f"unknown device {shown(name)} (choose from auto, cpu, cuda, cuda:N)")
         self.name = name
         self.reason = instance("reason", reason, str, "a text")
+        if scratch_mb is not None:
+            scratch_mb = number("scratch_mb", scratch_mb, above=0, below=MOST_SCRATCH_MB)
+        self.scratch_mb = scratch_mb
         self.is_gpu = self.adds_products = name != "cpu"
         self.graphs: GraphCapture | None = None
         self.scratch_bytes = 8 << 20
@@ -117,9 +123,11 @@ class Device:
                 self.graphs = GraphCapture(cupy, self.index)
         else:
             self.xp = np
+        if scratch_mb is not None:
+            self.scratch_bytes = int(scratch_mb * 1e6)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.reason)  # pickled by name and found again
+        return type(self), (self.name, self.reason, self.scratch_mb)  # pickled by name and found again
 
     def __repr__(self) -> str:
         return f"Device({self.name!r})"
@@ -174,29 +182,31 @@ def gpu_scratch(l2: int) -> int:
     return max(LEAST_GPU_SCRATCH, int(GPU_SCRATCH_SHARE * l2))
 
 
-def get_device(device: str | Device = "auto") -> Device:
+def get_device(device: str | Device = "auto", scratch_mb: float | None = None) -> Device:
     """Return the device of the given name.
 
     Parameters
     ----------
     device : {"cpu", "cuda", "cuda:N", "auto"} or Device
         ``auto`` takes the first GPU that works, else the CPU; ``Device.reason`` says what it chose and why.
+    scratch_mb : float, optional
+        See `Device`. It changes no result but for the order of sums: larger chunks are fewer and larger products, but
+        leave the cache. A `Device` has its own.
 
     Raises
     ------
     ConfigurationError
-        If the name is none of these.
+        If the name is none of these, or the scratch is no number above 0.
     DeviceError
         If a GPU is asked for and cannot be used; the message says why.
     """
     if isinstance(device, Device):
+        require(scratch_mb is None, "scratch_mb is for a device by its name; a Device has its own")
         return device
     if isinstance(device, str) and device == "auto":
         usable, reason = gpu_status()
-        if usable:
-            return Device("cuda:0", "a CUDA device answers")
-        return Device("cpu", reason)
-    return Device("cuda:0" if isinstance(device, str) and device == "cuda" else device)
+        return Device("cuda:0" if usable else "cpu", "a CUDA device answers" if usable else reason, scratch_mb)
+    return Device("cuda:0" if isinstance(device, str) and device == "cuda" else device, scratch_mb=scratch_mb)
 
 
 @functools.cache

@@ -21,22 +21,23 @@ class PaperDevice(Device):
     Parameters
     ----------
     kind : {"cpu", "gpu"}
-    scratch_bytes : int, optional
+    scratch_mb : float, optional
         See `Device`; by default what a CPU has here, or a GPU with 50 MB of L2.
     """
 
-    def __init__(self, kind: str, scratch_bytes: int | None = None):
-        super().__init__("cpu")
+    def __init__(self, kind: str, scratch_mb: float | None = None):
+        super().__init__("cpu", scratch_mb=scratch_mb)
         self.name = choose("device kind", kind, KINDS)
         self.is_gpu = self.adds_products = kind == "gpu"
-        if self.is_gpu:
+        if self.is_gpu and scratch_mb is None:
             self.scratch_bytes = gpu_scratch(L2_BYTES)
-        self.scratch_bytes = scratch_bytes or self.scratch_bytes
 
     @classmethod
     def like(cls, device: Device) -> PaperDevice:
         """Return a real device on paper."""
-        return cls("gpu" if device.is_gpu else "cpu", device.scratch_bytes)
+        paper = cls("gpu" if device.is_gpu else "cpu")
+        paper.scratch_bytes = device.scratch_bytes
+        return paper
 
     def use(self) -> None:
         """There is nothing to use."""

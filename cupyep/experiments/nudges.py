@@ -117,7 +117,7 @@ def _fidelity_cell(cell: Cell) -> dict[str, Any]:
     options = dict(cell.options)
     config = make_config(options)
     dataset = build_dataset(dataclasses.replace(config, limit_train=PROBE_IMAGES, limit_test=1))
-    network = build_network(config, dataset, get_device(config.device))
+    network = build_network(config, dataset, get_device(config.device, config.scratch_mb))
     batch = next(iter(Loader(dataset, "train", config.batch_size, network.device, network.dtype)))
     signals = build_signals(config, network, dataset, None)
     names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")

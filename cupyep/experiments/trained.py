@@ -21,7 +21,7 @@ from cupyep.training.trainer import Trainer
 COURSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 LAYER_COURSES = ("nudge_response", "gradient_norm", "activity")
 PROBES, PROBES_BYTES = "probes.json", 1 << 28
-PORTABLE = ("device", "data_dir", "teacher")  # may change when a training goes on
+PORTABLE = ("device", "scratch_mb", "data_dir", "teacher")  # may change when a training goes on
 
 Probe = Callable[[Network, TrainConfig], dict[str, Any]]
 

@@ -58,6 +58,32 @@ __global__ void im2col(
         to_windows(value, columns, fy, fx, group, groups, kernel, stride, out_height, out_width);
 }
 
+// The same as rows of `packs` packs where C is none of these (the three channels of an image): zeros fill up the last. One
+// thread writes one pack. What a window sees of a row of the image is one run of kernel * C numbers.
+template <typename T, int VEC>
+__global__ void im2col_rows(
+    const T* __restrict__ s, T* __restrict__ columns, int height, int width, int channels, int kernel, int stride,
+    int padding, int out_height, int out_width, int packs)
+{
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= out_width * packs) return;
+    const int x = item / packs, pack = item - x * packs, run = kernel * channels, line = width * channels;
+    const size_t sample = blockIdx.z;
+    int ky = pack * VEC / run, at = pack * VEC - ky * run;
+    int y = blockIdx.y * stride - padding + ky;
+    const int first = (x * stride - padding) * channels;
+    s += sample * height * line;
+    Pack<T, VEC> value;
+    value.clear();
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        const int place = first + at;
+        if (ky < kernel && 0 <= y && y < height && 0 <= place && place < line) value.values[i] = s[y * line + place];
+        if (++at == run) at = 0, ++ky, ++y;
+    }
+    value.store(columns + (((sample * out_height + blockIdx.y) * out_width + x) * packs + pack) * VEC);
+}
+
 // --- The adjoint of pooling ----------------------------------------------------------------------------------------
 
 // Read one pack of U(s) at (y, x) of a sample's map: s at its winner (MAX) or its even share (AVERAGE), zero in the rows

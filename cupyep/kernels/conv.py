@@ -43,9 +43,14 @@ class ConvGeometry:
     pool: int
 
     @property
+    def window(self) -> int:
+        """Numbers that the kernel sees at one place: k * k * C."""
+        return self.kernel**2 * self.in_shape[2]
+
+    @property
     def flops(self) -> int:
         """Operations (multiply and add counted apart) of one direct product for one sample."""
-        return 2 * math.prod(self.map_shape) * self.kernel**2 * self.in_shape[2]
+        return 2 * math.prod(self.map_shape) * self.window
 
     @property
     def product_first(self) -> bool:
@@ -82,11 +87,15 @@ class ConvOps:
     nbytes : int
         Bytes wanted from the arena.
     made : list of (shape, dtype)
-        What `refresh` makes of the weight: arrays that operations for other batch sizes may share.
+        What `refresh` makes of the weight: arrays, zeros at first, that operations for other batch sizes may share.
     flops : int
         Operations that one product takes for one sample.
     kernel : array of shape (k, k, C, K)
         The weight as a factor, see `refresh`: itself, or a rounded copy.
+    factor : array of shape (inputs, K)
+        What the columns are multiplied with: `kernel`, followed by zeros where they are longer.
+    inputs : int
+        Length of a row of the columns, ``k * k * C`` at least.
     flipped : array of shape (k * k * K, C), or None
         The weight of the top-down product, see `refresh`; product first takes `kernel`.
     weight : array of shape (k * k * C, K), or None
@@ -110,6 +119,7 @@ class ConvOps:
         self.precision = precision
         self.factors = Factors(precision, self.NATIVE)
         self.product_first = geometry.product_first if product_first is None else product_first
+        self.inputs = self._inputs()
         one = Arena.size(self._requests(1))
         pixels = math.gcd(math.prod(geometry.map_shape[:2]), math.prod(geometry.in_shape[:2]))
         self.chunks = chunked(batch, nbytes // one, self.TILE_ROWS // math.gcd(self.TILE_ROWS, pixels))
@@ -120,10 +130,14 @@ class ConvOps:
             self.requests.append(((self.factors.scratch_size,), np.uint32))
         self.nbytes = Arena.size(self.requests)
         copy, flipped = (
-            ((k, k, channels, outputs), self.factors.dtype),
+            ((self.inputs, outputs), self.factors.dtype),
             ((k * k * outputs, channels), self.factors.dtype),
         )
-        self.made = ([copy] if self.factors.copies else []) + ([] if self.product_first else [flipped])
+        self.copies = self.factors.copies or self.inputs > geometry.window
+        self.made = ([copy] if self.copies else []) + ([] if self.product_first else [flipped])
+
+    def _inputs(self) -> int:
+        return self.geometry.window
 
     def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         g, dtype = self.geometry, self.precision.number
@@ -159,16 +173,18 @@ class ConvOps:
         self._padded_up, self._columns_up = carve(scratch, topdown)
 
     def _take_made(self, made: Sequence[Any]) -> None:
-        made = list(made)
-        self.kernel = made.pop(0) if self.factors.copies else None
+        made, g = list(made), self.geometry
+        if self.copies:
+            self.factor = made.pop(0)
+            self.kernel = self.factor[: g.window].reshape(g.kernel, g.kernel, g.in_shape[2], g.map_shape[2])
         self.flipped = None if self.product_first else made.pop(0)
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (k, k, C, K) as a factor of products; for the top-down one mirrored, channels exchanged."""
-        if self.factors.copies:
+        if self.copies:
             self.factors.take_up(weight, self.kernel)
         else:
-            self.kernel = weight
+            self.kernel, self.factor = weight, weight.reshape(-1, weight.shape[-1])
         if self.flipped is not None:
             mirrored = self.kernel[::-1, ::-1].transpose(0, 1, 3, 2)
             self.flipped.reshape(mirrored.shape)[...] = mirrored
@@ -186,15 +202,15 @@ class ConvOps:
         outputs = self.geometry.map_shape[2]
         if self.geometry.pooling != "none":
             u = self.map(m)
-            self.factors.product(self.columns(s, m), self.kernel.reshape(-1, outputs), u.reshape(-1, outputs))
+            self.factors.product(self.columns(s, m), self.factor, u.reshape(-1, outputs))
             return u
         u = self._wider(out)
-        self.factors.product(self.columns(s, m), self.kernel.reshape(-1, outputs), u.reshape(-1, outputs))
+        self.factors.product(self.columns(s, m), self.factor, u.reshape(-1, outputs))
         _store(u, out)
         return out
 
     def columns(self, s: Any, m: int) -> Any:
-        """Return the column matrix (m * Ho * Wo, k * k * C) of `s` (m, H, W, C)."""
+        """Return the column matrix (m * Ho * Wo, inputs) of `s` (m, H, W, C)."""
         g, padded, columns = self.geometry, self._padded[:m], self._columns[:m]
         inner_view(padded, g.in_shape[:2], g.padding)[...] = s
         self.factors.round(padded)

@@ -2,10 +2,14 @@
 
 Padding is implicit and the unpooled map of the top-down product never exists: scratch holds the columns of one chunk
 (of either direction, they are never needed together) and one map before pooling.
+
+Tensor cores want rows of whole packs of 16 bytes. Those of the columns of an image are none (3 x 3 x 3 = 27 numbers),
+so they are filled up with zeros, and so are the weight and its gradient.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +20,9 @@ import numpy as np
 from cupyep.backend.precision import Precision
 from cupyep.errors import require
 from cupyep.kernels.buffers import Arena
-from cupyep.kernels.conv import ConvGeometry, ConvOps
-from cupyep.kernels.launch import map_grid, type_name, vector_width
+from cupyep.kernels.conv import ConvGeometry, ConvOps, part_of
+from cupyep.kernels.launch import ACCESS_BYTES, map_grid, type_name, vector_width
+from cupyep.kernels.reduction import add_sum
 
 SOURCE = Path(__file__).with_name("conv.cu")
 POOLING = {"none": 0, "max": 1, "average": 2}  # enum Pooling
@@ -57,14 +62,21 @@ class CudaConvOps(ConvOps):
     ):
         self.launcher = launcher
         super().__init__(geometry, batch, nbytes, precision, xp, product_first)
+        self.padded = self.inputs > geometry.window
+        if self.padded:
+            self.requests.append(((self.inputs, geometry.map_shape[2]), precision.number))
+            self.nbytes = Arena.size(self.requests)
+
+    def _inputs(self) -> int:
+        self.pack = ACCESS_BYTES // self.precision.stored.itemsize
+        return -(-self.geometry.window // self.pack) * self.pack
 
     def _sizes(self) -> tuple[int, int]:
         """Return the elements a sample of the column matrices of drive and top-down product."""
         g = self.geometry
-        window = g.kernel**2
         return (
-            math.prod(g.map_shape[:2]) * window * g.in_shape[2],
-            math.prod(g.in_shape[:2]) * window * g.map_shape[2],
+            math.prod(g.map_shape[:2]) * self.inputs,
+            math.prod(g.in_shape[:2]) * g.kernel**2 * g.map_shape[2],
         )
 
     def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
@@ -85,7 +97,9 @@ class CudaConvOps(ConvOps):
         """Take views of the arena, and the arrays of `made`."""
         self._take_made(made)
         self.weight = None  # products are added
-        self._columns, *maps = arena.views(self.requests)
+        views = arena.views(self.requests)
+        self._gradient = views.pop() if self.padded else None
+        self._columns, *maps = views
         self._map = maps[0].reshape(-1).view(np.uint8) if maps else None
 
     def _view(self, block: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -111,7 +125,16 @@ class CudaConvOps(ConvOps):
         g = self.geometry
         height, width, channels = g.in_shape
         ho, wo, _ = g.map_shape
-        columns = self._view(self._columns, (m * ho * wo, g.kernel**2 * channels), self.precision.stored)
+        columns = self._view(self._columns, (m * ho * wo, self.inputs), self.precision.stored)
+        if channels % self.pack:
+            packs = self.inputs // self.pack
+            self._launch(
+                ("im2col_rows", [self._checked(s), self.pack]),
+                (wo * packs, ho, m),
+                (s, columns),
+                (height, width, channels, g.kernel, g.stride, g.padding, ho, wo, packs),
+            )
+            return columns
         vec = vector_width(channels, s, columns)
         frame = [(size - 1) * g.stride + g.kernel for size in (ho, wo)]
         self._launch(
@@ -135,6 +158,17 @@ class CudaConvOps(ConvOps):
             (height, width, channels // vec, g.kernel, g.stride, g.padding, ho, wo, *g.out_shape[:2], g.pool),
         )
         return columns
+
+    def add_gradient(self, below: Any, s: Any, winners: Any, gradient: Any) -> None:
+        if not self.padded:
+            super().add_gradient(below, s, winners, gradient)
+            return
+        multiply = self.factors.product
+        for part, m in self.chunks:
+            u = self.unpool(s[part], part_of(winners, part), m).reshape(-1, gradient.shape[-1])
+            multiply(self.columns(below[part], m).T, u, self._gradient)
+            multiply = functools.partial(self.factors.add_product, scratch=None)
+        add_sum(self._gradient[: self.geometry.window].reshape(1, -1), gradient.reshape(-1))
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         g = self.geometry

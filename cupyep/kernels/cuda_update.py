@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.kernels.launch import BLOCK, arithmetic, check_axes, map_grid, require_type, type_name, vector_width
+from cupyep.kernels.launch import BLOCK, arithmetic, check_axes, require_type, type_name, vector_width
 from cupyep.kernels.update import UpdateOps
 
 SOURCE = Path(__file__).with_name("update.cu")
@@ -108,6 +108,6 @@ class CudaUpdateOps(UpdateOps):
         )
         if residual is None:
             return
-        grid, threads = map_grid(batch, 1, 1)
-        sizes = map(np.int32, (parts, batch, size))
-        self.launcher.launch("add_residual", [type_name(residual.dtype)], grid, threads, (scratch, residual, *sizes))
+        sizes = map(np.int32, (parts, size))
+        arguments = (scratch, residual, *sizes)
+        self.launcher.launch("add_residual", [type_name(residual.dtype)], (batch, 1, 1), (WARP, 1, 1), arguments)

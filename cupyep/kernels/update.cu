@@ -169,13 +169,11 @@ __global__ void update_deviations(
     if (MEASURE) store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
 }
 
-// residual[sample] += (sum of a sample's `parts` partials) / size, one thread a sample.
-template <typename A>
-__global__ void add_residual(const A* __restrict__ partials, A* residual, int parts, int samples, int size)
+// residual[sample] += (sum of a sample's `parts` partials) / size, one warp a sample.
+template <typename A> __global__ void add_residual(const A* __restrict__ partials, A* residual, int parts, int size)
 {
-    const int sample = blockIdx.x * blockDim.x + threadIdx.x;
-    if (sample >= samples) return;
-    A sum = 0;
-    for (int part = 0; part < parts; ++part) sum += partials[size_t(sample) * parts + part];
-    residual[sample] += sum / A(size);
+    A sum = 0, total = 0;
+    for (int part = threadIdx.x; part < parts; part += blockDim.x) sum += partials[size_t(blockIdx.x) * parts + part];
+    store_block_sum(sum, &total);
+    if (threadIdx.x == 0) residual[blockIdx.x] += total / A(size);
 }

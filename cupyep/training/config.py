@@ -157,6 +157,8 @@ class TrainConfig:
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
     device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.")
+    scratch_mb: float | None = RUN(None, float, "Scratch of a chunk of a batch in MB: more is fewer, larger products, "
+                                   "outside the cache; unset: what stays in it.", above=0, below=1e6)
     precision: str = RUN("float32", str, "Number format; parameters and optimizer are float32 in all but float64.",
                          choices=PRECISIONS)
     checkpoint_minutes: float = RUN(10.0, float, "Save the run every so many minutes, besides after every epoch; 0 is "
@@ -215,7 +217,7 @@ def default_relaxation(config: TrainConfig) -> float:
 
 
 # What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
-RESUME_OPTIONS = ("epochs", "device", "data_dir", "teacher", "checkpoint_minutes", "on_divergence")
+RESUME_OPTIONS = ("epochs", "device", "scratch_mb", "data_dir", "teacher", "checkpoint_minutes", "on_divergence")
 
 #: The options by name, in the order of ``--help``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}

@@ -27,7 +27,7 @@ from cupyep.training.config import TrainConfig
 CHECK_OPTIONS = (
     "arch", "width", "activation", "pooling", "loss", "gain", "feedback", "dataset", "data_dir", "image_size", "beta",
     "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "aug", "signal_layers",
-    "kappa", "signal_loss", "signal_pool", "batch_size", "seed", "device", "precision",
+    "kappa", "signal_loss", "signal_pool", "batch_size", "seed", "device", "scratch_mb", "precision",
 )  # fmt: skip
 # How well the phases settle is the check's own business, whatever a recipe trains with.
 SETTLING = ("free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "batch_size")
@@ -118,7 +118,7 @@ def check_gradient(
     require(config.aug != "kd", "cupyep check knows --aug none and le; kd needs a teacher")
     dataset = build_dataset(dataclasses.replace(config, limit_test=1))
     dataset = dataclasses.replace(dataset, train=dataset.train.take(min(config.batch_size, len(dataset.train))))
-    device = get_device(config.device)
+    device = get_device(config.device, config.scratch_mb)
 
     def build(precision: str) -> tuple[Network, list[Augmenter]]:
         network = build_network(dataclasses.replace(config, precision=precision), dataset, device)

@@ -31,7 +31,7 @@ from cupyep.training.config import TrainConfig
 MEMORY_OPTIONS = (
     "arch", "width", "activation", "pooling", "loss", "feedback", "dataset", "image_size", "nudged_steps", "schedule",
     "tolerance", "scheme", "nudge", "aug", "signal_layers", "kappa", "signal_loss", "signal_pool", "learned_maps",
-    "batch_size", "micro_batch", "optimizer", "momentum", "device", "precision",
+    "batch_size", "micro_batch", "optimizer", "momentum", "device", "scratch_mb", "precision",
 )  # fmt: skip
 NAMES = {"ep": "EP", "bptt": "BPTT", "bp": "BP"}
 MOST_STEPS, MOST_SAMPLES = 10_000, 1 << 16  # a plan lists every step unrolled and every chunk of a batch
@@ -183,9 +183,9 @@ def memory_report(
 
 def device_of(config: TrainConfig, kind: str | None) -> Device:
     """Return the device of `config`, or one of another kind on paper."""
-    device = get_device(config.device)
+    device = get_device(config.device, config.scratch_mb)
     here = "gpu" if device.is_gpu else "cpu"
-    return device if kind in (None, here) else PaperDevice(kind)
+    return device if kind in (None, here) else PaperDevice(kind, config.scratch_mb)
 
 
 def _of(config: TrainConfig, algorithm: str, steps: int | None) -> TrainConfig:

@@ -144,7 +144,7 @@ def evaluate_run(
 
 def _prepare(config: TrainConfig, display: Display, run: Path | None = None) -> tuple[Trainer, Path | None]:
     """Return the trainer of `config`, without a run directory, and the file of its teacher; `run` is to go on."""
-    device = get_device(config.device)
+    device = get_device(config.device, config.scratch_mb)
     dataset = build_dataset(config)
     network = build_network(config, dataset, device)
     display.show("note", _headline(config, dataset, network))

@@ -12,6 +12,7 @@ import numpy as np
 
 from cupyep._version import __version__
 from cupyep.backend import get_device, gpu_status
+from cupyep.backend.libraries import cuda_libraries
 from cupyep.data import data_directory
 from cupyep.errors import ConfigurationError
 
@@ -36,7 +37,7 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"
 
 
 def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
-    """Return (name, value) lines: cupyep, Python, device, why not a GPU, libraries, BLAS, threads, data folder."""
+    """Return (name, value) lines: cupyep, Python, device, GPU or why not, libraries, BLAS, threads, data folder."""
     device = get_device("auto")
     usable, reason = gpu_status()
     try:
@@ -49,6 +50,7 @@ def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("device auto", device.name),
         ("gpu", _gpu_name(device) if usable else f"none: {reason}"),
+        *(cuda_libraries(device) if usable else []),
         *((name, _version(name)) for name in LIBRARIES),
         ("blas", _blas()),
         ("threads", _threads()),

@@ -36,6 +36,7 @@ SHARED = (
     "batch_size",
     "seed",
     "device",
+    "scratch_mb",
     "checkpoint_minutes",
     "on_divergence",
 )

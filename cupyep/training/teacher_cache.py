@@ -30,7 +30,7 @@ from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions
 from cupyep.training.teacher import SHARED, TEACHER_SETTINGS, export_logits, feedforward, teacher_config, train_teacher
 
-NO_MATTER = {"device", "data_dir", "checkpoint_minutes", "on_divergence"}  # to what becomes of a teacher
+NO_MATTER = {"device", "scratch_mb", "data_dir", "checkpoint_minutes", "on_divergence"}  # to what becomes of a teacher
 WAIT_S = 1.0
 KEPT, CHECKSUM = "teacher.h5", "teacher.sha256"  # in the folder of a run
 
