@@ -111,7 +111,7 @@ class Network(Structure):
     def nudges(self, batch: Batch, signals: Sequence[Augmenter] = ()) -> list[Nudge]:
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
         require(batch.labels is not None, "a nudge needs targets (labels)")
-        readout = Nudge(self.readout, 1.0, self.targets(batch.labels))
+        readout = Nudge(self.readout, 1.0, self.targets(batch.nearest_labels))
         return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
 
     def targets(self, labels: Any) -> Any:

@@ -44,6 +44,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
     parts = {
         "parameters": _nbytes(learned),
         "maps of signals": _nbytes(_fixed_maps(nudges)),
+        "teachers": sum(signal.nbytes for signal in learner.signals),
         "gradients": _nbytes(learned),
         "optimizer": 0 if slots is None else optimizer_bytes(learned, slots, network.device.is_gpu),
         "made of weights": _made_of_weights(workspaces),
