@@ -1,6 +1,7 @@
 """What a step sends to the device: labels once, a few numbers for the teacher, never its logits. Oracle: the host's."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,14 +87,13 @@ def test_labels_of_the_device_follow_those_of_the_host(placed):
     before = float(net.device.to_numpy(learner.step(batch).loss))
     other = np.array([2, 2, 2, 2, 2])
     if placed:
-        from dataclasses import replace
-
         changed = replace(batch.placed(net.device), labels=other)
     else:
         batch.labels[...] = other
         changed = batch
     losses = [float(net.device.to_numpy(learner.step(b).loss)) for b in (changed, ep.Batch(batch.images, other))]
     assert losses[0] == losses[1] != before
+    np.testing.assert_array_equal(net.device.to_numpy(net.nudges(changed)[0].target), np.eye(3)[other])
 
 
 def test_placed_labels_go_with_the_parts():
