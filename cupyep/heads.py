@@ -19,6 +19,10 @@ from cupyep.kernels.factors import Factors
 from cupyep.kernels.head import HeadOps
 from cupyep.losses import CrossEntropy, SquaredError
 
+# A map in float16 is multiplied by this, and errors are divided by it: an error, scaled as the deviations are (see
+# `Precision.scale`), may then be 4096 times as large as the weight of its loss, not 64 times; logits of teachers are.
+UP = 64.0
+
 
 class LossTerm:
     """A loss of one layer's state, as the nudge and the energy see it. `Head` is one; a user's own can be anything.
@@ -182,6 +186,7 @@ class Head(LossTerm):
 
     def prepare(self, precision: Precision) -> None:
         self._factors = Factors(precision, self._device.is_gpu)
+        self._up = UP if precision.name == "float16" else 1.0
         self._matrix = None
         if not self.identity and type(self).add_force is Head.add_force:  # a subclass may do something else there
             self.view = (self.pool, precision.stored)
@@ -201,6 +206,8 @@ class Head(LossTerm):
         if self._matrix is None:
             self._matrix = array_module(self.weight).empty(self.weight.shape, self._factors.dtype)
         self._factors.take_up(self.weight, self._matrix)
+        if self._up != 1.0:
+            self._matrix *= self._up
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_ops"} | {"_matrix": None}
@@ -276,7 +283,8 @@ class Head(LossTerm):
             flat[...] = seen.reshape(flat.shape)
         gemm(flat, self._matrix, out=z)
         error = rest[: z.size].view(self.view[1])[: z.size].reshape(z.shape) if self._halves else z
-        self._ops.scaled_error(self.criterion, z, self.bias, target, scale, column, error if self._halves else None)
+        into = error if self._halves else None
+        self._ops.scaled_error(self.criterion, z, self.bias, target, scale, column, into, 1 / self._up)
         if factors.widens:
             z[...] = error
             error = z

@@ -27,15 +27,15 @@ class CudaHeadOps(HeadOps):
     def __init__(self, launcher: Any):
         self.launcher = launcher
 
-    def scaled_error(self, loss, z, bias, target, scale, column, error=None):
+    def scaled_error(self, loss, z, bias, target, scale, column, error=None, down=1.0):
         require_type(z.dtype, bias, target, scale)
-        error = z if error is None else error
+        error, number = z if error is None else error, z.dtype.type
         self.launcher.launch(
             "scaled_error",
             [type_name(z.dtype), type_name(error.dtype), LOSSES[loss.name]],
             (len(z), 1, 1),
             (THREADS, 1, 1),
-            (z, error, bias, target, scale, z.dtype.type(loss.temperature), np.int32(z.shape[1])),
+            (z, error, bias, target, scale, number(loss.temperature), number(down), np.int32(z.shape[1])),
         )
 
     def pool(self, s, p, out):

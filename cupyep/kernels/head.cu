@@ -31,26 +31,26 @@ template <typename A, bool LARGEST> __device__ __forceinline__ A over_block(A va
     return result;
 }
 
-// error <- scale * dL/dz at z + bias, one block a row; z is scratch then, and error may be the same array.
+// error <- down * scale * dL/dz at down * z + bias, one block a row; z is scratch then, and error may be the same array.
 // Cross-entropy: T (softmax(z / T) - target), T the temperature.
 template <typename A, typename E, int LOSS>
 __global__ void scaled_error(
     A* z, E* error, const A* __restrict__ bias, const A* __restrict__ target, const A* __restrict__ scale, A temperature,
-    int classes)
+    A down, int classes)
 {
     z += size_t(blockIdx.x) * classes;
     error += size_t(blockIdx.x) * classes;
     target += size_t(blockIdx.x) * classes;
-    const A factor = scale[blockIdx.x];
+    const A factor = down * scale[blockIdx.x];
     if (LOSS == SQUARED_ERROR) {
         for (int c = threadIdx.x; c < classes; c += THREADS)
-            error[c] = narrow<E>(factor * (z[c] + (bias == nullptr ? A(0) : bias[c]) - target[c]));
+            error[c] = narrow<E>(factor * (down * z[c] + (bias == nullptr ? A(0) : bias[c]) - target[c]));
         return;
     }
     const A inverse = A(1) / temperature;
     A largest = A(-3e38);  // a thread without classes must not win
     for (int c = threadIdx.x; c < classes; c += THREADS) {
-        z[c] = (z[c] + (bias == nullptr ? A(0) : bias[c])) * inverse;
+        z[c] = (down * z[c] + (bias == nullptr ? A(0) : bias[c])) * inverse;
         if (z[c] > largest) largest = z[c];
     }
     largest = over_block<A, true>(largest);

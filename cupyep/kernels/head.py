@@ -15,9 +15,11 @@ class HeadOps:
     """Operations without allocation. Arrays are C-contiguous and, where nothing else is said, of one floating type."""
 
     def scaled_error(
-        self, loss: Any, z: Any, bias: Any, target: Any, scale: Any, column: Any, error: Any = None
+        self, loss: Any, z: Any, bias: Any, target: Any, scale: Any, column: Any, error: Any = None, down: float = 1.0
     ) -> None:
-        """Overwrite outputs `z` by ``scale * dL/dz`` at ``z + bias``, or write it into `error`; `z` is scratch then.
+        """Overwrite outputs `z` by ``down * scale * dL/dz`` at ``down * z + bias``, or write that into `error`.
+
+        `z` is scratch then.
 
         Parameters
         ----------
@@ -28,11 +30,17 @@ class HeadOps:
         column : array of shape (B, 1)
             Scratch.
         error : array of shape (B, classes), of any floating type, or None
+        down : float
+            A power of two, by which the map is too large.
         """
+        if down != 1.0:
+            z *= down
         if bias is not None:
             z += bias
         loss.gradient(z, target, z, column)
         z *= scale[:, None]
+        if down != 1.0:
+            z *= down
         if error is not None:
             error[...] = z
 
