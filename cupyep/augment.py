@@ -63,7 +63,11 @@ class Augmenter:
     ----------
     kappa : float
         The current weight.
+    nbytes : int
+        Bytes of what its targets are taken from, kept on the device.
     """
+
+    nbytes = 0
 
     def __init__(self, layers: int | Sequence[int] | str, kappa: float = 0.5, annealing: str = "cosine"):
         self.every_layer = isinstance(layers, str) and layers == "all"
@@ -199,7 +203,7 @@ class LocalError(_MapAugmenter):
         super().__init__(layers, kappa, annealing, loss, 1.0, pool, False, gain, seed)
 
     def target(self, layer, batch):
-        return one_hot(batch.labels, self.classes, self.dtype, self.device)
+        return one_hot(batch.nearest_labels, self.classes, self.dtype, self.device)
 
 
 class Distillation(_MapAugmenter):
@@ -238,6 +242,15 @@ class Distillation(_MapAugmenter):
         super().__init__(layers, kappa, annealing, loss, temperature, pool, learned, gain, seed)
         self.teacher = _that_has(teacher, "logits")
         self.split = choose("split", split, SPLITS)
+        self._table: Any = None  # the teacher's logits on the device
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_table": None}
+
+    @property
+    def nbytes(self):
+        table = self.teacher.table(self.split) if isinstance(self.teacher, TeacherFile) else None
+        return 0 if table is None else table.nbytes
 
     @classmethod
     def from_file(cls, path: str | Path, layers: int | Sequence[int] | str, **options: Any) -> Distillation:
@@ -246,12 +259,24 @@ class Distillation(_MapAugmenter):
 
     def target(self, layer, batch):
         _require_index(batch)
-        logits = self.teacher.logits(self.split, batch.index, batch.view)
-        require(
-            logits.shape[1] == self.classes,
-            f"the teacher has {logits.shape[1]} classes, the network {self.classes}; use a teacher for this data set",
-        )
-        return self.criterion.soften(self.device.asarray(logits.astype(self.dtype)))
+        return self.criterion.soften(self._logits(batch).astype(self.dtype))
+
+    def _logits(self, batch: Batch) -> Any:
+        """Return a batch's logits on the device, where the teacher's table is kept if it has one of moderate size."""
+        teacher, split, device = self.teacher, self.split, self.device
+        if self._table is None and isinstance(teacher, TeacherFile):
+            table = teacher.table(split)
+            self._table = None if table is None else device.asarray(self._checked(table))
+        if self._table is not None:
+            places = teacher.places(split, batch.index, batch.view)
+            return device.xp.take(self._table, device.asarray(places), axis=0)
+        return device.asarray(self._checked(teacher.logits(split, batch.index, batch.view)), self.dtype)
+
+    def _checked(self, logits: np.ndarray) -> np.ndarray:
+        found = logits.shape[1]
+        message = f"the teacher has {found} classes, the network {self.classes}; use a teacher for this data set"
+        require(found == self.classes, message)
+        return logits
 
 
 class FeatureDistillation(Augmenter):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend import array_module
 from cupyep.errors import choose, number, require
 
@@ -29,17 +31,18 @@ def softmax(z: Any, out: Any, column: Any) -> None:
 
 
 def one_hot(labels: Any, classes: int, dtype: Any, device: Any) -> Any:
-    """Return labels (N,) as one-hot rows (N, classes) on `device`."""
-    import numpy as np
+    """Return labels (N,) as one-hot rows (N, classes) on `device`, where labels that are there already are not checked.
 
-    labels = np.asarray(labels)
-    require(
-        labels.ndim == 1 and (labels.size == 0 or (labels.min() >= 0 and labels.max() < classes)),
-        f"labels must be a vector of integers from 0 to {classes - 1}",
-    )
-    rows = np.zeros((len(labels), classes), dtype)
-    rows[np.arange(len(labels)), labels] = 1
-    return device.asarray(rows)
+    A look at them would wait for the GPU.
+    """
+    if isinstance(labels, (np.ndarray, list, tuple)):
+        labels = np.asarray(labels)
+        require(
+            labels.ndim == 1 and (labels.size == 0 or (labels.min() >= 0 and labels.max() < classes)),
+            f"labels must be a vector of integers from 0 to {classes - 1}",
+        )
+    labels = device.asarray(labels)
+    return (labels[:, None] == device.xp.arange(classes)).astype(dtype)
 
 
 class CrossEntropy:

@@ -118,7 +118,7 @@ class Network(Structure):
     def nudges(self, batch: Batch, signals: Sequence[Augmenter] = ()) -> list[Nudge]:
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
         require(batch.labels is not None, "a nudge needs targets (labels)")
-        readout = Nudge(self.readout, 1.0, self.targets(batch.labels))
+        readout = Nudge(self.readout, 1.0, self.targets(batch.nearest_labels))
         return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
 
     def targets(self, labels: Any) -> Any:
@@ -140,6 +140,8 @@ class Network(Structure):
         if signal.network is None:
             self.device.use()
             signal.bind(self.state_shapes, self.classes, self.device, self.dtype)
+            for layer in signal.layers:
+                signal.term(layer).prepare(self.precision)
             signal.network = self
         return signal
 
@@ -301,7 +303,9 @@ class Network(Structure):
     ) -> PhaseShape:
         """Return what decides on the memory of nudged phases; `base` is the `end` of the state that they start at."""
         targets = {id(target): (tuple(target.shape[1:]), target.dtype) for *_, target in nudges if target is not None}
-        terms = tuple(TermShape(term.layer, term.scratch_size, term.gradient_scratch_size) for term, *_ in nudges)
+        terms = tuple(
+            TermShape(term.layer, term.scratch_size, term.gradient_scratch_size, term.view) for term, *_ in nudges
+        )
         return PhaseShape(
             form,
             samples,

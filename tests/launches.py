@@ -23,6 +23,7 @@ import fake_gpu as stand_in
 import numpy as np
 import pytest
 import strict
+from strict import Tape
 
 import cupyep as ep
 from cupyep.backend.device import gpu_scratch
@@ -33,9 +34,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from parts import WARM_UP, Recorder, TrainingStep  # noqa: E402
 
 STEPS = 5
+CLASSES = 10
 MAKERS = {"zeros", "zeros_like", "ones", "ones_like", "full", "arange", "ascontiguousarray", "copy"}
 counts: Counter[str] = Counter()
 results = {}  # of operations that a device would do: their shapes are enough
+
+
+class Teacher:
+    """Logits of the loader's samples."""
+
+    def logits(self, split, index, view):
+        return np.zeros((len(index), CLASSES), np.float32)
+
+
+SIGNALS = {
+    "none": list,
+    "le": lambda: [ep.LocalError("all")],
+    "kd": lambda: [ep.Distillation(Teacher(), "all", temperature=2.0)],
+}
 
 
 class SilentLauncher:
@@ -67,7 +83,7 @@ class SilentGpu(stand_in.FakeGpu):
 
 def do_nothing(operation, *operands):
     """In place of `strict.do`: note that something was launched."""
-    if strict.Tape.current is None:
+    if Tape.current is None:
         counts["array operations"] += 1
 
 
@@ -75,7 +91,7 @@ def silent_call(function, *args, **kwargs):
     """In place of `strict._call`: what has a place for its result is not computed, and nothing else twice."""
     name = getattr(function, "__name__", "")
     free = name in strict.VIEWS or "empty" in name
-    counts["array operations"] += strict.Tape.current is None and not free
+    counts["array operations"] += Tape.current is None and not free
     if kwargs.get("out") is not None:
         return kwargs["out"]
     compute = functools.partial(function, *strict._unwrap(args), **strict._unwrap(kwargs))
@@ -98,7 +114,7 @@ def silent_gpu(scratch_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stand_in, "FakeGpu", lambda: SilentGpu(scratch_bytes))
         gpu = stand_in.make_fake_gpu(patch)
-        patch.setattr(stand_in.FakeCublas, "gemm_ex", lambda *_: None)
+        patch.setattr(stand_in.FakeCublas, "gemm_ex", lambda *_: counts.update(products=Tape.current is None))
         patch.setattr(strict, "do", do_nothing)
         patch.setattr(strict, "_call", silent_call)
         yield gpu
@@ -113,9 +129,9 @@ def measure(step, device):
         for _ in range(STEPS):
             step()
     work = recorder.work
-    own = {"kernels": work.kernels, "products": work.products, "graphs": work.graphs}
-    each = {name: count / STEPS for name, count in {**own, **counts}.items()}
-    each["launches"] = sum(each[name] for name in (*own, "array operations"))
+    found = {"kernels": work.kernels, "graphs": work.graphs, **counts}
+    each = {name: count / STEPS for name, count in found.items()}
+    each["launches"] = sum(each.get(name, 0) for name in ("kernels", "products", "graphs", "array operations"))
     times = step.time_parts(STEPS)
     # The loader's images are made here and not on a device.
     return each, 1e3 * sum(float(np.median(times[part].host)) for part in ("step", "optimizer", "statistics"))
@@ -127,15 +143,20 @@ def measure(step, device):
 @click.option("--precision", default="float16")
 @click.option("--feedback", default=0.1)
 @click.option("--steps", default=2, help="Sweeps of the free and of the nudged phases.")
+@click.option("--aug", type=click.Choice(tuple(SIGNALS)), default="none", help="Signal at every layer.")
+@click.option("--graphs/--no-graphs", default=True, help="Without, what iterations launch is counted, too.")
 @click.option("--scratch-mb", type=float, help="Of a chunk.  [default: that of an H100]")
-def main(arch, batch_size, precision, feedback, steps, scratch_mb):
+def main(arch, batch_size, precision, feedback, steps, aug, graphs, scratch_mb):
     """Count and time the host's part of a training step of EP and of BP."""
     budget = gpu_scratch(L2_BYTES) if scratch_mb is None else int(scratch_mb * 1e6)
     with silent_gpu(budget) as gpu, np.errstate(all="ignore"):
+        gpu.graphs = gpu.graphs if graphs else None
         for samples in map(int, batch_size):
             net = ep.build(arch, feedback=feedback, precision=precision, device=gpu)
             how = {"free_steps": steps, "nudged_steps": steps, "schedule": "sweeps"}
-            for name, learner in (("EP", ep.EquilibriumPropagation(net, **how)), ("BP", ep.Backpropagation(net))):
+            learners = {"EP": ep.EquilibriumPropagation(net, signals=SIGNALS[aug](), **how)}
+            learners["BP"] = ep.Backpropagation(net, SIGNALS[aug]())
+            for name, learner in learners.items():
                 found, host = measure(TrainingStep(learner, samples), gpu)
                 shown = ", ".join(f"{value:g} {what}" for what, value in found.items())
                 click.echo(f"{name}, batch {samples}: {host:.2f} ms of the host without the loader; {shown}")

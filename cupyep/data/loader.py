@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Batch:
     index: np.ndarray | None = None
     view: np.ndarray | None = None
     checked: bool = False
+    _labels: Any = field(default=None, init=False, repr=False)  # on the device; not what `replace` hands on
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +47,22 @@ class Batch:
         instance("rows", rows, slice)
         arrays = (self.images, self.labels, self.index, self.view)
         images, labels, index, view = (None if array is None else array[rows] for array in arrays)
-        return replace(self, images=images, labels=labels, index=index, view=view)
+        part = replace(self, images=images, labels=labels, index=index, view=view)
+        return part if self._labels is None else part._with(self._labels[rows])
+
+    def _with(self, labels: Any) -> Batch:
+        object.__setattr__(self, "_labels", labels)
+        return self
+
+    def placed(self, device: Device) -> Batch:
+        """Return the same batch with its labels on `device` as well: they are sent once, and not whenever needed."""
+        same = replace(self)
+        return same if self.labels is None else same._with(device.asarray(self.labels))
+
+    @property
+    def nearest_labels(self) -> Any:
+        """The labels on the device where the batch is `placed`, else those on the host."""
+        return self.labels if self._labels is None else self._labels
 
 
 def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:
@@ -235,8 +251,11 @@ class Loader:
         """
         integer("first", first, 0)
         draws = self._draw()  # here, not in the generator below: an epoch's draws are made when it begins
+        there = None
+        if self.augment or self.shuffle:
+            there = self.device.asarray(np.stack([draws.order, draws.dy, draws.dx, draws.flip]))  # sent once an epoch
         starts = range(first * self.batch_size, len(self.split), self.batch_size)
-        return (self._batch(draws, start) for start in starts)
+        return (self._batch(draws, there, start) for start in starts)
 
     def _draw(self) -> _Draws:
         count, rng = len(self.split), self.generator
@@ -245,22 +264,25 @@ class Loader:
         flip = rng.integers(0, 1, count, endpoint=True) if self.augment and self.flip else np.zeros(count, int)
         return _Draws(order, dy, dx, flip)
 
-    def _batch(self, draws: _Draws, start: int) -> Batch:
+    def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
         rows = slice(start, start + self.batch_size)
         places, flip = draws.order[rows], draws.flip[rows]
         if self.augment:
-            images = self._crop(places, draws.dy[rows], draws.dx[rows], flip)
+            images = self._crop(there[:, rows])
         elif self.shuffle:
-            images = self._normalise(self.device.xp.take(self._images, self.device.asarray(places), axis=0))
+            images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
             images = self._normalise(self._images[rows])
         return Batch(images, self.split.labels[places], self.split.index[places], flip.astype(np.uint8), True)
 
-    def _crop(self, places: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Any:
-        """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device."""
+    def _crop(self, draws: Any) -> Any:
+        """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device.
+
+        `draws` (4, B) are those of `_Draws` there.
+        """
         xp = self.device.xp
         count, height, width, channels = self._images.shape
-        places, dy, dx, flip = self.device.asarray(np.stack([places, dy, dx, flip]))[:, :, None]  # one small transfer
+        places, dy, dx, flip = draws[:, :, None]
         y = xp.arange(height) + dy - self.pad  # (B, H) row of the stored image, or outside of it
         x = xp.arange(width)
         x = xp.where(flip == 1, width - 1 - x, x) + dx - self.pad  # (B, W)

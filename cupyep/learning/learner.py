@@ -97,7 +97,7 @@ class Learner:
     @exclusive
     def step(self, x: Any, targets: Any = None) -> StepResult:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
-        batch = self.network.labelled(x, targets)
+        batch = self._placed(x, targets)
         gradients, draw = self._zero_gradients(), self._draw()
         result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
         self._scale_edges(gradients)
@@ -105,6 +105,9 @@ class Learner:
 
     def _draw(self) -> Any:
         """Return what all parts of a batch must have in common."""
+
+    def _placed(self, x: Any, targets: Any) -> Batch:
+        return self.network.labelled(x, targets).placed(self.network.device)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return a batch in parts of nearly equal size."""
@@ -140,7 +143,7 @@ class Learner:
     @exclusive
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
-        figures = [self._judge(self.scores(part), part) for part in self._parts(self.network.labelled(x, targets))]
+        figures = [self._judge(self.scores(part), part) for part in self._parts(self._placed(x, targets))]
         loss, correct = figures[0]
         for more_loss, more_correct in figures[1:]:
             loss, correct = loss + more_loss, correct + more_correct
@@ -148,8 +151,9 @@ class Learner:
 
     def _judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
         network = self.network
-        loss = network.readout.criterion.value(scores, network.targets(batch.labels)).sum()
-        return loss, accuracy_count(scores, network.device.asarray(batch.labels))
+        labels = batch.nearest_labels
+        loss = network.readout.criterion.value(scores, network.targets(labels)).sum()
+        return loss, accuracy_count(scores, network.device.asarray(labels))
 
     def _figures(self, layers: Sequence[Any], batch: Batch, total: int, work: Sequence[Any] | None) -> dict[str, Any]:
         """Return loss, correct samples, count and levels at some states, as shares of a batch of `total` samples.

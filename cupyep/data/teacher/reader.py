@@ -16,7 +16,7 @@ from cupyep.data.files import one_line
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
 from cupyep.errors import TeacherError, choose, instance, require, shown
 
-MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory
+MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory, a GPU's too: 1 % of a small one's
 ROUNDING = 0.005  # by which a stored accuracy may be off: ties, logits rounded to halves
 FEWEST = 200  # samples from which an accuracy is told from chance
 MOST_SAMPLES = 1 << 26  # of a split; labels are read whole
@@ -261,12 +261,30 @@ class TeacherFile:
         -------
         ndarray of float32, shape (B, classes)
         """
+        table = self.table(split_name)
+        if table is None:
+            name = f"{split_name}/logits"
+            return self._rows(self._file[name], name, index, view)
+        return table[self.places(split_name, index, view)].astype(np.float32)
+
+    def table(self, split_name: str) -> np.ndarray | None:
+        """Return the logits of a split as stored, (views * rows, classes), read once; None if too large for that.
+
+        `places` are rows of it.
+        """
         name = f"{choose('split', split_name, SPLITS)}/logits"
         array = self._file[name]
         if array.nbytes < MEMORY_LIMIT and name not in self._memory:
             with self._disk():
-                self._memory[name] = array[...]
-        return self._rows(self._memory.get(name, array), name, index, view)
+                self._memory[name] = array[...].reshape(-1, array.shape[-1])
+        return self._memory.get(name)
+
+    def places(self, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
+        """Return the rows of `table` that hold some samples; arguments as for `logits`."""
+        rows, view = self._found(f"{split_name}/logits", np.asarray(index), view)
+        for code in np.unique(view):
+            rows = np.where(view == code, rows + self._place_of_view(int(code)) * self.count(split_name), rows)
+        return rows
 
     def feature(self, layer: str, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
         """Return the teacher's activations of one layer, float32 (B, H, W, C); arguments as for `logits`."""
@@ -278,19 +296,21 @@ class TeacherFile:
         self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite; {AGAIN}")
         return values
 
-    def _rows(
-        self, array: h5py.Dataset | np.ndarray, name: str, index: np.ndarray, view: np.ndarray | int
-    ) -> np.ndarray:
+    def _found(self, name: str, index: np.ndarray, view: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of some samples in each view, and a view each."""
         split, index, view = name.partition("/")[0], _integers("index", index), _integers("view", view)
         require(index.ndim == 1, f"index must be a vector of integers, not {shown(index)}")
         require(view.shape in ((), index.shape), f"view must be one integer or as many as index, not {shown(view)}")
-        view = np.broadcast_to(view, index.shape)
-        places, found = self._find(split, index)
-        covered = self._index.get(split, [0, array.shape[1] - 1])
+        count, (places, found) = self.count(split), self._find(split, index)
+        covered = self._index.get(split, [0, count - 1])
         self._check(
-            bool(found.all()),
-            f"{name} covers {array.shape[1]} of the samples {covered[0]}..{covered[-1]}, others are asked for",
+            bool(found.all()), f"{name} covers {count} of the samples {covered[0]}..{covered[-1]}, others are asked for"
         )
+        return places, np.broadcast_to(view, index.shape)
+
+    def _rows(self, array: h5py.Dataset, name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
+        index = np.asarray(index)
+        places, view = self._found(name, index, view)
         values = np.empty((len(index), *array.shape[2:]), np.float32)
         for code in np.unique(view):
             here = view == code
