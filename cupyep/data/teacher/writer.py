@@ -17,7 +17,7 @@ from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.files import one_line
 from cupyep.data.loader import as_array
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
-from cupyep.errors import TeacherError, instance, integer, items, shown
+from cupyep.errors import LARGEST, TeacherError, instance, integer, items, shown
 
 
 class TeacherWriter:
@@ -135,7 +135,7 @@ class TeacherWriter:
         for what, name, known in (("split", split_name, SPLITS), ("view", view_name, self.views)):
             right = isinstance(name, str) and name in known
             self._check(right, f"unknown {what} {shown(name)} (choose from {', '.join(known)})")
-        start = integer("start", start, 0)
+        start = integer("start", start, -LARGEST)  # its range is told with the rows
         logits = as_array("logits", logits)
         self._check(
             logits.ndim == 2 and logits.dtype.kind in "fiu", f"logits must be numbers (B, classes), not {shown(logits)}"
@@ -146,7 +146,7 @@ class TeacherWriter:
         )
         view, written = self.views.index(view_name), self._written[split_name]
         rows = slice(start, start + len(logits))
-        where = f"{split_name} rows {rows.start}..{rows.stop - 1}"
+        where = f"{split_name} rows {rows.start}..{rows.stop - 1} (start {start})"
         self._check(0 <= start < rows.stop <= written.shape[1], f"{where}: outside 0..{written.shape[1] - 1}")
         group = self._file[split_name]
         with self._disk():
