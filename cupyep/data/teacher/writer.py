@@ -146,7 +146,7 @@ class TeacherWriter:
         )
         view, written = self.views.index(view_name), self._written[split_name]
         rows = slice(start, start + len(logits))
-        where = f"{split_name} rows {rows.start}..{rows.stop - 1} (start {start})"
+        where = f"{split_name} rows {rows.start}..{rows.stop - 1}"
         self._check(0 <= start < rows.stop <= written.shape[1], f"{where}: outside 0..{written.shape[1] - 1}")
         group = self._file[split_name]
         with self._disk():
