@@ -370,6 +370,7 @@ def says_which(argument, name, error):
     """Return whether a message is one line that names the argument, or what it is called in words."""
     said, words = re.sub("[-_ ]+", " ", str(error)), {argument, ALIASES.get(argument, argument), argument.rstrip("s")}
     words |= {"device", "data set", "split"} if argument == "name" else set()
+    words |= {"rows"} if argument == "start" else set()
     words |= {"no network at"} if argument == "path" else set()
     words |= {argument.split("_")[0]} if argument in ("split_name", "view_name") else set()
     return "\n" not in str(error) and any(word.replace("_", " ") in said for word in words)

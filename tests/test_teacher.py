@@ -247,7 +247,7 @@ def test_wrong_features_written(tmp_path, dataset):
         ({"views": ("hflip",)}, "views are hflip: expected"),
         ({"views": ("identity", "identity")}, "views are identity, identity: expected"),
         ({"views": ("identity", "vflip")}, "views are identity, vflip: expected"),
-        ({"dtype": "float64"}, "dtype is float64"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"features": {"a/b": (1, 1, 1)}}, "must not hold '/'"),
     ],
 )

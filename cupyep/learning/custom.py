@@ -56,9 +56,8 @@ def check_signal(signal: Augmenter, network: Network, batch: Batch | None = None
     ConfigurationError
         Says what is wrong: a shape, a sign, a factor, or what was forgotten.
     """
-    instance("signal", signal, Augmenter)
     batch = _few(instance("network", network, Network), batch)
-    twin = copy.copy(signal)
+    twin = copy.copy(instance("signal", signal, Augmenter))
     twin.network = None
     twin.bind(network.state_shapes, network.classes, network.device, np.dtype(np.float64))
     name = type(signal).__name__
@@ -214,8 +213,7 @@ def check_activation(activation: Activation) -> None:
     ConfigurationError
         Says what is wrong.
     """
-    instance("activation", activation, Activation)
-    name = f"activation {activation.name or type(activation).__name__}"
+    name = f"activation {instance('activation', activation, Activation).name or type(activation).__name__}"
     generator = np.random.default_rng(0)
     g = generator.uniform(-4, 4, (50, 8))
 

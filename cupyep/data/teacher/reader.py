@@ -290,7 +290,7 @@ class TeacherFile:
         """Return the teacher's activations of one layer, float32 (B, H, W, C); arguments as for `logits`."""
         known = ", ".join(self.feature_layers) or "no layer"
         found = isinstance(layer, str) and layer in self.feature_layers
-        self._check(found, f"has no features of layer '{layer if found else shown(layer)}' (it has {known}); {AGAIN}")
+        self._check(found, f"has no features of layer {shown(layer)} (it has {known}); {AGAIN}")
         name = f"{choose('split', split_name, SPLITS)}/features/{layer}"
         values = self._rows(self._file[name], name, index, view)
         self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite; {AGAIN}")

@@ -17,7 +17,7 @@ from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.files import one_line
 from cupyep.data.loader import as_array
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
-from cupyep.errors import TeacherError, choose, instance, integer, items, shown
+from cupyep.errors import LARGEST, TeacherError, instance, integer, items, shown
 
 
 class TeacherWriter:
@@ -132,9 +132,10 @@ class TeacherWriter:
             Exactly the layers announced.
         """
         features = {} if features is None else instance("features", features, Mapping, "a mapping of arrays by layer")
-        choose("split", split_name, SPLITS)
-        choose("view", view_name, self.views)
-        start = integer("start", start, 0)
+        for what, name, known in (("split", split_name, SPLITS), ("view", view_name, self.views)):
+            right = isinstance(name, str) and name in known
+            self._check(right, f"unknown {what} {shown(name)} (choose from {', '.join(known)})")
+        start = integer("start", start, -LARGEST)  # its range is told with the rows
         logits = as_array("logits", logits)
         self._check(
             logits.ndim == 2 and logits.dtype.kind in "fiu", f"logits must be numbers (B, classes), not {shown(logits)}"
