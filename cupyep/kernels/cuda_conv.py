@@ -9,7 +9,6 @@ so they are filled up with zeros, and so are the weight and its gradient.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,11 +162,13 @@ class CudaConvOps(ConvOps):
         if not self.padded:
             super().add_gradient(below, s, winners, gradient)
             return
-        multiply = self.factors.product
         for part, m in self.chunks:
             u = self.unpool(s[part], part_of(winners, part), m).reshape(-1, gradient.shape[-1])
-            multiply(self.columns(below[part], m).T, u, self._gradient)
-            multiply = functools.partial(self.factors.add_product, scratch=None)
+            columns = self.columns(below[part], m)
+            if part.start == 0:
+                self.factors.product(columns.T, u, self._gradient)
+            else:
+                self.factors.add_product(columns.T, u, self._gradient, None)
         add_sum(self._gradient[: self.geometry.window].reshape(1, -1), gradient.reshape(-1))
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
