@@ -129,6 +129,8 @@ class _System:
         self.flows = buffers.flows
         self.flows.clear()
         self._nudges = self._loaded(nudges, betas, divisors or [1.0] * self.depth)
+        for term, *_ in nudges:
+            term.refresh()
 
     def _loaded(
         self, nudges: Sequence[Nudge], betas: Sequence[float], divisors: Sequence[float]
@@ -152,13 +154,30 @@ class _System:
     def host(self, array: Any) -> np.ndarray:
         return self.device.to_numpy(array)
 
-    def _force(self, n: int, part: slice, s: Any) -> Any:
-        """Return ``sum of scale * dloss/ds`` of layer n's nudges at some rows `s`."""
-        force = self.buffers.force[n][: len(s)]
-        force[...] = 0
-        for term, target, scale in self._nudges[n]:
-            term.add_force(s, None if target is None else target[part], scale[part], force, self.buffers.scratch)
+    def _force(self, n: int, part: slice) -> Any:
+        """Return ``sum of scale * dloss/ds`` of layer n's nudges for some rows."""
+        force, scratch = self.buffers.force[n][: part.stop - part.start], self.buffers.scratch
+        view = seen = None
+        for number, (term, target, scale) in enumerate(self._nudges[n]):
+            if view is None or term.view != view:
+                view, seen = term.view, self._seen(n, part, *term.view)
+            target = None if target is None else target[part]
+            term.put_force(seen, target, scale[part], force, scratch, add=number > 0)
         return force
+
+    def _seen(self, n: int, part: slice, pool: int | None, dtype: Any) -> Any:
+        """Return some rows of layer n's state as a loss sees it: see `LossTerm.view`."""
+        raise NotImplementedError
+
+    def _see(self, n: int, rows: int, pool: int | None, dtype: Any, s: Any, scale: float, g: Any) -> Any:
+        """Return ``sigma(g) + scale * s``, or `s`, as a loss sees it."""
+        shape = self.edges[n - 1].out_shape
+        if pool is not None:
+            shape = (shape[0] // pool, shape[1] // pool, shape[2])
+        memory = self.buffers.nudged[n].reshape(-1).view(self.precision.number if dtype is None else dtype)
+        seen = memory[: rows * math.prod(shape)].reshape(rows, *shape)
+        self.updates.see(s, scale, g, pool, seen, self.buffers.scratch)
+        return seen
 
     def _take_up(self, n: int) -> None:
         """Compute the drive of layer n."""
@@ -274,18 +293,16 @@ class Classical(_System):
     def _take_down(self, n):
         self.edges[n].topdown(self.states[n], self.winners[n], self.flows.above(n), self.workspace.ops[n])
 
-    def _seen(self, n: int, s: Any) -> Any:
-        """Return a state as the losses see it, of the type to compute in."""
-        if not self.precision.half:
+    def _seen(self, n, part, pool, dtype):
+        s = self.states[n - 1][part]
+        if pool is None and s.dtype == (self.precision.number if dtype is None else dtype):
             return s
-        seen = self.buffers.nudged[n][: len(s)]
-        seen[...] = s
-        return seen
+        return self._see(n, len(s), pool, dtype, s, 1.0, None)
 
     def _update(self, n, part, drive, topdown, residual):
         s = self.states[n - 1][part]
         g = None if self.drives is None or residual is None else self.drives[n - 1][part]
-        force = self._force(n, part, self._seen(n, s)) if n in self._nudges else None
+        force = self._force(n, part) if n in self._nudges else None
         self.updates.states(s, drive, topdown, self.feedback, force, g, residual, self.buffers.scratch, self.relaxation)
 
 
@@ -346,23 +363,13 @@ class Deviation(_System):
             return array
         return array[part.start % self.samples :][: part.stop - part.start]
 
-    def _nudged(self, n: int, part: slice) -> Any:
-        """Return some rows of what layer n's losses see: ``s* + eps / a``, s* in the tangent limit."""
-        g, nudged = self._at_rest(self.rest[n - 1], part), self.buffers.nudged[n][: part.stop - part.start]
-        if self.tangent:
-            for start in range(0, len(nudged), len(g)):
-                self.activation.value(g, nudged[start : start + len(g)])
-            return nudged
-        s = self.buffers.force[n][: len(g)]  # its memory is free until the force is computed
-        self.activation.value(g, s)
-        self.xp.multiply(self.eps[n - 1][part], 1 / self.weights[n - 1], out=nudged, dtype=nudged.dtype)
-        for start in range(0, len(nudged), len(s)):
-            phase = nudged[start : start + len(s)]
-            phase += s
-        return nudged
+    def _seen(self, n, part, pool, dtype):
+        """Return ``s* + eps / a``, s* in the tangent limit."""
+        g, eps = self._at_rest(self.rest[n - 1], part), None if self.tangent else self.eps[n - 1][part]
+        return self._see(n, part.stop - part.start, pool, dtype, eps, 1 / self.weights[n - 1], g)
 
     def _update(self, n, part, drive, topdown, residual):
-        force = self._force(n, part, self._nudged(n, part)) if n in self._nudges else None
+        force = self._force(n, part) if n in self._nudges else None
         shared = (self.eps[n - 1][part], drive, topdown, self.feedback, force)
         if self.tangent:
             slope = self._at_rest(self.buffers.slopes[n - 1], part)

@@ -10,12 +10,18 @@ import numpy as np
 from cupyep.backend import array_module
 from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device, add_gemm, gemm
+from cupyep.backend.precision import Precision, get_precision
 from cupyep.errors import require
 from cupyep.kernels import cuda_head
 from cupyep.kernels.columns import output_size
 from cupyep.kernels.cuda_head import CudaHeadOps
+from cupyep.kernels.factors import Factors
 from cupyep.kernels.head import HeadOps
 from cupyep.losses import CrossEntropy, SquaredError
+
+# A map in float16 is multiplied by this, and errors are divided by it: an error, scaled as the deviations are (see
+# `Precision.scale`), may then be 4096 times as large as the weight of its loss, not 64 times; logits of teachers are.
+UP = 64.0
 
 
 class LossTerm:
@@ -25,9 +31,28 @@ class LossTerm:
     ----------
     layer : int
         The layer it looks at, counted from 1.
+    view : tuple
+        What `put_force` takes of the layer's state: pooled over windows of that size, or whole (None); of that type,
+        or of the one to compute in (None).
+    nbytes : int
+        Bytes of what `refresh` makes.
     """
 
     layer: int
+    view: tuple[int | None, Any] = (None, None)
+    nbytes = 0
+
+    def prepare(self, precision: Precision) -> None:
+        """Learn the precision of the products of nudged phases; called by the network."""
+
+    def refresh(self) -> None:
+        """Take up the current parameters; called at the start of every nudged phase."""
+
+    def put_force(self, seen: Any, target: Any, scale: Any, force: Any, scratch: Any, add: bool) -> None:
+        """Write ``scale * dloss/dstate`` into `force`, or add it, at a `view` of the state; the rest as `add_force`."""
+        if not add:
+            force[...] = 0
+        self.add_force(seen, target, scale, force, scratch)
 
     def loss(self, state: Any, target: Any) -> Any:
         """Return the loss a sample, shape (B,), of `state` (B, *shape)."""
@@ -99,6 +124,9 @@ class Head(LossTerm):
     Notes
     -----
     A fixed random map is drawn from N(0, gain^2 / dim), dim the length of the (pooled) state.
+
+    In a nudged phase, iteration by iteration, a network in halves takes state, map and error as halves into products
+    that are added up in float32. What is computed once a step (outputs, losses, the derivative of the map) is not.
     """
 
     def __init__(
@@ -133,6 +161,7 @@ class Head(LossTerm):
         self._dtype: Any = None
         self._ops: HeadOps = HeadOps()
         self._needs_back = self._adds_products = False
+        self._matrix: Any = None  # the map as a factor
 
     def initialize(self, generator: np.random.Generator, gain: float, device: Device, dtype: Any) -> None:
         """Draw the map; see Notes of the class."""
@@ -153,17 +182,48 @@ class Head(LossTerm):
         self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
         if device.is_gpu:
             self._ops = CudaHeadOps(device.launcher(cuda_head.SOURCE))
+        self.prepare(get_precision(self._dtype.name))
+
+    def prepare(self, precision: Precision) -> None:
+        self._factors = Factors(precision, self._device.is_gpu)
+        self._up = UP if precision.name == "float16" else 1.0
+        self._matrix = None
+        if not self.identity and type(self).add_force is Head.add_force:  # a subclass may do something else there
+            self.view = (self.pool, precision.stored)
+
+    @property
+    def _halves(self) -> bool:
+        return self.view[1] is not None and self.view[1] != self._dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.weight.shape) * self._factors.dtype.itemsize if self._halves else 0
+
+    def refresh(self) -> None:
+        if not self._halves:
+            self._matrix = self.weight
+            return
+        if self._matrix is None:
+            self._matrix = array_module(self.weight).empty(self.weight.shape, self._factors.dtype)
+        self._factors.take_up(self.weight, self._matrix)
+        if self._up != 1.0:
+            self._matrix *= self._up
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_ops"}
+        return {name: value for name, value in vars(self).items() if name != "_ops"} | {"_matrix": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _ops=HeadOps())
         if self._device is not None:
+            precision = self._factors.precision
             self.attach(self._device, self._dtype)
+            self.prepare(precision)
 
     def scratch_size(self, samples: int) -> int:
-        return self._parts_size(samples, self._needs_back)
+        dim, errors = math.prod(self.inner_shape), samples * self.classes
+        if not self._halves:
+            return self._parts_size(samples, self._needs_back)
+        return samples * (dim if self._needs_back or self._factors.widens else 0) + 2 * errors + samples
 
     def gradient_scratch_size(self, samples: int) -> int:
         if not self.learned:
@@ -208,6 +268,39 @@ class Head(LossTerm):
         z = self.output(state)
         return self.criterion.value(z, target.reshape(z.shape))
 
+    def put_force(self, seen, target, scale, force, scratch, add):
+        if self.view == (None, None):
+            super().put_force(seen, target, scale, force, scratch, add)
+            return
+        factors, samples = self._factors, len(seen)
+        back = scratch[: samples * math.prod(self.inner_shape) if self._needs_back or factors.widens else 0]
+        rest = scratch[back.size :]
+        z, rest = rest[: samples * self.classes].reshape(samples, -1), rest[samples * self.classes :]
+        column, rest = rest[:samples].reshape(samples, 1), rest[samples:]
+        flat = seen.reshape(samples, -1)
+        if factors.widens:
+            flat = back.reshape(flat.shape)
+            flat[...] = seen.reshape(flat.shape)
+        gemm(flat, self._matrix, out=z)
+        error = rest[: z.size].view(self.view[1])[: z.size].reshape(z.shape) if self._halves else z
+        into = error if self._halves else None
+        self._ops.scaled_error(self.criterion, z, self.bias, target, scale, column, into, 1 / self._up)
+        if factors.widens:
+            z[...] = error
+            error = z
+        self._send(error, self._matrix, force, back, add)
+
+    def _send(self, error: Any, matrix: Any, force: Any, back: Any, add: bool) -> None:
+        """Write ``error matrix^T``, spread over the windows, into `force`, or add it; `back` is scratch."""
+        rows = back.reshape(len(force), -1) if back.size else None
+        if self.pool:
+            gemm(error, matrix.T, out=rows)
+            self._ops.spread(rows.reshape(-1, *self.inner_shape), self.pool, force, add)
+        elif add:
+            add_gemm(error, matrix.T, force.reshape(len(force), -1), rows)
+        else:
+            gemm(error, matrix.T, out=force.reshape(len(force), -1))
+
     def _scaled_error(self, state: Any, target: Any, scale: Any, parts: tuple[Any, Any, Any]) -> Any:
         z, column, back = parts
         if self.identity:
@@ -222,18 +315,13 @@ class Head(LossTerm):
         error, back = self._scaled_error(state, target, scale, parts), parts[2]
         if self.identity:
             force += error.reshape(force.shape)
-        elif self.pool:
-            rows = back.reshape(len(state), -1)
-            gemm(error, self.weight.T, out=rows)
-            self._ops.add_spread(rows.reshape(-1, *self.inner_shape), self.pool, force)
         else:
-            rows = force.reshape(len(state), -1)
-            add_gemm(error, self.weight.T, rows, back.reshape(rows.shape) if self._needs_back else None)
+            self._send(error, self.weight, force, back, add=True)
 
     def capture_key(self) -> tuple[Any, ...] | None:
         if type(self) is not Head:  # a subclass may do something else, and must say itself on what that depends
             return None
-        arrays = [identity(array) for array in (self.weight, self.bias) if array is not None]
+        arrays = [identity(array) for array in (self.weight, self.bias, self._matrix) if array is not None]
         return (self.criterion.name, self.criterion.temperature, self.identity, self.pool, *arrays)
 
     def parameters(self) -> dict[str, Any]:

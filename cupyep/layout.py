@@ -32,6 +32,7 @@ class TermShape(NamedTuple):
     layer: int
     scratch_size: Callable[[int], int]
     gradient_scratch_size: Callable[[int], int]
+    view: tuple[int | None, Any] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class PhaseBuffers:
     scratch : array
         For an update, or one term of the loss.
     force, nudged : dict
-        Layer -> array for the rows of one part: the force of its terms, the state that they see.
+        Layer -> array for the rows of one part: the force of its terms, and room for the state as one of them sees it.
     targets, scales : list of arrays
         Targets of the terms, and a factor a row for each term.
     work : list of list of arrays
@@ -288,30 +289,44 @@ class Layout:
         """Return the elements of a copy of a state in the type to compute in; none where it is stored in that."""
         return samples * self.sizes[layer - 1] if self.halves else 0
 
+    def seen_size(self, term: TermShape, moved: bool) -> int:
+        """Return the numbers that hold a sample as a term sees it; none where that is the state itself.
+
+        `moved` says that the states are not there as such.
+        """
+        (pool, dtype), shape = term.view, self.shapes[term.layer - 1]
+        dtype = self.number if dtype is None else dtype
+        if pool is None and dtype == self.stored and not moved:
+            return 0
+        size = math.prod(shape) if pool is None else shape[0] // pool * (shape[1] // pool) * shape[2]
+        return -(-size * dtype.itemsize // self.number.itemsize)
+
     def factors(self, stack: Stack, batch: Sequence[Shape]) -> list[Any]:
         """Take what adjoint states are rounded to before a product, one layer's at a time; nothing in float32."""
         return stack.take_turns("adjoint states", batch if self.halves else [(0,)] * len(batch), self.stored)
 
     def _update(self, stack: Stack, shape: PhaseShape) -> dict[str, Any]:
         """Return rows of the parts of an update, its scratch, targets and factors."""
-        # The state that terms see is not there as such, or not in the type that they compute in.
-        moved = shape.form in ("deviation", "tangent") or self.halves
+        moved = shape.form in ("deviation", "tangent")
         by_layer: dict[int, list[TermShape]] = {}
         for term in shape.terms:
             by_layer.setdefault(term.layer, []).append(term)
-        parts, scratch, lengths = [], 0, {}
+        parts, scratch, lengths, seen = [], 0, {}, {}
         for n, size in enumerate(self.sizes, 1):
             terms = by_layer.get(n, [])
             row = shape.update_scratch(1, size)
             if terms:
-                row += (2 if moved else 1) * size + max(term.scratch_size(1) for term in terms)
+                seen[n] = max(self.seen_size(term, moved) for term in terms)
+                row += size + seen[n] + max(term.scratch_size(1) for term in terms)
             most = self.part_bytes // (row * self.number.itemsize)
             parts.append(rows_of_parts(shape.samples, shape.phases, most))
             lengths[n] = longest = max(part.stop - part.start for part in parts[-1])
             wanted = [shape.update_scratch(longest, size), *(term.scratch_size(longest) for term in terms)]
             scratch = max(scratch, *wanted)
-        nudged_layers = {n: (lengths[n], *self.shapes[n - 1]) for n in by_layer}
-        taken = {"force": nudged_layers, "nudged": nudged_layers if moved else {}}
+        taken = {
+            "force": {n: (lengths[n], *self.shapes[n - 1]) for n in by_layer},
+            "nudged": {n: (lengths[n], width) for n, width in seen.items() if width},
+        }
         found = {
             name: dict(zip(shapes, stack.take_turns("forces", list(shapes.values()), self.number), strict=True))
             for name, shapes in taken.items()

@@ -133,6 +133,8 @@ class Network(Structure):
         if signal.network is None:
             self.device.use()
             signal.bind(self.state_shapes, self.classes, self.device, self.dtype)
+            for layer in signal.layers:
+                signal.term(layer).prepare(self.precision)
             signal.network = self
         return signal
 
@@ -289,7 +291,9 @@ class Network(Structure):
     ) -> PhaseShape:
         """Return what decides on the memory of nudged phases; `base` is the `end` of the state that they start at."""
         targets = {id(target): (tuple(target.shape[1:]), target.dtype) for *_, target in nudges if target is not None}
-        terms = tuple(TermShape(term.layer, term.scratch_size, term.gradient_scratch_size) for term, *_ in nudges)
+        terms = tuple(
+            TermShape(term.layer, term.scratch_size, term.gradient_scratch_size, term.view) for term, *_ in nudges
+        )
         return PhaseShape(
             form,
             samples,

@@ -17,7 +17,7 @@ from cupyep.backend.cuda import WORKSPACE_BYTES
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Nudge
 from cupyep.heads import Head
-from cupyep.learning import Learner
+from cupyep.learning import EquilibriumPropagation, Learner
 from cupyep.optim import optimizer_bytes
 from cupyep.workspace import Workspace, made_of_weights
 
@@ -47,7 +47,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
         "teachers": sum(signal.nbytes for signal in learner.signals),
         "gradients": _nbytes(learned),
         "optimizer": 0 if slots is None else optimizer_bytes(learned, slots, network.device.is_gpu),
-        "made of weights": _made_of_weights(workspaces),
+        "made of weights": _made_of_weights(workspaces) + _made_of_maps(learner, nudges),
         "scratch of products": max(workspace.nbytes for workspace in workspaces),
         "cuBLAS": WORKSPACE_BYTES if network.device.is_gpu else 0,
         "images": samples * math.prod(network.input_shape) * network.precision.stored.itemsize,
@@ -72,6 +72,11 @@ def _fixed_maps(nudges: Sequence[Nudge]) -> dict[str, Any]:
     """Return the maps of heads that are not among the parameters."""
     heads = [term for term, *_ in nudges if isinstance(term, Head) and not term.learned]
     return {f"layer{head.layer}.{n}": head.weight for n, head in enumerate(heads) if head.weight is not None}
+
+
+def _made_of_maps(learner: Learner, nudges: Sequence[Nudge]) -> int:
+    """Return the bytes of what heads make of their maps in nudged phases."""
+    return sum(term.nbytes for term, *_ in nudges) if isinstance(learner, EquilibriumPropagation) else 0
 
 
 def _on_the_way(learner: Learner, samples: int) -> int:

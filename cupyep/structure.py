@@ -109,6 +109,7 @@ class Structure:
         for edge, layer_gain in zip(self.layers, gains, strict=True):
             edge.initialize(generator, layer_gain, self.device, self.dtype)
         self.readout.initialize(generator, 1.0, self.device, self.dtype)
+        self.readout.prepare(self.precision)
 
     @property
     def depth(self) -> int:

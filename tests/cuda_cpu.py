@@ -64,15 +64,19 @@ def _update_instances():
         for vec, measure in itertools.product(_widths(drive, state), ("false", "true")):
             names += [instance("update_states", [state, drive, vec, rule, measure]) for rule in (0, 1)]
             names += [instance("update_deviations", [state, drive, vec, rule, measure]) for rule in (0, 1, 2)]
+    for seen, state in PAIRS + HALVES:
+        names += [instance("see", [state, seen, vec, rule]) for vec in _widths(seen, state) for rule in (0, 1, 3)]
     return names
 
 
 def _head_instances():
-    names = [instance("scaled_error", [t, loss]) for t in ("float", "double") for loss in (0, 1)]
+    pairs = [("float", "float"), ("double", "double"), ("float", "__half"), ("float", "__nv_bfloat16")]
+    names = [instance("scaled_error", [*pair, loss]) for pair in pairs for loss in (0, 1)]
     for t in WIDTHS:
         number = "double" if t == "double" else "float"
         names += [instance("window_means", [t, number, vec]) for vec in _widths(t)]
-    return names + [instance("add_spread", [t, vec]) for t in ("float", "double") for vec in _widths(t)]
+    numbers, flags = ("float", "double"), ("true", "false")
+    return names + [instance("spread", [t, add, vec]) for t in numbers for add in flags for vec in _widths(t)]
 
 
 def _optimizer_instances():

@@ -57,6 +57,26 @@ def test_scaled_error(ops, rng, loss, has_bias, classes, dtype):
     assert not z[2].any()
 
 
+@pytest.mark.parametrize("down", [1.0, 1 / 64])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("loss", [CrossEntropy(3.0), SquaredError()], ids=["soft", "square"])
+def test_error_is_rounded_to_a_factor(ops, rng, loss, stored, down):
+    """What the product with the map takes: the error in float32, rounded once; of a map that is multiplied by 64."""
+    stored = np.dtype(stored) if stored == "float16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    z, target = rng.standard_normal((2, 5, 10)).astype(np.float32)
+    bias, scale = rng.standard_normal(10).astype(np.float32), np.array([0.5, -600, 0, 1, 0.25], np.float32)
+    at = z.astype(float) + bias
+    z /= np.float32(down)
+    expected = at - target
+    if loss.name == "cross_entropy":
+        expected = 3.0 * (softmax(at / 3.0) - target)
+    error = np.full((5, 10), np.nan, stored)
+    ops.scaled_error(loss, z, bias, target, scale, np.empty((5, 1), np.float32), error, down)
+    spacing = 2.0**-11 if stored == np.float16 else 2.0**-8
+    expected = down * scale[:, None] * expected
+    np.testing.assert_allclose(error.astype(float), expected, rtol=1.01 * spacing, atol=1e-5)
+
+
 def test_outputs_that_diverged_stay_visible(ops):
     z = np.array([[1.0, np.nan, 2.0], [0.0, 1.0, 2.0]])
     target = np.array([[0.0, 0, 1], [0, 0, 1]])
@@ -84,14 +104,16 @@ def test_pooled_state(ops, rng, shape, p, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("shape", "p"), SHAPES)
-def test_spread_is_added_and_is_the_adjoint_of_the_mean(ops, rng, shape, p, dtype):
+@pytest.mark.parametrize("add", [False, True])
+def test_spread_is_the_adjoint_of_the_mean(ops, rng, add, shape, p, dtype):
+    """Added to what is there, or written over it, zero where no window reaches."""
     s = rng.standard_normal((3, shape[0] // p, shape[1] // p, shape[2])).astype(dtype)
-    force = np.full((3, *shape), 7, dtype)
-    expected = np.full((3, *shape), 7.0)
+    force = np.full((3, *shape), 7 if add else np.nan, dtype)
+    expected = np.full((3, *shape), 7.0 if add else 0.0)
     for y in range(shape[0] // p * p):
         for x in range(shape[1] // p * p):
             expected[:, y, x] += s[:, y // p, x // p].astype(float) / p**2
-    ops.add_spread(s, p, force)
+    ops.spread(s, p, force, add)
     np.testing.assert_allclose(force, expected, rtol=TOLERANCE[dtype])
 
 
@@ -102,9 +124,11 @@ def test_launches(rng):
     del launcher().launched[:]
     s, z = np.zeros((2, 4, 4, 8), np.float32), np.zeros((2, 10), np.float32)
     ops.pool(s, 2, np.zeros((2, 2, 2, 8), np.float32))
-    ops.add_spread(np.zeros((2, 2, 2, 3), np.float32), 2, np.zeros((2, 4, 4, 3), np.float32))
+    ops.spread(np.zeros((2, 2, 2, 3), np.float32), 2, np.zeros((2, 4, 4, 3), np.float32), True)
+    ops.spread(np.zeros((2, 2, 2, 4), np.float32), 2, np.zeros((2, 4, 4, 4), np.float32), False)
     ops.scaled_error(CrossEntropy(), z, None, z.copy(), z[:, 0].copy(), None)
-    assert launcher().launched == ["window_means<float, float, 4>", "add_spread<float, 1>", "scaled_error<float, 0>"]
+    spreads = ["spread<float, true, 1>", "spread<float, false, 4>"]
+    assert launcher().launched == ["window_means<float, float, 4>", *spreads, "scaled_error<float, float, 0>"]
 
 
 def test_arrays_that_a_kernel_would_misread_are_refused():
@@ -113,7 +137,7 @@ def test_arrays_that_a_kernel_would_misread_are_refused():
     with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
         ops.scaled_error(CrossEntropy(), z, None, np.zeros((2, 3)), z[:, 0].copy(), None)
     with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
-        ops.add_spread(np.zeros((1, 1, 1, 1), np.float32), 1, np.zeros((1, 1, 1, 1)))
+        ops.spread(np.zeros((1, 1, 1, 1), np.float32), 1, np.zeros((1, 1, 1, 1)), True)
     updates = CudaUpdateOps(np, get_activation("relu"), None)
     s = np.zeros((2, 4), np.float32)
     for position in range(3):

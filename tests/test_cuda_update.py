@@ -297,3 +297,54 @@ def test_launches(rng):
     many = np.zeros((65536, 1), np.float32)
     with pytest.raises(ConfigurationError, match="not 65536"):
         ops.states(many, many, None, 1.0, None, None, None, many[:, 0])
+
+
+# type to compute in, storage of what moves, type of what is written
+SEEN_TYPES = [("float32", "float32", "float32"), ("float64", "float64", "float64"), ("float32", "float16", "float16"),
+              ("float32", "float16", "float32"), ("float32", "bfloat16", "bfloat16")]  # fmt: skip
+SEEN_SHAPES = [((5, 7, 16), None), ((10,), None), ((6, 6, 8), 2), ((7, 5, 3), 2), ((9, 10, 16), 3), ((1,), None)]
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize(("shape", "pool"), SEEN_SHAPES)
+@pytest.mark.parametrize("types", SEEN_TYPES)
+@pytest.mark.parametrize("what", ["moved", "at rest", "state"])
+@pytest.mark.parametrize("name", ["half_hard_sigmoid", "sigmoid"])
+def test_what_a_loss_sees(make_ops, rng, name, what, types, shape, pool, phases):
+    """A deviation on a rest point that phases share, the rest point alone, or a state; its means over full windows."""
+    number, stored, seen = map(dtype_of, types)
+    g = (2 * rng.standard_normal((SAMPLES, *shape))).astype(number)
+    s = rng.standard_normal((phases * SAMPLES, *shape)).astype(stored)
+    scale, ops = (1.0, 0.25)[what == "moved"], make_ops(name)
+    expected = np.tile(SIGMA[name](g.astype(float)), (phases, *[1] * len(shape)))
+    if what == "state":
+        expected = s.astype(float)
+    elif what == "moved":
+        expected = expected + scale * s.astype(float)
+    if pool:
+        height, width = shape[0] // pool, shape[1] // pool
+        windows = expected[:, : height * pool, : width * pool]
+        expected = windows.reshape(len(s), height, pool, width, pool, shape[2]).mean(axis=(2, 4))
+    out = np.full(expected.shape, np.nan, seen)
+    given = (None if what == "at rest" else s, scale, None if what == "state" else g)
+    ops.see(*given, pool, out, np.full(UpdateOps.scratch_size(len(s), s[0].size), np.nan, number))
+    spacing = {"float64": 1e-14, "float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[types[2]]
+    np.testing.assert_allclose(
+        out.astype(float), expected, rtol=1.01 * spacing, atol=1e-6 if number == "float32" else 1e-14
+    )
+
+
+@pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
+def test_what_a_loss_sees_is_one_launch_and_wide():
+    activation = copy.copy(ACTIVATIONS["relu"])
+    activation.code = CODES["relu"]
+    ops, g = CudaUpdateOps(np, activation, launcher()), np.zeros((2, 4, 4, 8), np.float32)
+    del launcher().launched[:]
+    eps, out = np.zeros((4, 4, 4, 8), np.float16), np.zeros((4, 2, 2, 8), np.float16)
+    ops.see(eps, 0.5, g, 2, out, None)
+    ops.see(None, 0.5, g, None, np.zeros((4, 4, 4, 8), np.float16), None)
+    ops.see(eps, 1.0, None, None, np.zeros((4, 4, 4, 8), np.float32), None)
+    kinds = ["see<__half, __half, 8, 0>"] * 2 + ["see<__half, float, 8, 3>"]
+    assert launcher().launched == kinds
+    with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
+        ops.see(eps, 0.5, g.astype(float), 2, out, None)

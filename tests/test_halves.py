@@ -375,3 +375,77 @@ def test_every_precision_is_offered_by_config_and_network():
     assert OPTIONS["precision"].metadata["choices"] == backend.PRECISIONS
     for name in backend.PRECISIONS:
         assert ep.vgg(5, width=0.02, device="cpu", precision=name).config["precision"] == name
+
+
+# --- Heads in nudged phases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", [None, 2])
+@pytest.mark.parametrize("name", HALVES)
+def test_large_logits_of_a_teacher_do_not_overflow(name, pool):
+    """Deviations are scaled up to 1024 times the loss; errors of 100 must not end as infinities in float16."""
+    net = network("conv", "cpu", precision=name)
+    head = net.bind(ep.Distillation(Teacher(), [1], loss="squared_error", pool=pool)).term(1)
+    s = np.random.default_rng(0).uniform(0, 1, (2, 3, 3, 3)).astype(np.float32)
+    target, scale = np.array([[100, -100, 50], [0, 1, 2]], np.float32), np.array([1000, -1000], np.float32)
+    force, expected = np.full(s.shape, np.nan, np.float32), np.zeros(s.shape, np.float32)
+    head.add_force(s, target, scale, expected)
+    seen = np.ascontiguousarray(s[:, :2, :2] if pool else s)
+    if pool:
+        seen = s[:, :2, :2].mean(axis=(1, 2), keepdims=True)
+    head.refresh()
+    head.put_force(seen.astype(net.precision.stored), target, scale, force, np.empty(head.scratch_size(2), "f4"), False)
+    for found, right in zip(force, expected, strict=True):
+        np.testing.assert_allclose(found, right, atol=4 * net.precision.spacing * np.abs(right).max())
+
+
+@pytest.mark.parametrize("kind", ["readout", "fixed"])
+@pytest.mark.parametrize("name", HALVES)
+def test_changed_maps_are_taken_up(name, kind):
+    """The rounded copy of a map is that of the current one, in every phase."""
+    deviations = []
+    for change in ("before", "after", "never"):
+        net = network("conv", "cpu", precision=name, **CLIP)
+        signal = net.bind(ep.LocalError([2]))
+        batch = net.batch(batch_of(net))
+        weight = (net.readout if kind == "readout" else signal.term(2)).weight
+        for moment in ("before", "after"):
+            if change == moment:
+                weight[...] = weight[::-1].copy()
+            free = net.settle(batch, steps=3)
+            end = net.settle(batch, free, targets=batch, beta=0.1, nudge="deviation", steps=3, signals=[signal])
+        deviations.append([np.array(eps) for eps in end.deviations])
+    for before, after in zip(*deviations[:2], strict=True):
+        np.testing.assert_array_equal(after, before)
+    assert any(np.abs(a.astype(float) - c).max() > 1e-3 for a, c in zip(deviations[1], deviations[2], strict=True))
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_of_ones_own_sees_states_in_float32(name, form):
+    """And the force of one that is a head, but adds its own way, is added."""
+    seen = []
+
+    class Own(ep.heads.Head):
+        def add_force(self, state, target, scale, force, scratch=None):
+            seen.append((state.dtype, state.shape[1:], state.copy()))
+            super().add_force(state, target, scale, force)
+
+    class Signal(ep.LocalError):
+        def make_term(self, layer, shape):
+            term = Own(layer, shape, self.criterion, self.classes, pool=self.pool)
+            term.initialize(np.random.default_rng([self.seed, layer]), self.gain, self.device, self.dtype)
+            return term
+
+    ends = []
+    for kind in (Signal, ep.LocalError):
+        net = network("conv", "cpu", precision=name, feedback=0.5, **CLIP)
+        learner = learner_of(net, form, signals=[kind([1, 3], pool=2)], free_steps=4, nudged_steps=3)
+        ends.append(on_host(net, learner.step(batch_of(net)).gradients))
+    assert {dtype for dtype, *_ in seen} == {np.dtype(np.float32)}
+    assert {shape for _, shape, _ in seen} == {net.state_shapes[0], net.state_shapes[2]}
+    if form != "classical":  # a rest point in halves would be another one
+        assert any((s != s.astype(net.precision.stored)).any() for *_, s in seen)
+    most = (8 if form != "classical" else 64) * net.precision.spacing  # states near 1/2 have few digits of a response
+    for path in ends[0]:
+        assert compare(ends[1][path], ends[0][path])["relative_error"] < most, path

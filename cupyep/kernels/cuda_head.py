@@ -27,14 +27,15 @@ class CudaHeadOps(HeadOps):
     def __init__(self, launcher: Any):
         self.launcher = launcher
 
-    def scaled_error(self, loss, z, bias, target, scale, column):
+    def scaled_error(self, loss, z, bias, target, scale, column, error=None, down=1.0):
         require_type(z.dtype, bias, target, scale)
+        error, number = z if error is None else error, z.dtype.type
         self.launcher.launch(
             "scaled_error",
-            [type_name(z.dtype), LOSSES[loss.name]],
+            [type_name(z.dtype), type_name(error.dtype), LOSSES[loss.name]],
             (len(z), 1, 1),
             (THREADS, 1, 1),
-            (z, bias, target, scale, z.dtype.type(loss.temperature), np.int32(z.shape[1])),
+            (z, error, bias, target, scale, number(loss.temperature), number(down), np.int32(z.shape[1])),
         )
 
     def pool(self, s, p, out):
@@ -45,10 +46,12 @@ class CudaHeadOps(HeadOps):
         types = [type_name(s.dtype), type_name(out.dtype), vec]
         self.launcher.launch("window_means", types, grid, block, (s, out, *map(np.int32, sizes)))
 
-    def add_spread(self, s, p, force):
+    def spread(self, s, p, force, add):
         require_type(s.dtype, force)
         height, width, channels = s.shape[1:]
         vec = vector_width(channels, s, force)
-        grid, block = map_grid(width * p * (channels // vec), height * p, len(s))
-        sizes = (*force.shape[1:3], height, width, channels // vec, p)
-        self.launcher.launch("add_spread", [type_name(s.dtype), vec], grid, block, (s, force, *map(np.int32, sizes)))
+        rows, columns = (height * p, width * p) if add else force.shape[1:3]
+        grid, block = map_grid(columns * (channels // vec), rows, len(s))
+        sizes = (*force.shape[1:3], height, width, columns, channels // vec, p)
+        types = [type_name(s.dtype), "true" if add else "false", vec]
+        self.launcher.launch("spread", types, grid, block, (s, force, *map(np.int32, sizes)))

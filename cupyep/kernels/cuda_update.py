@@ -14,6 +14,7 @@ from cupyep.kernels.update import UpdateOps
 SOURCE = Path(__file__).with_name("update.cu")
 RULES = {"clip": 0, "tanh": 1}  # enum Rule
 SLOPE = 2
+STATE = 3
 WARP = 32
 
 
@@ -79,6 +80,21 @@ class CudaUpdateOps(UpdateOps):
             residual,
             scratch,
         )
+
+    def see(self, s, scale, g, pool, out, scratch):
+        number, moved = arithmetic(out.dtype), out if s is None else s
+        require_type(number, g)
+        p = 1 if pool is None else pool
+        maps = (1, 1, math.prod(out.shape[1:])) if pool is None else out.shape[1:]
+        height, width, channels = maps
+        map_height, map_width = (1, 1) if pool is None else (s if g is None else g).shape[1:3]
+        vec = vector_width(channels, s, g, out)
+        grid, block = map_grid(width * (channels // vec), height, len(out) if g is None else len(g))
+        sizes = (len(out), map_height, map_width, height, width, channels // vec, p)
+        numbers = map(number.type, (scale, *self._numbers))
+        rule = STATE if g is None else self._rule
+        types = [type_name(moved.dtype), type_name(out.dtype), vec, rule]
+        self.launcher.launch("see", types, grid, block, (s, g, out, *numbers, *map(np.int32, sizes)))
 
     def _launch(
         self, kernel: tuple[str, int, int], arguments: tuple, relaxation: Any, residual: Any, scratch: Any

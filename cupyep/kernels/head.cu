@@ -31,24 +31,26 @@ template <typename A, bool LARGEST> __device__ __forceinline__ A over_block(A va
     return result;
 }
 
-// z <- scale * dL/dz at z + bias, one block a row. Cross-entropy: T (softmax(z / T) - target), T the temperature.
-template <typename A, int LOSS>
+// error <- down * scale * dL/dz at down * z + bias, one block a row; z is scratch then, and error may be the same array.
+// Cross-entropy: T (softmax(z / T) - target), T the temperature.
+template <typename A, typename E, int LOSS>
 __global__ void scaled_error(
-    A* z, const A* __restrict__ bias, const A* __restrict__ target, const A* __restrict__ scale, A temperature,
-    int classes)
+    A* z, E* error, const A* __restrict__ bias, const A* __restrict__ target, const A* __restrict__ scale, A temperature,
+    A down, int classes)
 {
     z += size_t(blockIdx.x) * classes;
+    error += size_t(blockIdx.x) * classes;
     target += size_t(blockIdx.x) * classes;
-    const A factor = scale[blockIdx.x];
+    const A factor = down * scale[blockIdx.x];
     if (LOSS == SQUARED_ERROR) {
         for (int c = threadIdx.x; c < classes; c += THREADS)
-            z[c] = factor * (z[c] + (bias == nullptr ? A(0) : bias[c]) - target[c]);
+            error[c] = narrow<E>(factor * (down * z[c] + (bias == nullptr ? A(0) : bias[c]) - target[c]));
         return;
     }
     const A inverse = A(1) / temperature;
     A largest = A(-3e38);  // a thread without classes must not win
     for (int c = threadIdx.x; c < classes; c += THREADS) {
-        z[c] = (z[c] + (bias == nullptr ? A(0) : bias[c])) * inverse;
+        z[c] = (down * z[c] + (bias == nullptr ? A(0) : bias[c])) * inverse;
         if (z[c] > largest) largest = z[c];
     }
     largest = over_block<A, true>(largest);
@@ -59,7 +61,7 @@ __global__ void scaled_error(
     }
     sum = over_block<A, false>(sum);
     for (int c = threadIdx.x; c < classes; c += THREADS)
-        z[c] = factor * temperature * (z[c] / sum - target[c]);
+        error[c] = narrow<E>(factor * temperature * (z[c] / sum - target[c]));
 }
 
 // out (n, height, width, C) = means over the p x p windows of s (n, map_height, map_width, C), C = groups * VEC.
@@ -88,21 +90,24 @@ __global__ void window_means(
     mean.store(out + ((sample * height + y) * width + x) * right + group * VEC);
 }
 
-// force (n, map_height, map_width, C) += adjoint of `window_means` of s (n, height, width, C). One thread a pack of the
-// windows' units; those outside of all windows have no thread.
-template <typename A, int VEC>
-__global__ void add_spread(
-    const A* __restrict__ s, A* __restrict__ force, int map_height, int map_width, int height, int width, int groups,
-    int p)
+// force (n, map_height, map_width, C) = adjoint of `window_means` of s (n, height, width, C), zero outside of all windows,
+// or += it with ADD. One thread a pack: with ADD of the windows' units, `columns` of them in a row, else of all.
+template <typename A, bool ADD, int VEC>
+__global__ void spread(
+    const A* __restrict__ s, A* __restrict__ force, int map_height, int map_width, int height, int width, int columns,
+    int groups, int p)
 {
     const int item = blockIdx.x * blockDim.x + threadIdx.x;
-    if (item >= width * p * groups) return;
+    if (item >= columns * groups) return;
     const int y = blockIdx.y, x = item / groups, group = item - x * groups, right = groups * VEC;
     const size_t sample = blockIdx.z;
     force += ((sample * map_height + y) * map_width + x) * right + group * VEC;
     Pack<A, VEC> share, sum;
-    share.load(s + ((sample * height + y / p) * width + x / p) * right + group * VEC);
-    sum.load(force);
+    share.clear();
+    sum.clear();
+    if (ADD) sum.load(force);
+    if (y / p < height && x / p < width)
+        share.load(s + ((sample * height + y / p) * width + x / p) * right + group * VEC);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) sum.values[i] += share.values[i] * (A(1) / A(p * p));
     sum.store(force);

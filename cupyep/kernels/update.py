@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from cupyep.kernels.pooling import average_pool, windows
+
 
 class UpdateOps:
     """Updates in place, without allocation.
@@ -126,6 +128,40 @@ class UpdateOps:
             part = t[start : start + len(slope)]
             part *= slope
         self._replace(eps, t, change, row, residual, relaxation)
+
+    def see(self, s: Any, scale: float, g: Any, pool: int | None, out: Any, scratch: Any) -> None:
+        """Write what a loss sees into `out`: ``sigma(g) + scale * s``, rounded to its type.
+
+        Parameters
+        ----------
+        s : array of shape (B, *shape), or None
+            Deviations, or states if there is no `g`.
+        g : array of shape (N, *shape), or None
+            Rest drive, as for `deviations`.
+        pool : int or None
+            Of maps (H, W, C): the means over ``pool x pool`` windows are written.
+        out : array of shape (B, *shape), or (B, H // pool, W // pool, C)
+        """
+        step = len(out) if g is None else len(g)
+        size = math.prod((s if g is None else g).shape)
+        rest, moved = (scratch[start : start + size] for start in (0, size))
+        if g is not None:
+            rest, moved = rest.reshape(g.shape), moved.reshape(g.shape)
+            self.activation.value(g, rest)
+        # Pooled is what lies in `moved`, or in `rest`; with several phases `rest` is wanted again.
+        free = scratch[size if s is None else 2 * size if len(out) > step else 0 :]
+        for start in range(0, len(out), step):
+            rows, seen = slice(start, start + step), rest
+            if g is None:
+                seen = s
+            elif s is not None:
+                seen = self.xp.multiply(s[rows], scale, out=moved, dtype=moved.dtype)
+                seen += rest
+            if pool is not None:
+                mean = free[: math.prod(out[rows].shape)].reshape(out[rows].shape)
+                average_pool(windows(seen, pool), mean)
+                seen = mean
+            out[rows] = seen
 
     def _parts(self, s: Any, scratch: Any) -> tuple[Any, Any, Any]:
         """Return two arrays of the shape of `s` and one of shape (B,)."""
