@@ -337,7 +337,7 @@ SEEN_SHAPES = [((5, 7, 16), None), ((10,), None), ((6, 6, 8), 2), ((7, 5, 3), 2)
 @pytest.mark.parametrize(("shape", "pool"), SEEN_SHAPES)
 @pytest.mark.parametrize("types", SEEN_TYPES)
 @pytest.mark.parametrize("what", ["moved", "at rest", "state"])
-@activations
+@pytest.mark.parametrize("name", ["half_hard_sigmoid", "sigmoid"])
 def test_what_a_loss_sees(make_ops, rng, name, what, types, shape, pool, phases):
     """A deviation on a rest point that phases share, the rest point alone, or a state; its means over full windows."""
     number, stored, seen = map(dtype_of, types)

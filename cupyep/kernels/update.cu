@@ -219,3 +219,45 @@ __global__ void see(
         mean.store(out + ((size_t(row) * height + y) * width + x) * right + group * VEC);
     }
 }
+
+// out (rows, height, width, C) = means over the p x p windows, C = groups * VEC, of sigma(g) + scale * s (s may be
+// absent), or, for the rule STATE, of s. g has the samples of one phase (grid z), s and out those of every phase: a
+// thread goes through the phases and finds g in the cache.
+template <typename S, typename O, int VEC, int RULE>
+__global__ void see(
+    const S* __restrict__ s, const typename Arithmetic<S>::type* __restrict__ g, O* __restrict__ out,
+    typename Arithmetic<S>::type scale, typename Arithmetic<S>::type a, typename Arithmetic<S>::type b,
+    typename Arithmetic<S>::type c, int rows, int map_height, int map_width, int height, int width, int groups, int p)
+{
+    typedef typename Arithmetic<S>::type A;
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= width * groups) return;
+    const int y = blockIdx.y, x = item / groups, group = item - x * groups, right = groups * VEC;
+    const Numbers<A> numbers = {a, b, c};
+    for (int row = blockIdx.z; row < rows; row += gridDim.z) {
+        A sum[VEC];
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) sum[i] = 0;
+        for (int dy = 0; dy < p; ++dy) {
+            for (int dx = 0; dx < p; ++dx) {
+                const size_t place = (size_t(y * p + dy) * map_width + x * p + dx) * right + group * VEC;
+                const size_t map = size_t(map_height) * map_width * right;
+                Pack<S, VEC> moved;
+                Pack<A, VEC> rest;
+                moved.clear();
+                rest.clear();
+                if (s != nullptr) moved.load(s + row * map + place);
+                if (RULE != STATE) rest.load(g + blockIdx.z * map + place);
+#pragma unroll
+                for (int i = 0; i < VEC; ++i) {
+                    const A change = widen(moved.values[i]);
+                    sum[i] += RULE == STATE ? change : activate<A, RULE>(rest.values[i], numbers) + scale * change;
+                }
+            }
+        }
+        Pack<O, VEC> mean;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) mean.values[i] = narrow<O>(sum[i] * (A(1) / A(p * p)));
+        mean.store(out + ((size_t(row) * height + y) * width + x) * right + group * VEC);
+    }
+}
