@@ -4,6 +4,7 @@ Run it from anywhere, with the environment that runs the tests::
 
     python tests/mutation.py            # all defects, a few seconds each
     python tests/mutation.py lambda     # those whose description contains the word
+    python tests/mutation.py --random 40 --seed 0 --module learning/    # drawn ones, see random_mutation.py
 
 Each defect is one line: the file, its old text (which must occur exactly once), the new text, what it breaks, and the
 test files that must notice. Exit status 1 if a defect survives, if an old text is not there, or if the tests could not
@@ -12,15 +13,22 @@ run at all. pytest does not collect this file.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from random_mutation import Mutant, draw
+
+HANGS = -1  # no exit status of pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -506,57 +514,105 @@ def copy_project(folder: Path) -> None:
     )
 
 
-def run_tests(folder: Path, tests: str) -> tuple[int, str]:
-    """Run test files in the copy up to the first failure; return pytest's exit status and the end of its output."""
+def run_tests(folder: Path, tests: str, limit: float | None = None) -> tuple[int, str]:
+    """Run test files in the copy up to the first failure; return pytest's exit status and the end of its output.
+
+    After `limit` seconds they are ended, with all that they started, and the status is `HANGS`.
+    """
     files = [f"tests/{name}.py" for name in tests.split()]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "CUPYEP_REQUIRE_GPU": "0"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "from_the_copy", *files]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, (done.stdout + done.stderr)[-2000:]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except BaseException as error:  # an interruption, too, must leave nothing behind
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return HANGS, ""
+    return process.returncode, output[-2000:]
 
 
-def plant(folder: Path, defect: Defect) -> str:
-    """Write the defect into the copy and return what was there; raise if its place is not found exactly once."""
-    path = folder / "cupyep" / defect.file
-    source = path.read_text()
+def planted(folder: Path, defect: Defect) -> str:
+    """Return the text of a module with the defect; raise if its place is not found exactly once."""
+    source = (folder / "cupyep" / defect.file).read_text()
     if source.count(defect.old) != 1:
         raise LookupError(f"'{defect.old}' occurs {source.count(defect.old)} times in {defect.file}, not once")
-    path.write_text(source.replace(defect.old, defect.new))
-    return source
+    return source.replace(defect.old, defect.new)
 
 
-def judge(folder: Path, defect: Defect) -> str:
-    """Return ``killed``, or what is wrong."""
+def judge(folder: Path, file: str, changed: str, tests: str, limit: float | None = None) -> str:
+    """Return ``killed``, or what is wrong, of the tests of a module that has another text."""
+    path = folder / "cupyep" / file
+    source = path.read_text()
+    path.write_text(changed)
     try:
-        source = plant(folder, defect)
-    except LookupError as error:
-        return f"NOT PLANTED: {error}"
-    status, output = run_tests(folder, defect.tests)
-    (folder / "cupyep" / defect.file).write_text(source)
-    if status == 1:
+        status, output = run_tests(folder, tests, limit)
+    finally:
+        path.write_text(source)
+    if status in (1, HANGS):
         return "killed"
     return "SURVIVED" if status == 0 else f"TESTS DID NOT RUN (pytest status {status})\n{output}"
 
 
+def judge_defect(folder: Path, defect: Defect) -> str:
+    try:
+        return judge(folder, defect.file, planted(folder, defect), defect.tests)
+    except LookupError as error:
+        return f"NOT PLANTED: {error}"
+
+
+def judge_mutant(folder: Path, mutant: Mutant, limit: float) -> str:
+    """Return ``killed`` also where nothing can be imported any more; else what is wrong and the change."""
+    verdict = judge(folder, mutant.file, mutant.source, mutant.tests, limit)
+    if verdict.startswith("TESTS DID NOT RUN"):
+        return "killed"
+    return verdict if verdict == "killed" else f"{verdict}\n{mutant.diff}"
+
+
+def judge_all(folder: Path, chosen: list[tuple[str, str, Callable[[], str]]]) -> list[str]:
+    """Judge what is chosen, each a name, test files and how to judge; return the verdicts, none if tests fail as is."""
+    files = sorted({test for _, tests, _ in chosen for test in tests.split()})
+    status, output = run_tests(folder, " ".join(files))
+    if status != 0:
+        print(f"the tests must pass before a defect is planted (pytest status {status})\n{output}")
+        return []
+    verdicts = []
+    for name, _, judged in chosen:
+        start = time.perf_counter()
+        verdicts.append(judged())
+        print(f"{time.perf_counter() - start:5.1f} s  {name}: {verdicts[-1]}", flush=True)
+    return verdicts
+
+
 def main() -> int:
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [defect for defect in DEFECTS if word in defect.what]
+    parser = argparse.ArgumentParser(description="Plant defects and demand that tests fail.")
+    parser.add_argument("word", nargs="?", default="", help="of the descriptions of the hand-picked defects")
+    parser.add_argument("--random", type=int, metavar="N", help="draw so many defects instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--module", default="", help="part of the path of the modules drawn from")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a drawn defect has been noticed")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         copy_project(folder)
-        files = sorted({test for defect in chosen for test in defect.tests.split()})
-        status, output = run_tests(folder, " ".join(files))
-        if status != 0:
-            print(f"the tests must pass before a defect is planted (pytest status {status})\n{output}")
-            return 1
-        wrong = 0
-        for defect in chosen:
-            start = time.perf_counter()
-            verdict = judge(folder, defect)
-            wrong += verdict != "killed"
-            print(f"{time.perf_counter() - start:5.1f} s  {defect.what}: {verdict}", flush=True)
-    print(f"{len(chosen) - wrong} of {len(chosen)} defects killed")
-    return 1 if wrong or not chosen else 0
+        if options.random is None:
+            chosen = [d for d in DEFECTS if options.word in d.what]
+            judged = [(d.what, d.tests, functools.partial(judge_defect, folder, d)) for d in chosen]
+            places = [d.file for d in chosen]
+        else:
+            drawn = draw(options.random, options.seed, options.module)
+            judge_one = functools.partial(judge_mutant, folder, limit=options.limit)
+            judged = [(f"{m.file}, {m.operator}", m.tests, functools.partial(judge_one, m)) for m in drawn]
+            places = [m.file for m in drawn]
+        verdicts = judge_all(folder, judged)
+    killed = [file for file, verdict in zip(places, verdicts, strict=False) if verdict == "killed"]
+    if options.random is not None:
+        for file in sorted(set(places)):
+            print(f"{file}: {killed.count(file)} of {places.count(file)}")
+    print(f"{len(killed)} of {len(places)} defects killed")
+    return 1 if len(killed) < len(places) or not places else 0
 
 
 if __name__ == "__main__":
