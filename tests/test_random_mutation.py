@@ -1,8 +1,9 @@
-"""The operators of random_mutation.py: each changes what it says, and all that they make of the package compiles."""
+"""The defects of mutation.py are there to be planted, and the operators of random_mutation.py change what they say."""
 
 import ast
 
 import pytest
+from mutation import DEFECTS, ROOT, planted
 from random_mutation import OPERATORS, PACKAGE, apply, changes, draw, modules
 
 
@@ -78,3 +79,11 @@ def test_draws_repeat_and_differ_among_themselves():
         "kernels/optimizer.py",
         "kernels/cuda_optimizer.py",
     }
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
+def test_hand_picked_defects_can_be_planted(defect):
+    """Otherwise nobody sees, until the script is run, that a line was changed and its defect is planted no more."""
+    assert planted(ROOT, defect) != (PACKAGE / defect.file).read_text()
+    for name in defect.tests.split():
+        assert (ROOT / "tests" / f"{name}.py").exists()
