@@ -29,7 +29,7 @@ TESTS = {  # what is concerned; the quick ones first, as the first failure ends 
     "kernels/cuda_*.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer test_cuda_shim "
     "test_cuda_compile",
     "kernels/head.py": f"{SIGNALS} test_cuda_head",
-    "kernels/launch.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer test_launches",
+    "kernels/launch.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer",
     "kernels/linear.py": f"{KERNELS} test_cupy_host",
     "kernels/optimizer.py": "test_optim test_cuda_optimizer",
     "kernels/update.py": "test_rest_points test_schedules test_halves test_cuda_update",
@@ -43,6 +43,7 @@ TESTS = {  # what is concerned; the quick ones first, as the first failure ends 
     "learning/learner.py": "test_learner test_learning test_micro_batch test_bptt test_augment test_plan test_halves",
     "learning/probe.py": "test_probe test_diagnose",
     "losses.py": SIGNALS,
+    "network.py": "test_network test_rest_points test_schedules test_replay test_learner test_processes",
     "optim.py": "test_optim test_cuda_optimizer test_training_build",
     "settling.py": "test_settling test_schedules test_settle_cost test_replay test_halves test_micro_batch",
     "structure.py": "test_network test_processes test_model_file",
@@ -53,17 +54,16 @@ TESTS = {  # what is concerned; the quick ones first, as the first failure ends 
 WORDS = {"require", "choose", "warn"}  # their arguments but the first only word an error
 
 
-def tests_of(file: str) -> str:
+def concerned(file: str) -> str:
     """Return the test files that concern a module, space separated; "" for one that is not numerical."""
     found = next((tests for pattern, tests in TESTS.items() if fnmatch(file, pattern)), "")
-    present = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
-    return " ".join([FIRST, *(name for name in found.split() if name in present)]) if found else ""
+    return f"{FIRST} {found}" if found else ""
 
 
 def modules() -> list[str]:
     """Return the numerical modules, as paths within the package."""
     files = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-    return [file for file in files if tests_of(file)]
+    return [file for file in files if concerned(file)]
 
 
 class Change(NamedTuple):
@@ -233,5 +233,5 @@ def draw(count: int, seed: int, module: str = "") -> list[Mutant]:
         file, change = places[operator].pop(int(rng.integers(len(places[operator]))))
         if not places[operator]:
             del places[operator]
-        drawn.append(Mutant(file, operator, apply((PACKAGE / file).read_text(), change), tests_of(file)))
+        drawn.append(Mutant(file, operator, apply((PACKAGE / file).read_text(), change), concerned(file)))
     return drawn

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 from mutation import DEFECTS, ROOT, planted
-from random_mutation import OPERATORS, PACKAGE, apply, changes, draw, modules
+from random_mutation import OPERATORS, PACKAGE, apply, changes, concerned, draw, modules
 
 
 def mutants(source, operator):
@@ -67,6 +67,13 @@ def test_every_mutant_of_the_package_is_another_program():
             assert ast.dump(ast.parse(apply(source, change))) != tree, (file, change)
         seen |= {change.operator for change in found}
     assert seen == OPERATORS.keys()
+
+
+def test_every_module_has_its_tests():
+    assert {"dynamics.py", "kernels/conv.py", "learning/equilibrium.py", "training/statistics.py"} <= set(modules())
+    for file in modules():
+        for name in concerned(file).split():
+            assert (ROOT / "tests" / f"{name}.py").exists(), (file, name)
 
 
 def test_draws_repeat_and_differ_among_themselves():
