@@ -591,6 +591,7 @@ def main() -> int:
     parser.add_argument("--module", default="", help="part of the path of the modules drawn from")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a drawn defect has been noticed")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that tests and the copy end with this script
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         copy_project(folder)
