@@ -4,6 +4,7 @@ Run it from anywhere, with the environment that runs the tests::
 
     python tests/mutation.py            # all defects, a few seconds each
     python tests/mutation.py lambda     # those whose description contains the word
+    python tests/mutation.py --random 40 --seed 0 --module learning/    # drawn ones, see random_mutation.py
 
 Each defect is one line: the file, its old text (which must occur exactly once), the new text, what it breaks, and the
 test files that must notice. Exit status 1 if a defect survives, if an old text is not there, or if the tests could not
@@ -12,15 +13,22 @@ run at all. pytest does not collect this file.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from random_mutation import Mutant, draw
+
+HANGS = -1  # no exit status of pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -128,7 +136,7 @@ DEFECTS = [
            "self._add(gradients, part, len(batch.images), draw)", "self._add(gradients, part, len(part.images), draw)",
            "test_micro_batch"),
     Defect("micro-batches: activity not weighted", "learning/learner.py",
-           "xp.stack(values) * share", "xp.stack(values)", "test_micro_batch"),
+           "        figures *= share\n", "", "test_micro_batch"),
     Defect("micro-batches: response not weighted", "learning/equilibrium.py",
            "free, nudged)) * (part.samples / part.total)", "free, nudged))", "test_micro_batch"),
     Defect("micro-batches: a sign for every part", "learning/learner.py",
@@ -272,15 +280,12 @@ DEFECTS = [
            "(slice(last, None),)] = 0", "(slice(last, None),)] += 0", "test_layers"),
     Defect("last chunk takes a sample too few", "kernels/conv.py",
            "slice(start, min(start + samples, batch))", "slice(start, min(start + samples, batch - 1))", "test_layers"),
-    Defect("ties go to the last winner", "kernels/pooling.py",
-           "xp.greater(unit, out, out=mask)", "xp.greater_equal(unit, out, out=mask)", "test_kernels"),
     Defect("dropped rows keep what they held", "kernels/pooling.py",
            "if height < u.shape[1]:", "if height > u.shape[1]:", "test_kernels"),
     Defect("average pooling by p", "kernels/pooling.py",
            "out *= out.dtype.type(1 / len(units))", "out *= out.dtype.type(1 / len(units) ** 0.5)", "test_kernels"),
     Defect("bias gradient dropped", "layers.py",
-           "bias += s.reshape(-1, self.map_shape[2]).sum(axis=0, dtype=bias.dtype)",
-           "bias += 0 * s.reshape(-1, self.map_shape[2]).sum(axis=0, dtype=bias.dtype)", "test_layers"),
+           "add_sum(s, bias)  # pooling", "pass  # pooling", "test_layers"),
     Defect("new weights not taken up by the way down", "workspace.py",
            "self._workspaces[batch].refresh()", "pass", "test_stale_weights"),
     Defect("T^2 factor of the loss", "losses.py", "-(self.temperature**2) *", "-self.temperature *", "test_losses"),
@@ -302,10 +307,10 @@ DEFECTS = [
     Defect("checkup with the kappa of the last batch seen", "training/trainer.py",
            "self.schedules.set((epoch - 1) / self.epochs)  # kappa as recorded, wherever the epoch was taken up",
            "pass", "test_survival"),
-    Defect("saturated at the lower end only", "learning/learner.py",
-           "xp.greater_equal(size, top", "xp.less_equal(size, top", "test_learner"),
-    Defect("dead units instead of dead channels", "learning/learner.py",
-           ".max(axis=0) <= DEAD", ".min(axis=0) <= DEAD", "test_learner"),
+    Defect("saturated at the lower end only", "kernels/reduction.py",
+           "xp.greater_equal(scratch, top", "xp.less_equal(scratch, top", "test_learner"),
+    Defect("dead units instead of dead channels", "kernels/reduction.py",
+           ".max(axis=0) <= dead", ".min(axis=0) <= dead", "test_learner"),
     Defect("confusion matrix transposed", "training/confusion.py",
            "np.add.at(matrix, (batch.labels, scores.argmax(axis=1)), 1)",
            "np.add.at(matrix, (scores.argmax(axis=1), batch.labels), 1)", "test_plots"),
@@ -390,7 +395,7 @@ DEFECTS = [
            "pooled, fresh = self.node(\"MaxPool\", u, outputs=2, **pool)\n        "
            "self.winners[n - 1] = self.winners[n - 1] or fresh", "test_export"),
     Defect("settled judged by the mean of the layers", "training/prediction.py",
-           "free.stats.per_sample.max(axis=0)", "free.stats.per_sample.mean(axis=0)", "test_trained"),
+           "state.stats.per_sample.max(axis=0)", "state.stats.per_sample.mean(axis=0)", "test_trained"),
     Defect("pictures normalised without the mean", "data/loader.py",
            "images += self._shift", "images += 0 * self._shift", "test_data_loader test_data_selection"),
     Defect("pictures cut, not their middle square", "data/pictures.py",
@@ -459,8 +464,8 @@ DEFECTS = [
     Defect("weights not rounded before a product", "kernels/factors.py",
            "numbers[part].astype(self.precision.stored)", "numbers[part]", "test_precision"),
     Defect("TF32: ties away from even", "kernels/factors.py", "half += 0xFFF", "half += 0x1000", "test_precision"),
-    Defect("sums of a bias gradient in halves", "layers.py",
-           ".sum(axis=0, dtype=bias.dtype)  # pooling", ".sum(axis=0)  # pooling", "test_precision"),
+    Defect("sums of a bias gradient in halves", "kernels/reduction.py",
+           ".sum(axis=0, dtype=out.dtype)", ".sum(axis=0)", "test_precision"),
     Defect("graph reused with another feedback", "dynamics.py",
            "(self.form, self.scale, self.phases, self.feedback,", "(self.form, self.scale, self.phases,",
            "test_replay"),
@@ -561,57 +566,106 @@ def copy_project(folder: Path) -> None:
     )
 
 
-def run_tests(folder: Path, tests: str) -> tuple[int, str]:
-    """Run test files in the copy up to the first failure; return pytest's exit status and the end of its output."""
+def run_tests(folder: Path, tests: str, limit: float | None = None) -> tuple[int, str]:
+    """Run test files in the copy up to the first failure; return pytest's exit status and the end of its output.
+
+    After `limit` seconds they are ended, with all that they started, and the status is `HANGS`.
+    """
     files = [f"tests/{name}.py" for name in tests.split()]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "CUPYEP_REQUIRE_GPU": "0"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "from_the_copy", *files]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, (done.stdout + done.stderr)[-2000:]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except BaseException as error:  # an interruption, too, must leave nothing behind
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return HANGS, ""
+    return process.returncode, output[-2000:]
 
 
-def plant(folder: Path, defect: Defect) -> str:
-    """Write the defect into the copy and return what was there; raise if its place is not found exactly once."""
-    path = folder / "cupyep" / defect.file
-    source = path.read_text()
+def planted(folder: Path, defect: Defect) -> str:
+    """Return the text of a module with the defect; raise if its place is not found exactly once."""
+    source = (folder / "cupyep" / defect.file).read_text()
     if source.count(defect.old) != 1:
         raise LookupError(f"'{defect.old}' occurs {source.count(defect.old)} times in {defect.file}, not once")
-    path.write_text(source.replace(defect.old, defect.new))
-    return source
+    return source.replace(defect.old, defect.new)
 
 
-def judge(folder: Path, defect: Defect) -> str:
-    """Return ``killed``, or what is wrong."""
+def judge(folder: Path, file: str, changed: str, tests: str, limit: float | None = None) -> str:
+    """Return ``killed``, or what is wrong, of the tests of a module that has another text."""
+    path = folder / "cupyep" / file
+    source = path.read_text()
+    path.write_text(changed)
     try:
-        source = plant(folder, defect)
-    except LookupError as error:
-        return f"NOT PLANTED: {error}"
-    status, output = run_tests(folder, defect.tests)
-    (folder / "cupyep" / defect.file).write_text(source)
-    if status == 1:
+        status, output = run_tests(folder, tests, limit)
+    finally:
+        path.write_text(source)
+    if status in (1, HANGS):
         return "killed"
     return "SURVIVED" if status == 0 else f"TESTS DID NOT RUN (pytest status {status})\n{output}"
 
 
+def judge_defect(folder: Path, defect: Defect) -> str:
+    try:
+        return judge(folder, defect.file, planted(folder, defect), defect.tests)
+    except LookupError as error:
+        return f"NOT PLANTED: {error}"
+
+
+def judge_mutant(folder: Path, mutant: Mutant, limit: float) -> str:
+    """Return ``killed`` also where nothing can be imported any more; else what is wrong and the change."""
+    verdict = judge(folder, mutant.file, mutant.source, mutant.tests, limit)
+    if verdict.startswith("TESTS DID NOT RUN"):
+        return "killed"
+    return verdict if verdict == "killed" else f"{verdict}\n{mutant.diff}"
+
+
+def judge_all(folder: Path, chosen: list[tuple[str, str, Callable[[], str]]]) -> list[str]:
+    """Judge what is chosen, each a name, test files and how to judge; return the verdicts, none if tests fail as is."""
+    files = sorted({test for _, tests, _ in chosen for test in tests.split()})
+    status, output = run_tests(folder, " ".join(files))
+    if status != 0:
+        print(f"the tests must pass before a defect is planted (pytest status {status})\n{output}")
+        return []
+    verdicts = []
+    for name, _, judged in chosen:
+        start = time.perf_counter()
+        verdicts.append(judged())
+        print(f"{time.perf_counter() - start:5.1f} s  {name}: {verdicts[-1]}", flush=True)
+    return verdicts
+
+
 def main() -> int:
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [defect for defect in DEFECTS if word in defect.what]
+    parser = argparse.ArgumentParser(description="Plant defects and demand that tests fail.")
+    parser.add_argument("word", nargs="?", default="", help="of the descriptions of the hand-picked defects")
+    parser.add_argument("--random", type=int, metavar="N", help="draw so many defects instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--module", default="", help="part of the path of the modules drawn from")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a drawn defect has been noticed")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that tests and the copy end with this script
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         copy_project(folder)
-        files = sorted({test for defect in chosen for test in defect.tests.split()})
-        status, output = run_tests(folder, " ".join(files))
-        if status != 0:
-            print(f"the tests must pass before a defect is planted (pytest status {status})\n{output}")
-            return 1
-        wrong = 0
-        for defect in chosen:
-            start = time.perf_counter()
-            verdict = judge(folder, defect)
-            wrong += verdict != "killed"
-            print(f"{time.perf_counter() - start:5.1f} s  {defect.what}: {verdict}", flush=True)
-    print(f"{len(chosen) - wrong} of {len(chosen)} defects killed")
-    return 1 if wrong or not chosen else 0
+        if options.random is None:
+            chosen = [d for d in DEFECTS if options.word in d.what]
+            judged = [(d.what, d.tests, functools.partial(judge_defect, folder, d)) for d in chosen]
+            places = [d.file for d in chosen]
+        else:
+            drawn = draw(options.random, options.seed, options.module)
+            judge_one = functools.partial(judge_mutant, folder, limit=options.limit)
+            judged = [(f"{m.file}, {m.operator}", m.tests, functools.partial(judge_one, m)) for m in drawn]
+            places = [m.file for m in drawn]
+        verdicts = judge_all(folder, judged)
+    killed = [file for file, verdict in zip(places, verdicts, strict=False) if verdict == "killed"]
+    if options.random is not None:
+        for file in sorted(set(places)):
+            print(f"{file}: {killed.count(file)} of {places.count(file)}")
+    print(f"{len(killed)} of {len(places)} defects killed")
+    return 1 if len(killed) < len(places) or not places else 0
 
 
 if __name__ == "__main__":

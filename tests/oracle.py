@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit
 
+EQUAL = 16 * np.finfo(float).eps  # relative to the larger of the maximum and 1: half of the package's margin
+
 
 def conv(x, w, stride=1, padding=0):
     """Return the cross-correlation of x (N, H, W, C) with w (k, k, C, K), zero padded."""
@@ -43,14 +45,20 @@ def windows(shape, p):
             yield y, x, slice(y * p, y * p + p), slice(x * p, x * p + p)
 
 
+def shortfall(flat):
+    """Return how far units (N, p * p, C) are below their maximum, relative to the larger of its size and 1."""
+    most = flat.max(axis=1, keepdims=True)
+    return (most - flat) / np.maximum(abs(most), 1)
+
+
 def max_pool(u, p):
-    """Return maxima and winners (offset dy * p + dx, ties to the first in row order) of u (N, H, W, C)."""
+    """Return maxima and winners (offset dy * p + dx, the first in row order of those `EQUAL`) of u (N, H, W, C)."""
     n, c = len(u), u.shape[3]
     shape = (n, u.shape[1] // p, u.shape[2] // p, c)
     d, winners = np.zeros(shape), np.zeros(shape, int)
     for y, x, rows, columns in windows(u.shape[1:], p):
         flat = u[:, rows, columns].reshape(n, p * p, c)
-        winners[:, y, x] = flat.argmax(axis=1)  # NumPy's argmax takes the first of equals
+        winners[:, y, x] = (shortfall(flat) <= EQUAL).argmax(axis=1)  # NumPy's argmax takes the first of equals
         d[:, y, x] = flat.max(axis=1)
     return d, winners
 
@@ -150,6 +158,17 @@ SLOPE = {
     "identity": np.ones_like,
 }
 
+RANGE = {  # of sigma
+    "hard_sigmoid": (0, 1),
+    "half_hard_sigmoid": (0, 1),
+    "relu6": (0, 6),
+    "relu": (0, np.inf),
+    "sigmoid": (0, 1),
+    "tanh": (-1, 1),
+    "gelu": (-0.17, np.inf),
+    "identity": (-np.inf, np.inf),
+}
+
 KINKS = {"hard_sigmoid": (0, 1), "half_hard_sigmoid": (0, 2), "relu6": (0, 6), "relu": (0,)}
 
 
@@ -184,13 +203,13 @@ class Edge:
         return average_pool(u, self.pool) if self.pooling == "average" else u
 
     def gap(self, s):
-        """Return how near the two largest units of a max-pooling window are; windows without any input do not count."""
-        if self.pooling != "max" or self.pool == 1 or not s.any():
+        """Return how near any unit of a max-pooling window, but for those that tie, is to the maximum."""
+        if self.pooling != "max" or self.pool == 1:
             return np.inf
         u, gap = self.u(s) + self.bias, np.inf
         for _, _, rows, columns in windows(u.shape[1:], self.pool):
-            two = np.sort(u[:, rows, columns].reshape(len(u), -1, u.shape[3]), axis=1)[:, -2:]
-            gap = min(gap, (two[:, 1] - two[:, 0]).min())
+            short = shortfall(u[:, rows, columns].reshape(len(u), -1, u.shape[3]))
+            gap = min(gap, short[short > EQUAL].min(initial=np.inf))
         return gap
 
     def gradient(self, below, s, winners):
@@ -384,7 +403,7 @@ class Phase:
 
     `layers` are states, or scaled deviations ``eps^n = a_n (s^n - s*^n)``. `g` are the arguments of sigma at the last
     update and `winners` those of the last drive. `kink` and `tie` say how near any unit came to a clip boundary, and
-    any two of a window to each other.
+    any that does not tie with the maximum of its window to it.
     """
 
     def __init__(self, oracle, x, start=None, terms=(), beta=0.0, rest=None, tangent=False):
@@ -474,6 +493,21 @@ class Phase:
                     self._from_above(n)
                 self._update(group, omega)
         return self
+
+
+def levels(s, top):
+    """Return mean |s|, the share of units with |s| of 0.99 `top` or more, the share of channels never above 0.001."""
+    size = np.abs(s).reshape(-1, s.shape[-1])
+    return size.mean(), (size >= 0.99 * top).mean(), (size.max(axis=0) <= 0.001).mean()
+
+
+def responses(free, phases):
+    """Return the mean ``|s^n_+ - s^n_-|``, or ``|s^n_beta - s*^n|``, of every layer."""
+    pairs = zip(phases[0].layers, phases[1].layers if len(phases) > 1 else free.layers, strict=True)
+    if phases[0].rest is None:
+        return [np.abs(a - b).mean() for a, b in pairs]
+    divided = zip(pairs, free.oracle.scales, strict=True)
+    return [np.abs(p - q if len(phases) > 1 else p).mean() / a for (p, q), a in divided]
 
 
 def ep_gradients(free, phases):

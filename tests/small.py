@@ -106,6 +106,10 @@ def oracle_terms(net, batch, signals=(), parameters=None):
     terms = [Oracle(net, {k: v for k, v in parameters.items() if k.startswith("readout")}).readout_term(batch.labels)]
     for i, signal in enumerate(signals):
         for layer in signal.layers:
+            if isinstance(signal, ep.FeatureDistillation):
+                target = signal.teacher.feature(signal.features[layer], "train", batch.index, batch.view)
+                terms.append(Term(layer, "squared_error", target.reshape(len(target), -1), signal.kappa))
+                continue
             own = np.array(net.device.to_numpy(signal.term(layer).weight), np.float64)
             matrix = parameters.get(f"signals.{i}.layer{layer}.weight", own)
             loss, temperature = signal.criterion.name, getattr(signal.criterion, "temperature", 1.0)
@@ -115,7 +119,8 @@ def oracle_terms(net, batch, signals=(), parameters=None):
                 target = z if loss == "squared_error" else e / e.sum(axis=1, keepdims=True)
             else:
                 target = np.eye(net.classes)[batch.labels]
-            terms.append(Term(layer, loss, target, signal.kappa, matrix, 0.0, temperature, signal.pool or 1))
+            pool = signal.term(layer).pool or 1  # dense layers have none
+            terms.append(Term(layer, loss, target, signal.kappa, matrix, 0.0, temperature, pool))
     return terms
 
 

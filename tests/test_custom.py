@@ -5,6 +5,7 @@ import pytest
 from small import Teacher, batch_of, network
 
 import cupyep as ep
+from cupyep.learning.custom import judge
 
 
 class Right(ep.Augmenter):
@@ -166,6 +167,12 @@ def test_a_wrong_signal_is_named(signal, message):
     with pytest.raises(ep.ConfigurationError, match=message) as found:
         ep.check_signal(signal, net)
     assert "\n" not in str(found.value)
+
+
+def test_the_cosine_with_the_derivative_is_said():
+    """By hand: 45 degrees."""
+    with pytest.raises(ep.ConfigurationError, match=r"cosine 0\.707"):
+        judge("it", [[3.0], [0.0]], [[2.0], [2.0]], [[2.0], [2.0]])
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", "float16"])

@@ -87,7 +87,7 @@ def test_linear_network_is_one_linear_solve(device, kind, feedback, schedule, re
         np.testing.assert_allclose(found / a, ds, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("nudge", ["classical", "deviation"])
+@pytest.mark.parametrize("nudge", ["classical", "deviation", "tangent"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_two_phases_in_one_batch_are_two_phases(device, schedule, nudge):
     net = network("conv", device, pooling="max", feedback=0.5)

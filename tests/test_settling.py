@@ -129,6 +129,13 @@ def test_period_two_is_recognised():
     assert (stats.oscillating, stats.converged) == (True, False)
 
 
+def test_two_steps_are_enough_to_see_period_two():
+    system = Cycle(2)
+    system.x = system.sizes.copy()  # on the cycle from the start
+    with pytest.warns(ep.ConvergenceWarning, match="period two"):
+        assert settling.settle(system, 2, "synchronous", warm=False, tolerance=1e-3).oscillating
+
+
 @pytest.mark.parametrize("system", [Cycle(4), Cycle(3), Geometric(0.9)])
 def test_other_unrest_is_not_called_period_two(system):
     with pytest.warns(ep.ConvergenceWarning, match="raise the free steps"):
