@@ -27,7 +27,8 @@ def trained(cifar, invoke, tmp_path, monkeypatch):
 
     def make(*options):
         path = tmp_path / "run"
-        arguments = ["train", *TINY, "--epochs", 1, "--limit-train", 20, "--run-dir", path, "--quiet", *options]
+        tiny = TINY[:2] + TINY[6:] if "bp" in options else TINY  # which takes no steps
+        arguments = ["train", *tiny, "--epochs", 1, "--limit-train", 20, "--run-dir", path, "--quiet", *options]
         assert invoke(*arguments)[0] == 0
         data = ep.load_dataset("cifar10", cifar, image_size=16 if "--image-size" in options else None)
         shutil.rmtree(cifar)

@@ -9,12 +9,16 @@ import dataclasses
 import math
 import sys
 
+import numpy as np
 import pytest
+from quadrants import SILENT, TIMES, quadrant_data
 
+from cupyep.data.sources import SOURCES
 from cupyep.errors import ConfigurationError
 from cupyep.recipes import find_recipe, recipe_names
-from cupyep.training import config
-from cupyep.training.config import OPTIONS, TrainConfig, make_config, parse_layers, read_toml
+from cupyep.training import build, config
+from cupyep.training.config import OPTIONS, TrainConfig, make_config, parse_layers, read_toml, require_used
+from cupyep.training.teacher import teacher_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -69,7 +73,6 @@ def test_every_numeric_rule_of_the_table_is_enforced():
         ({"learning_rate": [0.1, -0.1]}, "--learning-rate must be above 0"),
         ({"arch": "vgg6"}, "unknown --arch 'vgg6'; did you mean"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum above 0"),
-        ({"teacher": "t.h5"}, "--teacher needs --aug kd"),
         ({"signal_layers": "2..4"}, "--signal-layers must be like"),
     ],
 )
@@ -182,3 +185,90 @@ def test_the_default_options_are_listed_once():
     assert set(OPTIONS) == {spec.name for spec in dataclasses.fields(TrainConfig)}
     assert all(spec.metadata["text"].endswith(".") for spec in OPTIONS.values())
     assert config.option_name("free_steps") == "--free-steps"
+
+
+# --- every option has an effect, or is refused ----------------------------------------------------------------------
+
+GRID = [
+    {}, {"algorithm": "bptt"}, {"algorithm": "bp"}, {"algorithm": "bp", "gain": 0.9}, {"algorithm": "bp", "aug": "le"},
+    {"scheme": "tangent"}, {"scheme": "onesided", "nudge": "classical"}, {"schedule": "evenodd", "feedback": 1.0},
+    {"loss": "squared_error", "scheme": "random"}, {"aug": "le"}, {"aug": "kd"}, {"aug": "kd", "teacher": "t.h5"},
+    {"aug": "kd", "signal_loss": "squared_error"}, {"aug": "kd", "teacher_features": True, "crop": False},
+    {"aug": "le", "teacher_features": True, "optimizer": "sgd"}, {"dataset": "mnist", "teacher": "t.h5"},
+]  # fmt: skip
+#: Two values of every option, of which a configuration has at most one; a new option belongs here.
+VALUES = {
+    "arch": ("vgg5", "vgg7"), "width": (0.02, 0.03), "activation": ("sigmoid", "tanh"), "pooling": ("max", "average"),
+    "loss": ("cross_entropy", "squared_error"), "gain": (0.7, 0.9), "feedback": (0.2, 1.0),
+    "dataset": ("cifar10", "mnist"), "data_dir": ("a", "b"), "image_size": (8, 16), "limit_train": (5, 6),
+    "limit_test": (5, 6), "validation": (5, 6), "crop": (True, False), "flip": (True, False),
+    "algorithm": ("ep", "bp"), "beta": (0.2, 0.3), "free_steps": (1, 2), "nudged_steps": (1, 2),
+    "schedule": ("sweeps", "evenodd"), "relaxation": (0.6, 0.7), "tolerance": (1e-12, 6.0),
+    "scheme": ("centered", "onesided"), "nudge": ("deviation", "classical"), "aug": ("none", "le"),
+    "signal_layers": ("all", "2"), "kappa": (0.2, 0.3), "kappa_annealing": ("cosine", "constant"),
+    "signal_loss": ("cross_entropy", "squared_error"), "signal_pool": (1, 2), "temperature": (2.0, 3.0),
+    "learned_maps": (True, False), "teacher_features": (True, False), "teacher": ("t.h5", "u.h5"),
+    "teacher_epochs": (1, 2), "epochs": (2, 3), "batch_size": (4, 3), "micro_batch": (2, 3),
+    "optimizer": ("adam", "sgd"), "learning_rate": (0.01, 0.02), "lr_schedule": ("cosine", "constant"),
+    "momentum": (0.4, 0.5), "nesterov": (True, False), "weight_decay": (0.01, 0.02), "seed": (0, 1),
+    "device": ("cpu", "auto"), "precision": ("float32", "float64"), "checkpoint_minutes": (1.0, 2.0),
+    "on_divergence": ("stop", "halve-lr"),
+}  # fmt: skip
+SMALL = {"width": 0.02, "epochs": 2, "batch_size": 4, "device": "cpu", "activation": "sigmoid", "learning_rate": 0.01,
+         "free_steps": 2, "nudged_steps": 2}  # fmt: skip
+
+
+class Teacher:
+    """Logits and features of any network for two classes."""
+
+    def __init__(self, network):
+        self.feature_layers = {f"layer{n}": shape for n, shape in enumerate(network.state_shapes, 1)}
+
+    def logits(self, split, index, view):
+        return np.stack([3 * np.sin(index), view], axis=1)
+
+    def feature(self, name, split, index, view):
+        return np.full((len(index), *self.feature_layers[name]), 0.5)
+
+
+def outcome(values, monkeypatch):
+    """Return what a short run with these values comes to, and what it is told that leaves no trace in numbers."""
+    settings, asked = TrainConfig(**values), []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return quadrant_data(8, 4, SOURCES[args[0]].flip)
+
+    monkeypatch.setattr(build, "load_dataset", load)
+    dataset = build.build_dataset(settings)
+    network = build.build_network(settings, dataset, "cpu")
+    signals = build.make_signals(settings, network, Teacher(network))
+    trainer = build.build_trainer(settings, dataset, network, signals, display=SILENT)
+    trainer.checkup = None
+    trainer.run()
+    told = [settings.device, trainer.checkpoint_s, trainer.on_divergence, trainer.learner.micro_batch]
+    if settings.aug == "kd":
+        told.append(settings.teacher or teacher_config(settings).epochs)
+    numbers = [{key: value for key, value in record.items() if key not in TIMES} for record in trainer.records]
+    parameters = {path: array.tolist() for path, array in trainer.learner.parameters().items()}
+    return repr((asked, told, numbers, parameters))
+
+
+@pytest.mark.filterwarnings("ignore::cupyep.errors.ConvergenceWarning")
+@pytest.mark.parametrize("base", GRID, ids=lambda base: "-".join(map(str, base.values())) or "default")
+def test_an_option_has_an_effect_or_is_refused(base, monkeypatch):
+    """And what is refused has none: runs with two values of it are the same, number for number."""
+    assert set(VALUES) == set(OPTIONS)
+    for name, pair in VALUES.items():
+        cases = [SMALL | base | {name: value} for value in pair]
+        try:
+            changes = outcome(cases[0], monkeypatch) != outcome(cases[1], monkeypatch)
+        except ConfigurationError:  # a contradiction, which is refused anyway
+            continue
+        try:
+            for case in cases:
+                require_used({name: case[name]}, case)
+            refused = False
+        except ConfigurationError:
+            refused = True
+        assert changes != refused, f"{name}: {'has an' if changes else 'no'} effect"
