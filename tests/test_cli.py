@@ -105,6 +105,38 @@ def test_resume_and_evaluate(cifar, invoke, tmp_path):
     assert "on the 4 test images" in out
 
 
+def test_a_finished_run_goes_on_with_a_stretched_schedule_only_where_that_is_asked_for(cifar, invoke, tmp_path):
+    """By hand: 2 of 3 epochs done, a cosine is at (1 + cos(2 pi / 3)) / 2 = 1/4."""
+    path, more = tmp_path / "run", ("--resume", "--epochs", 3)
+    options = ["--epochs", 2, "--aug", "le", "--kappa", 0.4, "--learning-rate", 0.002, "--run-dir", path]
+    assert invoke("train", *TINY, *options, "--quiet")[0] == 0
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    text = "3 epochs in place of 2 stretch the schedules: learning rate 0 -> 0.0005, kappa 0 -> 0.1"
+    code, _, err = invoke("train", "--run-dir", path, *more)
+    wanted = f"Error: the run has finished; {text}; add --stretch-schedule if that is what you want\n"
+    assert (code, err) == (2, wanted)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    code, out, err = invoke("train", "--run-dir", path, *more, "--stretch-schedule")
+    assert code == 0, err
+    assert text in out
+    assert [line["learning_rate"] for line in records(path)] == pytest.approx([0.002, 0.001, 0.0005])
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("cosine", "0.001 -> 0.0015"), ("constant", "")])
+def test_an_unfinished_run_says_what_stretching_does(schedule, told, cifar, invoke, tmp_path, monkeypatch):
+    """Half of 2 epochs is a third of 3: a cosine is at 1/2 and at 3/4; where nothing changes nothing is said."""
+    path, evaluate = tmp_path / "run", trainer.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", lambda *how: signal.raise_signal(signal.SIGINT) or evaluate(*how))
+        options = ["--epochs", 2, "--lr-schedule", schedule, "--learning-rate", 0.002, "--run-dir", path]
+        assert invoke("train", *TINY, *options)[0] == 130
+    code, _, err = invoke("train", "--run-dir", path, "--resume", "--epochs", 3)
+    text = f"Warning: 3 epochs in place of 2 stretch the schedules: learning rate {told}\n"
+    assert code == 0
+    assert (text in err, "stretch" in err) == (bool(told), bool(told))
+    assert len(records(path)) == 3
+
+
 def test_validation_is_recorded_chooses_the_best_and_can_be_evaluated(cifar, invoke, tmp_path):
     path = tmp_path / "run"
     code, out, err = invoke("train", *TINY, "--epochs", 2, "--validation", 20, "--aug", "kd", "--teacher-epochs", 1,
