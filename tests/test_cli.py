@@ -92,7 +92,7 @@ def test_resume_and_evaluate(cifar, invoke, tmp_path):
     assert invoke("train", *TINY, "--run-dir", path, "--epochs", 1, "--quiet")[0] == 0
     code, _, err = invoke("train", "--run-dir", path, "--resume")
     assert (code, err) == (2, "Error: all 1 epochs are done; give more --epochs to go on\n")
-    code, out, _ = invoke("train", "--run-dir", path, "--resume", "--epochs", 2)
+    code, out, _ = invoke("train", "--run-dir", path, "--resume", "--epochs", 2, "--stretch-schedule")
     assert code == 0
     assert "resuming" in out
     assert [line["epoch"] for line in records(path)] == [1, 2]
@@ -103,6 +103,38 @@ def test_resume_and_evaluate(cifar, invoke, tmp_path):
     assert "top-5" not in out
     code, out, _ = invoke("evaluate", path, "--limit-test", 4)
     assert "on the 4 test images" in out
+
+
+def test_a_finished_run_goes_on_with_a_stretched_schedule_only_where_that_is_asked_for(cifar, invoke, tmp_path):
+    """By hand: 2 of 3 epochs done, a cosine is at (1 + cos(2 pi / 3)) / 2 = 1/4."""
+    path, more = tmp_path / "run", ("--resume", "--epochs", 3)
+    options = ["--epochs", 2, "--aug", "le", "--kappa", 0.4, "--learning-rate", 0.002, "--run-dir", path]
+    assert invoke("train", *TINY, *options, "--quiet")[0] == 0
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    text = "3 epochs in place of 2 stretch the schedules: learning rate 0 -> 0.0005, kappa 0 -> 0.1"
+    code, _, err = invoke("train", "--run-dir", path, *more)
+    wanted = f"Error: the run has finished; {text}; add --stretch-schedule if that is what you want\n"
+    assert (code, err) == (2, wanted)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    code, out, err = invoke("train", "--run-dir", path, *more, "--stretch-schedule")
+    assert code == 0, err
+    assert text in out
+    assert [line["learning_rate"] for line in records(path)] == pytest.approx([0.002, 0.001, 0.0005])
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("cosine", "0.001 -> 0.0015"), ("constant", "")])
+def test_an_unfinished_run_says_what_stretching_does(schedule, told, cifar, invoke, tmp_path, monkeypatch):
+    """Half of 2 epochs is a third of 3: a cosine is at 1/2 and at 3/4; where nothing changes nothing is said."""
+    path, evaluate = tmp_path / "run", trainer.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", lambda *how: signal.raise_signal(signal.SIGINT) or evaluate(*how))
+        options = ["--epochs", 2, "--lr-schedule", schedule, "--learning-rate", 0.002, "--run-dir", path]
+        assert invoke("train", *TINY, *options)[0] == 130
+    code, _, err = invoke("train", "--run-dir", path, "--resume", "--epochs", 3)
+    text = f"Warning: 3 epochs in place of 2 stretch the schedules: learning rate {told}\n"
+    assert code == 0
+    assert (text in err, "stretch" in err) == (bool(told), bool(told))
+    assert len(records(path)) == 3
 
 
 def test_validation_is_recorded_chooses_the_best_and_can_be_evaluated(cifar, invoke, tmp_path):
@@ -127,7 +159,7 @@ def test_evaluate_shows_top_5_for_many_classes(invoke, tmp_path, monkeypatch):
     arrays = random_arrays((32, 32, 3), 100)
     write_files(tmp_path / "cifar-100-binary", cifar_binary_files("cifar100", arrays))
     options = ["--dataset", "cifar100", "--data-dir", tmp_path, "--run-dir", tmp_path / "run", "--quiet"]
-    assert invoke("train", *TINY, *options, "--epochs", 1, "--algorithm", "bp")[0] == 0
+    assert invoke("train", *TINY, *options, "--epochs", 1)[0] == 0
     assert ", top-5 accuracy " in invoke("evaluate", tmp_path / "run")[1]
 
 
@@ -246,7 +278,8 @@ def test_help_names_one_default_only():
 
 def test_train_has_every_option_of_the_configuration():
     names = {param.name for param in main.commands["train"].params}
-    assert names == set(OPTIONS) | {"recipe", "run_dir", "resume", "quiet", "log_format", "tensorboard"}
+    assert names == set(OPTIONS) | {
+        "recipe", "run_dir", "resume", "stretch_schedule", "quiet", "log_format", "tensorboard"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("number", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -14,6 +14,8 @@ import pytest
 from data_files import cifar_binary_files, random_arrays, write_archive, write_files
 
 import cupyep as ep
+from cupyep.cli import main
+from cupyep.cli.shared import FAMILIAR
 
 TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "25", "--device", "cpu"]
 
@@ -67,12 +69,27 @@ WRONG = {
     "kappa without signals": (["train", "--kappa", "0.5"], 2, "--kappa needs --aug le or kd"),
     "checked kappa without signals": (["check", "--kappa", "0.5"], 2, "--kappa needs --aug le or kd"),
     "temperature without kd": (["train", "--aug", "le", "--temperature", "2"], 2, "--temperature needs --aug kd"),
-    "maps without kd": (["train", "--no-learned-maps"], 2, "--learned-maps needs --aug kd"),
+    "maps without kd": (["train", "--no-learned-maps"], 2, "--no-learned-maps needs --aug kd"),
+    "beta of backpropagation": (["train", "--algorithm", "bp", "--beta", "0.1"], 2, "--beta needs --algorithm ep"),
+    "steps of backpropagation": (
+        ["info", "--algorithm", "bp", "--nudged-steps", "3"],
+        2,
+        "needs --algorithm ep or bptt",
+    ),
+    "beta of no nudge": (["check", "--scheme", "tangent", "--betas", "0.1,0.2"], 2, "--betas: --beta needs --scheme"),
+    "beta and betas": (["check", "--beta", "0.1", "--betas", "0.1,0.2"], 2, "--betas takes the place of --beta"),
+    "test images of another split": (
+        ["evaluate", "none", "--split", "train", "--limit-test", "5"],
+        2,
+        "--limit-test needs --split test",
+    ),
+    "seeds of a report": (["reproduce", "signals", "--report-only", "--seeds", "2"], 2, "--seeds is for measuring"),
+    "stretching a new run": (["train", "--stretch-schedule"], 2, "--stretch-schedule needs --resume and --epochs"),
     "momentum of adam": (["train", "--momentum", "0.5"], 2, "--momentum needs --optimizer sgd"),
     "epochs of a teacher that is there": (
         ["train", "--aug", "kd", "--teacher", "t.h5", "--teacher-epochs", "3"],
         2,
-        "--teacher-epochs is for a teacher that is trained here; give it or --teacher",
+        "--teacher-epochs needs no --teacher",
     ),
     "json into a folder": (["check", "--json", "."], 2, "--json: '.' is a folder, not a file"),
     "nobody's home": (["train", "--data-dir", "~nobody-here/data"], 2, "whose home that is, is not known"),
@@ -222,7 +239,7 @@ def test_a_damaged_run_is_refused_and_left_alone(case, cifar, invoke, tmp_path):
     assert invoke("train", *TINY, "--run-dir", path, "--epochs", 1, "--limit-train", 10, "--quiet")[0] == 0
     (path / name).write_bytes(content)
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    commands = [["train", "--run-dir", path, "--resume", "--epochs", 2, "--device", "cpu"]]
+    commands = [["train", "--run-dir", path, "--resume", "--epochs", 2, "--stretch-schedule", "--device", "cpu"]]
     commands += [["evaluate", path, "--checkpoint", "last"]] * (name != "metrics.jsonl")
     for command in commands:
         code, _, err = invoke(*command)
@@ -275,3 +292,45 @@ def test_other_spellings_are_the_options(invoke, alias, value, option):
     code, _, err = invoke("train", alias, value)
     assert code == 2
     assert err.startswith(f"Error: {option} must be ")
+
+
+SPELLINGS = {
+    "--batch": "--batch-size", "--bs": "--batch-size", "--wd": "--weight-decay", "--gpu": "--device cuda",
+    "--lr-decay": "--lr-schedule", "--num-epochs": "--epochs", "--num_epochs": "--epochs",
+    "--amp": "--precision float16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", SPELLINGS)
+def test_options_of_other_programs_are_named_as_here(invoke, option):
+    wanted = f"Error: no such option '{option}'; did you mean '{SPELLINGS[option]}'?\n"
+    assert invoke("train", option, 3)[::2] == (2, wanted)
+
+
+def test_an_option_that_this_command_has_not_is_not_suggested(invoke):
+    assert invoke("evaluate", "run", "--wd", 1)[::2] == (2, "Error: no such option '--wd'\n")
+    assert "; leave it out: images are in memory" in invoke("train", "--workers", 4)[2]
+
+
+def test_every_suggestion_is_an_option_with_a_right_value():
+    train = {name: param for param in main.commands["train"].params for name in param.opts}
+    for option, words in FAMILIAR.items():
+        assert option not in train
+        name, *value = words.split() or ["--arch"]
+        for word in value:
+            train[name].type.convert(word, train[name], None)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("evaluate", ()), ("predict", ("--free-steps", 3)), ("diagnose", ("--beta", 0.1))]
+)
+def test_what_a_run_does_not_use_cannot_be_changed(cifar, invoke, tmp_path, command, option):
+    """Of a run of backpropagation; evaluate has no such option."""
+    path, picture = tmp_path / "run", tmp_path / "a.ppm"
+    picture.write_bytes(b"P6 1 1 255 abc")
+    small = [*TINY[:2], *TINY[6:], "--run-dir", path, "--epochs", 1, "--limit-train", 10, "--quiet"]
+    assert invoke("train", *small, "--algorithm", "bp")[0] == 0
+    code, _, err = invoke(command, path, *([picture] if command == "predict" else []), *option)
+    assert (code, "needs --algorithm ep" in err) == ((2, True) if option else (0, False))
+    code, _, err = invoke("train", "--run-dir", path, "--resume", "--beta", 0.5)
+    assert (code, err) == (2, "Error: --beta needs --algorithm ep\n")

@@ -13,9 +13,8 @@ from documents import PAGES, ROOT, blocks, run_python
 
 import cupyep as ep
 from cupyep.cli import main
-from cupyep.cli.shared import require_used
-from cupyep.recipes import find_recipe
-from cupyep.training.config import OPTIONS, make_config, read_toml
+from cupyep.cli.shared import chosen_config
+from cupyep.training.config import OPTIONS
 
 LANGUAGES = {"python", "sh", "text", "toml", "json", "mermaid"}
 PROGRAMS = {"cupyep", "python", "pip", "python3", ".venv/bin/pip", ".venv/bin/python", "eval"}
@@ -64,8 +63,7 @@ def understood(words):
     context = parsed(main, words[1:], "cupyep")
     given = {name: value for name, value in context.params.items() if name in OPTIONS and value is not None}
     if context.info_name == "train" and not context.params["resume"]:
-        recipe = context.params["recipe"]
-        require_used(make_config(read_toml(find_recipe(recipe)) if recipe else {}, given), given)
+        chosen_config(given, context.params["recipe"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

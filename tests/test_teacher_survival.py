@@ -311,8 +311,8 @@ def test_a_given_teacher_is_kept_too_where_there_are_no_links(quadrants, tmp_pat
     run(values, tmp_path / "run").run()
     straight.unlink()
     assert (tmp_path / "run" / "teacher.h5").read_bytes() == content
-    runs.resume_run(tmp_path / "run", {"epochs": 2}, SILENT).run()
-    runs.resume_run(tmp_path / "run", {"epochs": 3, "teacher": str(straight)}, SILENT).run()
+    runs.resume_run(tmp_path / "run", {"epochs": 2}, SILENT, stretch=True).run()
+    runs.resume_run(tmp_path / "run", {"epochs": 3, "teacher": str(straight)}, SILENT, stretch=True).run()
 
 
 def test_place_of_the_cache(monkeypatch, tmp_path):

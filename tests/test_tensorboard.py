@@ -61,7 +61,8 @@ def test_a_run_and_its_resumption_are_one_course(cifar, invoke, tmp_path):
     path = tmp_path / "run"
     options = ["--run-dir", path, "--quiet", "--tensorboard"]
     assert invoke("train", *TINY, *options, "--epochs", 1, "--aug", "le")[0] == 0
-    assert invoke("train", "--run-dir", path, "--resume", "--epochs", 3, "--quiet", "--tensorboard")[0] == 0
+    assert invoke("train", "--run-dir", path, "--resume", "--epochs", 3, "--stretch-schedule", "--quiet",
+                  "--tensorboard")[0] == 0  # fmt: skip
     values = shown(events(path / "tensorboard"))
     assert {step for _, step in values} == {1, 2, 3}
     for record in records(path):

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 
+import numpy as np
 import pytest
+from quadrants import SILENT, TIMES, quadrant_data
 
+from cupyep.cli.shared import chosen_config
+from cupyep.data.sources import SOURCES
 from cupyep.errors import ConfigurationError
 from cupyep.recipes import find_recipe, recipe_names
-from cupyep.training import config
-from cupyep.training.config import OPTIONS, TrainConfig, make_config, parse_layers, read_toml
+from cupyep.training import build, config
+from cupyep.training.config import OPTIONS, TrainConfig, make_config, parse_layers, read_toml, require_used
+from cupyep.training.teacher import teacher_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -69,7 +75,6 @@ def test_every_numeric_rule_of_the_table_is_enforced():
         ({"learning_rate": [0.1, -0.1]}, "--learning-rate must be above 0"),
         ({"arch": "vgg6"}, "unknown --arch 'vgg6'; did you mean"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum above 0"),
-        ({"teacher": "t.h5"}, "--teacher needs --aug kd"),
         ({"signal_layers": "2..4"}, "--signal-layers must be like"),
     ],
 )
@@ -137,7 +142,7 @@ def test_options_override_the_recipe_and_the_recipe_the_default(tmp_path):
     [
         ("epoch = 3", "unknown option 'epoch'; did you mean 'epochs'?"),
         ("epochs = ", "is not valid TOML"),
-        (b"\xff\xfe", "is not valid TOML"),
+        (b"\xff\xfe\x00", "is not valid TOML"),
     ],
 )
 def test_wrong_toml_files(tmp_path, content, message):
@@ -182,3 +187,141 @@ def test_the_default_options_are_listed_once():
     assert set(OPTIONS) == {spec.name for spec in dataclasses.fields(TrainConfig)}
     assert all(spec.metadata["text"].endswith(".") for spec in OPTIONS.values())
     assert config.option_name("free_steps") == "--free-steps"
+
+
+# --- every option has an effect, or is refused ----------------------------------------------------------------------
+
+GRID = [
+    {}, {"algorithm": "bptt", "feedback": 1.0, "schedule": "synchronous", "free_steps": 12}, {"algorithm": "bp"},
+    {"algorithm": "bp", "gain": 0.9, "aug": "le"}, {"scheme": "tangent"}, {"scheme": "onesided", "nudge": "classical"},
+    {"loss": "squared_error", "scheme": "random"}, {"aug": "kd"}, {"aug": "kd", "teacher": "t.h5", "optimizer": "sgd"},
+    {"aug": "kd", "signal_loss": "squared_error"}, {"aug": "kd", "teacher_features": True, "crop": False},
+    {"aug": "le", "teacher_features": True, "schedule": "evenodd"}, {"dataset": "mnist", "teacher": "t.h5"},
+]  # fmt: skip
+#: Two values of every option, one of them other than a configuration has; a new option belongs here.
+VALUES = {
+    "arch": ("vgg5", "vgg7"), "width": (0.02, 0.03), "activation": ("sigmoid", "tanh"), "pooling": ("max", "average"),
+    "loss": ("cross_entropy", "squared_error"), "gain": (0.7, 0.9), "feedback": (1.0, 0.1),
+    "dataset": ("cifar10", "mnist"), "data_dir": ("a", "b"), "image_size": (8, 16), "limit_train": (5, 6),
+    "limit_test": (5, 6), "validation": (5, 6), "crop": (True, False), "flip": (True, False),
+    "algorithm": ("ep", "bp"), "beta": (0.2, 0.3), "free_steps": (1, 2), "nudged_steps": (1, 2),
+    "schedule": ("sweeps", "evenodd"), "relaxation": (0.6, 0.7), "tolerance": (6.0, 1e-12),
+    "scheme": ("centered", "onesided"), "nudge": ("deviation", "classical"), "aug": ("none", "le"),
+    "signal_layers": ("all", "2"), "kappa": (0.2, 0.3), "kappa_annealing": ("cosine", "constant"),
+    "signal_loss": ("cross_entropy", "squared_error"), "signal_pool": (2, 3), "temperature": (2.0, 3.0),
+    "learned_maps": (True, False), "teacher_features": (True, False), "teacher": ("t.h5", "u.h5"),
+    "teacher_epochs": (1, 2), "epochs": (2, 3), "batch_size": (4, 3), "micro_batch": (2, 3),
+    "optimizer": ("adam", "sgd"), "learning_rate": (0.01, 0.02), "lr_schedule": ("cosine", "constant"),
+    "momentum": (0.4, 0.5), "nesterov": (True, False), "weight_decay": (0.01, 0.02), "seed": (0, 1),
+    "device": ("cpu", "auto"), "precision": ("float32", "float64"), "checkpoint_minutes": (1.0, 2.0),
+    "on_divergence": ("stop", "halve-lr"),
+}  # fmt: skip
+SMALL = {"width": 0.02, "epochs": 1, "batch_size": 4, "device": "cpu", "activation": "sigmoid", "learning_rate": 0.01,
+         "free_steps": 2, "nudged_steps": 2}  # fmt: skip
+
+
+class Teacher:
+    """Logits and features of any network for two classes."""
+
+    def __init__(self, network):
+        self.feature_layers = {f"layer{n}": shape for n, shape in enumerate(network.state_shapes, 1)}
+
+    def logits(self, split, index, view):
+        return np.stack([3 * np.sin(index), view], axis=1)
+
+    def feature(self, name, split, index, view):
+        return np.full((len(index), *self.feature_layers[name]), 0.5)
+
+
+def outcome(values, monkeypatch):
+    """Return what a short run with these values comes to, and what it is told that leaves no trace in numbers."""
+    settings, asked = TrainConfig(**values), []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return quadrant_data(8, 4, SOURCES[args[0]].flip)
+
+    monkeypatch.setattr(build, "load_dataset", load)
+    dataset = build.build_dataset(settings)
+    network = build.build_network(settings, dataset, "cpu")
+    signals = build.make_signals(settings, network, Teacher(network))
+    trainer = build.build_trainer(settings, dataset, network, signals, display=SILENT)
+    trainer.checkup = None
+    trainer.run()
+    told = [settings.device, trainer.checkpoint_s, trainer.on_divergence, trainer.learner.micro_batch]
+    if settings.aug == "kd":
+        told.append(settings.teacher or teacher_config(settings).epochs)
+    numbers = [{key: value for key, value in record.items() if key not in TIMES} for record in trainer.records]
+    parameters = {path: array.tolist() for path, array in trainer.learner.parameters().items()}
+    return repr((asked, told, numbers, parameters))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::cupyep.errors.ConvergenceWarning")
+@pytest.mark.parametrize("base", GRID, ids=lambda base: "-".join(map(str, base.values())) or "default")
+def test_an_option_has_an_effect_or_is_refused(base, monkeypatch):
+    """And what is refused has none: a run with another value of it is the same, number for number."""
+    base = SMALL | base
+    before, now = outcome(base, monkeypatch), vars(TrainConfig(**base))
+    for name, pair in VALUES.items():
+        case = base | {name: next(value for value in pair if value != now[name])}
+        try:
+            changes = outcome(case, monkeypatch) != before
+        except ConfigurationError:  # a contradiction, which is refused anyway
+            continue
+        assert changes != bool(refusal(name, case)), f"{name}: {'has an' if changes else 'no'} effect"
+
+
+def refusal(name, values):
+    """Return why an option is refused that is given beside some values, or an empty text."""
+    try:
+        require_used({name: values.get(name, OPTIONS[name].default)}, values)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+SGD, EP_ONLY, KD_ONLY = {"momentum", "nesterov"}, {"beta", "scheme", "nudge"}, {"temperature", "learned_maps"}
+PHASES = {"free_steps", "nudged_steps", "schedule", "relaxation", "tolerance"}
+LE, TEACHER = {"signal_layers", "kappa", "kappa_annealing"}, {"teacher_features", "teacher", "teacher_epochs"}
+MAPS = {"signal_loss", "signal_pool"}
+NO_SIGNALS = LE | MAPS | KD_ONLY | TEACHER
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        ({}, SGD | NO_SIGNALS),
+        ({"algorithm": "bptt"}, SGD | NO_SIGNALS | EP_ONLY),
+        ({"algorithm": "bp"}, SGD | NO_SIGNALS | EP_ONLY | PHASES),
+        ({"algorithm": "bp", "gain": 1.0}, SGD | NO_SIGNALS | EP_ONLY | PHASES | {"feedback"}),
+        ({"scheme": "tangent", "dataset": "digits"}, SGD | NO_SIGNALS | {"beta", "flip"}),
+        ({"aug": "le", "optimizer": "sgd", "dataset": "svhn"}, KD_ONLY | TEACHER | {"flip"}),
+        ({"aug": "kd", "dataset": "cifar100"}, SGD),
+        ({"aug": "kd", "teacher": "t.h5", "signal_loss": "squared_error"}, SGD | {"teacher_epochs", "temperature"}),
+        ({"aug": "kd", "teacher_features": True, "crop": False}, SGD | KD_ONLY | MAPS),
+    ],
+)
+def test_options_that_are_refused(values, refused):
+    """By hand; every option has two values in the table of the test that runs them all."""
+    assert set(VALUES) == set(OPTIONS)
+    found = {name: refusal(name, values) for name in OPTIONS}
+    assert all(re.fullmatch(r"--[a-z-]+ needs (no )?--[^;]+", text) for text in found.values() if text)
+    assert {name for name in found if found[name]} == refused
+
+
+def test_an_option_of_a_recipe_must_have_an_effect_with_or_without_the_command_line(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('aug = "le"\nkappa = 0.1\n')
+    assert chosen_config({"aug": "none"}, recipe).aug == "none", "what the recipe alone uses may be switched off"
+    with pytest.raises(ConfigurationError, match="--kappa needs --aug le or kd"):
+        chosen_config({"aug": "none", "kappa": 0.1}, recipe)
+    recipe.write_text('algorithm = "bp"\nbeta = 0.5\n')  # its default
+    with pytest.raises(ConfigurationError, match=r"mine.toml': --beta needs --algorithm ep$"):
+        chosen_config({}, recipe)
+    assert chosen_config({"algorithm": "ep"}, recipe).beta == 0.5
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_set_only_what_has_an_effect(name):
+    chosen_config({}, name)

@@ -9,11 +9,10 @@ from typing import Any
 import click
 
 from cupyep.cli.recipes import complete_recipe
-from cupyep.cli.shared import FilePath, Numbers, SectionedCommand, config_options, given_options, require_used
+from cupyep.cli.shared import FilePath, Numbers, SectionedCommand, chosen_config, config_options, given_options
 from cupyep.errors import require
-from cupyep.recipes import find_recipe
 from cupyep.training import gradient_check
-from cupyep.training.config import make_config, read_toml
+from cupyep.training.config import require_used
 
 EXAMPLES = """\b
 Examples:
@@ -52,9 +51,10 @@ def check(recipe: str | None, betas: list[float] | None, json_path: Path | None,
         require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
         require(not json_path.is_dir(), f"--json: '{json_path}' is a folder, not a file")
     given = given_options(options)
-    taken = {} if recipe is None else gradient_check.recipe_options(read_toml(find_recipe(recipe)))
-    config = make_config(gradient_check.CHECK_DEFAULTS, taken, given)
-    require_used(config, given)
+    config = chosen_config(given, recipe, gradient_check.CHECK_DEFAULTS, gradient_check.recipe_options)
+    if betas is not None:
+        require("beta" not in given, "--betas takes the place of --beta: give one of them")
+        require_used({"beta": betas}, vars(config), where="--betas: ")
     report = gradient_check.check_gradient(config, betas or (), report=click.echo)
     click.echo(report.table())
     if json_path is not None:

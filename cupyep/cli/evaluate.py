@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cupyep.cli.shared import FilePath, Names, config_options, given_options
+from cupyep.errors import require
 from cupyep.training import runs
 from cupyep.training.display import Display
 from cupyep.training.run_directory import CHECKPOINT_FILES
@@ -44,5 +45,7 @@ def evaluate(run: Path, checkpoint: str, split: str, quiet: bool, **options: Any
 
     RUN is a run directory.
     """
-    for line in runs.evaluate_run(run, checkpoint, given_options(options), Display(quiet), split):
+    given = given_options(options)
+    require("limit_test" not in given or split == "test", "--limit-test needs --split test")
+    for line in runs.evaluate_run(run, checkpoint, given, Display(quiet), split):
         click.echo(line)

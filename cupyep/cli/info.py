@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from cupyep.backend.paper import KINDS
-from cupyep.cli.shared import Names, SectionedCommand, config_options, given_options, require_used
+from cupyep.cli.shared import Names, SectionedCommand, chosen_config, config_options, given_options
 from cupyep.errors import require
-from cupyep.training.config import make_config
 from cupyep.training.memory import MEMORY_OPTIONS, network_report
 from cupyep.training.system import system_report
 
@@ -40,6 +39,5 @@ def info(data_dir: str | None, device_kind: str | None, **options: Any) -> None:
             click.echo(f"{name:<14} {value}")
         return
     require(data_dir is None, "--data-dir says nothing of a network; give it alone")
-    config = make_config(given)
-    require_used(config, given)
+    config = chosen_config(given)
     click.echo(network_report(config, device_kind))

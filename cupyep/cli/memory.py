@@ -8,10 +8,9 @@ from typing import Any
 import click
 
 from cupyep.backend.paper import KINDS
-from cupyep.cli.shared import FilePath, Names, Numbers, SectionedCommand, config_options, given_options, require_used
+from cupyep.cli.shared import FilePath, Names, Numbers, SectionedCommand, chosen_config, config_options, given_options
 from cupyep.errors import require
 from cupyep.training import memory as planning
-from cupyep.training.config import make_config
 
 EXAMPLES = """\b
 Examples:
@@ -51,8 +50,7 @@ def memory(steps: list[float], device_kind: str | None, measure: bool, json_path
         require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
         require(not json_path.is_dir(), f"--json: '{json_path}' is a folder, not a file")
     given = given_options(options)
-    config = make_config(given)
-    require_used(config, given)
+    config = chosen_config(given)
     report = planning.memory_report(config, [int(number) for number in steps], device_kind, measure, click.echo)
     click.echo(report.text())
     if json_path is not None:

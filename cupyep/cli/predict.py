@@ -45,7 +45,8 @@ def predict(run: Path, pictures: tuple[Path, ...], top: int, as_json: bool, chec
     tolerance each line says whether the network settled, and always how far from rest its worst layer was.
 
     PNG, JPEG, BMP, GIF (first frame), WebP, TIFF and PPM are read, up to 50 million pixels. Needs the extra images:
-    pip install "cupyep[images]". Exit code 1 if a picture could not be classified.
+    pip install "cupyep[images]". Of a FOLDER all files but hidden ones are tried; one that is no picture is reported,
+    as a picture that cannot be read is, the others are classified, and the exit code is 1.
     """
     files = find_pictures(list(pictures))
     trained, failed = load_trained(run, checkpoint, given_options(options)), 0

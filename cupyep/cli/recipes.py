@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from cupyep.recipes import find_recipe, recipe_names, recipe_summary, recipe_text
-from cupyep.training.config import make_config, read_toml
+from cupyep.cli.shared import chosen_config
+from cupyep.recipes import recipe_names, recipe_summary, recipe_text
 
 EXAMPLES = """\b
 Examples:
@@ -35,5 +35,5 @@ def recipes(recipe: str | None) -> None:
         for name in names:
             click.echo(f"{name:<{width}}  {recipe_summary(name)}")
         return
-    make_config(read_toml(find_recipe(recipe)))
+    chosen_config({}, recipe)
     click.echo(recipe_text(recipe), nl=False)

@@ -85,11 +85,15 @@ def reproduce(
         return
     require(name is not None, "reproduce what? give the NAME of an experiment; --list shows them")
     experiment, folder = find(name), out or Path("reports") / f"{name}-{scale}"
+    chosen = {"--seeds": seeds, "--precision": precision}
+    if report_only:
+        idle = {**chosen, "--max-minutes": max_minutes, "--data-dir": data_dir, "--device": device}
+        for option, value in idle.items():
+            require(value is None, f"{option} is for measuring: leave it or --report-only out")
     matplotlib_figure()  # said before hours of measuring
     if not report_only:
         place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}
         defaults = {} if precision is None else {"precision": precision}
-        chosen = {"--seeds": seeds, "--precision": precision}
         words = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         command = shlex.join(["cupyep", "reproduce", name, "--scale", scale, *words])
         how = {"command": command, "quiet": quiet, "report": click.echo, "jobs": jobs, "defaults": defaults}

@@ -6,16 +6,17 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest, require
+from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest
 from cupyep.files import expanded
-from cupyep.training.config import OPTIONS, TrainConfig, option_name
+from cupyep.recipes import find_recipe
+from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, read_toml, require_used
 from cupyep.training.display import SIGPIPE, silence
 
 
@@ -111,7 +112,7 @@ class OneLineErrors(click.Command):
             code = super().main(*args, **kwargs)
         except click.exceptions.NoSuchOption as error:
             known = [name for param in error.ctx.command.params for name in (*param.opts, *param.secondary_opts)]
-            return 2, f"no such option '{error.option_name}'{nearest(error.option_name, known)}"
+            return 2, f"no such option '{error.option_name}'{_instead(error.option_name, known)}"
         except click.ClickException as error:
             return error.exit_code, error.format_message()
         except ConfigurationError as error:
@@ -195,6 +196,32 @@ def config_options(names: Any, defaults: dict[str, Any] | None = None) -> Any:
 #: Other spellings: of PyTorch's scripts, and of the papers.
 ALIASES = {"learning_rate": ("--lr",), "feedback": ("--lambda",)}
 
+#: What options of PyTorch's scripts are called here.
+FAMILIAR = {
+    **dict.fromkeys(("--batch", "--batchsize", "--bs", "--mbs"), "--batch-size"),
+    **dict.fromkeys(("--num-epochs", "--n-epochs", "--nepochs"), "--epochs"),
+    **dict.fromkeys(("--lrs", "--learning-rates"), "--learning-rate"),
+    **dict.fromkeys(("--lr-decay", "--lr-scheduler", "--scheduler"), "--lr-schedule"),
+    **dict.fromkeys(("--wd", "--decay", "--l2"), "--weight-decay"),
+    **dict.fromkeys(("--gpu", "--cuda", "--use-cuda"), "--device cuda"),
+    **dict.fromkeys(("--cpu", "--no-cuda"), "--device cpu"),
+    **dict.fromkeys(("--amp", "--fp16", "--half"), "--precision float16"),
+    **dict.fromkeys(("--model", "--net", "--network"), "--arch"),
+    **dict.fromkeys(("--data", "--data-path", "--root"), "--data-dir"),
+    **dict.fromkeys(("--output", "--out", "--save-dir", "--log-dir"), "--run-dir"),
+    **dict.fromkeys(("--workers", "--num-workers"), ""),
+}
+
+
+def _instead(option: str, known: Iterable[str]) -> str:
+    """Return what to give instead of an unknown option, as the end of a message."""
+    words = FAMILIAR.get(option.replace("_", "-"))
+    if words == "":
+        return "; leave it out: images are in memory, nothing waits for them"
+    if words and words.split()[0] in known:
+        return f"; did you mean '{words}'?"
+    return "" if words else nearest(option, known)
+
 
 def _config_option(name: str, default: Any) -> Any:
     rule, flag = OPTIONS[name].metadata, option_name(name)
@@ -214,19 +241,31 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-#: Options that say nothing unless another one has one of some values.
-ONLY_WITH = (
-    ("aug", ("le", "kd"), ("signal_layers", "kappa", "kappa_annealing", "signal_loss", "signal_pool")),
-    ("aug", ("kd",), ("temperature", "learned_maps", "teacher_features", "teacher_epochs")),
-    ("optimizer", ("sgd",), ("momentum", "nesterov")),
-)
+def chosen_config(
+    given: Mapping[str, Any],
+    recipe: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    take: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> TrainConfig:
+    """Return the configuration of the options on the command line, over those of a recipe, over `defaults`.
 
+    Parameters
+    ----------
+    given, defaults : mapping
+    recipe : str, optional
+        Name or file.
+    take : callable
+        From the options of a recipe to those that count.
 
-def require_used(config: TrainConfig, given: dict[str, Any]) -> None:
-    """Raise `ConfigurationError` for an option on the command line that would be ignored."""
-    for other, values, names in ONLY_WITH:
-        for name in names:
-            useful = name not in given or getattr(config, other) in values
-            require(useful, f"{option_name(name)} needs {option_name(other)} {' or '.join(values)}")
-    trained = "teacher_epochs" not in given or config.teacher is None
-    require(trained, "--teacher-epochs is for a teacher that is trained here; give it or --teacher")
+    Raises
+    ------
+    ConfigurationError
+        Also for an option that would be ignored. One of a recipe may have its effect in the recipe alone: the command
+        line may switch off what it belongs to.
+    """
+    defaults, file = defaults or {}, None if recipe is None else find_recipe(recipe)
+    taken = {} if file is None else take(read_toml(file))
+    config = make_config(defaults, taken, given)
+    require_used(taken, {**defaults, **taken}, vars(config), where=f"'{file}': ")
+    require_used(given, vars(config))
+    return config

@@ -12,11 +12,10 @@ from typing import Any
 import click
 
 from cupyep.cli.recipes import complete_recipe
-from cupyep.cli.shared import FilePath, Names, SectionedCommand, config_options, given_options, require_used, show_once
+from cupyep.cli.shared import FilePath, Names, SectionedCommand, chosen_config, config_options, given_options, show_once
 from cupyep.errors import CupyepError, Interrupted, require
-from cupyep.recipes import find_recipe
 from cupyep.training import runs
-from cupyep.training.config import OPTIONS, make_config, read_toml
+from cupyep.training.config import OPTIONS
 from cupyep.training.display import DISPLAYS, Display
 from cupyep.training.tensorboard import FOLDER, EventLog, writer_class
 
@@ -42,6 +41,12 @@ Examples:
     help="Folder of this run.  [default: runs/ARCH-AUG-DATASET-seedSEED, numbered if taken]",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir where it stopped.")
+@click.option(
+    "--stretch-schedule",
+    is_flag=True,
+    help="With --resume and more --epochs, let a run that had finished go on: learning rate and kappa rise again to "
+    "where schedules over all epochs have them.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar and no line an epoch; only the result.")
 @click.option(
     "--log-format",
@@ -59,6 +64,7 @@ def train(
     recipe: str | None,
     run_dir: Path | None,
     resume: bool,
+    stretch_schedule: bool,
     quiet: bool,
     log_format: str,
     tensorboard: bool,
@@ -76,14 +82,14 @@ def train(
     with _ending(display):
         if tensorboard:
             writer_class()  # its absence is said before anything is made
+        stretches = not stretch_schedule or (resume and "epochs" in given)
+        require(stretches, "--stretch-schedule needs --resume and --epochs")
         if resume:
             given_right = run_dir is not None and recipe is None
             require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
-            run = runs.resume_run(run_dir, given, display)
+            run = runs.resume_run(run_dir, given, display, stretch_schedule)
         else:
-            config = make_config({} if recipe is None else read_toml(find_recipe(recipe)), given)
-            require_used(config, given)
-            run = runs.start_run(config, run_dir, display)
+            run = runs.start_run(chosen_config(given, recipe), run_dir, display)
         if tensorboard:
             run.events = EventLog(run.directory.path / FOLDER, run.records)
         try:

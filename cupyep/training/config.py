@@ -2,6 +2,7 @@
 
 One field is one option: its default, its help line, its group in ``--help`` and the rule that its values obey. The
 command line is generated from this table, recipes and config.toml use the same names, one function writes all messages.
+What an option `needs` is in its field, too: given where it would change nothing, it is refused (`require_used`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cupyep.learning.equilibrium import FORMS, SCHEMES
 from cupyep.models import ARCHITECTURES
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.settling import SCHEDULES, check_relaxation
+from cupyep.training.needs import NEEDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,7 +68,8 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
     text : str
         Help line, without the default.
     **rule
-        `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number.
+        `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
+        `needs` (names of `NEEDS`), without which the option has no effect.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
@@ -96,7 +99,7 @@ class TrainConfig:
     gain: float | list[float] | None = NETWORK(None, list, "Gain of the initial weights, one number or one a layer; "
                                                "unset: chosen for activation and feedback.", above=0)
     feedback: float = NETWORK(0.1, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
-                              "towards 0 backpropagation.", above=0, high=1)
+                              "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 
     dataset: str = DATA("cifar10", str, "Data set.", choices=DATASETS)
     data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
@@ -109,38 +112,47 @@ class TrainConfig:
                                   "seed, and choose best.h5 by them; unset: none, the test images choose it.",
                                   low=1)
     crop: bool = DATA(True, bool, "Random crops of the padded training images.")
-    flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).")
+    flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).", needs=("mirrored",))
 
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
-    beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0)
+    beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0, needs=("ep", "finite"))
     free_steps: int | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
-                                      "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1)
+                                      "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
+                                      needs=("settling",))
     nudged_steps: int | None = GRADIENT(None, int, "Steps of a nudged phase, for bptt the steps unrolled; unset: 2 "
-                                        "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1)
-    schedule: str = GRADIENT("sweeps", str, "Order in which layers are updated.", choices=SCHEDULES)
+                                        "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1,
+                                        needs=("settling",))
+    schedule: str = GRADIENT("sweeps", str, "Order in which layers are updated.", choices=SCHEDULES,
+                             needs=("settling",))
     relaxation: float | None = GRADIENT(None, float, "How far an update goes, in terms of what the rule says: above 1 "
                                         "evenodd settles strong feedback in fewer steps; unset: 1.6 for evenodd with "
-                                        "a feedback above 0.3, 1 otherwise.", above=0, below=2)
+                                        "a feedback above 0.3, 1 otherwise.", above=0, below=2, needs=("settling",))
     tolerance: float | None = GRADIENT(None, float, "End a phase when the residual is below this; unset: "
-                                              "never.", above=0)
-    scheme: str = GRADIENT("centered", str, "Which nudged phases estimate the gradient.", choices=SCHEMES)
+                                              "never.", above=0, needs=("settling",))
+    scheme: str = GRADIENT("centered", str, "Which nudged phases estimate the gradient.", choices=SCHEMES,
+                           needs=("ep",))
     nudge: str = GRADIENT("deviation", str, "Nudged phases as states (classical) or as deviations from the free state.",
-                          choices=FORMS)
+                          choices=FORMS, needs=("ep",))
 
     aug: str = SIGNALS("none", str, "No signals, le (local error) or kd (knowledge distillation).",
                        choices=("none", "le", "kd"))
-    signal_layers: str = SIGNALS("all", str, "Layers with a signal, such as 2,3,4 or 2-5 or all.")
-    kappa: float = SIGNALS(0.1, float, "Weight of the signals at the start.", low=0)
-    kappa_annealing: str = SIGNALS("cosine", str, "Course of kappa over the training.", choices=ANNEALINGS)
-    signal_loss: str = SIGNALS("cross_entropy", str, "Loss of the signals.", choices=LOSSES)
-    signal_pool: int | None = SIGNALS(None, int, "Average a state over N x N pixels before its signal's map.", low=1)
-    temperature: float = SIGNALS(1.0, float, "Temperature of the teacher's outputs (kd).", above=0)
-    learned_maps: bool = SIGNALS(True, bool, "Learn the maps of the signals (kd) instead of fixing them.")
+    signal_layers: str = SIGNALS("all", str, "Layers with a signal, such as 2,3,4 or 2-5 or all.", needs=("signal",))
+    kappa: float = SIGNALS(0.1, float, "Weight of the signals at the start.", low=0, needs=("signal",))
+    kappa_annealing: str = SIGNALS("cosine", str, "Course of kappa over the training.", choices=ANNEALINGS,
+                                   needs=("signal",))
+    signal_loss: str = SIGNALS("cross_entropy", str, "Loss of the signals.", choices=LOSSES, needs=("signal", "maps"))
+    signal_pool: int | None = SIGNALS(None, int, "Average a state over N x N pixels before its signal's map.", low=1,
+                                      needs=("signal", "maps"))
+    temperature: float = SIGNALS(1.0, float, "Temperature of the teacher's outputs (kd).", above=0,
+                                 needs=("kd", "maps", "softmax"))
+    learned_maps: bool = SIGNALS(True, bool, "Learn the maps of the signals (kd) instead of fixing them.",
+                                 needs=("kd", "maps"))
     teacher_features: bool = SIGNALS(False, bool, "Follow the teacher's own activations of the same shape, unweighted, "
-                                     "instead of its outputs (kd; needs --no-crop).")
-    teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.")
-    teacher_epochs: int = SIGNALS(30, int, "Epochs of the teacher that kd trains without --teacher.", low=1)
+                                     "instead of its outputs (kd; needs --no-crop).", needs=("kd",))
+    teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.", needs=("kd",))
+    teacher_epochs: int = SIGNALS(30, int, "Epochs of the teacher that kd trains without --teacher.", low=1,
+                                  needs=("kd", "own teacher"))
 
     epochs: int = OPTIMIZER(10, int, "Number of passes over the training images.", low=1)
     batch_size: int = OPTIMIZER(128, int, "Images in a batch.", low=1)
@@ -151,8 +163,8 @@ class TrainConfig:
                                                    "last.", above=0)
     lr_schedule: str = OPTIMIZER("cosine", str, "Course of the learning rate; step: a tenth from 1/2 of the run, and "
                                  "again from 3/4.", choices=tuple(LR_SCHEDULES))
-    momentum: float = OPTIMIZER(0.9, float, "Momentum of sgd.", low=0, below=1)
-    nesterov: bool = OPTIMIZER(False, bool, "Nesterov's form of the momentum.")
+    momentum: float = OPTIMIZER(0.9, float, "Momentum of sgd.", low=0, below=1, needs=("sgd",))
+    nesterov: bool = OPTIMIZER(False, bool, "Nesterov's form of the momentum.", needs=("sgd",))
     weight_decay: float = OPTIMIZER(0.0, float, "L2 penalty on every parameter.", low=0)
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
@@ -172,7 +184,6 @@ class TrainConfig:
         for spec in fields(self):
             setattr(self, spec.name, _checked(spec, getattr(self, spec.name), option_name(spec.name)))
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
-        require(self.teacher is None or self.aug == "kd", "--teacher needs --aug kd")
         require(
             not (self.teacher_features and self.crop and self.aug == "kd"),
             "--teacher-features needs --no-crop: a teacher's activations belong to the image as it is",
@@ -268,6 +279,26 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     for name in merged:
         _check_name(name)
     return TrainConfig(**merged)
+
+
+def require_used(given: Mapping[str, Any], *settings: Mapping[str, Any], where: str = "") -> None:
+    """Raise `ConfigurationError` for an option that has no effect in any of some `settings`.
+
+    Parameters
+    ----------
+    given : mapping
+        The options that somebody gave, be it with the value that they have anyway.
+    *settings : mapping
+        Values by name; those that are missing are defaults.
+    where : str
+        What the message begins with.
+    """
+    cases = [{name: spec.default for name, spec in OPTIONS.items()} | dict(values) for values in settings]
+    for name, value in given.items():
+        needs = [NEEDS[need] for need in OPTIONS[name].metadata.get("needs", ())]
+        missing = [[words for words, holds in needs if not holds(case)] for case in cases]
+        flag = option_name(f"no_{name}" if value is False else name)
+        require(not all(missing), f"{where}{flag} needs {(missing[0] or [''])[0]}")
 
 
 def _check_name(name: str) -> None:

@@ -21,7 +21,7 @@ from cupyep.learning.check import bptt_gradients, compare
 from cupyep.training.build import build_dataset, build_learner, build_network, build_signals, first_images
 from cupyep.training.checkpoint import Checkpoint, load_checkpoint, restore_parameters
 from cupyep.training.checkup import trace_of
-from cupyep.training.config import TrainConfig, make_config
+from cupyep.training.config import TrainConfig, make_config, require_used
 from cupyep.training.diagnostics import (
     LIMITS,
     Finding,
@@ -158,6 +158,7 @@ def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | N
     given = given or {}
     follows = {"relaxation": None} if "schedule" in given else {}  # that of the run belongs to the run's schedule
     config = dataclasses.replace(config, **(follows | given))
+    require_used(given, vars(config))
     dataset = build_dataset(config)
     network = build_network(config, dataset, get_device(config.device))
     check_same_network(file, saved, network)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cupyep.backend import Device, get_device
 from cupyep.data import Dataset
-from cupyep.errors import CheckpointError, require
+from cupyep.errors import CheckpointError, ConfigurationError, require
 from cupyep.files import expanded
 from cupyep.network import Network
 from cupyep.training.build import (
@@ -20,7 +20,7 @@ from cupyep.training.build import (
     evaluation_batches,
 )
 from cupyep.training.checkpoint import versions
-from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name
+from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name, require_used
 from cupyep.training.display import Display
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
@@ -60,7 +60,9 @@ def start_run(config: TrainConfig, path: str | Path | None = None, display: Disp
     return trainer
 
 
-def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | None = None) -> Trainer:
+def resume_run(
+    path: str | Path, given: Mapping[str, Any], display: Display | None = None, stretch: bool = False
+) -> Trainer:
     """Prepare to go on with the run in `path` where its last checkpoint left it.
 
     Parameters
@@ -69,6 +71,13 @@ def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | No
         Options given now; only `RESUME_OPTIONS` may differ from the run's own.
     path, display
         See `start_run`.
+    stretch : bool
+        Let learning rate and kappa of a run that had finished rise again, where more epochs stretch their schedules.
+
+    Raises
+    ------
+    CupyepError
+        As `start_run`; also if the run had finished, its schedules would be stretched, and nobody asked for it.
     """
     if not Path(path).exists():
         raise CheckpointError(f"'{path}' is not a run directory: nothing is there; leave out --resume to start a run")
@@ -78,13 +87,20 @@ def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | No
         same = value == old or name in RESUME_OPTIONS
         allowed = ", ".join(map(option_name, RESUME_OPTIONS))
         require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
+    epochs = directory.config.epochs
     directory.config = dataclasses.replace(directory.config, **given)
+    require_used(given, vars(directory.config))
     other = expanded(given.get("teacher") or "")
     same = not other.is_file() or is_teacher_of(directory.path, other)
     require(same, f"--teacher {other} is not the one that the run started with; leave it out, or start a new run")
     trainer, teacher = _prepare(directory.config, display or Display(), directory.path)
     trainer.directory = directory
     problem = trainer.resume()
+    try:
+        _show_stretch(trainer, epochs, stretch)
+    except ConfigurationError:
+        directory.unlock()
+        raise
     directory.write_config()
     if teacher:
         keep_teacher(teacher, directory.path)
@@ -93,6 +109,22 @@ def resume_run(path: str | Path, given: Mapping[str, Any], display: Display | No
     batch = f", batch {trainer.batches_done} of {len(trainer.train)}" if trainer.batches_done else ""
     _show_start(trainer, f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
     return trainer
+
+
+def _show_stretch(trainer: Trainer, epochs: int, asked: bool) -> None:
+    """Say what other `epochs` than before do to the next step; refuse it after the last one unless `asked`."""
+    done = trainer.epochs_done + trainer.batches_done / len(trainer.train)
+    before, now = (trainer.schedules.values(done / total, trainer.halvings) for total in (epochs, trainer.epochs))
+    if done == 0 or before == now:
+        return
+    parts = [f"{name.replace('_', ' ')} {_short(before[name])} -> {_short(now[name])}" for name in now if now[name]]
+    text = f"{trainer.epochs} epochs in place of {epochs} stretch the schedules: {', '.join(parts)}"
+    require(done < epochs or asked, f"the run has finished; {text}; add --stretch-schedule if that is what you want")
+    trainer.display.show("note" if asked else "warning", text)
+
+
+def _short(value: float | list[float]) -> str:
+    return " ".join(f"{number:.3g}" for number in (value if isinstance(value, list) else [value]))
 
 
 def _show_start(trainer: Trainer, text: str) -> None:

@@ -16,7 +16,7 @@ from cupyep.errors import CheckpointError
 from cupyep.network import Network
 from cupyep.training.build import build_dataset, build_learner, build_network
 from cupyep.training.checkpoint import Checkpoint, restore_parameters
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import TrainConfig, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 
@@ -62,12 +62,15 @@ def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any]
     ------
     CheckpointError
         If there is no such run or checkpoint, it is damaged, or its parts do not belong together.
+    ConfigurationError
+        If an option given has no effect on such a run.
     """
     directory = RunDirectory.open(path)
     saved = directory.load(which)
     file = directory.path / CHECKPOINT_FILES[which]
     plain = {"aug": "none", "teacher": None, "teacher_features": False, "learned_maps": False}
     config = dataclasses.replace(directory.config, **plain, **(given or {}))
+    require_used(given or {}, vars(config))
     images = _image_format(file, saved, config)
     network = build_network(config, images, get_device(config.device))
     check_same_network(file, saved, network)
