@@ -262,7 +262,7 @@ def _sum(parts: Sequence[StepResult]) -> StepResult:
         for name in ("free", "nudged"):
             stats = getattr(part, name)
             if stats is not None:
-                phases = stats.per_sample.shape[1] // part.count
+                phases = stats.measured.shape[1] // part.count
                 setattr(whole, name, getattr(whole, name).joined(stats, phases))
     return whole
 
