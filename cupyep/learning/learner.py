@@ -101,7 +101,8 @@ class Learner:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
         batch = self.network.batch(x, targets)
         gradients, draw = self._zero_gradients(), self._draw()
-        result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
+        with self.network.memory.constant_weights():
+            result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
         self._scale_edges(gradients)
         return result
 
@@ -142,7 +143,9 @@ class Learner:
     @exclusive
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
-        figures = [self._judge(self.scores(part), part) for part in self._parts(self.network.batch(x, targets))]
+        parts = self._parts(self.network.batch(x, targets))
+        with self.network.memory.constant_weights():
+            figures = [self._judge(self.scores(part), part) for part in parts]
         loss, correct = figures[0]
         for more_loss, more_correct in figures[1:]:
             loss, correct = loss + more_loss, correct + more_correct
