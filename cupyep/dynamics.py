@@ -151,8 +151,10 @@ class _System:
         out.reshape(self.phases, *array.shape)[...] = array
         return out
 
-    def host(self, array: Any) -> np.ndarray:
-        return self.device.to_numpy(array)
+    @property
+    def host(self) -> Callable[[Any], np.ndarray]:
+        """What copies an array to the host; it holds none of this phase's."""
+        return self.device.to_numpy
 
     def _force(self, n: int, part: slice) -> Any:
         """Return ``sum of scale * dloss/ds`` of layer n's nudges for some rows."""

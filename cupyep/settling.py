@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from cupyep.backend import array_module
 from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, require
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
@@ -34,12 +35,14 @@ class SettleStats:
     ----------
     steps : int
         Iterations done.
-    residual : ndarray of shape (depth,)
-        For each layer, the mean over samples of the residual at the last iteration. The residual of a sample is the
-        undamped root-mean-square change ``sqrt(mean((sigma(g) - s)^2))`` of the layer's units in one iteration (for
-        sweeps, of both halves together); in a deviation phase, of the scaled deviation.
+    measured : array of shape (depth, B)
+        For each layer and sample the residual at the last iteration: the undamped root-mean-square change
+        ``sqrt(mean((sigma(g) - s)^2))`` of the layer's units in one iteration (for sweeps, of both halves together); in
+        a deviation phase, of the scaled deviation. Without a tolerance it is on the device.
     per_sample : ndarray of shape (depth, B)
-        The same for every sample.
+        The same on the host: the first look waits for the device.
+    residual : ndarray of shape (depth,)
+        Mean over samples, on the host likewise.
     converged : bool or None
         Whether the largest residual of any layer and sample fell to the tolerance; None where none was given.
     tolerance : float or None
@@ -47,15 +50,25 @@ class SettleStats:
         Whether the states return after two iterations though each moves them (synchronous updates can do that).
     trace : list of ndarray of shape (depth,)
         Residual a layer at every iteration, if recorded.
+    host : callable
+        Copies `measured` to the host.
     """
 
     steps: int
-    residual: np.ndarray
-    per_sample: np.ndarray
+    measured: Any
     converged: bool | None = None
     tolerance: float | None = None
     oscillating: bool = False
     trace: list[np.ndarray] = field(default_factory=list)
+    host: Callable[[Any], np.ndarray] = field(default=np.asarray, repr=False, compare=False)
+
+    @functools.cached_property
+    def per_sample(self) -> np.ndarray:
+        return self.host(self.measured)
+
+    @property
+    def residual(self) -> np.ndarray:
+        return self.per_sample.mean(axis=1)
 
     def worst_layer(self) -> int:
         """Return the layer, counted from 1, with the largest residual of any sample."""
@@ -66,16 +79,17 @@ class SettleStats:
 
         Without traces: two phases may have ended after different numbers of steps.
         """
-        parts = [stats.per_sample.reshape(len(self.residual), phases, -1) for stats in (self, other)]
-        per_sample = np.concatenate(parts, axis=2).reshape(len(self.residual), -1)
+        depth = len(self.measured)
+        parts = [stats.measured.reshape(depth, phases, -1) for stats in (self, other)]
+        measured = array_module(parts[0]).concatenate(parts, axis=2).reshape(depth, -1)
         converged = None if self.converged is None else self.converged and other.converged
         return SettleStats(
             max(self.steps, other.steps),
-            per_sample.mean(axis=1),
-            per_sample,
+            measured,
             converged,
             self.tolerance,
             self.oscillating or other.oscillating,
+            host=self.host,
         )
 
 
@@ -127,8 +141,7 @@ def iterate(system: Any, schedule: str, measure: bool, warm: bool, relaxation: f
 
 def stats_of(system: Any, steps: int) -> SettleStats:
     """Return the statistics of a phase of so many steps, the last of them measured, without tolerance."""
-    per_sample = _residual(system)
-    return SettleStats(steps, per_sample.mean(axis=1), per_sample)
+    return SettleStats(steps, _residual(system), host=system.host)
 
 
 def _prime(system: Any, schedule: str) -> None:
@@ -221,7 +234,7 @@ def settle(
         _prime(system, schedule)
     watch_period = watched(schedule, steps, tolerance)
     trace: list[np.ndarray] = []
-    converged, per_sample = None if tolerance is None else False, None
+    converged = False
     for step in range(1, steps + 1):
         asked = step == steps or (tolerance is not None and step % check_every == 0)
         measure = record or asked
@@ -229,16 +242,16 @@ def settle(
             system.remember()
         iterate(system, schedule, measure, warm, 1.0 if asked else relaxation)
         if record or (asked and tolerance is not None):
-            per_sample = _residual(system)
+            per_sample = system.host(_residual(system))  # the only time that the host waits for the device
         if record:  # which must not change the phase: it stops where it would stop unwatched
             trace.append(per_sample.mean(axis=1))
         if tolerance is not None and asked and per_sample.max() <= tolerance:
             converged = True
             break
-    if per_sample is None:  # the only time that the host waits for the device
-        per_sample = _residual(system)
-    stats = SettleStats(step, per_sample.mean(axis=1), per_sample, converged, tolerance, False, trace)
-    if converged is False:
+    if tolerance is None:
+        return SettleStats(step, _residual(system), trace=trace, host=system.host)
+    stats = SettleStats(step, per_sample, converged, tolerance, False, trace)
+    if not converged:
         stats.oscillating = watch_period and bool(
             system.distance_from_remembered() < 0.1 * per_sample.max(axis=1).max()
         )
@@ -246,8 +259,10 @@ def settle(
     return stats
 
 
-def _residual(system: Any) -> np.ndarray:
-    return np.sqrt(system.host(system.residual)) / (system.scale * system.relaxation)
+def _residual(system: Any) -> Any:
+    """Return the residual of every layer and sample, an array of its own: the next phase takes the system's memory."""
+    measured, factor = array_module(system.residual).sqrt(system.residual), system.scale * system.relaxation
+    return measured if factor == 1 else measured / factor
 
 
 def _warn(stats: SettleStats, phase: str) -> None:

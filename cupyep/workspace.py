@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,15 +97,30 @@ class Memory:
         self._made: dict[Any, list[Any]] = {}
         self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
         self._laid_out: OrderedDict[Hashable, Any] = OrderedDict()
+        self._current: set[Workspace] | None = None  # those that have the weights of the scope
+
+    @contextlib.contextmanager
+    def constant_weights(self) -> Iterator[None]:
+        """Promise that no weight changes within this scope: each workspace takes them up once, not at every call."""
+        outer = self._current
+        self._current = set() if outer is None else outer
+        try:
+            yield
+        finally:
+            self._current = outer
 
     def workspace(self, batch: int) -> Workspace:
         """Return the operations for a batch size, the current weights taken up; those of the last few sizes are kept.
 
-        Get it anew after every change of the weights.
+        Get it anew after every change of the weights. Within `constant_weights` they are taken up the first time.
         """
         self._prepare([batch])
-        self._workspaces[batch].refresh()
-        return self._workspaces[batch]
+        workspace = self._workspaces[batch]
+        if self._current is None or workspace not in self._current:
+            workspace.refresh()
+        if self._current is not None:
+            self._current.add(workspace)
+        return workspace
 
     def _prepare(self, batches: Sequence[int]) -> None:
         """Make workspaces of some sizes, with an arena that is large enough for all of them."""

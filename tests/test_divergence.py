@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from quadrants import SILENT, Recorder, assert_same_state, numbers, run
 import cupyep as ep
 from cupyep.errors import DivergenceError
 from cupyep.learning.learner import StepResult
+from cupyep.settling import SettleStats
 from cupyep.training import runs
 from cupyep.training.divergence import LossWatch, check_arrays
 from cupyep.training.statistics import EpochStatistics, layer_names
@@ -28,10 +28,7 @@ GOOD = {"loss": 2.0, "activity": [0.5, 0.5], "response": [0.1, 0.1], "gradients"
 
 def result(loss, activity, response, gradients):
     arrays = {f"{layer}.weight": np.array([g]) for layer, g in zip(LAYERS, gradients, strict=True)}
-    stats, levels = (
-        SimpleNamespace(residual=np.zeros(2), tolerance=None),
-        (np.array(activity), np.zeros(2), np.zeros(2)),
-    )
+    stats, levels = SettleStats(1, np.zeros((2, 1))), (np.array(activity), np.zeros(2), np.zeros(2))
     return StepResult(arrays, np.asarray(loss), np.asarray(1), 2, *levels, stats, stats, np.asarray(response))
 
 
@@ -200,10 +197,10 @@ def test_whatever_is_not_finite_ends_the_run_and_leaves_valid_json(place, messag
         result = step(batch)
         if (trainer.epochs_done, trainer.batches_done) == (1, 1):
             found = getattr(result, place)
-            array = np.array(found.residual if place in ("free", "nudged") else found)
-            array.reshape(-1)[min(1, array.size - 1)] = value
+            array = np.array(found.measured if place in ("free", "nudged") else found)
+            array[(1,) * bool(array.ndim)] = value
             if place in ("free", "nudged"):
-                found.residual = array
+                found.measured = array
             else:
                 result = dataclasses.replace(result, **{place: array})
         return result

@@ -110,7 +110,7 @@ def test_what_parts_say_of_their_settling_is_joined():
 
     def stats(steps, per_sample, converged, oscillating):
         per_sample = np.array(per_sample, float)
-        return SettleStats(steps, per_sample.mean(axis=1), per_sample, converged, 0.5, oscillating, [per_sample])
+        return SettleStats(steps, per_sample, converged, 0.5, oscillating, [per_sample])
 
     first = stats(10, [[1, 2, 3, 4], [5, 6, 7, 8]], True, False)
     second = stats(20, [[10, 20], [30, 40]], False, True)

@@ -1,10 +1,13 @@
 """What is made of the weights and kept must follow them. Oracle: a network that never had other weights."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from small import batch_of, hosts, network, on_host
 
 import cupyep as ep
+from cupyep.workspace import Workspace
 
 STEPS = {"free_steps": 3, "nudged_steps": 2}
 
@@ -77,3 +80,30 @@ def test_what_a_kept_workspace_made_of_old_weights_is_renewed_when_it_is_handed_
             edge.topdown(*arrays, out, each)
             outs.append(net.device.to_numpy(out))
         np.testing.assert_array_equal(*outs)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("kind", ["EP", "BPTT", "BP"])
+def test_a_step_takes_weights_up_once_a_size(kind, micro_batch, monkeypatch):
+    """The next one takes up those of its own time, also after a step that failed."""
+    net = network("conv", "cpu")
+    make, *how = {
+        "EP": (ep.EquilibriumPropagation, 0.3, 3, 2),
+        "BPTT": (ep.BackpropagationThroughTime, 2, 3),
+        "BP": (ep.Backpropagation,),
+    }[kind]
+    learner, batch = make(net, *how, micro_batch=micro_batch), batch_of(net)
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "_judge", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learner.step(batch)
+    taken_up, refresh = Counter(), Workspace.refresh
+    monkeypatch.setattr(Workspace, "refresh", lambda workspace: taken_up.update([workspace]) or refresh(workspace))
+    for work in (learner.step, learner.step, learner.evaluate):
+        taken_up.clear()
+        work(batch)
+        assert set(taken_up.values()) == {1}
+    taken_up.clear()
+    for _ in range(2):
+        net.settle(batch, steps=1)
+    assert min(taken_up.values()) >= 2, "outside of a step weights may change between two calls"

@@ -10,6 +10,7 @@ from small import Teacher, batch_of, network
 from strict import MixedDevices, StrictDevice
 
 import cupyep as ep
+from cupyep.training.statistics import EpochStatistics, layer_names
 
 PAIR = ("cpu", StrictDevice())
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
@@ -202,16 +203,36 @@ def test_the_loop_reads_nothing_back(monkeypatch, schedule, nudge):
     assert calls == [False, False, False, True]
 
 
+def residuals(result):
+    phases = [stats for stats in (result.free, result.nudged) if stats is not None]
+    return [found for stats in phases for found in (stats.per_sample, stats.residual)]
+
+
 @pytest.mark.parametrize("algorithm", ["ep", "bptt", "bp"])
-def test_a_step_reads_back_only_its_statistics(algorithm):
-    """A learner's step transfers explicitly (residuals, at the end of a phase) and never implicitly."""
-    net = network("conv", PAIR[1], pooling="max")
-    batch, own = batch_of(net), signals()
-    learner = {
-        "ep": lambda: ep.EquilibriumPropagation(net, 0.3, 3, 3, signals=own),
-        "bptt": lambda: ep.BackpropagationThroughTime(net, 3, 3, signals=own),
-        "bp": lambda: ep.Backpropagation(net, own),
-    }[algorithm]()
-    with strict.no_host_reads():
-        result = learner.step(batch)
-    assert type(result.loss) is strict.DeviceArray
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_without_a_tolerance_a_step_reads_nothing(algorithm, micro_batch, monkeypatch):
+    """Nor do its statistics; residuals asked for later are those of their own step, though memory is used anew."""
+    read, to_numpy = [], StrictDevice.to_numpy
+    monkeypatch.setattr(StrictDevice, "to_numpy", lambda device, array: read.append(array) or to_numpy(device, array))
+    make, *phases = {
+        "ep": (ep.EquilibriumPropagation, 0.3, 3, 3),
+        "bptt": (ep.BackpropagationThroughTime, 3, 3),
+        "bp": (ep.Backpropagation,),
+    }[algorithm]
+    ends = []
+    for device in PAIR:
+        net = network("conv", device, pooling="max", feedback=0.5, precision="float32")
+        learner = make(net, *phases, signals=signals(), micro_batch=micro_batch)
+        statistics = EpochStatistics(net.device, 1, layer_names(learner.parameters()))
+        batches = [net.batch(batch_of(net, seed=seed)) for seed in range(2)]
+        read.clear()
+        results, at_once = [], []
+        with strict.no_host_reads():
+            for batch in batches:
+                results.append(learner.step(batch))
+                statistics.add(results[-1])
+                at_once += [np.array(found) for found in residuals(results[-1])] if device == "cpu" else []
+        assert not read
+        ends.append(at_once or [found for result in results for found in residuals(result)])
+        ends[-1].append(np.array(statistics.read()["loss"]))
+    assert_same(*ends)

@@ -16,6 +16,7 @@ from quadrants import SILENT, FakeBatches, assert_same_state, fake_trainer, run
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError
 from cupyep.learning.learner import StepResult
+from cupyep.settling import SettleStats
 from cupyep.training import runs
 from cupyep.training.config import TrainConfig
 from cupyep.training.results import top_k_accuracy
@@ -27,8 +28,8 @@ from cupyep.workspace import Workspace
 
 
 def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0.0, 0.0), tolerance=None):
-    residual = np.asarray(residual)  # a layer; for one layer and sample twice as large
-    stats = SimpleNamespace(residual=residual, per_sample=np.outer(residual, [0.5, 2.0]), tolerance=tolerance)
+    residual = np.asarray(residual)  # a layer; half as large for one sample, for the other half as large again
+    stats = SettleStats(1, np.outer(residual, [0.5, 1.5]), tolerance=tolerance)
     gradients = {"layers.1.weight": np.asarray(gradient, np.float64), "layers.1.bias": np.array([4.0])}
     return StepResult(
         gradients,

@@ -216,7 +216,7 @@ class BackpropagationThroughTime(Learner):
             iterate(system, "synchronous", measure=True, warm=True)
             _copy(phase.drives, before.drives)
             _copy(phase.winners, before.winners)
-        return stats_of(system, 1)  # the only time that the host waits for the device
+        return stats_of(system, 1)
 
     def _slopes(self, state: State) -> None:
         """Turn the drives of a step into the slopes of the activation there."""

@@ -172,7 +172,8 @@ class EquilibriumPropagation(Learner):
         self.network.check_start(free, len(batch), "free")
         nudges = self.network.nudges(batch, self.signals)
         part = Part(self._zero_gradients(), batch, len(batch), self.betas(), nudges)
-        result = self._nudge(part, free)
+        with self.network.memory.constant_weights():
+            result = self._nudge(part, free)
         self._scale_edges(part.gradients)
         return result
 

@@ -99,7 +99,8 @@ class Learner:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
         batch = self._placed(x, targets)
         gradients, draw = self._zero_gradients(), self._draw()
-        result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
+        with self.network.memory.constant_weights():
+            result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
         self._scale_edges(gradients)
         return result
 
@@ -143,7 +144,9 @@ class Learner:
     @exclusive
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
-        figures = [self._judge(self.scores(part), part) for part in self._parts(self._placed(x, targets))]
+        parts = self._parts(self._placed(x, targets))
+        with self.network.memory.constant_weights():
+            figures = [self._judge(self.scores(part), part) for part in parts]
         loss, correct = figures[0]
         for more_loss, more_correct in figures[1:]:
             loss, correct = loss + more_loss, correct + more_correct
@@ -264,7 +267,7 @@ def _sum(parts: Sequence[StepResult]) -> StepResult:
         for name in ("free", "nudged"):
             stats = getattr(part, name)
             if stats is not None:
-                phases = stats.per_sample.shape[1] // part.count
+                phases = stats.measured.shape[1] // part.count
                 setattr(whole, name, getattr(whole, name).joined(stats, phases))
     return whole
 

@@ -73,7 +73,7 @@ class EpochStatistics:
         for phase in ("free", "nudged"):
             stats = getattr(result, phase)
             if stats is not None:
-                self._add(f"{phase}_residual", stats.residual * result.count)
+                self._add(f"{phase}_residual", stats.measured.mean(axis=1) * result.count)
                 if stats.tolerance is not None:
                     unsettled = (stats.per_sample > stats.tolerance).mean(axis=1)
                     self._add(f"{phase}_unsettled", unsettled * result.count)
@@ -88,7 +88,7 @@ class EpochStatistics:
             if before.shape != value.shape:
                 raise CheckpointError(f"the sums of '{name}' were taken over another network")
             if isinstance(before, np.ndarray) and not isinstance(value, (np.ndarray, np.generic)):
-                before = self.device.asarray(before)  # as loaded; residuals stay on the host
+                before = self.device.asarray(before)  # as loaded; with a tolerance residuals are on the host
             value = before + value
         self._sums[name] = value
 
