@@ -117,6 +117,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}... ({kind})"
 
 
+def wrong(name: str, rule: str, value: Any) -> ConfigurationError:
+    """Return the error of an argument that breaks its rule; only then is the value looked at, which may take long."""
+    return ConfigurationError(f"{name} must be {rule}, not {shown(value)}")
+
+
 def is_integer(value: Any) -> bool:
     """Return whether `value` is an integer of Python or NumPy; booleans are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -126,7 +131,8 @@ def integer(name: str, value: Any, least: int = 1, most: float = LARGEST) -> int
     """Return the argument `name` as an integer from `least` to `most`, else raise `ConfigurationError`."""
     rule = "a positive integer" if least == 1 else f"an integer of at least {least}"
     rule = rule if most >= LARGEST else f"an integer from {least} to {most}"
-    require(is_integer(value) and least <= value <= most, f"{name} must be {rule}, not {shown(value)}")
+    if not (is_integer(value) and least <= value <= most):
+        raise wrong(name, rule, value)
     return int(value)
 
 
@@ -159,48 +165,52 @@ def number(
     ConfigurationError
         If it is not, is no number, or is infinite where that is not allowed.
     """
-    words = (("above", above), ("at least", low), ("at most", high), ("below", below))
-    rule = " and ".join(f"{word} {limit:g}" for word, limit in words if math.isfinite(limit))
     right = is_number(value) and (infinite or math.isfinite(value)) and low <= value <= high
     right = right and (above < value or above == -math.inf) and (value < below or below == math.inf)
-    require(right, f"{name} must be {rule or 'a finite number'}, not {shown(value)}")
+    if not right:
+        words = (("above", above), ("at least", low), ("at most", high), ("below", below))
+        rule = " and ".join(f"{word} {limit:g}" for word, limit in words if math.isfinite(limit))
+        raise wrong(name, rule or "a finite number", value)
     return float(value)
 
 
 def flag(name: str, value: Any) -> bool:
     """Return the argument `name` as a bool; it is True or False, also NumPy's."""
-    require(type(value).__name__ in ("bool", "bool_"), f"{name} must be True or False, not {shown(value)}")
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise wrong(name, "True or False", value)
     return bool(value)
 
 
 def instance(name: str, value: Any, kind: type, what: str = "") -> Any:
     """Return the argument `name`, which must be of the class `kind`, called `what`."""
-    require(isinstance(value, kind), f"{name} must be {what or f'of class {kind.__name__}'}, not {shown(value)}")
+    if not isinstance(value, kind):
+        raise wrong(name, what or f"of class {kind.__name__}", value)
     return value
 
 
 def items(name: str, value: Any, kind: type = object, what: str = "") -> list[Any]:
     """Return the argument `name`, a sequence of objects of the class `kind`, as a list; a text is none."""
-    message = f"{name} must be a sequence{f' of {what or kind.__name__}' if kind is not object else ''}"
-    wrong = isinstance(value, (str, bytes, Mapping)) or getattr(value, "shape", None) == ()
-    require(isinstance(value, Iterable) and not wrong, f"{message}, not {shown(value)}")
+    rule = f"a sequence{f' of {what or kind.__name__}' if kind is not object else ''}"
+    single = isinstance(value, (str, bytes, Mapping)) or getattr(value, "shape", None) == ()
+    if single or not isinstance(value, Iterable):
+        raise wrong(name, rule, value)
     found = list(value)
     for item in found:
-        require(isinstance(item, kind), f"{message}; it holds {shown(item)}")
+        if not isinstance(item, kind):
+            raise ConfigurationError(f"{name} must be {rule}; it holds {shown(item)}")
     return found
 
 
 def shape(name: str, value: Any, axes: str = "") -> tuple[int, ...]:
     """Return the argument `name` as a shape of positive integers, with just the `axes`, as "H, W, C", if given."""
     found = items(name, value)
-    require(
-        len(found) == (len(axes.split(",")) if axes else max(1, len(found))),
-        f"{name} must be ({axes or 'n, ...'}), not {shown(value)}",
-    )
+    if len(found) != (len(axes.split(",")) if axes else max(1, len(found))):
+        raise wrong(name, f"({axes or 'n, ...'})", value)
     return tuple(integer(f"each of {name}", n) for n in found)
 
 
 def path(name: str, value: Any) -> Path:
     """Return the argument `name` as a path; it is a text or a path."""
-    require(isinstance(value, (str, os.PathLike)), f"{name} must be a path, not {shown(value)}")
+    if not isinstance(value, (str, os.PathLike)):
+        raise wrong(name, "a path", value)
     return Path(value)

@@ -128,6 +128,8 @@ class Memory:
         needed = max((workspace.nbytes for workspace in fresh.values()), default=0)
         if self._arena is None or self._arena.block.nbytes < needed:
             self._workspaces.clear()  # they hold the old arena
+            if self._current is not None:
+                self._current.clear()
             self._arena = None
             self._arena = Arena(self.device.xp, needed)
             fresh = {batch: fresh[batch] if batch in fresh else self._new(batch) for batch in batches}

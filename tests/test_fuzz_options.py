@@ -81,7 +81,7 @@ TOML = {
     "half a character": b'data_dir = "\\ud800"',
     "a file without end": b"#" * (3 << 20),
     "many unknown names": b"".join(b"a%d = 1\n" % n for n in range(3000)),
-    "no text": b"\xff\xfe",
+    "no text": b"\xff\xfe\x00",
     "many layers": b'signal_layers = "1-99999999999"',
 }
 

@@ -126,3 +126,14 @@ def test_images_stay_finite_as_they_are_stored(precision, largest):
     x[1, 0, 0, 0] = 1.01 * largest
     with pytest.raises(ep.ConfigurationError, match=f"image 1 has values that are NaN or infinite, as {precision}"):
         net.batch(x)
+
+
+def test_what_is_right_is_not_described(monkeypatch):
+    """A message is made when something is wrong: the text of a batch on a GPU would wait for the device, at every step."""
+    monkeypatch.setattr(ep.errors, "shown", lambda value: pytest.fail(f"described a {type(value).__name__}"))
+    net = small.network("conv")
+    learner, batch = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2), small.batch_of(net)
+    learner.step(batch)
+    learner.evaluate(batch)
+    free = net.settle(batch, steps=2)
+    net.settle(batch, free, steps=2, targets=batch, beta=0.5)

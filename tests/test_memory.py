@@ -95,7 +95,7 @@ def test_info_of_a_network(invoke):
         (("memory", "--device-kind", "gpu", "--measure", "--device", "cpu"), "--measure needs the device itself"),
         (("memory", "--json", "none/there.json"), "--json: there is no folder 'none'"),
         (("memory", "--batch-size", "70000"), "a plan is of at most 65536 images, not 70000"),
-        (("memory", "--width", "1e300"), "width must be positive and below 1e+06"),
+        (("memory", "--width", "1e300"), "width must be above 0 and below 1e+06"),
         (("memory", "--image-size", "33"), "image-size is 33"),
         (("memory", "--signal-layers", "2"), "--signal-layers needs --aug le or kd"),
         (("info", "--arch", "vgg5", "--data-dir", "."), "--data-dir says nothing of a network"),

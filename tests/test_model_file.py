@@ -148,7 +148,7 @@ DAMAGE = {
     "unknown activation": (edited(lambda s: s["options"].update(activation="swish")), "does not fit together: unknown"),
     "unknown loss": (edited(lambda s: s["options"].update(loss="hinge")), "does not fit together: unknown"),
     "feedback": (edited(lambda s: s["options"].update(feedback=2)), "does not fit together: feedback"),
-    "feedback text": (edited(lambda s: s["options"].update(feedback="x")), "not a readable network"),
+    "feedback text": (edited(lambda s: s["options"].update(feedback="x")), "does not fit together: feedback"),
     "layers that do not fit": (
         edited(lambda s: s["layers"][3].update(in_shape=[3, 2])),
         "does not fit together: layer 4",

@@ -123,7 +123,10 @@ X = np.zeros((2, 6, 6, 2))
         (lambda net, free: net.settle(X, free, targets=[0, 1, 2], beta=0.5), ["2 images need 2 labels"]),
         (lambda net, free: net.settle(X, free, targets=[0, 3], beta=0.5), ["from 0 to 2"]),
         (lambda net, free: net.settle(X, free, targets=[0, 1], beta=[0.5, 0.0]), ["other than 0"]),
-        (lambda net, free: net.settle(X, free, targets=[0, 1], beta=float("nan")), ["other than 0"]),
+        (
+            lambda net, free: net.settle(X, free, targets=[0, 1], beta=float("nan")),
+            ["beta must be a finite number, not nan"],
+        ),
         (lambda net, free: net.settle(X, free, targets=[0, 1], beta=1, nudge="tangents"), ["did you mean 'tangent'"]),
         (lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free), ["2 samples", "3"]),
         (lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free, targets=[0, 1, 2], beta=1), ["2 samples", "3"]),

@@ -32,11 +32,11 @@ class FeatureTeacher(Teacher):
     """Logits, and features of any shapes."""
 
     def __init__(self, shapes):
-        self.feature_layers = dict(enumerate(shapes, 1))
+        self.feature_layers = {str(n): shape for n, shape in enumerate(shapes, 1)}
 
     def feature(self, layer, split, index, view):
         shape, seeds = self.feature_layers[layer], zip(index, view, strict=True)
-        return np.stack([np.random.default_rng([layer, i, v]).uniform(0, 1, shape) for i, v in seeds])
+        return np.stack([np.random.default_rng([int(layer), i, v]).uniform(0, 1, shape) for i, v in seeds])
 
 
 def choose(rng, *values):
@@ -80,7 +80,7 @@ def draw_signal(rng, net):
     layers = [int(n) for n in 1 + rng.permutation(net.depth)[: rng.integers(1, 3)]]
     kind = choose(rng, "local", "fixed", "learned", "features")
     if kind == "features":
-        return ep.FeatureDistillation(FeatureTeacher(shapes), {n: n for n in layers}, kappa=0.5)
+        return ep.FeatureDistillation(FeatureTeacher(shapes), {n: str(n) for n in layers}, kappa=0.5)
     maps = [shapes[n - 1] for n in layers if len(shapes[n - 1]) == 3]
     pool = 2 if maps and min(min(shape[:2]) for shape in maps) >= 2 and rng.random() < 0.5 else None
     options = {"kappa": 0.5, "loss": choose(rng, "cross_entropy", "squared_error"), "seed": 3, "pool": pool}

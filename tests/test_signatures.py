@@ -44,6 +44,7 @@ INNER = {
     r"(Edge|Conv2d|Linear)\.\w+": "settling and learning call it on arrays of their own",
     r"(LossTerm|Head)\.\w+": "settling calls it on arrays of its own",
     r"(CrossEntropy|SquaredError)\.\w+": "heads call it on arrays of their own",
+    r"Batch.placed|TeacherFile.(table|places)": "how learners and signals keep targets on the device",
     r"Device\.\w+": "transfers of the package's own arrays",
     r"\w+\.(bind|make_term|target|loss|gradient|nudges|term|targets)": "how networks and signals work together",
     r"Network\.(free_shape|nudged_shape|parts|outputs|wide|check_start)": "learners call it",
@@ -346,6 +347,7 @@ def arguments(function):
 FRACTIONS = "beta|gain|feedback|tolerance|relaxation|temperature|width|kappa|progress|learning_rate|momentum|epsilon"
 MEANINGFUL = (
     (r".*", FRACTIONS + "|weight_decay|factor", "half", "a real number"),
+    (r"Device|get_device", "scratch_mb", "half", "a real number"),
     (r"Clip|Tanh", "slope|low|high|center|height|rate", "half", "a real number"),
     (r"Clip|Tanh", "low|center", "minus one|zero", "a place on the axis"),
     (r"Clip", "high", "infinity", "ReLU has no upper end"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from oracle import Oracle
 from quadrants import SILENT, TINY, Recorder, quadrant_data
+from small import Teacher
 
 import cupyep as ep
 from cupyep.errors import TeacherError
@@ -70,7 +71,7 @@ def test_options_of_the_signals(quadrants, tmp_path):
 def test_rates_of_layers_and_of_learned_maps():
     """One number a layer for weight and bias, the last for the readout; learned maps take that one, too."""
     network = ep.Network([ep.Linear((4,), 3), ep.Linear((3,), 2)], 2, device="cpu", precision="float64")
-    signal = ep.Distillation(None, [1], learned=True)
+    signal = ep.Distillation(Teacher(), [1], learned=True)
     parameters = ep.EquilibriumPropagation(network, signals=[signal]).parameters()
     for optimizer in ("sgd", "adam"):
         rates = [0.5, 0.25, 0.125]

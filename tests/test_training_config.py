@@ -200,7 +200,7 @@ GRID = [
 ]  # fmt: skip
 #: Two values of every option, one of them other than a configuration has; a new option belongs here.
 VALUES = {
-    "arch": ("vgg5", "vgg7"), "width": (0.02, 0.03), "activation": ("sigmoid", "tanh"), "pooling": ("max", "average"),
+    "scratch_mb": (1.0, 2.0), "arch": ("vgg5", "vgg7"), "width": (0.02, 0.03), "activation": ("sigmoid", "tanh"), "pooling": ("max", "average"),
     "loss": ("cross_entropy", "squared_error"), "gain": (0.7, 0.9), "feedback": (1.0, 0.1),
     "dataset": ("cifar10", "mnist"), "data_dir": ("a", "b"), "image_size": (8, 16), "limit_train": (5, 6),
     "limit_test": (5, 6), "validation": (5, 6), "crop": (True, False), "flip": (True, False),
@@ -248,7 +248,13 @@ def outcome(values, monkeypatch):
     trainer = build.build_trainer(settings, dataset, network, signals, display=SILENT)
     trainer.checkup = None
     trainer.run()
-    told = [settings.device, trainer.checkpoint_s, trainer.on_divergence, trainer.learner.micro_batch]
+    told = [
+        settings.device,
+        settings.scratch_mb,
+        trainer.checkpoint_s,
+        trainer.on_divergence,
+        trainer.learner.micro_batch,
+    ]
     if settings.aug == "kd":
         told.append(settings.teacher or teacher_config(settings).epochs)
     numbers = [{key: value for key, value in record.items() if key not in TIMES} for record in trainer.records]

@@ -39,7 +39,7 @@ def _full_rows(arch: str, dataset: str, published: float) -> tuple[Row, ...]:
 def _small_rows(arch: str, dataset: str, published: float, longer: dict[str, Any]) -> tuple[Row, ...]:
     strong, everywhere = {**SMALL, "epochs": FEW_EPOCHS}, {"signal_layers": "all"}
     # Rows of one table see the same images, as often and in the same way.
-    where = {"arch": arch, "dataset": dataset, **{name: strong[name] for name in SEEN if name in strong}, **longer}
+    where = {**{name: strong[name] for name in SEEN if name in strong}, **longer, "arch": arch, "dataset": dataset}
     options: dict[str, dict[str, Any]] = {
         "kd": {**strong, **KD, **everywhere},
         # With LE on all layers the deepest network's upper ones died in the fourth epoch.
