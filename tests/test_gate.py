@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import small
 
 import cupyep as ep
 
@@ -129,7 +130,7 @@ def test_images_stay_finite_as_they_are_stored(precision, largest):
 
 
 def test_what_is_right_is_not_described(monkeypatch):
-    """A message is made when something is wrong: the text of a batch on a GPU would wait for the device, at every step."""
+    """A message is made when something is wrong: the text of a batch would wait for a GPU at every step."""
     monkeypatch.setattr(ep.errors, "shown", lambda value: pytest.fail(f"described a {type(value).__name__}"))
     net = small.network("conv")
     learner, batch = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2), small.batch_of(net)
