@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend import array_module
 from cupyep.errors import ConfigurationError, choose, instance, number, require
 
@@ -197,7 +199,8 @@ class Tanh(Activation):
 
     def potential(self, s):
         xp = array_module(s)
-        t = (s - self.center) / self.height
+        edge = 1 - float(np.finfo(s.dtype).eps)  # at the ends themselves arctanh is infinite, and the limit log 2
+        t = ((s - self.center) / self.height).clip(-edge, edge)
         bulk = t * xp.arctanh(t) + 0.5 * xp.log1p(-t * t)
         return self.center * s + self.height / self.rate * bulk
 

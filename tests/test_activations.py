@@ -175,6 +175,17 @@ def test_potential_is_the_integral_of_the_inverse(device, name):
     np.testing.assert_allclose(SIGMA[name](inverse), s, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_potential_of_a_saturated_unit(device, name, dtype):
+    """A float32 tanh reaches its end at a drive of 10: the potential there is the limit, height / rate * log 2 more."""
+    center, height, rate = (0.5, 0.5, 2.0) if name == "sigmoid" else (0.0, 1.0, 1.0)
+    ends = device.asarray(np.array([center - height, center + height], dtype))
+    found = device.to_numpy(ep.ACTIVATIONS[name].potential(ends))
+    expected = center * device.to_numpy(ends) + height / rate * math.log(2)
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if dtype == np.float32 else 1e-12)
+
+
 def test_gelu_has_no_energy(device):
     with pytest.raises(ep.ConfigurationError, match="not increasing"):
         ep.ACTIVATIONS["gelu"].potential(device.asarray(np.ones(3)))
