@@ -54,6 +54,31 @@ def test_the_seal_is_the_sha256_of_the_rest(sealed):
         np.testing.assert_array_equal(hdf5.find_array(file, "group/array"), [[0, 1, 2], [3, 4, 5]])
 
 
+@pytest.mark.parametrize("kind", ["sealed", "plain"])
+def test_reading_and_writing_ask_for_no_lock(sealed, tmp_path, monkeypatch, kind):
+    """Some file systems have no locks. Here one is taken: whoever asked for another would be refused."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.delenv("HDF5_USE_FILE_LOCKING", raising=False)
+    path = sealed
+    if kind == "plain":
+        path = tmp_path / "plain.h5"
+        plain(path, lambda file: file.create_dataset("array", data=np.arange(3)))
+    with open(path, "rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            h5py.File(path, "r", locking=True)
+        with hdf5.open_file(path) as file:
+            assert len(file) == 1
+    target = tmp_path / "written.h5"
+    target.touch()
+    with open(target, "rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with writing(target) as file:
+            file["array"] = np.arange(3)
+        with hdf5.open_file(target) as file:
+            assert file["array"].shape == (3,)
+
+
 def test_an_edit_needs_a_new_seal(sealed):
     with h5py.File(sealed, "r+") as file:
         file.attrs["number"] = 4
