@@ -1,10 +1,11 @@
 """A network as an ONNX graph: images in, the readout of the settled free phase out, every step written out.
 
-The graph is made by the same schedules that settle a network (`cupyep.settling`): they call a *system*, and the system
-here appends nodes instead of computing. One weight tensor serves each product both ways, Conv and ConvTranspose, Gemm
-with and without a transpose. Max-pooling goes back by MaxUnpool at the indices that MaxPool gave: the plain maximum, where the
-package takes the first of units that are equal but for rounding (`Precision.tie_margin`). In such a rare window feedback goes
-to another unit, and scores differ by more than rounding (seen: 7e-4 in one of ten images of a network with feedback 0.5).
+The graph is made by the same schedules that settle a network (`cupyep.settling`): they call a *system*, and the
+system here appends nodes instead of computing. One weight tensor serves each product both ways, Conv and
+ConvTranspose, Gemm with and without a transpose. Max-pooling goes back by MaxUnpool at the indices that MaxPool gave:
+the plain maximum, where the package takes the first of units that are equal but for rounding
+(`Precision.tie_margin`). In such a rare window feedback goes to another unit, and scores differ by more than rounding
+(seen: 7e-4 in one of ten images of a network with feedback 0.5).
 """
 
 from __future__ import annotations
