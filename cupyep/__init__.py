@@ -5,8 +5,9 @@ from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh, get_activati
 from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.backend import Device, array_module, get_device, gpu_status
 from cupyep.data import DATASETS, Batch, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
-from cupyep.dynamics import Nudge, State
-from cupyep.energy import Energy
+from cupyep.phases import Nudge, State
+from cupyep.energy import HopfieldEnergy
+from cupyep.graph import Connection, Graph
 from cupyep.errors import (
     CheckpointError,
     ConfigurationError,
@@ -20,7 +21,7 @@ from cupyep.errors import (
     TeacherError,
 )
 from cupyep.heads import Head, LossTerm
-from cupyep.layers import Conv2d, Edge, Linear
+from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.learning import (
     Backpropagation,
     BackpropagationThroughTime,
@@ -61,11 +62,14 @@ __all__ = [
     "Distillation",
     "DivergenceError",
     "Edge",
-    "Energy",
+    "HopfieldEnergy",
+    "Connection",
+    "Graph",
     "EquilibriumPropagation",
     "FeatureDistillation",
     "GraphWarning",
     "Head",
+    "Identity",
     "Linear",
     "Loader",
     "LocalError",

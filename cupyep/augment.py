@@ -17,7 +17,7 @@ from cupyep.backend.device import Device
 from cupyep.data.loader import Batch
 from cupyep.data.teacher import TeacherFile
 from cupyep.data.teacher.layout import SPLITS
-from cupyep.dynamics import Nudge
+from cupyep.phases import Nudge
 from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.heads import Head, LossTerm
 from cupyep.losses import SquaredError, get_loss, one_hot

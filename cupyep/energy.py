@@ -1,62 +1,137 @@
-"""The energy that settles, as an explicit function: value a sample, state gradient, parameter gradient.
+"""The energy that settles, as an explicit object: value a sample, forces, updates, parameter gradients, adjoint.
 
-``F(s) = sum_n a_n (sum potential(s^n) - <s^n, d^n(s^(n-1))>) + beta * sum_i weight_i L_i(s)`` with
-``a_n = lambda^-(L - n)``. With lambda = 1 and a clip of slope one this is ``E = 1/2 sum |s|^2 - Phi`` of Scellier &
-Bengio (2017) and Laborieux et al. (2021). Settling (`dynamics`) never evaluates F; it is the definition that gradients
-refer to.
+``F(s) = sum_j a_j (sum potential(s^j) - <s^j, sum over connections into j of d(s^i)>) + beta * sum_i weight_i L_i(s)``
+with ``a_j = lambda^-(D - depth_j)``, depth the longest path from the image and D the deepest. For a chain with lambda = 1
+and a clip of slope one this is ``E = 1/2 sum |s|^2 - Phi`` of Scellier & Bengio (2017) and Laborieux et al. (2021).
+Settling never evaluates F; it is the definition that gradients refer to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
-from cupyep.backend.precision import Precision
+from cupyep.backend.precision import Precision, get_precision
 from cupyep.data.loader import checked_images
-from cupyep.dynamics import Nudge, layer_weights
 from cupyep.errors import instance, is_number, items, number, require, shown
+from cupyep.graph import Graph
+from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
-from cupyep.workspace import Memory, Workspace
+from cupyep.memory.layout import PhaseBuffers, PhaseShape
+from cupyep.memory.workspace import Memory, Workspace, update_ops
+from cupyep.phases import Classical, Deviation, Nudge, State
 
 
-class Energy:
-    """Energy of the states of given edges.
+class HopfieldEnergy:
+    """Energy of the states of a graph.
 
     Parameters
     ----------
-    edges : sequence of Edge
+    layers : Graph, sequence of Edge, or sequence of Connection
     activation : Activation
     feedback : float
         lambda.
     device : Device
     precision : Precision
+        Of phases. `value`, `phi`, `force` and `parameter_gradient`, which define, store nothing in halves.
+
+    Attributes
+    ----------
+    weights : list of float
+        a_j of each node.
+    ratios : list of float
+        ``a_above / a_below`` of each connection, 0 from the image.
     """
 
     def __init__(
         self,
-        edges: Sequence[Edge],
+        layers: Graph | Sequence[Any],
         activation: Activation,
         feedback: float,
         device: Device,
         precision: Precision,
     ):
-        self.edges = items("edges", edges, Edge)
-        require(len(self.edges) > 0, "an energy needs at least one of edges")
+        self.graph = layers if isinstance(layers, Graph) else Graph(layers)
         self.activation = instance("activation", activation, Activation)
-        self.weights = layer_weights(len(self.edges), number("feedback", feedback, above=0, high=1))
+        feedback = number("feedback", feedback, above=0, high=1)
+        self.weights, self.ratios = self.graph.weights(feedback), self.graph.feedback(feedback)
         self.device = instance("device", device, Device)
         self.precision = instance("precision", precision, Precision)
         self.dtype = precision.number
 
+    @property
+    def edges(self) -> list[Edge]:
+        """The edge of each connection."""
+        return self.graph.edges
+
+    @functools.cached_property
+    def updates(self) -> UpdateOps:
+        """What updates states."""
+        return update_ops(self.activation, self.device)
+
+    @functools.cached_property
+    def topdown_scales(self) -> tuple[list[float], list[float]]:
+        """Weight of each node's top-down input as a whole, and what is left of that of each connection."""
+        return self._scales(self.graph.below)
+
+    @functools.cached_property
+    def drive_scales(self) -> tuple[list[float], list[float]]:
+        """Weight of the drive of each node's deviation as a whole, and what is left of that of each connection."""
+        return self._scales(self.graph.above)
+
+    def _scales(self, ends: Sequence[int]) -> tuple[list[float], list[float]]:
+        nodes = range(1, len(self.weights) + 1)
+        whole = [max((r for r, end in zip(self.ratios, ends, strict=True) if end == n), default=0.0) for n in nodes]
+        whole = [scale or 1.0 for scale in whole]
+        return whole, [r / whole[end - 1] if r else 1.0 for r, end in zip(self.ratios, ends, strict=True)]
+
+    def states(
+        self,
+        shape: PhaseShape,
+        memory: Memory,
+        buffers: PhaseBuffers,
+        warm: bool,
+        images: Any,
+        nudges: Sequence[Nudge] = (),
+        betas: Sequence[float] = (0.0,),
+    ) -> Classical:
+        """Return the phase that updates states, `warm` from a given start, free or nudged."""
+        program, ops = memory.layout.program(shape, warm), memory.workspace(shape.samples).ops
+        workspace = memory.workspace(shape.rows)
+        return Classical(self, workspace, buffers, program, images, ops, nudges, betas)
+
+    def deviations(
+        self,
+        shape: PhaseShape,
+        memory: Memory,
+        buffers: PhaseBuffers,
+        free: State,
+        nudges: Sequence[Nudge],
+        betas: Sequence[float],
+    ) -> Deviation:
+        """Return the phase that updates scaled deviations from a free state."""
+        program, workspace = memory.layout.program(shape, True), memory.workspace(shape.rows)
+        return Deviation(self, workspace, buffers, program, free, nudges, betas, shape.form == "tangent")
+
+    def correlate(
+        self, connection: int, below: Any, above: Any, winners: Any, gradients: Mapping[str, Any], ops: Any, bias=True
+    ) -> None:
+        """Add ``corr(below, U(above))`` to a connection's gradients by path, the sum of ``U(above)`` to its bias'."""
+        path, edge = self.graph.paths[connection], self.edges[connection]
+        if edge.parameters():
+            bias = gradients.get(f"{path}.bias") if bias else None
+            edge.add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
+
     def _wide(self, x: Any, layers: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return images and states in the type to compute in, after the gate: images as `Network.batch` takes them."""
-        x = checked_images(x, self.edges[0].in_shape, self.dtype)
+        x = checked_images(x, self.graph.input_shape, self.dtype)
         layers = items("layers", layers)
-        found, shapes = [getattr(s, "shape", None) for s in layers], [(len(x), *e.out_shape) for e in self.edges]
+        found, shapes = [getattr(s, "shape", None) for s in layers], [(len(x), *size) for size in self.graph.shapes]
         require(found == shapes, f"layers must be states of shapes {shapes}, not {found}")
         return self.device.asarray(x, self.dtype), [self.device.asarray(s, self.dtype) for s in layers]
 
@@ -69,18 +144,22 @@ class Energy:
         return beta
 
     def _workspace(self, x: Any) -> Workspace:
-        return Memory(self.edges, self.device, self.precision).workspace(len(x))
+        return Memory(self.graph, self.device, get_precision(self.dtype.name)).workspace(len(x))
 
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
-        xp, drives, winners = self.device.xp, [], []
-        for n, edge in enumerate(self.edges):
-            drives.append(xp.empty_like(layers[n]))
-            winners.append(xp.empty(layers[n].shape, np.uint8) if edge.has_winners else None)
-            edge.drive(x if n == 0 else layers[n - 1], drives[n], winners[n], workspace.ops[n])
+        """Return the drive of each node and the winners of each connection."""
+        xp, nodes, winners = self.device.xp, [x, *layers], []
+        drives = [xp.zeros_like(s) for s in layers]
+        for c, edge in enumerate(self.edges):
+            above = self.graph.above[c]
+            own = xp.empty_like(nodes[above])
+            winners.append(xp.empty(own.shape, np.uint8) if edge.has_winners else None)
+            edge.drive(nodes[self.graph.below[c]], own, winners[c], workspace.ops[c])
+            drives[above - 1] += own
         return drives, winners
 
     def phi(self, x: Any, layers: Sequence[Any]) -> Any:
-        """Return ``<s^n, d^n(s^(n-1))>`` layer by layer, shape (L, B)."""
+        """Return ``<s^j, drive^j>`` node by node, shape (L, B)."""
         x, layers = self._wide(x, layers)
         drives, _ = self._drives(x, layers, self._workspace(x))
         xp = self.device.xp
@@ -107,35 +186,36 @@ class Energy:
         return total
 
     def force(self, x: Any, layers: Sequence[Any], nudges: Sequence[Nudge] = (), beta: Any = 0.0) -> list[Any]:
-        """Return ``a_n g^n`` a layer, g^n the total drive: the part of -dF/ds^n that is not from the potential.
+        """Return ``a_j g^j`` of each node, g^j the sum of its inputs: the part of -dF/ds^j not from the potential.
 
-        -dF/ds^n is this minus ``a_n sigma^-1(s^n)`` (``a_n s^n`` for a clip of slope one).
+        -dF/ds^j is this minus ``a_j sigma^-1(s^j)`` (``a_j s^j`` for a clip of slope one).
         """
         x, layers = self._wide(x, layers)
         workspace = self._workspace(x)
         drives, winners = self._drives(x, layers, workspace)
-        forces = []
-        for n, (drive, a) in enumerate(zip(drives, self.weights, strict=True)):
-            force = a * drive
-            if n + 1 < len(self.edges):
-                topdown = self.device.xp.empty_like(layers[n])
-                self.edges[n + 1].topdown(layers[n + 1], winners[n + 1], topdown, workspace.ops[n + 1])
-                force += self.weights[n + 1] * topdown
-            forces.append(force)
+        forces = [a * drive for drive, a in zip(drives, self.weights, strict=True)]
+        for c, edge in enumerate(self.edges):
+            below, above = self.graph.below[c], self.graph.above[c]
+            if below:
+                topdown = self.device.xp.empty_like(layers[below - 1])
+                edge.topdown(layers[above - 1], winners[c], topdown, workspace.ops[c])
+                forces[below - 1] += self.weights[above - 1] * topdown
         scale = -self._beta(beta, len(x)) * self.device.xp.ones(len(x), self.dtype)
         for term, weight, target in items("nudges", nudges, Nudge):
             term.add_force(layers[term.layer - 1], target, weight * scale, forces[term.layer - 1])
         return forces
 
     def parameter_gradient(self, x: Any, layers: Sequence[Any]) -> dict[str, Any]:
-        """Return dF/dtheta summed over the batch, ``-a_n corr(s^(n-1), U_n(s^n))`` for weights, by parameter path."""
+        """Return dF/dtheta summed over the batch, ``-a_j corr(s^i, U(s^j))`` for effective weights, by path."""
         x, layers = self._wide(x, layers)
-        workspace = self._workspace(x)
+        workspace, nodes = self._workspace(x), [x, *layers]
         _, winners = self._drives(x, layers, workspace)
         gradients = {}
-        for n, edge in enumerate(self.edges):
-            own = {name: self.device.xp.zeros_like(array) for name, array in edge.parameters().items()}
-            below, above = x if n == 0 else layers[n - 1], -self.weights[n] * layers[n]
-            edge.add_gradient(below, above, winners[n], own["weight"], own.get("bias"), workspace.ops[n])
-            gradients |= {f"layers.{n + 1}.{name}": array for name, array in own.items()}
+        for c, (edge, path) in enumerate(zip(self.edges, self.graph.paths, strict=True)):
+            arrays = {"weight": edge.weight, "bias": edge.bias} if edge.has_bias else {"weight": edge.weight}
+            arrays = arrays if edge.parameters() else {}
+            gradients |= {f"{path}.{name}": self.device.xp.zeros_like(array) for name, array in arrays.items()}
+            above = self.graph.above[c]
+            signed = -self.weights[above - 1] * nodes[above]
+            self.correlate(c, nodes[self.graph.below[c]], signed, winners[c], gradients, workspace.ops[c])
         return gradients

@@ -1,6 +1,6 @@
 """Edges: the map from the state below to the drive above, its adjoint and its parameter gradient.
 
-Edge n connects s^(n-1) and s^n: ``u = w * s^(n-1) + b`` (convolution or dense map), ``d = P(u)`` (pooling). An edge
+From s to a drive d: ``u = w * s + b`` (convolution or dense map), ``d = P(u)`` (pooling). An edge
 holds parameters only. Everything that depends on the batch (scratch, chunk sizes) is in the object that `prepare`
 returns, made once for a batch shape and passed back to every call.
 """
@@ -28,7 +28,7 @@ POOLINGS = ("none", "max", "average")
 
 
 class Edge:
-    """Base of `Conv2d` and `Linear`: parameters, shapes, initialisation.
+    """Base of `Conv2d`, `Linear` and `Identity`: parameters, shapes, initialisation.
 
     Attributes
     ----------
@@ -78,6 +78,10 @@ class Edge:
     def parameters(self) -> dict[str, Any]:
         """Return ``{"weight": ..., "bias": ...}``, or the weight alone."""
         return {"weight": self.weight, "bias": self.bias} if self.has_bias else {"weight": self.weight}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter, before there are any."""
+        return {"weight": self.weight_shape} | ({"bias": self.weight_shape[-1:]} if self.has_bias else {})
 
 
 class Conv2d(Edge):
@@ -262,3 +266,70 @@ class Linear(Edge):
     def flops(self) -> int:
         """Return the operations of one product for one sample."""
         return 2 * math.prod(self.weight_shape)
+
+
+class Identity(Edge):
+    """The state below as a drive: a residual connection, without parameters.
+
+    Parameters
+    ----------
+    in_shape : tuple of int
+    """
+
+    arguments = ("in_shape",)
+    has_bias = False
+
+    def __init__(self, in_shape: tuple[int, ...]):
+        self.in_shape = self.out_shape = shape("in_shape", in_shape)
+
+    def __repr__(self) -> str:
+        return f"Identity({self.in_shape})"
+
+    def initialize(self, generator: np.random.Generator, gain: float, device: Device, dtype: Any) -> None:
+        """There is nothing to draw."""
+
+    def capture_key(self) -> tuple[Any, ...]:
+        """Return nothing: it depends on its arguments alone."""
+        return ()
+
+    def parameters(self) -> dict[str, Any]:
+        """Return no parameters."""
+        return {}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return no shapes."""
+        return {}
+
+    def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> NoOps:
+        """Return operations that need nothing."""
+        return NoOps()
+
+    def refresh(self, ops: NoOps) -> None:
+        """There is nothing to take up."""
+
+    def drive(self, s: Any, out: Any, winners: Any, ops: NoOps) -> None:
+        """Copy `s` (B, *in_shape) into `out`."""
+        out[...] = s
+
+    linear_drive = drive
+
+    def topdown(self, s: Any, winners: Any, out: Any, ops: NoOps) -> None:
+        """Copy `s` (B, *in_shape) into `out`."""
+        out[...] = s
+
+    def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: NoOps) -> None:
+        """There are no parameters."""
+
+    def flops(self) -> int:
+        """Return no operations: nothing is multiplied."""
+        return 0
+
+
+class NoOps:
+    """Operations of an edge that multiplies nothing; see `ConvOps`."""
+
+    nbytes = flops = 0
+    made: tuple[Any, ...] = ()
+
+    def bind(self, arena: Any, made: Any) -> None:
+        """Take no views."""

@@ -25,10 +25,11 @@ from cupyep.data import hdf5
 from cupyep.data.files import one_line
 from cupyep.errors import CheckpointError, ConfigurationError, require
 from cupyep.files import write_file
-from cupyep.layers import Conv2d, Edge, Linear
+from cupyep.graph import Connection, Graph
+from cupyep.layers import Conv2d, Edge, Identity, Linear
 
 FORMAT, VERSION = "cupyep-network", 1
-LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear}
+LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear, "Identity": Identity}
 OPTIONS = ("classes", "activation", "loss", "feedback", "precision")
 
 
@@ -38,7 +39,8 @@ def describe(network: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``layers`` (of each edge its type and arguments; of a user's own all its plain attributes), ``activation``
+        ``layers`` (of each edge its type and arguments; of a user's own all its plain attributes), ``connections`` (the
+        nodes below and above each edge; none of a chain), ``activation``
         (name, range and parameters), ``feedback``, ``loss``, ``classes``, ``input_shape``, ``precision``.
     """
     description = {
@@ -50,6 +52,8 @@ def describe(network: Any) -> dict[str, Any]:
         "loss": network.readout.criterion.name,
         "precision": network.precision.name,
     }
+    if not network.graph.is_chain:
+        description["connections"] = network.graph.describe()
     return json.loads(json.dumps(description))
 
 
@@ -115,7 +119,7 @@ def write_network(path: str | Path, network: Any) -> None:
     known = name in ACTIVATIONS and description["activation"] == _attributes(ACTIVATIONS[name], ("name", "low", "high"))
     require(known, f"activation '{name}' is not one of cupyep's; {remedy}")
     structure = {
-        "layers": description["layers"],
+        **{name: description[name] for name in ("layers", "connections") if name in description},
         "options": {key: description[key] for key in OPTIONS} | {"activation": name},
         "config": {key: value for key, value in network.config.items() if key != "device"},
     }
@@ -153,10 +157,10 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
         with hdf5.open_file(path) as file:
             _check_format(path, file)
             structure = json.loads(hdf5.attribute(file, "network"))
-            layers = [_layer(values) for values in structure["layers"]]
+            graph = _graph(structure)
             options = {name: structure["options"][name] for name in OPTIONS}
-            parameters = {name: _array(file, name, shape) for name, shape in _shapes(layers, options)}
-        network = build(layers, **options)
+            parameters = {name: _array(file, name, shape) for name, shape in _shapes(graph, options)}
+        network = build(graph, **options)
         network.load_parameters(parameters)
         network.config = dict(structure["config"])
     except CheckpointError:
@@ -181,21 +185,28 @@ def _check_format(path: Path, file: h5py.File) -> None:
 def _layer(values: dict[str, Any]) -> Edge:
     kind = LAYERS[values["type"]]
     arguments = {name: values[name] for name in kind.arguments if name != "has_bias"}
-    bias = values.get("has_bias", True)  # files from before there was a choice
     numbers = [*arguments["in_shape"], *(v for name, v in arguments.items() if name not in ("in_shape", "pooling"))]
-    if type(bias) is not bool or not all(type(number) is int for number in numbers):
+    if "has_bias" in kind.arguments:
+        arguments["bias"] = values.get("has_bias", True)  # files from before there was a choice
+    if type(arguments.get("bias", True)) is not bool or not all(type(number) is int for number in numbers):
         raise TypeError(f"{values['type']} with {arguments}")
-    return kind(**arguments | {"in_shape": tuple(arguments["in_shape"]), "bias": bias})
+    return kind(**arguments | {"in_shape": tuple(arguments["in_shape"])})
 
 
-def _shapes(layers: Sequence[Edge], options: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _graph(structure: dict[str, Any]) -> Graph:
+    layers, ends = [_layer(values) for values in structure["layers"]], structure.get("connections")
+    if ends is None:
+        return Graph(layers)
+    return Graph([Connection(below, above, edge) for (below, above), edge in zip(ends, layers, strict=True)])
+
+
+def _shapes(graph: Graph, options: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the path and shape of every parameter, so that sizes are compared before memory is taken for a network."""
-    for n, edge in enumerate(layers, 1):
-        yield f"layers.{n}.weight", edge.weight_shape
-        if edge.has_bias:
-            yield f"layers.{n}.bias", edge.weight_shape[-1:]
+    for path, edge in zip(graph.paths, graph.edges, strict=True):
+        for name, shape in edge.parameter_shapes().items():
+            yield f"{path}.{name}", shape
     if options["loss"] == "cross_entropy":
-        yield "readout.weight", (math.prod(layers[-1].out_shape), options["classes"])
+        yield "readout.weight", (math.prod(graph.shapes[-1]), options["classes"])
         yield "readout.bias", (options["classes"],)
 
 

@@ -14,17 +14,18 @@ from cupyep import errors
 from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device
 from cupyep.data.loader import Batch, checked_images, checked_labels
-from cupyep.dynamics import Classical, Deviation, Nudge, State
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
-from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
+from cupyep.graph import Graph
 from cupyep.losses import one_hot
+from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
+from cupyep.memory.workspace import Memory
 from cupyep.model_file import describe, read_network, write_network
+from cupyep.phases import Nudge, State
 from cupyep.settling import check_settling, settle, watched
 from cupyep.structure import Structure, exclusive
-from cupyep.workspace import Memory, Workspace, update_ops
 
 NUDGES = ("classical", "deviation", "tangent")
-KEEPS = ("states", "drives", "both")
+RETAINED = ("states", "drives", "both")
 
 
 class Network(Structure):
@@ -32,9 +33,10 @@ class Network(Structure):
 
     Parameters
     ----------
-    layers : sequence of Edge
-        `Conv2d` and `Linear` edges, each taking the shape that the one before gives. With ``loss="squared_error"``
-        the last must be a `Linear` to `classes` units.
+    layers : sequence of Edge, sequence of Connection, or Graph
+        A chain of edges (`Conv2d`, `Linear`, `Identity`), each taking the shape that the one before gives, or edges
+        with the names of the nodes that they connect (`cupyep.graph`). With ``loss="squared_error"`` the last must be
+        a `Linear` to `classes` units.
     classes : int
     activation : str or Activation
     loss : {"cross_entropy", "squared_error"}
@@ -43,7 +45,7 @@ class Network(Structure):
     feedback : float
         Weight lambda of the top-down input, 0 < lambda <= 1; 1 is the Hopfield network of the papers.
     gain : float or sequence of float
-        Weights are drawn from N(0, gain^2 / fan_in), one gain or one a layer.
+        Weights are drawn from N(0, gain^2 / fan_in), one gain or one for each edge.
     seed : int
         Of the weights.
     device : str or Device
@@ -64,7 +66,7 @@ class Network(Structure):
     @functools.cached_property
     def memory(self) -> Memory:
         """What settling and learning need beside the parameters."""
-        return Memory(self.layers, self.device, self.precision)
+        return Memory(self.graph, self.device, self.precision)
 
     def describe(self) -> dict[str, Any]:
         """Return what this network is, parameters aside: see `cupyep.model_file.describe`."""
@@ -139,6 +141,7 @@ class Network(Structure):
         )
         if signal.network is None:
             self.device.use()
+            signal.layers = [self.graph.node(layer) for layer in signal.layers]
             signal.bind(self.state_shapes, self.classes, self.device, self.dtype)
             for layer in signal.layers:
                 signal.term(layer).prepare(self.precision)
@@ -223,27 +226,27 @@ class Network(Structure):
         return state.copy() if copy else state
 
     @exclusive
-    def settle_free(self, batch: Batch, start: State | None = None, keeps: str = "both", **how: Any) -> State:
+    def settle_free(self, batch: Batch, start: State | None = None, retain: str = "both", **how: Any) -> State:
         """Settle the free phase into this network's memory; see `settle` for the arguments.
 
         Parameters
         ----------
-        keeps : {"states", "drives", "both"}
+        retain : {"states", "drives", "both"}
             What the nudged phases leave alone: classical ones need the states, deviations the drives. Without drives
             the state has none.
         """
         batch = self.batch(batch)
         samples = len(batch.images)
-        shape = self.free_shape(samples, keeps, **how)
+        shape = self.free_shape(samples, retain, **how)
         buffers = self.memory.phase(shape)
         if start is not None:
             self.check_start(start, samples)
             if start.buffers is not None and start.buffers is not buffers:  # it lies where this phase would
-                buffers = self.memory.phase(replace(shape, base=start.buffers.top))
+                shape = replace(shape, base=start.buffers.top)
+                buffers = self.memory.phase(shape)
         self._fill(buffers, start, 1)
-        workspace = self.memory.workspace(samples)
-        system = Classical(*self.parts(workspace, buffers), batch.images, workspace.ops[0])
-        stats = settle(system, warm=start is not None, phase="free", **how)
+        phase = self.energy.states(shape, self.memory, buffers, start is not None, batch.images)
+        stats = settle(phase, **_loop(how), name="free")
         return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
 
     @exclusive
@@ -254,7 +257,7 @@ class Network(Structure):
         betas: Sequence[float],
         nudges: Sequence[Nudge],
         form: str,
-        keeps: str = "both",
+        retain: str = "both",
         **how: Any,
     ) -> State:
         """Settle one nudged phase a beta, as one batch, into this network's memory; see `settle` and `settle_free`."""
@@ -269,27 +272,25 @@ class Network(Structure):
         batch = self.batch(batch)
         samples, phases = len(batch.images), len(betas)
         self.check_start(free, samples, "free")
-        shape = self.nudged_shape(form, samples, phases, nudges, keeps, free.end, **how)
+        shape = self.nudged_shape(form, samples, phases, nudges, retain, free.end, **how)
         buffers = self.memory.phase(shape)
-        first = self.memory.workspace(samples).ops[0]
-        parts = self.parts(self.memory.workspace(samples * phases), buffers)
         if form == "classical":
             self._fill(buffers, free, phases)
-            system = Classical(*parts, batch.images, first, nudges, betas)
+            phase = self.energy.states(shape, self.memory, buffers, True, batch.images, nudges, betas)
             state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
         else:
             require(
                 free.drives is not None and free.winners is not None,
                 "deviations start at a settled state with its drives and winners: pass what settle() returned",
             )
-            system = Deviation(*parts, free, nudges, betas, tangent=form == "tangent")
-            state = State([], None, free.winners, None, buffers.states, system.weights, buffers)
-        state.stats = settle(system, warm=True, phase="nudged", **how)
+            phase = self.energy.deviations(shape, self.memory, buffers, free, nudges, betas)
+            state = State([], None, free.winners, None, buffers.states, phase.weights, buffers)
+        state.stats = settle(phase, **_loop(how), name="nudged")
         return state
 
-    def free_shape(self, samples: int, keeps: str = "both", **how: Any) -> PhaseShape:
+    def free_shape(self, samples: int, retain: str = "both", **how: Any) -> PhaseShape:
         """Return what decides on the memory of a free phase; arguments as `settle_free`."""
-        return PhaseShape("free", samples, keeps=choose("keeps", keeps, KEEPS), **self._shared_shape(**how))
+        return PhaseShape("free", samples, retain=choose("retain", retain, RETAINED), **self._shared_shape(**how))
 
     def nudged_shape(
         self,
@@ -297,7 +298,7 @@ class Network(Structure):
         samples: int,
         phases: int,
         nudges: Sequence[Nudge],
-        keeps: str = "both",
+        retain: str = "both",
         base: int = 0,
         **how: Any,
     ) -> PhaseShape:
@@ -310,7 +311,7 @@ class Network(Structure):
             form,
             samples,
             phases=phases,
-            keeps=choose("keeps", keeps, KEEPS),
+            retain=choose("retain", retain, RETAINED),
             terms=terms,
             targets=tuple(targets.values()),
             base=base,
@@ -322,13 +323,8 @@ class Network(Structure):
         return {
             "schedule": schedule,
             "watched": watched(schedule, steps, tolerance),
-            "update_scratch": update_ops(self.activation, self.device).scratch_size,
+            "update_scratch": self.energy.updates.scratch_size,
         }
-
-    def parts(self, workspace: Workspace, buffers: PhaseBuffers) -> tuple[Any, ...]:
-        """Return what both systems are made of."""
-        updates = update_ops(self.activation, self.device)
-        return self.layers, self.activation, self.feedback, self.device, workspace, updates, buffers
 
     def check_start(self, start: State, samples: int, name: str = "start") -> None:
         """Raise ConfigurationError unless the argument `name` is a state of so many samples of this network."""
@@ -340,10 +336,6 @@ class Network(Structure):
         )
 
     def _fill(self, buffers: PhaseBuffers, start: State | None, phases: int) -> None:
-        if start is None:
-            for winners in buffers.winners:  # even/odd reads some before it finds them
-                if winners is not None:
-                    winners[...] = 0
         for n, s in enumerate(buffers.states):
             if start is None:
                 s[...] = min(max(0.0, self.activation.low), self.activation.high)
@@ -376,3 +368,8 @@ class Network(Structure):
         scores = self.device.to_numpy(self.scores(x, **how))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return order[:, 0] if k == 1 else order
+
+
+def _loop(how: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments of a phase that its loop takes; its program has the order of updates."""
+    return {name: value for name, value in how.items() if name != "schedule"}

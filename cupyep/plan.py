@@ -15,11 +15,11 @@ import numpy as np
 
 from cupyep.backend.cuda import WORKSPACE_BYTES
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Nudge
+from cupyep.phases import Nudge
 from cupyep.heads import Head
 from cupyep.learning import EquilibriumPropagation, Learner
 from cupyep.optim import optimizer_bytes
-from cupyep.workspace import Workspace, made_of_weights
+from cupyep.memory.workspace import Workspace, made_of_weights
 
 
 def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> dict[str, int]:

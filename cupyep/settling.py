@@ -1,14 +1,10 @@
-"""The fixed-point loop: in which order layers are updated, when to stop, how settled each layer is.
+"""The fixed-point loop: when to stop, how settled each node is.
 
-This module knows no layer type. A *system* offers, for layers n = 1..depth, ``forward(n)`` (take up the drive from
-below), ``backward(n)`` (take up the feedback from above), ``update(n, measure)`` (set the state from both),
-``prime(n)`` (take up the drive of a start) and the array ``residual`` (depth, B) into which a measured update adds the
-mean squared change of each sample. What it moves may be multiplied by its ``scale``; its updates go ``relaxation``
-times as far as the rule says. It need keep no more drives and feedback than the orders here ask for, as for the
-synchronous one: a drive until that of the next layer but one, a feedback until the next. Its flag ``drives_current``
-says that its drives belong to its start already. Every iteration is done through its ``repeat(name, work)``, which may
-call ``work`` or, on a GPU, replay what it did before under the same name.
-One iteration of every schedule costs one product of each kind an edge.
+This module knows no layer type and no order of update. A *phase* offers ``program`` (`cupyep.program.Program`),
+``run(instructions, measure)``, and the array ``residual`` (nodes, B) into which a measured update adds the mean squared
+change of each sample. What it moves may be multiplied by its ``scale``; its updates go ``relaxation`` times as far as
+the rule says; ``label`` names a node. Its flag ``drives_current`` says that its inputs belong to its start already. Every iteration is done
+through its ``repeat(name, work)``, which may call ``work`` or, on a GPU, replay what it did before under the same name.
 """
 
 from __future__ import annotations
@@ -23,8 +19,7 @@ import numpy as np
 
 from cupyep.backend import array_module
 from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, require
-
-SCHEDULES = ("synchronous", "evenodd", "sweeps")
+from cupyep.program import SCHEDULES
 
 
 @dataclass
@@ -93,65 +88,21 @@ class SettleStats:
         )
 
 
-def _synchronous(system: Any, measure: bool, downward: bool) -> None:
-    # All layers from the old states, in place: layer n - 1 is updated as soon as nobody needs its old state any more.
-    for n in range(1, system.depth + 1):
-        system.forward(n)
-        if n > 1:
-            system.backward(n - 1)
-            system.update(n - 1, measure)
-    system.update(system.depth, measure)
-
-
-def _even_odd(system: Any, measure: bool, downward: bool) -> None:
-    # The winners of edge n + 1, seen by layer n's feedback, are current: they were found when layer n + 1 was last
-    # updated, and layer n has not moved since.
-    for first in (2, 1):
-        for n in range(first, system.depth + 1, 2):
-            system.forward(n)
-            system.backward(n)
-            system.update(n, measure)
-
-
-def _sweeps(system: Any, measure: bool, downward: bool) -> None:
-    for down in (downward, not downward):
-        for n in range(system.depth, 0, -1) if down else range(1, system.depth + 1):
-            if down:
-                system.backward(n)
-            else:
-                system.forward(n)
-            system.update(n, measure)
-
-
-ITERATIONS = {"synchronous": _synchronous, "evenodd": _even_odd, "sweeps": _sweeps}
-
-
-def _iterate(system: Any, schedule: str, measure: bool, downward: bool) -> None:
+def _iterate(phase: Any, measure: bool) -> None:
     if measure:
-        system.residual[...] = 0
-    ITERATIONS[schedule](system, measure, downward)
+        phase.residual[...] = 0
+    phase.run(phase.program.body, measure)
 
 
-def iterate(system: Any, schedule: str, measure: bool, warm: bool, relaxation: float = 1.0) -> None:
+def iterate(phase: Any, measure: bool, relaxation: float = 1.0) -> None:
     """Do one iteration; what it measures stays on the device. Arguments as `settle`."""
-    system.relaxation = relaxation
-    how = (schedule, measure, warm)
-    system.repeat((*how, relaxation), functools.partial(_iterate, system, *how))
+    phase.relaxation = relaxation
+    phase.repeat((measure, relaxation), functools.partial(_iterate, phase, measure))
 
 
-def stats_of(system: Any, steps: int) -> SettleStats:
+def stats_of(phase: Any, steps: int) -> SettleStats:
     """Return the statistics of a phase of so many steps, the last of them measured, without tolerance."""
-    return SettleStats(steps, _residual(system), host=system.host)
-
-
-def _prime(system: Any, schedule: str) -> None:
-    """Make drives and winners belong to a given start, as far as the schedule reads them before it renews them."""
-    if schedule == "evenodd":
-        for n in range(3, system.depth + 1, 2):
-            system.prime(n)
-    elif schedule == "sweeps":
-        for n in range(1, system.depth + 1):
-            system.prime(n)
+    return SettleStats(steps, _residual(phase), host=phase.host)
 
 
 def watched(schedule: str, steps: int, tolerance: float | None) -> bool:
@@ -188,29 +139,23 @@ def check_settling(
 
 
 def settle(
-    system: Any,
+    phase: Any,
     steps: int,
-    schedule: str,
     *,
-    warm: bool,
     tolerance: float | None = None,
     relaxation: float = 1.0,
     check_every: int = 10,
     record: bool = False,
-    phase: str = "free",
+    name: str = "free",
 ) -> SettleStats:
-    """Iterate `system` and report how settled it is.
+    """Iterate `phase` and report how settled it is.
 
     Parameters
     ----------
-    system : object
+    phase : object
         See the module's docstring.
     steps : int
         Number of iterations; the maximum where a tolerance is given.
-    schedule : {"synchronous", "evenodd", "sweeps"}
-        Sweeps go up and then down from a cold start, down and then up from a warm one.
-    warm : bool
-        Whether the start is a given state (drives are first made to belong to it) rather than zeros.
     tolerance : float, optional
         Stop as soon as no layer of any sample has a larger residual; looked at every `check_every` iterations,
         because on a GPU a look waits for the device.
@@ -221,17 +166,18 @@ def settle(
         phase leaves is ``sigma(g)`` of its drives, and within the range of sigma.
     record : bool
         Keep the residual of every iteration; the phase itself is the same, bit for bit.
-    phase : str
-        Named in the warning.
+    name : str
+        Of the phase, for the warning.
 
     Warns
     -----
     ConvergenceWarning
         If a tolerance was given and not reached.
     """
-    check_settling(schedule, {f"steps of the {phase} phase": steps}, tolerance, relaxation, check_every, record)
-    if warm and not system.drives_current:
-        _prime(system, schedule)
+    schedule = phase.program.schedule
+    check_settling(schedule, {f"steps of the {name} phase": steps}, tolerance, relaxation, check_every, record)
+    if not phase.drives_current:
+        phase.run(phase.program.start)
     watch_period = watched(schedule, steps, tolerance)
     trace: list[np.ndarray] = []
     converged = False
@@ -239,33 +185,33 @@ def settle(
         asked = step == steps or (tolerance is not None and step % check_every == 0)
         measure = record or asked
         if watch_period and step == steps - 1:
-            system.remember()
-        iterate(system, schedule, measure, warm, 1.0 if asked else relaxation)
+            phase.remember()
+        iterate(phase, measure, 1.0 if asked else relaxation)
         if record or (asked and tolerance is not None):
-            per_sample = system.host(_residual(system))  # the only time that the host waits for the device
+            per_sample = phase.host(_residual(phase))  # the only time that the host waits for the device
         if record:  # which must not change the phase: it stops where it would stop unwatched
             trace.append(per_sample.mean(axis=1))
         if tolerance is not None and asked and per_sample.max() <= tolerance:
             converged = True
             break
     if tolerance is None:
-        return SettleStats(step, _residual(system), trace=trace, host=system.host)
+        return SettleStats(step, _residual(phase), trace=trace, host=phase.host)
     stats = SettleStats(step, per_sample, converged, tolerance, False, trace)
     if not converged:
         stats.oscillating = watch_period and bool(
-            system.distance_from_remembered() < 0.1 * per_sample.max(axis=1).max()
+            phase.distance_from_remembered() < 0.1 * per_sample.max(axis=1).max()
         )
-        _warn(stats, phase)
+        _warn(stats, name, phase.label)
     return stats
 
 
-def _residual(system: Any) -> Any:
-    """Return the residual of every layer and sample, an array of its own: the next phase takes the system's memory."""
-    measured, factor = array_module(system.residual).sqrt(system.residual), system.scale * system.relaxation
+def _residual(phase: Any) -> Any:
+    """Return the residual of every node and sample, an array of its own: the next phase takes this one's memory."""
+    measured, factor = array_module(phase.residual).sqrt(phase.residual), phase.scale * phase.relaxation
     return measured if factor == 1 else measured / factor
 
 
-def _warn(stats: SettleStats, phase: str) -> None:
+def _warn(stats: SettleStats, phase: str, label: Callable[[int], str]) -> None:
     layer = stats.worst_layer()
     unsettled = int((stats.per_sample.max(axis=0) > stats.tolerance).sum())
     remedy = (
@@ -274,7 +220,7 @@ def _warn(stats: SettleStats, phase: str) -> None:
         else f"raise the {phase} steps, lower the gain or the feedback, or raise the tolerance"
     )
     warnings.warn(
-        f"the {phase} phase did not settle in {stats.steps} steps: layer {layer} has residual "
+        f"the {phase} phase did not settle in {stats.steps} steps: {label(layer)} has residual "
         f"{stats.per_sample[layer - 1].max():.2g} > {stats.tolerance:.2g} "
         f"({unsettled} of {stats.per_sample.shape[1]} samples); {remedy}",
         ConvergenceWarning,

@@ -1,4 +1,4 @@
-"""What a network is before it settles: edges, activation, feedback weight, readout, and their parameters by path."""
+"""What a network is before it settles: graph, activation, feedback weight, readout, and their parameters by path."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 from cupyep import errors
 from cupyep.activations import Activation, get_activation
 from cupyep.backend import PRECISIONS, Device, get_device, get_precision
-from cupyep.energy import Energy
+from cupyep.energy import HopfieldEnergy
 from cupyep.errors import choose, instance, integer, is_number, items, number, require
 from cupyep.heads import Head
+from cupyep.graph import Connection, Graph
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
 
@@ -42,7 +43,7 @@ class Structure:
 
     def __init__(
         self,
-        layers: Sequence[Edge],
+        layers: Graph | Sequence[Edge] | Sequence[Connection],
         classes: int,
         *,
         activation: str | Activation = "hard_sigmoid",
@@ -54,7 +55,7 @@ class Structure:
         precision: str = "float32",
     ):
         self.lock = threading.RLock()
-        self.layers = items("layers", layers, Edge)
+        self.graph = layers if isinstance(layers, Graph) else Graph(layers)
         self.classes = integer("classes", classes)
         self.activation = get_activation(activation)
         self.device = get_device(device)
@@ -62,39 +63,29 @@ class Structure:
         self.precision = get_precision(choose("precision", precision, PRECISIONS))
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
-        self._check_chain()
         self.readout = self._make_readout(loss)
         self._initialize(gain, seed)
         self.config: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("lock", "memory")}
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "memory", "energy")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
 
     def _checked_feedback(self, feedback: float) -> float:
         feedback = number("feedback (lambda)", feedback, above=0, high=1)
-        largest = feedback ** -(len(self.layers) - 1)
+        largest = max(self.graph.weights(feedback))
         limit = float(np.finfo(self.dtype).max) ** 0.75
         require(
             largest < limit,
-            f"feedback {feedback} in {len(self.layers)} layers makes layer weights of {largest:.0e}, too large for "
+            f"feedback {feedback} in {max(self.graph.depths)} layers makes layer weights of {largest:.0e}, too large for "
             f"{self.dtype}; raise the feedback or use precision float64",
         )
         return feedback
 
-    def _check_chain(self) -> None:
-        require(len(self.layers) > 0, "a network needs at least one layer")
-        for n, (below, edge) in enumerate(zip(self.layers, self.layers[1:], strict=False), 2):
-            require(
-                math.prod(edge.in_shape) == math.prod(below.out_shape)
-                and (len(edge.in_shape) == 1 or edge.in_shape == below.out_shape),
-                f"layer {n} takes {edge.in_shape} but layer {n - 1} gives {below.out_shape}",
-            )
-
     def _make_readout(self, loss: str) -> Head:
-        shape, criterion = self.layers[-1].out_shape, get_loss(loss)
+        shape, criterion = self.state_shapes[-1], get_loss(loss)
         if criterion.name == "cross_entropy":
             return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True)
         require(
@@ -105,46 +96,52 @@ class Structure:
 
     def _initialize(self, gain: float | Sequence[float], seed: int) -> None:
         generator = np.random.default_rng(errors.seed("seed", seed))
-        gains = [gain] * self.depth if is_number(gain) else items("gain", gain)
-        require(len(gains) == self.depth, f"give one gain or {self.depth}, one a layer, not {len(gains)}")
+        count = len(self.layers)
+        gains = [gain] * count if is_number(gain) else items("gain", gain)
+        require(len(gains) == count, f"give one gain or {count}, one a layer, not {len(gains)}")
         for edge, layer_gain in zip(self.layers, gains, strict=True):
             edge.initialize(generator, layer_gain, self.device, self.dtype)
         self.readout.initialize(generator, 1.0, self.device, self.dtype)
         self.readout.prepare(self.precision)
 
     @property
+    def layers(self) -> list[Edge]:
+        """The edge of each connection, in the order of the nodes above."""
+        return self.graph.edges
+
+    @property
     def depth(self) -> int:
-        """Number of state layers L."""
-        return len(self.layers)
+        """Number of nodes L, the state layers."""
+        return len(self.graph.names)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape (H, W, C) of an image."""
-        return self.layers[0].in_shape
+        return self.graph.input_shape
 
     @property
     def state_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of s^1 .. s^L without the batch axis."""
-        return [edge.out_shape for edge in self.layers]
+        return self.graph.shapes
 
-    @property
-    def energy(self) -> Energy:
+    @functools.cached_property
+    def energy(self) -> HopfieldEnergy:
         """The energy that this network's free phase settles in."""
-        precision = get_precision(self.dtype.name)  # of a definition: nothing is stored in halves
-        return Energy(self.layers, self.activation, self.feedback, self.device, precision)
+        return HopfieldEnergy(self.graph, self.activation, self.feedback, self.device, self.precision)
 
     def __repr__(self) -> str:
         readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
         where = f"{self.precision.name}, {self.device.name}"
         lines = [f"Network({self.activation.name}, feedback {self.feedback:g}, {where}"]
-        lines += [f"  {n}: {edge!r}" for n, edge in enumerate(self.layers, 1)]
+        for c in self.graph.connections:
+            lines.append(f"  {c.above}: {c.edge!r}" if self.graph.is_chain else f"  {c.below} to {c.above}: {c.edge!r}")
         return "\n".join([*lines, f"  readout: {readout}, {self.readout.criterion.name})"])
 
     def parameters(self) -> dict[str, Any]:
         """Return the trained arrays by path, ``layers.1.weight`` .. ``readout.bias``."""
         parameters = {
-            f"layers.{n}.{name}": array
-            for n, edge in enumerate(self.layers, 1)
+            f"{path}.{name}": array
+            for path, edge in zip(self.graph.paths, self.layers, strict=True)
             for name, array in edge.parameters().items()
         }
         return parameters | {f"readout.{name}": array for name, array in self.readout.parameters().items()}

@@ -7,7 +7,7 @@ import pytest
 from small import batch_of, network, on_host, signals_of
 
 import cupyep as ep
-from cupyep.dynamics import State
+from cupyep.phases import State
 from cupyep.learning.check import compare, compare_precisions
 
 

@@ -21,7 +21,8 @@ from cupyep.backend.cuda import Cublas, Launcher, address, kernel_argument, sour
 from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
 from cupyep.kernels import cuda_conv, cuda_head, cuda_optimizer, cuda_update, reduction
-from cupyep.kernels.buffers import Arena, Stack
+from cupyep.kernels.buffers import Arena
+from cupyep.memory.allotment import Stack
 from cupyep.kernels.cuda_update import CudaUpdateOps
 from cupyep.kernels.update import UpdateOps
 from cupyep.losses import CrossEntropy

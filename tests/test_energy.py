@@ -5,7 +5,7 @@ import pytest
 from oracle import INVERSE, Oracle, finite_difference
 from small import batch_of, network, oracle_terms, signals_of
 
-from cupyep.dynamics import layer_weights
+import cupyep as ep
 
 BETA = 0.35
 
@@ -115,8 +115,9 @@ def test_phi_layer_by_layer(device):
 
 
 def test_layer_weights():
-    assert layer_weights(4, 0.5) == [8.0, 4.0, 2.0, 1.0]
-    assert layer_weights(3, 1.0) == [1.0, 1.0, 1.0]
+    chain = [ep.Linear((2,), 2) for _ in range(4)]
+    assert ep.Graph(chain).weights(0.5) == [8.0, 4.0, 2.0, 1.0]
+    assert ep.Graph(chain[:3]).weights(1.0) == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

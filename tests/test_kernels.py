@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cupyep.backend.precision import get_precision
-from cupyep.kernels.buffers import Arena, Stack
+from cupyep.kernels.buffers import Arena
+from cupyep.memory.allotment import Stack
 from cupyep.kernels.columns import col2im, im2col, inner_view, output_size
 from cupyep.kernels.pooling import (
     average_pool,

@@ -7,11 +7,10 @@ import pytest
 from small import batch_of, network, signals_of
 
 import cupyep as ep
-from cupyep.dynamics import layer_weights
-from cupyep.kernels.buffers import Stack
+from cupyep.memory.allotment import Stack
 from cupyep.kernels.update import UpdateOps
-from cupyep.layout import Layout, PhaseShape, rows_of_parts
-from cupyep.workspace import Memory
+from cupyep.memory.layout import Layout, PhaseShape, rows_of_parts
+from cupyep.memory.workspace import Memory
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
 STEPS = 3
@@ -27,9 +26,9 @@ class Lavish:
         self.net, self.batch, self.free = net, batch, free
         self.betas = np.repeat(np.asarray(betas), len(batch))
         self.phases, rows = len(betas), len(self.betas)
-        self.weights = layer_weights(net.depth, net.feedback)
+        self.weights = net.graph.weights(net.feedback)
         self.updates = UpdateOps(np, net.activation)
-        self.ops = Memory(net.layers, net.device, net.precision).workspace(rows).ops
+        self.ops = Memory(net.graph, net.device, net.precision).workspace(rows).ops
         self.s, self.drive, self.topdown, self.g = (
             [np.zeros((rows, *shape), net.dtype) for shape in net.state_shapes] for _ in range(4)
         )

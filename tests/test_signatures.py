@@ -163,8 +163,8 @@ VALID = {
     ),
     "Network.scores": lambda w: (w.net.scores, {"x": w.x, "steps": 2}),
     "Network.predict": lambda w: (w.net.predict, {"x": w.x, "steps": 2}),
-    "Energy": lambda w: (
-        ep.Energy,
+    "HopfieldEnergy": lambda w: (
+        ep.HopfieldEnergy,
         {
             "edges": w.net.layers,
             "activation": w.net.activation,
@@ -173,16 +173,16 @@ VALID = {
             "precision": w.net.precision,
         },
     ),
-    "Energy.phi": lambda w: (w.energy.phi, {"x": w.x, "layers": w.states}),
-    "Energy.value": lambda w: (
+    "HopfieldEnergy.phi": lambda w: (w.energy.phi, {"x": w.x, "layers": w.states}),
+    "HopfieldEnergy.value": lambda w: (
         w.energy.value,
         {"x": w.x, "layers": w.states, "nudges": w.net.nudges(w.batch), "beta": 0.5},
     ),
-    "Energy.force": lambda w: (
+    "HopfieldEnergy.force": lambda w: (
         w.energy.force,
         {"x": w.x, "layers": w.states, "nudges": w.net.nudges(w.batch), "beta": 0.5},
     ),
-    "Energy.parameter_gradient": lambda w: (w.energy.parameter_gradient, {"x": w.x, "layers": w.states}),
+    "HopfieldEnergy.parameter_gradient": lambda w: (w.energy.parameter_gradient, {"x": w.x, "layers": w.states}),
     "vgg": lambda w: (ep.vgg, {"depth": 5, "width": 0.01, "device": "cpu", "input_shape": (16, 16, 1)}),
     "build": lambda w: (ep.build, {"arch": "vgg5", "width": 0.01, "device": "cpu"}),
     "EquilibriumPropagation": lambda w: (
@@ -352,7 +352,7 @@ MEANINGFUL = (
     (r"Clip|Tanh", "low|center", "minus one|zero", "a place on the axis"),
     (r"Clip", "high", "infinity", "ReLU has no upper end"),
     (r".*", "seed|_seed", "zero|huge|longer than Python prints", "NumPy takes integers of any length as seeds"),
-    (r"Energy.*", "beta", "zero|minus one", "the energy is that of any nudge"),
+    (r"HopfieldEnergy.*", "beta", "zero|minus one", "the energy is that of any nudge"),
     (r"Network.settle", "beta", "minus one", "the nudge away from the target"),
     (r".*", "kappa|progress|momentum|weight_decay|factor|padding|pad|view|start", "zero", "its range begins at 0"),
     (r".*", "signals|nudges", "empty list|empty array", "a sequence of none"),

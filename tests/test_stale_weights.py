@@ -7,7 +7,7 @@ import pytest
 from small import batch_of, hosts, network, on_host
 
 import cupyep as ep
-from cupyep.workspace import Workspace
+from cupyep.memory.workspace import Workspace
 
 STEPS = {"free_steps": 3, "nudged_steps": 2}
 

@@ -22,7 +22,7 @@ from cupyep.training.config import TrainConfig
 from cupyep.training.results import top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics, gradient_norms
-from cupyep.workspace import Workspace
+from cupyep.memory.workspace import Workspace
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 

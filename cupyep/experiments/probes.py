@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cupyep.data import Batch, Loader
-from cupyep.dynamics import State
+from cupyep.phases import State
 from cupyep.errors import DivergenceError
 from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare

@@ -1,7 +1,7 @@
 """A network as an ONNX graph: images in, the readout of the settled free phase out, every step written out.
 
-The graph is made by the same schedules that settle a network (`cupyep.settling`): they call a *system*, and the
-system here appends nodes instead of computing. One weight tensor serves each product both ways, Conv and
+The graph is written from the same programs that settle a network (`cupyep.program`): where a phase computes, a node is
+appended. One weight tensor serves each product both ways, Conv and
 ConvTranspose, Gemm with and without a transpose. Max-pooling goes back by MaxUnpool at the indices that MaxPool gave:
 the plain maximum, where the package takes the first of units that are equal but for rounding
 (`Precision.tie_margin`). In such a rare window feedback goes to another unit, and scores differ by more than rounding
@@ -10,6 +10,7 @@ the plain maximum, where the package takes the first of units that are equal but
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ import numpy as np
 
 from cupyep._version import __version__
 from cupyep.activations import Activation, Clip, Gelu, Tanh
-from cupyep.errors import ConfigurationError, choose, require
+from cupyep.errors import ConfigurationError, require
 from cupyep.export.weights import torch_layout
-from cupyep.layers import Conv2d, Linear
+from cupyep.layers import Conv2d, Identity, Linear
 from cupyep.network import Network
-from cupyep.settling import ITERATIONS, check_relaxation
+from cupyep.program import Drive, Program, Update, Value, make_program
+from cupyep.settling import check_relaxation
 
 OPSET, IR_VERSION = 17, 8  # of 2022: understood by every runtime in use
 INPUT, OUTPUT = "images", "scores"
@@ -81,9 +83,14 @@ def onnx_model(
     )
     graph = _Graph(network, helper)
     images = graph.normalised(INPUT, mean, std)
-    check_relaxation(relaxation, choose("schedule", schedule, ITERATIONS))
-    graph.settle(images, 0 if feedforward else steps, schedule, relaxation)
-    graph.iterate(0 if feedforward else unrolled_steps, "synchronous", 1.0)
+    program = make_program(network.graph, schedule, warm=False, image=True)
+    check_relaxation(relaxation, schedule)
+    graph.take_images(images)
+    if feedforward:
+        graph.rise()
+    else:
+        graph.settle(program, steps, relaxation)
+        graph.settle(make_program(network.graph, "synchronous", warm=False, image=True), unrolled_steps, 1.0)
     graph.readout()
     shape = network.input_shape if len(network.input_shape) == 1 else [network.input_shape[k] for k in (2, 0, 1)]
     proto = helper.make_graph(
@@ -115,24 +122,21 @@ def _onnx() -> tuple[Any, Any]:
 
 
 class _Graph:
-    """A system (see `cupyep.settling`) whose states, drives and feedback are names of tensors, None for zeros."""
-
-    drives_current = False
-    relaxation = 1.0
+    """Executes programs; states and the values between products and updates are names of tensors, None for zeros."""
 
     def __init__(self, network: Network, helper: Any):
         low, high = network.activation.low, network.activation.high
         require(low <= 0 <= high, f"activation {network.activation.name} does not start at 0; it cannot be exported")
         self.network = network
         self.helper = helper
-        self.depth = network.depth
+        self.edges = network.layers
+        self.below, self.above = network.graph.below, network.graph.above
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
         self._constant_names: dict[tuple, str] = {}
-        self.states: list[str | None] = [None] * self.depth
-        self.drives: list[str | None] = [None] * self.depth
-        self.topdowns: list[str | None] = [None] * self.depth
-        self.winners: list[str | None] = [None] * self.depth
+        self.states: list[str | None] = [None] * (network.depth + 1)  # the first is the image
+        self.values: dict[Value | None, str | None] = {}
+        self.winners: list[str | None] = [None] * len(self.edges)
         for name, array in torch_layout(network).items():
             self.constants[name] = array.astype(np.float32)
 
@@ -176,18 +180,24 @@ class _Graph:
         scaled = self.node("Mul", images, self.constant(1 / std))
         return self.node("Add", scaled, self.constant(-mean / std))
 
-    def settle(self, images: str, steps: int, schedule: str, relaxation: float) -> None:
-        self.drives[0] = self._drive(1, images)
-        if steps == 0:
-            for n in range(1, self.depth + 1):
-                self.forward(n)
-                self.update(n, False)
-        self.iterate(steps, schedule, relaxation)
+    def take_images(self, images: str) -> None:
+        self.states[0] = images
+        for c in self.network.graph.out_of[0]:
+            self.values[Value("constant", self.above[c])] = self._drive(c)
 
-    def iterate(self, steps: int, schedule: str, relaxation: float) -> None:
+    def rise(self) -> None:
+        """Write one pass upwards, in topological order."""
+        for node, into in enumerate(self.network.graph.into[1:], 1):
+            drives = [self._drive(c) for c in into]
+            self.states[node] = self._activation(self.network.activation, functools.reduce(self._sum, drives))
+
+    def settle(self, program: Program, steps: int, relaxation: float) -> None:
         for step in range(1, steps + 1):
-            self.relaxation = 1.0 if step == steps else relaxation
-            ITERATIONS[schedule](self, False, False)
+            for instruction in program.body:
+                if isinstance(instruction, Update):
+                    self._update(instruction, 1.0 if step == steps else relaxation)
+                else:
+                    self._product(instruction)
 
     def readout(self) -> None:
         state, shape = self.states[-1], self.network.state_shapes[-1]
@@ -198,59 +208,67 @@ class _Graph:
             node = self.helper.make_node("Gemm", inputs, [OUTPUT], transB=1)
         self.nodes.append(node)
 
-    # --- what the schedules call -----------------------------------------------------------------------------------
+    # --- instructions ----------------------------------------------------------------------------------------------
 
-    def forward(self, n: int) -> None:
-        if n > 1:
-            self.drives[n - 1] = self._drive(n, self.states[n - 2] or self._zeros(n - 1))
+    def _product(self, instruction: Any) -> None:
+        connection, out = instruction.connection, instruction.out
+        fresh = self._drive(connection) if isinstance(instruction, Drive) else self._topdown(connection)
+        self.values[out] = self._sum(self.values.get(out), fresh) if instruction.add else fresh
 
-    def backward(self, n: int) -> None:
-        if n < self.depth and self.states[n] is not None:
-            self.topdowns[n - 1] = self._topdown(n + 1, self.states[n])
-
-    def update(self, n: int, measure: bool) -> None:
-        total, topdown = self.drives[n - 1], self.topdowns[n - 1]
-        if topdown is not None:
-            if self.network.feedback != 1:
-                topdown = self.node("Mul", topdown, self.constant(self.network.feedback))
-            total = self.node("Add", total, topdown)
-        fresh, old = self._activation(self.network.activation, total), self.states[n - 1]
-        if self.relaxation != 1:  # old + omega (fresh - old)
-            fresh = self.node("Mul", fresh, self.constant(self.relaxation))
+    def _update(self, update: Update, relaxation: float) -> None:
+        n = update.node
+        total = self._sum(self.values.get(update.drive), self.values.get(update.topdown))
+        fresh, old = self._activation(self.network.activation, total), self.states[n]
+        if relaxation != 1:  # old + omega (fresh - old)
+            fresh = self.node("Mul", fresh, self.constant(relaxation))
             if old is not None:
-                fresh = self.node("Add", fresh, self.node("Mul", old, self.constant(1 - self.relaxation)))
-        self.states[n - 1] = fresh
+                fresh = self.node("Add", fresh, self.node("Mul", old, self.constant(1 - relaxation)))
+        self.states[n] = fresh
+        if update.keep is not None:
+            self.values[Value("kept", n)] = self.values.get(update.keep)
+
+    def _sum(self, one: str | None, other: str | None) -> str | None:
+        return one or other if None in (one, other) else self.node("Add", one, other)
 
     # --- pieces ----------------------------------------------------------------------------------------------------
 
-    def _zeros(self, n: int) -> str:
-        shape = self.network.state_shapes[n - 1]
+    def _zeros(self, node: int) -> str:
+        shape = self.network.state_shapes[node - 1]
         value = self.helper.make_tensor("value", 1, [1], [0.0])
         return self.node("ConstantOfShape", self.shape(*_channels_first(shape)), value=value)
 
     def _flat(self, state: str, shape: tuple[int, ...]) -> str:
         return state if len(shape) == 1 else self.node("Flatten", state)
 
-    def _below(self, n: int) -> tuple[int, ...]:
-        return self.network.state_shapes[n - 2] if n > 1 else self.network.input_shape
+    def _shape_below(self, c: int) -> tuple[int, ...]:
+        return self.network.state_shapes[self.below[c] - 1] if self.below[c] else self.network.input_shape
 
-    def _drive(self, n: int, below: str) -> str:
-        edge = self.network.layers[n - 1]
-        parameters = [f"layers.{n - 1}.{name}" for name in edge.parameters()]
+    def _drive(self, c: int) -> str:
+        edge, below = self.edges[c], self.states[self.below[c]] or self._zeros(self.below[c])
+        if type(edge) is Identity:
+            return below
+        parameters = [f"layers.{c}.weight", *[f"layers.{c}.bias"] * edge.has_bias]
         if type(edge) is Linear:
-            return self.node("Gemm", self._flat(below, self._below(n)), *parameters, transB=1)
+            return self.node("Gemm", self._flat(below, self._shape_below(c)), *parameters, transB=1)
         u = self.node("Conv", below, *parameters, **_window(edge))
         pool = {"kernel_shape": [edge.pool] * 2, "strides": [edge.pool] * 2}
         if edge.pooling == "average":
             return self.node("AveragePool", u, **pool)
         if edge.pooling == "none":
             return u
-        pooled, self.winners[n - 1] = self.node("MaxPool", u, outputs=2, **pool)
+        pooled, self.winners[c] = self.node("MaxPool", u, outputs=2, **pool)
         return pooled
 
-    def _topdown(self, n: int, state: str) -> str:
-        """Return what edge n sends down from the `state` above it."""
-        edge, weight, below = self.network.layers[n - 1], f"layers.{n - 1}.weight", self._below(n)
+    def _topdown(self, c: int) -> str | None:
+        """Return what a connection sends down from the state above it, with its weight; None for nothing."""
+        state, ratio = self.states[self.above[c]], self.network.energy.ratios[c]
+        down = None if state is None else self._adjoint(c, state)
+        return down if down is None or ratio == 1 else self.node("Mul", down, self.constant(ratio))
+
+    def _adjoint(self, c: int, state: str) -> str:
+        edge, weight, below = self.edges[c], f"layers.{c}.weight", self._shape_below(c)
+        if type(edge) is Identity:
+            return state
         if type(edge) is Linear:
             down = self.node("Gemm", state, weight)
             shape = self.constant([0, *_channels_first(below)], np.int64)
@@ -258,14 +276,14 @@ class _Graph:
         # What stride and window leave over of the map below gets nothing.
         reached = [(size - 1) * edge.stride + edge.kernel - 2 * edge.padding for size in edge.map_shape[:2]]
         spare = [size - end for size, end in zip(below[:2], reached, strict=True)]
-        u = self._unpooled(n, edge, state)
+        u = self._unpooled(c, edge, state)
         return self.node("ConvTranspose", u, weight, output_padding=spare, **_window(edge))
 
-    def _unpooled(self, n: int, edge: Conv2d, state: str) -> str:
+    def _unpooled(self, c: int, edge: Conv2d, state: str) -> str:
         height, width, channels = edge.map_shape
         pool = {"kernel_shape": [edge.pool] * 2, "strides": [edge.pool] * 2}
         if edge.pooling == "max":
-            return self.node("MaxUnpool", state, self.winners[n - 1], self.shape(channels, height, width), **pool)
+            return self.node("MaxUnpool", state, self.winners[c], self.shape(channels, height, width), **pool)
         if edge.pooling == "none":
             return state
         spread = self.constant(np.full((channels, 1, edge.pool, edge.pool), edge.pool**-2))

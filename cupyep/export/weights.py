@@ -3,7 +3,7 @@
 =============  ========================  ===========================================
 here           there                     axes there
 =============  ========================  ===========================================
-layers.1 ..    ``layers.0`` ..           as an ``nn.ModuleList`` counts
+layers.1 ..    ``layers.0`` ..           as an ``nn.ModuleList`` of the connections counts
 Conv2d         ``weight`` (K, C, h, w)   here (h, w, C, K)
 Linear         ``weight`` (out, in)      here (in, out); `in` is (C, H, W) flattened, here (H, W, C)
 readout        ``readout.weight``        a Linear
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.errors import ConfigurationError
-from cupyep.layers import Conv2d, Linear
+from cupyep.layers import Conv2d, Identity, Linear
 from cupyep.network import Network
 
 
@@ -36,11 +36,13 @@ def torch_layout(network: Network) -> dict[str, np.ndarray]:
         If a layer is of a class of the user's own, whose layout is not known here.
     """
     host, arrays = network.device.to_numpy, {}
-    for n, edge in enumerate(network.layers, 1):
-        below = network.layers[n - 2].out_shape if n > 1 else edge.in_shape
-        arrays[f"layers.{n - 1}.weight"] = _weight(n, edge, host(edge.weight), below)
+    shapes, graph = [network.input_shape, *network.state_shapes], network.graph
+    for n, (edge, below, above) in enumerate(zip(graph.edges, graph.below, graph.above, strict=True)):
+        if type(edge) is Identity:
+            continue
+        arrays[f"layers.{n}.weight"] = _weight(graph.label(above), edge, host(edge.weight), shapes[below])
         if edge.has_bias:
-            arrays[f"layers.{n - 1}.bias"] = host(edge.bias).copy()
+            arrays[f"layers.{n}.bias"] = host(edge.bias).copy()
     readout = network.readout
     if not readout.identity:
         arrays["readout.weight"] = _dense(host(readout.weight), readout.shape)
@@ -48,12 +50,12 @@ def torch_layout(network: Network) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _weight(n: int, edge: Any, weight: np.ndarray, below: tuple[int, ...]) -> np.ndarray:
+def _weight(where: str, edge: Any, weight: np.ndarray, below: tuple[int, ...]) -> np.ndarray:
     if type(edge) is Conv2d:
         return np.ascontiguousarray(weight.transpose(3, 2, 0, 1))
     if type(edge) is Linear:
         return _dense(weight, below)
-    raise ConfigurationError(f"layer {n} is a {type(edge).__name__}; only Conv2d and Linear can be exported")
+    raise ConfigurationError(f"{where} is a {type(edge).__name__}; only Conv2d and Linear can be exported")
 
 
 def _dense(weight: np.ndarray, below: tuple[int, ...]) -> np.ndarray:

@@ -9,16 +9,16 @@ from typing import Any
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Nudge, State
-from cupyep.kernels.buffers import Stack
-from cupyep.layout import Layout
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
+from cupyep.memory.allotment import Stack
+from cupyep.memory.layout import Layout
+from cupyep.memory.workspace import Needs
 from cupyep.network import Network
-from cupyep.workspace import Needs
+from cupyep.phases import Nudge, State
 
 
 class Backpropagation(Learner):
-    """BP of ``s^n = sigma(d^n(s^{n-1}))``: no top-down input, no settling.
+    """BP of ``s^j = sigma(sum of drives)`` in topological order: no top-down input, no settling.
 
     Parameters
     ----------
@@ -47,37 +47,52 @@ class Backpropagation(Learner):
         return self.network.memory.laid_out(needs.key, 0, needs.lay_out)
 
     def _forward(self, batch: Batch, passes: Passes) -> State:
-        network, state, below = self.network, passes.state, batch.images
-        ops = network.memory.workspace(len(batch.images)).ops
-        for n, edge in enumerate(network.layers):
-            edge.drive(below, state.drives[n], state.winners[n], ops[n])
-            network.activation.value(state.drives[n], state.layers[n])
-            below = state.layers[n]
+        network, state, nodes = self.network, passes.state, [batch.images]
+        graph, ops = network.graph, network.memory.workspace(len(batch.images)).ops
+        for node in range(1, network.depth + 1):
+            drive = state.drives[node - 1]
+            for number, c in enumerate(graph.into[node]):
+                out = drive if number == 0 else passes.terms[node - 1]
+                graph.edges[c].drive(nodes[graph.below[c]], out, state.winners[c], ops[c])
+                if number:
+                    drive += out
+            network.activation.value(drive, state.layers[node - 1])
+            nodes.append(state.layers[node - 1])
         return state
 
     def _add(self, gradients: dict[str, Any], batch: Batch, total: int, draw: None) -> StepResult:
         network, samples = self.network, len(batch)
         nudges = network.nudges(batch, self.signals)
         scale = self._loss_scale(nudges)
-        self._factors = [1 / (scale * total)] * network.depth
+        self._factors = [1 / (scale * total)] * len(network.layers)
         passes = self._passes(batch, nudges)
         state, ops = self._forward(batch, passes), network.memory.workspace(samples).ops
-        figures = self._figures(state.layers, batch, total, passes.mu[0])
+        figures = self._figures(state.layers, batch, total, passes.mu)
         self._add_terms(gradients, nudges, lambda n: state.layers[n - 1], 1.0, total, passes.scratch)
-        for n in range(network.depth, 0, -1):
-            here, slope = passes.mu[n % 2][n - 1], state.drives[n - 1]
-            if n == network.depth:
-                here[...] = 0
-            self._add_loss_gradient(nudges, state.layers, n, scale, here, passes.scratch)
+        passes.mu[-1][...] = 0
+        for node in range(network.depth, 0, -1):
+            here, slope = passes.mu[node - 1], state.drives[node - 1]
+            self._add_loss_gradient(nudges, state.layers, node, scale, here, passes.scratch)
             network.activation.slope(slope, slope)
             here *= slope
-            winners = state.winners[n - 1]
-            below = state.layers[n - 2] if n > 1 else batch.images
-            q = self._as_factor(here, passes.q[n - 1])
-            self._add_edge(gradients, n, below, q, winners, ops[n - 1])
-            if n > 1:
-                network.layers[n - 1].topdown(q, winners, passes.mu[(n - 1) % 2][n - 2], ops[n - 1])
+            self._send_down(node, self._as_factor(here, passes.q[node - 1]), batch.images, passes, ops, gradients)
         return StepResult(gradients, **figures)
+
+
+    def _send_down(
+        self, node: int, q: Any, x: Any, passes: Passes, ops: Sequence[Any], gradients: dict[str, Any]
+    ) -> None:
+        """Add the gradients of the connections into a node, and what its ``dL/dg`` sends to the nodes below."""
+        graph, state = self.network.graph, passes.state
+        for c in graph.into[node]:
+            below, winners = graph.below[c], state.winners[c]
+            self.network.energy.correlate(c, state.layers[below - 1] if below else x, q, winners, gradients, ops[c])
+            if below:
+                is_first = node == max(graph.above[other] for other in graph.out_of[below])
+                out = passes.mu[below - 1] if is_first else passes.terms[below - 1]
+                graph.edges[c].topdown(q, winners, out, ops[c])
+                if not is_first:
+                    passes.mu[below - 1] += out
 
 
 @dataclass(frozen=True)
@@ -96,8 +111,10 @@ class Passes:
     ----------
     state : State
         Its drives are slopes after the pass down.
-    mu : pair of lists of arrays
-        dL/ds of even and of odd layers: one layer's of each at a time.
+    mu : list of arrays
+        dL/ds of each node, from the turn of the last node above to its own.
+    terms : list of arrays
+        A drive or top-down product that is about to be added, one node's at a time.
     q : list of arrays
         One layer's as a factor of products, where that is stored in halves.
     scratch : array
@@ -105,7 +122,8 @@ class Passes:
     """
 
     state: State
-    mu: tuple[list[Any], list[Any]]
+    mu: list[Any]
+    terms: list[Any]
     q: list[Any]
     scratch: Any
 
@@ -117,7 +135,8 @@ def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:
     states = [stack.take("states", size, layout.stored) for size in batch]
     drives = [stack.take("drives", size, layout.number) for size in batch]
     winners = layout.winners(stack, samples)
-    mu = tuple(stack.take_turns("adjoint states", batch, layout.number) for _ in range(2))
+    mu = stack.take_all("adjoint states", layout.until_above(batch, layout.number))
+    terms = stack.take_one_of("adjoint states", layout.with_several(batch), layout.number)
     q = layout.factors(stack, batch)
     scratch = stack.take("update scratch", (shape.scratch,), layout.number)
-    return Passes(State(states, drives, winners), mu, q, scratch)
+    return Passes(State(states, drives, winners), mu, terms, q, scratch)

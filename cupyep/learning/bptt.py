@@ -1,8 +1,7 @@
 """Backpropagation through time: the gradient of L at the last of T synchronous steps, the last K of them unrolled.
 
-The adjoint of ``s_{t+1} = sigma(g_t)``, ``g^n_t = d^n(s^{n-1}_t) + lambda w_{n+1}^T * U_{n+1}(s^{n+1}_t)`` is explicit.
-With mu = dL/ds_{t+1} and ``q^n = mu^n sigma'(g^n_t)``: mu^{n-1} gains ``w_n^T * U_n(q^n)``, mu^{n+1} gains
-``lambda G_{n+1}(w_{n+1} * q^n)``, both at the winners of step t. This is the ground truth for EP (Ernoult et al. 2019),
+The adjoint of ``s_{t+1} = sigma(g_t)`` is explicit. With mu = dL/ds_{t+1} and ``q^n = mu^n sigma'(g^n_t)``, a connection
+from i to j gives mu^i ``w^T * U(q^j)`` and mu^j ``(a_j / a_i) G(w * q^i)``, both at the winners of step t. This is the ground truth for EP (Ernoult et al. 2019),
 and it stores states, drives and winners of K steps: the memory that EP does not need.
 """
 
@@ -17,15 +16,15 @@ import numpy as np
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Classical, Nudge, State
 from cupyep.errors import integer
-from cupyep.kernels.buffers import Stack
-from cupyep.layout import Layout, PhaseBuffers, PhaseShape
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
+from cupyep.memory.allotment import Stack
+from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape
+from cupyep.memory.workspace import Needs
 from cupyep.network import Network
+from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats, check_settling, iterate, stats_of
 from cupyep.structure import exclusive
-from cupyep.workspace import Needs, Workspace
 
 ADJOINT_TOLERANCE = 1e-5
 ADJOINT_RELAXATION = 1.6  # of strong feedback: weak feedback needs few passes, and too large a step only adds to them
@@ -73,7 +72,7 @@ class BackpropagationThroughTime(Learner):
     def _free(self) -> dict[str, Any]:
         """How the free phase settles."""
         return {
-            "keeps": "states",
+            "retain": "states",
             "steps": self.free_steps,
             "schedule": self.schedule,
             "tolerance": self.tolerance,
@@ -86,7 +85,7 @@ class BackpropagationThroughTime(Learner):
 
     def settled(self, batch: Batch) -> State:
         """Return the state after the unrolled steps, too: the loss of that one is lowered."""
-        unrolled = {"steps": self.unrolled_steps, "schedule": "synchronous", "keeps": "states"}
+        unrolled = {"steps": self.unrolled_steps, "schedule": "synchronous", "retain": "states"}
         return self.network.settle_free(batch, self.settle_free(batch), **unrolled)
 
     def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
@@ -151,17 +150,20 @@ class BackpropagationThroughTime(Learner):
     def _relax_adjoint(
         self, losses: Sequence[Any], mu: Sequence[Any], q: Sequence[Any], state: State, unrolled: Unrolled, ops: Any
     ) -> float:
-        """Move mu towards ``dL/ds + J^T mu``, every other layer first; return the largest residual.
+        """Move mu towards ``dL/ds + J^T mu``, one colour of nodes after the other; return the largest residual.
 
         The drives of `state` are slopes, and `q` is their product with mu.
         """
         network, xp, residuals = self.network, self.network.device.xp, []
-        for n in (*range(network.depth, 0, -2), *range(network.depth - 1, 0, -2)):
+        graph = network.graph
+        for n in (n for colour in sorted(graph.colours, key=max, reverse=True) for n in reversed(colour)):
             here, change = mu[n - 1], losses[n - 1] - mu[n - 1]
-            if n < network.depth:
-                change += self._down(n + 1, self._as_factor(q[n], unrolled.q[n]), state, unrolled, ops)
-            if n > 1:
-                change += self._up(n, q[n - 2], state, unrolled, ops)
+            for c in graph.out_of[n]:
+                above = graph.above[c] - 1
+                change += self._down(c, self._as_factor(q[above], unrolled.q[above]), state, unrolled, ops)
+            for c in graph.into[n]:
+                if graph.below[c]:
+                    change += self._up(c, q[graph.below[c] - 1], state, unrolled, ops)
             size = abs(change).max()
             residuals.append(size / xp.maximum(xp.maximum(abs(here).max(), size), np.finfo(here.dtype).tiny))
             if network.feedback > STRONG_FEEDBACK:
@@ -193,30 +195,29 @@ class BackpropagationThroughTime(Learner):
         shape = replace(self._shape(len(batch), nudges, start.end), steps=steps)
         lay_out = functools.partial(lay_out_unrolled, memory.layout, shape=shape)
         unrolled = memory.laid_out(shape, start.end, lay_out)
-        workspace = memory.workspace(len(batch))
-        stats = self._unroll(batch, start, unrolled, workspace)
+        stats = self._unroll(batch, start, unrolled, shape.step)
         last = unrolled.phase.states
         figures = self._figures(last, batch, total, unrolled.down)
         self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0, total, unrolled.scratch)
         scale = self._loss_scale(nudges)
-        self._factors = [1 / (scale * total)] * network.depth
+        self._factors = [1 / (scale * total)] * len(network.layers)
         for n, array in enumerate(unrolled.mu, 1):
             array[...] = 0
             self._add_loss_gradient(nudges, last, n, scale, array, unrolled.scratch)
-        return unrolled, workspace.ops, StepResult(gradients, **figures, free=stats)
+        return unrolled, memory.workspace(len(batch)).ops, StepResult(gradients, **figures, free=stats)
 
-    def _unroll(self, batch: Batch, start: State, unrolled: Unrolled, workspace: Workspace) -> SettleStats:
+    def _unroll(self, batch: Batch, start: State, unrolled: Unrolled, step: PhaseShape) -> SettleStats:
         """Keep (s_t, g_t, winners of s_t) of every unrolled step; return the statistics of the last."""
         network, phase = self.network, unrolled.phase
         for s, first in zip(phase.states, start.layers, strict=True):
             s[...] = first
-        system = Classical(*network.parts(workspace, phase), batch.images, workspace.ops[0])
+        settling = network.energy.states(step, network.memory, phase, True, batch.images)
         for before in unrolled.history:
             _copy(phase.states, before.layers)
-            iterate(system, "synchronous", measure=True, warm=True)
+            iterate(settling, measure=True)
             _copy(phase.drives, before.drives)
             _copy(phase.winners, before.winners)
-        return stats_of(system, 1)
+        return stats_of(settling, 1)
 
     def _slopes(self, state: State) -> None:
         """Turn the drives of a step into the slopes of the activation there."""
@@ -241,27 +242,30 @@ class BackpropagationThroughTime(Learner):
         for slope, q, fresh in zip(state.drives, mu, before, strict=True):
             q *= slope
             fresh[...] = 0
-        for n in range(1, network.depth + 1):
-            winners, q = state.winners[n - 1], self._as_factor(mu[n - 1], unrolled.q[n - 1])
-            self._add_edge(gradients, n, state.layers[n - 2] if n > 1 else x, q, winners, ops[n - 1])
-            if n == 1:
+        graph, energy, nodes = network.graph, network.energy, [x, *state.layers]
+        for c, (below, above) in enumerate(zip(graph.below, graph.above, strict=True)):
+            winners, q = state.winners[c], self._as_factor(mu[above - 1], unrolled.q[above - 1])
+            energy.correlate(c, nodes[below], q, winners, gradients, ops[c])
+            if below == 0:
                 continue
-            to_below, here = before[n - 2], before[n - 1]
-            to_below += self._down(n, q, state, unrolled, ops)
-            here += self._up(n, mu[n - 2], state, unrolled, ops)
-            self._add_edge(gradients, n, unrolled.scaled[n - 2], state.layers[n - 1], winners, ops[n - 1], bias=False)
+            to_below, here = before[below - 1], before[above - 1]
+            to_below += self._down(c, q, state, unrolled, ops)
+            here += self._up(c, mu[below - 1], state, unrolled, ops)
+            energy.correlate(c, unrolled.scaled[below - 1], nodes[above], winners, gradients, ops[c], bias=False)
 
-    def _down(self, n: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        """Return what q of layer n, as a factor of products, sends to the layer below."""
-        down = unrolled.down[n - 2]
-        self.network.layers[n - 1].topdown(q, state.winners[n - 1], down, ops[n - 1])
+    def _down(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
+        """Return what q of the node above a connection, as a factor of products, sends down."""
+        graph = self.network.graph
+        down = unrolled.down[graph.below[c] - 1]
+        graph.edges[c].topdown(q, state.winners[c], down, ops[c])
         return down
 
-    def _up(self, n: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        """Return what q of the layer below sends to layer n; ``unrolled.scaled`` holds q times the feedback weight."""
-        scaled, up = unrolled.scaled[n - 2], unrolled.up[n - 1]
-        self.network.device.xp.multiply(q, self.network.feedback, out=scaled)
-        self.network.layers[n - 1].linear_drive(scaled, up, state.winners[n - 1], ops[n - 1])
+    def _up(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
+        """Return what q of the node below a connection sends up; ``unrolled.scaled`` holds it times a_above / a_below."""
+        network, graph = self.network, self.network.graph
+        scaled, up = unrolled.scaled[graph.below[c] - 1], unrolled.up[graph.above[c] - 1]
+        network.device.xp.multiply(q, network.energy.ratios[c], out=scaled)
+        graph.edges[c].linear_drive(scaled, up, state.winners[c], ops[c])
         return up
 
 
@@ -309,20 +313,20 @@ def lay_out_unrolled(layout: Layout, stack: Stack, shape: UnrolledShape) -> Unro
     """Take the memory of unrolled steps from `stack`."""
     samples = shape.step.samples
 
-    def layers(purpose: str, dtype: Any) -> list[Any]:
-        return [stack.take(purpose, (samples, *size), dtype) for size in layout.shapes]
+    def nodes(purpose: str, dtype: Any) -> list[Any]:
+        return layout.nodes(stack, purpose, samples, dtype)
 
     history = []
     for _ in range(shape.steps):
-        states, drives = layers("history", layout.stored), layers("history", layout.number)
+        states, drives = nodes("history", layout.stored), nodes("history", layout.number)
         history.append(State(states, drives, layout.winners(stack, samples, "history")))
     phase = layout.lay_out(stack, shape.step)
     batch = [(samples, *size) for size in layout.shapes]
-    mu, other = layers("adjoint states", layout.number), layers("adjoint states", layout.number)
+    mu, other = nodes("adjoint states", layout.number), nodes("adjoint states", layout.number)
     types = (layout.number, layout.number, layout.stored)
-    turns = [stack.take_turns("adjoint states", batch, dtype) for dtype in types]
+    shared = [stack.take_one_of("adjoint states", batch, dtype) for dtype in types]
     scratch = stack.take("update scratch", (shape.scratch,), layout.number)
-    return Unrolled(phase, history, mu, other, *turns, layout.factors(stack, batch), scratch)
+    return Unrolled(phase, history, mu, other, *shared, layout.factors(stack, batch), scratch)
 
 
 def _copy(arrays: Sequence[Any], into: Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import State
+from cupyep.phases import State
 from cupyep.errors import DivergenceError, choose, instance, items
 from cupyep.learning.bptt import ADJOINT_TOLERANCE, BackpropagationThroughTime
 from cupyep.learning.custom import check_parts

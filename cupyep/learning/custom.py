@@ -17,9 +17,9 @@ from cupyep.backend import Device, get_device, get_precision
 from cupyep.data.loader import Batch
 from cupyep.errors import ConfigurationError, instance, require
 from cupyep.heads import Head, LossTerm
-from cupyep.layers import Conv2d, Edge, Linear
+from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.network import Network
-from cupyep.workspace import Memory
+from cupyep.memory.workspace import Memory
 
 SAMPLES = 3
 DIRECTIONS = 4
@@ -33,7 +33,7 @@ def check_parts(network: Network, signals: Sequence[Augmenter] = (), batch: Batc
     if type(network.activation) not in (Clip, Tanh, *map(type, ACTIVATIONS.values())):
         check_activation(network.activation)
     for edge in network.layers:
-        if type(edge) not in (Conv2d, Linear):
+        if type(edge) not in (Conv2d, Identity, Linear):
             check_edge(edge, network.device)
     for signal in signals:
         if any(type(signal.term(layer)) is not Head for layer in network.bind(signal).layers):
@@ -59,6 +59,7 @@ def check_signal(signal: Augmenter, network: Network, batch: Batch | None = None
     batch = _few(instance("network", network, Network), batch)
     twin = copy.copy(instance("signal", signal, Augmenter))
     twin.network = None
+    twin.layers = [network.graph.node(layer) for layer in twin.layers]
     twin.bind(network.state_shapes, network.classes, network.device, np.dtype(np.float64))
     name = type(signal).__name__
     for layer in twin.layers:

@@ -18,13 +18,13 @@ import numpy as np
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Nudge, State
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
 from cupyep.learning.learner import Learner, StepResult
+from cupyep.memory.workspace import Needs
 from cupyep.network import Network
+from cupyep.phases import Nudge, State
 from cupyep.settling import check_settling
 from cupyep.structure import exclusive
-from cupyep.workspace import Needs
 
 SCHEMES = ("centered", "onesided", "random", "tangent")
 FORMS = ("classical", "deviation")
@@ -45,7 +45,7 @@ class EquilibriumPropagation(Learner):
         limit beta -> 0 in one linear phase (recurrent backpropagation).
     nudge : {"classical", "deviation"}
         How nudged phases are represented: as states, or as scaled deviations from the free state at its pooling
-        winners (`cupyep.dynamics.Deviation`). The tangent scheme is a deviation.
+        winners (`cupyep.phases.Deviation`). The tangent scheme is a deviation.
     schedule : {"synchronous", "evenodd", "sweeps"}
     tolerance : float, optional
         Stop a phase at this residual (see `cupyep.settling.SettleStats`).
@@ -120,17 +120,17 @@ class EquilibriumPropagation(Learner):
     @property
     def _free(self) -> dict[str, Any]:
         """How the free phase settles; deviations build on its drives alone, states on its states."""
-        return {"keeps": "states" if self.form == "classical" else "drives", **self._how(self.free_steps)}
+        return {"retain": "states" if self.form == "classical" else "drives", **self._how(self.free_steps)}
 
     @property
     def _nudged(self) -> dict[str, Any]:
-        return {"keeps": "states", **self._how(self.nudged_steps)}
+        return {"retain": "states", **self._how(self.nudged_steps)}
 
     def settle_free(self, batch: Batch, **how: Any) -> State:
         """Return the free state of a batch, in memory that the nudged phases take over but for what they build on.
 
         `how` replaces this learner's ``steps``, ``schedule``, ``tolerance`` or ``relaxation``, asks to ``record`` the
-        residuals, or says what it ``keeps`` (see `Network.settle_free`).
+        residuals, or says what to ``retain`` (see `Network.settle_free`).
         """
         return self.network.settle_free(batch, **(self._free | how))
 
@@ -186,72 +186,90 @@ class EquilibriumPropagation(Learner):
         return StepResult(part.gradients, **figures, free=free.stats, nudged=nudged.stats, nudge_response=response)
 
     def _add_classical(self, part: Part, free: State, nudged: State) -> list[Any]:
-        """Add ``-a_n [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) total)``, s_2 the second phase or the free state.
+        """Add ``-a_j [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) total)``, s_2 the second phase or the free state.
 
         Each at the pooling winners of the states themselves: those that a phase leaves are of its last drives. While
-        winners still change the two differ, and with them the gradient of Phi. The first edge's are constant.
+        winners still change the two differ, and with them the gradient of Phi. Those of the image are constant.
         """
-        network, xp, samples, images = self.network, self.network.device.xp, part.samples, part.batch.images
-        buffers, ops = nudged.buffers, network.memory.workspace(part.phases * samples).ops
-        two = part.phases == 2
-        below, free_below, response = images, images, []
+        network, samples, images = self.network, part.samples, part.batch.images
+        graph, energy, buffers, two = network.graph, network.energy, nudged.buffers, part.phases == 2
+        ops, response = network.memory.workspace(part.phases * samples).ops, []
+        free_nodes = [images, *(s[samples:] if two else free.layers[n] for n, s in enumerate(nudged.layers))]
         if two:
-            below = buffers.images
-            below.reshape(2, *images.shape)[...] = images
-        for n, edge in enumerate(network.layers, 1):
-            self._factors[n - 1] = -network.energy.weights[n - 1] / (part.span * part.total)
-            s, winners, work = nudged.layers[n - 1], nudged.winners[n - 1], buffers.work[0][n - 1]
-            first, second = s[:samples], s[samples:] if two else free.layers[n - 1]
-            difference = xp.subtract(first, second, out=work[:samples])
-            response.append(xp.abs(difference, out=difference).mean(dtype=network.dtype))
-            if n > 1 and edge.has_winners:
-                edge.drive(below, work, winners, ops[n - 1])
+            buffers.images.reshape(2, *images.shape)[...] = images
+        nodes = [buffers.images if two else images, *nudged.layers]
+        for node in range(1, network.depth + 1):
+            first, second, work = nodes[node][:samples], free_nodes[node], buffers.work[0][node - 1]
+            response.append(self._response(first, second, work[:samples]))
+            for c in graph.into[node]:
+                self._factors[c] = -energy.weights[node - 1] / (part.span * part.total)
+            winners = self._winners_at(node, nodes, nudged.winners, nudged.winners, work, ops)
             work[:samples] = first
             if two:
-                xp.multiply(second, -1, out=work[samples:])  # one product over both phases
-            self._add_edge(part.gradients, n, below, work, winners, ops[n - 1])
+                network.device.xp.multiply(second, -1, out=work[samples:])  # one product over both phases
+            for c in graph.into[node]:
+                energy.correlate(c, nodes[graph.below[c]], work, winners[c], part.gradients, ops[c])
             if not two:
-                winners = free.winners[n - 1]
-                if n > 1 and edge.has_winners:
-                    winners = buffers.work_winners[n - 1]
-                    edge.drive(free_below, work, winners, ops[n - 1])
-                xp.multiply(second, -1, out=work)
-                self._add_edge(part.gradients, n, free_below, work, winners, ops[n - 1])
-            below, free_below = s, second
+                winners = self._winners_at(node, free_nodes, free.winners, buffers.work_winners, work, ops)
+                network.device.xp.multiply(second, -1, out=work)
+                for c in graph.into[node]:
+                    energy.correlate(c, free_nodes[graph.below[c]], work, winners[c], part.gradients, ops[c])
         self._add_part_terms(part, nudged, lambda n, phase: nudged.layers[n - 1][part.rows(phase)])
         return response
 
+    def _response(self, first: Any, second: Any, work: Any) -> Any:
+        """Return the mean ``|s_1 - s_2|``."""
+        xp = self.network.device.xp
+        difference = xp.subtract(first, second, out=work)
+        return xp.abs(difference, out=difference).mean(dtype=self.network.dtype)
+
+    def _winners_at(
+        self, node: int, nodes: Sequence[Any], constant: Sequence[Any], winners: Sequence[Any], work: Any, ops: Any
+    ) -> dict[int, Any]:
+        """Return the winners of the connections into a node at some states; those from the image are constant."""
+        graph, found = self.network.graph, {}
+        for c in graph.into[node]:
+            below, edge = graph.below[c], graph.edges[c]
+            found[c] = winners[c] if below and edge.has_winners else constant[c]
+            if below and edge.has_winners:
+                edge.drive(nodes[below], work, winners[c], ops[c])
+        return found
+
     def _add_deviation(self, part: Part, free: State, nudged: State) -> list[Any]:
-        """Add ``-[corr(m^{n-1}, U(e^n)) + lambda corr(e^{n-1}, U(m^n))] / ((beta_1 - beta_2) total)``.
+        """Add ``-[corr(m^i, U(e^j)) + (a_j / a_i) corr(e^i, U(m^j))] / ((beta_1 - beta_2) total)``, i to j connected.
 
         e = eps_1 - eps_2 is the difference of the scaled deviations, m = s* + (delta_1 + delta_2) / 2 the mean of the
         two nudged states. For products, ``p_1 q_1 - p_2 q_2 = mean(p) diff(q) + diff(p) mean(q)``: exact, and never a
         difference of two large sums. In the tangent limit m = s*.
         """
         network, ops = self.network, self.network.memory.workspace(part.samples).ops
+        graph, energy, response = network.graph, network.energy, []
         self._add_part_terms(part, nudged, functools.partial(self._state_of_deviation, part, free, nudged))
-        below, difference_below, response = part.batch.images, None, []
-        for n in range(1, network.depth + 1):
-            mean, difference, size = self._mean_and_difference(n, part, free, nudged)
+        means, differences, weights = [part.batch.images], [None], [0.0] + [1.0] * network.depth
+        for node in range(1, network.depth + 1):
+            mean, difference, size = self._mean_and_difference(node, part, free, nudged)
             response.append(size)
-            self._factors[n - 1] = -1 / (part.span * part.total * nudged.scales[-1])  # a_L = 1
-            winners = free.winners[n - 1]
-            self._add_edge(part.gradients, n, below, difference, winners, ops[n - 1])
-            if n > 1:
-                difference_below *= network.feedback
-                self._add_edge(part.gradients, n, difference_below, mean, winners, ops[n - 1], bias=False)
-            below, difference_below = mean, difference
+            means.append(mean)
+            differences.append(difference)
+            for c in graph.into[node]:
+                below, winners = graph.below[c], free.winners[c]
+                self._factors[c] = -1 / (part.span * part.total * nudged.scales[-1])  # a of the last node is 1
+                energy.correlate(c, means[below], difference, winners, part.gradients, ops[c])
+                if below:
+                    differences[below] *= energy.ratios[c] / weights[below]
+                    weights[below] = energy.ratios[c]
+                    energy.correlate(c, differences[below], mean, winners, part.gradients, ops[c], bias=False)
         return response
 
     def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State) -> tuple[Any, Any, Any]:
         """Return m^n, e^n and the mean ``|e^n| / a_n``, made in the place of the deviations where there are two phases.
 
-        Otherwise m^n is in memory that m^{n+2} takes over.
+        Otherwise m^n is in memory that others take over after the turn of the last node above.
         """
         xp, dtype, buffers = self.network.device.xp, self.network.dtype, nudged.buffers
         eps, a, half = nudged.deviations[n - 1], nudged.scales[n - 1], buffers.work[1][n - 1]
         if part.phases == 1:
-            mean, difference, total = buffers.means[n % 2][n - 1], eps, eps
+            mean, difference, total = buffers.means[n - 1], eps, eps
         else:
             mean, second = eps[part.rows(0)], eps[part.rows(1)]
             total = xp.add(mean, second, out=half, dtype=dtype)

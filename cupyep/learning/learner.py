@@ -8,16 +8,16 @@ from typing import Any
 
 from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
-from cupyep.dynamics import Nudge, State
 from cupyep.errors import instance, integer, items
 from cupyep.heads import LossTerm, accuracy_count
 from cupyep.kernels.conv import chunked
 from cupyep.kernels.reduction import levels
-from cupyep.layout import Layout
+from cupyep.memory.layout import Layout
+from cupyep.memory.workspace import Needs
 from cupyep.network import Network
+from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
 from cupyep.structure import exclusive
-from cupyep.workspace import Needs
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take
 DEAD = 1e-3
@@ -80,7 +80,7 @@ class Learner:
         self._gradients: dict[str, Any] = {}
         # By what the edges' gradients are multiplied when all parts of a batch are in, the same for all of them. The
         # states must not be: halves might not hold them then.
-        self._factors = [1.0] * network.depth
+        self._factors = [1.0] * len(network.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_gradients": {}}
@@ -187,17 +187,12 @@ class Learner:
             gradient[...] = 0
         return dict(self._gradients)
 
-    def _add_edge(self, gradients: dict[str, Any], n: int, below: Any, above: Any, winners: Any, ops: Any, bias=True):
-        """Add ``corr(below, U_n(above))`` to edge n's gradient (and the sum of ``U_n(above)`` to its bias')."""
-        path = f"layers.{n}"
-        bias = gradients.get(f"{path}.bias") if bias else None
-        self.network.layers[n - 1].add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
-
     def _scale_edges(self, gradients: dict[str, Any]) -> None:
         """Multiply the gradients of edges, sums so far, by their factors."""
-        for n, (edge, factor) in enumerate(zip(self.network.layers, self._factors, strict=True), 1):
+        graph = self.network.graph
+        for path, edge, factor in zip(graph.paths, graph.edges, self._factors, strict=True):
             for name in edge.parameters():
-                gradients[f"layers.{n}.{name}"] *= factor
+                gradients[f"{path}.{name}"] *= factor
 
     def _add_terms(
         self,

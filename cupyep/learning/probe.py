@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.data.loader import Batch
-from cupyep.dynamics import State
+from cupyep.phases import State
 from cupyep.errors import ConvergenceWarning
 from cupyep.learning.learner import Learner
 

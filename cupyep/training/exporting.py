@@ -93,7 +93,7 @@ def _geometry(edge: Any) -> dict[str, Any]:
     """Return what weights do not tell of an edge."""
     if type(edge) is Conv2d:
         return {"kind": "conv", "stride": edge.stride, "padding": edge.padding, "pool": edge.pool}
-    return {"kind": "linear"}
+    return {"kind": "linear" if edge.parameters() else "identity"}
 
 
 def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:

@@ -250,12 +250,13 @@ def network_report(config: TrainConfig, kind: str | None = None) -> str:
     parts = planned_step(config, device)
     network = blank_learner(config, PaperDevice.like(device)).network
     count = sum(math.prod(array.shape) for array in network.parameters().values())
-    first, *rest = (edge.flops() * config.batch_size for edge in network.layers)
+    flops = [edge.flops() * config.batch_size for edge in network.layers]
+    first = sum(flops[c] for c in network.graph.out_of[0])
     micro = "" if config.micro_batch is None else f" in parts of {config.micro_batch}"
     lines = [
         repr(network),
         f"parameters     {count}",
-        f"products       {2 * sum(rest) / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two an edge), "
+        f"products       {2 * (sum(flops) - first) / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two an edge), "
         f"{first / 1e9:.2f} GFLOP once a phase (the first edge)",
         "",
         f"a step of {NAMES[config.algorithm]}, batch {config.batch_size}{micro}, {config.optimizer}, planned "

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.dynamics import layer_weights
 from cupyep.errors import CheckpointError, CupyepError
 from cupyep.training.confusion import confusion_of
 from cupyep.training.diagnostics import LIMITS
@@ -130,7 +129,7 @@ def _maps(name: str, run: RunDirectory, records: list[Record]) -> Iterator[tuple
         shown = [record for record in records if all(record.get(key) for key in panels.values())]
         values = {panel: np.array([record[key] for record in shown], float) for panel, key in panels.items()}
         if kind == "response":
-            values = {panel: v * layer_weights(v.shape[1], feedback) for panel, v in values.items()}
+            values = {panel: v * feedback ** -np.arange(v.shape[1] - 1.0, -1, -1) for panel, v in values.items()}
         readout = kind == "gradient" and len(shown[-1][kind + "_norm"]) > len(shown[-1]["activity"])
         epochs = [record["epoch"] for record in shown]
         yield kind, maps.over_epochs(values, epochs, label, f"{name}: {title}", log, readout)

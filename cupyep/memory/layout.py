@@ -1,8 +1,8 @@
 """Where the arrays of a phase lie, and which of them share memory.
 
 A phase needs arrays that outlast it, on which the next one builds, and arrays that are dead when it ends. They are laid
-into one block of memory in this order, and the next phase is laid over the dead ones. The same code lays out on paper,
-without memory, for a plan of what a step will need.
+into one block of memory in this order, and the next phase is laid over the dead ones. The same code counts what a step
+will need, for a plan.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cupyep.backend.precision import Precision
-from cupyep.kernels.buffers import Stack
+from cupyep.graph import Graph
 from cupyep.kernels.conv import chunked
 from cupyep.kernels.update import UpdateOps
-from cupyep.layers import Edge
+from cupyep.memory.allotment import ALWAYS, Request, Stack
+from cupyep.program import Program, Value, make_program
 
 PART_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # scratch of an update; on a CPU it stays in cache
-FLOWS = "drives and feedback"
 Shape = tuple[int, ...]
 
 
 class TermShape(NamedTuple):
-    """What the layout must know of one summand of the loss: its layer, and its scratch for a number of samples.
+    """What the layout must know of one summand of the loss: its node, and its scratch for a number of samples.
 
     See `cupyep.heads.LossTerm`.
     """
@@ -47,7 +47,7 @@ class PhaseShape:
     schedule : {"synchronous", "evenodd", "sweeps"}
     phases : int
         Nudged phases settled as one batch of ``phases * N`` rows.
-    keeps : {"states", "drives", "both"}
+    retain : {"states", "drives", "both"}
         What outlasts a free or classical phase.
     terms : tuple of TermShape
         Of the loss that nudges.
@@ -65,7 +65,7 @@ class PhaseShape:
     samples: int
     schedule: str
     phases: int = 1
-    keeps: str = "both"
+    retain: str = "both"
     terms: tuple[TermShape, ...] = ()
     targets: tuple[tuple[Shape, Any], ...] = ()
     watched: bool = False
@@ -73,86 +73,14 @@ class PhaseShape:
     update_scratch: Callable[[int, int], int] = UpdateOps.scratch_size
 
     @property
+    def has_images(self) -> bool:
+        """Whether the image drives: states it does, deviations not."""
+        return self.form in ("free", "classical")
+
+    @property
     def rows(self) -> int:
         """Samples of all phases together."""
         return self.phases * self.samples
-
-
-class Flows:
-    """Where drives and top-down inputs stay between the products that give them and the updates that need them.
-
-    Synchronous updates follow the products by one layer: two layers have drives, one has a top-down input. Even/odd
-    updates need both of one layer at a time. In a sweep one of the two is new and the other one is that of the sweep
-    before, so each layer keeps one array, in turn for both; the new one is put there after the update. The outer layers
-    keep none: there a sweep ends and the next one begins, with what the last product gave.
-
-    Parameters
-    ----------
-    stack : Stack
-    shapes : sequence of tuple
-        Of the states, without the batch axis.
-    rows : int
-    schedule : {"synchronous", "evenodd", "sweeps"}
-    dtype : dtype
-    first : bool
-        Whether the first layer has a drive, that of the input: it is constant for a whole phase.
-    """
-
-    def __init__(self, stack: Stack, shapes: Sequence[Shape], rows: int, schedule: str, dtype: Any, first: bool):
-        batch, depth = [(rows, *shape) for shape in shapes], len(shapes)
-        self._up = True
-        self._carried: list[Any] = []  # what an update may read before a product has given it
-        self.drive: list[Any] = [None] * depth
-        self.topdown: list[Any] = [None] * depth
-        self.kept: list[Any] = [None] * depth
-        if first:
-            self.drive[0] = stack.take("first drive", batch[0], dtype)
-        if schedule == "sweeps":
-            self._for_sweeps(stack, batch, dtype)
-        else:
-            self._for_steps(stack, batch, dtype, 2 if schedule == "synchronous" else 1)
-
-    def _for_steps(self, stack: Stack, batch: list[Shape], dtype: Any, alive: int) -> None:
-        for start in range(1, 1 + alive):  # so many layers have a drive at the same time
-            self.drive[start::alive] = stack.take_turns(FLOWS, batch[start::alive], dtype)
-        self.topdown[:-1] = stack.take_turns(FLOWS, batch[:-1], dtype)
-
-    def _for_sweeps(self, stack: Stack, batch: list[Shape], dtype: Any) -> None:
-        turns = stack.take_turns(FLOWS, batch if len(batch) > 1 else [], dtype)
-        self.drive[1:], self.topdown[:-1] = turns[1:], turns[:-1]
-        self.kept[1:-1] = [stack.take(FLOWS, shape, dtype) for shape in batch[1:-1]]
-        self._carried = [*self.kept[1:-1], *turns[:1], *turns[-1:]]
-
-    def clear(self) -> None:
-        """Start without drives and feedback."""
-        for array in self._carried:
-            array[...] = 0
-
-    def below(self, n: int) -> Any:
-        """Return where the drive of layer n is to be written."""
-        self._up = True
-        return self.drive[n - 1]
-
-    def above(self, n: int) -> Any:
-        """Return where the top-down input of layer n is to be written."""
-        self._up = False
-        return self.topdown[n - 1]
-
-    def inputs(self, n: int) -> tuple[Any, Any]:
-        """Return drive and top-down input of layer n, None for nothing there."""
-        kept = self.kept[n - 1]
-        if kept is None:
-            return self.drive[n - 1], self.topdown[n - 1]
-        return (self.drive[n - 1], kept) if self._up else (kept, self.topdown[n - 1])
-
-    def keep(self, n: int, part: slice) -> None:
-        """Put away what is new of layer n, for some rows, after it has been used for them."""
-        if self.kept[n - 1] is not None:
-            self.kept[n - 1][part] = self.drive[n - 1][part]
-
-    def arrays(self) -> list[Any]:
-        """Return all of them; some lie in one place."""
-        return [array for array in self.drive + self.topdown + self.kept if array is not None]
 
 
 @dataclass
@@ -166,26 +94,28 @@ class PhaseBuffers:
     drives : list of arrays, or None
         Total drives, where they are kept.
     winners : list of uint8 arrays
-        None for edges without.
+        One a connection, None for edges without.
     slopes : list of arrays (N, *shape), or None
         Of a tangent phase.
     remembered : list of arrays
         Empty where the phase is not watched.
-    flows : Flows
-    residual : array of shape (depth, rows)
+    values : dict
+        Value of the program -> array.
+    residual : array of shape (nodes, rows)
     parts : list of list of slice
-        Rows of each layer that are updated at once.
+        Rows of each node that are updated at once.
     scratch : array
         For an update, or one term of the loss.
     force, nudged : dict
-        Layer -> array for the rows of one part: the force of its terms, and room for the state as one of them sees it.
+        Node -> array for the rows of one part: the force of its terms, and room for the state as one of them sees it.
     targets, scales : list of arrays
         Targets of the terms, and a factor a row for each term.
     work : list of list of arrays
-        What may be used when the phase is over, an array a layer, all in one place: one of N rows after a free phase,
-        two or three after a deviation, one of all rows and of the type of the states after a classical phase.
-    means : list of list of arrays
-        Likewise, after one deviation: two of N rows, of the type of the states (the first and last work in float32).
+        What may be used when the phase is over, an array a node, all in one place: one of N rows after a free phase,
+        two after a deviation, one of all rows and of the type of the states after a classical phase.
+    means : list of arrays
+        Likewise, after one deviation: of N rows and the type of the states. One is its node's until the drives from
+        there have been correlated.
     images : array of shape (rows, *shape of the input), or None
         Likewise, after a classical phase.
     work_winners : list of uint8 arrays (N, *shape)
@@ -201,7 +131,7 @@ class PhaseBuffers:
     winners: list[Any]
     slopes: list[Any] | None
     remembered: list[Any]
-    flows: Flows
+    values: dict[Value, Any]
     residual: Any
     parts: list[list[slice]]
     scratch: Any
@@ -210,7 +140,7 @@ class PhaseBuffers:
     targets: list[Any]
     scales: list[Any]
     work: list[list[Any]]
-    means: list[list[Any]]
+    means: list[Any]
     images: Any
     work_winners: list[Any]
     term_work: Any
@@ -219,7 +149,7 @@ class PhaseBuffers:
 
     def arrays(self) -> list[Any]:
         """Return all that an iteration may read or write."""
-        groups = (self.states, self.drives or [], self.winners, self.slopes or [], self.flows.arrays())
+        groups = (self.states, self.drives or [], self.winners, self.slopes or [], self.values.values())
         singles = [self.residual, self.scratch, *self.force.values(), *self.nudged.values()]
         return [array for group in groups for array in group] + singles + self.targets + self.scales
 
@@ -229,60 +159,80 @@ class Layout:
 
     Parameters
     ----------
-    edges : sequence of Edge
+    graph : Graph
     precision : Precision
     is_gpu : bool
     """
 
-    def __init__(self, edges: Sequence[Edge], precision: Precision, is_gpu: bool):
-        self.edges = edges
+    def __init__(self, graph: Graph, precision: Precision, is_gpu: bool):
+        self.graph, self.edges = graph, graph.edges
         self.stored, self.number, self.halves = precision.stored, precision.number, precision.half
-        self.shapes = [edge.out_shape for edge in edges]
+        self.shapes = graph.shapes
         self.sizes = [math.prod(shape) for shape in self.shapes]
+        self._programs: dict[tuple[str, bool, bool], Program] = {}
         self.part_bytes = PART_BYTES["cuda" if is_gpu else "cpu"]
 
     def lay_out(self, stack: Stack, shape: PhaseShape) -> PhaseBuffers:
         """Take the arrays of a phase from `stack`, whose top is ``shape.base``."""
-        states, drives, winners, slopes, end = self.lasting(stack, shape)
+        states, drives, winners, slopes, end = self.retained(stack, shape)
         top = stack.top
-        remembered = self._layers(stack, "remembered states", shape.rows, self.number) if shape.watched else []
-        if shape.form in ("deviation", "tangent") and shape.phases > 1:
+        remembered = self.nodes(stack, "remembered states", shape.rows, self.number) if shape.watched else []
+        if not shape.has_images and shape.phases > 1:
             winners = self.winners(stack, shape.rows)
-        flows = Flows(stack, self.shapes, shape.rows, shape.schedule, self.stored, shape.form in ("free", "classical"))
-        residual = stack.take("residual", (len(self.edges), shape.rows), self.number)
+        values = self._values(stack, shape)
+        residual = stack.take("residual", (len(self.shapes), shape.rows), self.number)
         update = self._update(stack, shape)
         stack.release(top)
         return PhaseBuffers(
-            states, drives, winners, slopes, remembered, flows, residual, **update, **self._work(stack, shape),
+            states, drives, winners, slopes, remembered, values, residual, **update, **self._work(stack, shape),
             end=end, top=top,
         )  # fmt: skip
 
-    def _layers(self, stack: Stack, purpose: str, rows: int, dtype: Any) -> list[Any]:
+    def program(self, shape: PhaseShape, warm: bool = False) -> Program:
+        """Return one iteration of a phase. Places follow from that of a cold start; a warm one is the same, turned."""
+        key = (shape.schedule, warm, shape.has_images)
+        if key not in self._programs:
+            self._programs[key] = make_program(self.graph, *key)
+        return self._programs[key]
+
+    def _values(self, stack: Stack, shape: PhaseShape) -> dict[Value, Any]:
+        """Take what lies between products and updates, and the drives from the image, constant for a whole phase."""
+        constants = [Value("constant", self.graph.above[c]) for c in self.graph.out_of[0] if shape.has_images]
+        lives = dict.fromkeys(constants, ALWAYS) | self.program(shape).lifetimes()
+        requests = [Request((shape.rows, *self._value_shape(v)), self.stored, alive) for v, alive in lives.items()]
+        return dict(zip(lives, stack.take_all("drives and feedback", requests), strict=True))
+
+    def _value_shape(self, value: Value) -> Shape:
+        ends = {"drive term": self.graph.above, "topdown term": self.graph.below}.get(value.kind)
+        return self.shapes[(value.index if ends is None else ends[value.index]) - 1]
+
+    def nodes(self, stack: Stack, purpose: str, rows: int, dtype: Any) -> list[Any]:
+        """Take one array a node."""
         return [stack.take(purpose, (rows, *shape), dtype) for shape in self.shapes]
 
     def winners(self, stack: Stack, rows: int, purpose: str = "winners") -> list[Any]:
-        """Take one array of winners a max-pooling edge, None for the others."""
+        """Take one array of winners a max-pooling connection, None for the others."""
         return [
             stack.take(purpose, (rows, *edge.out_shape), "uint8") if edge.has_winners else None for edge in self.edges
         ]
 
-    def lasting(self, stack: Stack, shape: PhaseShape) -> tuple[Any, Any, Any, Any, int]:
+    def retained(self, stack: Stack, shape: PhaseShape) -> tuple[Any, Any, Any, Any, int]:
         """Take what outlasts a phase and its states; return states, drives, winners, slopes, where the first end."""
-        if shape.form in ("deviation", "tangent"):
-            states = self._layers(stack, "deviations", shape.rows, self.stored)
+        if not shape.has_images:
+            states = self.nodes(stack, "deviations", shape.rows, self.stored)
             tangent = shape.form == "tangent"
-            slopes = self._layers(stack, "slopes", shape.samples, self.number) if tangent else None
+            slopes = self.nodes(stack, "slopes", shape.samples, self.number) if tangent else None
             return states, None, [None] * len(self.edges), slopes, stack.top
         name = "free" if shape.form == "free" else "nudged"
         states = drives = None
-        if shape.keeps != "drives":
-            states = self._layers(stack, f"{name} states", shape.rows, self.stored)
-        if shape.keeps != "states":
-            drives = self._layers(stack, f"{name} drives", shape.rows, self.number)
+        if shape.retain != "drives":
+            states = self.nodes(stack, f"{name} states", shape.rows, self.stored)
+        if shape.retain != "states":
+            drives = self.nodes(stack, f"{name} drives", shape.rows, self.number)
         winners = self.winners(stack, shape.rows)
         end = stack.top
         if states is None:
-            states = self._layers(stack, f"{name} states", shape.rows, self.stored)
+            states = self.nodes(stack, f"{name} states", shape.rows, self.stored)
         return states, drives, winners, None, end
 
     def copied(self, layer: int, samples: int) -> int:
@@ -303,11 +253,11 @@ class Layout:
 
     def factors(self, stack: Stack, batch: Sequence[Shape]) -> list[Any]:
         """Take what adjoint states are rounded to before a product, one layer's at a time; nothing in float32."""
-        return stack.take_turns("adjoint states", batch if self.halves else [(0,)] * len(batch), self.stored)
+        return stack.take_one_of("adjoint states", batch if self.halves else [(0,)] * len(batch), self.stored)
 
     def _update(self, stack: Stack, shape: PhaseShape) -> dict[str, Any]:
         """Return rows of the parts of an update, its scratch, targets and factors."""
-        moved = shape.form in ("deviation", "tangent")
+        moved = not shape.has_images
         by_layer: dict[int, list[TermShape]] = {}
         for term in shape.terms:
             by_layer.setdefault(term.layer, []).append(term)
@@ -328,7 +278,7 @@ class Layout:
             "nudged": {n: (lengths[n], width) for n, width in seen.items() if width},
         }
         found = {
-            name: dict(zip(shapes, stack.take_turns("forces", list(shapes.values()), self.number), strict=True))
+            name: dict(zip(shapes, stack.take_one_of("forces", list(shapes.values()), self.number), strict=True))
             for name, shapes in taken.items()
         }
         return {
@@ -343,26 +293,46 @@ class Layout:
         classical = shape.form == "classical"
         rows = shape.rows if classical else shape.samples
         batch, top = [(rows, *size) for size in self.shapes], stack.top
-        single = shape.form in ("deviation", "tangent") and shape.phases == 1
-        lists = 1 if shape.form in ("free", "classical") else 3 if single and not self.halves else 2
+        single = not shape.has_images and shape.phases == 1
         dtype = self.stored if classical else self.number
-        work = [stack.take_turns("work", batch, dtype) for _ in range(lists)]
-        means = [work[0], work[-1]]
-        if single and self.halves:
-            means = [stack.take_turns("work", batch, self.stored) for _ in range(2)]
+        work = [] if shape.has_images else [stack.take_one_of("work", batch, dtype)]
+        below = stack.top
+        work.insert(0, stack.take_one_of("work", batch, dtype))
+        if single and not self.halves:
+            stack.release(below)  # means are made when the first list is used no more
+        means = stack.take_all("work", self.until_above(batch, self.stored)) if single else []
         images, winners = None, [None] * len(self.edges)
         if classical:
-            images = stack.take("work", (rows, *self.edges[0].in_shape), self.stored)
-            pooled = [n for n, edge in enumerate(self.edges) if edge.has_winners]
-            arrays = stack.take_turns("work", [(shape.samples, *self.shapes[n]) for n in pooled], "uint8")
-            for n, array in zip(pooled, arrays, strict=True):
-                winners[n] = array
+            images = stack.take("work", (rows, *self.graph.input_shape), self.stored)
+            winners = self.winners_of_a_node(stack, shape.samples)
         copied = self.copied if classical else lambda *_: 0  # deviations are made states of the type to compute in
         sizes = (copied(t.layer, shape.samples) + t.gradient_scratch_size(shape.samples) for t in shape.terms)
         size = max(sizes, default=0)
         terms = stack.take("work", (size,), self.number)
         stack.release(top)
         return {"work": work, "means": means, "images": images, "work_winners": winners, "term_work": terms}
+
+    def until_above(self, batch: Sequence[Shape], dtype: Any) -> list[Request]:
+        """Return requests of an array a node, alive from the turn of the node to that of the last one above it."""
+        lives = []
+        for node in range(1, len(batch) + 1):
+            last = max((self.graph.above[c] for c in self.graph.out_of[node]), default=node)
+            lives.append((2 << last) - (1 << node))
+        return [Request(shape, dtype, alive) for shape, alive in zip(batch, lives, strict=True)]
+
+    def with_several(self, batch: Sequence[Shape]) -> list[Shape]:
+        """Return the shape of each node to or from which several connections lead, an empty one of the others."""
+        both = zip(self.graph.into[1:], self.graph.out_of[1:], batch, strict=True)
+        return [shape if max(len(into), len(out)) > 1 else (0,) for into, out, shape in both]
+
+    def winners_of_a_node(self, stack: Stack, samples: int) -> list[Any]:
+        """Take winners for the connections into one node at a time, None for edges without."""
+        pooled = [c for c, edge in enumerate(self.edges) if edge.has_winners]
+        requests = [
+            Request((samples, *self.edges[c].out_shape), "uint8", 1 << self.graph.above[c]) for c in pooled
+        ]
+        arrays = dict(zip(pooled, stack.take_all("work", requests), strict=True))
+        return [arrays.get(c) for c in range(len(self.edges))]
 
 
 def rows_of_parts(samples: int, phases: int, most: int) -> list[slice]:

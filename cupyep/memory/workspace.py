@@ -16,11 +16,13 @@ from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replayer
 from cupyep.backend.precision import Precision
 from cupyep.kernels import cuda_update
-from cupyep.kernels.buffers import Arena, Stack
+from cupyep.kernels.buffers import Arena
 from cupyep.kernels.cuda_update import CudaUpdateOps
 from cupyep.kernels.update import UpdateOps
+from cupyep.graph import Graph
 from cupyep.layers import Edge
-from cupyep.layout import Layout, PhaseBuffers, PhaseShape
+from cupyep.memory.allotment import Stack
+from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape
 
 
 class Workspace:
@@ -77,7 +79,7 @@ class Memory:
 
     Parameters
     ----------
-    edges : sequence of Edge
+    graph : Graph
     device : Device
     precision : Precision
     """
@@ -87,11 +89,11 @@ class Memory:
     WORKSPACES_KEPT = 16
     LAYOUTS_KEPT = 64
 
-    def __init__(self, edges: Sequence[Edge], device: Device, precision: Precision):
-        self.edges = edges
+    def __init__(self, graph: Graph, device: Device, precision: Precision):
+        self.edges = graph.edges
         self.device = device
         self.precision = precision
-        self.layout = Layout(edges, precision, device.is_gpu)
+        self.layout = Layout(graph, precision, device.is_gpu)
         self._arena: Arena | None = None
         self._block: Any = None
         self._made: dict[Any, list[Any]] = {}
@@ -160,9 +162,9 @@ class Memory:
         Calls with an equal `key` get the same arrays, as long as the block does not have to grow.
         """
         if key not in self._laid_out:
-            paper = Stack(base=base)
-            lay_out(paper)
-            self.reserve(paper.peak)
+            plan = Stack(base=base)
+            lay_out(plan)
+            self.reserve(plan.peak)
             self._laid_out[key] = lay_out(Stack(self._block, base))
             while len(self._laid_out) > self.LAYOUTS_KEPT:
                 self._laid_out.popitem(last=False)
@@ -214,11 +216,11 @@ class Needs:
         return sorted({self.rows} | ({self.free.rows} if self.free else set()))
 
     def stack(self, layout: Layout) -> Stack:
-        """Return, on paper, the stack of the free phase or that of what follows, whichever is higher."""
+        """Return, without memory, the stack of the free phase or that of what follows, whichever is higher."""
         first, second = Stack(), Stack()
         if self.free is not None:
             end = layout.lay_out(first, self.free).end
-            layout.lasting(second, self.free)
+            layout.retained(second, self.free)
             second.release(end)
         self.lay_out(second)
         return max(first, second, key=lambda stack: stack.peak)

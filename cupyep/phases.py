@@ -1,7 +1,8 @@
-"""The two systems that settle: states of the energy itself, and deviations from a free state.
+"""The two kinds of phase that settle: states of the energy itself, and deviations from a free state.
 
-Feedback weight lambda: the energy ``E = sum_n a_n (potential(s^n) - <s^n, d^n>)``, ``a_n = lambda^-(L - n)``, gives
-``s^n <- sigma(d^n + lambda * topdown^n + force^n / a_n)``. lambda = 1 is the convolutional Hopfield network.
+A node's state follows from its inputs by ``s^j <- sigma(sum of drives + sum over connections to k of (a_k / a_j) *
+top-down product + force^j / a_j)``: see `cupyep.energy.HopfieldEnergy`, whose ``a_j`` these are. lambda = 1 is the
+convolutional Hopfield network.
 """
 
 from __future__ import annotations
@@ -14,16 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupyep.activations import Activation
 from cupyep.backend.cuda import identity
-from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replays
 from cupyep.heads import LossTerm
-from cupyep.kernels.update import UpdateOps
-from cupyep.layers import Edge
-from cupyep.layout import PhaseBuffers
+from cupyep.memory.layout import PhaseBuffers
+from cupyep.memory.workspace import Workspace
+from cupyep.program import Drive, Instruction, Program, TopDown, Update, Value
 from cupyep.settling import SettleStats
-from cupyep.workspace import Workspace
 
 
 class Nudge(NamedTuple):
@@ -41,11 +39,11 @@ class State:
     Attributes
     ----------
     layers : list of arrays (B, *shape)
-        s^1 .. s^L, after pooling. With several phases in one batch, B = phases * N, phase-major.
+        s^1 .. s^L, of the nodes in topological order. With several phases in one batch, B = phases * N, phase-major.
     drives : list of arrays or None
         Total drive g^n of the last update, ``s^n = sigma(g^n)``.
     winners : list of uint8 arrays or None
-        Max-pooling winners of the last drives, None for edges without.
+        Max-pooling winners of the last drive of each connection, None for edges without.
     stats : SettleStats or None
     deviations : list of arrays or None
         Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.
@@ -87,48 +85,54 @@ class State:
         )
 
 
-def layer_weights(depth: int, feedback: float) -> list[float]:
-    """Return ``a_n = feedback^-(depth - n)`` for n = 1..depth."""
-    return [feedback ** -(depth - n) for n in range(1, depth + 1)]
+class Phase:
+    """What both kinds share: inputs of the nodes, nudges, the residual, captured iterations.
 
+    Parameters
+    ----------
+    energy : HopfieldEnergy
+    workspace : Workspace
+    buffers : PhaseBuffers
+    program : Program
+    nudges : sequence of Nudge
+    betas : sequence of float
+        One a phase; phases are settled as one batch of ``len(betas) * N``.
+    divisors : sequence of float
+        By what a force on each node is divided.
+    """
 
-class _System:
-    """What both systems share: the network's parts, the nudges a layer, the residual."""
-
-    form = ""  # of the phase, as `Network.settle` names it
+    form = ""  # as `Network.settle` names it
     scale = 1.0  # by which what moves is multiplied, and with it the residual before its square
     relaxation = 1.0  # how far an update goes, in terms of what the rule says; `cupyep.settling.settle` sets it
+    drives_current = False  # whether inputs belong to the start already
+    scales_drives = False  # which of its inputs a node takes with the weight of feedback
 
     def __init__(
         self,
-        edges: Sequence[Edge],
-        activation: Activation,
-        feedback: float,
-        device: Device,
+        energy: Any,
         workspace: Workspace,
-        updates: UpdateOps,
         buffers: PhaseBuffers,
+        program: Program,
         nudges: Sequence[Nudge],
         betas: Sequence[float],
-        divisors: Sequence[float] | None = None,
+        divisors: Sequence[float],
     ):
-        self.edges = edges
-        self.activation = activation
-        self.feedback = feedback
-        self.device = device
-        self.xp = device.xp
+        self.graph, self.edges, self.activation = energy.graph, energy.graph.edges, energy.activation
+        self.weights, self.device, self.xp = energy.weights, energy.device, energy.device.xp
+        self.feedback, self.shares = energy.drive_scales if self.scales_drives else energy.topdown_scales
+        self.updates = energy.updates
         self.workspace = workspace
-        self.updates = updates
         self.buffers = buffers
-        self.depth = len(edges)
-        self.weights = layer_weights(self.depth, feedback)
+        self.program = program
         self.phases = len(betas)
         self.samples = workspace.batch // self.phases
         self.precision = workspace.precision
         self.residual = buffers.residual
-        self.flows = buffers.flows
-        self.flows.clear()
-        self._nudges = self._loaded(nudges, betas, divisors or [1.0] * self.depth)
+        self.states = buffers.states
+        started = {drive.out for drive in program.start} if self.drives_current else set()
+        for value in {*program.unwritten, *started}:
+            buffers.values[value][...] = 0
+        self._nudges = self._loaded(nudges, betas, divisors)
         for term, *_ in nudges:
             term.refresh()
 
@@ -152,6 +156,11 @@ class _System:
         return out
 
     @property
+    def label(self) -> Callable[[int], str]:
+        """What names a node in messages."""
+        return self.graph.label
+
+    @property
     def host(self) -> Callable[[Any], np.ndarray]:
         """What copies an array to the host; it holds none of this phase's."""
         return self.device.to_numpy
@@ -173,7 +182,7 @@ class _System:
 
     def _see(self, n: int, rows: int, pool: int | None, dtype: Any, s: Any, scale: float, g: Any) -> Any:
         """Return ``sigma(g) + scale * s``, or `s`, as a loss sees it."""
-        shape = self.edges[n - 1].out_shape
+        shape = self.graph.shapes[n - 1]
         if pool is not None:
             shape = (shape[0] // pool, shape[1] // pool, shape[2])
         memory = self.buffers.nudged[n].reshape(-1).view(self.precision.number if dtype is None else dtype)
@@ -181,37 +190,52 @@ class _System:
         self.updates.see(s, scale, g, pool, seen, self.buffers.scratch)
         return seen
 
-    def _take_up(self, n: int) -> None:
-        """Compute the drive of layer n."""
+    def _drive(self, connection: int, out: Any) -> None:
+        """Write the drive of a connection into `out`."""
         raise NotImplementedError
 
-    def _take_down(self, n: int) -> None:
-        """Compute the top-down input of layer n."""
-        raise NotImplementedError
+    def _topdown(self, connection: int, out: Any) -> None:
+        """Write the top-down product of a connection into `out`."""
+        node = self.graph.above[connection]
+        ops, winners = self.workspace.ops[connection], self.winners[connection]
+        self.edges[connection].topdown(self.states[node - 1], winners, out, ops)
 
     def _update(self, n: int, part: slice, drive: Any, topdown: Any, residual: Any) -> None:
-        """Update some rows of layer n."""
+        """Update some rows of node n."""
         raise NotImplementedError
 
-    def forward(self, n: int) -> None:
-        if n > 1:
-            self._take_up(n)
+    def run(self, instructions: Sequence[Instruction], measure: bool = False) -> None:
+        """Do some instructions of a program; measured, the residual gains the changes of updates."""
+        for instruction in instructions:
+            if isinstance(instruction, Update):
+                self.update(instruction, measure)
+            else:
+                self._take_up(instruction)
 
-    def backward(self, n: int) -> None:
-        if n < self.depth:
-            self._take_down(n)
+    def _take_up(self, instruction: Drive | TopDown) -> None:
+        values, connection, out = self.buffers.values, instruction.connection, instruction.out
+        is_drive = isinstance(instruction, Drive)
+        product = self._drive if is_drive else self._topdown
+        factor = self.shares[connection] if is_drive == self.scales_drives else 1.0
+        if not instruction.add and factor == 1.0:
+            product(connection, values[out])
+            return
+        term = values[out] if not instruction.add else values[instruction.term]
+        product(connection, term)
+        if factor != 1.0:
+            term *= factor
+        if instruction.add:
+            values[out] += term
 
-    def prime(self, n: int) -> None:
-        self.forward(n)
-        self.flows.keep(n, slice(None))
-
-    def update(self, n: int, measure: bool) -> None:
+    def update(self, instruction: Update, measure: bool) -> None:
+        n, values = instruction.node, self.buffers.values
+        inputs = [None if value is None else values[value] for value in (instruction.drive, instruction.topdown)]
         row = self.residual[n - 1] if measure else None
-        inputs = self.flows.inputs(n)
         for part in self.buffers.parts[n - 1]:
             drive, topdown, residual = (None if array is None else array[part] for array in (*inputs, row))
             self._update(n, part, drive, topdown, residual)
-            self.flows.keep(n, part)
+            if instruction.keep is not None:
+                values[Value("kept", n)][part] = values[instruction.keep][part]
 
     def _arrays(self) -> list[Any]:
         """Return the arrays that the iteration reads and writes, but for parameters and those of the operations."""
@@ -224,7 +248,8 @@ class _System:
         if None in parts:
             return None
         arrays = (None if array is None else identity(array) for array in self._arrays())
-        return (self.form, self.scale, self.phases, self.feedback, tuple(self._nudges), *parts, *arrays)
+        factors = (*self.feedback, *self.shares, *self.weights)
+        return (self.form, self.scale, self.phases, self.program, *factors, tuple(self._nudges), *parts, *arrays)
 
     @functools.cached_property
     def _replays(self) -> Replays:
@@ -252,48 +277,50 @@ class _System:
         return math.sqrt(float(self.xp.stack(distances).max()))
 
 
-class Classical(_System):
-    """States of the energy: ``s^n <- sigma(d^n + lambda * topdown^n - (beta / a_n) dL/ds^n)``.
+class Classical(Phase):
+    """States: ``s^j <- sigma(sum of drives + sum of (a_k / a_j) * top-down products - (beta / a_j) dL/ds^j)``.
 
     Parameters
     ----------
-    x : array of shape (N, H, W, C)
-    input_ops : object
-        The first edge's operations for N samples: it sees the input only once a phase.
+    images : array of shape (N, H, W, C)
+    image_ops : sequence
+        Operations of the connections for N samples: those from the image are done once a phase.
     buffers : PhaseBuffers
         Its `states` are the start; they are overwritten, and so are `drives` (those of measured updates) and `winners`.
-    nudges : sequence of Nudge
-    betas : sequence of float
-        One a phase; phases are settled as one batch of ``len(betas) * N``.
+    nudges, betas
+        None for a free phase.
     """
 
     form = "classical"
-    drives_current = False
 
     def __init__(
-        self, edges, activation, feedback, device, workspace, updates, buffers, x, input_ops, nudges=(), betas=(0.0,)
+        self, energy, workspace, buffers, program, images, image_ops, nudges=(), betas=(0.0,)
     ):
-        divisors = layer_weights(len(edges), feedback)
-        super().__init__(edges, activation, feedback, device, workspace, updates, buffers, nudges, betas, divisors)
-        self.states, self.drives, self.winners = buffers.states, buffers.drives, buffers.winners
-        self._drive_from_input(x, input_ops)
+        self.winners, self.drives = buffers.winners, buffers.drives
+        super().__init__(energy, workspace, buffers, program, nudges, betas, energy.weights)
+        for connection in program.unfound:
+            self.winners[connection][...] = 0
+        for connection in self.graph.out_of[0]:
+            self._drive_from_image(connection, images, image_ops[connection])
 
-    def _drive_from_input(self, x: Any, input_ops: Any) -> None:
-        """Compute the first drive, constant for the whole phase, once for all phases."""
-        drive, winners, n = self.flows.drive[0], self.winners[0], self.samples
+    def _drive_from_image(self, connection: int, images: Any, ops: Any) -> None:
+        """Compute a drive that is constant for the whole phase, once for all phases."""
+        drive = self.buffers.values[Value("constant", self.graph.above[connection])]
+        winners, n = self.winners[connection], self.samples
         top = None if winners is None else winners[:n]
-        self.edges[0].drive(x, drive[:n], top, input_ops)
+        self.edges[connection].drive(images, drive[:n], top, ops)
         for phase in range(1, self.phases):
             drive[phase * n : (phase + 1) * n] = drive[:n]
             if winners is not None:
                 winners[phase * n : (phase + 1) * n] = top
 
-    def _take_up(self, n):
-        out, ops = self.flows.below(n), self.workspace.ops[n - 1]
-        self.edges[n - 1].drive(self.states[n - 2], out, self.winners[n - 1], ops)
-
-    def _take_down(self, n):
-        self.edges[n].topdown(self.states[n], self.winners[n], self.flows.above(n), self.workspace.ops[n])
+    def _drive(self, connection, out):
+        node = self.graph.below[connection]
+        if node == 0:
+            out[...] = self.buffers.values[Value("constant", self.graph.above[connection])]
+            return
+        ops, winners = self.workspace.ops[connection], self.winners[connection]
+        self.edges[connection].drive(self.states[node - 1], out, winners, ops)
 
     def _seen(self, n, part, pool, dtype):
         s = self.states[n - 1][part]
@@ -305,59 +332,55 @@ class Classical(_System):
         s = self.states[n - 1][part]
         g = None if self.drives is None or residual is None else self.drives[n - 1][part]
         force = self._force(n, part) if n in self._nudges else None
-        self.updates.states(s, drive, topdown, self.feedback, force, g, residual, self.buffers.scratch, self.relaxation)
+        feedback, scratch = self.feedback[n - 1], self.buffers.scratch
+        self.updates.states(s, drive, topdown, feedback, force, g, residual, scratch, self.relaxation)
 
 
-class Deviation(_System):
-    """Scaled deviations ``eps^n = a_n (s^n - s*^n)`` from a free state, at its pooling winners.
+class Deviation(Phase):
+    """Scaled deviations ``eps^j = a_j (s^j - s*^j)`` from a free state, at its pooling winners.
 
-    ``eps^n <- a_n [sigma(g*^n + t^n / a_n) - s*^n]`` with
-    ``t^n = w_{n+1}^T * U(eps^{n+1}) + lambda G(w_n * eps^{n-1}) - beta dL/ds^n(s* + eps / a)``,
-    started at zero. Every layer's eps is of order beta however small lambda and however deep the network. Stored in
-    float16 it is multiplied by a power of two, which the iteration does not see: only the a_n and the forces have it.
+    ``eps^j <- a_j [sigma(g*^j + t^j / a_j) - s*^j]`` with ``t^j = sum over connections to k of w^T * U(eps^k) + sum
+    over connections from i of (a_j / a_i) G(w * eps^i) - beta dL/ds^j(s* + eps / a)``, started at zero. Every node's
+    eps is of order beta however small lambda and however deep the network. Stored in float16 it is multiplied by a
+    power of two, which the iteration does not see: only the a_j and the forces have it.
 
     Parameters
     ----------
     free : State
         With drives and winners, N samples. Nothing else of it is looked at: ``s* = sigma(g*)``.
     tangent : bool
-        Take the limit beta -> 0, ``eps^n <- sigma'(g*^n) t^n`` with the loss gradient at s*: recurrent
+        Take the limit beta -> 0, ``eps^j <- sigma'(g*^j) t^j`` with the loss gradient at s*: recurrent
         backpropagation.
     """
 
     drives_current = True  # all zero, as at the free state
+    scales_drives = True
 
-    def __init__(
-        self, edges, activation, feedback, device, workspace, updates, buffers, free, nudges, betas, tangent=False
-    ):
+    def __init__(self, energy, workspace, buffers, program, free, nudges, betas, tangent=False):
         strength = max((abs(weight) for _, weight, _ in nudges), default=1.0) * max(map(abs, betas))
         self.scale = workspace.precision.scale(strength)
-        divisors = [1 / self.scale] * len(edges)
-        super().__init__(edges, activation, feedback, device, workspace, updates, buffers, nudges, betas, divisors)
+        divisors = [1 / self.scale] * len(energy.weights)
+        super().__init__(energy, workspace, buffers, program, nudges, betas, divisors)
         self.weights = [self.scale * a for a in self.weights]
         self.tangent = tangent
         self.form = "tangent" if tangent else "deviation"
         self.rest = free.drives
-        self.eps = buffers.states
         self.winners = list(free.winners)
         if self.phases > 1:
             tiled = zip(free.winners, buffers.winners, strict=True)
             self.winners = [None if w is None else self._tile(w, out) for w, out in tiled]
         if tangent:
             for g, slope in zip(self.rest, buffers.slopes, strict=True):
-                activation.slope(g, slope)
-        for eps in self.eps:
+                self.activation.slope(g, slope)
+        for eps in self.states:
             eps[...] = 0
 
     def _arrays(self):
         return [*super()._arrays(), *self.winners, *self.rest]
 
-    def _take_up(self, n):
-        out, ops = self.flows.below(n), self.workspace.ops[n - 1]
-        self.edges[n - 1].linear_drive(self.eps[n - 2], out, self.winners[n - 1], ops)
-
-    def _take_down(self, n):
-        self.edges[n].topdown(self.eps[n], self.winners[n], self.flows.above(n), self.workspace.ops[n])
+    def _drive(self, connection, out):
+        node, ops = self.graph.below[connection], self.workspace.ops[connection]
+        self.edges[connection].linear_drive(self.states[node - 1], out, self.winners[connection], ops)
 
     def _at_rest(self, array: Any, part: slice) -> Any:
         """Return the rows of an array (N, ...) of the rest point that belong to a part: once, if it is all phases."""
@@ -367,12 +390,12 @@ class Deviation(_System):
 
     def _seen(self, n, part, pool, dtype):
         """Return ``s* + eps / a``, s* in the tangent limit."""
-        g, eps = self._at_rest(self.rest[n - 1], part), None if self.tangent else self.eps[n - 1][part]
+        g, eps = self._at_rest(self.rest[n - 1], part), None if self.tangent else self.states[n - 1][part]
         return self._see(n, part.stop - part.start, pool, dtype, eps, 1 / self.weights[n - 1], g)
 
     def _update(self, n, part, drive, topdown, residual):
         force = self._force(n, part) if n in self._nudges else None
-        shared = (self.eps[n - 1][part], drive, topdown, self.feedback, force)
+        shared = (self.states[n - 1][part], drive, topdown, self.feedback[n - 1], force)
         if self.tangent:
             slope = self._at_rest(self.buffers.slopes[n - 1], part)
             self.updates.tangents(*shared, slope, residual, self.buffers.scratch, self.relaxation)
