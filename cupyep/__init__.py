@@ -2,9 +2,9 @@
 
 from cupyep._version import __version__
 from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh, get_activation
-from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.backend import Device, array_module, get_device, gpu_status
-from cupyep.data import DATASETS, Batch, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
+from cupyep.batch import Batch
+from cupyep.data import DATASETS, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
 from cupyep.dynamics import Nudge, State
 from cupyep.energy import Energy
 from cupyep.errors import (
@@ -36,6 +36,7 @@ from cupyep.models import ARCHITECTURES, build, vgg
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam
 from cupyep.settling import SettleStats
+from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 
 __all__ = [
     "ACTIVATIONS",

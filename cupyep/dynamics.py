@@ -19,9 +19,9 @@ from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replays
 from cupyep.heads import LossTerm
-from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
 from cupyep.layout import PhaseBuffers
+from cupyep.ops.update import UpdateOps
 from cupyep.settling import SettleStats
 from cupyep.workspace import Workspace
 

@@ -16,7 +16,7 @@ import numpy as np
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
-from cupyep.data.loader import checked_images
+from cupyep.batch import checked_images
 from cupyep.dynamics import Nudge, layer_weights
 from cupyep.errors import instance, is_number, items, number, require, shown
 from cupyep.layers import Edge

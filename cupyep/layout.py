@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cupyep.backend.precision import Precision
-from cupyep.kernels.buffers import Stack
-from cupyep.kernels.conv import chunked
-from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
+from cupyep.ops.buffers import Stack
+from cupyep.ops.conv import chunked
+from cupyep.ops.update import UpdateOps
 
 PART_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # scratch of an update; on a CPU it stays in cache
 FLOWS = "drives and feedback"

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from cupyep import errors
-from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device
-from cupyep.data.loader import Batch, checked_images, checked_labels
+from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.dynamics import Classical, Deviation, Nudge, State
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.losses import one_hot
-from cupyep.model_file import describe, read_network, write_network
+from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.settling import check_settling, settle, watched
+from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
 from cupyep.workspace import Memory, Workspace, update_ops
 
@@ -67,16 +67,16 @@ class Network(Structure):
         return Memory(self.layers, self.device, self.precision)
 
     def describe(self) -> dict[str, Any]:
-        """Return what this network is, parameters aside: see `cupyep.model_file.describe`."""
+        """Return what this network is, parameters aside: see `cupyep.persistence.network_file.describe`."""
         return describe(self)
 
     def save(self, path: str | Path) -> None:
-        """Write structure and parameters to one HDF5 file; see `cupyep.model_file` for its form and the errors."""
+        """Write structure and parameters to one HDF5 file: for its form and the errors see `cupyep.persistence`."""
         write_network(errors.path("path", path), self)
 
     @classmethod
     def load(cls, path: str | Path, device: str | Device = "auto") -> Network:
-        """Return the network that `save` wrote to `path`; see `cupyep.model_file` for the errors."""
+        """Return the network that `save` wrote to `path`; see `cupyep.persistence.network_file` for the errors."""
         return read_network(errors.path("path", path), functools.partial(cls, device=get_device(device)))
 
     def batch(self, x: Any, targets: Any = None) -> Batch:

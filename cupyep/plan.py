@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend.cuda import WORKSPACE_BYTES
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.dynamics import Nudge
 from cupyep.heads import Head
 from cupyep.learning import EquilibriumPropagation, Learner

@@ -8,9 +8,9 @@ from small import batch_of, network, signals_of
 
 import cupyep as ep
 from cupyep.dynamics import layer_weights
-from cupyep.kernels.buffers import Stack
-from cupyep.kernels.update import UpdateOps
 from cupyep.layout import Layout, PhaseShape, rows_of_parts
+from cupyep.ops.buffers import Stack
+from cupyep.ops.update import UpdateOps
 from cupyep.workspace import Memory
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")

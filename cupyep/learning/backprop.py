@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.dynamics import Nudge, State
-from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
+from cupyep.ops.buffers import Stack
+from cupyep.signals import Augmenter
 from cupyep.workspace import Needs
 
 

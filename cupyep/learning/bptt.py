@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.dynamics import Classical, Nudge, State
 from cupyep.errors import integer
-from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout, PhaseBuffers, PhaseShape
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
+from cupyep.ops.buffers import Stack
 from cupyep.settling import SettleStats, check_settling, iterate, stats_of
+from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 from cupyep.workspace import Needs, Workspace
 

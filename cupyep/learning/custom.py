@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh
-from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device, get_precision
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.errors import ConfigurationError, instance, require
 from cupyep.heads import Head, LossTerm
 from cupyep.layers import Conv2d, Edge, Linear
 from cupyep.network import Network
+from cupyep.signals import Augmenter
 from cupyep.workspace import Memory
 
 SAMPLES = 3

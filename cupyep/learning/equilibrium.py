@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.dynamics import Nudge, State
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
 from cupyep.settling import check_settling
+from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.dynamics import Nudge, State
 from cupyep.errors import instance, integer, items
 from cupyep.heads import LossTerm, accuracy_count
-from cupyep.kernels.conv import chunked
-from cupyep.kernels.reduction import levels
 from cupyep.layout import Layout
 from cupyep.network import Network
+from cupyep.ops.conv import chunked
+from cupyep.ops.reduction import levels
 from cupyep.settling import SettleStats
+from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 from cupyep.workspace import Needs
 
