@@ -2,12 +2,9 @@
 
 from cupyep._version import __version__
 from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh, get_activation
-from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.backend import Device, array_module, get_device, gpu_status
 from cupyep.data import DATASETS, Batch, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
-from cupyep.phases import Nudge, State
 from cupyep.energy import HopfieldEnergy
-from cupyep.graph import Connection, Graph
 from cupyep.errors import (
     CheckpointError,
     ConfigurationError,
@@ -20,6 +17,7 @@ from cupyep.errors import (
     PrecisionWarning,
     TeacherError,
 )
+from cupyep.graph import Connection, Graph
 from cupyep.heads import Head, LossTerm
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.learning import (
@@ -36,7 +34,9 @@ from cupyep.losses import CrossEntropy, SquaredError
 from cupyep.models import ARCHITECTURES, build, vgg
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam
+from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
+from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 
 __all__ = [
     "ACTIVATIONS",

@@ -17,13 +17,13 @@ import numpy as np
 from cupyep.activations import Activation
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision, get_precision
-from cupyep.data.loader import checked_images
+from cupyep.batch import checked_images
 from cupyep.errors import instance, is_number, items, number, require, shown
 from cupyep.graph import Graph
-from cupyep.kernels.update import UpdateOps
 from cupyep.layers import Edge
 from cupyep.memory.layout import PhaseBuffers, PhaseShape
 from cupyep.memory.workspace import Memory, Workspace, update_ops
+from cupyep.ops.update import UpdateOps
 from cupyep.phases import Classical, Deviation, Nudge, State
 
 

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cupyep.errors import ConfigurationError, is_integer, items, nearest, require, shown
 from cupyep.layers import Edge
@@ -116,9 +115,7 @@ class Graph:
         for node in range(1, len(self.names) + 1):
             taken = {found[self.below[c] - 1] for c in self.into[node] if self.below[c]}
             found.append(next(colour for colour in range(len(taken) + 1) if colour not in taken))
-        return [
-            [node for node, its in enumerate(found, 1) if its == colour] for colour in range(max(found), -1, -1)
-        ]
+        return [[node for node, its in enumerate(found, 1) if its == colour] for colour in range(max(found), -1, -1)]
 
     def weights(self, feedback: float) -> list[float]:
         """Return ``a_j = feedback^-(D - depth_j)`` of the nodes 1..L, D the depth of the last."""
@@ -209,5 +206,3 @@ def _sorted_names(connections: Sequence[Connection]) -> list[str]:
         known.add(ready)
         del waiting[ready]
     return names
-
-

@@ -12,12 +12,12 @@ from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device, add_gemm, gemm
 from cupyep.backend.precision import Precision, get_precision
 from cupyep.errors import require
-from cupyep.kernels import cuda_head
-from cupyep.kernels.columns import output_size
-from cupyep.kernels.cuda_head import CudaHeadOps
-from cupyep.kernels.factors import Factors
-from cupyep.kernels.head import HeadOps
 from cupyep.losses import CrossEntropy, SquaredError
+from cupyep.ops import cuda_head
+from cupyep.ops.columns import output_size
+from cupyep.ops.cuda_head import CudaHeadOps
+from cupyep.ops.factors import Factors
+from cupyep.ops.head import HeadOps
 
 # A map in float16 is multiplied by this, and errors are divided by it: an error, scaled as the deviations are (see
 # `Precision.scale`), may then be 4096 times as large as the weight of its loss, not 64 times; logits of teachers are.

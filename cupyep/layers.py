@@ -16,13 +16,13 @@ from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
 from cupyep.errors import ConfigurationError, choose, flag, integer, number, shape
-from cupyep.kernels import cuda_conv, winograd
-from cupyep.kernels.columns import output_size
-from cupyep.kernels.conv import ConvGeometry, ConvOps, part_of
-from cupyep.kernels.cuda_conv import CudaConvOps
-from cupyep.kernels.linear import LinearOps
-from cupyep.kernels.reduction import add_sum
-from cupyep.kernels.winograd import WinogradOps
+from cupyep.ops import cuda_conv, winograd
+from cupyep.ops.columns import output_size
+from cupyep.ops.conv import ConvGeometry, ConvOps, part_of
+from cupyep.ops.cuda_conv import CudaConvOps
+from cupyep.ops.linear import LinearOps
+from cupyep.ops.reduction import add_sum
+from cupyep.ops.winograd import WinogradOps
 
 POOLINGS = ("none", "max", "average")
 
@@ -40,7 +40,7 @@ class Edge:
     has_bias : bool
         Whether the bias is a parameter. Without, `bias` stays zero.
     arguments : tuple of str
-        The names of what the class is made with; all are attributes (`cupyep.model_file`).
+        The names of what the class is made with; all are attributes (`cupyep.persistence.network_file`).
     """
 
     has_winners = False

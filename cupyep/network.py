@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 
 from cupyep import errors
-from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device
 from cupyep.data.loader import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
-from cupyep.graph import Graph
 from cupyep.losses import one_hot
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.memory.workspace import Memory
-from cupyep.model_file import describe, read_network, write_network
+from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge, State
 from cupyep.settling import check_settling, settle, watched
+from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
 
 NUDGES = ("classical", "deviation", "tangent")
@@ -69,16 +68,16 @@ class Network(Structure):
         return Memory(self.graph, self.device, self.precision)
 
     def describe(self) -> dict[str, Any]:
-        """Return what this network is, parameters aside: see `cupyep.model_file.describe`."""
+        """Return what this network is, parameters aside: see `cupyep.persistence.network_file.describe`."""
         return describe(self)
 
     def save(self, path: str | Path) -> None:
-        """Write structure and parameters to one HDF5 file; see `cupyep.model_file` for its form and the errors."""
+        """Write structure and parameters to one HDF5 file: for its form and the errors see `cupyep.persistence`."""
         write_network(errors.path("path", path), self)
 
     @classmethod
     def load(cls, path: str | Path, device: str | Device = "auto") -> Network:
-        """Return the network that `save` wrote to `path`; see `cupyep.model_file` for the errors."""
+        """Return the network that `save` wrote to `path`; see `cupyep.persistence.network_file` for the errors."""
         return read_network(errors.path("path", path), functools.partial(cls, device=get_device(device)))
 
     def batch(self, x: Any, targets: Any = None) -> Batch:
@@ -181,7 +180,7 @@ class Network(Structure):
             Strength of the nudge, not 0. Several betas are settled as one batch; the state then holds the phases one
             after the other.
         nudge : {"classical", "deviation", "tangent"}
-            How nudged states are represented; the last two give ``State.deviations`` too (`cupyep.dynamics`).
+            How nudged states are represented; the last two give ``State.deviations`` too (`cupyep.phases`).
         signals : sequence of Augmenter
             Intermediate signals of the nudged phase.
         copy : bool

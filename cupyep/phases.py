@@ -293,9 +293,7 @@ class Classical(Phase):
 
     form = "classical"
 
-    def __init__(
-        self, energy, workspace, buffers, program, images, image_ops, nudges=(), betas=(0.0,)
-    ):
+    def __init__(self, energy, workspace, buffers, program, images, image_ops, nudges=(), betas=(0.0,)):
         self.winners, self.drives = buffers.winners, buffers.drives
         super().__init__(energy, workspace, buffers, program, nudges, betas, energy.weights)
         for connection in program.unfound:

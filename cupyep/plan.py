@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend.cuda import WORKSPACE_BYTES
-from cupyep.data.loader import Batch
-from cupyep.phases import Nudge
+from cupyep.batch import Batch
 from cupyep.heads import Head
 from cupyep.learning import EquilibriumPropagation, Learner
-from cupyep.optim import optimizer_bytes
 from cupyep.memory.workspace import Workspace, made_of_weights
+from cupyep.optim import optimizer_bytes
+from cupyep.phases import Nudge
 
 
 def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> dict[str, int]:

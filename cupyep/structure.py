@@ -15,8 +15,8 @@ from cupyep.activations import Activation, get_activation
 from cupyep.backend import PRECISIONS, Device, get_device, get_precision
 from cupyep.energy import HopfieldEnergy
 from cupyep.errors import choose, instance, integer, is_number, items, number, require
-from cupyep.heads import Head
 from cupyep.graph import Connection, Graph
+from cupyep.heads import Head
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
 

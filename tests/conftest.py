@@ -11,7 +11,7 @@ from quadrants import quadrant_data
 
 from cupyep import get_device, gpu_status
 from cupyep.cli import main
-from cupyep.kernels import winograd
+from cupyep.ops import winograd
 from cupyep.training import build
 
 # A shell lets its background jobs ignore Ctrl-C, and they hand that on; the tests of interruption need it taken up.

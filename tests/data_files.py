@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 import scipy.io
 
-from cupyep.data import hdf5, sources
+from cupyep.data import sources
+from cupyep.persistence import hdf5
 
 TRAIN, TEST = 50, 10
 

@@ -9,7 +9,7 @@ import numpy as np
 from fuzzing import in_child
 from hypothesis import strategies as st
 
-from cupyep.data import hdf5
+from cupyep.persistence import hdf5
 
 TEXTS = ["", "x" * 2000, "two\nlines \x1b[31m", "[" * 100000, "null", "[]", "1e999", '{"a": NaN}', "{}", '{"data": {}}']
 NUMBERS = [0, -1, 3, 1 << 62, np.uint64((1 << 64) - 1), np.nan, np.inf, -np.inf, 0.5, np.float16(2), True, 1j]

@@ -18,35 +18,35 @@ import numpy as np
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cupyep"
 FIRST = "test_random_networks"
-SIGNALS = "test_augment test_heads test_losses"
+SIGNALS = "test_signals test_heads test_losses"
 KERNELS = "test_kernels test_layers test_winograd test_precision test_chunks test_micro_batch test_reduction"
 TESTS = {  # what is concerned; the quick ones first, as the first failure ends a run
     "activations.py": "test_activations test_energy",
-    "augment.py": f"{SIGNALS} test_custom test_rest_points",
+    "signals.py": f"{SIGNALS} test_custom test_rest_points",
     "dynamics.py": "test_rest_points test_schedules test_settling test_replay test_halves test_processes",
     "energy.py": "test_energy test_parts",
     "heads.py": f"{SIGNALS} test_replay test_plan test_cuda_head",
-    "kernels/cuda_*.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer test_cuda_shim "
+    "ops/cuda_*.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer test_cuda_shim "
     "test_cuda_compile",
-    "kernels/head.py": f"{SIGNALS} test_cuda_head",
-    "kernels/launch.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer",
-    "kernels/linear.py": f"{KERNELS} test_cupy_host",
-    "kernels/optimizer.py": "test_optim test_cuda_optimizer",
-    "kernels/update.py": "test_rest_points test_schedules test_halves test_cuda_update",
-    "kernels/*.py": f"{KERNELS} test_plan test_cuda_kernels test_cupy_host",
+    "ops/head.py": f"{SIGNALS} test_cuda_head",
+    "ops/launch.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer",
+    "ops/linear.py": f"{KERNELS} test_cupy_host",
+    "ops/optimizer.py": "test_optim test_cuda_optimizer",
+    "ops/update.py": "test_rest_points test_schedules test_halves test_cuda_update",
+    "ops/*.py": f"{KERNELS} test_plan test_cuda_kernels test_cupy_host",
     "layers.py": f"{KERNELS} test_replay test_stale_weights test_network",
     "learning/backprop.py": "test_backprop test_parts test_halves test_micro_batch test_plan",
     "learning/bptt.py": "test_bptt test_parts test_halves test_micro_batch test_plan",
     "learning/check.py": "test_check test_custom",
     "learning/custom.py": "test_custom",
     "learning/equilibrium.py": "test_equilibrium test_micro_batch test_halves test_parts test_plan test_precision",
-    "learning/learner.py": "test_learner test_learning test_micro_batch test_bptt test_augment test_plan test_halves",
-    "learning/probe.py": "test_probe test_diagnose",
+    "learning/learner.py": "test_learner test_learning test_micro_batch test_bptt test_signals test_plan test_halves",
+    "diagnostics/probe.py": "test_probe test_diagnose",
     "losses.py": SIGNALS,
     "network.py": "test_network test_rest_points test_schedules test_replay test_learner test_processes",
     "optim.py": "test_optim test_cuda_optimizer test_training_build",
     "settling.py": "test_settling test_schedules test_settle_cost test_replay test_halves test_micro_batch",
-    "structure.py": "test_network test_processes test_model_file",
+    "structure.py": "test_network test_processes test_network_file",
     "training/divergence.py": "test_divergence",
     "training/schedules.py": "test_training test_divergence test_survival",
     "training/statistics.py": "test_training test_divergence test_survival",

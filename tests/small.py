@@ -6,7 +6,7 @@ import numpy as np
 from oracle import Oracle, Term
 
 import cupyep as ep
-from cupyep.kernels.buffers import Arena
+from cupyep.ops.buffers import Arena
 
 CLASSES = 3
 

@@ -13,7 +13,7 @@ import pytest
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.kernels import factors, winograd
+from cupyep.ops import factors, winograd
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SMALL = (

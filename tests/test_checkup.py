@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from quadrants import quadrant_data
 
+from cupyep.diagnostics.checkup import check_trace
 from cupyep.errors import CheckpointError
 from cupyep.training import build, runs
-from cupyep.training.checkup import check_trace
 from cupyep.training.config import make_config
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory

@@ -5,8 +5,8 @@ import pytest
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.kernels.conv import chunked
-from cupyep.kernels.cuda_conv import CudaConvOps
+from cupyep.ops.conv import chunked
+from cupyep.ops.cuda_conv import CudaConvOps
 
 
 @pytest.mark.parametrize(

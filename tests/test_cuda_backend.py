@@ -19,8 +19,8 @@ from fake_gpu import FakeCublas
 
 from cupyep.backend import cuda, gpu_status, libraries
 from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher, instance, kernel_argument, source_text
+from cupyep.commands.system import system_report
 from cupyep.errors import DeviceError
-from cupyep.training.system import system_report
 
 # --- Launcher ------------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ from cuda_cpu import ShimLauncher, compiler
 from oracle import softmax
 
 from cupyep.activations import get_activation
-from cupyep.kernels.cuda_head import SOURCE, CudaHeadOps
-from cupyep.kernels.cuda_update import CudaUpdateOps
-from cupyep.kernels.head import HeadOps
 from cupyep.losses import CrossEntropy, SquaredError
+from cupyep.ops.cuda_head import SOURCE, CudaHeadOps
+from cupyep.ops.cuda_update import CudaUpdateOps
+from cupyep.ops.head import HeadOps
 
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-6}
 

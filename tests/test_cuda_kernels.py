@@ -21,10 +21,10 @@ from cupyep import Conv2d, EquilibriumPropagation
 from cupyep.backend import get_precision
 from cupyep.backend.cuda import Cublas
 from cupyep.errors import ConfigurationError
-from cupyep.kernels import factors
-from cupyep.kernels.conv import ConvOps
-from cupyep.kernels.cuda_conv import SOURCE, CudaConvOps
-from cupyep.kernels.launch import check_axes, map_grid, vector_width
+from cupyep.ops import factors
+from cupyep.ops.conv import ConvOps
+from cupyep.ops.cuda_conv import SOURCE, CudaConvOps
+from cupyep.ops.launch import check_axes, map_grid, vector_width
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
 

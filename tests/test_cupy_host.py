@@ -20,12 +20,12 @@ from cupyep.backend import device as device_module
 from cupyep.backend.cuda import Cublas, Launcher, address, kernel_argument, source_text
 from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
-from cupyep.kernels import cuda_conv, cuda_head, cuda_optimizer, cuda_update, reduction
-from cupyep.kernels.buffers import Arena
-from cupyep.memory.allotment import Stack
-from cupyep.kernels.cuda_update import CudaUpdateOps
-from cupyep.kernels.update import UpdateOps
 from cupyep.losses import CrossEntropy
+from cupyep.memory.allotment import Stack
+from cupyep.ops import cuda_conv, cuda_head, cuda_optimizer, cuda_update, reduction
+from cupyep.ops.buffers import Arena
+from cupyep.ops.cuda_update import CudaUpdateOps
+from cupyep.ops.update import UpdateOps
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 SOURCES = [module.SOURCE for module in (cuda_conv, cuda_update, cuda_head, cuda_optimizer, reduction)]

@@ -12,7 +12,7 @@ from oracle import softmax
 from small import CLASSES, batch_of, network
 
 import cupyep as ep
-from cupyep.learning import probe_settling
+from cupyep.diagnostics import probe_settling
 from cupyep.settling import SCHEDULES
 
 KAPPA, UNITS = 0.6, 7

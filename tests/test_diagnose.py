@@ -12,10 +12,10 @@ from quadrants import quadrant_data
 from small import batch_of, network
 
 import cupyep as ep
+from cupyep.commands.diagnose import diagnose, examine
 from cupyep.learning.check import compare_forms
 from cupyep.training import build, runs
 from cupyep.training.config import make_config
-from cupyep.training.diagnose import diagnose, examine
 from cupyep.training.display import Display
 
 SMALL = {"arch": "vgg5", "width": 0.06, "batch_size": 16, "device": "cpu", "epochs": 1}
@@ -157,7 +157,7 @@ def test_the_command_draws_and_writes_and_exits_0_for_an_unhealthy_network(run, 
 
 def test_the_picture_shows_the_limits_and_what_is_beyond_them():
     pytest.importorskip("matplotlib")
-    from cupyep.training.plots.diagnosis import diagnosis
+    from cupyep.commands.plots.diagnosis import diagnosis
 
     row = {"nudge_response": 0.1, "gradient_share": 1.0, "saturated": 0.5, "dead": 0.2, "free_unsettled": 0.0}
     shares, unsettled = (1e-5, 0.0, 1.0), (0.9, 0.26, 0.25)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import cupyep as ep
-from cupyep.learning.probe import PhaseProbe
-from cupyep.training.diagnostics import LIMITS, Setting, find, probe_record
+from cupyep.diagnostics.probe import PhaseProbe
+from cupyep.diagnostics.rules import LIMITS, Setting, find, probe_record
 
 LAYERS = 4
 SETTING = Setting((1.0,) * LAYERS, (64, 64, 16, 16), 50, "deviation", 1e-7, "sweeps", None, 6, 4)

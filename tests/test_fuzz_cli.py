@@ -111,7 +111,7 @@ def work(cifar, invoke, monkeypatch):
     monkeypatch.setattr("cupyep.data.dataset.fetch", lambda *_: "no network")
     monkeypatch.setattr("cupyep.cli.data.fetch", lambda *_: "no network")
     monkeypatch.setattr("cupyep.cli.reproduce.run_experiment", lambda *_, **__: None)
-    monkeypatch.setattr("cupyep.training.memory.measured_step", lambda *_: 1)
+    monkeypatch.setattr("cupyep.commands.memory.measured_step", lambda *_: 1)
     return cifar.parent / "work"
 
 

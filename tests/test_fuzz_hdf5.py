@@ -51,7 +51,7 @@ def use_teacher(path):
 def test_damaged_teachers_never_reach_the_hdf5_library(amount, teacher, monkeypatch):
     content = teacher.read_bytes()
     opened = []
-    monkeypatch.setattr("cupyep.data.hdf5._probe", lambda path: opened.append(path))
+    monkeypatch.setattr("cupyep.persistence.hdf5._probe", lambda path: opened.append(path))
     monkeypatch.setattr(h5py, "File", lambda *_: pytest.fail("damage reached HDF5"))
 
     def prepare(example):
@@ -92,7 +92,7 @@ def test_hostile_teachers_of_other_programs(amount, teacher, elsewhere, tmp_path
 @pytest.mark.parametrize("libver", ["earliest", "v110"])
 def test_damaged_teachers_of_other_programs(amount, teacher, tmp_path, libver, monkeypatch):
     """What survives the other process does so here; the child process is for the case that it does not."""
-    monkeypatch.setattr("cupyep.data.hdf5.PROBE_SECONDS", 3)
+    monkeypatch.setattr("cupyep.persistence.hdf5.PROBE_SECONDS", 3)
     plain = tmp_path / "plain.h5"
     with h5py.File(teacher) as ours, h5py.File(plain, "w", libver=libver) as theirs:
         for name in ours:

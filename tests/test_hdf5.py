@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 import pytest
 
-from cupyep.data import hdf5
 from cupyep.errors import DataError
+from cupyep.persistence import hdf5
 
 
 @pytest.fixture

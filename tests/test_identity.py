@@ -9,8 +9,8 @@ from small import batch_of, network
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError
 from cupyep.export import onnx_model, torch_layout
-from cupyep.model_file import difference
-from cupyep.training.checkpoint import load_checkpoint
+from cupyep.persistence.checkpoint import load_checkpoint
+from cupyep.persistence.network_file import difference
 from cupyep.training.config import TrainConfig
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.trainer import Trainer

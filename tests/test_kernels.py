@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from cupyep.backend.precision import get_precision
-from cupyep.kernels.buffers import Arena
 from cupyep.memory.allotment import Stack
-from cupyep.kernels.columns import col2im, im2col, inner_view, output_size
-from cupyep.kernels.pooling import (
+from cupyep.ops.buffers import Arena
+from cupyep.ops.columns import col2im, im2col, inner_view, output_size
+from cupyep.ops.pooling import (
     average_pool,
     average_scatter,
     clear_remainder,

@@ -7,8 +7,8 @@ from small import bind
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.kernels.conv import ConvOps
-from cupyep.kernels.winograd import WinogradOps
+from cupyep.ops.conv import ConvOps
+from cupyep.ops.winograd import WinogradOps
 
 GEOMETRIES = [  # in_shape, channels, kernel, stride, padding, pooling, pool
     ((6, 6, 2), 3, 3, 1, 1, "none", 2),

@@ -8,9 +8,9 @@ from small import batch_of, network, signals_of
 
 import cupyep as ep
 from cupyep.memory.allotment import Stack
-from cupyep.kernels.update import UpdateOps
 from cupyep.memory.layout import Layout, PhaseShape, rows_of_parts
 from cupyep.memory.workspace import Memory
+from cupyep.ops.update import UpdateOps
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
 STEPS = 3

@@ -9,8 +9,8 @@ import pytest
 
 import cupyep as ep
 from cupyep.backend.paper import PaperDevice
+from cupyep.commands.memory import memory_report, planned_step
 from cupyep.training.config import make_config
-from cupyep.training.memory import memory_report, planned_step
 
 SMALL = ("--arch", "vgg5", "--width", 0.2, "--image-size", 16, "--batch-size", 24, "--device", "cpu")
 

@@ -5,7 +5,7 @@ import pytest
 from small import Teacher, batch_of, network, on_host, signals_of
 
 import cupyep as ep
-from cupyep.kernels import factors
+from cupyep.ops import factors
 from cupyep.settling import SettleStats
 
 SAMPLES = 7

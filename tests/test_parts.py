@@ -11,7 +11,7 @@ import pytest
 from test_benchmark import SMALL, TOOLS
 
 import cupyep as ep
-from cupyep.kernels.reduction import SOURCE
+from cupyep.ops.reduction import SOURCE
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from quadrants import quadrant_data
 
+from cupyep.commands import confusion
 from cupyep.errors import ConfigurationError
-from cupyep.training import build, confusion, runs
+from cupyep.training import build, runs
 from cupyep.training.config import make_config
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
@@ -19,7 +20,7 @@ from cupyep.training.trained import load_trained
 
 pytest.importorskip("matplotlib")
 
-from cupyep.training.plots import curves, draw_runs, maps, style
+from cupyep.commands.plots import curves, draw_runs, maps, style
 
 SMALL = {"arch": "vgg5", "width": 0.06, "batch_size": 16, "device": "cpu", "epochs": 1}
 KINDS = ["learning", "response", "gradient", "distance", "units", "settling", "filters", "confusion"]
@@ -243,7 +244,7 @@ def test_an_unfinished_run_shows_what_there_is(run, tmp_path):
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    from cupyep.training.plots import _names
+    from cupyep.commands.plots import _names
 
     paths = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other", tmp_path / "other"]
     folder = tmp_path.name

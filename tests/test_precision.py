@@ -8,8 +8,8 @@ from small import bind
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS, get_precision
-from cupyep.kernels.factors import ROUNDED_AT_ONCE, Factors, round_to_tf32
-from cupyep.kernels.linear import LinearOps
+from cupyep.ops.factors import ROUNDED_AT_ONCE, Factors, round_to_tf32
+from cupyep.ops.linear import LinearOps
 
 DIGITS = {"float32": 24, "tf32": 11, "float16": 11, "bfloat16": 8, "float64": 53}
 ROUNDED = ["tf32", "float16", "bfloat16"]

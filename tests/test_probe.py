@@ -8,7 +8,7 @@ from oracle import Oracle, iterate
 from small import Teacher, batch_of, network
 
 import cupyep as ep
-from cupyep.learning.probe import MORE_STEPS, PhaseProbe, probe_settling
+from cupyep.diagnostics.probe import MORE_STEPS, PhaseProbe, probe_settling
 
 
 def relative(after, before):

@@ -70,7 +70,7 @@ def test_every_mutant_of_the_package_is_another_program():
 
 
 def test_every_module_has_its_tests():
-    assert {"dynamics.py", "kernels/conv.py", "learning/equilibrium.py", "training/statistics.py"} <= set(modules())
+    assert {"dynamics.py", "ops/conv.py", "learning/equilibrium.py", "training/statistics.py"} <= set(modules())
     for file in modules():
         for name in concerned(file).split():
             assert (ROOT / "tests" / f"{name}.py").exists(), (file, name)
@@ -83,8 +83,8 @@ def test_draws_repeat_and_differ_among_themselves():
     assert all(mutant.diff.count("\n-") >= 1 and "test_random_networks" in mutant.tests for mutant in mutants)
     assert {mutant.file for mutant in draw(30, 0, "optim")} == {
         "optim.py",
-        "kernels/optimizer.py",
-        "kernels/cuda_optimizer.py",
+        "ops/optimizer.py",
+        "ops/cuda_optimizer.py",
     }
 
 

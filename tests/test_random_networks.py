@@ -17,7 +17,7 @@ from small import CLASSES, Teacher, oracle_terms
 
 import cupyep as ep
 from cupyep.backend.precision import get_precision
-from cupyep.kernels import winograd
+from cupyep.ops import winograd
 
 SAMPLES = 3
 NEAR = {"float64": (1e-9, 1e-6), "float32": (1e-5, 1e-4)}  # a clip boundary; a maximum

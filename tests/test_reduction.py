@@ -13,8 +13,8 @@ from cuda_cpu import ShimLauncher, compiler
 
 import cupyep as ep
 from cupyep.backend.precision import get_precision
-from cupyep.kernels import reduction
-from cupyep.kernels.reduction import SCRATCH_BYTES, SOURCE, CudaReductionOps, ReductionOps
+from cupyep.ops import reduction
+from cupyep.ops.reduction import SCRATCH_BYTES, SOURCE, CudaReductionOps, ReductionOps
 
 SHAPES = [
     (1, 1),  # one unit

@@ -18,7 +18,7 @@ import cupyep as ep
 from cupyep import settling
 from cupyep.backend.cuda import identity
 from cupyep.backend.graphs import Replayer
-from cupyep.training import prediction
+from cupyep.commands import predict
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
 FORMS = ("classical", "deviation", "tangent")
@@ -421,7 +421,7 @@ def test_a_network_in_halves_takes_batches_of_float32(fake_gpu, name):
         gradients(lambda *arguments: unrolled.step_from_equilibrium(*arguments, max_iterations=3)[0]),
         lambda batch: dict(enumerate(hosts(net, ep.Backpropagation(net).settled(batch).layers))),
         lambda batch: {0: hosts(net, [net.scores(batch, steps=2)])[0]},
-        lambda batch: dict(enumerate(prediction._settle(learner, batch)[:2])),
+        lambda batch: dict(enumerate(predict._settle(learner, batch)[:2])),
     ):
         found, expected = call(raw), call(fit)
         assert found.keys() == expected.keys()

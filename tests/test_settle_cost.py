@@ -8,7 +8,7 @@ from small import CLASSES, Teacher, batch_of
 
 import cupyep as ep
 from cupyep import settling
-from cupyep.kernels import factors
+from cupyep.ops import factors
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
 

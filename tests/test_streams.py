@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cupyep.training.checkpoint import load_checkpoint
+from cupyep.persistence.checkpoint import load_checkpoint
 
 RUN = ["train", "--arch", "vgg5", "--width", "0.02", "--dataset", "digits", "--image-size", "16", "--limit-train", "64",
        "--limit-test", "20", "--batch-size", "16", "--aug", "none", "--run-dir", "run"]  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_terminal_that_goes_away_saves_the_run(tmp_path):
 def test_a_backend_of_the_shell_is_not_taken_nor_changed(backend):
     pytest.importorskip("matplotlib")
     code = (
-        "import os; from cupyep.training.plots.style import plain_axes; plain_axes(1); import sys, matplotlib\n"
+        "import os; from cupyep.commands.plots.style import plain_axes; plain_axes(1); import sys, matplotlib\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "print(os.environ['MPLBACKEND'], dict.__getitem__(matplotlib.rcParams, 'backend'))"
     )

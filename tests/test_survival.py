@@ -20,8 +20,8 @@ from strict import StrictDevice
 
 from cupyep import files
 from cupyep.errors import CheckpointError, Interrupted
+from cupyep.persistence.checkpoint import Checkpoint
 from cupyep.training import runs, trainer
-from cupyep.training.checkpoint import Checkpoint
 from cupyep.training.config import TrainConfig
 from cupyep.training.interruption import Interruptions
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cupyep as ep
-from cupyep.data import hdf5
+from cupyep.persistence import hdf5
 from cupyep.training.trained import load_trained
 
 TINY = ["--width", "0.02", "--free-steps", "4", "--nudged-steps", "3", "--batch-size", "7", "--device", "cpu"]

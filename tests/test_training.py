@@ -16,13 +16,13 @@ from quadrants import SILENT, FakeBatches, assert_same_state, fake_trainer, run
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError
 from cupyep.learning.learner import StepResult
+from cupyep.memory.workspace import Workspace
 from cupyep.settling import SettleStats
 from cupyep.training import runs
 from cupyep.training.config import TrainConfig
 from cupyep.training.results import top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics, gradient_norms
-from cupyep.memory.workspace import Workspace
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 

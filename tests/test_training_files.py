@@ -20,7 +20,7 @@ from data_files import edited
 
 import cupyep as ep
 from cupyep.errors import CheckpointError
-from cupyep.training.checkpoint import Checkpoint, load_checkpoint, restore_parameters, save_checkpoint
+from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, restore_parameters, save_checkpoint
 from cupyep.training.config import TrainConfig
 from cupyep.training.run_directory import RunDirectory, check_free, claim_path, default_path
 

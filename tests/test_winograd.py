@@ -10,8 +10,8 @@ from small import batch_of, bind, network, on_host
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.kernels.conv import ConvOps
-from cupyep.kernels.winograd import WinogradOps, possible
+from cupyep.ops.conv import ConvOps
+from cupyep.ops.winograd import WinogradOps, possible
 
 MIB = 1 << 20
 

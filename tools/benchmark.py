@@ -27,9 +27,9 @@ import cupyep as ep
 from cupyep.backend import PRECISIONS
 from cupyep.backend.peak import peak_bytes
 from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors
+from cupyep.commands.system import system_report
 from cupyep.files import replacing
 from cupyep.settling import SCHEDULES
-from cupyep.training.system import system_report
 
 EXAMPLES = """\b
 Examples:

@@ -22,8 +22,7 @@ from cupyep import __version__
 from cupyep.backend import get_device
 from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors, config_options
 from cupyep.data import Dataset
-from cupyep.data.files import one_line
-from cupyep.errors import ConfigurationError, CupyepError, DeviceError, TeacherError, require
+from cupyep.errors import ConfigurationError, CupyepError, DeviceError, TeacherError, one_line, require
 from cupyep.models import ARCHITECTURES
 from cupyep.training.build import build_dataset
 from cupyep.training.config import make_config, option_name

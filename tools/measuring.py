@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import Device, Precision
-from cupyep.kernels.factors import Factors
 from cupyep.network import Network
+from cupyep.ops.factors import Factors
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SHORTEST = 0.05  # seconds; what takes less is called several times for one reading of the clock

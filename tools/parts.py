@@ -15,8 +15,8 @@ from measuring import Case, Stopwatch
 
 import cupyep as ep
 from cupyep.backend.graphs import Replays
-from cupyep.kernels import cuda_update
-from cupyep.kernels.factors import Factors
+from cupyep.ops import cuda_update
+from cupyep.ops.factors import Factors
 from cupyep.training.statistics import EpochStatistics, layer_names
 
 SPLIT_IMAGES = 2048  # of the data set that the loader takes batches from

@@ -12,6 +12,7 @@ from measuring import Operations
 
 from cupyep.backend.paper import PaperDevice
 from cupyep.cli.shared import OneLineErrors
+from cupyep.commands.memory import blank_learner
 from cupyep.errors import ConfigurationError, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, Results, load_results
 from cupyep.experiments.design import SEEN, seen
@@ -20,7 +21,6 @@ from cupyep.experiments.running import RESULTS
 from cupyep.experiments.trained import TEST_ACCURACY
 from cupyep.files import replacing
 from cupyep.training.config import TrainConfig, make_config
-from cupyep.training.memory import blank_learner
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTE = "<!-- Made by tools/results.py from docs/results; do not edit. -->"

@@ -250,7 +250,7 @@ def gemm(a: Any, b: Any, out: Any, tf32: bool = False) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here.
 
     With `tf32` a GPU rounds float32 factors to TF32. NumPy multiplies float32 and float64 as they are: whoever wants
-    fewer digits there rounds the factors before (`cupyep.kernels.factors`).
+    fewer digits there rounds the factors before (`cupyep.ops.factors`).
     """
     xp = array_module(a)
     if xp.__name__ == "cupy":

@@ -10,8 +10,8 @@ import click
 
 from cupyep.cli.recipes import complete_recipe
 from cupyep.cli.shared import FilePath, Numbers, SectionedCommand, chosen_config, config_options, given_options
+from cupyep.commands import gradient_check
 from cupyep.errors import require
-from cupyep.training import gradient_check
 from cupyep.training.config import require_used
 
 EXAMPLES = """\b

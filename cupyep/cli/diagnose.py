@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from cupyep.cli.shared import FilePath, Names, SectionedCommand, config_options, given_options
+from cupyep.commands import diagnose as diagnosing
+from cupyep.commands.plots.diagnosis import diagnosis
+from cupyep.commands.plots.style import matplotlib_figure, save
 from cupyep.errors import ConfigurationError, require
 from cupyep.files import can_write
-from cupyep.training import diagnose as diagnosing
-from cupyep.training.plots.diagnosis import diagnosis
-from cupyep.training.plots.style import matplotlib_figure, save
 from cupyep.training.run_directory import CHECKPOINT_FILES
 
 OPTIONS = (

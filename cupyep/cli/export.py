@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from cupyep.cli.shared import FilePath, Names
+from cupyep.commands.export import FORMS, export_run
 from cupyep.errors import require
-from cupyep.training.exporting import FORMS, export_run
 from cupyep.training.run_directory import CHECKPOINT_FILES
 
 EXAMPLES = """\b

@@ -8,9 +8,9 @@ import click
 
 from cupyep.backend.paper import KINDS
 from cupyep.cli.shared import Names, SectionedCommand, chosen_config, config_options, given_options
+from cupyep.commands.memory import MEMORY_OPTIONS, network_report
+from cupyep.commands.system import system_report
 from cupyep.errors import require
-from cupyep.training.memory import MEMORY_OPTIONS, network_report
-from cupyep.training.system import system_report
 
 EXAMPLES = """\b
 Examples:

@@ -9,8 +9,8 @@ import click
 
 from cupyep.backend.paper import KINDS
 from cupyep.cli.shared import FilePath, Names, Numbers, SectionedCommand, chosen_config, config_options, given_options
+from cupyep.commands import memory as planning
 from cupyep.errors import require
-from cupyep.training import memory as planning
 
 EXAMPLES = """\b
 Examples:

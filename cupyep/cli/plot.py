@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from cupyep.cli.shared import FilePath, Names, config_options, given_options
+from cupyep.commands.plots import draw_runs
+from cupyep.commands.plots.style import FORMATS
 from cupyep.training.display import Display
-from cupyep.training.plots import draw_runs
-from cupyep.training.plots.style import FORMATS
 
 DEFAULTS = dict.fromkeys(("data_dir", "batch_size", "device"), "as the run")
 EXAMPLES = """\b

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from cupyep.cli.shared import FilePath, Names, config_options, given_options
+from cupyep.commands.predict import Prediction, predict_pictures
 from cupyep.data.pictures import find_pictures
 from cupyep.errors import DataError
-from cupyep.training.prediction import Prediction, predict_pictures
 from cupyep.training.run_directory import CHECKPOINT_FILES
 from cupyep.training.trained import load_trained
 

@@ -9,11 +9,11 @@ import click
 
 from cupyep.backend import PRECISIONS
 from cupyep.cli.shared import FilePath, Names
+from cupyep.commands.plots.style import matplotlib_figure
 from cupyep.errors import Interrupted, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report
 from cupyep.experiments import reproduce as run_experiment
 from cupyep.experiments.report import open_text
-from cupyep.training.plots.style import matplotlib_figure
 
 EXAMPLES = """\b
 Examples:

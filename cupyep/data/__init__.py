@@ -2,12 +2,11 @@
 
 from cupyep.data.dataset import VIEWS, Dataset, Split, cache_directory, data_directory, load_dataset
 from cupyep.data.image_format import ImageFormat
-from cupyep.data.loader import Batch, Loader
+from cupyep.data.loader import Loader
 from cupyep.data.sources import DATASETS
 from cupyep.data.teacher import TeacherFile, TeacherWriter
 
 __all__ = [
-    "Batch",
     "DATASETS",
     "Dataset",
     "ImageFormat",

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import check_labels, check_length, find_file, one_line, read_bounded
+from cupyep.data.files import check_labels, check_length, find_file, read_bounded
 from cupyep.data.pickles import Array, load_pickle
 from cupyep.data.sources import Arrays, Layout, Source
-from cupyep.errors import DataError
+from cupyep.errors import DataError, one_line
 
 SLACK = 16 << 20  # bytes granted to a pickle or an archive beside its pixels
 MEMBERS = 64  # the original archives hold at most ten

@@ -3,139 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cupyep.backend import Device, array_module, get_device
+from cupyep.backend import Device, get_device
+from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
-from cupyep.errors import ConfigurationError, flag, instance, integer, require, shown
+from cupyep.errors import flag, instance, integer, require, shown
 
 DTYPES = ("float32", "float64")
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Some samples of one split, ready for a network.
-
-    Attributes
-    ----------
-    images : array of float, shape (N, H, W, C), on the device
-        Normalised images.
-    labels : ndarray of int64, shape (N,), on the host
-    index : ndarray of int64, shape (N,), on the host, optional
-        Canonical index of each sample (`Split.index`); teacher logits are looked up by it.
-    view : ndarray of uint8, shape (N,), on the host, optional
-        0 where the image is as stored, 1 where it is mirrored (see `cupyep.data.VIEWS`).
-    checked : bool
-        Whether the values of the images are known to be good, as a `Loader`'s are; a look at them waits for the GPU.
-    """
-
-    images: Any
-    labels: np.ndarray
-    index: np.ndarray | None = None
-    view: np.ndarray | None = None
-    checked: bool = False
-    _labels: Any = field(default=None, init=False, repr=False)  # on the device; not what `replace` hands on
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, rows: slice) -> Batch:
-        """Return a batch of some of the samples, which shares their memory."""
-        instance("rows", rows, slice)
-        arrays = (self.images, self.labels, self.index, self.view)
-        images, labels, index, view = (None if array is None else array[rows] for array in arrays)
-        part = replace(self, images=images, labels=labels, index=index, view=view)
-        return part if self._labels is None else part._with(self._labels[rows])
-
-    def _with(self, labels: Any) -> Batch:
-        object.__setattr__(self, "_labels", labels)
-        return self
-
-    def placed(self, device: Device) -> Batch:
-        """Return the same batch with its labels on `device` as well: they are sent once, and not whenever needed."""
-        same = replace(self)
-        return same if self.labels is None else same._with(device.asarray(self.labels))
-
-    @property
-    def nearest_labels(self) -> Any:
-        """The labels on the device where the batch is `placed`, else those on the host."""
-        return self.labels if self._labels is None else self._labels
-
-
-def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:
-    """Return images as an array, where they are, if they are floats (N, *shape), finite, N >= 1.
-
-    Parameters
-    ----------
-    x : array or nested sequence
-    shape : tuple of int
-    stored : dtype
-        What they become: their values must stay finite in it. bfloat16 is taken as well as the float types of NumPy.
-    values : bool, default True
-        Whether to look at the values; on a GPU that waits.
-
-    Raises
-    ------
-    ConfigurationError
-    """
-    x = as_array("images", x)
-    takes = f"this network takes (N, {', '.join(map(str, shape))}), channels last"
-    hint = "; transpose them: x.transpose(0, 2, 3, 1)" if x.shape[1:] == (*shape[2:], *shape[:2]) else ""
-    require(
-        x.ndim == len(shape) + 1 and x.shape[1:] == shape and len(x) > 0,
-        f"images have shape {tuple(x.shape)}, {takes}{hint}",
-    )
-    require(
-        x.dtype.kind == "f" or x.dtype.name == "bfloat16",
-        f"images are {x.dtype}, not normalised floats: take (x / 255 - mean) / std, with the data set's mean and std "
-        "a channel (Dataset.mean, Dataset.std); a Loader does so",
-    )
-    if values:
-        xp = array_module(x)
-        with np.errstate(over="ignore"):  # what becomes infinite is the question
-            kept = x.astype(stored, copy=False) if np.dtype(stored).kind == "f" else x
-        finite = xp.isfinite(kept).reshape(len(x), -1).min(axis=1)
-        finite = finite if isinstance(finite, np.ndarray) else xp.asnumpy(finite)
-        if not finite.all():
-            first = int(finite.argmin())
-            raise ConfigurationError(
-                f"image {first} has values that are NaN or infinite, as {stored}; correct or leave it out"
-            )
-    return x
-
-
-def checked_labels(labels: Any, samples: int, classes: int) -> np.ndarray:
-    """Return labels as int64 (N,) on the host if they are `samples` integers from 0 to ``classes - 1``.
-
-    Raises
-    ------
-    ConfigurationError
-    """
-    labels = as_array("labels", labels)
-    labels = labels if isinstance(labels, np.ndarray) else array_module(labels).asnumpy(labels)
-    require(labels.shape == (samples,), f"{samples} images need {samples} labels, not an array of shape {labels.shape}")
-    require(labels.dtype.kind in "iu", f"labels must be integers from 0 to {classes - 1}, not {labels.dtype}")
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if wrong.size:
-        first = wrong[0]
-        raise ConfigurationError(f"labels must be integers from 0 to {classes - 1}, not {labels[first]} (at {first})")
-    return labels.astype(np.int64, copy=False)
-
-
-def as_array(what: str, x: Any) -> Any:
-    """Return `x` if it is an array of any device, else as a NumPy array."""
-    try:
-        array_module(x)
-        return x
-    except TypeError:
-        pass  # no array yet: a list, a tensor of another library
-    try:
-        return np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"{what} must be an array of numbers, not {type(x).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.data.files import one_line
-from cupyep.errors import DataError
+from cupyep.errors import DataError, one_line
 
 # The opcodes of protocols 2 to 5 that these files need, by the byte that stands for them.
 NUMBERS = {b"J": "<i", b"K": "<B", b"M": "<H", b"G": ">d"}

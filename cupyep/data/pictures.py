@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.data.files import one_line
 from cupyep.data.images import resize
 from cupyep.data.sources import Source
-from cupyep.errors import ConfigurationError, DataError
+from cupyep.errors import ConfigurationError, DataError, one_line
 
 #: Formats that Pillow reads by itself; others, such as EPS, would start programs.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")

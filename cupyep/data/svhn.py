@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import check_labels, find_file, one_line, read_bounded
+from cupyep.data.files import check_labels, find_file, read_bounded
 from cupyep.data.matlab import read_matlab
 from cupyep.data.sources import Arrays, Layout, Source
-from cupyep.errors import DataError
+from cupyep.errors import DataError, one_line
 
 SLACK = 16 << 20  # bytes granted to a file beside its pixels
 FILES = ("train_32x32.mat", "test_32x32.mat")

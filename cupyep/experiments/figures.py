@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.commands.plots.style import COLOURS, MARKERS, plain_axes
 from cupyep.experiments.design import Results
-from cupyep.training.plots.style import COLOURS, MARKERS, plain_axes
 
 AXES = {
     "train_loss": "training loss, nats",

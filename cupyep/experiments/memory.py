@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cupyep.backend import get_device
+from cupyep.commands.memory import memory_report
+from cupyep.commands.plots.style import line_style, plain_axes
 from cupyep.experiments.design import Cell, Column, Experiment, Results, Row
 from cupyep.experiments.signals import PAPER
 from cupyep.training.config import make_config
-from cupyep.training.memory import memory_report
-from cupyep.training.plots.style import line_style, plain_axes
 
 STEPS = (10, 50, 250)  # T
 DEPTHS = (5, 7, 9, 11, 12)

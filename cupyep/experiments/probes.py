@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from cupyep.data import Batch, Loader
-from cupyep.phases import State
 from cupyep.errors import DivergenceError
 from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare
 from cupyep.network import Network
+from cupyep.phases import State
 from cupyep.training.build import build_dataset
 from cupyep.training.config import TrainConfig, default_relaxation
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cupyep.commands.plots.style import save
 from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name
 from cupyep.files import replacing
-from cupyep.training.plots.style import save
 
 REPORT = "REPORT.md"
 OPEN = "open"

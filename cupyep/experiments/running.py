@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cupyep.commands.system import THREAD_VARIABLES, system_report
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, require
 from cupyep.experiments.design import SCALES, Cell, Experiment, Results, cell_name
 from cupyep.files import FolderLock, is_leftover, read_text, replacing
 from cupyep.training.interruption import NAMES, Interruptions
-from cupyep.training.system import THREAD_VARIABLES, system_report
 
 CELLS, RESULTS = "cells", "results.json"
 JSON_BYTES = 1 << 28  # at most

@@ -6,18 +6,15 @@ from cupyep.learning.check import check_gradients
 from cupyep.learning.custom import check_activation, check_edge, check_signal
 from cupyep.learning.equilibrium import EquilibriumPropagation
 from cupyep.learning.learner import Learner, StepResult
-from cupyep.learning.probe import PhaseProbe, probe_settling
 
 __all__ = [
     "Backpropagation",
     "BackpropagationThroughTime",
     "EquilibriumPropagation",
     "Learner",
-    "PhaseProbe",
     "StepResult",
     "check_activation",
     "check_edge",
     "check_gradients",
     "check_signal",
-    "probe_settling",
 ]

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.allotment import Stack
 from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.phases import Nudge, State
+from cupyep.signals import Augmenter
 
 
 class Backpropagation(Learner):
@@ -77,7 +77,6 @@ class Backpropagation(Learner):
             here *= slope
             self._send_down(node, self._as_factor(here, passes.q[node - 1]), batch.images, passes, ops, gradients)
         return StepResult(gradients, **figures)
-
 
     def _send_down(
         self, node: int, q: Any, x: Any, passes: Passes, ops: Sequence[Any], gradients: dict[str, Any]

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.errors import integer
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.allotment import Stack
@@ -24,6 +23,7 @@ from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats, check_settling, iterate, stats_of
+from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 
 ADJOINT_TOLERANCE = 1e-5

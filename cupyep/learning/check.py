@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
-from cupyep.phases import State
+from cupyep.batch import Batch
 from cupyep.errors import DivergenceError, choose, instance, items
 from cupyep.learning.bptt import ADJOINT_TOLERANCE, BackpropagationThroughTime
 from cupyep.learning.custom import check_parts
 from cupyep.learning.equilibrium import FORMS, EquilibriumPropagation
 from cupyep.learning.learner import StepResult
 from cupyep.network import Network
+from cupyep.phases import State
+from cupyep.signals import Augmenter
 
 Row = dict[str, Any]
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh
-from cupyep.augment import Augmenter
 from cupyep.backend import Device, get_device, get_precision
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.errors import ConfigurationError, instance, require
 from cupyep.heads import Head, LossTerm
 from cupyep.layers import Conv2d, Edge, Identity, Linear
-from cupyep.network import Network
 from cupyep.memory.workspace import Memory
+from cupyep.network import Network
+from cupyep.signals import Augmenter
 
 SAMPLES = 3
 DIRECTIONS = 4

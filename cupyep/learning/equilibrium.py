@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.phases import Nudge, State
 from cupyep.settling import check_settling
+from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 
 SCHEMES = ("centered", "onesided", "random", "tangent")

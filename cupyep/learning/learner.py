@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cupyep.augment import Augmenter
-from cupyep.data.loader import Batch
+from cupyep.batch import Batch
 from cupyep.errors import instance, integer, items
 from cupyep.heads import LossTerm, accuracy_count
-from cupyep.kernels.conv import chunked
-from cupyep.kernels.reduction import levels
 from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
+from cupyep.ops.conv import chunked
+from cupyep.ops.reduction import levels
 from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
+from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take

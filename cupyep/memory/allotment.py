@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from cupyep.kernels.buffers import carve, padded_bytes
+from cupyep.ops.buffers import carve, padded_bytes
 
 ALWAYS = -1  # all bits
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from cupyep.backend.precision import Precision
 from cupyep.graph import Graph
-from cupyep.kernels.conv import chunked
-from cupyep.kernels.update import UpdateOps
 from cupyep.memory.allotment import ALWAYS, Request, Stack
+from cupyep.ops.conv import chunked
+from cupyep.ops.update import UpdateOps
 from cupyep.program import Program, Value, make_program
 
 PART_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # scratch of an update; on a CPU it stays in cache
@@ -328,9 +328,7 @@ class Layout:
     def winners_of_a_node(self, stack: Stack, samples: int) -> list[Any]:
         """Take winners for the connections into one node at a time, None for edges without."""
         pooled = [c for c, edge in enumerate(self.edges) if edge.has_winners]
-        requests = [
-            Request((samples, *self.edges[c].out_shape), "uint8", 1 << self.graph.above[c]) for c in pooled
-        ]
+        requests = [Request((samples, *self.edges[c].out_shape), "uint8", 1 << self.graph.above[c]) for c in pooled]
         arrays = dict(zip(pooled, stack.take_all("work", requests), strict=True))
         return [arrays.get(c) for c in range(len(self.edges))]
 

@@ -15,14 +15,14 @@ from cupyep.activations import Activation
 from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replayer
 from cupyep.backend.precision import Precision
-from cupyep.kernels import cuda_update
-from cupyep.kernels.buffers import Arena
-from cupyep.kernels.cuda_update import CudaUpdateOps
-from cupyep.kernels.update import UpdateOps
 from cupyep.graph import Graph
 from cupyep.layers import Edge
 from cupyep.memory.allotment import Stack
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape
+from cupyep.ops import cuda_update
+from cupyep.ops.buffers import Arena
+from cupyep.ops.cuda_update import CudaUpdateOps
+from cupyep.ops.update import UpdateOps
 
 
 class Workspace:

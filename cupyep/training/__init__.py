@@ -1,6 +1,5 @@
-"""Training: configuration, run directory, checkpoint, trainer, teachers, and the functions behind the commands."""
+"""Training: configuration, run directory, trainer, display, teachers."""
 
-from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.config import TrainConfig, make_config, read_toml
 from cupyep.training.results import TrainSummary, evaluate
 from cupyep.training.run_directory import RunDirectory
@@ -9,7 +8,6 @@ from cupyep.training.teacher import export_logits, feedforward, teacher_config, 
 from cupyep.training.trainer import Trainer
 
 __all__ = [
-    "Checkpoint",
     "RunDirectory",
     "TrainConfig",
     "TrainSummary",
@@ -18,11 +16,9 @@ __all__ = [
     "evaluate_run",
     "export_logits",
     "feedforward",
-    "load_checkpoint",
     "make_config",
     "read_toml",
     "resume_run",
-    "save_checkpoint",
     "start_run",
     "teacher_config",
     "train_teacher",

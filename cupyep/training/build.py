@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.augment import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.backend import Device
-from cupyep.data import Batch, Dataset, ImageFormat, Loader, TeacherFile, load_dataset
+from cupyep.batch import Batch
+from cupyep.data import Dataset, ImageFormat, Loader, TeacherFile, load_dataset
+from cupyep.diagnostics.checkup import PROBE_IMAGES, Checkup
 from cupyep.errors import require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
 from cupyep.models import build
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, Optimizer
-from cupyep.training.checkup import PROBE_IMAGES, Checkup
+from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.activations import ACTIVATIONS
-from cupyep.augment import ANNEALINGS
 from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
 from cupyep.errors import ConfigurationError, choose, nearest, require
@@ -26,6 +25,7 @@ from cupyep.learning.equilibrium import FORMS, SCHEMES
 from cupyep.models import ARCHITECTURES
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.settling import SCHEDULES, check_relaxation
+from cupyep.signals import ANNEALINGS
 from cupyep.training.needs import NEEDS
 
 if sys.version_info >= (3, 11):

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from cupyep._version import __version__
+from cupyep.diagnostics.checkup import check_trace
 from cupyep.errors import CheckpointError, ConfigurationError, choose
 from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
-from cupyep.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cupyep.training.checkup import check_trace
+from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.config import TrainConfig, make_config, read_toml
 
 CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
@@ -165,7 +165,7 @@ class RunDirectory:
         self.save(checkpoint)
 
     def write_settling(self, trace: dict[str, Any]) -> None:
-        """Write settling.json: how the phases of the last epoch settled (`cupyep.training.checkup`)."""
+        """Write settling.json: how the phases of the last epoch settled (`cupyep.diagnostics.checkup`)."""
         self._write(SETTLING, json.dumps(trace, allow_nan=False) + "\n")
 
     def settling(self) -> dict[str, Any] | None:

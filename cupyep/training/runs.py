@@ -12,6 +12,7 @@ from cupyep.data import Dataset
 from cupyep.errors import CheckpointError, ConfigurationError, require
 from cupyep.files import expanded
 from cupyep.network import Network
+from cupyep.persistence.checkpoint import versions
 from cupyep.training.build import (
     build_dataset,
     build_network,
@@ -19,7 +20,6 @@ from cupyep.training.build import (
     build_trainer,
     evaluation_batches,
 )
-from cupyep.training.checkpoint import versions
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name, require_used
 from cupyep.training.display import Display
 from cupyep.training.results import evaluate, top_k_accuracy

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.data.files import one_line
-from cupyep.errors import CheckpointError
-from cupyep.model_file import difference
-from cupyep.training.checkpoint import Checkpoint, restore_parameters
+from cupyep.errors import CheckpointError, one_line
+from cupyep.persistence.checkpoint import Checkpoint, restore_parameters
+from cupyep.persistence.network_file import difference
 from cupyep.training.config import RESUME_OPTIONS, option_name
 from cupyep.training.divergence import LossWatch, check_arrays
 from cupyep.training.statistics import EpochStatistics, layer_names

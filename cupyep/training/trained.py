@@ -14,8 +14,8 @@ from cupyep.backend import get_device
 from cupyep.data import ImageFormat
 from cupyep.errors import CheckpointError
 from cupyep.network import Network
+from cupyep.persistence.checkpoint import Checkpoint, restore_parameters
 from cupyep.training.build import build_dataset, build_learner, build_network
-from cupyep.training.checkpoint import Checkpoint, restore_parameters
 from cupyep.training.config import TrainConfig, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from cupyep.data import ImageFormat
+from cupyep.diagnostics.checkup import Checkup
 from cupyep.errors import ConfigurationError, ConvergenceWarning, DivergenceError, Interrupted, choose, require
 from cupyep.optim import Optimizer
-from cupyep.training.checkpoint import versions
-from cupyep.training.checkup import Checkup
+from cupyep.persistence.checkpoint import versions
 from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions

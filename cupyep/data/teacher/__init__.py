@@ -6,7 +6,7 @@ raw (no temperature); ``labels`` (N,), the data set's own, so that a misaligned 
 ``accuracy`` (of the identity view, 0 to 1); optionally ``features/<layer>`` (V, N, H, W, C). Row n is sample n of the
 data set in its canonical order. N may be smaller than the data set when the file was made from its first samples.
 Chunks and compression are free; nothing may lie in another file or behind a link. What cupyep writes begins with a
-checksum (`cupyep.data.hdf5`), which files from elsewhere need not have.
+checksum (`cupyep.persistence.hdf5`), which files from elsewhere need not have.
 """
 
 from cupyep.data.teacher.reader import TeacherFile

@@ -10,11 +10,10 @@ import h5py
 import numpy as np
 
 from cupyep import errors
-from cupyep.data import hdf5
 from cupyep.data.dataset import VIEWS, Dataset
-from cupyep.data.files import one_line
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
-from cupyep.errors import TeacherError, choose, instance, require, shown
+from cupyep.errors import TeacherError, choose, instance, one_line, require, shown
+from cupyep.persistence import hdf5
 
 MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory, a GPU's too: 1 % of a small one's
 ROUNDING = 0.005  # by which a stored accuracy may be off: ties, logits rounded to halves

@@ -12,12 +12,11 @@ import h5py
 import numpy as np
 
 from cupyep import errors
-from cupyep.data import hdf5
+from cupyep.batch import as_array
 from cupyep.data.dataset import VIEWS, Dataset
-from cupyep.data.files import one_line
-from cupyep.data.loader import as_array
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
-from cupyep.errors import LARGEST, TeacherError, instance, integer, items, shown
+from cupyep.errors import LARGEST, TeacherError, instance, integer, items, one_line, shown
+from cupyep.persistence import hdf5
 
 
 class TeacherWriter:

@@ -1,0 +1,162 @@
+"""What ``cupyep check`` prints: the gradient of EP against that of BPTT, as a table for each beta."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend import get_device
+from cupyep.data import Loader
+from cupyep.errors import require
+from cupyep.files import replacing
+from cupyep.learning.check import compare_forms, compare_precisions
+from cupyep.learning.equilibrium import FORMS
+from cupyep.network import Network
+from cupyep.signals import Augmenter
+from cupyep.training.build import build_dataset, build_network, build_signals
+from cupyep.training.config import TrainConfig
+
+# Options of ``cupyep check``, and where its defaults differ from those of ``cupyep train``.
+CHECK_OPTIONS = (
+    "arch", "width", "activation", "pooling", "loss", "gain", "feedback", "dataset", "data_dir", "image_size", "beta",
+    "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "aug", "signal_layers",
+    "kappa", "signal_loss", "signal_pool", "batch_size", "seed", "device", "scratch_mb", "precision",
+)  # fmt: skip
+# How well the phases settle is the check's own business, whatever a recipe trains with.
+SETTLING = ("free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "batch_size")
+# The network of the papers, well settled: EP's theorem is about equilibria.
+CHECK_DEFAULTS = {
+    "feedback": 1.0,
+    "schedule": "evenodd",
+    "free_steps": 500,
+    "nudged_steps": 40,
+    "tolerance": 1e-6,
+    "beta": 0.05,
+    "batch_size": 4,
+}
+COLUMNS = {
+    "cosine": "cosine",
+    "cosine_float32": "to float32",
+    "cosine_from_zeros": "from zeros",
+    "relative_error": "rel. error",
+    "sign_agreement": "same sign",
+    "nudge_response": "response",
+}
+
+
+@dataclass
+class GradientReport:
+    """The gradient of EP against that of BPTT, for the nudge form asked for and for the other one.
+
+    Attributes
+    ----------
+    config : TrainConfig
+    betas : dict
+        Beta -> nudge form -> rows of `check_gradients`; what was asked for comes first.
+    """
+
+    config: TrainConfig
+    betas: dict[float, dict[str, list[dict[str, Any]]]]
+
+    def table(self) -> str:
+        """Return the rows of all forms side by side, a line a layer, one block a beta."""
+        return "\n\n".join(_block(beta, forms) for beta, forms in self.betas.items())
+
+    def write_json(self, path: str | Path) -> None:
+        """Write ``{"nudge", "layers": rows, "other": {"nudge", "layers"}, "options"}``; NaN becomes null.
+
+        These are of the first beta; ``"betas"``, a list of ``{"beta", "forms": {form: rows}}``, has all of them.
+        """
+        betas = [
+            {"beta": beta, "forms": {form: [_finite(row) for row in rows] for form, rows in forms.items()}}
+            for beta, forms in self.betas.items()
+        ]
+        parts = [{"nudge": form, "layers": rows} for form, rows in betas[0]["forms"].items()]
+        options = {name: getattr(self.config, name) for name in CHECK_OPTIONS}
+        content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas, "options": options}
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def recipe_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a check takes from the options of a recipe: network, data, nudge, signals, but not how it settles.
+
+    Raises
+    ------
+    ConfigurationError
+        If the recipe does not train by EP.
+    """
+    algorithm = recipe.get("algorithm", "ep")
+    require(algorithm == "ep", f"the recipe trains by {algorithm} and not by EP: there is no gradient to check")
+    return {name: value for name, value in recipe.items() if name in CHECK_OPTIONS and name not in SETTLING}
+
+
+def check_gradient(
+    config: TrainConfig, betas: Sequence[float] = (), report: Callable[[str], None] = print
+) -> GradientReport:
+    """Compare EP with BPTT unrolled from the same free state, on the first ``batch_size`` training images.
+
+    In float32 and float64 with BPTT in the same precision, in the others with BPTT in float64 and EP in float32, see
+    `cupyep.learning.check.compare_precisions`.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        `CHECK_OPTIONS` are used; ``aug`` is "none" or "le".
+    betas : sequence of float
+        The one of `config` unless given.
+    report : callable
+        Takes the lines that say what is going on.
+    """
+    require(config.aug != "kd", "cupyep check knows --aug none and le; kd needs a teacher")
+    dataset = build_dataset(dataclasses.replace(config, limit_test=1))
+    dataset = dataclasses.replace(dataset, train=dataset.train.take(min(config.batch_size, len(dataset.train))))
+    device = get_device(config.device, config.scratch_mb)
+
+    def build(precision: str) -> tuple[Network, list[Augmenter]]:
+        network = build_network(dataclasses.replace(config, precision=precision), dataset, device)
+        return network, build_signals(config, network, dataset, None)
+
+    batch = next(iter(Loader(dataset, "train", config.batch_size, device, np.float64)))
+    report(f"{config.arch} on {len(batch)} images of {config.dataset}, device {device.name}, {config.precision}")
+    betas = list(betas) or [config.beta]
+    names = ("free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
+    others = [form for form in FORMS if form != config.nudge and config.scheme != "tangent"]
+    settings = {name: getattr(config, name) for name in names} | {"forms": (config.nudge, *others)}
+    if config.precision in ("float32", "float64"):
+        network, signals = build(config.precision)
+        compared = {
+            beta: compare_forms(network, batch, beta=beta, signals=signals, **settings) for beta in dict.fromkeys(betas)
+        }
+    else:
+        images = device.to_numpy(batch.images)
+        compared = compare_precisions(build, config.precision, images, batch.labels, betas=betas, **settings)
+    return GradientReport(config, compared)
+
+
+def _block(beta: float, forms: dict[str, list[dict[str, Any]]]) -> str:
+    columns = [name for name in COLUMNS if all(name in row for rows in forms.values() for row in rows)]
+    heads = [f"{COLUMNS[name]:>11}" for _ in forms for name in columns]
+    lines = [
+        f"{f'beta {beta:g}':<12}" + "".join(f"{form + ' form':^{12 * len(columns)}}" for form in forms).rstrip(),
+        f"{'layer':<12}" + " ".join(heads),
+    ]
+    for rows in zip(*forms.values(), strict=True):
+        cells = [_cell(row[name]) for row in rows for name in columns]
+        lines.append(f"{rows[0]['name']:<12}" + " ".join(cells))
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-':>11}" if value is None or math.isnan(value) else f"{value:>11.4g}"
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

@@ -1,0 +1,266 @@
+"""What ``cupyep memory`` and ``cupyep info --arch`` tell: the memory of a step by purpose, planned and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.backend import Device, get_device
+from cupyep.backend.paper import PaperDevice
+from cupyep.backend.peak import peak_bytes
+from cupyep.batch import Batch
+from cupyep.data import ImageFormat
+from cupyep.data.dataset import image_shape
+from cupyep.data.sources import SOURCES
+from cupyep.errors import require
+from cupyep.files import replacing
+from cupyep.learning import Learner
+from cupyep.network import Network
+from cupyep.plan import plan
+from cupyep.signals import Augmenter
+from cupyep.training.build import build_learner, build_network, build_optimizer, make_signals, optimizer_slots
+from cupyep.training.config import TrainConfig
+
+#: The options that a step's memory depends on.
+MEMORY_OPTIONS = (
+    "arch", "width", "activation", "pooling", "loss", "feedback", "dataset", "image_size", "nudged_steps", "schedule",
+    "tolerance", "scheme", "nudge", "aug", "signal_layers", "kappa", "signal_loss", "signal_pool", "learned_maps",
+    "batch_size", "micro_batch", "optimizer", "momentum", "device", "scratch_mb", "precision",
+)  # fmt: skip
+NAMES = {"ep": "EP", "bptt": "BPTT", "bp": "BP"}
+MOST_STEPS, MOST_SAMPLES = 10_000, 1 << 16  # a plan lists every step unrolled and every chunk of a batch
+
+
+@dataclass
+class StepMemory:
+    """The memory of one step.
+
+    Attributes
+    ----------
+    algorithm : {"ep", "bptt", "bp"}
+    steps : int or None
+        T: free steps of EP, unrolled steps of BPTT.
+    planned : dict of str to int
+        Bytes by purpose.
+    measured : int or None
+        Bytes at the peak of a step that was done.
+    """
+
+    algorithm: str
+    steps: int | None
+    planned: dict[str, int]
+    measured: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes planned in all."""
+        return sum(self.planned.values())
+
+    @property
+    def label(self) -> str:
+        name = NAMES[self.algorithm]
+        return name if self.steps is None else f"{name}, T = {self.steps}"
+
+
+@dataclass
+class MemoryReport:
+    """Steps of EP and BPTT with T steps each, and of BP, of one network.
+
+    Attributes
+    ----------
+    config : TrainConfig
+    device : Device
+        The real one, or one on paper, that was planned for.
+    rows : list of StepMemory
+        EP for every T, BPTT for every T, BP.
+    """
+
+    config: TrainConfig
+    device: Device
+    rows: list[StepMemory] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return a table of the purposes and one of the totals."""
+        columns = {row.label if row.algorithm == "bptt" else NAMES[row.algorithm]: row.planned for row in self.rows}
+        return "\n\n".join([self._head(), purposes(columns), self._totals()])
+
+    def _head(self) -> str:
+        config, kind = self.config, "GPU" if self.device.is_gpu else "CPU"
+        parts = "" if config.micro_batch is None else f" in parts of {config.micro_batch}"
+        return (
+            f"{config.arch}, width {config.width:g}, batch {config.batch_size}{parts}, {config.precision}, "
+            f"{config.schedule}, {config.optimizer}, {kind}; MB are 10^6 bytes"
+        )
+
+    def _totals(self) -> str:
+        least = min(row.total for row in self.rows if row.algorithm == "ep")
+        measured = any(row.measured for row in self.rows)
+        heads = ["planned, MB", "of EP", *(["measured, MB", "planned - measured"] if measured else [])]
+        lines = [f"{'':<16}" + "".join(f"{head:>20}" for head in heads)]
+        for row in self.rows:
+            cells = [f"{row.total / 1e6:.1f}", f"{row.total / least:.2f}"]
+            if row.measured:
+                cells += [f"{row.measured / 1e6:.1f}", f"{row.total / row.measured - 1:+.1%}"]
+            lines.append(f"{row.label:<16}" + "".join(f"{cell:>20}" for cell in cells))
+        return "\n".join(lines)
+
+    def write_json(self, path: str | Path) -> None:
+        """Write ``{"options", "device_kind", "steps": [{"algorithm", "steps", "planned", "planned_bytes", ...}]}``."""
+        content = {
+            "options": {name: getattr(self.config, name) for name in MEMORY_OPTIONS},
+            "device_kind": "gpu" if self.device.is_gpu else "cpu",
+            "steps": [
+                {
+                    "algorithm": row.algorithm,
+                    "steps": row.steps,
+                    "planned": row.planned,
+                    "planned_bytes": row.total,
+                    "measured_bytes": row.measured,
+                }
+                for row in self.rows
+            ],
+        }
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def purposes(columns: dict[str, dict[str, int]]) -> str:
+    """Return a table of bytes by purpose: a line a purpose, a column each of `columns`, and their sums."""
+    names = list(dict.fromkeys(name for sizes in columns.values() for name in sizes))
+    width = max(map(len, [*names, "total"])) + 2
+    lines = [f"{'MB':<{width}}" + "".join(f"{title:>16}" for title in columns)]
+    for name in names:
+        cells = (f"{sizes[name] / 1e6:.1f}" if name in sizes else "-" for sizes in columns.values())
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    sums = "".join(f"{sum(sizes.values()) / 1e6:>16.1f}" for sizes in columns.values())
+    return "\n".join([*lines, f"{'total':<{width}}{sums}"])
+
+
+def memory_report(
+    config: TrainConfig,
+    steps: Sequence[int],
+    kind: str | None = None,
+    measure: bool = False,
+    report: Callable[[str], None] = print,
+) -> MemoryReport:
+    """Plan a step of every algorithm, for every T of `steps`, and do it where it is to be measured.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        `MEMORY_OPTIONS` are used.
+    steps : sequence of int
+        T, from 1 to `MOST_STEPS`.
+    kind : {"cpu", "gpu"}, optional
+        What to plan for; the device of `config` if not given.
+    measure : bool
+        Also do one step each, which takes that memory and the time.
+    report : callable
+        Takes a line before every measurement.
+    """
+    require(len(steps) > 0 and all(1 <= t <= MOST_STEPS for t in steps), f"steps T must be from 1 to {MOST_STEPS}")
+    device = device_of(config, kind)
+    there = not isinstance(device, PaperDevice)
+    require(
+        there or not measure, f"--measure needs the device itself, which is no {kind} here; leave --device-kind out"
+    )
+    result = MemoryReport(config, device)
+    cases = [(algorithm, t) for algorithm in ("ep", "bptt") for t in steps] + [("bp", None)]
+    for algorithm, t in cases:
+        row = StepMemory(algorithm, t, planned_step(_of(config, algorithm, t), device))
+        if measure:
+            report(f"measuring {row.label} ...")
+            row.measured = measured_step(_of(config, algorithm, t), device)
+        result.rows.append(row)
+    return result
+
+
+def device_of(config: TrainConfig, kind: str | None) -> Device:
+    """Return the device of `config`, or one of another kind on paper."""
+    device = get_device(config.device, config.scratch_mb)
+    here = "gpu" if device.is_gpu else "cpu"
+    return device if kind in (None, here) else PaperDevice(kind, config.scratch_mb)
+
+
+def _of(config: TrainConfig, algorithm: str, steps: int | None) -> TrainConfig:
+    """Return the configuration of a step with T steps."""
+    changes = {"ep": {"free_steps": steps}, "bptt": {"free_steps": 1, "nudged_steps": steps}, "bp": {}}[algorithm]
+    return dataclasses.replace(config, algorithm=algorithm, **changes)
+
+
+def planned_step(config: TrainConfig, device: Device) -> dict[str, int]:
+    """Return the bytes of a step of ``config.algorithm`` by purpose, on a device like `device`."""
+    require(config.batch_size <= MOST_SAMPLES, f"a plan is of at most {MOST_SAMPLES} images, not {config.batch_size}")
+    learner = blank_learner(config, device if isinstance(device, PaperDevice) else PaperDevice.like(device))
+    return plan(learner, config.batch_size, optimizer_slots(config))
+
+
+def measured_step(config: TrainConfig, device: Device) -> int:
+    """Return the peak bytes of a step of ``config.algorithm`` on noise, network and optimizer included."""
+
+    def make() -> Callable[[], None]:
+        learner = blank_learner(config, device)
+        optimizer, batch = build_optimizer(config, learner.parameters()), noise(learner.network, config.batch_size)
+        return lambda: optimizer.step(learner.step(batch).gradients)
+
+    return peak_bytes(make, device)
+
+
+def blank_learner(config: TrainConfig, device: Device) -> Learner:
+    """Return the untrained network of `config` with its learner and signals, which need no files."""
+    source = SOURCES[config.dataset]
+    shape = image_shape(config.dataset, config.image_size)
+    images = ImageFormat(source.name, source.classes, shape, np.zeros(shape[2:]), np.ones(shape[2:]))
+    network = build_network(config, images, device)
+    return build_learner(config, network, _signals(config, network), np.random.default_rng(config.seed))
+
+
+def noise(network: Network, samples: int) -> Batch:
+    """Return a batch of normal random images with labels."""
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((samples, *network.input_shape), np.float32)
+    labels, views = generator.integers(0, network.classes, samples), np.zeros(samples, np.uint8)
+    return Batch(network.device.asarray(images, network.precision.stored), labels, np.arange(samples), views, True)
+
+
+def _signals(config: TrainConfig, network: Network) -> list[Augmenter]:
+    require(not config.teacher_features, "the memory of --teacher-features depends on the teacher")
+    return make_signals(config, network, _BlankTeacher(network.classes))
+
+
+class _BlankTeacher:
+    """Knows nothing, of any sample."""
+
+    def __init__(self, classes: int):
+        self.classes = classes
+
+    def logits(self, split: str, index: Any, view: Any) -> np.ndarray:
+        return np.zeros((len(index), self.classes), np.float32)
+
+
+def network_report(config: TrainConfig, kind: str | None = None) -> str:
+    """Return layers, parameters and products of a network, and the planned memory of a step of ``config.algorithm``."""
+    device = device_of(config, kind)
+    parts = planned_step(config, device)
+    network = blank_learner(config, PaperDevice.like(device)).network
+    count = sum(math.prod(array.shape) for array in network.parameters().values())
+    flops = [edge.flops() * config.batch_size for edge in network.layers]
+    first = sum(flops[c] for c in network.graph.out_of[0])
+    micro = "" if config.micro_batch is None else f" in parts of {config.micro_batch}"
+    lines = [
+        repr(network),
+        f"parameters     {count}",
+        f"products       {2 * (sum(flops) - first) / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two an edge), "
+        f"{first / 1e9:.2f} GFLOP once a phase (the first edge)",
+        "",
+        f"a step of {NAMES[config.algorithm]}, batch {config.batch_size}{micro}, {config.optimizer}, planned "
+        f"for a {'GPU' if device.is_gpu else 'CPU'}; MB are 10^6 bytes",
+    ]
+    return "\n".join([*lines, purposes({"planned": parts})])

@@ -1,0 +1,113 @@
+"""The picture of a diagnosis: how the phases settle, how the nudge reaches the layers, which units respond."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep.commands.plots.curves import draw_settling, layer_colours
+from cupyep.commands.plots.style import COLOURS, label_decades, matplotlib_figure, whole_decades
+from cupyep.diagnostics.rules import LIMITS, spans, unsettled_layers
+
+LAYER = "layer (1 sees the image)"
+MOST_TICKS = 20
+LINE_INCHES = 0.2
+
+
+def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str, verdicts: Sequence[str]) -> Any:
+    """Return the figure.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        ``Diagnosis.rows``.
+    trace : dict
+        As settling.json has it.
+    title : str
+    verdicts : sequence of str
+        Written below the panels.
+    """
+    words = [
+        line
+        for verdict in verdicts
+        for line in textwrap.wrap(verdict, 115, subsequent_indent="    ", break_on_hyphens=False)
+    ]
+    layers = [row for row in rows if row["name"].isdecimal()]
+    phases = [phase for phase in ("free", "nudged") if phase in trace]
+    panels = [*phases, *(["responses"] if "nudge_response" in layers[0] else []), "units"]
+    rows_of_panels = -(-len(panels) // 2)
+    heights = [2.9 * rows_of_panels + 0.4, 0.2 + LINE_INCHES * len(words)]
+    figure = matplotlib_figure()(figsize=(9.6, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    axes = list(np.atleast_1d(above.subplots(rows_of_panels, 2, squeeze=False)).ravel())
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_visible(False)
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.set_visible(True)
+        if panel in phases:
+            draw_settling(axis, panel, trace)
+            unsettled = unsettled_layers([row[f"{panel}_unsettled"] for row in layers])
+            if unsettled:
+                axis.set_title(f"{panel} phase: {spans(unsettled)} unsettled", color=COLOURS[1])
+        else:
+            (_draw_responses if panel == "responses" else _draw_units)(axis, layers)
+    if phases:
+        layer_colours(above, axes[: len(phases)], len(layers))
+    figure.suptitle(title, fontsize="medium")
+    below.text(0.02, 0.98, "\n".join(words), va="top", fontsize="small", family="monospace")
+    return figure
+
+
+def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
+    n = np.arange(1, len(layers) + 1)
+    lines = {
+        "response $|a_n(s_+-s_-)|$": ("response_share", "o-", COLOURS[0]),
+        "gradient": ("gradient_share", "s--", COLOURS[2]),
+    }
+    limit = LIMITS["response"].value
+    values = np.array([[row[key] for row in layers] for key, *_ in lines.values()], float)
+    low, high = whole_decades([*values.ravel(), limit / 2, 1.0])
+    for (label, (_, form, colour)), y in zip(lines.items(), values, strict=True):
+        axis.plot(n, np.where(y > 0, y, np.nan), form, color=colour, label=label, markersize=4)
+        if (y == 0).any():  # off the scale
+            axis.plot(n[y == 0], [low] * (y == 0).sum(), "v", color=colour, markersize=7, clip_on=False)
+    _draw_limit(axis, limit, "vanishing below")
+    axis.set(yscale="log", xlabel=LAYER, title="what reaches the layers", ylim=(low, 10 * high))  # room for the key
+    axis.set_ylabel("norm / last layer's norm")
+    _layer_ticks(axis, n)
+    label_decades(axis.yaxis)
+    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
+
+
+def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
+    n = np.arange(1, len(layers) + 1)
+    saturated, dead = (100 * np.array([row[key] for row in layers]) for key in ("saturated", "dead"))
+    axis.bar(n, saturated, color=COLOURS[4], label="saturated units")
+    axis.bar(n, dead, bottom=saturated, color=COLOURS[0], label="units of dead channels")
+    _draw_limit(axis, 100 * LIMITS["idle"].value, "collapse above")
+    axis.set(
+        ylim=(0, 122),
+        yticks=range(0, 101, 20),
+        xlabel=LAYER,
+        ylabel="% of the units",
+        title="units that do not respond",
+    )
+    _layer_ticks(axis, n)
+    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
+
+
+def _draw_limit(axis: Any, limit: float, label: str) -> None:
+    axis.axhline(limit, color="k", linestyle="--", linewidth=1)
+    box = {"facecolor": "w", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+    axis.annotate(label, (0.99, limit), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                  ha="right", va="bottom", fontsize="small", bbox=box)  # fmt: skip
+
+
+def _layer_ticks(axis: Any, layers: np.ndarray) -> None:
+    axis.set(xticks=layers[:: 1 if len(layers) <= MOST_TICKS else 2], xlim=(0.4, len(layers) + 0.6))

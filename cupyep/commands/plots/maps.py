@@ -1,0 +1,133 @@
+"""Maps: a value a layer over the epochs, filters of the first layer, the confusion matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep.commands.plots.style import AMOUNTS, LAYERS, integer_ticks, label_decades, matplotlib_figure, whole_decades
+
+NUMBERED_EPOCHS = 8  # so many epochs leave room for a number in every cell
+DECADES = 6  # a logarithmic scale shows no more below its largest value
+NAMED_CLASSES = 20
+
+
+def over_epochs(
+    maps: dict[str, np.ndarray], epochs: Sequence[int], label: str, title: str, log: bool = False, readout: bool = False
+) -> Any:
+    """Return the figure of values a layer over the epochs, a panel a map.
+
+    Parameters
+    ----------
+    maps : dict
+        Title of a panel -> array (epochs, layers).
+    epochs : sequence of int
+    label : str
+        What the colours say, with its unit.
+    log : bool
+        Logarithmic colours, from the largest value down to at most six decades below it; else they go from 0 to 1.
+    readout : bool
+        The last row is the readout's.
+    """
+    layers = max(values.shape[1] for values in maps.values())
+    figure = matplotlib_figure()(figsize=(5.2 * len(maps) + 0.6, 1.5 + 0.24 * max(layers, 5)), layout="constrained")
+    axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
+    scale = _log_scale(np.concatenate([v.ravel() for v in maps.values()])) if log else {"vmin": 0.0, "vmax": 1.0}
+    for axis, (name, values) in zip(axes, maps.items(), strict=True):
+        image = _draw_map(axis, values, epochs, log, scale)
+        axis.set(xlabel="epoch", title=name)
+    axes[0].set_ylabel("layer (1 sees the image)")
+    if readout:
+        axes[0].set_yticks([*axes[0].get_yticks()[:-1], layers], [*map(str, axes[0].get_yticks()[:-1]), "readout"])
+    below = log and any((values < scale["norm"].vmin).any() for values in maps.values())
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, extend="min" if below else "neither")
+    bar.set_label(label)
+    if log:
+        label_decades(bar.ax.yaxis)
+        bar.ax.minorticks_off()
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _log_scale(values: np.ndarray) -> dict[str, Any]:
+    from matplotlib.colors import LogNorm
+
+    low, high = whole_decades(values)
+    return {"norm": LogNorm(max(low, high * 10.0**-DECADES), high)}
+
+
+def _draw_map(axis: Any, values: np.ndarray, epochs: Sequence[int], log: bool, scale: dict[str, Any]) -> Any:
+    first, last, layers = epochs[0], epochs[-1], values.shape[1]
+    shown = np.ma.masked_invalid(values.T)
+    extent = (first - 0.5, last + 0.5, 0.5, layers + 0.5)
+    image = axis.imshow(
+        shown, aspect="auto", origin="lower", extent=extent, interpolation="nearest", cmap=LAYERS, **scale
+    )
+    axis.set_facecolor("0.85")
+    integer_ticks(axis.xaxis)
+    axis.set_yticks(range(1, layers + 1, 1 if layers <= 20 else 2))
+    if len(epochs) <= NUMBERED_EPOCHS:
+        for (epoch, layer), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = image.norm(value) < 0.6
+                text = f"{value:.2g}" if log else f"{value:.2f}"
+                axis.text(
+                    epochs[epoch], layer + 1, text, ha="center", va="center", fontsize=7, color="w" if dark else "k"
+                )
+    return image
+
+
+def filters(weight: np.ndarray, title: str) -> Any:
+    """Return the figure of the first layer's filters, (kh, kw, C, K): colours for three channels, else their mean.
+
+    Every filter has its own scale; grey is zero.
+    """
+    count = weight.shape[-1]
+    columns = max(4, math.ceil(math.sqrt(count * 2)))
+    rows = math.ceil(count / columns)
+    side = max(0.5, 5.0 / columns)
+    figure = matplotlib_figure()(figsize=(side * columns, side * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    for number, axis in enumerate(grid.ravel()):
+        axis.set_axis_off()
+        if number < count:
+            axis.imshow(_tile(weight[..., number]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _tile(filter_: np.ndarray) -> np.ndarray:
+    shown = filter_ if filter_.shape[-1] == 3 else filter_.mean(axis=-1)
+    return 0.5 + 0.5 * shown / (np.abs(shown).max() or 1.0)
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Any:
+    """Return the figure of a confusion matrix, rows (true classes) in percent.
+
+    Parameters
+    ----------
+    matrix : ndarray of int, shape (classes, classes)
+        Samples of the true class (row) taken for a class (column).
+    """
+    from matplotlib.colors import PowerNorm
+
+    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    named = len(classes) <= NAMED_CLASSES
+    size = 1.6 + 0.42 * len(classes) if named else 6.4
+    figure = matplotlib_figure()(figsize=(size + 1.0, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(share, cmap=AMOUNTS, norm=PowerNorm(0.5, 0, 100))  # small confusions are to be seen, too
+    if named:
+        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(classes)), classes)
+        for (row, column), value in np.ndenumerate(share):
+            text = f"{value:.0f}"
+            if text != "0":
+                axis.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if value < 35 else "k")
+    axis.set(xlabel="taken for", ylabel="true class", title=title)
+    axis.title.set_fontsize("medium")
+    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03).set_label("% of the true class")
+    return figure

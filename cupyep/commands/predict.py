@@ -1,0 +1,123 @@
+"""Predictions of a trained run for pictures: the likeliest classes, and whether the network settled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.batch import Batch
+from cupyep.data.loader import Normaliser
+from cupyep.data.pictures import read_picture
+from cupyep.data.sources import SOURCES
+from cupyep.errors import ConvergenceWarning, DataError, require
+from cupyep.training.trained import TrainedRun
+
+NOT_FINITE = "the network does not settle on it, its states grow without bounds; lower --free-steps"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of a picture.
+
+    Attributes
+    ----------
+    file : Path
+    classes : list of (str, float, float or None)
+        Name, score and probability of the likeliest classes, the best first. The score is the readout's output; with
+        squared error it is no logit, and there is no probability.
+    residual : float or None
+        Of the worst layer at the end of the free phase; None for networks that do not settle (backpropagation).
+    settled : bool or None
+        Whether the residual is within the tolerance; None without a tolerance.
+    error : str
+        Why there is no prediction, else empty.
+    """
+
+    file: Path
+    classes: list[tuple[str, float, float | None]]
+    residual: float | None = None
+    settled: bool | None = None
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the prediction as plain objects."""
+        if self.error:
+            return {"file": str(self.file), "error": self.error}
+        names = ("class", "score", "probability")
+        return {
+            "file": str(self.file),
+            "classes": [dict(zip(names, entry, strict=True)) for entry in self.classes],
+            "residual": self.residual,
+            "settled": self.settled,
+        }
+
+
+def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int = 3) -> Iterator[Prediction]:
+    """Yield the prediction of each picture, a batch at a time; those without an answer have an `error`.
+
+    Parameters
+    ----------
+    run : TrainedRun
+    files : sequence of Path
+    top : int
+        Number of classes, from 1 to all.
+    """
+    classes, size = run.images.classes, run.images.image_shape[0]
+    require(1 <= top <= len(classes), f"--top must be from 1 to {len(classes)}, the classes of {run.images.name}")
+    normalise = Normaliser(run.images.mean, run.images.std, run.network.device, run.network.dtype)
+    for start in range(0, len(files), run.config.batch_size):
+        part, errors, pixels = files[start : start + run.config.batch_size], {}, []
+        for file in part:
+            try:
+                pixels.append(read_picture(file, SOURCES[run.config.dataset], size))
+            except DataError as error:
+                errors[file] = str(error)
+        answers = iter(_answers(run, normalise, pixels, top) if pixels else [])
+        for file in part:
+            answer = None if file in errors else next(answers)
+            if answer is None:
+                yield Prediction(file, [], error=errors.get(file, f"{file}: {NOT_FINITE}"))
+            else:
+                yield Prediction(file, *answer)
+
+
+def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], top: int) -> Iterator[tuple | None]:
+    """Yield (classes, residual, settled) of each image, None where they are not finite."""
+    from scipy.special import softmax  # here: it takes a quarter of a second, and most commands do without
+
+    network = run.network
+    images = normalise(network.device.asarray(np.stack(pixels)))
+    batch = network.batch(Batch(images, np.zeros(len(images), np.int64), checked=True))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores, residuals, tolerance = _settle(run.learner, batch)
+    finite = np.isfinite(scores).all(axis=1) & (True if residuals is None else np.isfinite(residuals))
+    scores = np.where(finite[:, None], scores, 0)
+    logits = network.readout.criterion.name == "cross_entropy"
+    probabilities = softmax(scores.astype(np.float64), axis=1) if logits else None
+    for n, row in enumerate(scores):
+        if not finite[n]:
+            yield None
+            continue
+        best = np.argsort(-row, kind="stable")[:top]
+        listed = [
+            (run.images.classes[c], float(row[c]), None if probabilities is None else float(probabilities[n, c]))
+            for c in best
+        ]
+        residual = None if residuals is None else float(residuals[n])
+        yield listed, residual, None if residual is None or tolerance is None else residual <= tolerance
+
+
+def _settle(learner: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, float | None]:
+    """Return scores (N, classes), the residual of each sample's worst layer, and the tolerance."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # each picture's line says so
+        state = learner.settled(batch)
+    scores = learner.network.device.to_numpy(learner.network.outputs(state.layers[-1]))
+    if state.stats is None:  # a feed-forward pass
+        return scores, None, None
+    return scores, state.stats.per_sample.max(axis=0), learner.tolerance

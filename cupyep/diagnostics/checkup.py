@@ -1,0 +1,103 @@
+"""The checkup of an epoch: a few training images settled longer than the run does, and a diagnosis of all numbers.
+
+It costs about as much as one or two batches, draws no random numbers and leaves the training as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep.batch import Batch
+from cupyep.diagnostics.probe import PhaseProbe, probe_settling
+from cupyep.diagnostics.rules import Record, Setting, find, probe_record
+
+PROBE_IMAGES = 32
+DIGITS = 4
+
+
+class Checkup:
+    """Looks at a learner once an epoch.
+
+    Parameters
+    ----------
+    learner : Learner
+    batch : Batch
+        The images that are settled for a closer look.
+    batch_size : int
+        Of the training.
+
+    Attributes
+    ----------
+    trace : dict
+        `trace_of` the last look, for settling.json.
+    """
+
+    def __init__(self, learner: Any, batch: Batch, batch_size: int):
+        self.learner = learner
+        self.batch = batch
+        self.setting = Setting.of(learner, batch_size)
+        self.trace: dict[str, Any] = {}
+
+    def look(self, record: Record, records: Sequence[Record]) -> Record:
+        """Return what is to be added to the `record` of an epoch.
+
+        Parameters
+        ----------
+        record : dict
+            The epoch's numbers so far.
+        records : sequence of dict
+            Those of the epochs before.
+
+        Returns
+        -------
+        dict
+            `probe_record`, and ``findings``, a list of ``{"signature", "layers", "message"}``.
+        """
+        probes = probe_settling(self.learner, self.batch)
+        self.trace = trace_of(probes, self.setting, len(self.batch), record["epoch"])
+        seen = probe_record(probes, self.setting.tolerance)
+        findings = find(record | seen, self.setting, probes, records)
+        return {**seen, "findings": [finding._asdict() for finding in findings]}
+
+
+def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, epoch: int) -> dict[str, Any]:
+    """Return how the phases settled, as settling.json holds it.
+
+    ``epoch``, ``images``, ``schedule``, ``tolerance``, and of each phase there is ``steps``, the learner's own, and
+    ``residual``: for every step, also those beyond, a number a layer (None where it is not finite).
+    """
+    phases = {
+        phase: {"steps": probe.steps, "residual": [[_rounded(r) for r in row] for row in probe.residual]}
+        for phase, probe in probes.items()
+    }
+    return {
+        "epoch": epoch,
+        "images": images,
+        "schedule": setting.schedule,
+        "tolerance": setting.tolerance,
+        **phases,
+    }
+
+
+def check_trace(trace: Any) -> dict[str, Any]:
+    """Return `trace` if it is as `trace_of` makes it, else raise `ValueError`."""
+    for key, kind in (("epoch", int), ("images", int), ("schedule", str)):
+        if not isinstance(trace[key], kind):
+            raise ValueError(f"'{key}' is {trace[key]!r}")
+    tolerance = trace["tolerance"]
+    if tolerance is not None and not isinstance(tolerance, float):
+        raise ValueError(f"'tolerance' is {tolerance!r}")
+    for phase in ("free", "nudged"):
+        if phase in trace:
+            residual = np.array(trace[phase]["residual"], float)
+            if residual.ndim != 2 or not 1 <= int(trace[phase]["steps"]) <= len(residual):
+                raise ValueError(f"the residuals of the {phase} phase are not a table of steps and layers")
+    return trace
+
+
+def _rounded(number: float) -> float | None:
+    return float(f"{number:.{DIGITS}g}") if math.isfinite(number) else None

@@ -1,0 +1,91 @@
+"""The array operations of optimizers: one step for one parameter, or for a piece of it.
+
+`OptimizerOps` is plain array code for NumPy and CuPy alike, and the reference; ``optimizer.cu`` does the same in one
+kernel each (`cupyep.ops.cuda_optimizer`): a deep network has dozens of parameters, and a step of plain array code a
+dozen launches for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupyep.backend import array_module
+
+
+class OptimizerOps:
+    """Steps without allocation. Arrays are of one shape and floating type.
+
+    Attributes
+    ----------
+    needs_scratch : bool
+        Whether a step wants an array like the parameter; then large parameters are better given in pieces.
+    """
+
+    needs_scratch = True
+
+    def sgd(
+        self,
+        parameter: Any,
+        gradient: Any,
+        velocity: Any,
+        scratch: Any,
+        *,
+        rate: float,
+        momentum: float,
+        nesterov: bool,
+        decay: float,
+    ) -> None:
+        """Update `parameter` and `velocity` (None without momentum) in place; see `cupyep.optim.SGD`."""
+        total = _decayed(parameter, gradient, decay, scratch)
+        if velocity is not None:
+            velocity *= momentum
+            velocity += total
+        if velocity is None or nesterov:  # the gradient's own term
+            total *= rate
+            parameter -= total
+        if velocity is not None:  # the velocity's term
+            share = momentum if nesterov else 1.0
+            array_module(parameter).multiply(velocity, rate * share, out=total)
+            parameter -= total
+
+    def adam(
+        self,
+        parameter: Any,
+        gradient: Any,
+        mean: Any,
+        square: Any,
+        scratch: Any,
+        *,
+        rate: float,
+        betas: tuple[float, float],
+        correction: float,
+        epsilon: float,
+        decay: float,
+    ) -> None:
+        """Update `parameter`, `mean` and `square` in place; see `cupyep.optim.Adam`.
+
+        `rate` is ``lr / (1 - b1^t)``, `correction` ``1 / (1 - b2^t)``.
+        """
+        xp, (b1, b2) = array_module(parameter), betas
+        total = _decayed(parameter, gradient, decay, scratch)
+        total *= 1.0 - b1
+        mean *= b1
+        mean += total
+        total = _decayed(parameter, gradient, decay, scratch)  # once more: a second scratch would be larger
+        total *= total
+        total *= 1.0 - b2
+        square *= b2
+        square += total
+        xp.multiply(square, correction, out=total)
+        xp.sqrt(total, out=total)
+        total += epsilon
+        xp.divide(mean, total, out=total)
+        total *= rate
+        parameter -= total
+
+
+def _decayed(parameter: Any, gradient: Any, decay: float, out: Any) -> Any:
+    """Return gradient + decay * parameter, in `out`."""
+    array_module(parameter).multiply(parameter, decay, out=out)
+    out += gradient
+    return out

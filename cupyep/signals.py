@@ -1,0 +1,339 @@
+"""Intermediate learning signals: auxiliary losses at chosen layers during the nudge (arXiv 2508.15989).
+
+The nudged phase descends ``L + kappa * sum_{i in layers} L_i(s^i, target_i)``; the free phase knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep import errors
+from cupyep.backend.device import Device
+from cupyep.batch import Batch
+from cupyep.data.teacher import TeacherFile
+from cupyep.data.teacher.layout import SPLITS
+from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
+from cupyep.heads import Head, LossTerm
+from cupyep.losses import SquaredError, get_loss, one_hot
+from cupyep.phases import Nudge
+
+ANNEALINGS = ("constant", "cosine")
+
+
+class _LayerTerm(LossTerm):
+    """A user's augmenter seen from one layer."""
+
+    def __init__(self, augmenter: Augmenter, layer: int):
+        self.augmenter = augmenter
+        self.layer = layer
+
+    def loss(self, state, target):
+        return self.augmenter.loss(self.layer, state, target)
+
+    def add_force(self, state, target, scale, force, scratch=None):
+        gradient = self.augmenter.gradient(self.layer, state, target)
+        shape = getattr(gradient, "shape", ())  # another one would be spread over the state
+        if shape != state.shape:
+            raise ConfigurationError(
+                f"{type(self.augmenter).__name__}, layer {self.layer}: the gradient has shape {shape}, "
+                f"the state {tuple(state.shape)}; they must be equal"
+            )
+        force += scale.reshape(-1, *[1] * (force.ndim - 1)) * gradient
+
+
+class Augmenter:
+    """A loss at chosen layers, weighted by kappa. Subclass it with `loss` and `gradient` to add your own.
+
+    Parameters
+    ----------
+    layers : int, sequence of int or "all"
+        Layers, counted from 1 (the layer that sees the image); ``"all"`` is every layer of the network that the signal
+        is bound to.
+    kappa : float
+        Weight against the readout's loss, at least 0.
+    annealing : {"cosine", "constant"}
+        How `kappa` changes over training: falling as a half cosine to zero, or not at all.
+
+    Attributes
+    ----------
+    kappa : float
+        The current weight.
+    nbytes : int
+        Bytes of what its targets are taken from, kept on the device.
+    """
+
+    nbytes = 0
+
+    def __init__(self, layers: int | Sequence[int] | str, kappa: float = 0.5, annealing: str = "cosine"):
+        self.every_layer = isinstance(layers, str) and layers == "all"
+        require(
+            self.every_layer or not isinstance(layers, str),
+            f"signal layers must be numbers or 'all', not {shown(layers)}",
+        )
+        given = [] if self.every_layer else [layers] if is_integer(layers) else items("signal layers", layers)
+        self.layers = [integer("each of the signal layers", layer) for layer in given]
+        require(self.every_layer or len(given) > 0, "a signal needs at least one layer; layers are empty")
+        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
+        self.kappa = self.initial_kappa = number("kappa", kappa, 0)
+        self.annealing = choose("kappa annealing", annealing, ANNEALINGS)
+        self._terms: dict[int, LossTerm] = {}
+        self.network: Any = None  # the one it is bound to
+
+    def anneal(self, progress: float) -> None:
+        """Set `kappa` for training progress from 0 to 1: ``kappa_0 (1 + cos(pi progress)) / 2`` if annealed."""
+        number("progress", progress, 0, 1)
+        factor = 0.5 * (1 + math.cos(math.pi * progress)) if self.annealing == "cosine" else 1.0
+        self.kappa = self.initial_kappa * factor
+
+    def bind(self, shapes: Sequence[tuple[int, ...]], classes: int, device: Device, dtype: Any) -> None:
+        """Prepare for a network; called once by the learner.
+
+        Parameters
+        ----------
+        shapes : sequence of tuple
+            Shapes of s^1 .. s^L without the batch axis.
+        classes : int
+        device : Device
+        dtype : dtype
+
+        Raises
+        ------
+        ConfigurationError
+            If a layer does not exist.
+        """
+        if self.every_layer:
+            self.layers = list(range(1, len(shapes) + 1))
+        for layer in self.layers:
+            require(
+                1 <= layer <= len(shapes),
+                f"signal layer {layer} does not exist: the network has layers 1 to {len(shapes)}",
+            )
+        self.device, self.dtype, self.classes = device, dtype, classes
+        self._terms = {layer: self.make_term(layer, shapes[layer - 1]) for layer in self.layers}
+
+    def make_term(self, layer: int, shape: tuple[int, ...]) -> LossTerm:
+        """Return the loss term of one layer; the default calls `loss` and `gradient` of this object."""
+        return _LayerTerm(self, layer)
+
+    def target(self, layer: int, batch: Batch) -> Any:
+        """Return the target of one layer, an array with a row a sample on the device, or None."""
+        return None
+
+    def loss(self, layer: int, state: Any, target: Any) -> Any:
+        """Return the loss a sample, shape (B,), of `state` (B, *shape of the layer)."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(layer, state, target)")
+
+    def gradient(self, layer: int, state: Any, target: Any) -> Any:
+        """Return dloss/dstate, shape of `state`."""
+        raise NotImplementedError(f"{type(self).__name__} must define gradient(layer, state, target)")
+
+    def nudges(self, batch: Batch) -> list[Nudge]:
+        """Return the summands of the nudging loss for a batch, none while kappa is 0."""
+        if self.kappa == 0:
+            return []
+        return [Nudge(term, self.kappa, self.target(layer, batch)) for layer, term in self._terms.items()]
+
+    def parameters(self) -> dict[str, Any]:
+        """Return learned maps as ``{"layer3.weight": ...}``; empty where all maps are fixed."""
+        return {
+            f"layer{layer}.{name}": array
+            for layer, term in self._terms.items()
+            for name, array in term.parameters().items()
+        }
+
+    def term(self, layer: int) -> LossTerm:
+        """Return the loss term of one layer."""
+        return self._terms[layer]
+
+
+class _MapAugmenter(Augmenter):
+    """A head a layer: a random (or learned) map from the state to the classes."""
+
+    def __init__(self, layers, kappa, annealing, loss, temperature, pool, learned, gain, seed):
+        super().__init__(layers, kappa, annealing)
+        self.criterion = get_loss(loss, number("temperature", temperature, above=0))
+        self.pool = None if pool is None else integer("pool", pool)
+        self.learned = flag("learned", learned)
+        self.gain = number("gain", gain, above=0)
+        self.seed = errors.seed("seed", seed)
+
+    def make_term(self, layer, shape):
+        head = Head(layer, shape, self.criterion, self.classes, learned=self.learned, pool=self.pool)
+        head.initialize(np.random.default_rng([self.seed, layer]), self.gain, self.device, self.dtype)
+        return head
+
+    def nudges(self, batch):
+        if self.kappa == 0:
+            return []
+        target = self.target(self.layers[0], batch)  # one target serves all layers
+        return [Nudge(term, self.kappa, target) for term in self._terms.values()]
+
+
+class LocalError(_MapAugmenter):
+    """Local error: ``L_i = CE(softmax(B_i s^i), y)`` or ``1/2 |B_i s^i - y|^2`` with B_i random and fixed.
+
+    Parameters
+    ----------
+    layers, kappa, annealing
+        See `Augmenter`.
+    loss : {"cross_entropy", "squared_error"}
+    pool : int, optional
+        Average the state over ``pool x pool`` windows before the map.
+    gain : float
+        B_i is drawn from N(0, gain^2 / dim).
+    seed : int
+        Of the maps.
+    """
+
+    def __init__(
+        self,
+        layers: int | Sequence[int] | str,
+        kappa: float = 0.5,
+        annealing: str = "cosine",
+        loss: str = "cross_entropy",
+        pool: int | None = None,
+        gain: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__(layers, kappa, annealing, loss, 1.0, pool, False, gain, seed)
+
+    def target(self, layer, batch):
+        return one_hot(batch.nearest_labels, self.classes, self.dtype, self.device)
+
+
+class Distillation(_MapAugmenter):
+    """Knowledge distillation: the map's output follows a teacher's logits z.
+
+    ``L_i = T^2 CE(softmax(z / T), softmax(A_i s^i / T))`` or ``1/2 |A_i s^i - z|^2``.
+
+    Parameters
+    ----------
+    teacher : TeacherFile
+        Anything with ``logits(split, index, view)`` returning (B, classes) will do.
+    layers, kappa, annealing, loss, pool, gain, seed
+        See `LocalError`.
+    temperature : float
+        T, positive; used by the cross-entropy.
+    learned : bool
+        Train the maps A_i together with the network instead of keeping them as drawn.
+    split : str
+        Which part of the teacher file a batch's indices refer to.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherFile,
+        layers: int | Sequence[int] | str,
+        kappa: float = 0.5,
+        annealing: str = "cosine",
+        loss: str = "cross_entropy",
+        temperature: float = 1.0,
+        learned: bool = False,
+        pool: int | None = None,
+        gain: float = 1.0,
+        seed: int = 0,
+        split: str = "train",
+    ):
+        super().__init__(layers, kappa, annealing, loss, temperature, pool, learned, gain, seed)
+        self.teacher = _that_has(teacher, "logits")
+        self.split = choose("split", split, SPLITS)
+        self._table: Any = None  # the teacher's logits on the device
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_table": None}
+
+    @property
+    def nbytes(self):
+        table = self.teacher.table(self.split) if isinstance(self.teacher, TeacherFile) else None
+        return 0 if table is None else table.nbytes
+
+    @classmethod
+    def from_file(cls, path: str | Path, layers: int | Sequence[int] | str, **options: Any) -> Distillation:
+        """Return a signal whose teacher is the file at `path` (see `cupyep.data.TeacherFile`)."""
+        return cls(TeacherFile(path), layers, **options)
+
+    def target(self, layer, batch):
+        _require_index(batch)
+        return self.criterion.soften(self._logits(batch).astype(self.dtype))
+
+    def _logits(self, batch: Batch) -> Any:
+        """Return a batch's logits on the device, where the teacher's table is kept if it has one of moderate size."""
+        teacher, split, device = self.teacher, self.split, self.device
+        if self._table is None and isinstance(teacher, TeacherFile):
+            table = teacher.table(split)
+            self._table = None if table is None else device.asarray(self._checked(table))
+        if self._table is not None:
+            places = teacher.places(split, batch.index, batch.view)
+            return device.xp.take(self._table, device.asarray(places), axis=0)
+        return device.asarray(self._checked(teacher.logits(split, batch.index, batch.view)), self.dtype)
+
+    def _checked(self, logits: np.ndarray) -> np.ndarray:
+        found = logits.shape[1]
+        message = f"the teacher has {found} classes, the network {self.classes}; use a teacher for this data set"
+        require(found == self.classes, message)
+        return logits
+
+
+class FeatureDistillation(Augmenter):
+    """Unweighted distillation: ``L_i = 1/2 |s^i - t^i|^2`` with t^i the teacher's own activations of the same shape.
+
+    Parameters
+    ----------
+    teacher : TeacherFile
+        With features.
+    features : dict
+        Layer -> name of the teacher's feature map, which must have the shape of the layer's state.
+    kappa, annealing, split
+        See `Distillation`.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherFile,
+        features: dict[int, str],
+        kappa: float = 0.5,
+        annealing: str = "cosine",
+        split: str = "train",
+    ):
+        instance("features", features, Mapping, "a mapping of layers to names")
+        for layer in features:
+            integer("each layer of features", layer)
+        super().__init__(list(features), kappa, annealing)
+        self.teacher = _that_has(teacher, "feature")
+        self.features = dict(features)
+        self.split = choose("split", split, SPLITS)
+
+    def make_term(self, layer, shape):
+        name = self.features[layer]
+        available = self.teacher.feature_layers
+        choose("teacher feature", name, available)
+        if tuple(available[name]) != tuple(shape):
+            raise ConfigurationError(
+                f"teacher feature '{name}' has shape {tuple(available[name])}, layer {layer} has {tuple(shape)}; "
+                "unweighted distillation needs equal shapes"
+            )
+        head = Head(layer, shape, SquaredError(), identity=True)
+        head.initialize(np.random.default_rng(0), 1.0, self.device, self.dtype)
+        return head
+
+    def target(self, layer, batch):
+        _require_index(batch)
+        feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
+        return self.device.asarray(feature.astype(self.dtype))
+
+
+def _that_has(teacher: Any, method: str) -> Any:
+    require(callable(getattr(teacher, method, None)), f"teacher must be a TeacherFile, not {shown(teacher)}")
+    return teacher
+
+
+def _require_index(batch: Batch) -> None:
+    if batch.index is None or batch.view is None:
+        raise ConfigurationError(
+            "distillation looks logits up by sample: give a Batch with index and view, not bare labels"
+        )
