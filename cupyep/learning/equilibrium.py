@@ -24,7 +24,7 @@ from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
 from cupyep.settling import check_settling
 from cupyep.structure import exclusive
-from cupyep.workspace import Needs
+from cupyep.workspace import Needs, update_ops
 
 SCHEMES = ("centered", "onesided", "random", "tangent")
 FORMS = ("classical", "deviation")
@@ -182,10 +182,10 @@ class EquilibriumPropagation(Learner):
         figures = self._figures(free.layers, part.batch, part.total, work)
         nudged = self.network.settle_nudged(part.batch, free, part.betas, part.nudges, self.form, **self._nudged)
         add = self._add_classical if self.form == "classical" else self._add_deviation
-        response = self.network.device.xp.stack(add(part, free, nudged)) * (part.samples / part.total)
+        response = add(part, free, nudged)
         return StepResult(part.gradients, **figures, free=free.stats, nudged=nudged.stats, nudge_response=response)
 
-    def _add_classical(self, part: Part, free: State, nudged: State) -> list[Any]:
+    def _add_classical(self, part: Part, free: State, nudged: State) -> Any:
         """Add ``-a_n [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) total)``, s_2 the second phase or the free state.
 
         Each at the pooling winners of the states themselves: those that a phase leaves are of its last drives. While
@@ -219,9 +219,9 @@ class EquilibriumPropagation(Learner):
                 self._add_edge(part.gradients, n, free_below, work, winners, ops[n - 1])
             below, free_below = s, second
         self._add_part_terms(part, nudged, lambda n, phase: nudged.layers[n - 1][part.rows(phase)])
-        return response
+        return xp.stack(response) * (part.samples / part.total)
 
-    def _add_deviation(self, part: Part, free: State, nudged: State) -> list[Any]:
+    def _add_deviation(self, part: Part, free: State, nudged: State) -> Any:
         """Add ``-[corr(m^{n-1}, U(e^n)) + lambda corr(e^{n-1}, U(m^n))] / ((beta_1 - beta_2) total)``.
 
         e = eps_1 - eps_2 is the difference of the scaled deviations, m = s* + (delta_1 + delta_2) / 2 the mean of the
@@ -230,10 +230,10 @@ class EquilibriumPropagation(Learner):
         """
         network, ops = self.network, self.network.memory.workspace(part.samples).ops
         self._add_part_terms(part, nudged, functools.partial(self._state_of_deviation, part, free, nudged))
-        below, difference_below, response = part.batch.images, None, []
+        response = network.device.xp.zeros(network.depth, network.dtype)
+        below, difference_below = part.batch.images, None
         for n in range(1, network.depth + 1):
-            mean, difference, size = self._mean_and_difference(n, part, free, nudged)
-            response.append(size)
+            mean, difference = self._mean_and_difference(n, part, free, nudged, response[n - 1 : n])
             self._factors[n - 1] = -1 / (part.span * part.total * nudged.scales[-1])  # a_L = 1
             winners = free.winners[n - 1]
             self._add_edge(part.gradients, n, below, difference, winners, ops[n - 1])
@@ -243,27 +243,20 @@ class EquilibriumPropagation(Learner):
             below, difference_below = mean, difference
         return response
 
-    def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State) -> tuple[Any, Any, Any]:
-        """Return m^n, e^n and the mean ``|e^n| / a_n``, made in the place of the deviations where there are two phases.
+    def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State, size: Any) -> tuple[Any, Any]:
+        """Return m^n and e^n, made in the place of the deviations where there are two phases; add the response to `size`.
 
-        Otherwise m^n is in memory that m^{n+2} takes over.
+        Otherwise m^n is in memory that m^{n+2} takes over. The response is the mean ``|e^n| / a_n``, as a part of that
+        of the whole batch.
         """
-        xp, dtype, buffers = self.network.device.xp, self.network.dtype, nudged.buffers
-        eps, a, half = nudged.deviations[n - 1], nudged.scales[n - 1], buffers.work[1][n - 1]
-        if part.phases == 1:
-            mean, difference, total = buffers.means[n % 2][n - 1], eps, eps
-        else:
-            mean, second = eps[part.rows(0)], eps[part.rows(1)]
-            total = xp.add(mean, second, out=half, dtype=dtype)
-            difference = xp.subtract(mean, second, out=second)
-        wide = mean if mean.dtype == dtype else buffers.work[0][n - 1]
-        size = xp.abs(difference, out=wide).mean() / a
-        self.network.activation.value(free.drives[n - 1], wide)
-        if self.form != "tangent":
-            wide += xp.multiply(total, 0.5 / a, out=half, dtype=dtype)
-        if wide is not mean:
-            mean[...] = wide
-        return mean, difference, size
+        buffers, eps, a = nudged.buffers, nudged.deviations[n - 1], nudged.scales[n - 1]
+        phases = [eps[part.rows(phase)] for phase in range(part.phases)]
+        first, second = phases if part.phases == 2 else (eps, None)
+        mean = buffers.means[n % 2][n - 1] if second is None else first
+        share = 0.0 if self.form == "tangent" else 0.5 / a
+        work, divisor = (buffers.work[0][n - 1], buffers.work[1][n - 1]), a * part.total / part.samples
+        updates = update_ops(self.network.activation, self.network.device)
+        return mean, updates.compare(first, second, free.drives[n - 1], share, mean, size, divisor, work)
 
     def _state_of_deviation(self, part: Part, free: State, nudged: State, n: int, phase: int) -> Any:
         """Return ``s* + eps / a`` of one phase, s* in the tangent limit."""
