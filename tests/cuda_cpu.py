@@ -89,7 +89,8 @@ def _optimizer_instances():
 def _reduction_instances():
     kernels = ("column_sums", "column_levels")
     names = [instance(kernel, [t, vec]) for kernel in kernels for t in WIDTHS for vec in _widths(t)]
-    return names + [instance("level_shares", [t]) for t in ("float", "double")]
+    kernels = ("level_shares", "segment_squares", "segment_norms")
+    return names + [instance(kernel, [t]) for kernel in kernels for t in ("float", "double")]
 
 
 _INSTANCES = {

@@ -5,6 +5,7 @@ from cupyep.learning.bptt import BackpropagationThroughTime
 from cupyep.learning.check import check_gradients
 from cupyep.learning.custom import check_activation, check_edge, check_signal
 from cupyep.learning.equilibrium import EquilibriumPropagation
+from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.learning.probe import PhaseProbe, probe_settling
 
@@ -12,6 +13,7 @@ __all__ = [
     "Backpropagation",
     "BackpropagationThroughTime",
     "EquilibriumPropagation",
+    "Gradients",
     "Learner",
     "PhaseProbe",
     "StepResult",

@@ -12,6 +12,7 @@ from cupyep.data.loader import Batch
 from cupyep.dynamics import Nudge, State
 from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout
+from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
 from cupyep.workspace import Needs
@@ -55,7 +56,7 @@ class Backpropagation(Learner):
             below = state.layers[n]
         return state
 
-    def _add(self, gradients: dict[str, Any], batch: Batch, total: int, draw: None) -> StepResult:
+    def _add(self, gradients: Gradients, batch: Batch, total: int, draw: None) -> StepResult:
         network, samples = self.network, len(batch)
         nudges = network.nudges(batch, self.signals)
         scale = self._loss_scale(nudges)

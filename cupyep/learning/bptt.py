@@ -21,6 +21,7 @@ from cupyep.dynamics import Classical, Nudge, State
 from cupyep.errors import integer
 from cupyep.kernels.buffers import Stack
 from cupyep.layout import Layout, PhaseBuffers, PhaseShape
+from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.network import Network
 from cupyep.settling import SettleStats, check_settling, iterate, stats_of
@@ -89,7 +90,7 @@ class BackpropagationThroughTime(Learner):
         unrolled = {"steps": self.unrolled_steps, "schedule": "synchronous", "keeps": "states"}
         return self.network.settle_free(batch, self.settle_free(batch), **unrolled)
 
-    def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
+    def _add(self, gradients: Gradients, part: Batch, total: int, draw: None) -> StepResult:
         self.network.memory.expect(self.needs(len(part), self.network.nudges(part, self.signals)))
         return self._unroll_and_back(gradients, part, total, self.settle_free(part))
 
@@ -175,7 +176,7 @@ class BackpropagationThroughTime(Learner):
         scratch = term_scratch_size(self.network.memory.layout, nudges, samples)
         return UnrolledShape(replace(step, base=base), self.unrolled_steps, scratch)
 
-    def _unroll_and_back(self, gradients: dict[str, Any], batch: Batch, total: int, start: State) -> StepResult:
+    def _unroll_and_back(self, gradients: Gradients, batch: Batch, total: int, start: State) -> StepResult:
         unrolled, ops, result = self._unrolled(gradients, batch, total, start, self.unrolled_steps)
         mu, other = unrolled.mu, unrolled.other
         for state in reversed(unrolled.history):
@@ -185,7 +186,7 @@ class BackpropagationThroughTime(Learner):
         return result
 
     def _unrolled(
-        self, gradients: dict[str, Any], batch: Batch, total: int, start: State, steps: int
+        self, gradients: Gradients, batch: Batch, total: int, start: State, steps: int
     ) -> tuple[Unrolled, Sequence[Any], StepResult]:
         """Unroll `steps` steps from `start`, and begin their adjoint: dL/ds of the last state in ``mu``."""
         network, memory = self.network, self.network.memory
@@ -231,7 +232,7 @@ class BackpropagationThroughTime(Learner):
         before: Sequence[Any],
         unrolled: Unrolled,
         ops: Sequence[Any],
-        gradients: dict[str, Any],
+        gradients: Gradients,
     ) -> None:
         """Write dL/ds_t into `before`, from dL/ds_{t+1} in `mu`, and add this step's parameter gradients.
 

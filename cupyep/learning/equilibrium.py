@@ -20,6 +20,7 @@ from cupyep.augment import Augmenter
 from cupyep.data.loader import Batch
 from cupyep.dynamics import Nudge, State
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
+from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
 from cupyep.settling import check_settling
@@ -154,7 +155,7 @@ class EquilibriumPropagation(Learner):
             return [self.beta if self.generator.random() < 0.5 else -self.beta]
         return [1.0] if self.scheme == "tangent" else [self.beta]
 
-    def _add(self, gradients: dict[str, Any], batch: Batch, total: int, betas: list[float]) -> StepResult:
+    def _add(self, gradients: Gradients, batch: Batch, total: int, betas: list[float]) -> StepResult:
         nudges = self.network.nudges(batch, self.signals)
         self.network.memory.expect(self.needs(len(batch), nudges))
         return self._nudge(Part(gradients, batch, total, betas, nudges), self.settle_free(batch))
@@ -244,10 +245,10 @@ class EquilibriumPropagation(Learner):
         return response
 
     def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State, size: Any) -> tuple[Any, Any]:
-        """Return m^n and e^n, made in the place of the deviations where there are two phases; add the response to `size`.
+        """Return m^n and e^n, made in the place of the deviations where there are two phases, and add the response.
 
-        Otherwise m^n is in memory that m^{n+2} takes over. The response is the mean ``|e^n| / a_n``, as a part of that
-        of the whole batch.
+        With one phase m^n is in memory that m^{n+2} takes over. `size` gains the response, the mean
+        ``|e^n| / a_n``, as a part of that of the whole batch.
         """
         buffers, eps, a = nudged.buffers, nudged.deviations[n - 1], nudged.scales[n - 1]
         phases = [eps[part.rows(phase)] for phase in range(part.phases)]
@@ -281,7 +282,7 @@ class Part:
 
     Attributes
     ----------
-    gradients : dict
+    gradients : Gradients
         By parameter path; what the part contributes is added.
     batch : Batch
     total : int
@@ -291,7 +292,7 @@ class Part:
     nudges : list of Nudge
     """
 
-    gradients: dict[str, Any]
+    gradients: Gradients
     batch: Batch
     total: int
     betas: list[float]

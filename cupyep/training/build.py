@@ -14,6 +14,7 @@ from cupyep.backend import Device
 from cupyep.data import Batch, Dataset, ImageFormat, Loader, TeacherFile, load_dataset
 from cupyep.errors import require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
+from cupyep.learning.gradients import layer_of
 from cupyep.models import build
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, Optimizer
@@ -21,7 +22,7 @@ from cupyep.training.checkup import PROBE_IMAGES, Checkup
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
-from cupyep.training.statistics import layer_names, layer_of
+from cupyep.training.statistics import layer_names
 from cupyep.training.trainer import Trainer
 
 
