@@ -3,7 +3,8 @@
 from cupyep._version import __version__
 from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh, get_activation
 from cupyep.backend import Device, array_module, get_device, gpu_status
-from cupyep.data import DATASETS, Batch, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
+from cupyep.batch import Batch
+from cupyep.data import DATASETS, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
 from cupyep.energy import HopfieldEnergy
 from cupyep.errors import (
     CheckpointError,

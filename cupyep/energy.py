@@ -1,9 +1,9 @@
 """The energy that settles, as an explicit object: value a sample, forces, updates, parameter gradients, adjoint.
 
 ``F(s) = sum_j a_j (sum potential(s^j) - <s^j, sum over connections into j of d(s^i)>) + beta * sum_i weight_i L_i(s)``
-with ``a_j = lambda^-(D - depth_j)``, depth the longest path from the image and D the deepest. For a chain with lambda = 1
-and a clip of slope one this is ``E = 1/2 sum |s|^2 - Phi`` of Scellier & Bengio (2017) and Laborieux et al. (2021).
-Settling never evaluates F; it is the definition that gradients refer to.
+with ``a_j = lambda^-(D - depth_j)``, depth the longest path from the image and D the deepest. For a chain with
+lambda = 1 and a clip of slope one this is ``E = 1/2 sum |s|^2 - Phi`` of Scellier & Bengio (2017) and Laborieux et al.
+(2021). Settling never evaluates F; it is the definition that gradients refer to.
 """
 
 from __future__ import annotations

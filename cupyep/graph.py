@@ -102,7 +102,7 @@ class Graph:
 
     @functools.cached_property
     def paths(self) -> list[str]:
-        """Where the parameters of each connection are: ``layers.NODE``, of a further one into it ``layers.NODE.BELOW``."""
+        """Where the parameters of each connection are: ``layers.NODE``, of a further one ``layers.NODE.BELOW``."""
         first = {connections[0] for connections in self.into[1:]}
         return [
             f"layers.{c.above}" if n in first else f"layers.{c.above}.{c.below}" for n, c in enumerate(self.connections)
@@ -155,6 +155,10 @@ class Graph:
         ends = [name for name, out in zip(self.names, self.out_of[1:], strict=True) if not out]
         require(len(ends) == 1, f"one node must lead nowhere, the output; {' and '.join(ends)} do: connect all but one")
         for name, into in zip(self.names, self.into[1:], strict=True):
+            require(
+                any(self.edges[c].parameter_shapes() for c in into),
+                f"node {name} has no weights: all that lead into it are identities; connect what is below it instead",
+            )
             biased = [self.connections[c] for c in into if self.edges[c].has_bias]
             require(
                 len(biased) <= 1,

@@ -12,7 +12,7 @@ import numpy as np
 
 from cupyep import errors
 from cupyep.backend import Device, get_device
-from cupyep.data.loader import Batch, checked_images, checked_labels
+from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.losses import one_hot
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape

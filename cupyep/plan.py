@@ -17,6 +17,7 @@ from cupyep.backend.cuda import WORKSPACE_BYTES
 from cupyep.batch import Batch
 from cupyep.heads import Head
 from cupyep.learning import EquilibriumPropagation, Learner
+from cupyep.learning.gradients import packed_size
 from cupyep.memory.workspace import Workspace, made_of_weights
 from cupyep.optim import optimizer_bytes
 from cupyep.phases import Nudge
@@ -45,7 +46,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
         "parameters": _nbytes(learned),
         "maps of signals": _nbytes(_fixed_maps(nudges)),
         "teachers": sum(signal.nbytes for signal in learner.signals),
-        "gradients": _nbytes(learned),
+        "gradients": packed_size({path: array.shape for path, array in learned.items()}) * network.dtype.itemsize,
         "optimizer": 0 if slots is None else optimizer_bytes(learned, slots, network.device.is_gpu),
         "made of weights": _made_of_weights(workspaces) + _made_of_maps(learner, nudges),
         "scratch of products": max(workspace.nbytes for workspace in workspaces),

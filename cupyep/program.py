@@ -259,8 +259,7 @@ def _before(graph: Graph, body: tuple[Instruction, ...]) -> tuple[tuple[Value, .
                 unwritten[value] = None
         if isinstance(instruction, Drive):
             found.add(instruction.connection)
-        elif isinstance(instruction, TopDown) and instruction.connection not in found:
-            if graph.edges[instruction.connection].has_winners:
-                unfound[instruction.connection] = None
+        if isinstance(instruction, TopDown) and instruction.connection not in found:
+            unfound |= {instruction.connection: None} if graph.edges[instruction.connection].has_winners else {}
         written.update(_written(instruction))
     return tuple(unwritten), tuple(unfound)

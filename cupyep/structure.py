@@ -79,8 +79,8 @@ class Structure:
         limit = float(np.finfo(self.dtype).max) ** 0.75
         require(
             largest < limit,
-            f"feedback {feedback} in {max(self.graph.depths)} layers makes layer weights of {largest:.0e}, too large for "
-            f"{self.dtype}; raise the feedback or use precision float64",
+            f"feedback {feedback} in {max(self.graph.depths)} layers makes layer weights of {largest:.0e}, too large "
+            f"for {self.dtype}; raise the feedback or use precision float64",
         )
         return feedback
 

@@ -59,13 +59,15 @@ def _conv_instances():
 
 
 def _update_instances():
-    names = [instance("add_residual", [t]) for t in ("float", "double")]
+    names = [instance("add_partials", [t]) for t in ("float", "double")]
     for drive, state in PAIRS + HALVES:
         for vec, measure in itertools.product(_widths(drive, state), ("false", "true")):
             names += [instance("update_states", [state, drive, vec, rule, measure]) for rule in (0, 1)]
             names += [instance("update_deviations", [state, drive, vec, rule, measure]) for rule in (0, 1, 2)]
     for seen, state in PAIRS + HALVES:
         names += [instance("see", [state, seen, vec, rule]) for vec in _widths(seen, state) for rule in (0, 1, 3)]
+    for t in WIDTHS:
+        names += [instance("compare_phases", [t, vec, rule]) for vec in _widths(t) for rule in (0, 1)]
     return names
 
 
@@ -87,7 +89,8 @@ def _optimizer_instances():
 def _reduction_instances():
     kernels = ("column_sums", "column_levels")
     names = [instance(kernel, [t, vec]) for kernel in kernels for t in WIDTHS for vec in _widths(t)]
-    return names + [instance("level_shares", [t]) for t in ("float", "double")]
+    kernels = ("level_shares", "segment_squares", "segment_norms")
+    return names + [instance(kernel, [t]) for kernel in kernels for t in ("float", "double")]
 
 
 _INSTANCES = {

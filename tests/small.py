@@ -6,9 +6,19 @@ import numpy as np
 from oracle import Oracle, Term
 
 import cupyep as ep
+from cupyep.learning.gradients import Gradients, packed_size
 from cupyep.ops.buffers import Arena
 
 CLASSES = 3
+
+
+def gradients_of(arrays, xp=np):
+    """Return arrays by path as a learner returns its gradients."""
+    shapes = {path: array.shape for path, array in arrays.items()}
+    gradients = Gradients(xp.zeros(packed_size(shapes), next(iter(arrays.values())).dtype), shapes)
+    for path, array in arrays.items():
+        gradients[path][...] = array
+    return gradients
 
 
 def network(

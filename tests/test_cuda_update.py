@@ -292,7 +292,7 @@ def test_launches(rng):
         for residual in (None, np.zeros(SAMPLES, number)):
             ops.states(s, drive, topdown, 1.0, None, None, residual, scratch_for(ops, s, number))
         names = launcher().launched
-        assert [name.partition("<")[0] for name in names] == ["update_states", "update_states", "add_residual"]
+        assert [name.partition("<")[0] for name in names] == ["update_states", "update_states", "add_partials"]
         assert f", {width}, 0, false>" in names[0]
         assert f", {width}, 0, true>" in names[1]
     many = np.zeros((65536, 1), np.float32)
@@ -307,8 +307,8 @@ def test_every_partial_is_added_once_by_a_warp_a_sample(rng, parts, number):
     partials = rng.integers(0, 50, (7, parts)).astype(number)
     memory = np.concatenate([partials.ravel(), np.full(64, np.nan, number)])
     residual = np.arange(7).astype(number)
-    sizes = np.int32(parts), np.int32(16)
-    launcher().launch("add_residual", [{"float32": "float", "float64": "double"}[number]], (7, 1, 1), (32, 1, 1),
+    sizes = np.int32(parts), memory.dtype.type(16)
+    launcher().launch("add_partials", [{"float32": "float", "float64": "double"}[number]], (7, 1, 1), (32, 1, 1),
                       (memory, residual, *sizes))  # fmt: skip
     expected = [n + sum(map(int, row)) / 16 for n, row in enumerate(partials)]
     np.testing.assert_array_equal(residual, expected)
@@ -323,7 +323,7 @@ def test_residuals_take_a_warp_a_sample(rng, monkeypatch):
     s = np.zeros((5, 40, 40, 8), np.float32)
     ops.states(s, s, None, 1.0, None, None, np.zeros(5, np.float32), np.empty(ops.scratch_size(5, s[0].size), "f"))
     name, _, grid, block, arguments = launches[-1]
-    assert (name, grid, block) == ("add_residual", (5, 1, 1), (32, 1, 1))
+    assert (name, grid, block) == ("add_partials", (5, 1, 1), (32, 1, 1))
     assert arguments[2:] == (13, 40 * 40 * 8)  # 12800 units, 4 a thread, 256 threads a block
 
 
@@ -376,3 +376,42 @@ def test_what_a_loss_sees_is_one_launch_and_wide():
     assert launcher().launched == kinds
     with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
         ops.see(eps, 0.5, g.astype(float), 2, out, None)
+
+
+@types_and_shapes
+@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("name", ["half_hard_sigmoid", "tanh"])
+def test_mean_and_difference_of_two_phases(make_ops, rng, name, types, shape, phases):
+    """Both in the places of the phases, where there are two; the size of the difference as a part of a batch's mean."""
+    stored, number = dtype_of(types[0]), arithmetic(dtype_of(types[0]))
+    eps = (0.1 * rng.standard_normal((2 * SAMPLES, *shape))).astype(stored)
+    g = rng.standard_normal((SAMPLES, *shape)).astype(number)
+    plus, minus = eps[:SAMPLES].astype(float, copy=True), eps[SAMPLES:].astype(float, copy=True)
+    first, second = eps[:SAMPLES], eps[SAMPLES:] if phases == 2 else None
+    mean = first if phases == 2 else np.full_like(first, np.nan)
+    work, size = [np.full(g.shape, np.nan, number) for _ in range(2)], np.ones(1, number)
+    ops = make_ops(name)
+    difference = ops.compare(first, second, g, 0.25, mean, size, 3.0, work)
+    assert difference is (first if phases == 1 else second)
+    expected = plus - minus if phases == 2 else plus
+    tolerance = rounding(stored)
+    np.testing.assert_allclose(difference.astype(float), expected, rtol=tolerance, atol=tolerance * 1e-3)
+    total = SIGMA[name](g.astype(float)) + 0.25 * (plus + minus if phases == 2 else plus)
+    np.testing.assert_allclose(mean.astype(float), total, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(size, 1 + abs(difference.astype(float)).mean() / 3, rtol=rounding(number))
+    if phases == 1:
+        ops.compare(first, None, g, 0.0, mean, size, 3.0, work)
+        np.testing.assert_allclose(mean.astype(float), SIGMA[name](g.astype(float)), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
+def test_mean_and_difference_are_two_launches():
+    activation = copy.copy(ACTIVATIONS["relu"])
+    activation.code = CODES["relu"]
+    ops, g = CudaUpdateOps(np, activation, launcher()), np.zeros((2, 4, 4, 8), np.float32)
+    eps, size = np.zeros((4, 4, 4, 8), np.float16), np.zeros(1, np.float32)
+    del launcher().launched[:]
+    ops.compare(eps[:2], eps[2:], g, 0.5, eps[:2], size, 1.0, (None, np.empty_like(g)))
+    assert launcher().launched == ["compare_phases<__half, 8, 0>", "add_partials<float>"]
+    with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
+        ops.compare(eps[:2], eps[2:], g.astype(float), 0.5, eps[:2], size, 1.0, (None, np.empty_like(g)))

@@ -15,6 +15,7 @@ import warnings
 
 import numpy as np
 import pytest
+import small
 import strict
 from quadrants import SILENT, Recorder, fake_trainer, run
 
@@ -262,7 +263,7 @@ def test_statistics_do_not_wait_for_the_device():
     statistics, watch = EpochStatistics(device, 1, ["layers.1"]), LossWatch(device)
 
     def result():
-        gradients = {"layers.1.weight": array(np.ones((2, 3)))}
+        gradients = small.gradients_of({"layers.1.weight": array(np.ones((2, 3)))}, device.xp)
         state = array(np.ones(1, np.float32))
         return StepResult(
             gradients, array(np.float32(2)), array(np.int64(1)), 4, state, state, state, nudge_response=state

@@ -29,7 +29,9 @@ GOOD = {"loss": 2.0, "activity": [0.5, 0.5], "response": [0.1, 0.1], "gradients"
 def result(loss, activity, response, gradients):
     arrays = {f"{layer}.weight": np.array([g]) for layer, g in zip(LAYERS, gradients, strict=True)}
     stats, levels = SettleStats(1, np.zeros((2, 1))), (np.array(activity), np.zeros(2), np.zeros(2))
-    return StepResult(arrays, np.asarray(loss), np.asarray(1), 2, *levels, stats, stats, np.asarray(response))
+    return StepResult(
+        small.gradients_of(arrays), np.asarray(loss), np.asarray(1), 2, *levels, stats, stats, np.asarray(response)
+    )
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def test_purposes_by_hand():
     biases = 128 + 256 + 512 + 512 + 10
     units = 16 * 16 * 128 + 8 * 8 * 256 + 4 * 4 * 512 + 512
     parts = planned("ep", 128, "gpu", network=FULL, **SWEEPS)
-    assert parts["parameters"] == parts["gradients"] == 4 * (weights + biases)
+    assert parts["parameters"] == 4 * (weights + biases)
+    assert parts["gradients"] == 4 * (weights + biases + 6), "packed: the readout's 10 biases take 16 places"
     assert parts["optimizer"] == 2 * parts["parameters"]
     assert parts["free drives"] == 128 * units * 4
     assert parts["deviations"] == 2 * 128 * units * 4
@@ -205,7 +206,7 @@ def test_what_a_gpu_allocates_was_planned(fake_gpu, algorithm):
     optimizer, batch = ep.SGD(learner.parameters(), momentum=0.9), small.batch_of(learner.network, 4)
     optimizer.step(learner.step(batch).gradients)
     memory, fixed = learner.network.memory, [learner.signals[0].term(layer).weight for layer in (1, 2)]
-    arrays = [*learner.parameters().values(), *learner._gradients.values(), *fixed, batch.images]
+    arrays = [*learner.parameters().values(), learner._gradients.packed, *fixed, batch.images]
     arrays += [*optimizer._buffers.values(), *optimizer._scratch.values(), memory._block, memory._arena.block]
     arrays += [array for made in memory._made.values() for array in made]
     targets = 3 * 4 * small.CLASSES * 4  # of the readout and of both signals

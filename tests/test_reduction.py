@@ -121,3 +121,25 @@ def test_bias_gradients_and_figures_go_through_the_kernels(fake_gpu, rng):
     assert sum(name.startswith("column_levels") for name in launched) == 2
     assert sum(name.startswith("level_shares") for name in launched) == 2
     assert sum(name.startswith("column_sums") for name in launched) == 3, "two biases, the padded gradient of edge 1"
+
+
+@pytest.mark.parametrize("number", ["float32", "float64"])
+@pytest.mark.parametrize("lengths", [(16,), (16, 48, 70000, 16), (33000, 0, 4096)])
+def test_norms_of_segments(ops, rng, lengths, number):
+    """Segments from one pack to more than all blocks take at once, and an empty one."""
+    lengths = [-(-length // 16) * 16 for length in lengths]
+    bounds = np.cumsum([0, *lengths])
+    packed, out = rng.standard_normal(bounds[-1]).astype(number), np.full(len(lengths), np.nan, number)
+    ops.norms(packed, bounds.tolist(), bounds.astype(np.int64), out)
+    segments = np.split(packed.astype(float), bounds[1:-1])
+    np.testing.assert_allclose(
+        out, [np.sqrt((s**2).sum()) for s in segments], rtol=1e-5 if number == "float32" else 1e-12
+    )
+
+
+def test_a_norm_that_diverged_stays_visible(ops):
+    packed, bounds = np.zeros(64, np.float32), [0, 16, 64]
+    packed[20] = np.nan
+    out = np.zeros(2, np.float32)
+    ops.norms(packed, bounds, np.array(bounds), out)
+    assert np.isnan(out).tolist() == [False, True]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from quadrants import SILENT, FakeBatches, assert_same_state, fake_trainer, run
+from small import gradients_of
 
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError
@@ -22,17 +23,19 @@ from cupyep.training import runs
 from cupyep.training.config import TrainConfig
 from cupyep.training.results import top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
-from cupyep.training.statistics import EpochStatistics, gradient_norms
+from cupyep.training.statistics import EpochStatistics
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0.0, 0.0), tolerance=None):
+def fake_result(count, loss, correct, gradient, residual=(0.0, 0.0), response=(0.0, 0.0), tolerance=None, learned=None):
     residual = np.asarray(residual)  # a layer; half as large for one sample, for the other half as large again
     stats = SettleStats(1, np.outer(residual, [0.5, 1.5]), tolerance=tolerance)
     gradients = {"layers.1.weight": np.asarray(gradient, np.float64), "layers.1.bias": np.array([4.0])}
+    if learned is not None:
+        gradients["signals.0.layer1.weight"] = np.array([learned])
     return StepResult(
-        gradients,
+        gradients_of(gradients),
         np.asarray(loss),
         np.asarray(correct),
         count,
@@ -85,18 +88,15 @@ def test_nobody_is_unsettled_without_a_tolerance_to_reach():
 
 
 def test_gradient_norm_joins_weight_and_bias_of_a_layer():
-    gradients = {"a.weight": np.array([[1.0, 2.0]]), "a.bias": np.array([2.0]), "b.weight": np.array([-7.0])}
-    np.testing.assert_allclose(gradient_norms(gradients, np), [3.0, 7.0])
+    arrays = {"a.weight": np.array([[1.0, 2.0]]), "a.bias": np.array([2.0]), "b.weight": np.array([-7.0])}
+    np.testing.assert_allclose(gradients_of(arrays).norms(), [3.0, 7.0])
 
 
 def test_learned_maps_of_signals_are_no_layers_but_must_be_finite():
     statistics = EpochStatistics(ep.get_device("cpu"), 1, ["layers.1", "signals.0.layer1"])
-    result = fake_result(2, 1.0, 1, [3.0])
-    result.gradients["signals.0.layer1.weight"] = np.array([7.0])
-    statistics.add(result)
+    statistics.add(fake_result(2, 1.0, 1, [3.0], learned=7.0))
     assert statistics.read()["gradient_norm"] == [5.0]
-    result.gradients["signals.0.layer1.weight"] = np.array([math.nan])
-    statistics.add(result)
+    statistics.add(fake_result(2, 1.0, 1, [3.0], learned=math.nan))
     with pytest.raises(DivergenceError, match=r"the gradient of signals\.0\.layer1 is not finite in epoch 1, batch 2"):
         statistics.read()
 

@@ -34,7 +34,7 @@ from cupyep.training.build import build_dataset, build_learner, build_network, b
 from cupyep.training.config import TrainConfig, make_config, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
-from cupyep.training.statistics import LEVELS, gradient_norms, layer_names
+from cupyep.training.statistics import LEVELS
 from cupyep.training.teacher_cache import KEPT, teacher_path
 
 #: Columns of the table: key of a row -> title, format.
@@ -221,8 +221,8 @@ def _step_record(learner: Any, batch: Batch) -> Record:
     host = learner.network.device.to_numpy
     with np.errstate(over="ignore", invalid="ignore"):
         result = learner.step(batch)
-        norms = host(gradient_norms(result.gradients, learner.network.device.xp)).tolist()
-    names = layer_names(result.gradients)
+        norms = host(result.gradients.norms()).tolist()
+    names = result.gradients.layers
     response = result.nudge_response
     return {
         **{name: host(getattr(result, name)).tolist() for name in LEVELS},

@@ -257,8 +257,8 @@ def network_report(config: TrainConfig, kind: str | None = None) -> str:
     lines = [
         repr(network),
         f"parameters     {count}",
-        f"products       {2 * (sum(flops) - first) / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two an edge), "
-        f"{first / 1e9:.2f} GFLOP once a phase (the first edge)",
+        f"products       {2 * (sum(flops) - first) / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two "
+        f"an edge), {first / 1e9:.2f} GFLOP once a phase (edges from the image)",
         "",
         f"a step of {NAMES[config.algorithm]}, batch {config.batch_size}{micro}, {config.optimizer}, planned "
         f"for a {'GPU' if device.is_gpu else 'CPU'}; MB are 10^6 bytes",

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cupyep.data import Batch, Loader
+from cupyep.batch import Batch
+from cupyep.data import Loader
 from cupyep.errors import DivergenceError
 from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cupyep.batch import Batch
+from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.allotment import Stack
 from cupyep.memory.layout import Layout
@@ -60,11 +61,11 @@ class Backpropagation(Learner):
             nodes.append(state.layers[node - 1])
         return state
 
-    def _add(self, gradients: dict[str, Any], batch: Batch, total: int, draw: None) -> StepResult:
+    def _add(self, gradients: Gradients, batch: Batch, total: int, draw: None) -> StepResult:
         network, samples = self.network, len(batch)
         nudges = network.nudges(batch, self.signals)
         scale = self._loss_scale(nudges)
-        self._factors = [1 / (scale * total)] * len(network.layers)
+        self._factors = [1 / (scale * total)] * network.depth
         passes = self._passes(batch, nudges)
         state, ops = self._forward(batch, passes), network.memory.workspace(samples).ops
         figures = self._figures(state.layers, batch, total, passes.mu)

@@ -1,8 +1,9 @@
 """Backpropagation through time: the gradient of L at the last of T synchronous steps, the last K of them unrolled.
 
-The adjoint of ``s_{t+1} = sigma(g_t)`` is explicit. With mu = dL/ds_{t+1} and ``q^n = mu^n sigma'(g^n_t)``, a connection
-from i to j gives mu^i ``w^T * U(q^j)`` and mu^j ``(a_j / a_i) G(w * q^i)``, both at the winners of step t. This is the ground truth for EP (Ernoult et al. 2019),
-and it stores states, drives and winners of K steps: the memory that EP does not need.
+The adjoint of ``s_{t+1} = sigma(g_t)`` is explicit. With mu = dL/ds_{t+1} and ``q^n = mu^n sigma'(g^n_t)``, a
+connection from i to j gives mu^i ``w^T * U(q^j)`` and mu^j ``(a_j / a_i) G(w * q^i)``, both at the winners of step t.
+This is the ground truth for EP (Ernoult et al. 2019), and it stores states, drives and winners of K steps: the memory
+that EP does not need.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from cupyep.batch import Batch
 from cupyep.errors import integer
+from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.allotment import Stack
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape
@@ -88,7 +90,7 @@ class BackpropagationThroughTime(Learner):
         unrolled = {"steps": self.unrolled_steps, "schedule": "synchronous", "retain": "states"}
         return self.network.settle_free(batch, self.settle_free(batch), **unrolled)
 
-    def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: None) -> StepResult:
+    def _add(self, gradients: Gradients, part: Batch, total: int, draw: None) -> StepResult:
         self.network.memory.expect(self.needs(len(part), self.network.nudges(part, self.signals)))
         return self._unroll_and_back(gradients, part, total, self.settle_free(part))
 
@@ -177,7 +179,7 @@ class BackpropagationThroughTime(Learner):
         scratch = term_scratch_size(self.network.memory.layout, nudges, samples)
         return UnrolledShape(replace(step, base=base), self.unrolled_steps, scratch)
 
-    def _unroll_and_back(self, gradients: dict[str, Any], batch: Batch, total: int, start: State) -> StepResult:
+    def _unroll_and_back(self, gradients: Gradients, batch: Batch, total: int, start: State) -> StepResult:
         unrolled, ops, result = self._unrolled(gradients, batch, total, start, self.unrolled_steps)
         mu, other = unrolled.mu, unrolled.other
         for state in reversed(unrolled.history):
@@ -187,7 +189,7 @@ class BackpropagationThroughTime(Learner):
         return result
 
     def _unrolled(
-        self, gradients: dict[str, Any], batch: Batch, total: int, start: State, steps: int
+        self, gradients: Gradients, batch: Batch, total: int, start: State, steps: int
     ) -> tuple[Unrolled, Sequence[Any], StepResult]:
         """Unroll `steps` steps from `start`, and begin their adjoint: dL/ds of the last state in ``mu``."""
         network, memory = self.network, self.network.memory
@@ -200,7 +202,7 @@ class BackpropagationThroughTime(Learner):
         figures = self._figures(last, batch, total, unrolled.down)
         self._add_terms(gradients, nudges, lambda n: last[n - 1], 1.0, total, unrolled.scratch)
         scale = self._loss_scale(nudges)
-        self._factors = [1 / (scale * total)] * len(network.layers)
+        self._factors = [1 / (scale * total)] * network.depth
         for n, array in enumerate(unrolled.mu, 1):
             array[...] = 0
             self._add_loss_gradient(nudges, last, n, scale, array, unrolled.scratch)
@@ -232,7 +234,7 @@ class BackpropagationThroughTime(Learner):
         before: Sequence[Any],
         unrolled: Unrolled,
         ops: Sequence[Any],
-        gradients: dict[str, Any],
+        gradients: Gradients,
     ) -> None:
         """Write dL/ds_t into `before`, from dL/ds_{t+1} in `mu`, and add this step's parameter gradients.
 
@@ -261,7 +263,7 @@ class BackpropagationThroughTime(Learner):
         return down
 
     def _up(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        """Return what q of the node below a connection sends up; ``unrolled.scaled`` holds it times a_above / a_below."""
+        """Return what q of the node below sends up; ``unrolled.scaled`` holds it times a_above / a_below."""
         network, graph = self.network, self.network.graph
         scaled, up = unrolled.scaled[graph.below[c] - 1], unrolled.up[graph.above[c] - 1]
         network.device.xp.multiply(q, network.energy.ratios[c], out=scaled)

@@ -249,7 +249,7 @@ class _Side:
 
 def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list[Row]:
     response = network.device.to_numpy(estimate.nudge_response)
-    rows = []
+    rows, names = [], [f"layers.{name}" for name in network.graph.names]
     for path, gradient in estimate.gradients.items():
         if not path.endswith(".weight"):
             continue
@@ -257,6 +257,6 @@ def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list
         host = network.device.to_numpy(gradient)
         row = {"name": name, **compare(host, network.device.to_numpy(truth[path]))}
         row["gradient_norm"] = float(np.linalg.norm(host.astype(np.float64)))
-        row["nudge_response"] = float(response[int(name.split(".")[1]) - 1]) if name.startswith("layers.") else None
+        row["nudge_response"] = float(response[names.index(name)]) if name in names else None
         rows.append(row)
     return rows

@@ -18,6 +18,7 @@ import numpy as np
 
 from cupyep.batch import Batch
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
+from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
@@ -154,7 +155,7 @@ class EquilibriumPropagation(Learner):
             return [self.beta if self.generator.random() < 0.5 else -self.beta]
         return [1.0] if self.scheme == "tangent" else [self.beta]
 
-    def _add(self, gradients: dict[str, Any], batch: Batch, total: int, betas: list[float]) -> StepResult:
+    def _add(self, gradients: Gradients, batch: Batch, total: int, betas: list[float]) -> StepResult:
         nudges = self.network.nudges(batch, self.signals)
         self.network.memory.expect(self.needs(len(batch), nudges))
         return self._nudge(Part(gradients, batch, total, betas, nudges), self.settle_free(batch))
@@ -182,10 +183,10 @@ class EquilibriumPropagation(Learner):
         figures = self._figures(free.layers, part.batch, part.total, work)
         nudged = self.network.settle_nudged(part.batch, free, part.betas, part.nudges, self.form, **self._nudged)
         add = self._add_classical if self.form == "classical" else self._add_deviation
-        response = self.network.device.xp.stack(add(part, free, nudged)) * (part.samples / part.total)
+        response = add(part, free, nudged)
         return StepResult(part.gradients, **figures, free=free.stats, nudged=nudged.stats, nudge_response=response)
 
-    def _add_classical(self, part: Part, free: State, nudged: State) -> list[Any]:
+    def _add_classical(self, part: Part, free: State, nudged: State) -> Any:
         """Add ``-a_j [dPhi(s_1) - dPhi(s_2)] / ((beta_1 - beta_2) total)``, s_2 the second phase or the free state.
 
         Each at the pooling winners of the states themselves: those that a phase leaves are of its last drives. While
@@ -201,8 +202,7 @@ class EquilibriumPropagation(Learner):
         for node in range(1, network.depth + 1):
             first, second, work = nodes[node][:samples], free_nodes[node], buffers.work[0][node - 1]
             response.append(self._response(first, second, work[:samples]))
-            for c in graph.into[node]:
-                self._factors[c] = -energy.weights[node - 1] / (part.span * part.total)
+            self._factors[node - 1] = -energy.weights[node - 1] / (part.span * part.total)
             winners = self._winners_at(node, nodes, nudged.winners, nudged.winners, work, ops)
             work[:samples] = first
             if two:
@@ -215,7 +215,7 @@ class EquilibriumPropagation(Learner):
                 for c in graph.into[node]:
                     energy.correlate(c, free_nodes[graph.below[c]], work, winners[c], part.gradients, ops[c])
         self._add_part_terms(part, nudged, lambda n, phase: nudged.layers[n - 1][part.rows(phase)])
-        return response
+        return network.device.xp.stack(response) * (part.samples / part.total)
 
     def _response(self, first: Any, second: Any, work: Any) -> Any:
         """Return the mean ``|s_1 - s_2|``."""
@@ -235,7 +235,7 @@ class EquilibriumPropagation(Learner):
                 edge.drive(nodes[below], work, winners[c], ops[c])
         return found
 
-    def _add_deviation(self, part: Part, free: State, nudged: State) -> list[Any]:
+    def _add_deviation(self, part: Part, free: State, nudged: State) -> Any:
         """Add ``-[corr(m^i, U(e^j)) + (a_j / a_i) corr(e^i, U(m^j))] / ((beta_1 - beta_2) total)``, i to j connected.
 
         e = eps_1 - eps_2 is the difference of the scaled deviations, m = s* + (delta_1 + delta_2) / 2 the mean of the
@@ -243,17 +243,17 @@ class EquilibriumPropagation(Learner):
         difference of two large sums. In the tangent limit m = s*.
         """
         network, ops = self.network, self.network.memory.workspace(part.samples).ops
-        graph, energy, response = network.graph, network.energy, []
+        graph, energy = network.graph, network.energy
+        response = network.device.xp.zeros(network.depth, network.dtype)
         self._add_part_terms(part, nudged, functools.partial(self._state_of_deviation, part, free, nudged))
         means, differences, weights = [part.batch.images], [None], [0.0] + [1.0] * network.depth
         for node in range(1, network.depth + 1):
-            mean, difference, size = self._mean_and_difference(node, part, free, nudged)
-            response.append(size)
+            mean, difference = self._mean_and_difference(node, part, free, nudged, response[node - 1 : node])
             means.append(mean)
             differences.append(difference)
+            self._factors[node - 1] = -1 / (part.span * part.total * nudged.scales[-1])  # a of the last node is 1
             for c in graph.into[node]:
                 below, winners = graph.below[c], free.winners[c]
-                self._factors[c] = -1 / (part.span * part.total * nudged.scales[-1])  # a of the last node is 1
                 energy.correlate(c, means[below], difference, winners, part.gradients, ops[c])
                 if below:
                     differences[below] *= energy.ratios[c] / weights[below]
@@ -261,27 +261,20 @@ class EquilibriumPropagation(Learner):
                     energy.correlate(c, differences[below], mean, winners, part.gradients, ops[c], bias=False)
         return response
 
-    def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State) -> tuple[Any, Any, Any]:
-        """Return m^n, e^n and the mean ``|e^n| / a_n``, made in the place of the deviations where there are two phases.
+    def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State, size: Any) -> tuple[Any, Any]:
+        """Return m^n and e^n, made in the place of the deviations where there are two phases, and add the response.
 
-        Otherwise m^n is in memory that others take over after the turn of the last node above.
+        With one phase m^n is in memory that others take over after the turn of the last node above. `size` gains the
+        response, the mean ``|e^n| / a_n``, as a part of that of the whole batch.
         """
-        xp, dtype, buffers = self.network.device.xp, self.network.dtype, nudged.buffers
-        eps, a, half = nudged.deviations[n - 1], nudged.scales[n - 1], buffers.work[1][n - 1]
-        if part.phases == 1:
-            mean, difference, total = buffers.means[n - 1], eps, eps
-        else:
-            mean, second = eps[part.rows(0)], eps[part.rows(1)]
-            total = xp.add(mean, second, out=half, dtype=dtype)
-            difference = xp.subtract(mean, second, out=second)
-        wide = mean if mean.dtype == dtype else buffers.work[0][n - 1]
-        size = xp.abs(difference, out=wide).mean() / a
-        self.network.activation.value(free.drives[n - 1], wide)
-        if self.form != "tangent":
-            wide += xp.multiply(total, 0.5 / a, out=half, dtype=dtype)
-        if wide is not mean:
-            mean[...] = wide
-        return mean, difference, size
+        buffers, eps, a = nudged.buffers, nudged.deviations[n - 1], nudged.scales[n - 1]
+        phases = [eps[part.rows(phase)] for phase in range(part.phases)]
+        first, second = phases if part.phases == 2 else (eps, None)
+        mean = buffers.means[n - 1] if second is None else first
+        share = 0.0 if self.form == "tangent" else 0.5 / a
+        work, divisor = (buffers.work[0][n - 1], buffers.work[1][n - 1]), a * part.total / part.samples
+        updates = self.network.energy.updates
+        return mean, updates.compare(first, second, free.drives[n - 1], share, mean, size, divisor, work)
 
     def _state_of_deviation(self, part: Part, free: State, nudged: State, n: int, phase: int) -> Any:
         """Return ``s* + eps / a`` of one phase, s* in the tangent limit."""
@@ -306,7 +299,7 @@ class Part:
 
     Attributes
     ----------
-    gradients : dict
+    gradients : Gradients
         By parameter path; what the part contributes is added.
     batch : Batch
     total : int
@@ -316,7 +309,7 @@ class Part:
     nudges : list of Nudge
     """
 
-    gradients: dict[str, Any]
+    gradients: Gradients
     batch: Batch
     total: int
     betas: list[float]

@@ -9,6 +9,7 @@ from typing import Any
 from cupyep.batch import Batch
 from cupyep.errors import instance, integer, items
 from cupyep.heads import LossTerm, accuracy_count
+from cupyep.learning.gradients import Gradients, packed_size
 from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
@@ -29,9 +30,9 @@ class StepResult:
 
     Attributes
     ----------
-    gradients : dict
-        Parameter path -> gradient of the batch mean of the loss, signals included; descend against it. The arrays are
-        the learner's, valid until its next step.
+    gradients : Gradients
+        Parameter path -> gradient of the batch mean of the loss, signals included; descend against it. All of them also
+        as one array, `Gradients.packed`. The arrays are the learner's, valid until its next step.
     loss : 0-d array
         Mean readout loss at the free state (at the last state for BPTT), without signals.
     correct : 0-d array of int
@@ -47,7 +48,7 @@ class StepResult:
         Mean ``|s+ - s-|`` of each layer (``|s_beta - s*|`` one-sided; per unit of beta for the tangent).
     """
 
-    gradients: dict[str, Any]
+    gradients: Gradients
     loss: Any
     correct: Any
     count: int
@@ -77,13 +78,13 @@ class Learner:
         self.network = instance("network", network, Network)
         self.micro_batch = None if micro_batch is None else integer("micro_batch", micro_batch)
         self.signals = [network.bind(signal) for signal in items("signals", signals, Augmenter)]
-        self._gradients: dict[str, Any] = {}
-        # By what the edges' gradients are multiplied when all parts of a batch are in, the same for all of them. The
+        self._gradients: Gradients | None = None
+        # By what the gradients of each node are multiplied when all parts of a batch are in, the same for all. The
         # states must not be: halves might not hold them then.
-        self._factors = [1.0] * len(network.layers)
+        self._factors = [1.0] * network.depth
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_gradients": {}}
+        return vars(self) | {"_gradients": None}
 
     def parameters(self) -> dict[str, Any]:
         """Return all trained arrays by path: the network's, and learned maps as ``signals.0.layer3.weight``."""
@@ -118,7 +119,7 @@ class Learner:
         """Return the rows of a batch that are processed together, the longest first."""
         return [rows for rows, _ in chunked(samples, self.micro_batch or samples)]
 
-    def _add(self, gradients: dict[str, Any], part: Batch, total: int, draw: Any) -> StepResult:
+    def _add(self, gradients: Gradients, part: Batch, total: int, draw: Any) -> StepResult:
         """Add the gradients of one of the parts that make a batch of `total` samples.
 
         Returns
@@ -178,25 +179,22 @@ class Learner:
             **{name: figures[:, i] for i, name in enumerate(names)},
         }
 
-    def _zero_gradients(self) -> dict[str, Any]:
-        xp = self.network.device.xp
-        for path, array in self.parameters().items():
-            gradient = self._gradients.get(path)
-            if gradient is None or gradient.shape != array.shape:
-                gradient = self._gradients[path] = xp.empty_like(array)
-            gradient[...] = 0
-        return dict(self._gradients)
+    def _zero_gradients(self) -> Gradients:
+        shapes = {path: array.shape for path, array in self.parameters().items()}
+        if self._gradients is None or self._gradients.shapes != shapes:
+            network = self.network
+            self._gradients = Gradients(network.device.xp.zeros(packed_size(shapes), network.dtype), shapes)
+        self._gradients.packed[...] = 0
+        return self._gradients
 
-    def _scale_edges(self, gradients: dict[str, Any]) -> None:
+    def _scale_edges(self, gradients: Gradients) -> None:
         """Multiply the gradients of edges, sums so far, by their factors."""
-        graph = self.network.graph
-        for path, edge, factor in zip(graph.paths, graph.edges, self._factors, strict=True):
-            for name in edge.parameters():
-                gradients[f"{path}.{name}"] *= factor
+        names = (f"layers.{name}" for name in self.network.graph.names)
+        gradients.scale(dict(zip(names, self._factors, strict=True)))
 
     def _add_terms(
         self,
-        gradients: dict[str, Any],
+        gradients: Gradients,
         nudges: Sequence[Nudge],
         states: Callable[[int], Any],
         share: float,
@@ -244,7 +242,7 @@ class Learner:
         copy[...] = array
         return copy
 
-    def _of(self, term: LossTerm, gradients: dict[str, Any]) -> dict[str, Any]:
+    def _of(self, term: LossTerm, gradients: Gradients) -> dict[str, Any]:
         paths = {id(self.network.readout): "readout"}
         for index, signal in enumerate(self.signals):
             paths |= {id(signal.term(layer)): f"signals.{index}.layer{layer}" for layer in signal.layers}

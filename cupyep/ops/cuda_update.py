@@ -96,6 +96,24 @@ class CudaUpdateOps(UpdateOps):
         types = [type_name(moved.dtype), type_name(out.dtype), vec, rule]
         self.launcher.launch("see", types, grid, block, (s, g, out, *numbers, *map(np.int32, sizes)))
 
+    def compare(self, first, second, g, share, mean, size, divisor, work):
+        number, samples, units = arithmetic(first.dtype), len(first), math.prod(first.shape[1:])
+        arrays, partials = (first, second, g), work[1]
+        require_type(first.dtype, second, mean)
+        require_type(number, g, size, partials)
+        vec, count, block, parts = _packs(units, (*arrays, mean))
+        check_axes(samples)
+        numbers = map(number.type, self._numbers)
+        self.launcher.launch(
+            "compare_phases",
+            [type_name(first.dtype), vec, self._rule],
+            (parts, 1, samples),
+            (block, 1, 1),
+            (*arrays, number.type(share), mean, second, *numbers, partials, np.int32(count)),
+        )
+        self._add_partials(partials, size, samples * parts, samples * units * divisor, BLOCK)
+        return first if second is None else second
+
     def _launch(
         self, kernel: tuple[str, int, int], arguments: tuple, relaxation: Any, residual: Any, scratch: Any
     ) -> None:
@@ -103,12 +121,7 @@ class CudaUpdateOps(UpdateOps):
         name, rule, phases = kernel
         s, drive, topdown = arguments[:3]
         batch, size = len(s), math.prod(s.shape[1:])
-        vec = vector_width(size, *(argument for argument in arguments if getattr(argument, "ndim", 0)))
-        count = size // vec
-        block = BLOCK
-        while block // 2 >= max(count, WARP):
-            block //= 2  # stays a power of two, as the sum over a block needs
-        parts = -(-count // block)
+        vec, count, block, parts = _packs(size, arguments)
         check_axes(batch // phases)
         stored = next((array.dtype for array in (drive, topdown) if array is not None), s.dtype)
         require_type(stored, drive, topdown)
@@ -122,8 +135,19 @@ class CudaUpdateOps(UpdateOps):
             (block, 1, 1),
             (*arguments, relaxation, None if residual is None else scratch, np.int32(count)),
         )
-        if residual is None:
-            return
-        sizes = map(np.int32, (parts, size))
-        arguments = (scratch, residual, *sizes)
-        self.launcher.launch("add_residual", [type_name(residual.dtype)], (batch, 1, 1), (WARP, 1, 1), arguments)
+        if residual is not None:
+            self._add_partials(scratch, residual, parts, size, WARP)
+
+    def _add_partials(self, partials: Any, out: Any, parts: int, divisor: float, block: int) -> None:
+        """Add the sums of each `parts` partials, divided, to the elements of `out`."""
+        arguments = (partials, out, np.int32(parts), out.dtype.type(divisor))
+        self.launcher.launch("add_partials", [type_name(out.dtype)], (len(out), 1, 1), (block, 1, 1), arguments)
+
+
+def _packs(size: int, arguments: tuple) -> tuple[int, int, int, int]:
+    """Return VEC, packs a sample of `size` units, threads of a block, a power of two, and blocks a sample."""
+    vec = vector_width(size, *(argument for argument in arguments if getattr(argument, "ndim", 0)))
+    count, block = size // vec, BLOCK
+    while block // 2 >= max(count, WARP):
+        block //= 2  # as the sum over a block needs
+    return vec, count, block, -(-count // block)

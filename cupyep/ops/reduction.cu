@@ -144,3 +144,32 @@ __global__ void level_shares(
     out[1] = many[0] / size;
     out[2] = still[0] / A(channels);
 }
+
+// partials (segments, gridDim.x): what each block finds of the sum of squares of a segment, packed[bounds[y]] up to
+// packed[bounds[y + 1]]. Segments begin and end at whole packs of 16 bytes.
+template <typename A>
+__global__ void segment_squares(const A* __restrict__ packed, const long long* __restrict__ bounds, A* partials)
+{
+    static const int WIDTH = 16 / sizeof(A);
+    __shared__ A shared[BLOCK];
+    const size_t stop = bounds[blockIdx.y + 1], stride = size_t(gridDim.x) * BLOCK * WIDTH;
+    A sum[1] = {0};
+    for (size_t at = bounds[blockIdx.y] + (size_t(blockIdx.x) * BLOCK + threadIdx.x) * WIDTH; at < stop; at += stride) {
+        Pack<A, WIDTH> value;
+        value.load(packed + at);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) sum[0] += value.values[i] * value.values[i];
+    }
+    across_rows<A, 1, false>(sum, shared, 1);
+    if (threadIdx.x == 0) partials[size_t(blockIdx.y) * gridDim.x + blockIdx.x] = sum[0];
+}
+
+// out[segment] = the root of the sum of its `slabs` partials, one block each.
+template <typename A> __global__ void segment_norms(const A* __restrict__ partials, A* __restrict__ out, int slabs)
+{
+    __shared__ A shared[BLOCK];
+    A sum[1] = {0};
+    for (int slab = threadIdx.x; slab < slabs; slab += BLOCK) sum[0] += partials[size_t(blockIdx.x) * slabs + slab];
+    across_rows<A, 1, false>(sum, shared, 1);
+    if (threadIdx.x == 0) out[blockIdx.x] = sqrt(sum[0]);
+}

@@ -1,4 +1,4 @@
-"""Reductions of a state over all axes but the channels: bias gradients, and how active a layer is.
+"""Reductions of a state over all axes but the channels (bias gradients, how active a layer is), norms of gradients.
 
 `ReductionOps` is plain array code for NumPy and CuPy alike, and the reference; ``reduction.cu`` does the same in two
 stages (`CudaReductionOps`). CuPy's own reductions launch a block for every 32 channels, a few blocks on a card of more
@@ -7,7 +7,9 @@ than a hundred multiprocessors.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import numpy as np
 
 from cupyep.backend import array_module
 from cupyep.backend.device import launcher_for, workspace_for
+from cupyep.errors import require
 from cupyep.ops.launch import BLOCK, arithmetic, require_type, type_name, vector_width
 
 SOURCE = Path(__file__).with_name("reduction.cu")
 BLOCKS = 264  # two for each multiprocessor of the largest cards of today
 ROWS_OF_A_SLAB = 64  # at least: fewer would cost more in the second stage than they gain in the first
+SLABS = 32  # blocks a segment of packed gradients
 WARP = 32
 SCRATCH_BYTES = 3 * BLOCKS * WARP * 32  # three sums of the channels of every block, 32 bytes a thread
 
@@ -42,6 +46,16 @@ class ReductionOps:
         out[0] = scratch.mean(dtype=dtype)
         out[2] = (scratch.reshape(-1, s.shape[-1]).max(axis=0) <= dead).mean(dtype=dtype)
         out[1] = xp.greater_equal(scratch, top, out=scratch).mean(dtype=dtype)
+
+    def norms(self, packed: Any, bounds: Sequence[int], places: Any, out: Any) -> None:
+        """Write into `out` (S,) the Euclidean norms of the segments ``packed[bounds[i] : bounds[i + 1]]``.
+
+        `packed` is 1-D, `places` the bounds as an int64 array on the device. Segments begin at whole packs of 16 bytes.
+        """
+        for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            segment = packed[start:stop]
+            out[i] = array_module(packed).dot(segment, segment)
+        array_module(packed).sqrt(out, out=out)
 
 
 class CudaReductionOps(ReductionOps):
@@ -88,6 +102,13 @@ class CudaReductionOps(ReductionOps):
         arrays = partials, out, number(dead), number(s.size)
         self._launch("level_shares", [type_name(out.dtype)], (1, 1, 1), arrays, (slabs, channels, _lanes(channels)))
 
+    def norms(self, packed, bounds, places, out):
+        require_type(arithmetic(packed.dtype), packed, out)
+        segments, partials, types = len(bounds) - 1, self._partials(out), [type_name(out.dtype)]
+        require(segments * SLABS <= partials.size, f"gradients of {segments} layers are more than a kernel adds up")
+        self._launch("segment_squares", types, (SLABS, segments, 1), (packed, places, partials), ())
+        self._launch("segment_norms", types, (segments, 1, 1), (partials, out), (SLABS,))
+
     def _partials(self, out: Any) -> Any:
         return self._scratch[:SCRATCH_BYTES].view(out.dtype)
 
@@ -103,6 +124,13 @@ def add_sum(s: Any, out: Any) -> None:
 def levels(s: Any, top: float, dead: float, out: Any, scratch: Any) -> None:
     """Write into `out` how active the units and channels of `s` are: see `ReductionOps`."""
     _ops_for(s).levels(s, top, dead, out, scratch)
+
+
+def norms(packed: Any, bounds: Sequence[int], places: Any) -> Any:
+    """Return the Euclidean norms of segments of `packed`: see `ReductionOps`."""
+    out = array_module(packed).empty(len(bounds) - 1, packed.dtype)
+    _ops_for(packed).norms(packed, bounds, places, out)
+    return out
 
 
 def _ops_for(s: Any) -> ReductionOps:

@@ -2,7 +2,7 @@
 //
 // One thread updates one pack of neighbouring units: everything is read once and written once. Grid: x runs over the
 // packs of a sample, y over phases, z over the samples of a phase, so that phases which share a rest point run side by
-// side and find it in the cache. With MEASURE each block also leaves the sum of its squared changes; `add_residual` adds
+// side and find it in the cache. With MEASURE each block also leaves the sum of its squared changes; `add_partials` adds
 // these up in a fixed order. No atomics: results repeat bit for bit.
 //
 // Where a clamp meets NaN both comparisons fail and the NaN passes, so that divergence stays visible.
@@ -169,13 +169,48 @@ __global__ void update_deviations(
     if (MEASURE) store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
 }
 
-// residual[sample] += (sum of a sample's `parts` partials) / size, one warp a sample.
-template <typename A> __global__ void add_residual(const A* __restrict__ partials, A* residual, int parts, int size)
+// mean = sigma(g) + share * (first + second), difference = first - second, a block's sum of |difference| into partials.
+// Without `second` the difference is `first` and not written. Mean and difference may take the places of first and second.
+template <typename S, int VEC, int RULE>
+__global__ void compare_phases(
+    const S* first, const S* second, const typename Arithmetic<S>::type* __restrict__ g,
+    typename Arithmetic<S>::type share, S* mean, S* difference, typename Arithmetic<S>::type a,
+    typename Arithmetic<S>::type b, typename Arithmetic<S>::type c,
+    typename Arithmetic<S>::type* __restrict__ partials, int count)
+{
+    typedef typename Arithmetic<S>::type A;
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t sample = blockIdx.z;
+    A sum = 0;
+    if (item < count) {
+        const size_t at = (sample * count + item) * VEC;
+        const Numbers<A> numbers = {a, b, c};
+        Pack<S, VEC> one, two, middle, apart;
+        Pack<A, VEC> rest;
+        one.load(first + at);
+        two.clear();
+        if (second != nullptr) two.load(second + at);
+        rest.load(g + at);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            const A x = widen(one.values[i]), y = widen(two.values[i]);
+            middle.values[i] = narrow<S>(activate<A, RULE>(rest.values[i], numbers) + share * (x + y));
+            apart.values[i] = narrow<S>(x - y);
+            sum += fabs(widen(apart.values[i]));
+        }
+        middle.store(mean + at);
+        if (second != nullptr) apart.store(difference + at);
+    }
+    store_block_sum(sum, partials + sample * gridDim.x + blockIdx.x);
+}
+
+// out[row] += (sum of a row's `parts` partials) / divisor, one block a row: a warp for a sample's residual.
+template <typename A> __global__ void add_partials(const A* __restrict__ partials, A* out, int parts, A divisor)
 {
     A sum = 0, total = 0;
     for (int part = threadIdx.x; part < parts; part += blockDim.x) sum += partials[size_t(blockIdx.x) * parts + part];
     store_block_sum(sum, &total);
-    if (threadIdx.x == 0) residual[blockIdx.x] += total / A(size);
+    if (threadIdx.x == 0) out[blockIdx.x] += total / divisor;
 }
 
 // out (rows, height, width, C) = means over the p x p windows, C = groups * VEC, of sigma(g) + scale * s (s may be

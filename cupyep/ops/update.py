@@ -163,6 +163,38 @@ class UpdateOps:
                 seen = mean
             out[rows] = seen
 
+    def compare(
+        self, first: Any, second: Any, g: Any, share: float, mean: Any, size: Any, divisor: float, work: tuple[Any, Any]
+    ) -> Any:
+        """Write ``sigma(g) + share * (first + second)`` into `mean`, ``first - second`` into `second`, and return that.
+
+        Parameters
+        ----------
+        first, second : arrays of shape (N, *shape)
+            Deviations of two phases from the rest drive `g`. `second` may be None: then `first` is the difference, and
+            left as it is.
+        mean : array of shape (N, *shape)
+            May be `first` where there is a `second`.
+        size : array of shape (1,)
+            Gains the mean ``|difference|``, of the values as stored, divided by `divisor`.
+        work : two arrays of shape (N, *shape)
+            Scratch of the type to compute in.
+        """
+        xp, (wide, half) = self.xp, work
+        total = difference = first
+        if second is not None:
+            total = xp.add(first, second, out=half, dtype=half.dtype)
+            difference = xp.subtract(first, second, out=second)
+        if mean.dtype == half.dtype:
+            wide = mean
+        size += xp.abs(difference, out=wide).mean() / divisor
+        self.activation.value(g, wide)
+        if share:
+            wide += xp.multiply(total, share, out=half, dtype=half.dtype)
+        if wide is not mean:
+            mean[...] = wide
+        return difference
+
     def _parts(self, s: Any, scratch: Any) -> tuple[Any, Any, Any]:
         """Return two arrays of the shape of `s` and one of shape (B,)."""
         size = math.prod(s.shape)

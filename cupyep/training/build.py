@@ -15,6 +15,7 @@ from cupyep.data import Dataset, ImageFormat, Loader, TeacherFile, load_dataset
 from cupyep.diagnostics.checkup import PROBE_IMAGES, Checkup
 from cupyep.errors import require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
+from cupyep.learning.gradients import layer_of
 from cupyep.models import build
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, Optimizer
@@ -22,7 +23,7 @@ from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalEr
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
-from cupyep.training.statistics import layer_names, layer_of
+from cupyep.training.statistics import layer_names
 from cupyep.training.trainer import Trainer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from cupyep.learning.gradients import layer_of
 from cupyep.optim import LR_SCHEDULES, Optimizer
-from cupyep.training.statistics import layer_of
 
 
 class Schedules:

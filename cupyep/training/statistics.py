@@ -13,28 +13,15 @@ import numpy as np
 
 from cupyep.backend.device import Device
 from cupyep.errors import CheckpointError
+from cupyep.learning.gradients import layer_of
 from cupyep.training.divergence import WATCHED, check_finite, check_means
 
 LEVELS = ("activity", "saturated", "dead")
 
 
-def layer_of(path: str) -> str:
-    """Return the layer that a parameter belongs to: ``layers.1.weight`` -> ``layers.1``."""
-    return path.rpartition(".")[0]
-
-
 def layer_names(paths: Iterable[str]) -> list[str]:
     """Return the layers of the parameter `paths`, each once, in their order."""
     return list(dict.fromkeys(layer_of(path) for path in paths))
-
-
-def gradient_norms(gradients: Mapping[str, Any], xp: Any) -> Any:
-    """Return the Euclidean norm of each layer's gradient (weight and bias together), in the order of `layer_names`."""
-    squares: dict[str, Any] = {}
-    for path, gradient in gradients.items():
-        flat = gradient.reshape(-1)
-        squares[layer_of(path)] = squares.get(layer_of(path), 0) + xp.dot(flat, flat)
-    return xp.sqrt(xp.stack(list(squares.values())))
 
 
 class EpochStatistics:
@@ -60,12 +47,11 @@ class EpochStatistics:
     def add(self, result: Any) -> None:
         """Add one `StepResult` of a learner, weighted by its number of images."""
         xp = self.device.xp
-        norms = gradient_norms(result.gradients, xp)
         self.count += result.count
         self.batches += 1
         self._add("loss", result.loss * result.count)
         self._add("correct", result.correct)
-        self._add("gradient_norm", norms * result.count)
+        self._add("gradient_norm", result.gradients.norms() * result.count)
         for name in LEVELS:
             self._add(name, getattr(result, name) * result.count)
         if result.nudge_response is not None:
