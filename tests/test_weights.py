@@ -15,6 +15,7 @@ import pytest
 from cuda_cpu import ShimLauncher, compiler
 from strict import StrictDevice, no_host_reads
 
+import cupyep as ep
 from cupyep import weights
 from cupyep.errors import ConfigurationError
 from cupyep.kernels import standardize
@@ -152,6 +153,36 @@ def test_gradients_are_those_of_a_loss(ops, rng, shape, kind):
             errors.append(abs((sides[0] - sides[1]) / (2 * h) - slope))
         assert errors[2] < 1e-4 * (1 + abs(slope))
         np.testing.assert_allclose(np.divide(errors[:2], errors[1:]), 4, rtol=0.1)
+
+
+def test_a_network_whose_optimizer_owns_v(rng):
+    """The way of a step: forward, gradients of w by the learner, pullback in place; against differences of its loss."""
+    edges = [ep.Conv2d((6, 6, 3), 4, pooling="average"), ep.Linear((3, 3, 4), 5)]
+    net = ep.Network(edges, classes=3, activation="tanh", precision="float64", seed=1)
+    images, labels = rng.standard_normal((7, 6, 6, 3)), rng.integers(0, 3, 7)
+    learner, hows = ep.Backpropagation(net), [Standardized(0.8) for _ in edges]
+    owned = [how.parameters(edge.weight.copy()) for how, edge in zip(hows, edges, strict=True)]
+
+    def step():
+        for how, parameters, edge in zip(hows, owned, edges, strict=True):
+            how.forward(parameters, edge.weight)
+        return learner.step(images, labels)
+
+    result = step()
+    for n, (how, parameters) in enumerate(zip(hows, owned, strict=True), 1):
+        dw = result.gradients[f"layers.{n}.weight"]
+        out = {"weight": dw, "gain": np.empty(dw.shape[-1])}
+        how.pullback(dw, parameters, out)
+        for name, p in parameters.items():
+            direction, start, h = rng.standard_normal(p.shape), p.copy(), 1e-5
+            slope, losses = float((out[name] * direction).sum()), []
+            for sign in (1, -1):
+                p[...] = start + sign * h * direction
+                losses.append(step().loss)
+            p[...] = start
+            assert abs(slope) > 1e-3
+            np.testing.assert_allclose((losses[0] - losses[1]) / (2 * h), slope, rtol=1e-6)
+        step()
 
 
 def test_filters_have_mean_0_and_a_norm_of_their_gain(ops, rng):
