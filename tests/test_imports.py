@@ -18,6 +18,8 @@ ORDER = [
     "ops",
     "activations",
     "losses",
+    "weights",
+    "initialization",
     "layers",
     "persistence",
     "data",
