@@ -45,6 +45,9 @@ class Network(Structure):
         Weight lambda of the top-down input, 0 < lambda <= 1; 1 is the Hopfield network of the papers.
     gain : float or sequence of float
         Weights are drawn from N(0, gain^2 / fan_in), one gain or one for each edge.
+    weights : {"plain", "standardized", "standardized-fixed"}
+        How weights are made of what is trained: themselves, or standardized filter by filter with a gain of each
+        channel that is trained or fixed, `gain` at the start (`cupyep.weights`).
     seed : int
         Of the weights.
     device : str or Device
