@@ -98,7 +98,7 @@ class Network(Structure):
         self.device.use()  # another network may have used another GPU, or another thread this one
         batch = x if isinstance(x, Batch) else Batch(x, None)
         if isinstance(targets, Batch):
-            batch = replace(batch, labels=targets.labels, index=targets.index, view=targets.view)
+            batch = replace(targets, images=batch.images, checked=batch.checked)
         elif targets is not None:
             batch = replace(batch, labels=targets)
         stored = self.precision.stored

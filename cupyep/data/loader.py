@@ -30,6 +30,8 @@ class Batch:
         0 where the image is as stored, 1 where it is mirrored (see `cupyep.data.VIEWS`).
     checked : bool
         Whether the values of the images are known to be good, as a `Loader`'s are; a look at them waits for the GPU.
+    coming : tuple of two ndarrays, optional
+        `index` and `view` of the batch after this one: a teacher in a file is read ahead by them.
     """
 
     images: Any
@@ -37,6 +39,7 @@ class Batch:
     index: np.ndarray | None = None
     view: np.ndarray | None = None
     checked: bool = False
+    coming: tuple[np.ndarray, np.ndarray] | None = None
     _labels: Any = field(default=None, init=False, repr=False)  # on the device; not what `replace` hands on
 
     def __len__(self) -> int:
@@ -266,14 +269,20 @@ class Loader:
 
     def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
         rows = slice(start, start + self.batch_size)
-        places, flip = draws.order[rows], draws.flip[rows]
+        places = draws.order[rows]
         if self.augment:
             images = self._crop(there[:, rows])
         elif self.shuffle:
             images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
             images = self._normalise(self._images[rows])
-        return Batch(images, self.split.labels[places], self.split.index[places], flip.astype(np.uint8), True)
+        after = slice(rows.stop, rows.stop + self.batch_size)
+        (index, view), coming = self._looked_up(draws, rows), self._looked_up(draws, after)
+        return Batch(images, self.split.labels[places], index, view, True, coming if len(coming[0]) else None)
+
+    def _looked_up(self, draws: _Draws, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return by what a teacher's logits are looked up."""
+        return self.split.index[draws.order[rows]], draws.flip[rows].astype(np.uint8)
 
     def _crop(self, draws: Any) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device.
