@@ -20,7 +20,7 @@ from cupyep.data.teacher.layout import SPLITS
 from cupyep.dynamics import Nudge
 from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.heads import Head, LossTerm
-from cupyep.losses import SquaredError, get_loss, one_hot
+from cupyep.losses import SquaredError, get_loss
 
 ANNEALINGS = ("constant", "cosine")
 
@@ -203,7 +203,7 @@ class LocalError(_MapAugmenter):
         super().__init__(layers, kappa, annealing, loss, 1.0, pool, False, gain, seed)
 
     def target(self, layer, batch):
-        return one_hot(batch.nearest_labels, self.classes, self.dtype, self.device)
+        return batch.one_hot(self.classes, self.dtype, self.device)
 
 
 class Distillation(_MapAugmenter):

@@ -17,7 +17,6 @@ from cupyep.data.loader import Batch, checked_images, checked_labels
 from cupyep.dynamics import Classical, Deviation, Nudge, State
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.layout import PhaseBuffers, PhaseShape, TermShape
-from cupyep.losses import one_hot
 from cupyep.model_file import describe, read_network, write_network
 from cupyep.settling import check_settling, settle, watched
 from cupyep.structure import Structure, exclusive
@@ -118,12 +117,12 @@ class Network(Structure):
     def nudges(self, batch: Batch, signals: Sequence[Augmenter] = ()) -> list[Nudge]:
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
         require(batch.labels is not None, "a nudge needs targets (labels)")
-        readout = Nudge(self.readout, 1.0, self.targets(batch.nearest_labels))
+        readout = Nudge(self.readout, 1.0, self.targets(batch))
         return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
 
-    def targets(self, labels: Any) -> Any:
-        """Return labels (N,) as the readout's target, one-hot rows (N, classes) on the device."""
-        return one_hot(labels, self.classes, self.dtype, self.device)
+    def targets(self, batch: Batch) -> Any:
+        """Return the labels of a batch as the readout's target, one-hot rows (N, classes) on the device."""
+        return batch.one_hot(self.classes, self.dtype, self.device)
 
     def bind(self, signal: Augmenter) -> Augmenter:
         """Fit a signal to this network's layers (once) and return it.

@@ -208,7 +208,7 @@ def test_what_a_gpu_allocates_was_planned(fake_gpu, algorithm):
     arrays = [*learner.parameters().values(), *learner._gradients.values(), *fixed, batch.images]
     arrays += [*optimizer._buffers.values(), *optimizer._scratch.values(), memory._block, memory._arena.block]
     arrays += [array for made in memory._made.values() for array in made]
-    targets = 3 * 4 * small.CLASSES * 4  # of the readout and of both signals
+    targets = 2 * 4 * small.CLASSES * 4  # labels, of readout and local error; a teacher's
     beside = targets + WORKSPACE_BYTES + parts.get("taken on the way", 0)
     assert sum(parts.values()) == sum(array.nbytes for array in arrays) + beside
 
