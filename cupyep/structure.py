@@ -63,6 +63,8 @@ class Structure:
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
         self._check_chain()
+        for edge in self.layers:
+            edge.reads_image = edge is self.layers[0]
         self.readout = self._make_readout(loss)
         self._initialize(gain, seed)
         self.config: dict[str, Any] = {}
