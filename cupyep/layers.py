@@ -43,12 +43,15 @@ class Edge:
         Whether the drive comes with max-pooling winners.
     has_bias : bool
         Whether the bias is a parameter. Without, `bias` stays zero.
+    reads_image : bool
+        Whether its network feeds it images, so that it never has to give a top-down product; the network says so.
     arguments : tuple of str
         The names of what the class is made with; all are attributes (`cupyep.persistence.network_file`).
     """
 
     has_winners = False
     has_bias = True
+    reads_image = False
     arguments: tuple[str, ...] = ()
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -177,11 +180,13 @@ class Conv2d(Edge):
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> ConvOps | WinogradOps:
         """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
+        topdown = {"has_topdown": not self.reads_image}
         if device.is_gpu:
-            return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, device.launcher(cuda_conv.SOURCE))
+            launcher = device.launcher(cuda_conv.SOURCE)
+            return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, launcher, **topdown)
         if winograd.possible(self.geometry, precision) and winograd.pays(self.geometry, batch):
             return WinogradOps(self.geometry, batch, nbytes, precision, device.xp)
-        return ConvOps(self.geometry, batch, nbytes, precision, device.xp)
+        return ConvOps(self.geometry, batch, nbytes, precision, device.xp, **topdown)
 
     def refresh(self, ops: ConvOps) -> None:
         """Take up the current weights, for what is made of them once a settle and not once a step."""

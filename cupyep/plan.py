@@ -37,7 +37,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
     """
     network = learner.network
     lengths = sorted({rows.stop - rows.start for rows in learner.parts(samples)})  # of micro-batches
-    nudges = network.nudges(blank_batch(), learner.signals)
+    nudges = network.nudges(blank_batch().placed(network.device), learner.signals)
     needs = learner.needs(lengths[-1], nudges)
     batches = sorted({rows for length in lengths for rows in learner.needs(length, nudges).batches})
     workspaces = [Workspace(network.layers, rows, network.device, network.precision) for rows in batches]

@@ -65,6 +65,8 @@ class Structure:
         self.precision = get_precision(choose("precision", precision, PRECISIONS))
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
+        for edge, below in zip(self.layers, self.graph.below, strict=True):
+            edge.reads_image = below == 0
         self.readout = self._make_readout(loss)
         self.weights = choose("parametrisation of weights", weights, PARAMETRISATIONS)
         self._initialize(gain, seed)

@@ -155,9 +155,8 @@ class Learner:
 
     def _judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
         network = self.network
-        labels = batch.nearest_labels
-        loss = network.readout.criterion.value(scores, network.targets(labels)).sum()
-        return loss, accuracy_count(scores, network.device.asarray(labels))
+        loss = network.readout.criterion.value(scores, network.targets(batch)).sum()
+        return loss, accuracy_count(scores, network.device.asarray(batch.nearest_labels))
 
     def _figures(self, layers: Sequence[Any], batch: Batch, total: int, work: Sequence[Any] | None) -> dict[str, Any]:
         """Return loss, correct samples, count and levels at some states, as shares of a batch of `total` samples.
