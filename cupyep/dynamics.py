@@ -346,8 +346,7 @@ class Deviation(_System):
         if tangent:
             for g, slope in zip(self.rest, buffers.slopes, strict=True):
                 activation.slope(g, slope)
-        for eps in self.eps:
-            eps[...] = 0
+        buffers.moving[...] = 0
 
     def _arrays(self):
         return [*super()._arrays(), *self.winners, *self.rest]

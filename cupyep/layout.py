@@ -101,7 +101,7 @@ class Flows:
     def __init__(self, stack: Stack, shapes: Sequence[Shape], rows: int, schedule: str, dtype: Any, first: bool):
         batch, depth = [(rows, *shape) for shape in shapes], len(shapes)
         self._up = True
-        self._carried: list[Any] = []  # what an update may read before a product has given it
+        self._carried: Any = None  # where an update may read before a product has given anything
         self.drive: list[Any] = [None] * depth
         self.topdown: list[Any] = [None] * depth
         self.kept: list[Any] = [None] * depth
@@ -118,15 +118,15 @@ class Flows:
         self.topdown[:-1] = stack.take_turns(FLOWS, batch[:-1], dtype)
 
     def _for_sweeps(self, stack: Stack, batch: list[Shape], dtype: Any) -> None:
-        turns = stack.take_turns(FLOWS, batch if len(batch) > 1 else [], dtype)
+        top, turns = stack.top, stack.take_turns(FLOWS, batch if len(batch) > 1 else [], dtype)
         self.drive[1:], self.topdown[:-1] = turns[1:], turns[:-1]
         self.kept[1:-1] = [stack.take(FLOWS, shape, dtype) for shape in batch[1:-1]]
-        self._carried = [*self.kept[1:-1], *turns[:1], *turns[-1:]]
+        self._carried = stack.since(top, dtype)
 
     def clear(self) -> None:
         """Start without drives and feedback."""
-        for array in self._carried:
-            array[...] = 0
+        if self._carried is not None:
+            self._carried[...] = 0
 
     def below(self, n: int) -> Any:
         """Return where the drive of layer n is to be written."""
@@ -163,6 +163,8 @@ class PhaseBuffers:
     ----------
     states : list of arrays (rows, *shape)
         States, or scaled deviations.
+    moving : array
+        The memory of all states.
     drives : list of arrays, or None
         Total drives, where they are kept.
     winners : list of uint8 arrays
@@ -197,6 +199,7 @@ class PhaseBuffers:
     """
 
     states: list[Any]
+    moving: Any
     drives: list[Any] | None
     winners: list[Any]
     slopes: list[Any] | None
@@ -243,7 +246,7 @@ class Layout:
 
     def lay_out(self, stack: Stack, shape: PhaseShape) -> PhaseBuffers:
         """Take the arrays of a phase from `stack`, whose top is ``shape.base``."""
-        states, drives, winners, slopes, end = self.lasting(stack, shape)
+        (states, moving), drives, winners, slopes, end = self.lasting(stack, shape)
         top = stack.top
         remembered = self._layers(stack, "remembered states", shape.rows, self.number) if shape.watched else []
         if shape.form in ("deviation", "tangent") and shape.phases > 1:
@@ -253,12 +256,17 @@ class Layout:
         update = self._update(stack, shape)
         stack.release(top)
         return PhaseBuffers(
-            states, drives, winners, slopes, remembered, flows, residual, **update, **self._work(stack, shape),
+            states, moving, drives, winners, slopes, remembered, flows, residual, **update, **self._work(stack, shape),
             end=end, top=top,
         )  # fmt: skip
 
     def _layers(self, stack: Stack, purpose: str, rows: int, dtype: Any) -> list[Any]:
         return [stack.take(purpose, (rows, *shape), dtype) for shape in self.shapes]
+
+    def _states(self, stack: Stack, purpose: str, rows: int) -> tuple[list[Any], Any]:
+        """Take what moves; return an array a layer, and all of them as one."""
+        top, states = stack.top, self._layers(stack, purpose, rows, self.stored)
+        return states, stack.since(top, self.stored)
 
     def winners(self, stack: Stack, rows: int, purpose: str = "winners") -> list[Any]:
         """Take one array of winners a max-pooling edge, None for the others."""
@@ -267,22 +275,22 @@ class Layout:
         ]
 
     def lasting(self, stack: Stack, shape: PhaseShape) -> tuple[Any, Any, Any, Any, int]:
-        """Take what outlasts a phase and its states; return states, drives, winners, slopes, where the first end."""
+        """Take what outlasts a phase and its states; return `_states`, drives, winners, slopes, where the first end."""
         if shape.form in ("deviation", "tangent"):
-            states = self._layers(stack, "deviations", shape.rows, self.stored)
+            states = self._states(stack, "deviations", shape.rows)
             tangent = shape.form == "tangent"
             slopes = self._layers(stack, "slopes", shape.samples, self.number) if tangent else None
             return states, None, [None] * len(self.edges), slopes, stack.top
         name = "free" if shape.form == "free" else "nudged"
         states = drives = None
         if shape.keeps != "drives":
-            states = self._layers(stack, f"{name} states", shape.rows, self.stored)
+            states = self._states(stack, f"{name} states", shape.rows)
         if shape.keeps != "states":
             drives = self._layers(stack, f"{name} drives", shape.rows, self.number)
         winners = self.winners(stack, shape.rows)
         end = stack.top
         if states is None:
-            states = self._layers(stack, f"{name} states", shape.rows, self.stored)
+            states = self._states(stack, f"{name} states", shape.rows)
         return states, drives, winners, None, end
 
     def copied(self, layer: int, samples: int) -> int:

@@ -240,7 +240,7 @@ class Network(Structure):
             self.check_start(start, samples)
             if start.buffers is not None and start.buffers is not buffers:  # it lies where this phase would
                 buffers = self.memory.phase(replace(shape, base=start.buffers.top))
-        self._fill(buffers, start, 1)
+        self._fill(buffers, start, shape)
         workspace = self.memory.workspace(samples)
         system = Classical(*self.parts(workspace, buffers), batch.images, workspace.ops[0])
         stats = settle(system, warm=start is not None, phase="free", **how)
@@ -274,7 +274,7 @@ class Network(Structure):
         first = self.memory.workspace(samples).ops[0]
         parts = self.parts(self.memory.workspace(samples * phases), buffers)
         if form == "classical":
-            self._fill(buffers, free, phases)
+            self._fill(buffers, free, shape)
             system = Classical(*parts, batch.images, first, nudges, betas)
             state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
         else:
@@ -339,16 +339,16 @@ class Network(Structure):
             f"the batch {samples} in {self.depth}, and their shapes must agree",
         )
 
-    def _fill(self, buffers: PhaseBuffers, start: State | None, phases: int) -> None:
+    def _fill(self, buffers: PhaseBuffers, start: State | None, shape: PhaseShape) -> None:
         if start is None:
-            for winners in buffers.winners:  # even/odd reads some before it finds them
+            buffers.moving[...] = min(max(0.0, self.activation.low), self.activation.high)
+            for winners in buffers.winners if shape.schedule == "evenodd" else ():  # it reads some before it finds them
                 if winners is not None:
                     winners[...] = 0
-        for n, s in enumerate(buffers.states):
-            if start is None:
-                s[...] = min(max(0.0, self.activation.low), self.activation.high)
-            elif start.layers[n] is not s:
-                s.reshape(phases, *start.layers[n].shape)[...] = start.layers[n]
+            return
+        for s, first in zip(buffers.states, start.layers, strict=True):
+            if first is not s:
+                s.reshape(shape.phases, *first.shape)[...] = first
 
     def _add_deviations(self, state: State, free: State) -> None:
         state.layers = []
