@@ -276,6 +276,7 @@ STEPS_OF = {
     },
     "relaxed": ("deviation", {"schedule": "evenodd", "relaxation": 1.5}),
     "one iteration": ("deviation", {"schedule": "sweeps", "free_steps": 1, "nudged_steps": 1}),
+    "never zero": ("deviation", {"schedule": "evenodd"}),
     "BPTT": ("BPTT", {}),
     "BP": ("BP", {}),
 }
@@ -298,7 +299,8 @@ def learner_of(net, form, how):
 def test_a_step_reads_nothing_that_it_has_not_written(request, name, where):
     """All memory of network and learner is NaN before a step (and winners are of no window): the same bits come out."""
     device = request.getfixturevalue("fake_gpu") if where == "gpu" else "cpu"
-    net = network("conv", device, pooling="max", precision="float32", feedback=0.5)
+    activation = ep.Clip("never zero", 1.0, 0.2, 1.0) if name == "never zero" else "sigmoid"
+    net = network("conv", device, pooling="max", precision="float32", feedback=0.5, activation=activation)
     learner, batch, found = learner_of(net, *STEPS_OF[name]), batch_of(net, 4), []
     for _ in range(4):  # on a GPU replayed from the third on
         result = learner.step(batch)
