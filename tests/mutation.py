@@ -119,7 +119,7 @@ DEFECTS = [
            "if (accumulate) total.load(out);", "", "test_reduction"),
     Defect("reductions: activity with its sign", "kernels/reduction.cu",
            "size = x < A(0) ? -x : x;", "size = x;", "test_reduction"),
-    Defect("reductions: a channel that diverged is dead", "kernels/reduction.cu",
+    Defect("reductions: a channel that diverged is dead", "kernels/rows.cuh",
            "else if (other > mine || other != other)", "else if (other > mine)", "test_reduction"),
     Defect("random scheme: always +beta", "learning/equilibrium.py",
            "return [self.beta if self.generator.random() < 0.5 else -self.beta]", "return [self.beta]", EP),

@@ -5,8 +5,7 @@
 // results repeat bit for bit. A block is `lanes` packs of channels by BLOCK / lanes rows; lanes is a power of two.
 
 #include "common.cuh"
-
-static const int BLOCK = 256;
+#include "rows.cuh"
 
 // Store values as a pack.
 template <typename A, int VEC> __device__ __forceinline__ void store_values(const A (&values)[VEC], A* target)
@@ -15,33 +14,6 @@ template <typename A, int VEC> __device__ __forceinline__ void store_values(cons
 #pragma unroll
     for (int i = 0; i < VEC; ++i) pack.values[i] = values[i];
     pack.store(target);
-}
-
-// Add (or take the maximum of) the values of a block's threads that hold the same channels, those of row 0 get it.
-template <typename A, int VEC, bool MAXIMUM>
-__device__ __forceinline__ void across_rows(A (&values)[VEC], A* shared, int lanes)
-{
-    const int thread = threadIdx.x;
-    __syncthreads();  // what the memory held before has been read
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) shared[i * BLOCK + thread] = values[i];
-    __syncthreads();
-    for (int half = BLOCK / 2; half >= lanes; half /= 2) {
-        if (thread < half) {
-#pragma unroll
-            for (int i = 0; i < VEC; ++i) {
-                A& mine = shared[i * BLOCK + thread];
-                const A other = shared[i * BLOCK + thread + half];
-                if (!MAXIMUM)
-                    mine += other;
-                else if (other > mine || other != other)  // a NaN wins, so that divergence stays visible
-                    mine = other;
-            }
-        }
-        __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) values[i] = shared[i * BLOCK + thread];
 }
 
 // out (slabs, C), the sums over the rows of each slab of s (rows, C); added to what is there with `accumulate`.
