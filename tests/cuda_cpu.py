@@ -90,12 +90,18 @@ def _reduction_instances():
     return names + [instance("level_shares", [t]) for t in ("float", "double")]
 
 
+def _standardize_instances():
+    kernels = ("standardize", "standardize_pullback")
+    return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
+
+
 _INSTANCES = {
     "conv.cu": _conv_instances,
     "update.cu": _update_instances,
     "head.cu": _head_instances,
     "optimizer.cu": _optimizer_instances,
     "reduction.cu": _reduction_instances,
+    "standardize.cu": _standardize_instances,
 }
 
 

@@ -12,9 +12,9 @@ import pytest
 from cuda_cpu import instances
 
 from cupyep.backend.cuda import source_text
-from cupyep.kernels import cuda_conv, cuda_head, cuda_optimizer, cuda_update, reduction
+from cupyep.kernels import cuda_conv, cuda_head, cuda_optimizer, cuda_update, reduction, standardize
 
-MODULES = (cuda_conv, cuda_update, cuda_head, cuda_optimizer, reduction)
+MODULES = (cuda_conv, cuda_update, cuda_head, cuda_optimizer, reduction, standardize)
 SOURCES = {module.SOURCE.name: module.SOURCE for module in MODULES}
 
 

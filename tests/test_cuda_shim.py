@@ -25,6 +25,9 @@ PROBES = [
 ]
 
 
+SANITIZED_TESTS = ["test_cuda_kernels.py", "test_cuda_update.py", "test_reduction.py", "test_weights.py"]
+
+
 @functools.cache
 def probes():
     return ShimLauncher(SHIM / "probe.cu", PROBES)
@@ -112,8 +115,8 @@ def test_the_sanitizer_finds_a_write_behind_the_end():
 
 @pytest.mark.slow
 def test_kernels_are_clean_under_the_sanitizers():
-    """All tests of the kernels once more, built with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    files = [str(Path(__file__).with_name(name)) for name in ("test_cuda_kernels.py", "test_cuda_update.py")]
+    """Tests of the kernels once more, built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    files = [str(Path(__file__).with_name(name)) for name in SANITIZED_TESTS]
     code = (
         f"import pytest, sys; sys.exit(pytest.main({[*files, '-p', 'no:cacheprovider', '-x', '-k', 'not arrays']!r}))"
     )

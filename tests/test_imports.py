@@ -18,6 +18,8 @@ ORDER = [
     "kernels",
     "activations",
     "losses",
+    "weights",
+    "initialization",
     "layers",
     "model_file",
     "heads",
