@@ -313,7 +313,9 @@ def test_names_and_settings():
     found = {name: get_parametrisation(name, 0.5) for name in PARAMETRISATIONS}
     assert [type(how) for how in found.values()] == [Plain, Standardized, Standardized]
     assert [(how.gain, how.trained) for how in list(found.values())[1:]] == [(0.5, True), (0.5, False)]
-    with pytest.raises(ConfigurationError, match="unknown parametrisation of weights 'stand.*; did you mean 'standardized'"):
+    with pytest.raises(
+        ConfigurationError, match="unknown parametrisation of weights 'stand.*; did you mean 'standardized'"
+    ):
         get_parametrisation("standardised")
     with pytest.raises(ConfigurationError, match="unknown parametrisation of weights '3'"):
         get_parametrisation(3)
