@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from cupyep import errors
-from cupyep.data import cifar, digits, idx, svhn
 from cupyep.data.download import fetch
 from cupyep.data.files import check_labels
+from cupyep.data.formats import Layout, layouts_found
 from cupyep.data.images import channel_statistics, resize
-from cupyep.data.original import check_original
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Arrays, Layout, Source
+from cupyep.data.sources import DATASETS, SOURCES, Source
+from cupyep.data.verify import check_original
 from cupyep.errors import (
     ConfigurationError,
     DataError,
@@ -31,7 +31,6 @@ from cupyep.errors import (
 )
 from cupyep.files import expanded
 
-READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
 """The views of an image; a batch and a teacher file number them by their place here."""
 SPLITS = ("train", "validation", "test")
@@ -235,7 +234,9 @@ def load_dataset(
         errors.path("data_dir", data_dir)
     _check_limits(source, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
-    arrays = _read(source, data_directory(data_dir), download)
+    layout = _find(source, data_directory(data_dir), download)
+    arrays = layout.read()
+    check_original(source, arrays, layout.place)
     train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
     mean, std = channel_statistics(train.images)
     train, held = train.hold_out(validation, seed) if validation else (train, None)
@@ -308,16 +309,6 @@ def _checked_size(source: Source, image_size: int | None) -> int:
     return image_size
 
 
-def _read(source: Source, folder: Path, download: bool) -> tuple[Arrays, Arrays]:
-    """Return (train, test) as they are in the files, which hold what the name promises."""
-    if source.name == "digits":
-        return digits.read(source)
-    layout = _find(source, folder, download)
-    arrays = layout.read()
-    check_original(source, arrays, layout.place)
-    return arrays
-
-
 def _find(source: Source, folder: Path, download: bool) -> Layout:
     """Return the first complete layout below `folder`, downloading the original archives if there is none."""
     layouts, note = layouts_found(source.name, folder)
@@ -340,16 +331,3 @@ def _seen(folder: Path) -> str:
         return f"the folder cannot be read: {error.strerror}"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"seen there: {', '.join(names[:SHOWN]) or 'nothing'}{more}"
-
-
-def layouts_found(name: str, folder: Path) -> tuple[list[Layout], str]:
-    """Return the complete layouts of a data set below `folder`, the quickest to read first, and, where there is none, a
-    note about a file that is missing from an incomplete one."""
-    layouts, note = [], ""
-    for layout in READERS[name].layouts(SOURCES[name], folder):
-        missing = [file for file in layout.files if not file.is_file()]
-        if not missing:
-            layouts.append(layout)
-        elif len(missing) < len(layout.files) and not note:
-            note = f"{missing[0]} is missing; "
-    return layouts, "" if layouts else note
