@@ -17,18 +17,7 @@ from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Source
 from cupyep.data.verify import check_original
-from cupyep.errors import (
-    ConfigurationError,
-    DataError,
-    choose,
-    flag,
-    instance,
-    integer,
-    is_integer,
-    items,
-    require,
-    shown,
-)
+from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, require, shown
 from cupyep.files import expanded
 
 VIEWS = ("identity", "hflip")
@@ -65,12 +54,13 @@ class Split:
         self._check_array("labels", "i8", f"int64 {self.images.shape[:1]}", 1)
         if len(self.labels) != len(self):
             raise DataError(f"split {self.name}: {len(self)} images have {len(self.labels)} labels")
+        rule = f"{len(self)} increasing numbers from 0 on"
         if self.index is None:
             object.__setattr__(self, "index", np.arange(len(self)))
-        self._check_array("index", "iu", f"{len(self)} increasing numbers from 0 on", 1)
+        self._check_array("index", "iu", rule, 1)
         index = self.index.astype(np.int64)  # first: differences of unsigned numbers are never negative
         if index.shape != self.labels.shape or index[0] < 0 or (np.diff(index) <= 0).any():
-            raise DataError(f"split {self.name}: the index should be {len(self)} increasing numbers from 0 on")
+            raise DataError(f"split {self.name}: the index should be {rule}")
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "total", max(integer("total", self.total, 0), int(index[-1]) + 1))
 
@@ -151,11 +141,8 @@ class Dataset:
         require(len(items("classes", self.classes, str)) > 0, "classes must not be empty")
         flag("flip", self.flip)
         integer("pad", self.pad, 0)
-        splits = {"train": self.train, "test": self.test, "validation": self.validation}
-        if self.validation is None:
-            del splits["validation"]
-        for name, split in splits.items():
-            instance(name, split, Split)
+        for name in ("train", "test") if self.validation is None else SPLITS:
+            split = instance(name, getattr(self, name), Split)
             if split.images.shape[1:] != self.image_shape:
                 raise DataError(
                     f"data set {self.name}: train images are {self.image_shape}, {split.name} images "
@@ -164,9 +151,8 @@ class Dataset:
             check_labels(split.labels, len(self.classes), f"data set {self.name}, split {split.name}")
         for name, array in (("mean", self.mean), ("std", self.std)):
             right = isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.shape == self.image_shape[2:]
-            right = right and np.isfinite(array).all() and (name == "mean" or (array > 0).all())
-            rule = f"{self.image_shape[2]} finite floats{', above 0' if name == 'std' else ''}"
-            if not right:
+            if not (right and np.isfinite(array).all() and (name == "mean" or (array > 0).all())):
+                rule = f"{self.image_shape[2]} finite floats{', above 0' if name == 'std' else ''}"
                 raise DataError(f"data set {self.name}: {name} should be {rule}, one a channel, found {shown(array)}")
 
     @classmethod
@@ -184,7 +170,7 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         """Return the split called `name`; `ConfigurationError` if there is none."""
-        split = {"train": self.train, "validation": self.validation, "test": self.test}[choose("split", name, SPLITS)]
+        split = getattr(self, choose("split", name, SPLITS))
         require(split is not None, "no validation split was held out; ask for one by --validation")
         return split
 
@@ -270,8 +256,8 @@ def cache_directory() -> Path:
 def _at_home(folder: str | Path, what: str, remedy: str) -> Path:
     try:
         return expanded(folder)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{what} {error}; by {remedy}") from error
+    except errors.ConfigurationError as error:
+        raise errors.ConfigurationError(f"{what} {error}; by {remedy}") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
