@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.data.files import check_labels, check_length, check_sum, find_file, one_line, plain_name, read_bounded
-from cupyep.data.sources import IDX_FILES, SOURCES, SVHN_FILES, Source
+from cupyep.data.sources import IDX_FILES, SOURCES, Source
 from cupyep.errors import DataError
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -236,7 +236,7 @@ class BatchUnpickler(pickle.Unpickler):
 
 def _svhn(source: Source, folder: Path) -> Iterator[Layout]:
     for name in ("svhn", "SVHN", "."):
-        files = tuple(find_file(folder / name, file) for file in SVHN_FILES)
+        files = tuple(find_file(folder / name, file) for file in ("train_32x32.mat", "test_32x32.mat"))
         yield Layout(folder / name, files, partial(_read_svhn, source, files))
 
 
