@@ -214,3 +214,9 @@ def path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise wrong(name, "a path", value)
     return Path(value)
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """Return ``Type: message`` of `error` on one line of at most about `limit` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else text[:limit] + "..."

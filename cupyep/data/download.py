@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from cupyep.data.files import one_line
 from cupyep.data.sources import Source
+from cupyep.errors import one_line
 from cupyep.files import can_write
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.errors import DataError
+from cupyep.errors import DataError, one_line
 
 GZIP = b"\x1f\x8b"  # how a gzip file begins, and nothing else that is read here
 
@@ -83,9 +83,3 @@ def check_labels(labels: np.ndarray, classes: int, where: str | Path) -> None:
             f"{where}: {wrong.size} of {labels.size} labels lie outside 0..{classes - 1} "
             f"(first: {int(labels[first])} at sample {first}); the data are damaged or of another data set"
         )
-
-
-def one_line(error: BaseException, limit: int = 160) -> str:
-    """Return ``Type: message`` of `error` on one line of at most about `limit` characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[:limit] + "..."

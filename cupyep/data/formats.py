@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.data.files import check_labels, check_length, check_sum, find_file, one_line, plain_name, read_bounded
+from cupyep.data.files import check_labels, check_length, check_sum, find_file, plain_name, read_bounded
 from cupyep.data.sources import IDX_FILES, SOURCES, Source
-from cupyep.errors import DataError
+from cupyep.errors import DataError, one_line
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Images (N, H, W, C) uint8 and labels (N,) int64."""
