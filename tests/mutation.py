@@ -109,7 +109,7 @@ DEFECTS = [
            "if content.startswith(mark)), \"utf-8\")", "if False), \"utf-8\")", "test_files test_recipes"),
     Defect("files: a tilde is a folder's name", "files.py",
            "Path(path).expanduser() if", "Path(path) if", "test_files test_streams test_cli_wrong"),
-    Defect("reproduce: results at the end only", "experiments/running.py",
+    Defect("reproduce: results at the end only", "experiments/runner.py",
            "                    _write_json(folder / RESULTS,", "                    print(folder / RESULTS,",
            "test_experiments"),
     Defect("reductions: the last slab cut off", "kernels/reduction.cu",

@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.errors import require
 from cupyep.training.config import TrainConfig
 
-SCALES = ("small", "full")
+SCALES = ("small", "medium", "full")
+#: Options that say which images are seen, how and how often: rows of one table share them.
+SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip")
+
+Value = Callable[[Mapping[str, Any]], float | None]  # of what a cell measured; None where it has none
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Row:
     label : str
         What a reader sees.
     options : mapping
-        Options that differ from the experiment's `base` (those of `TrainConfig`, or of the measurement).
+        Those of `TrainConfig`, the seed left out.
     published : mapping
         Column -> published figure; `source` says where.
     source : str
@@ -48,7 +53,7 @@ class Cell:
     row : Row
     seed : int
     options : dict
-        Base, row and seed together.
+        Those of row and command, and the seed.
     out : Path
         The report folder.
     report : callable
@@ -84,30 +89,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table.
-
-    Attributes
-    ----------
-    title : str
-    value : callable
-        Takes what a cell measured and returns a number, or None where it has none.
-    form : str
-        Format of mean and standard deviation.
-    """
+    """A column of the table: its title, what it shows of a cell, and the format of mean and standard deviation."""
 
     title: str
-    value: Callable[[Mapping[str, Any]], float | None]
+    value: Value
     form: str = ".3f"
-
-
-#: Options that say which images are seen, how and how often: rows of one table share them.
-SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip")
 
 
 def seen(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the values of `SEEN` in the options of a cell, those that are not given by their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     return tuple(options.get(name, defaults[name]) for name in SEEN)
+
+
+def cell_name(key: str, seed: int) -> str:
+    return f"{key}/{seed}"
 
 
 class Results:
@@ -131,12 +127,12 @@ class Results:
         """Return the measured cells of a row, by seed."""
         return [self.cells[name] for seed in range(self.seeds) if (name := cell_name(key, seed)) in self.cells]
 
-    def values(self, key: str, value: Callable[[Mapping[str, Any]], float | None]) -> np.ndarray:
+    def values(self, key: str, value: Value) -> np.ndarray:
         """Return `value` of every measured cell of a row, those without one left out."""
         found = (value(cell) for cell in self.of(key))
         return np.array([number for number in found if number is not None], float)
 
-    def mean(self, key: str, value: Callable[[Mapping[str, Any]], float | None]) -> float:
+    def mean(self, key: str, value: Value) -> float:
         """Return the mean over the seeds, NaN where nothing was measured."""
         values = self.values(key, value)
         return float(values.mean()) if len(values) else float("nan")
@@ -147,8 +143,13 @@ class Results:
         return len(self.cells) == len(self.rows) * self.seeds
 
 
-def cell_name(key: str, seed: int) -> str:
-    return f"{key}/{seed}"
+@dataclass(frozen=True)
+class Scale:
+    """An experiment at one size: its setting for the reader, its rows, and the seeds where no number is asked for."""
+
+    setting: str
+    rows: Sequence[Row]
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,7 @@ class Experiment:
     name, title : str
     claim : str
         In a sentence or two, with its source.
-    setting : mapping of str to str
-        Scale -> what is trained on what, for the reader.
-    base : mapping of str to mapping
-        Scale -> options that all rows share.
-    rows : mapping of str to sequence of Row
-        Scale -> rows.
-    seeds : mapping of str to int
-        Scale -> number of seeds where none is asked for.
+    scales : mapping of str to Scale
     measure : callable
         Takes a `Cell`, returns plain numbers, texts and lists.
     columns : sequence of Column
@@ -182,12 +176,16 @@ class Experiment:
     name: str
     title: str
     claim: str
-    setting: Mapping[str, str]
-    base: Mapping[str, Mapping[str, Any]]
-    rows: Mapping[str, Sequence[Row]]
-    seeds: Mapping[str, int]
+    scales: Mapping[str, Scale]
     measure: Callable[[Cell], dict[str, Any]]
     columns: Sequence[Column]
     figures: Mapping[str, Callable[[Results], Any]]
     verdict: Callable[[Results], str]
     remarks: str = ""
+
+    def at(self, scale: str) -> Scale:
+        """Return the experiment at a scale; `ConfigurationError` if it has none of that name."""
+        require(
+            scale in self.scales, f"experiment '{self.name}' has no scale '{scale}', only {' and '.join(self.scales)}"
+        )
+        return self.scales[scale]

@@ -41,7 +41,7 @@ def report_text(experiment: Experiment, results: Results, about: Mapping[str, An
     parts = [
         f"# {experiment.name}: {experiment.title}",
         f"**Claim.** {experiment.claim}",
-        f"**Setting ({scale}).** {experiment.setting[scale]}",
+        f"**Setting ({scale}).** {experiment.at(scale).setting}",
         table(experiment, results),
         f"**Verdict.** {verdict}",
         "\n\n".join(f"![{name}]({name}.png)" for name in experiment.figures) if results.cells else "",
