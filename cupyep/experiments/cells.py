@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,22 +65,21 @@ def train_cell(
         ``peak_memory_bytes``; ``probes``: what `probe` returned, and the ``epoch``.
     """
     display, trainer, folder = _Watch(cell.quiet, cell.report), None, cell.folder
+
+    def after(epoch: int) -> None:
+        if probe and (every_epoch or epoch == trainer.epochs):
+            _keep_probe(folder, {"epoch": epoch, **probe(trainer.network, trainer.directory.config)})
+
     with stopped_by(cell.deadline):
         if not (folder / CONFIG).is_file():
             trainer = start_run(make_config(cell.options), folder, display)
-        elif _epochs_left(RunDirectory.open(folder)):
+        elif len((directory := RunDirectory.open(folder)).metrics()) < directory.config.epochs:
             given = {name: cell.options[name] for name in PORTABLE if name in cell.options}
             trainer = resume_run(folder, given, display)
         if trainer is not None:
+            display.after = after
             if prepare:
                 prepare(trainer.network)
-
-            def after(epoch: int) -> None:
-                if probe and (every_epoch or epoch == trainer.epochs):
-                    found = probe(trainer.network, trainer.directory.config)
-                    _keep_probe(folder, {"epoch": epoch, **found})
-
-            display.after = after
             trainer.run()
     return _courses(RunDirectory.open(folder).metrics(), _probes(folder))
 
@@ -95,10 +94,6 @@ class _Watch(Display):
         super().show(event, text, **values)
         if event == "epoch":
             self.after(values["epoch"])
-
-
-def _epochs_left(directory: RunDirectory) -> bool:
-    return len(directory.metrics()) < directory.config.epochs
 
 
 def _courses(records: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,17 +153,16 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     free = ep.settle_free(batch, steps=SETTLE, tolerance=None, **well).copy()
     to_numpy = network.device.to_numpy
     estimate = {path: to_numpy(g).copy() for path, g in ep.step_from(batch, free).gradients.items()}
-    weights = [path for path in estimate if path.endswith(".weight")]
+
+    def beside(truth: Mapping[str, Any]) -> list[float | None]:
+        weights = (path for path in estimate if path.endswith(".weight"))
+        return [_short(compare(estimate[path], to_numpy(truth[path]))["cosine"]) for path in weights]
+
+    bp = beside(Backpropagation(network).step(batch).gradients)
     try:
-        truth = bptt_gradients(network, batch, free)
-        bptt = [_short(compare(estimate[path], to_numpy(truth[path]))["cosine"]) for path in weights]
+        return {"bptt": beside(bptt_gradients(network, batch, free)), "bp": bp}
     except DivergenceError:
-        bptt = [None] * len(weights)
-    truth = Backpropagation(network).step(batch).gradients
-    return {
-        "bptt": bptt,
-        "bp": [_short(compare(estimate[path], to_numpy(truth[path]))["cosine"]) for path in weights],
-    }
+        return {"bptt": [None] * len(bp), "bp": bp}
 
 
 def _first_images(config: TrainConfig, network: Network, count: int = PROBE_IMAGES) -> Batch:

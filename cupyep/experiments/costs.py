@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from cupyep.network import Network
@@ -36,17 +37,11 @@ class Counter:
             before = self.operations
             graph = capture(work)
             held, self.operations = self.operations - before, before  # recorded, not done
-            return None if graph is None else _CountedGraph(self, graph, held)
+
+            def launch() -> None:
+                self.operations += held
+                graph.launch()
+
+            return None if graph is None else SimpleNamespace(launch=launch)
 
         return captured
-
-
-class _CountedGraph:
-    """A captured graph whose launches count as so many operations."""
-
-    def __init__(self, counter: Counter, graph: Any, operations: int):
-        self._counter, self._graph, self._operations = counter, graph, operations
-
-    def launch(self) -> None:
-        self._counter.operations += self._operations
-        self._graph.launch()

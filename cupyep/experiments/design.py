@@ -24,17 +24,8 @@ Value = Callable[[Mapping[str, Any]], float | None]  # of what a cell measured; 
 class Row:
     """One line of a table: a setting that is measured once a seed.
 
-    Attributes
-    ----------
-    key : str
-        Name of its folders and of its entries in results.json.
-    label : str
-        What a reader sees.
-    options : mapping
-        Those of `TrainConfig`, the seed left out.
-    published : mapping
-        Column -> published figure; `source` says where.
-    source : str
+    `key` names its folders and its entries in results.json, `label` is what a reader sees, `options` are those of
+    `TrainConfig` but for the seed, `published` holds figures by column, and `source` says where.
     """
 
     key: str
@@ -48,19 +39,8 @@ class Row:
 class Cell:
     """One row with one seed: what a measurement gets.
 
-    Attributes
-    ----------
-    row : Row
-    seed : int
-    options : dict
-        Those of row and command, and the seed.
-    out : Path
-        The report folder.
-    report : callable
-        Takes lines that say what is going on.
-    quiet : bool
-    deadline : callable
-        Raises `OutOfTime` when the time is used up; asked after every batch of a training, too.
+    `options` are those of row and command, and the seed; `out` is the report folder; `report` takes lines that say what
+    is going on; `deadline` raises `OutOfTime` when the time is used up, and is asked after every batch of a training.
     """
 
     row: Row
@@ -107,16 +87,7 @@ def cell_name(key: str, seed: int) -> str:
 
 
 class Results:
-    """What was measured: cells by row and seed, read from results.json.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-    cells : mapping
-        ``"row/seed"`` -> what the cell measured.
-    seeds : int
-        How many seeds were asked for.
-    """
+    """What was measured: `cells` holds it by ``"row/seed"``, as results.json does; `seeds` were asked for."""
 
     def __init__(self, rows: Sequence[Row], cells: Mapping[str, Mapping[str, Any]], seeds: int):
         self.rows = list(rows)
@@ -156,21 +127,8 @@ class Scale:
 class Experiment:
     """A claim of the paper, or of this project, and how it is put to the test.
 
-    Attributes
-    ----------
-    name, title : str
-    claim : str
-        In a sentence or two, with its source.
-    scales : mapping of str to Scale
-    measure : callable
-        Takes a `Cell`, returns plain numbers, texts and lists.
-    columns : sequence of Column
-    figures : mapping
-        File name -> function that draws `Results` and returns a figure.
-    verdict : callable
-        `Results` -> one sentence.
-    remarks : str
-        What the reader should know besides; Markdown.
+    `measure` takes a `Cell` and returns plain numbers, texts and lists; of `Results`, each of `figures` (file name ->
+    function) draws a figure and `verdict` makes a sentence. `claim` names its source, `remarks` is Markdown.
     """
 
     name: str

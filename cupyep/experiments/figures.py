@@ -98,10 +98,8 @@ def cosines_by_layer(results: Results) -> Any:
     return _lines(results, "layer (the last is the readout)", panels)
 
 
-def against(
-    results: Results, option: str, label: str, lines: Mapping[str, str], columns: Sequence[str], log: bool = True
-) -> Any:
-    """Draw columns over an option of the rows.
+def against(results: Results, option: str, label: str, lines: Mapping[str, str], columns: Sequence[str]) -> Any:
+    """Draw columns over an option of the rows, on a logarithmic axis.
 
     Parameters
     ----------
@@ -111,8 +109,6 @@ def against(
         Legend -> regular expression that the keys of the rows match that a line joins.
     columns : sequence of str
         Names of `COLUMNS`, one axes each.
-    log : bool
-        Logarithmic x axis.
     """
     figure, axes = plain_axes(len(columns))
     for axis, column in zip(axes, (COLUMNS[name] for name in columns), strict=True):
@@ -123,7 +119,7 @@ def against(
             if points:
                 x, mean, below, above = zip(*points, strict=True)
                 axis.errorbar(x, mean, yerr=[below, above], label=legend, capsize=3, **_style(number))
-        axis.set(xlabel=label, ylabel=column.title, xscale="log" if log else "linear")
+        axis.set(xlabel=label, ylabel=column.title, xscale="log")
     axes[-1].legend(**BESIDE)
     return figure
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from cupyep.errors import choose
@@ -13,27 +12,34 @@ from cupyep.experiments.cells import FORMS, STEPS
 from cupyep.experiments.design import Column, Results, Row, Value
 
 TARGET = 0.35  # test accuracy whose cost is asked for
+FAILED = {"loss": math.inf, "accuracy": 0.0}  # what verdicts take a row for that has no such figure
 Cell = Mapping[str, Any]
 
 
-def last(name: str, scale: float = 1.0) -> Value:
-    """Return the function from a cell to `name` after its last epoch, times `scale`; None where it failed."""
-    return lambda cell: None if "failed" in cell else cell[name][-1] * scale
+def at(*path: str | int, times: float = 1.0) -> Value:
+    """Return the function that follows `path` into a cell, to a number that it multiplies, or to the lowest of a list.
+
+    It returns None where there is none: in a cell that failed, of layers that have no cosine.
+    """
+
+    def value(cell: Cell) -> float | None:
+        found: Any = cell
+        for step in path:
+            try:
+                found = found[step]
+            except (KeyError, IndexError):
+                return None
+        if isinstance(found, list):
+            found = min((number for number in found if number is not None), default=None)
+        return None if found is None else found * times
+
+    return value
 
 
 def first_over_last_layer(cell: Cell) -> float | None:
     """Return the first layer's nudge response after the last epoch, over that of the last layer."""
-    layers = [] if "failed" in cell else cell["nudge_response"][-1]
-    return layers[0] / layers[-1] if layers and layers[-1] else None
-
-
-def _smallest(cosines: list[float | None]) -> float | None:
-    return min((cosine for cosine in cosines if cosine is not None), default=None)
-
-
-def smallest(truth: str) -> Value:
-    """Return the function from a cell to the lowest cosine of any layer, of EP's last gradient with that of `truth`."""
-    return lambda cell: _smallest(cell["probes"][-1].get(truth, [])) if cell.get("probes") else None
+    last = at("nudge_response", -1, -1)(cell)
+    return cell["nudge_response"][-1][0] / last if last else None
 
 
 def epochs_to_target(cell: Cell) -> int | None:
@@ -53,11 +59,6 @@ def operations_to_target(cell: Cell) -> float | None:
     return None if epoch is None else math.fsum(probe["operations"] for probe in cell["probes"][:epoch]) / 1e12
 
 
-def megabytes(algorithm: str, place: int = -1) -> Value:
-    """Return what a step was planned to take, in 10^6 bytes, for the T at a place of `STEPS`."""
-    return lambda cell: cell["planned"][algorithm][place] / 1e6
-
-
 def bptt_over_ep(cell: Cell) -> float:
     """Return what was planned for BPTT in terms of EP's, for the largest T."""
     return cell["planned"]["bptt"][-1] / cell["planned"]["ep"][-1]
@@ -65,61 +66,45 @@ def bptt_over_ep(cell: Cell) -> float:
 
 def plan_off(cell: Cell) -> float | None:
     """Return by how much any plan differs from its measurement at most, in percent; None where none was made."""
-    pairs = [
-        pair
-        for algorithm, values in cell["measured"].items()
-        for pair in zip(cell["planned"][algorithm], values, strict=True)
-    ]
-    return max((100 * abs(planned / measured - 1) for planned, measured in pairs), default=None)
-
-
-def _fidelity(form: str) -> Value:
-    return lambda cell: _smallest(cell.get(form, {}).get("cosine", []))
+    measured = [value for values in cell["measured"].values() for value in values]
+    planned = [value for algorithm in cell["measured"] for value in cell["planned"][algorithm]]
+    return max((100 * abs(p / m - 1) for p, m in zip(planned, measured, strict=True)), default=None)
 
 
 #: What an experiment's file may name as a column.
 COLUMNS: dict[str, Column] = {
-    "loss": Column("training loss", last("train_loss")),
-    "accuracy": Column("test accuracy, %", last("test_accuracy", 100), ".1f"),
-    "minutes": Column("minutes", lambda cell: cell["minutes"], ".1f"),
+    "loss": Column("training loss", at("train_loss", -1)),
+    "accuracy": Column("test accuracy, %", at("test_accuracy", -1, times=100), ".1f"),
+    "minutes": Column("minutes", at("minutes"), ".1f"),
     "response": Column("response, first / last layer", first_over_last_layer, ".1e"),
-    "cosine_bptt": (cosine := Column("lowest cosine with BPTT", smallest("bptt"))),
-    "cosine_bptt_trained": replace(cosine, title=f"{cosine.title}, trained"),
-    "cosine_bp": Column("lowest cosine with BP", smallest("bp")),
-    "fidelity_deviation": Column("lowest cosine, deviation", _fidelity("deviation"), ".4f"),
-    "fidelity_classical": Column("lowest cosine, classical", _fidelity("classical")),
+    "cosine_bptt": Column("lowest cosine with BPTT", at("probes", -1, "bptt")),
+    "cosine_bptt_trained": Column("lowest cosine with BPTT, trained", at("probes", -1, "bptt")),
+    "cosine_bp": Column("lowest cosine with BP", at("probes", -1, "bp")),
+    "fidelity_deviation": Column("lowest cosine, deviation", at("deviation", "cosine"), ".4f"),
+    "fidelity_classical": Column("lowest cosine, classical", at("classical", "cosine")),
     "epochs_to_target": Column(f"epochs to {TARGET:.0%}", epochs_to_target, ".1f"),
     "minutes_to_target": Column("minutes", minutes_to_target, ".2f"),
     "operations_to_target": Column("10^12 operations", operations_to_target, ".2f"),
-    "ep_mb": Column("EP, MB", megabytes("ep"), ".1f"),
-    **{f"bptt_{t}_mb": Column(f"BPTT, T = {t}, MB", megabytes("bptt", n), ".1f") for n, t in enumerate(STEPS)},
-    "bp_mb": Column("BP, MB", megabytes("bp"), ".1f"),
+    "ep_mb": Column("EP, MB", at("planned", "ep", -1, times=1e-6), ".1f"),
+    "bptt_10_mb": Column("BPTT, T = 10, MB", at("planned", "bptt", 0, times=1e-6), ".1f"),
+    "bptt_50_mb": Column("BPTT, T = 50, MB", at("planned", "bptt", 1, times=1e-6), ".1f"),
+    "bptt_250_mb": Column("BPTT, T = 250, MB", at("planned", "bptt", 2, times=1e-6), ".1f"),
+    "bp_mb": Column("BP, MB", at("planned", "bp", -1, times=1e-6), ".1f"),
     "bptt_over_ep": Column(f"BPTT / EP, T = {STEPS[-1]}", bptt_over_ep, ".1f"),
     "plan_off": Column("plan off by at most, %", plan_off, ".1f"),
 }
 
 
-@dataclass(frozen=True)
 class Finding:
-    """A row as verdicts see it: its label, and the means of columns as attributes."""
+    """A row as verdicts see it: means of columns as attributes; its label, and that up to and after its last comma."""
 
-    results: Results
-    row: Row
+    def __init__(self, results: Results, row: Row):
+        self.results, self.row, self.label = results, row, row.label
+        self.head, _, self.tail = row.label.rpartition(", ")
 
     def __getattr__(self, column: str) -> float:
-        return self.results.mean(self.row.key, COLUMNS[choose("column", column, COLUMNS)].value)
-
-    @property
-    def loss(self) -> float:
-        """Mean training loss after the last epoch, infinite where it failed."""
-        value = self.__getattr__("loss")
-        return math.inf if math.isnan(value) else value
-
-    @property
-    def accuracy(self) -> float:
-        """Mean test accuracy after the last epoch in percent, 0 where it failed."""
-        value = self.__getattr__("accuracy")
-        return 0.0 if math.isnan(value) else value
+        value = self.results.mean(self.row.key, COLUMNS[choose("column", column, COLUMNS)].value)
+        return FAILED.get(column, value) if math.isnan(value) else value
 
     @property
     def spread(self) -> float:
@@ -132,20 +117,6 @@ class Finding:
         """Number format that the cells were measured in."""
         formats = (cell["options"].get("precision") for cell in self.results.of(self.row.key) if "options" in cell)
         return next(formats, None) or "float32"
-
-    @property
-    def label(self) -> str:
-        return self.row.label
-
-    @property
-    def head(self) -> str:
-        """The label up to its last comma."""
-        return self.label.rpartition(", ")[0]
-
-    @property
-    def tail(self) -> str:
-        """What the label says after its last comma."""
-        return self.label.rpartition(", ")[2]
 
 
 class _Pick:
@@ -216,9 +187,7 @@ def _fidelity_verdict(rows: Rows) -> str:
         of_beta = [row for row in rows.values() if row.row.options["beta"] == beta]
         deviation, classical = (min(getattr(row, f"fidelity_{form}") for row in of_beta) for form in reversed(FORMS))
         parts.append(f"{beta:g}: {deviation:.4f} and {classical:.3f}")
-    return (
-        "Lowest cosine with BPTT of any layer and row, deviation and classical form, by beta: " + "; ".join(parts) + "."
-    )
+    return f"Lowest cosine with BPTT of any layer and row, deviation and classical form, by beta: {'; '.join(parts)}."
 
 
 def _memory_verdict(rows: Rows) -> str:

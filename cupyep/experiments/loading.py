@@ -1,7 +1,7 @@
 """Reads experiments from the TOML files of this folder.
 
-A file holds the experiment's `title`, `claim`, `order` (its place in lists), `measure` (a name of `cells.MEASURES`),
-`columns` (names of `findings.COLUMNS`), `verdict` (a template, see `findings.verdict`), `remarks`, and the tables
+A file holds the experiment's `title`, `claim`, `order` (its place in lists, else the last), `measure` (a name of
+`cells.MEASURES`), `columns` (of `findings.COLUMNS`), `verdict` (see `findings.verdict`), `remarks`, and the tables
 
 - ``[figures]``: file name -> arguments of its function in `figures.KINDS`, of that name or called `kind`;
 - ``[options]``: options of ``cupyep train`` (underscores for dashes) that all rows share;
@@ -16,6 +16,7 @@ is the text of what the scale uses, ``{epochs}`` and the like are options.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +39,7 @@ ABOUT = ("use", "text", "label", "published", "source", "setting", "seeds", "row
 def load_experiments(folder: Path = FOLDER) -> dict[str, Experiment]:
     """Return the experiments of a folder by name, in their order."""
     read = {path.stem: _read(path) for path in sorted(folder.glob("*.toml")) if path.stem != SHARED}
-    names = sorted(read, key=lambda name: read[name]["order"])
+    names = sorted(read, key=lambda name: read[name].get("order", math.inf))
     return {name: load_experiment(name, read[name]) for name in names}
 
 

@@ -131,7 +131,8 @@ def _side_by_side(experiment: Experiment, cells: Sequence[Cell], jobs: int) -> I
     stop = context.Event()
     ends = {"initializer": end_with, "initargs": (os.getpid(), stop)}
     with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context, **ends) as pool:
-        waiting = [pool.submit(_measure_alone, experiment.name, replace(cell, report=print)) for cell in cells]
+        told = (replace(cell, report=partial(_print, cell.place)) for cell in cells)
+        waiting = [pool.submit(_measure_alone, experiment.name, cell) for cell in told]
         try:
             for future in as_completed(waiting):
                 if future.result() is not None:
@@ -143,10 +144,10 @@ def _side_by_side(experiment: Experiment, cells: Sequence[Cell], jobs: int) -> I
 
 
 def _measure_alone(name: str, cell: Cell) -> tuple[str, dict[str, Any]] | None:
-    """Measure one cell in this process, return its name and content; None where the time is up. Its lines name it."""
+    """Measure one cell in this process, return its name and content; None where the time is up."""
     from cupyep.experiments import find
 
-    return next(_in_turn(find(name), [replace(cell, report=partial(_print, cell.place))]), None)
+    return next(_in_turn(find(name), [cell]), None)
 
 
 def _print(place: str, text: str) -> None:
@@ -197,11 +198,11 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
         If there are none, or they are of another experiment.
     """
     path = Path(out) / RESULTS
-    if not path.is_file():
-        raise CheckpointError(f"'{out}' holds no report: it has no {RESULTS}; leave out --report-only to measure first")
+    told = f"'{out}' holds no report: it has no {RESULTS}; leave out --report-only to measure first"
+    _check(path.is_file(), told)
     content = _read_json(path)
-    if content.get("experiment") != experiment.name:
-        raise CheckpointError(f"'{path}' is of experiment '{content.get('experiment')}', not '{experiment.name}'")
+    held = content.get("experiment")
+    _check(held == experiment.name, f"'{path}' is of experiment '{held}', not '{experiment.name}'")
     rows = experiment.at(content["scale"]).rows
     known = {cell_name(row.key, seed) for row in rows for seed in range(content["seeds"])}
     cells = {name: cell for name, cell in content.pop("cells").items() if name in known}
@@ -211,34 +212,31 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
 @contextlib.contextmanager
 def _claimed(folder: Path, header: dict[str, Any]) -> Iterator[None]:
     """Keep other processes from measuring in the report folder, which is made, or checked to be of `header`."""
-    _claim(folder, header)
+    path = folder / RESULTS
+    if path.is_file():
+        held = {name: _read_json(path).get(name) for name in header}
+        told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
+        _check(held == header, told)
+    else:
+        ours = not folder.is_dir() or all(entry.name == CELLS or is_leftover(entry) for entry in folder.iterdir())
+        _check(ours, f"'{folder}' holds other files; give another --out")
+        try:
+            (folder / CELLS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write report folder '{folder}': {error.strerror}") from error
+        _write_json(path, {**header, "seeds": 0, "cells": {}})
     lock = FolderLock(folder)
     holder = lock.acquire()
-    if holder:
-        raise CheckpointError(f"'{folder}' is in use by {holder}; wait for it or give another --out")
+    _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --out")
     try:
         yield
     finally:
         lock.release()
 
 
-def _claim(folder: Path, header: dict[str, Any]) -> None:
-    """Make the report folder, or check that it is of the same experiment and scale."""
-    path = folder / RESULTS
-    if path.is_file():
-        held = {name: _read_json(path).get(name) for name in header}
-        if held != header:
-            raise CheckpointError(
-                f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
-            )
-        return
-    if folder.is_dir() and not all(entry.name == CELLS or is_leftover(entry) for entry in folder.iterdir()):
-        raise CheckpointError(f"'{folder}' holds other files; give another --out")
-    try:
-        (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write report folder '{folder}': {error.strerror}") from error
-    _write_json(path, {**header, "seeds": 0, "cells": {}})
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
 
 
 def _kept(cell: Cell) -> dict[str, Any] | None:
@@ -247,9 +245,9 @@ def _kept(cell: Cell) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     kept = _read_json(path)
-    if kept.get("options") == _options(cell):
-        return kept
-    raise CheckpointError(f"'{path}' was measured with other options; remove it or give another --out")
+    same = kept.get("options") == _options(cell)
+    _check(same, f"'{path}' was measured with other options; remove it or give another --out")
+    return kept
 
 
 def _file(cell: Cell) -> Path:
@@ -292,8 +290,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"'{path}' is damaged ({error}); remove it to measure anew") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' is damaged (no JSON object); remove it to measure anew")
+    _check(isinstance(content, dict), f"'{path}' is damaged (no JSON object); remove it to measure anew")
     return content
 
 
