@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.backend import get_device
+from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
-from cupyep.data import Batch, Loader
+from cupyep.data import Loader
 from cupyep.errors import DivergenceError
 from cupyep.experiments.costs import Counter
 from cupyep.experiments.design import Cell
