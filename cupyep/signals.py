@@ -51,9 +51,9 @@ class Augmenter:
 
     Parameters
     ----------
-    layers : int, sequence of int or "all"
-        Layers, counted from 1 (the layer that sees the image); ``"all"`` is every layer of the network that the signal
-        is bound to.
+    layers : int, str, sequence of int and str, or "all"
+        Layers, counted from 1 (the layer that sees the image), or the names of nodes; ``"all"`` is every layer of the
+        network that the signal is bound to, which then has their numbers here.
     kappa : float
         Weight against the readout's loss, at least 0.
     annealing : {"cosine", "constant"}
@@ -69,16 +69,13 @@ class Augmenter:
 
     nbytes = 0
 
-    def __init__(self, layers: int | Sequence[int] | str, kappa: float = 0.5, annealing: str = "cosine"):
+    def __init__(self, layers: int | str | Sequence[int | str], kappa: float = 0.5, annealing: str = "cosine"):
         self.every_layer = isinstance(layers, str) and layers == "all"
-        require(
-            self.every_layer or not isinstance(layers, str),
-            f"signal layers must be numbers or 'all', not {shown(layers)}",
-        )
-        given = [] if self.every_layer else [layers] if is_integer(layers) else items("signal layers", layers)
-        self.layers = [integer("each of the signal layers", layer) for layer in given]
+        single = is_integer(layers) or isinstance(layers, str)
+        given = [] if self.every_layer else [layers] if single else items("signal layers", layers)
+        self.layers = [n if isinstance(n, str) else integer("each of the signal layers", n) for n in given]
         require(self.every_layer or len(given) > 0, "a signal needs at least one layer; layers are empty")
-        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
+        self._check_once()
         self.kappa = self.initial_kappa = number("kappa", kappa, 0)
         self.annealing = choose("kappa annealing", annealing, ANNEALINGS)
         self._terms: dict[int, LossTerm] = {}
@@ -108,6 +105,7 @@ class Augmenter:
         """
         if self.every_layer:
             self.layers = list(range(1, len(shapes) + 1))
+        self._check_once()
         for layer in self.layers:
             require(
                 1 <= layer <= len(shapes),
@@ -115,6 +113,9 @@ class Augmenter:
             )
         self.device, self.dtype, self.classes = device, dtype, classes
         self._terms = {layer: self.make_term(layer, shapes[layer - 1]) for layer in self.layers}
+
+    def _check_once(self) -> None:
+        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
 
     def make_term(self, layer: int, shape: tuple[int, ...]) -> LossTerm:
         """Return the loss term of one layer; the default calls `loss` and `gradient` of this object."""
@@ -192,7 +193,7 @@ class LocalError(_MapAugmenter):
 
     def __init__(
         self,
-        layers: int | Sequence[int] | str,
+        layers: int | str | Sequence[int | str],
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -228,7 +229,7 @@ class Distillation(_MapAugmenter):
     def __init__(
         self,
         teacher: TeacherFile,
-        layers: int | Sequence[int] | str,
+        layers: int | str | Sequence[int | str],
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -253,7 +254,7 @@ class Distillation(_MapAugmenter):
         return 0 if table is None else table.nbytes
 
     @classmethod
-    def from_file(cls, path: str | Path, layers: int | Sequence[int] | str, **options: Any) -> Distillation:
+    def from_file(cls, path: str | Path, layers: int | str | Sequence[int | str], **options: Any) -> Distillation:
         """Return a signal whose teacher is the file at `path` (see `cupyep.data.TeacherFile`)."""
         return cls(TeacherFile(path), layers, **options)
 
@@ -287,7 +288,7 @@ class FeatureDistillation(Augmenter):
     teacher : TeacherFile
         With features.
     features : dict
-        Layer -> name of the teacher's feature map, which must have the shape of the layer's state.
+        Layer, or name of a node -> name of the teacher's feature map, which must have the shape of the layer's state.
     kappa, annealing, split
         See `Distillation`.
     """
@@ -295,18 +296,23 @@ class FeatureDistillation(Augmenter):
     def __init__(
         self,
         teacher: TeacherFile,
-        features: dict[int, str],
+        features: dict[int | str, str],
         kappa: float = 0.5,
         annealing: str = "cosine",
         split: str = "train",
     ):
         instance("features", features, Mapping, "a mapping of layers to names")
         for layer in features:
-            integer("each layer of features", layer)
+            if not isinstance(layer, str):
+                integer("each layer of features", layer)
         super().__init__(list(features), kappa, annealing)
         self.teacher = _that_has(teacher, "feature")
         self.features = dict(features)
         self.split = choose("split", split, SPLITS)
+
+    def bind(self, shapes, classes, device, dtype):
+        self.features = dict(zip(self.layers, self.features.values(), strict=True))  # names have become numbers
+        super().bind(shapes, classes, device, dtype)
 
     def make_term(self, layer, shape):
         name = self.features[layer]
