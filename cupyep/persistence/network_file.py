@@ -29,7 +29,7 @@ from cupyep.persistence import hdf5
 
 FORMAT, VERSION = "cupyep-network", 1
 LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear, "Identity": Identity}
-OPTIONS = ("classes", "activation", "loss", "feedback", "precision")
+OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "weights")
 
 
 def describe(network: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def describe(network: Any) -> dict[str, Any]:
     dict
         ``layers`` (of each edge its type and arguments; of a user's own all its plain attributes), ``connections`` (the
         nodes below and above each edge; none of a chain), ``activation``
-        (name, range and parameters), ``feedback``, ``loss``, ``classes``, ``input_shape``, ``precision``.
+        (name, range and parameters), ``feedback``, ``loss``, ``classes``, ``input_shape``, ``precision``, ``weights``.
     """
     description = {
         "input_shape": network.input_shape,
@@ -50,6 +50,7 @@ def describe(network: Any) -> dict[str, Any]:
         "feedback": network.feedback,
         "loss": network.readout.criterion.name,
         "precision": network.precision.name,
+        "weights": network.weights,
     }
     if not network.graph.is_chain:
         description["connections"] = network.graph.describe()
@@ -157,7 +158,7 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
             _check_format(path, file)
             structure = json.loads(hdf5.attribute(file, "network"))
             graph = _graph(structure)
-            options = {name: structure["options"][name] for name in OPTIONS}
+            options = {name: structure["options"].get(name, "plain") for name in OPTIONS}  # files before had no choice
             parameters = {name: _array(file, name, shape) for name, shape in _shapes(graph, options)}
         network = build(graph, **options)
         network.load_parameters(parameters)
@@ -202,7 +203,7 @@ def _graph(structure: dict[str, Any]) -> Graph:
 def _shapes(graph: Graph, options: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the path and shape of every parameter, so that sizes are compared before memory is taken for a network."""
     for path, edge in zip(graph.paths, graph.edges, strict=True):
-        for name, shape in edge.parameter_shapes().items():
+        for name, shape in edge.parameter_shapes(options["weights"]).items():
             yield f"{path}.{name}", shape
     if options["loss"] == "cross_entropy":
         yield "readout.weight", (math.prod(graph.shapes[-1]), options["classes"])
