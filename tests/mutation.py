@@ -638,7 +638,7 @@ DEFECTS = [
            "            yield from writer.drives(node)\n            yield from writer.topdowns(node)\n"
            "            yield writer.update(node)\n",
            "            yield from writer.topdowns(node)\n            yield writer.update(node)\n"
-           "            yield from writer.drives(node)\n", GRAPH),
+           "            yield from writer.drives(node)\n", RANDOM),
     Defect("skips: a warm sweep goes up first", "program.py",
            "for down in (warm, not warm):", "for down in (False, True):", RANDOM),
     Defect("skips: a warm sweep without the start's drives", "program.py",
