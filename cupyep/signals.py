@@ -51,7 +51,7 @@ class Augmenter:
 
     Parameters
     ----------
-    layers : int, str, sequence of int and str, or "all"
+    layers : int, sequence of int and str, or "all"
         Layers, counted from 1 (the layer that sees the image), or the names of nodes; ``"all"`` is every layer of the
         network that the signal is bound to, which then has their numbers here.
     kappa : float
@@ -69,10 +69,13 @@ class Augmenter:
 
     nbytes = 0
 
-    def __init__(self, layers: int | str | Sequence[int | str], kappa: float = 0.5, annealing: str = "cosine"):
+    def __init__(self, layers: int | Sequence[int | str] | str, kappa: float = 0.5, annealing: str = "cosine"):
         self.every_layer = isinstance(layers, str) and layers == "all"
-        single = is_integer(layers) or isinstance(layers, str)
-        given = [] if self.every_layer else [layers] if single else items("signal layers", layers)
+        require(
+            self.every_layer or not isinstance(layers, str),
+            f"signal layers must be numbers or 'all', not {shown(layers)}; names of nodes go into a list",
+        )
+        given = [] if self.every_layer else [layers] if is_integer(layers) else items("signal layers", layers)
         self.layers = [n if isinstance(n, str) else integer("each of the signal layers", n) for n in given]
         require(self.every_layer or len(given) > 0, "a signal needs at least one layer; layers are empty")
         self._check_once()
@@ -193,7 +196,7 @@ class LocalError(_MapAugmenter):
 
     def __init__(
         self,
-        layers: int | str | Sequence[int | str],
+        layers: int | Sequence[int | str] | str,
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -229,7 +232,7 @@ class Distillation(_MapAugmenter):
     def __init__(
         self,
         teacher: TeacherFile,
-        layers: int | str | Sequence[int | str],
+        layers: int | Sequence[int | str] | str,
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -254,7 +257,7 @@ class Distillation(_MapAugmenter):
         return 0 if table is None else table.nbytes
 
     @classmethod
-    def from_file(cls, path: str | Path, layers: int | str | Sequence[int | str], **options: Any) -> Distillation:
+    def from_file(cls, path: str | Path, layers: int | Sequence[int | str] | str, **options: Any) -> Distillation:
         """Return a signal whose teacher is the file at `path` (see `cupyep.data.TeacherFile`)."""
         return cls(TeacherFile(path), layers, **options)
 
@@ -304,9 +307,10 @@ class FeatureDistillation(Augmenter):
         split: str = "train",
     ):
         instance("features", features, Mapping, "a mapping of layers to names")
-        for layer in features:
+        for layer, name in features.items():
             if not isinstance(layer, str):
                 integer("each layer of features", layer)
+            instance("each name of features", name, str, "a text")
         super().__init__(list(features), kappa, annealing)
         self.teacher = _that_has(teacher, "feature")
         self.features = dict(features)

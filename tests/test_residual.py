@@ -286,7 +286,7 @@ def test_signals_by_name_are_those_by_number(device, kind):
         assert other.keys() == found[0].keys()
         for path, gradient in found[0].items():
             np.testing.assert_array_equal(gradient, other[path])
-    assert residual().bind(signal("side")).layers == [4]
+    assert residual().bind(signal(["side"])).layers == [4]
 
 
 def test_features_by_name():
@@ -302,7 +302,7 @@ def test_features_by_name():
         (["tip"], "there is no layer 'tip'; did you mean 'top'?: the network has nodes stem, mid, top, side, out"),
         ([6], "there is no layer 6: the network has nodes stem, mid, top, side, out"),
         (["top", 3], "signal layers must not repeat"),
-        ("image", "there is no layer 'image'"),
+        (["image"], "there is no layer 'image'"),
     ],
 )
 def test_signals_at_no_node_are_one_line(layers, message):
