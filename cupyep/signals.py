@@ -51,9 +51,9 @@ class Augmenter:
 
     Parameters
     ----------
-    layers : int, sequence of int and str, or "all"
-        Layers, counted from 1 (the layer that sees the image), or the names of nodes; ``"all"`` is every layer of the
-        network that the signal is bound to, which then has their numbers here.
+    layers : int, sequence of int or str, or "all"
+        Layers, counted from 1 (the layer that sees the image), or names of nodes; ``"all"`` is every layer of the
+        network that the signal is bound to.
     kappa : float
         Weight against the readout's loss, at least 0.
     annealing : {"cosine", "constant"}
@@ -73,12 +73,12 @@ class Augmenter:
         self.every_layer = isinstance(layers, str) and layers == "all"
         require(
             self.every_layer or not isinstance(layers, str),
-            f"signal layers must be numbers or 'all', not {shown(layers)}; names of nodes go into a list",
+            f"signal layers must be numbers, a list of names, or 'all', not {shown(layers)}",
         )
         given = [] if self.every_layer else [layers] if is_integer(layers) else items("signal layers", layers)
-        self.layers = [n if isinstance(n, str) else integer("each of the signal layers", n) for n in given]
+        self.layers = [_layer("each of the signal layers", layer) for layer in given]
         require(self.every_layer or len(given) > 0, "a signal needs at least one layer; layers are empty")
-        self._check_once()
+        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
         self.kappa = self.initial_kappa = number("kappa", kappa, 0)
         self.annealing = choose("kappa annealing", annealing, ANNEALINGS)
         self._terms: dict[int, LossTerm] = {}
@@ -108,17 +108,14 @@ class Augmenter:
         """
         if self.every_layer:
             self.layers = list(range(1, len(shapes) + 1))
-        self._check_once()
         for layer in self.layers:
             require(
                 1 <= layer <= len(shapes),
                 f"signal layer {layer} does not exist: the network has layers 1 to {len(shapes)}",
             )
+        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
         self.device, self.dtype, self.classes = device, dtype, classes
         self._terms = {layer: self.make_term(layer, shapes[layer - 1]) for layer in self.layers}
-
-    def _check_once(self) -> None:
-        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
 
     def make_term(self, layer: int, shape: tuple[int, ...]) -> LossTerm:
         """Return the loss term of one layer; the default calls `loss` and `gradient` of this object."""
@@ -293,7 +290,7 @@ class FeatureDistillation(Augmenter):
     teacher : TeacherFile
         With features.
     features : dict
-        Layer, or name of a node -> name of the teacher's feature map, which must have the shape of the layer's state.
+        Layer, its number or name -> name of the teacher's feature map, which must have the shape of the layer's state.
     kappa, annealing, split
         See `Distillation`.
     """
@@ -307,17 +304,15 @@ class FeatureDistillation(Augmenter):
         split: str = "train",
     ):
         instance("features", features, Mapping, "a mapping of layers to names")
-        for layer, name in features.items():
-            if not isinstance(layer, str):
-                integer("each layer of features", layer)
-            instance("each name of features", name, str, "a text")
+        for layer in features:
+            _layer("each layer of features", layer)
         super().__init__(list(features), kappa, annealing)
         self.teacher = _that_has(teacher, "feature")
         self.features = dict(features)
         self.split = choose("split", split, SPLITS)
 
     def bind(self, shapes, classes, device, dtype):
-        self.features = dict(zip(self.layers, self.features.values(), strict=True))  # names have become numbers
+        self.features = dict(zip(self.layers, self.features.values(), strict=True))  # now by number
         super().bind(shapes, classes, device, dtype)
 
     def make_term(self, layer, shape):
@@ -338,6 +333,10 @@ class FeatureDistillation(Augmenter):
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
         _expect(self.teacher, self.split, batch, self.features[layer])
         return self.device.asarray(feature.astype(self.dtype))
+
+
+def _layer(name: str, layer: Any) -> int | str:
+    return layer if isinstance(layer, str) else integer(name, layer)
 
 
 def _that_has(teacher: Any, method: str) -> Any:

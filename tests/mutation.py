@@ -679,8 +679,8 @@ DEFECTS = [
     Defect("skips: features stay at names", "signals.py",
            "self.features = dict(zip(self.layers, self.features.values(), strict=True))", "pass", GRAPH),
     Defect("skips: a node twice, by name and number", "signals.py",
-           "self.layers = list(range(1, len(shapes) + 1))\n        self._check_once()\n",
-           "self.layers = list(range(1, len(shapes) + 1))\n", GRAPH),
+           "not repeat: {self.layers}\")\n        self.device,",
+           "not repeat\") if False else None\n        self.device,", GRAPH),
 ]  # fmt: skip
 
 
