@@ -27,6 +27,26 @@ from cupyep.ops.update import UpdateOps
 from cupyep.phases import Classical, Deviation, Nudge, State
 
 
+class Change:
+    """The scaled difference of two states of a node, on its way into gradients.
+
+    Parameters
+    ----------
+    array : array
+        Multiplied in place.
+    """
+
+    def __init__(self, array: Any):
+        self.array, self._factor = array, 1.0
+
+    def scaled(self, factor: float) -> Any:
+        """Return the difference times `factor`."""
+        if factor != self._factor:
+            self.array *= factor / self._factor
+            self._factor = factor
+        return self.array
+
+
 class HopfieldEnergy:
     """Energy of the states of a graph.
 
@@ -126,6 +146,62 @@ class HopfieldEnergy:
         if edge.parameters():
             bias = gradients.get(f"{path}.bias") if bias else None
             edge.add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
+
+    def add_gradients(
+        self,
+        node: int,
+        nodes: Sequence[Any],
+        above: Any,
+        winners: Sequence[Any] | Mapping[int, Any],
+        gradients: Mapping[str, Any],
+        ops: Sequence[Any],
+    ) -> None:
+        """Add ``corr(s^i, U(above))`` of every connection into a node; `nodes` are the image and the states s^i."""
+        for c in self.graph.into[node]:
+            self.correlate(c, nodes[self.graph.below[c]], above, winners[c], gradients, ops[c])
+
+    def add_gradients_of_change(
+        self,
+        node: int,
+        means: Sequence[Any],
+        changes: Sequence[Change | None],
+        winners: Sequence[Any],
+        gradients: Mapping[str, Any],
+        ops: Sequence[Any],
+    ) -> None:
+        """Add ``corr(m^i, U(e^j)) + (a_j / a_i) corr(e^i, U(m^j))`` of every connection from i into node j.
+
+        The difference of the correlations of two states of means m and scaled differences ``e = a (s_1 - s_2)``, by
+        node, the image first: take nodes in topological order, differences are scaled in place.
+        """
+        self.add_gradients(node, means, changes[node].array, winners, gradients, ops)
+        for c in self.graph.into[node]:
+            if self.graph.below[c]:
+                below = changes[self.graph.below[c]].scaled(self.ratios[c])
+                self.correlate(c, below, means[node], winners[c], gradients, ops[c], bias=False)
+
+    def winners_at(
+        self, node: int, nodes: Sequence[Any], constant: Sequence[Any], winners: Sequence[Any], work: Any, ops: Any
+    ) -> dict[int, Any]:
+        """Return the winners of the connections into a node at some states; those from the image are constant."""
+        found = {}
+        for c in self.graph.into[node]:
+            below, edge = self.graph.below[c], self.edges[c]
+            found[c] = winners[c] if below and edge.has_winners else constant[c]
+            if below and edge.has_winners:
+                edge.drive(nodes[below], work, winners[c], ops[c])
+        return found
+
+    def send_down(self, connection: int, q: Any, winners: Any, out: Any, ops: Any) -> Any:
+        """Write into `out`, and return, what ``q = mu sigma'`` of the node above sends down a connection."""
+        self.edges[connection].topdown(q, winners, out, ops)
+        return out
+
+    def send_up(self, connection: int, q: Any, scaled: Any, winners: Any, out: Any, ops: Any) -> Any:
+        """Write into `out`, and return, what q of the node below sends up; `scaled` gets q times a_above / a_below."""
+        self.device.xp.multiply(q, self.ratios[connection], out=scaled)
+        self.edges[connection].linear_drive(scaled, out, winners, ops)
+        return out
 
     def _wide(self, x: Any, layers: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return images and states in the type to compute in, after the gate: images as `Network.batch` takes them."""

@@ -251,8 +251,6 @@ class FolderLock:
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
+    except OSError as error:
+        return error.errno != errno.ESRCH  # it may be another user's
     return True

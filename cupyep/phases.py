@@ -256,10 +256,7 @@ class Phase:
         return self.workspace.replayer.of(None if self.device.graphs is None else self._capture_key())
 
     def repeat(self, name: Hashable, work: Callable[[], None]) -> None:
-        """Do `work`, a part of the phase told from others by its `name`, or replay what it did before.
-
-        See `cupyep.backend.graphs`.
-        """
+        """Do `work`, a part of the phase of that `name`, or replay what it did before (`cupyep.backend.graphs`)."""
         self._replays.run(name, work)
 
     def remember(self) -> None:

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,29 +17,28 @@ from click.testing import CliRunner
 import cupyep as ep
 from cupyep.cli import main
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime
-from cupyep.experiments import EXPERIMENTS, costs, find, load_results, reproduce, running, write_report
-from cupyep.experiments.costs import cost_cell
-from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name, seen
-from cupyep.experiments.headline import LABELS
+from cupyep.experiments import EXPERIMENTS, cells, costs, find, findings, load_results, reproduce, runner, write_report
+from cupyep.experiments.cells import operations_cell, train_cell
+from cupyep.experiments.design import Column, Experiment, Results, Row, Scale, cell_name, seen
+from cupyep.experiments.loading import load_experiments
 from cupyep.experiments.report import report_text, table
-from cupyep.experiments.trained import train_cell
 from cupyep.training.config import make_config
 from cupyep.training.trainer import Trainer
 
 pytest.importorskip("matplotlib")
 
+REPORTS = Path(__file__).parents[1] / "docs" / "results"
+
 ROWS = (Row("one", "first row", {"width": 0.5}, {"loss": 1.25}, "a paper"), Row("two", "second row"))
 
 
 def study(measure, rows=ROWS, base=None, **more):
+    rows = [dataclasses.replace(row, options={**(base or {}), **row.options}) for row in rows]
     fields = {
         "name": "study",
         "title": "a study",
         "claim": "It is so.",
-        "setting": {"small": "little", "full": "much"},
-        "base": {"small": base or {}, "full": {}},
-        "rows": {"small": rows, "full": rows},
-        "seeds": {"small": 2, "full": 1},
+        "scales": {"small": Scale("little", rows, 2), "full": Scale("much", rows, 1)},
         "measure": measure,
         "columns": (Column("loss", lambda cell: cell.get("loss"), ".2f"),),
         "figures": {},
@@ -65,18 +66,124 @@ def silent(text):
     pass
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
-@pytest.mark.parametrize("scale", ["small", "full"])
+AT_SCALES = [(experiment, scale) for experiment in EXPERIMENTS.values() for scale in experiment.scales]
+at_every_scale = pytest.mark.parametrize(("experiment", "scale"), AT_SCALES, ids=lambda x: getattr(x, "name", x))
+
+
+@at_every_scale
 def test_every_row_is_a_valid_run(experiment, scale):
-    rows = experiment.rows[scale]
-    assert len({row.key for row in rows}) == len(rows)
-    for row in rows:
+    plan = experiment.at(scale)
+    assert len({row.key for row in plan.rows}) == len(plan.rows)
+    for row in plan.rows:
         assert set(row.key) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_")
-        assert bool(row.published) == bool(row.source)
-        config = make_config({**experiment.base[scale], **row.options})
+        assert not row.published or row.source
+        config = make_config(row.options)
         ep.build(config.arch, input_shape=(32, 32, 3), width=0.01, activation=config.activation, device="cpu")
-    assert experiment.seeds[scale] >= 1
-    assert experiment.setting[scale]
+    assert plan.seeds >= 1
+    assert plan.setting
+
+
+@at_every_scale
+def test_every_column_figure_and_verdict_knows_its_rows(experiment, scale):
+    """A template that names a row or column that is not there would fail after hours of measuring."""
+    course = {"train_loss": [2.0], "test_accuracy": [0.4], "nudge_response": [[1e-3, 1e-2]], "minutes": 1.0}
+    probes = [{"operations": 1e12, "bptt": [0.9, None], "bp": [0.8]}]
+    memory = {name: {kind: [1e6] * 3 for kind in ("ep", "bptt", "bp")} for name in ("planned", "measured")}
+    forms = {form: {"cosine": [0.5, 0.9]} for form in ("classical", "deviation")}
+    cell = {**course, "probes": probes, "elapsed_minutes": [3.0], **memory, **forms}
+    plan = experiment.at(scale)
+    results = Results(plan.rows, {cell_name(row.key, 0): cell for row in plan.rows}, 1)
+    assert experiment.verdict(results)
+    assert "{" not in f"{experiment.verdict(results)} {plan.setting}"
+    for column in experiment.columns:
+        assert all(len(results.values(row.key, column.value)) == 1 for row in plan.rows)
+    for draw in experiment.figures.values():
+        inspect.signature(draw).bind(results)
+
+
+@pytest.mark.parametrize("report", sorted(REPORTS.glob("*/REPORT.md")), ids=lambda path: path.parent.name)
+def test_a_committed_report_is_what_its_results_say(report):
+    experiment = find(report.parent.name.rpartition("-")[0])
+    results, about = load_results(experiment, report.parent)
+    assert report_text(experiment, results, about).encode() == report.read_bytes()
+
+
+STUDY = """
+title = "a study"
+claim = "It is so."
+order = 2
+measure = "training"
+columns = ["loss"]
+verdict = "{lowest[o.*].label} {rows[one].loss:.1f}"
+[figures]
+courses = {}
+curve = {kind = "against", option = "beta", label = "beta", lines = {all = ".*"}, columns = ["loss"]}
+[options]
+arch = "vgg7"
+epochs = 3
+gain = 0.9
+[rows]
+one = {label = "first", beta = 0.1}
+two = {label = "second", use = "weak", beta = 0.2, free_steps = 7}
+[medium]
+seeds = 4
+setting = "All of it, {epochs} epochs, gain {gain}, {text}"
+use = "paper-small"
+gain = 0.7
+only = ["two", "one"]
+[medium.rows]
+one = {beta = 0.15, published = {"training loss" = 1.5}, source = "a paper"}
+[full]
+seeds = 1
+setting = "much"
+rows.three = {label = "third", use = "vgg5-plain-mse", epochs = 1}
+"""
+
+
+def test_an_experiment_is_a_file(tmp_path):
+    (tmp_path / "study.toml").write_text(STUDY)
+    (tmp_path / "zeroth.toml").write_text(STUDY.replace("order = 2", "order = 1"))
+    (tmp_path / "again.toml").write_text(STUDY.replace("order = 2", ""))
+    found = load_experiments(tmp_path)
+    assert list(found) == ["zeroth", "study", "again"]
+    study = found["study"]
+    assert list(study.scales) == ["medium", "full"]
+    medium = study.at("medium")
+    assert (medium.seeds, [row.key for row in medium.rows]) == (4, ["two", "one"])
+    assert medium.setting.startswith("All of it, 3 epochs, gain 0.7, of 16 to 64 channels")
+    two, one = medium.rows
+    assert (one.published, one.source, two.published) == ({"training loss": 1.5}, "a paper", {})
+    # Last counts: used by the scale, shared by all rows, the scale's own, used by the row, the row's own.
+    names = ("arch", "epochs", "gain", "beta", "free_steps", "limit_train", "learning_rate")
+    assert [one.options[name] for name in names] == ["vgg7", 3, 0.7, 0.15, 5, 4000, 0.02]
+    assert [two.options[name] for name in names] == ["vgg7", 3, 0.7, 0.2, 7, 4000, 1e-3]
+    assert study.at("full").rows[0].options == {"arch": "vgg7", "epochs": 3, "gain": 0.9, "beta": 0.1}
+    third = study.at("full").rows[2]
+    assert (third.options["loss"], third.options["epochs"], third.options["arch"]) == ("squared_error", 1, "vgg5")
+    losses = {"one/0": {"train_loss": [9.0, 2.0]}, "two/0": {"train_loss": [1.0]}}
+    assert study.verdict(Results(medium.rows, losses, 1)) == "first 2.0"
+    with pytest.raises(ep.ConfigurationError, match="experiment 'study' has no scale 'small', only medium and full"):
+        study.at("small")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "a study"', "", "its file lacks 'title'"),
+        ('label = "first", ', "", "its file lacks 'label'"),
+        ('"loss"]\nverdict', '"los"]\nverdict', "unknown column 'los'; did you mean 'loss'"),
+        ('"training"', '"trainin"', "unknown measurement 'trainin'; did you mean 'training'"),
+        ("[figures]", "[figures]\ncurves = {}", "unknown figure 'curves'; did you mean 'courses'"),
+        ("order = 2", "order = 2\nremark = ''", "unknown entry 'remark'; did you mean 'remarks'"),
+        ("paper-small", "paper-smal", "no recipe and no file 'paper-smal'"),
+    ],
+)
+def test_a_file_that_is_wrong(tmp_path, old, new, message):
+    assert old in STUDY
+    (tmp_path / "study.toml").write_text(STUDY.replace(old, new))
+    with pytest.raises(ep.ConfigurationError, match="experiment 'study': ") as error:
+        load_experiments(tmp_path)
+    assert message in str(error.value)
 
 
 def test_cells_are_measured_once_seed_by_seed(tmp_path):
@@ -220,12 +327,10 @@ def test_probes_are_kept_by_epoch(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("scale", ["small", "full"])
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_rows_of_a_table_see_the_same_images(name, scale):
+@at_every_scale
+def test_rows_of_a_table_see_the_same_images(experiment, scale):
     """The same data, as often and changed in the same way: else a table ranks settings that nobody can compare."""
-    experiment = EXPERIMENTS[name]
-    rows = {row.key: seen({**experiment.base[scale], **row.options}) for row in experiment.rows[scale]}
+    rows = {row.key: seen(row.options) for row in experiment.at(scale).rows}
     assert len(set(rows.values())) == 1, rows
 
 
@@ -258,7 +363,7 @@ def test_operations_of_replayed_graphs_count(request, rng, kind, form, schedule)
     learner = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3, schedule=schedule, **how)
     images, labels = rng.uniform(0, 1, (5, 6, 6, 2)), np.arange(5) % 4
     flops = np.array([2 * 36 * 9 * 2 * 3, 2 * 36 * 9 * 3 * 4, 2 * 36 * 5])
-    counter, counts = costs._Counter(net), []
+    counter, counts = costs.Counter(net), []
     for _ in range(4):  # launched, captured, replayed
         before = counter.operations
         learner.step(images, labels)
@@ -279,19 +384,19 @@ def test_operations_of_other_algorithms(request, rng, kind):
         ep.BackpropagationThroughTime(net, free, unrolled): bptt,
     }
     for learner, expected in cases.items():
-        counter = costs._Counter(net)
+        counter = costs.Counter(net)
         for _ in range(4):
             counter.operations = 0
             learner.step(images, labels)
             assert counter.operations == samples * expected
         for edge in net.layers:  # the next counter starts from plain edges
-            for name in costs._Counter.PRODUCTS:
+            for name in costs.Counter.PRODUCTS:
                 delattr(edge, name)
 
 
 def test_operations_are_those_of_the_edges(tmp_path):
     """By hand: BP of 64 + 20 images, a forward pass of every image, for training a gradient and a top-down product."""
-    experiment = study(cost_cell, (Row("bp", "BP", {"algorithm": "bp"}),), {**DIGITS, "epochs": 1})
+    experiment = study(operations_cell, (Row("bp", "BP", {"algorithm": "bp"}),), {**DIGITS, "epochs": 1})
     cell = reproduce(experiment, tmp_path, seeds=1, report=silent).cells["bp/0"]
     # VGG-5 at width 0.02 on 16 x 16 x 1: channels 3 5 10 10, maps 16 8 4 2 (unpadded), two operations a multiplication.
     edges = [2 * 9 * n * n * c * k for n, c, k in ((16, 1, 3), (8, 3, 5), (4, 5, 10), (2, 10, 10))]
@@ -305,20 +410,22 @@ def test_cost_to_a_target():
         "elapsed_minutes": [1.0, 2.5, 3.0, 4.0],
         "probes": [{"operations": 1e12}, {"operations": 2.5e12}, {"operations": 1e13}, {"operations": 1e13}],
     }
-    assert costs.epochs_to_target(cell) == 2
-    assert costs.minutes_to_target(cell) == 2.5
-    assert costs.operations_to_target(cell) == pytest.approx(3.5)
+    assert findings.epochs_to_target(cell) == 2
+    assert findings.minutes_to_target(cell) == 2.5
+    assert findings.operations_to_target(cell) == pytest.approx(3.5)
     never = {**cell, "test_accuracy": [0.1, 0.2]}
-    assert costs.minutes_to_target(never) is costs.operations_to_target(never) is None
+    assert findings.minutes_to_target(never) is findings.operations_to_target(never) is None
 
 
 def test_memory_is_planned_and_measured(tmp_path):
     """A narrow network on this device, one of full width for a GPU without one."""
     memory = find("memory")
-    narrow = dataclasses.replace(memory, rows={"small": memory.rows["small"][:1]})
+    rows = memory.at("small").rows[:1]
+    narrow = dataclasses.replace(memory, scales={"small": Scale("", rows, 1)})
+    wide = dataclasses.replace(memory, scales={"full": Scale("", memory.at("full").rows[-1:], 1)})
     options = {"device": "cpu", "batch_size": 16, "nudged_steps": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cupyep.experiments.memory.STEPS", (1, 2, 8))
+        patch.setattr(cells, "STEPS", (1, 2, 8))
         results = reproduce(narrow, tmp_path / "small", overrides=options, report=silent)
     cell = results.cells["vgg5/0"]
     for algorithm, planned in cell["planned"].items():
@@ -331,12 +438,12 @@ def test_memory_is_planned_and_measured(tmp_path):
         for name, planned in cell["planned"].items()
         for a, b in zip(planned, cell["measured"][name], strict=True)
     )
-    assert f"differ by at most {100 * worst:.1f} %" in memory.verdict(Results(narrow.rows["small"], results.cells, 1))
-    full = reproduce(memory, tmp_path / "full", scale="full", overrides={"device": "cpu"}, report=silent)
+    assert f"differ by at most {100 * worst:.1f} %" in memory.verdict(Results(rows, results.cells, 1))
+    full = reproduce(wide, tmp_path / "full", scale="full", overrides={"device": "cpu"}, report=silent)
     deepest = full.cells["vgg12/0"]
     assert deepest["measured"] == {}
     assert deepest["planned"]["ep"][0] < 1431e6
-    text = report_text(memory, full, {"scale": "full"})
+    text = report_text(wide, full, {"scale": "full"})
     assert "1431 (EP, MB), 25954 (BPTT, T = 250, MB)" in text
     figure = memory.figures["peaks"](full)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
@@ -371,6 +478,8 @@ def test_command_line(tmp_path):
         (["signal"], 2, "did you mean 'signals'"),
         ([], 2, "give the NAME"),
         (["signals", "--scale", "smal"], 2, "did you mean 'small'"),
+        (["signals", "--scale", "medium"], 2, "experiment 'signals' has no scale 'medium', only small and full"),
+        (["signals", "--scale", "medium", "--report-only"], 2, "has no scale 'medium'"),
         (["signals", "--seeds", "0"], 2, "0 is not in the range"),
         (["signals", "--precision", "float61"], 2, "unknown --precision 'float61'"),
         (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "holds no report"),
@@ -382,21 +491,26 @@ def test_command_line(tmp_path):
         assert len(result.output.strip().splitlines()) == 1
 
 
-def test_the_precision_of_a_report_is_in_its_command(tmp_path):
-    """The plans of the largest networks: halves take less."""
+def test_the_precision_of_a_report_is_in_its_command(tmp_path, monkeypatch):
+    """Planned in halves, a network takes less."""
+    full = Scale("", find("memory").at("full").rows[:1], 1)
+    monkeypatch.setitem(EXPERIMENTS, "memory", dataclasses.replace(find("memory"), scales={"full": full}))
     peaks = []
     for words in ([], ["--precision", "float16"]):
         out = tmp_path / f"report{len(words)}"
         command = ["reproduce", "memory", "--scale", "full", "--device", "cpu", "--out", str(out), *words]
         assert CliRunner().invoke(main, command).exit_code == 0
         assert f"`{' '.join(['cupyep reproduce memory --scale full', *words])}`" in (out / "REPORT.md").read_text()
-        peaks.append(load_results(find("memory"), out)[0].cells["vgg12/0"]["planned"]["ep"][0])
-    assert peaks[1] < 0.8 * peaks[0]
+        peaks.append(load_results(find("memory"), out)[0].cells["vgg5/0"]["planned"]["ep"][0])
+    assert peaks[1] < 0.9 * peaks[0]
+
+
+LABELS = [row.key for row in find("vgg12-kd-cifar100").at("small").rows]
 
 
 def synthetic(experiment, values):
     """Return results in which a row's last training loss and test accuracy are those of `values`."""
-    rows = experiment.rows["small"]
+    rows = experiment.at("small").rows
     layers = [[1e-3, 1e-2]]
     cells = {
         cell_name(row.key, 0): {
@@ -434,9 +548,25 @@ def test_verdicts_follow_the_figures(name, values, expected):
     assert expected in experiment.verdict(synthetic(experiment, values))
 
 
+def test_a_row_that_failed_is_the_last_of_all():
+    rows = [Row(key, f"{key}, here") for key in ("failed", "poor", "good")]
+    courses = {"poor": ([3.0], [0.1]), "good": ([1.0], [0.5])}
+    cells = {f"{key}/0": {"train_loss": loss, "test_accuracy": right} for key, (loss, right) in courses.items()}
+    results = Results(rows, {"failed/0": {"failed": "x"}, **cells}, 1)
+    template = (
+        "{lowest[.*].head} {highest[.*].tail} {highest[.*].label}, {best[.*].head}, {worst[.*].head}, {rows[poor].loss}"
+    )
+    assert findings.verdict(template, results) == "good here failed, here, good, failed, 3.0"
+    assert findings.verdict("{lowest[poo.].accuracy:.1f} {rows[failed].accuracy}", results) == "10.0 0.0"
+    with pytest.raises(ep.ConfigurationError, match="unknown word 'coverges'; did you mean 'converges'"):
+        findings.verdict("{coverges}", results)
+    with pytest.raises(ep.ConfigurationError, match="unknown column 'los'; did you mean 'loss'"):
+        findings.verdict("{rows[good].los}", results)
+
+
 def test_workers_end_with_the_process_that_started_them():
     """Killed, it cannot stop them; they must not train on for hours."""
-    worker = "import os, time; from cupyep.experiments.running import end_with; end_with(os.getppid()); "
+    worker = "import os, time; from cupyep.experiments.runner import end_with; end_with(os.getppid()); "
     worker += "print(os.getpid(), flush=True); time.sleep(60)"
     starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
     with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:
@@ -487,7 +617,7 @@ def test_minutes_end_a_training_after_a_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1e12 * len(batches))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", counted)
-        patch.setattr(running, "_check_time", late)
+        patch.setattr(runner, "_in_time", late)
         stopped = reproduce(study(train_cell, ROWS[1:], DIGITS), tmp_path / "b", seeds=1, max_minutes=9, report=silent)
     assert not stopped.complete
     assert batches == [1], "of two batches an epoch"

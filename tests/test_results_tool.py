@@ -10,7 +10,7 @@ import pytest
 
 import cupyep as ep
 from cupyep.experiments import EXPERIMENTS
-from cupyep.experiments.design import Row, cell_name
+from cupyep.experiments.design import Row, Scale, cell_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def tool(monkeypatch):
 
 
 def write(folder, name, scale, accuracy, missing=()):
-    rows = EXPERIMENTS[name].rows[scale]
+    rows = EXPERIMENTS[name].at(scale).rows
     cell = {"train_loss": [1.0], "test_accuracy": [accuracy], "nudge_response": [[1e-3, 1e-2]], "minutes": 2.0}
     cells = {cell_name(row.key, 0): cell for row in rows if row.key not in missing}
     about = {"experiment": name, "scale": scale, "seeds": 1, "command": "the command", "date": "2026-01-02"}
@@ -86,12 +86,10 @@ def test_operations_of_open_trainings(tool):
         ({"algorithm": "bp"}, 7 * bp_step),
         ({"aug": "kd", "teacher_epochs": 2}, 7 * ep_step + 2 * bp_step),
     ):
-        row = Row("one", "one", options)
+        row = Row("one", "one", {**settings, **options})
         study = dataclasses.replace(
             EXPERIMENTS["baseline"],
-            base={"small": {}, "full": settings},
-            rows={"small": (row,), "full": (row, row)},
-            seeds={"small": 1, "full": 3},
+            scales={"full": Scale("", (row, row), 3)},
         )
         assert tool.training_operations(study) == 3 * 2 * 50_000 * a_run
 

@@ -14,11 +14,11 @@ from cupyep.backend.paper import PaperDevice
 from cupyep.cli.shared import OneLineErrors
 from cupyep.commands.memory import blank_learner
 from cupyep.errors import ConfigurationError, require
-from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, Results, load_results
+from cupyep.experiments import EXPERIMENTS, Experiment, Results, load_results
 from cupyep.experiments.design import SEEN, seen
+from cupyep.experiments.findings import COLUMNS
 from cupyep.experiments.report import OPEN, table
-from cupyep.experiments.running import RESULTS
-from cupyep.experiments.trained import TEST_ACCURACY
+from cupyep.experiments.runner import RESULTS
 from cupyep.files import replacing
 from cupyep.training.config import TrainConfig, make_config
 
@@ -37,7 +37,7 @@ def collect(folder: Path) -> dict[str, Found]:
     """Return experiment -> scale -> (results, what results.json says besides), for what has been committed."""
     found: dict[str, Found] = {name: {} for name in EXPERIMENTS}
     for name, experiment in EXPERIMENTS.items():
-        for scale in SCALES:
+        for scale in experiment.scales:
             place = folder / f"{name}-{scale}"
             if (place / RESULTS).is_file():
                 found[name][scale] = load_results(experiment, place)
@@ -54,24 +54,24 @@ def readme_table(found: dict[str, Found]) -> str:
     lines = [NOTE, "", "| test accuracy, % | published | full size | small scale |", "| --- | ---: | ---: | ---: |"]
     for name in HEADLINES:
         experiment = EXPERIMENTS[name]
-        for row in experiment.rows["full"]:
-            published = row.published.get(TEST_ACCURACY.title)
+        for row in experiment.at("full").rows:
+            published = row.published.get(COLUMNS["accuracy"].title)
             ours = [_accuracy(found[name].get(scale), row.key) for scale in ("full", "small")]
             label = f"{experiment.title.partition(',')[0]}: {row.label}"
             lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
-    settings = [f"`{name}`: {EXPERIMENTS[name].setting['small']}" for name in HEADLINES]
+    settings = [f"`{name}`: {EXPERIMENTS[name].at('small').setting}" for name in HEADLINES]
     lines += ["", "Small scale, " + " ".join(settings)]
     lines += ["", "| experiment | scale | what was found |", "| --- | --- | --- |"]
     for name, experiment in EXPERIMENTS.items():
         if name not in HEADLINES:
-            lines += [_finding(experiment, scale, found[name].get(scale)) for scale in SCALES]
+            lines += [_finding(experiment, scale, found[name].get(scale)) for scale in experiment.scales]
     return "\n".join(lines)
 
 
 def _accuracy(measured: tuple[Results, dict[str, Any]] | None, key: str) -> str:
     if measured is None:
         return OPEN
-    values = measured[0].values(key, TEST_ACCURACY.value)
+    values = measured[0].values(key, COLUMNS["accuracy"].value)
     return f"{values.mean():.1f}" if len(values) else OPEN
 
 
@@ -100,7 +100,7 @@ def results_page(found: dict[str, Found]) -> str:
     ]
     for name, experiment in EXPERIMENTS.items():
         parts += [f"## {name}: {experiment.title}", experiment.claim]
-        for scale in SCALES:
+        for scale in experiment.scales:
             measured = found[name].get(scale)
             if measured is None:
                 parts.append(
@@ -129,8 +129,8 @@ def training_operations(experiment: Experiment) -> int:
 
     At most so many where a tolerance ends phases early; evaluation is not counted.
     """
-    options = ({**experiment.base["full"], **row.options} for row in experiment.rows["full"])
-    return experiment.seeds["full"] * IMAGES * sum(_operations_of_an_image(make_config(each)) for each in options)
+    full = experiment.at("full")
+    return full.seeds * IMAGES * sum(_operations_of_an_image(make_config(row.options)) for row in full.rows)
 
 
 def _operations_of_an_image(config: TrainConfig) -> int:

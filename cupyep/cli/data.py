@@ -8,8 +8,8 @@ import click
 
 from cupyep.cli.shared import Commands, Names, config_options
 from cupyep.data import DATASETS, data_directory
-from cupyep.data.dataset import layouts_found
 from cupyep.data.download import fetch
+from cupyep.data.formats import layouts_found
 from cupyep.data.sources import SOURCES, Source
 from cupyep.data.verify import verify
 from cupyep.errors import DataError

@@ -33,7 +33,8 @@ Examples:
     type=Names("--scale", SCALES),
     default="small",
     show_default=True,
-    help="small: narrow networks and few images, minutes on two cores; full: the paper's size, hours on a GPU.",
+    help="small: narrow networks and few images, minutes on two cores; medium: all images as they are, hours on two "
+    "cores; full: the paper's size, hours on a GPU. Not every experiment has every scale.",
 )
 @click.option("--seeds", type=click.IntRange(1), help="Number of seeds.  [default: the experiment's]")
 @click.option(
@@ -85,6 +86,7 @@ def reproduce(
         return
     require(name is not None, "reproduce what? give the NAME of an experiment; --list shows them")
     experiment, folder = find(name), out or Path("reports") / f"{name}-{scale}"
+    experiment.at(scale)
     chosen = {"--seeds": seeds, "--precision": precision}
     if report_only:
         idle = {**chosen, "--max-minutes": max_minutes, "--data-dir": data_dir, "--device": device}

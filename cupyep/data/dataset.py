@@ -10,28 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from cupyep import errors
-from cupyep.data import cifar, digits, idx, svhn
 from cupyep.data.download import fetch
 from cupyep.data.files import check_labels
+from cupyep.data.formats import Layout, layouts_found
 from cupyep.data.images import channel_statistics, resize
-from cupyep.data.original import check_original
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Arrays, Layout, Source
-from cupyep.errors import (
-    ConfigurationError,
-    DataError,
-    choose,
-    flag,
-    instance,
-    integer,
-    is_integer,
-    items,
-    require,
-    shown,
-)
+from cupyep.data.sources import DATASETS, SOURCES, Source
+from cupyep.data.verify import check_original
+from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, require, shown
 from cupyep.files import expanded
 
-READERS = {"cifar10": cifar, "cifar100": cifar, "mnist": idx, "fashion-mnist": idx, "svhn": svhn}
 VIEWS = ("identity", "hflip")
 """The views of an image; a batch and a teacher file number them by their place here."""
 SPLITS = ("train", "validation", "test")
@@ -66,12 +54,13 @@ class Split:
         self._check_array("labels", "i8", f"int64 {self.images.shape[:1]}", 1)
         if len(self.labels) != len(self):
             raise DataError(f"split {self.name}: {len(self)} images have {len(self.labels)} labels")
+        rule = f"{len(self)} increasing numbers from 0 on"
         if self.index is None:
             object.__setattr__(self, "index", np.arange(len(self)))
-        self._check_array("index", "iu", f"{len(self)} increasing numbers from 0 on", 1)
+        self._check_array("index", "iu", rule, 1)
         index = self.index.astype(np.int64)  # first: differences of unsigned numbers are never negative
         if index.shape != self.labels.shape or index[0] < 0 or (np.diff(index) <= 0).any():
-            raise DataError(f"split {self.name}: the index should be {len(self)} increasing numbers from 0 on")
+            raise DataError(f"split {self.name}: the index should be {rule}")
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "total", max(integer("total", self.total, 0), int(index[-1]) + 1))
 
@@ -152,11 +141,8 @@ class Dataset:
         require(len(items("classes", self.classes, str)) > 0, "classes must not be empty")
         flag("flip", self.flip)
         integer("pad", self.pad, 0)
-        splits = {"train": self.train, "test": self.test, "validation": self.validation}
-        if self.validation is None:
-            del splits["validation"]
-        for name, split in splits.items():
-            instance(name, split, Split)
+        for name in ("train", "test") if self.validation is None else SPLITS:
+            split = instance(name, getattr(self, name), Split)
             if split.images.shape[1:] != self.image_shape:
                 raise DataError(
                     f"data set {self.name}: train images are {self.image_shape}, {split.name} images "
@@ -165,9 +151,8 @@ class Dataset:
             check_labels(split.labels, len(self.classes), f"data set {self.name}, split {split.name}")
         for name, array in (("mean", self.mean), ("std", self.std)):
             right = isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.shape == self.image_shape[2:]
-            right = right and np.isfinite(array).all() and (name == "mean" or (array > 0).all())
-            rule = f"{self.image_shape[2]} finite floats{', above 0' if name == 'std' else ''}"
-            if not right:
+            if not (right and np.isfinite(array).all() and (name == "mean" or (array > 0).all())):
+                rule = f"{self.image_shape[2]} finite floats{', above 0' if name == 'std' else ''}"
                 raise DataError(f"data set {self.name}: {name} should be {rule}, one a channel, found {shown(array)}")
 
     @classmethod
@@ -185,7 +170,7 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         """Return the split called `name`; `ConfigurationError` if there is none."""
-        split = {"train": self.train, "validation": self.validation, "test": self.test}[choose("split", name, SPLITS)]
+        split = getattr(self, choose("split", name, SPLITS))
         require(split is not None, "no validation split was held out; ask for one by --validation")
         return split
 
@@ -235,7 +220,9 @@ def load_dataset(
         errors.path("data_dir", data_dir)
     _check_limits(source, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
-    arrays = _read(source, data_directory(data_dir), download)
+    layout = _find(source, data_directory(data_dir), download)
+    arrays = layout.read()
+    check_original(source, arrays, layout.place)
     train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
     mean, std = channel_statistics(train.images)
     train, held = train.hold_out(validation, seed) if validation else (train, None)
@@ -269,8 +256,8 @@ def cache_directory() -> Path:
 def _at_home(folder: str | Path, what: str, remedy: str) -> Path:
     try:
         return expanded(folder)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{what} {error}; by {remedy}") from error
+    except errors.ConfigurationError as error:
+        raise errors.ConfigurationError(f"{what} {error}; by {remedy}") from error
 
 
 def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
@@ -308,16 +295,6 @@ def _checked_size(source: Source, image_size: int | None) -> int:
     return image_size
 
 
-def _read(source: Source, folder: Path, download: bool) -> tuple[Arrays, Arrays]:
-    """Return (train, test) as they are in the files, which hold what the name promises."""
-    if source.name == "digits":
-        return digits.read(source)
-    layout = _find(source, folder, download)
-    arrays = layout.read()
-    check_original(source, arrays, layout.place)
-    return arrays
-
-
 def _find(source: Source, folder: Path, download: bool) -> Layout:
     """Return the first complete layout below `folder`, downloading the original archives if there is none."""
     layouts, note = layouts_found(source.name, folder)
@@ -340,16 +317,3 @@ def _seen(folder: Path) -> str:
         return f"the folder cannot be read: {error.strerror}"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"seen there: {', '.join(names[:SHOWN]) or 'nothing'}{more}"
-
-
-def layouts_found(name: str, folder: Path) -> tuple[list[Layout], str]:
-    """Return the complete layouts of a data set below `folder`, the quickest to read first, and, where there is none, a
-    note about a file that is missing from an incomplete one."""
-    layouts, note = [], ""
-    for layout in READERS[name].layouts(SOURCES[name], folder):
-        missing = [file for file in layout.files if not file.is_file()]
-        if not missing:
-            layouts.append(layout)
-        elif len(missing) < len(layout.files) and not note:
-            note = f"{missing[0]} is missing; "
-    return layouts, "" if layouts else note

@@ -29,11 +29,13 @@ def fetch(source: Source, folder: Path) -> str:
         new = [path for path in (target.parent, *target.parent.parents) if not path.exists()]
         try:
             pooch.retrieve(remote.url, f"md5:{remote.md5}", fname=target.name, path=target.parent, progressbar=True)
-        except OSError as error:  # no network, no such host, no permission to write; requests' errors are OSErrors
-            _remove_empty(new)
-            return f"download of {remote.url} failed: {_reason(error)}"
-        except ValueError:  # pooch's answer to a wrong checksum; it has deleted the file
-            _remove_empty(new)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            for path in new:  # made for nothing, the innermost first
+                with contextlib.suppress(OSError):  # not made, or not empty
+                    path.rmdir()
+            if isinstance(error, OSError):
+                return f"download of {remote.url} failed: {_reason(error)}"
+            # pooch's answer to a wrong checksum; it has deleted the file
             return f"download of {remote.url} discarded: its MD5 sum is not the published {remote.md5}"
     return ""
 
@@ -42,10 +44,3 @@ def _reason(error: OSError) -> str:
     """Return why there was no download; requests puts all that it tried into its text."""
     unreachable = type(error).__name__ in ("ConnectionError", "ConnectTimeout", "ReadTimeout")
     return "the host cannot be reached" if unreachable else one_line(error)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders that a failed download has made for nothing, the innermost first."""
-    for path in folders:
-        with contextlib.suppress(OSError):  # not made, or not empty
-            path.rmdir()

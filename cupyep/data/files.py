@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
 import zlib
 from pathlib import Path
@@ -63,6 +64,14 @@ def check_length(content: bytes | memoryview, expected: int, where: str | Path) 
     """Raise `DataError` unless `content` has exactly `expected` bytes."""
     if len(content) != expected:
         raise DataError(f"{where}: holds {len(content)} bytes, expected {expected}; truncated, get it again")
+
+
+def check_sum(content: bytes | memoryview, expected: str, where: str | Path, remedy: str = "") -> None:
+    """Raise `DataError` unless the MD5 sum of `content` is the published one."""
+    found = hashlib.md5(content).hexdigest()
+    if found != expected:
+        remedy = remedy or "get the original file"
+        raise DataError(f"{where}: MD5 sum {found}, the original has {expected}; {remedy}")
 
 
 def check_labels(labels: np.ndarray, classes: int, where: str | Path) -> None:

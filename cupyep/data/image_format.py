@@ -37,13 +37,8 @@ class ImageFormat:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes; numbers come back bit for bit."""
-        return {
-            "name": self.name,
-            "classes": list(self.classes),
-            "image_shape": list(self.image_shape),
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-        }
+        lists = {"classes": list(self.classes), "image_shape": list(self.image_shape)}
+        return {"name": self.name, **lists, "mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ImageFormat:

@@ -55,21 +55,13 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     The sums are exact integers. A channel without any variation gets std 1, so that it can be divided by.
     """
-    channels = images.shape[-1]
-    total, squares = np.zeros((2, channels), np.int64)
-    for rows in _blocks(len(images)):
-        block = images[rows].reshape(len(images[rows]), -1).astype(np.uint32)
-        total += _sum_per_channel(block, channels)
-        block *= block
-        squares += _sum_per_channel(block, channels)
-    pixels = images.size // channels
-    # In Python's unbounded integers: pixels**2 times the variance, exactly 0 for a constant channel.
-    spread = [pixels * int(q) - int(t) ** 2 for t, q in zip(total, squares, strict=True)]
-    mean = total / (pixels * 255)
-    std = [math.sqrt(s) / (pixels * 255) if s else 1.0 for s in spread]
-    return mean.astype(np.float32), np.array(std, np.float32)
-
-
-def _sum_per_channel(block: np.ndarray, channels: int) -> np.ndarray:
-    per_pixel = block.sum(axis=0, dtype=np.uint32)  # at most BLOCK * 255**2, far below 2**32
-    return per_pixel.reshape(-1, channels).sum(axis=0, dtype=np.int64)
+    values, pixels = np.arange(256), images[..., 0].size
+    mean, std = np.empty((2, images.shape[-1]), np.float32)
+    for c in range(images.shape[-1]):
+        counts = sum(np.bincount(images[rows, ..., c].ravel(), minlength=256) for rows in _blocks(len(images)))
+        total, squares = int(counts @ values), int(counts @ values**2)
+        # In Python's unbounded integers: pixels**2 times the variance, exactly 0 for a constant channel.
+        spread = pixels * squares - total**2
+        mean[c] = total / (pixels * 255)
+        std[c] = math.sqrt(spread) / (pixels * 255) if spread else 1.0
+    return mean, std

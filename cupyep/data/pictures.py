@@ -98,19 +98,17 @@ def read_picture(path: Path, source: Source, size: int) -> np.ndarray:
 def _check_size(path: Path, picture: Any) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{path}: has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million; make it smaller"
-        )
+        most = f"{MAX_PIXELS // 10**6} million"
+        raise DataError(f"{path}: has {width} x {height} pixels, more than {most}; make it smaller")
 
 
 def _coloured(path: Path, picture: Any, kind: str, channels: int, image: Any) -> Any:
     """Return `picture` in grey (1 channel) or red, green, blue (3), 8 bits each."""
-    if picture.mode == "I" and kind in ("PPM", "PNG"):  # Pillow's mode for their 16 bits; they cannot hold more
+    # Mode I is Pillow's for the 16 bits of PPM and PNG, which cannot hold more; it would clip such values, not scale.
+    if picture.mode in GREY_16 or (picture.mode == "I" and kind in ("PPM", "PNG")):
         picture = image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise DataError(f"{path}: has pixels of 32 bits; save it with 8 or 16 bits")
-    if picture.mode in GREY_16:  # Pillow would clip such values, not scale them
-        picture = image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = image.alpha_composite(image.new("RGBA", picture.size, "white"), picture)

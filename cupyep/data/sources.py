@@ -1,16 +1,10 @@
-"""The one table of data sets: class names, sizes, where the original archives are, and which augmentation is sound."""
+"""The one table of data sets: class names, sizes, where the original files are, and which augmentation is sound."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import numpy as np
-
-Arrays = tuple[np.ndarray, np.ndarray]
-"""Images (N, H, W, C) uint8 and labels (N,) int64."""
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,19 +30,19 @@ class Source:
         Whether a horizontally mirrored image still belongs to its class.
     pad : int
         Pixels by which a random crop may shift an image of this size.
-    accepts : str
-        The files and folders looked for, in words, for the message when none is there.
-    remotes : tuple of Remote
-        The original files; empty for bundled data.
     per_class : tuple of two tuples of int
         Number of training and of test images of each class.
     homepage, licence : str
         Where the data set is described, and on what terms it may be used, in words.
+    accepts : str
+        The files and folders looked for, in words, for the message when none is there.
+    remotes : tuple of Remote
+        The original files; empty for bundled data.
     sums : mapping of str to str
-        Further published MD5 sums by file name: of other archives, and of extracted files where they are known.
+        Further published MD5 sums by file name: of other archives, and of extracted files.
     fingerprints : tuple of str
-        Of the training and of the test part as they are read, whatever files they come from; see `fingerprint`. Empty
-        where they are not known.
+        Of the training and of the test part as they are read, whatever files they come from; see
+        `cupyep.data.verify.fingerprint`. Empty where they are not known.
     """
 
     name: str
@@ -58,33 +52,17 @@ class Source:
     test_count: int
     flip: bool
     pad: int
-    accepts: str
-    remotes: tuple[Remote, ...]
     per_class: tuple[tuple[int, ...], tuple[int, ...]]
     homepage: str
     licence: str
+    accepts: str = ""
+    remotes: tuple[Remote, ...] = ()
     sums: Mapping[str, str] = field(default_factory=dict)
     fingerprints: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One accepted arrangement of files: it is there when all of `files` are, and `read` returns (train, test)."""
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
-    files: tuple[Path, ...]
-    read: Callable[[], tuple[Arrays, Arrays]]
-
-    @property
-    def place(self) -> Path:
-        """The one file (an archive), or the folder that holds all of them."""
-        return self.files[0] if len(self.files) == 1 else Path(os.path.commonpath(self.files))
-
-
-def _remotes(base: str, folder: str, sums: dict[str, str]) -> tuple[Remote, ...]:
-    return tuple(Remote(base + name, md5, folder + name) for name, md5 in sums.items())
-
-
-_CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
@@ -95,162 +73,147 @@ sunflower sweet_pepper table tank telephone television tiger tractor train trout
 wolf woman worm
 """
 _FASHION_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
-_DIGIT_CLASSES = tuple("0123456789")
-_CIFAR_PLACES = "{0}-binary.tar.gz, {0}-python.tar.gz, or a folder {1} or {2}"
+_DIGITS = tuple("0123456789")
 _KRIZHEVSKY = "https://www.cs.toronto.edu/~kriz/"
-
-SOURCES = {
-    source.name: source
-    for source in (
-        Source(
-            name="cifar10",
-            classes=tuple(_CIFAR10_CLASSES.split()),
-            shape=(32, 32, 3),
-            train_count=50000,
-            test_count=10000,
-            flip=True,
-            pad=4,
-            accepts=_CIFAR_PLACES.format("cifar-10", "cifar-10-batches-bin", "cifar-10-batches-py"),
-            remotes=_remotes(_KRIZHEVSKY, "", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
-            per_class=((5000,) * 10, (1000,) * 10),
-            homepage=_KRIZHEVSKY + "cifar.html",
-            licence="none stated; cite A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
-            sums={
-                "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-                "data_batch_1": "c99cafc152244af753f735de768cd75f",
-                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-                "data_batch_4": "634d18415352ddfa80567beed471001a",
-                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-                "test_batch": "40351d587109b95175f43aff81a1287e",
-            },
-            fingerprints=("a6638aac02242e3a36040757919ecbcc", "fb5628be1942cbbd8b77ff1348265d01"),
-        ),
-        Source(
-            name="cifar100",
-            classes=tuple(_CIFAR100_CLASSES.split()),
-            shape=(32, 32, 3),
-            train_count=50000,
-            test_count=10000,
-            flip=True,
-            pad=4,
-            accepts=_CIFAR_PLACES.format("cifar-100", "cifar-100-binary", "cifar-100-python"),
-            remotes=_remotes(_KRIZHEVSKY, "", {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}),
-            per_class=((500,) * 100, (100,) * 100),
-            homepage=_KRIZHEVSKY + "cifar.html",
-            licence="none stated; cite A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
-            sums={
-                "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
-                "train": "16019d7e3df5f24257cddd939b257f8d",
-                "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-            },
-            fingerprints=("7296d15b838a90cd8c4fdcc9adb7f696", "0ebfce3aca2fe8062080d54e08d7d0a0"),
-        ),
-        Source(
-            name="mnist",
-            classes=_DIGIT_CLASSES,
-            shape=(28, 28, 1),
-            train_count=60000,
-            test_count=10000,
-            flip=False,
-            pad=2,
-            accepts="a folder mnist or MNIST/raw with the four idx files (train-images-idx3-ubyte, ...)",
-            remotes=_remotes(
-                "https://ossci-datasets.s3.amazonaws.com/mnist/",
-                "mnist/",
-                {
-                    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-                    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-                    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-                },
-            ),
-            per_class=(
-                (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
-                (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
-            ),
-            homepage="http://yann.lecun.com/exdb/mnist/",
-            licence="CC BY-SA 3.0 by common account; cite LeCun, Bottou, Bengio, Haffner 1998",
-            sums={
-                "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-                "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-                "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-                "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-            },
-            fingerprints=("5222f2ba145e3639bbebe913af99da02", "80ebbbc52a45750c7014f75d0b38ffcd"),
-        ),
-        Source(
-            name="fashion-mnist",
-            classes=tuple(_FASHION_CLASSES.split(", ")),
-            shape=(28, 28, 1),
-            train_count=60000,
-            test_count=10000,
-            flip=True,
-            pad=2,
-            accepts="a folder fashion-mnist or FashionMNIST/raw with the four idx files (train-images-idx3-ubyte, ...)",
-            remotes=_remotes(
-                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                "fashion-mnist/",
-                {
-                    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-                    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-                    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-                },
-            ),
-            per_class=((6000,) * 10, (1000,) * 10),
-            homepage="https://github.com/zalandoresearch/fashion-mnist",
-            licence="MIT; cite Xiao, Rasul, Vollgraf, arXiv 1708.07747",
-            sums={
-                "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-                "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-                "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-                "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
-            },
-            fingerprints=("451978ad4f181c64fc4b89686e4c8fbd", "89448dbd034f35973240c5c918749027"),
-        ),
-        Source(
-            name="svhn",
-            classes=_DIGIT_CLASSES,
-            shape=(32, 32, 3),
-            train_count=73257,
-            test_count=26032,
-            flip=False,
-            pad=4,
-            accepts="train_32x32.mat and test_32x32.mat, there or in a folder svhn",
-            remotes=_remotes(
-                "http://ufldl.stanford.edu/housenumbers/",
-                "svhn/",
-                {
-                    "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
-                    "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
-                },
-            ),
-            per_class=(
-                (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
-                (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
-            ),
-            homepage="http://ufldl.stanford.edu/housenumbers/",
-            licence="non-commercial use only; cite Netzer et al., Reading Digits in Natural Images, 2011",
-        ),
-        Source(
-            name="digits",
-            classes=_DIGIT_CLASSES,
-            shape=(8, 8, 1),
-            train_count=1437,
-            test_count=360,
-            flip=False,
-            pad=1,
-            accepts="",
-            remotes=(),
-            per_class=(
-                (143, 146, 142, 146, 144, 145, 144, 143, 141, 143),
-                (35, 36, 35, 37, 37, 37, 37, 36, 33, 37),
-            ),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-            licence="CC BY 4.0; comes with scikit-learn, extra demo; cite E. Alpaydin, C. Kaynak 1998",
-        ),
-    )
+_NETZER = "http://ufldl.stanford.edu/housenumbers/"
+_SVHN_SUMS = {
+    "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+    "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
 }
 
+
+def _remotes(base: str, folder: str, sums: Mapping[str, str]) -> tuple[Remote, ...]:
+    return tuple(Remote(f"{base}{name}", md5, f"{folder}{name}") for name, md5 in sums.items())
+
+
+def _named(names: Iterable[str], sums: str) -> dict[str, str]:
+    return dict(zip(names, sums.split(), strict=True))
+
+
+def _cifar(
+    name: str, classes: str, folders: str, binary: str, python: str, files: str, sums: str, prints: str
+) -> Source:
+    """Return CIFAR-10 or CIFAR-100, of which MD5 sums of the two archives and of the pickled `files` are known."""
+    stem, count = f"cifar-{name[5:]}", len(classes.split())
+    return Source(
+        name,
+        tuple(classes.split()),
+        (32, 32, 3),
+        50000,
+        10000,
+        flip=True,
+        pad=4,
+        per_class=((50000 // count,) * count, (10000 // count,) * count),
+        homepage=f"{_KRIZHEVSKY}cifar.html",
+        licence="none stated; cite A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+        accepts=f"{stem}-binary.tar.gz, {stem}-python.tar.gz, or a folder {folders}",
+        remotes=_remotes(_KRIZHEVSKY, "", {f"{stem}-binary.tar.gz": binary}),
+        sums={f"{stem}-python.tar.gz": python, **_named(files.split(), sums)},
+        fingerprints=tuple(prints.split()),
+    )
+
+
+def _idx(name: str, known_as: str, base: str, zipped: str, plain: str, prints: str, **more: Any) -> Source:
+    """Return MNIST or Fashion-MNIST, of whose four files MD5 sums are known, compressed (`zipped`) and `plain`."""
+    return Source(
+        name,
+        shape=(28, 28, 1),
+        train_count=60000,
+        test_count=10000,
+        pad=2,
+        accepts=f"a folder {name} or {known_as}/raw with the four idx files ({IDX_FILES[0]}, ...)",
+        remotes=_remotes(base, f"{name}/", _named((f"{file}.gz" for file in IDX_FILES), zipped)),
+        sums=_named(IDX_FILES, plain),
+        fingerprints=tuple(prints.split()),
+        **more,
+    )
+
+
+_TABLE = (
+    _cifar(
+        "cifar10",
+        "airplane automobile bird cat deer dog frog horse ship truck",
+        "cifar-10-batches-bin or cifar-10-batches-py",
+        binary="c32a1d4ab5d03f1284b67883e8d87530",
+        python="c58f30108f718f92721af3b95e74349a",
+        files="data_batch_1 data_batch_2 data_batch_3 data_batch_4 data_batch_5 test_batch",
+        sums="c99cafc152244af753f735de768cd75f d4bba439e000b95fd0a9bffe97cbabec 54ebc095f3ab1f0389bbae665268c751 "
+        "634d18415352ddfa80567beed471001a 482c414d41f54cd18b22e5b47cb7c3cb 40351d587109b95175f43aff81a1287e",
+        prints="a6638aac02242e3a36040757919ecbcc fb5628be1942cbbd8b77ff1348265d01",
+    ),
+    _cifar(
+        "cifar100",
+        _CIFAR100_CLASSES,
+        "cifar-100-binary or cifar-100-python",
+        binary="03b5dce01913d631647c71ecec9e9cb8",
+        python="eb9058c3a382ffc7106e4002c42a8d85",
+        files="train test",
+        sums="16019d7e3df5f24257cddd939b257f8d f0ef6b0ae62326f3e7ffdfab6717acfc",
+        prints="7296d15b838a90cd8c4fdcc9adb7f696 0ebfce3aca2fe8062080d54e08d7d0a0",
+    ),
+    _idx(
+        "mnist",
+        "MNIST",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
+        "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c",
+        "6bbc9ace898e44ae57da46a324031adb a25bea736e30d166cdddb491f175f624 "
+        "2646ac647ad5339dbf082846283269ea 27ae3e4e09519cfbb04c329615203637",
+        prints="5222f2ba145e3639bbebe913af99da02 80ebbbc52a45750c7014f75d0b38ffcd",
+        classes=_DIGITS,
+        flip=False,
+        per_class=(
+            (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
+            (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
+        ),
+        homepage="http://yann.lecun.com/exdb/mnist/",
+        licence="CC BY-SA 3.0 by common account; cite LeCun, Bottou, Bengio, Haffner 1998",
+    ),
+    _idx(
+        "fashion-mnist",
+        "FashionMNIST",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
+        "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310",
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a 9018921c3c673c538a1fc5bad174d6f9 "
+        "8181f5470baa50b63fa0f6fddb340f0a 15d484375f8d13e6eb1aabb0c3f46965",
+        prints="451978ad4f181c64fc4b89686e4c8fbd 89448dbd034f35973240c5c918749027",
+        classes=tuple(_FASHION_CLASSES.split(", ")),
+        flip=True,
+        per_class=((6000,) * 10, (1000,) * 10),
+        homepage="https://github.com/zalandoresearch/fashion-mnist",
+        licence="MIT; cite Xiao, Rasul, Vollgraf, arXiv 1708.07747",
+    ),
+    Source(
+        "svhn",
+        _DIGITS,
+        (32, 32, 3),
+        73257,
+        26032,
+        flip=False,
+        pad=4,
+        per_class=(
+            (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
+            (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
+        ),
+        homepage=_NETZER,
+        licence="non-commercial use only; cite Netzer et al., Reading Digits in Natural Images, 2011",
+        accepts="train_32x32.mat and test_32x32.mat, there or in a folder svhn",
+        remotes=_remotes(_NETZER, "svhn/", _SVHN_SUMS),
+        sums=_SVHN_SUMS,
+    ),
+    Source(
+        "digits",
+        _DIGITS,
+        (8, 8, 1),
+        1437,
+        360,
+        flip=False,
+        pad=1,
+        per_class=((143, 146, 142, 146, 144, 145, 144, 143, 141, 143), (35, 36, 35, 37, 37, 37, 37, 36, 33, 37)),
+        homepage="https://archive.ics.uci.edu/dataset/80",
+        licence="CC BY 4.0; comes with scikit-learn, extra demo; cite E. Alpaydin, C. Kaynak 1998",
+    ),
+)
+SOURCES = {source.name: source for source in _TABLE}
 DATASETS = tuple(SOURCES)

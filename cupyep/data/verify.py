@@ -1,24 +1,27 @@
-"""Are the files what they should be? Lengths, labels, images of each class, and published MD5 sums.
+"""Are the files, and the images in them, what the name of a data set promises?
 
-Everything is read as training reads it, so that a truncated or damaged file is named by the reader's own message.
+Everything is read as training reads it, so that a truncated or damaged file is named by the reader's own message. Files
+of one format have the same names and sizes whatever they show: Fashion-MNIST, KMNIST and MNIST, for example.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupyep.data import digits
-from cupyep.data.dataset import layouts_found
-from cupyep.data.files import plain_name, read_bounded
-from cupyep.data.original import check_original
-from cupyep.data.sources import SOURCES, Arrays, Source
+import numpy as np
+
+from cupyep.data.files import check_sum, plain_name, read_bounded
+from cupyep.data.formats import Arrays, Layout, layouts_found
+from cupyep.data.sources import SOURCES, Source
 from cupyep.errors import DataError
 
-LIMIT = 1 << 28  # bytes of a decompressed file that has a published sum; the largest has 47 MB
+SAMPLES = 100  # images of a part that its fingerprint looks at
+LIMIT = 1 << 28  # bytes of a file that has a published sum; the largest has 182 MB
+OWN = "for images of your own use Dataset.from_splits in Python"
 
 
 @dataclass(frozen=True)
@@ -42,51 +45,74 @@ class Finding:
 def verify(name: str, folder: Path) -> Iterator[Finding]:
     """Yield a finding for every complete set of files of the data set `name` below `folder`; nothing where none is."""
     source = SOURCES[name]
-    if not source.remotes and importlib.util.find_spec("sklearn") is not None:
-        yield _finding(source, "scikit-learn", lambda: digits.read(source), ())
-    for layout in layouts_found(name, folder)[0] if source.remotes else ():
-        yield _finding(source, str(layout.place), layout.read, layout.files)
+    if source.remotes or importlib.util.find_spec("sklearn") is not None:
+        for layout in layouts_found(name, folder)[0]:
+            yield _finding(source, layout)
 
 
-def _finding(source: Source, place: str, read: Callable[[], tuple[Arrays, Arrays]], files: tuple[Path, ...]) -> Finding:
+def _finding(source: Source, layout: Layout) -> Finding:
     try:
-        arrays = read()
-        check_original(source, arrays, place)
-        text = f"{_counts(source)}; {_check_sums(source, files)}"
+        check_original(source, layout.read(), layout.place)
+        compared = sum(_check_file(source, file) for file in layout.files)
     except DataError as error:
-        return Finding(source.name, place, False, str(error))
-    return Finding(source.name, place, True, text)
-
-
-def _counts(source: Source) -> str:
+        return Finding(source.name, str(layout.place), False, str(error))
     ranges = [f"{min(c)}" if min(c) == max(c) else f"{min(c)} to {max(c)}" for c in source.per_class]
-    return f"{source.train_count} + {source.test_count} images, {' + '.join(ranges)} a class"
+    counts = f"{source.train_count} + {source.test_count} images, {' + '.join(ranges)} a class"
+    sums = f"MD5 sums of {compared} files as published" if compared else "no MD5 sums published for these files"
+    return Finding(source.name, str(layout.place), True, f"{counts}; {sums}")
 
 
-def _check_sums(source: Source, files: tuple[Path, ...]) -> str:
-    """Return what was compared; raise `DataError` for a file whose MD5 sum is not the published one."""
-    published = {Path(remote.place).name: remote.md5 for remote in source.remotes} | dict(source.sums)
-    compared = 0
-    for file in files:
-        if plain_name(file) in source.sums:  # compressed anew by some mirrors: the content counts
-            wanted, found = source.sums[plain_name(file)], hashlib.md5(read_bounded(file, LIMIT)).hexdigest()
-        elif file.name in published:
-            wanted, found = published[file.name], md5(file)
-        else:
-            continue
-        if found != wanted:
-            raise DataError(f"{file}: MD5 sum {found}, the original has {wanted}; get the original file")
-        compared += 1
-    return f"MD5 sums of {compared} files as published" if compared else "no MD5 sums published for these files"
+def _check_file(source: Source, file: Path) -> bool:
+    """Return whether there is a published MD5 sum for `file`; raise `DataError` if there is and it has another."""
+    known = {Path(remote.place).name: remote.md5 for remote in source.remotes} | dict(source.sums)
+    if plain_name(file) in known:  # compressed anew by some mirrors: the content counts
+        check_sum(read_bounded(file, LIMIT), known[plain_name(file)], file)
+    elif file.name in known:
+        check_sum(file.read_bytes(), known[file.name], file)
+    else:
+        return False
+    return True
 
 
-def md5(path: Path) -> str:
-    """Return the MD5 sum of a file, read in pieces."""
-    digest = hashlib.md5()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+def fingerprint(arrays: Arrays) -> str:
+    """Return the MD5 sum of all labels (a byte each) and of every n-th image, about `SAMPLES` of them."""
+    images, labels = arrays
+    digest = hashlib.md5(labels.astype(np.uint8).tobytes())
+    digest.update(np.ascontiguousarray(images[:: max(1, len(images) // SAMPLES)]))
     return digest.hexdigest()
+
+
+def check_original(source: Source, arrays: tuple[Arrays, Arrays], where: str | Path) -> None:
+    """Raise `DataError` if `arrays` (train, test), read from `where`, are not those of the data set `source`.
+
+    Counts are compared with those of the whole data set, which every reader insists on; a table that was told another
+    size, as tests do, has no counts to compare.
+    """
+    found = tuple(map(fingerprint, arrays))
+    if found == source.fingerprints:
+        return
+    other = next((name for name, known in SOURCES.items() if known.fingerprints == found), None)
+    if other is not None:
+        raise DataError(
+            f"{where}: holds {other}, not {source.name}; get the files of {source.name}, or use --dataset {other}, "
+            f"which wants {SOURCES[other].accepts}"
+        )
+    for split, (_, labels), wanted in zip(("train", "test"), arrays, source.per_class, strict=True):
+        if len(labels) == sum(wanted):
+            _check_counts(source, split, labels, np.array(wanted), where)
+    if source.fingerprints:
+        raise DataError(
+            f"{where}: the labels or images are not those of {source.name}, though their sizes are: other images, "
+            f"another order or other labels; get the original files, or {OWN}"
+        )
+
+
+def _check_counts(source: Source, split: str, labels: np.ndarray, wanted: np.ndarray, where: str | Path) -> None:
+    counts = np.bincount(labels, minlength=len(wanted))
+    wrong = np.flatnonzero(counts != wanted)
+    if wrong.size:
+        c = int(wrong[0])
+        raise DataError(
+            f"{where}: {counts[c]} {split} images of class '{source.classes[c]}', {source.name} has {wanted[c]} "
+            f"({wrong.size} classes differ); these are not the original data, get them again, or {OWN}"
+        )

@@ -1,39 +1,20 @@
-"""The paper's experiments and this project's own, each run by one command: ``cupyep reproduce NAME``."""
+"""The paper's experiments and this project's own, each run by one command: ``cupyep reproduce NAME``.
+
+An experiment is a TOML file of this folder (`loading` says what it holds); what a cell measures is in `cells`, what is
+read out of it in `findings`.
+"""
 
 from __future__ import annotations
 
 from cupyep.errors import choose
-from cupyep.experiments.costs import COST
 from cupyep.experiments.design import SCALES, Experiment, Results
-from cupyep.experiments.feedback import ACTIVATIONS, FEEDBACK
-from cupyep.experiments.headline import VGG7, VGG12
-from cupyep.experiments.memory import MEMORY
-from cupyep.experiments.nudges import FIDELITY, NUDGE
+from cupyep.experiments.loading import load_experiments
 from cupyep.experiments.report import write_report
-from cupyep.experiments.running import load_results, reproduce
-from cupyep.experiments.signals import BASELINE, KAPPA, KD_VARIANTS, PLACEMENT, SIGNALS, VANISHING
+from cupyep.experiments.runner import load_results, reproduce
 
 __all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Results", "find", "load_results", "reproduce", "write_report"]
 
-EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment
-    for experiment in (
-        BASELINE,
-        VANISHING,
-        SIGNALS,
-        PLACEMENT,
-        KAPPA,
-        KD_VARIANTS,
-        ACTIVATIONS,
-        FEEDBACK,
-        NUDGE,
-        FIDELITY,
-        MEMORY,
-        COST,
-        VGG7,
-        VGG12,
-    )
-}
+EXPERIMENTS: dict[str, Experiment] = load_experiments()
 
 
 def find(name: str) -> Experiment:

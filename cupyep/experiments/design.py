@@ -10,26 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.errors import require
 from cupyep.training.config import TrainConfig
 
-SCALES = ("small", "full")
+SCALES = ("small", "medium", "full")
+#: Options that say which images are seen, how and how often: rows of one table share them.
+SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip")
+
+Value = Callable[[Mapping[str, Any]], float | None]  # of what a cell measured; None where it has none
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table: a setting that is measured once a seed.
 
-    Attributes
-    ----------
-    key : str
-        Name of its folders and of its entries in results.json.
-    label : str
-        What a reader sees.
-    options : mapping
-        Options that differ from the experiment's `base` (those of `TrainConfig`, or of the measurement).
-    published : mapping
-        Column -> published figure; `source` says where.
-    source : str
+    `key` names its folders and its entries in results.json, `label` is what a reader sees, `options` are those of
+    `TrainConfig` but for the seed, `published` holds figures by column, and `source` says where.
     """
 
     key: str
@@ -43,19 +39,8 @@ class Row:
 class Cell:
     """One row with one seed: what a measurement gets.
 
-    Attributes
-    ----------
-    row : Row
-    seed : int
-    options : dict
-        Base, row and seed together.
-    out : Path
-        The report folder.
-    report : callable
-        Takes lines that say what is going on.
-    quiet : bool
-    deadline : callable
-        Raises `OutOfTime` when the time is used up; asked after every batch of a training, too.
+    `options` are those of row and command, and the seed; `out` is the report folder; `report` takes lines that say what
+    is going on; `deadline` raises `OutOfTime` when the time is used up, and is asked after every batch of a training.
     """
 
     row: Row
@@ -84,24 +69,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table.
-
-    Attributes
-    ----------
-    title : str
-    value : callable
-        Takes what a cell measured and returns a number, or None where it has none.
-    form : str
-        Format of mean and standard deviation.
-    """
+    """A column of the table: its title, what it shows of a cell, and the format of mean and standard deviation."""
 
     title: str
-    value: Callable[[Mapping[str, Any]], float | None]
+    value: Value
     form: str = ".3f"
-
-
-#: Options that say which images are seen, how and how often: rows of one table share them.
-SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip")
 
 
 def seen(options: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -110,17 +82,12 @@ def seen(options: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(options.get(name, defaults[name]) for name in SEEN)
 
 
-class Results:
-    """What was measured: cells by row and seed, read from results.json.
+def cell_name(key: str, seed: int) -> str:
+    return f"{key}/{seed}"
 
-    Parameters
-    ----------
-    rows : sequence of Row
-    cells : mapping
-        ``"row/seed"`` -> what the cell measured.
-    seeds : int
-        How many seeds were asked for.
-    """
+
+class Results:
+    """What was measured: `cells` holds it by ``"row/seed"``, as results.json does; `seeds` were asked for."""
 
     def __init__(self, rows: Sequence[Row], cells: Mapping[str, Mapping[str, Any]], seeds: int):
         self.rows = list(rows)
@@ -131,12 +98,12 @@ class Results:
         """Return the measured cells of a row, by seed."""
         return [self.cells[name] for seed in range(self.seeds) if (name := cell_name(key, seed)) in self.cells]
 
-    def values(self, key: str, value: Callable[[Mapping[str, Any]], float | None]) -> np.ndarray:
+    def values(self, key: str, value: Value) -> np.ndarray:
         """Return `value` of every measured cell of a row, those without one left out."""
         found = (value(cell) for cell in self.of(key))
         return np.array([number for number in found if number is not None], float)
 
-    def mean(self, key: str, value: Callable[[Mapping[str, Any]], float | None]) -> float:
+    def mean(self, key: str, value: Value) -> float:
         """Return the mean over the seeds, NaN where nothing was measured."""
         values = self.values(key, value)
         return float(values.mean()) if len(values) else float("nan")
@@ -147,47 +114,36 @@ class Results:
         return len(self.cells) == len(self.rows) * self.seeds
 
 
-def cell_name(key: str, seed: int) -> str:
-    return f"{key}/{seed}"
+@dataclass(frozen=True)
+class Scale:
+    """An experiment at one size: its setting for the reader, its rows, and the seeds where no number is asked for."""
+
+    setting: str
+    rows: Sequence[Row]
+    seeds: int
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A claim of the paper, or of this project, and how it is put to the test.
 
-    Attributes
-    ----------
-    name, title : str
-    claim : str
-        In a sentence or two, with its source.
-    setting : mapping of str to str
-        Scale -> what is trained on what, for the reader.
-    base : mapping of str to mapping
-        Scale -> options that all rows share.
-    rows : mapping of str to sequence of Row
-        Scale -> rows.
-    seeds : mapping of str to int
-        Scale -> number of seeds where none is asked for.
-    measure : callable
-        Takes a `Cell`, returns plain numbers, texts and lists.
-    columns : sequence of Column
-    figures : mapping
-        File name -> function that draws `Results` and returns a figure.
-    verdict : callable
-        `Results` -> one sentence.
-    remarks : str
-        What the reader should know besides; Markdown.
+    `measure` takes a `Cell` and returns plain numbers, texts and lists; of `Results`, each of `figures` (file name ->
+    function) draws a figure and `verdict` makes a sentence. `claim` names its source, `remarks` is Markdown.
     """
 
     name: str
     title: str
     claim: str
-    setting: Mapping[str, str]
-    base: Mapping[str, Mapping[str, Any]]
-    rows: Mapping[str, Sequence[Row]]
-    seeds: Mapping[str, int]
+    scales: Mapping[str, Scale]
     measure: Callable[[Cell], dict[str, Any]]
     columns: Sequence[Column]
     figures: Mapping[str, Callable[[Results], Any]]
     verdict: Callable[[Results], str]
     remarks: str = ""
+
+    def at(self, scale: str) -> Scale:
+        """Return the experiment at a scale; `ConfigurationError` if it has none of that name."""
+        require(
+            scale in self.scales, f"experiment '{self.name}' has no scale '{scale}', only {' and '.join(self.scales)}"
+        )
+        return self.scales[scale]

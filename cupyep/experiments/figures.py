@@ -1,14 +1,17 @@
-"""Figures of reports: courses over epochs, values over layers, values over an option. matplotlib, without a display."""
+"""Figures of reports: values over epochs, over layers, over an option. matplotlib, without a display."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import COLOURS, MARKERS, plain_axes
+from cupyep.commands.plots.style import COLOURS, MARKERS, line_style, plain_axes
+from cupyep.experiments.cells import FORMS, STEPS
 from cupyep.experiments.design import Results
+from cupyep.experiments.findings import COLUMNS
 
 AXES = {
     "train_loss": "training loss, nats",
@@ -19,6 +22,11 @@ AXES = {
     "gradient_norm": "norm of the gradient",
     "activity": "activity, mean $|s|$",
 }
+BESIDE = {"fontsize": "small", "frameon": False, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+INSIDE = {"fontsize": "small", "frameon": False}
+COSINES = {"ylim": (-0.1, 1.05)}
+
+Panel = tuple[str, Callable[[Mapping[str, Any]], Sequence[float | None]], dict[str, Any]]
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -30,85 +38,116 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def band(axis: Any, x: Sequence[float], courses: np.ndarray, label: str, number: int) -> None:
-    """Draw the mean of `courses` (seeds, points) and the range between the seeds."""
-    style = _style(number)
-    axis.plot(x, courses.mean(axis=0), label=label, **style)
-    if len(courses) > 1:
-        axis.fill_between(x, courses.min(axis=0), courses.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mapping[str, Any] = BESIDE) -> Any:
+    """Draw a line a row, the mean over the seeds, and the range between them.
+
+    Parameters
+    ----------
+    panels : sequence of tuple
+        Label of the y axis, function from a cell to its points (none where it has none), settings of the axes.
+    """
+    figure, axes = plain_axes(len(panels))
+    for axis, (title, points, how) in zip(axes, panels, strict=True):
+        for number, row in enumerate(results.rows):
+            found = [values for cell in results.of(row.key) if (values := points(cell))]
+            if found:
+                count = min(map(len, found))
+                values, style = np.array([course[:count] for course in found], float), _style(number)
+                x = range(1, count + 1)
+                axis.plot(x, values.mean(axis=0), label=row.label, **style)
+                if len(values) > 1:
+                    low, high = values.min(axis=0), values.max(axis=0)
+                    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axis.set(xlabel=xlabel, ylabel=title, **how)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].legend(**legend)
+    return figure
 
 
-def courses(*names: str, chance: bool = True) -> Callable[[Results], Any]:
-    """Return a function that draws the courses `names` over the epochs, a line a row, a band over the seeds."""
-
-    def draw(results: Results) -> Any:
-        figure, axes = plain_axes(len(names))
-        for axis, name in zip(axes, names, strict=True):
-            for number, row in enumerate(results.rows):
-                found = [cell[name] for cell in results.of(row.key) if "failed" not in cell]
-                if found:
-                    epochs = min(map(len, found))
-                    values = np.array([course[:epochs] for course in found])
-                    band(axis, range(1, epochs + 1), values, row.label, number)
-            axis.set(xlabel="epoch", ylabel=AXES[name])
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-        return figure
-
-    return draw
+def courses(results: Results, values: Sequence[str] = ("train_loss", "test_accuracy")) -> Any:
+    """Draw courses over the epochs."""
+    return _lines(results, "epoch", [(AXES[name], lambda cell, name=name: cell.get(name), {}) for name in values])
 
 
-def over_layers(*names: str) -> Callable[[Results], Any]:
-    """Return a function that draws per-layer values of the last epoch, log scale, a line a row."""
+def layers(results: Results, values: Sequence[str] = ("nudge_response", "gradient_norm")) -> Any:
+    """Draw what the layers had in the last epoch, on a logarithmic axis."""
 
-    def draw(results: Results) -> Any:
-        figure, axes = plain_axes(len(names))
-        for axis, name in zip(axes, names, strict=True):
-            for number, row in enumerate(results.rows):
-                found = [cell[name][-1] for cell in results.of(row.key) if "failed" not in cell and cell[name][-1]]
-                if found:
-                    values = np.maximum(np.array(found), 1e-30)
-                    band(axis, range(1, values.shape[1] + 1), values, row.label, number)
-            axis.set(xlabel="layer (1 sees the image)", ylabel=AXES[name], yscale="log")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-        return figure
+    def of(name: str) -> Callable[[Mapping[str, Any]], list[float]]:
+        return lambda cell: [max(value, 1e-30) for value in cell.get(name, [[]])[-1]]
 
-    return draw
+    panels = [(AXES[name], of(name), {"yscale": "log"}) for name in values]
+    return _lines(results, "layer (1 sees the image)", panels)
 
 
-def against(
-    option: str, label: str, lines: Mapping[str, Sequence[str]], values: Mapping[str, Callable], log: bool = True
-) -> Callable[[Results], Any]:
-    """Return a function that draws `values` over an option of the rows.
+def cosines_by_epoch(results: Results) -> Any:
+    """Draw the mean cosine with BPTT of the layers below the readout over the epochs."""
+
+    def course(cell: Mapping[str, Any]) -> list[float]:
+        found = ([c for c in probe["bptt"][:-1] if c is not None] for probe in cell.get("probes", []))
+        return [float(np.mean(cosines)) if cosines else np.nan for cosines in found]
+
+    return _lines(results, "epoch", [("cosine with BPTT, mean of layers", course, COSINES)], INSIDE)
+
+
+def cosines_by_layer(results: Results) -> Any:
+    """Draw the cosine with BPTT of every layer, a panel a form."""
+    panels = [
+        (f"cosine with BPTT, {form} form", lambda cell, form=form: cell.get(form, {}).get("cosine"), COSINES)
+        for form in FORMS
+    ]
+    return _lines(results, "layer (the last is the readout)", panels)
+
+
+def against(results: Results, option: str, label: str, lines: Mapping[str, str], columns: Sequence[str]) -> Any:
+    """Draw columns over an option of the rows, on a logarithmic axis.
 
     Parameters
     ----------
     option, label : str
         Option of `TrainConfig` on the x axis, and its label.
     lines : mapping
-        Legend -> keys of the rows that one line joins.
-    values : mapping
-        Label of the y axis, one axes each -> function from a cell to a number.
-    log : bool
-        Logarithmic x axis.
+        Legend -> regular expression that the keys of the rows match that a line joins.
+    columns : sequence of str
+        Names of `COLUMNS`, one axes each.
     """
+    figure, axes = plain_axes(len(columns))
+    for axis, column in zip(axes, (COLUMNS[name] for name in columns), strict=True):
+        for number, (legend, pattern) in enumerate(lines.items()):
+            rows = [row for row in results.rows if re.fullmatch(pattern, row.key) and option in row.options]
+            found = [(row.options[option], results.values(row.key, column.value)) for row in rows]
+            points = [(x, v.mean(), v.mean() - v.min(), v.max() - v.mean()) for x, v in found if len(v)]
+            if points:
+                x, mean, below, above = zip(*points, strict=True)
+                axis.errorbar(x, mean, yerr=[below, above], label=legend, capsize=3, **_style(number))
+        axis.set(xlabel=label, ylabel=column.title, xscale="log")
+    axes[-1].legend(**BESIDE)
+    return figure
 
-    def draw(results: Results) -> Any:
-        rows = {row.key: row for row in results.rows}
-        figure, axes = plain_axes(len(values))
-        for axis, (title, value) in zip(axes, values.items(), strict=True):
-            for number, (legend, keys) in enumerate(lines.items()):
-                points = [(rows[key].options.get(option), results.values(key, value)) for key in keys]
-                points = [(x, y) for x, y in points if x is not None and len(y)]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    means = [v.mean() for v in y]
-                    spread = [[m - v.min() for m, v in zip(means, y, strict=True)],
-                              [v.max() - m for m, v in zip(means, y, strict=True)]]  # fmt: skip
-                    axis.errorbar(x, means, yerr=spread, label=legend, capsize=3, **_style(number))
-            axis.set(xlabel=label, ylabel=title, xscale="log" if log else "linear")
-        axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-        return figure
 
-    return draw
+def peaks(results: Results) -> Any:
+    """Draw peak memory over T on logarithmic axes: a colour a network, lines planned, marks measured."""
+    figure, (axis,) = plain_axes(1, width=7.5, height=4.5)
+    for number, row in enumerate(results.rows):
+        for cell in results.of(row.key):
+            for algorithm, line in (("ep", "--"), ("bptt", "-")):
+                style = {"color": line_style(number)["color"], "label": f"{row.label}, {algorithm.upper()}"}
+                axis.plot(STEPS, [n / 1e6 for n in cell["planned"][algorithm]], linestyle=line, **style)
+                marks = [n / 1e6 for n in cell["measured"].get(algorithm, [])]
+                axis.plot(STEPS[: len(marks)], marks, "o", markersize=4, color=style["color"])
+    axis.set(
+        xlabel="T, free steps of EP and unrolled steps of BPTT", ylabel="peak memory, MB", xscale="log", yscale="log"
+    )
+    axis.set_xticks(STEPS, [str(t) for t in STEPS])
+    axis.legend(**BESIDE)
+    return figure
+
+
+#: What an experiment's file may name as a figure.
+KINDS: dict[str, Callable[..., Any]] = {
+    "courses": courses,
+    "layers": layers,
+    "cosines by epoch": cosines_by_epoch,
+    "cosines by layer": cosines_by_layer,
+    "against": against,
+    "peaks": peaks,
+}

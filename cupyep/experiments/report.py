@@ -17,18 +17,16 @@ SHOWN = 12  # names of cells that are open
 
 
 def write_report(experiment: Experiment, results: Results, about: Mapping[str, Any], out: str | Path) -> Path:
-    """Write REPORT.md and the figures into `out` and return the path of REPORT.md.
+    """Write REPORT.md and the figures into `out`; `about` are the entries of results.json besides the cells.
 
-    Parameters
-    ----------
-    about : mapping
-        The entries of results.json besides the cells.
+    Returns
+    -------
+    Path
+        Of REPORT.md.
     """
-    folder = Path(out)
-    for name, draw in experiment.figures.items():
-        if results.cells:
-            save(draw(results), folder / name)
-    path = folder / REPORT
+    path = Path(out) / REPORT
+    for name, draw in experiment.figures.items() if results.cells else ():
+        save(draw(results), path.with_name(name))
     with replacing(path) as temporary:
         temporary.write_text(report_text(experiment, results, about), encoding="utf-8")
     return path
@@ -41,7 +39,7 @@ def report_text(experiment: Experiment, results: Results, about: Mapping[str, An
     parts = [
         f"# {experiment.name}: {experiment.title}",
         f"**Claim.** {experiment.claim}",
-        f"**Setting ({scale}).** {experiment.setting[scale]}",
+        f"**Setting ({scale}).** {experiment.at(scale).setting}",
         table(experiment, results),
         f"**Verdict.** {verdict}",
         "\n\n".join(f"![{name}]({name}.png)" for name in experiment.figures) if results.cells else "",

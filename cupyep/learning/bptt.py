@@ -256,19 +256,13 @@ class BackpropagationThroughTime(Learner):
             energy.correlate(c, unrolled.scaled[below - 1], nodes[above], winners, gradients, ops[c], bias=False)
 
     def _down(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        """Return what q of the node above a connection, as a factor of products, sends down."""
-        graph = self.network.graph
-        down = unrolled.down[graph.below[c] - 1]
-        graph.edges[c].topdown(q, state.winners[c], down, ops[c])
-        return down
+        energy = self.network.energy
+        return energy.send_down(c, q, state.winners[c], unrolled.down[energy.graph.below[c] - 1], ops[c])
 
     def _up(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        """Return what q of the node below sends up; ``unrolled.scaled`` holds it times a_above / a_below."""
-        network, graph = self.network, self.network.graph
-        scaled, up = unrolled.scaled[graph.below[c] - 1], unrolled.up[graph.above[c] - 1]
-        network.device.xp.multiply(q, network.energy.ratios[c], out=scaled)
-        graph.edges[c].linear_drive(scaled, up, state.winners[c], ops[c])
-        return up
+        energy = self.network.energy
+        below, above = energy.graph.below[c] - 1, energy.graph.above[c] - 1
+        return energy.send_up(c, q, unrolled.scaled[below], state.winners[c], unrolled.up[above], ops[c])
 
 
 @dataclass(frozen=True)

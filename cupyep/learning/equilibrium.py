@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.batch import Batch
+from cupyep.energy import Change
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
@@ -193,7 +194,7 @@ class EquilibriumPropagation(Learner):
         winners still change the two differ, and with them the gradient of Phi. Those of the image are constant.
         """
         network, samples, images = self.network, part.samples, part.batch.images
-        graph, energy, buffers, two = network.graph, network.energy, nudged.buffers, part.phases == 2
+        energy, buffers, two = network.energy, nudged.buffers, part.phases == 2
         ops, response = network.memory.workspace(part.phases * samples).ops, []
         free_nodes = [images, *(s[samples:] if two else free.layers[n] for n, s in enumerate(nudged.layers))]
         if two:
@@ -203,17 +204,15 @@ class EquilibriumPropagation(Learner):
             first, second, work = nodes[node][:samples], free_nodes[node], buffers.work[0][node - 1]
             response.append(self._response(first, second, work[:samples]))
             self._factors[node - 1] = -energy.weights[node - 1] / (part.span * part.total)
-            winners = self._winners_at(node, nodes, nudged.winners, nudged.winners, work, ops)
+            winners = energy.winners_at(node, nodes, nudged.winners, nudged.winners, work, ops)
             work[:samples] = first
             if two:
                 network.device.xp.multiply(second, -1, out=work[samples:])  # one product over both phases
-            for c in graph.into[node]:
-                energy.correlate(c, nodes[graph.below[c]], work, winners[c], part.gradients, ops[c])
+            energy.add_gradients(node, nodes, work, winners, part.gradients, ops)
             if not two:
-                winners = self._winners_at(node, free_nodes, free.winners, buffers.work_winners, work, ops)
+                winners = energy.winners_at(node, free_nodes, free.winners, buffers.work_winners, work, ops)
                 network.device.xp.multiply(second, -1, out=work)
-                for c in graph.into[node]:
-                    energy.correlate(c, free_nodes[graph.below[c]], work, winners[c], part.gradients, ops[c])
+                energy.add_gradients(node, free_nodes, work, winners, part.gradients, ops)
         self._add_part_terms(part, nudged, lambda n, phase: nudged.layers[n - 1][part.rows(phase)])
         return network.device.xp.stack(response) * (part.samples / part.total)
 
@@ -223,18 +222,6 @@ class EquilibriumPropagation(Learner):
         difference = xp.subtract(first, second, out=work)
         return xp.abs(difference, out=difference).mean(dtype=self.network.dtype)
 
-    def _winners_at(
-        self, node: int, nodes: Sequence[Any], constant: Sequence[Any], winners: Sequence[Any], work: Any, ops: Any
-    ) -> dict[int, Any]:
-        """Return the winners of the connections into a node at some states; those from the image are constant."""
-        graph, found = self.network.graph, {}
-        for c in graph.into[node]:
-            below, edge = graph.below[c], graph.edges[c]
-            found[c] = winners[c] if below and edge.has_winners else constant[c]
-            if below and edge.has_winners:
-                edge.drive(nodes[below], work, winners[c], ops[c])
-        return found
-
     def _add_deviation(self, part: Part, free: State, nudged: State) -> Any:
         """Add ``-[corr(m^i, U(e^j)) + (a_j / a_i) corr(e^i, U(m^j))] / ((beta_1 - beta_2) total)``, i to j connected.
 
@@ -243,22 +230,15 @@ class EquilibriumPropagation(Learner):
         difference of two large sums. In the tangent limit m = s*.
         """
         network, ops = self.network, self.network.memory.workspace(part.samples).ops
-        graph, energy = network.graph, network.energy
         response = network.device.xp.zeros(network.depth, network.dtype)
         self._add_part_terms(part, nudged, functools.partial(self._state_of_deviation, part, free, nudged))
-        means, differences, weights = [part.batch.images], [None], [0.0] + [1.0] * network.depth
+        means, changes = [part.batch.images], [None]
         for node in range(1, network.depth + 1):
             mean, difference = self._mean_and_difference(node, part, free, nudged, response[node - 1 : node])
             means.append(mean)
-            differences.append(difference)
+            changes.append(Change(difference))
             self._factors[node - 1] = -1 / (part.span * part.total * nudged.scales[-1])  # a of the last node is 1
-            for c in graph.into[node]:
-                below, winners = graph.below[c], free.winners[c]
-                energy.correlate(c, means[below], difference, winners, part.gradients, ops[c])
-                if below:
-                    differences[below] *= energy.ratios[c] / weights[below]
-                    weights[below] = energy.ratios[c]
-                    energy.correlate(c, differences[below], mean, winners, part.gradients, ops[c], bias=False)
+            network.energy.add_gradients_of_change(node, means, changes, free.winners, part.gradients, ops)
         return response
 
     def _mean_and_difference(self, n: int, part: Part, free: State, nudged: State, size: Any) -> tuple[Any, Any]:

@@ -147,8 +147,8 @@ def _probe(path: str | Path) -> None:
     if result.returncode < 0:
         raise OSError(f"the HDF5 library crashes on it (signal {-result.returncode})")
     if result.returncode > 0:
-        lines = result.stderr.decode(errors="replace").split("\n")
-        raise OSError(next((line for line in reversed(lines) if line), f"exit code {result.returncode}"))
+        last = result.stderr.decode(errors="replace").strip().split("\n")[-1]
+        raise OSError(last or f"exit code {result.returncode}")
 
 
 def attribute(item: h5py.Group | h5py.Dataset, name: str) -> Any:
@@ -165,15 +165,13 @@ def attribute(item: h5py.Group | h5py.Dataset, name: str) -> Any:
     kind = found.get_type()
     if kind.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT):
         raise TypeError(f"attribute '{name}' is neither text nor numbers")
-    is_text = kind.get_class() == h5py.h5t.STRING
     if found.get_space().get_simple_extent_npoints() * max(1, kind.get_size()) > ATTRIBUTE_BYTES:
         raise ValueError(f"attribute '{name}' is larger than {ATTRIBUTE_BYTES} bytes")
     value = item.attrs[name]
-    if isinstance(value, np.bytes_):
-        return bytes(value).decode()
-    if is_text and isinstance(value, np.ndarray):
-        return np.array([v.decode() if isinstance(v, bytes) else v for v in value.ravel()], object).reshape(value.shape)
-    return value
+    if kind.get_class() != h5py.h5t.STRING or isinstance(value, (str, h5py.Empty)):
+        return value
+    texts = [text.decode() if isinstance(text, bytes) else text for text in np.ravel(value).tolist()]
+    return np.array(texts, object).reshape(value.shape) if isinstance(value, np.ndarray) else texts[0]
 
 
 def find(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
@@ -205,7 +203,8 @@ def find_array(group: h5py.Group, name: str, *, compressed: bool = False) -> h5p
     array = find(group, name)
     if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual or array.shape is None:
         return None
-    filters = _filters(array)
+    created = array.id.get_create_plist()
+    filters = [created.get_filter(number)[0] for number in range(created.get_nfilters())]
     compressors = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_LZF}
     harmless = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
     allowed = harmless | compressors if compressed else harmless
@@ -218,8 +217,3 @@ def find_array(group: h5py.Group, name: str, *, compressed: bool = False) -> h5p
     if array.chunks and math.prod(array.chunks) * array.dtype.itemsize > CHUNK_BYTES:
         raise ValueError(f"array '{name}' is stored in chunks of more than {CHUNK_BYTES} bytes")
     return array
-
-
-def _filters(array: h5py.Dataset) -> list[int]:
-    created = array.id.get_create_plist()
-    return [created.get_filter(number)[0] for number in range(created.get_nfilters())]

@@ -108,12 +108,10 @@ class TeacherFile:
 
     def _names(self, name: str) -> tuple[str, ...]:
         values = hdf5.attribute(self._file, name)
-        values = tuple(values) if isinstance(values, np.ndarray) and values.ndim == 1 else ()
-        self._check(
-            bool(values) and all(isinstance(value, str) for value in values),
-            f"attribute '{name}' is missing or not a list of names; {AGAIN}",
-        )
-        return values
+        right = isinstance(values, np.ndarray) and values.ndim == 1 and values.size
+        right = right and all(isinstance(value, str) for value in values)
+        self._check(bool(right), f"attribute '{name}' is missing or not a list of names; {AGAIN}")
+        return tuple(values)
 
     def _read_split(self, name: str) -> dict[str, tuple[int, ...]]:
         """Check one group; return the shapes of its features."""
@@ -166,23 +164,17 @@ class TeacherFile:
         Its accuracies are counted anew; one that contradicts the file's own is refused.
         """
         instance("dataset", dataset, Dataset)
+        mine, ours, theirs = f"data set {dataset.name}", dataset.classes, self.classes
         remedy = f"make one for {dataset.name} with tools/export_teacher_logits.py"
-        self._check(
-            self.dataset == dataset.name, f"is a teacher for data set {self.dataset}, not {dataset.name}; {remedy}"
-        )
-        self._check_classes(dataset, remedy)
+        right = self.dataset == dataset.name
+        self._check(right, f"is a teacher for data set {self.dataset}, not {dataset.name}; {remedy}")
+        self._check(len(ours) == len(theirs), f"has {len(theirs)} classes, {mine} has {len(ours)}; {remedy}")
+        for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+            self._check(a == b, f"calls class {i} '{a}', {mine} calls it '{b}'; {remedy}")
         for name in SPLITS:
             with self._disk():
                 self._check_labels(dataset, name, remedy)
                 self._check_logits(name)
-
-    def _check_classes(self, dataset: Dataset, remedy: str) -> None:
-        ours, theirs = dataset.classes, self.classes
-        self._check(
-            len(ours) == len(theirs), f"has {len(theirs)} classes, data set {dataset.name} has {len(ours)}; {remedy}"
-        )
-        for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-            self._check(a == b, f"calls class {i} '{a}', data set {dataset.name} calls it '{b}'; {remedy}")
 
     def _check_labels(self, dataset: Dataset, name: str, remedy: str) -> None:
         split, labels = dataset.split(name), self._file[f"{name}/labels"][...]
@@ -193,14 +185,12 @@ class TeacherFile:
             f"covers {len(labels)} {name} samples of data set {dataset.name}, which has {split.total} "
             f"and of which {len(split)} are used, {int((~found).sum())} of these not in the file; {remedy}",
         )
-        wrong = np.flatnonzero(labels[rows] != split.labels)
-        if wrong.size:
-            first = int(wrong[0])
+        for first in np.flatnonzero(labels[rows] != split.labels)[:1]:
             self._check(
                 False,
-                f"{wrong.size} of {len(split)} {name} labels disagree with data set {dataset.name} (first: sample "
-                f"{split.index[first]} has {labels[rows[first]]}, not {split.labels[first]}); it was made from other "
-                f"data or in another order, {remedy}",
+                f"{(labels[rows] != split.labels).sum()} of {len(split)} {name} labels disagree with data set "
+                f"{dataset.name} (first: sample {split.index[first]} has {labels[rows[first]]}, not "
+                f"{split.labels[first]}); it was made from other data or in another order, {remedy}",
             )
 
     def _find(self, name: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,13 +207,9 @@ class TeacherFile:
         for rows in blocks(logits):
             values = logits[:, rows]
             right += (values.argmax(axis=2) == labels[rows]).sum(axis=1)
-            finite = np.isfinite(values).all(axis=2)
-            if not finite.all():
-                view, row = (int(i[0]) for i in np.nonzero(~finite))
-                sample = rows.start + row
-                self._check(
-                    False, f"{name}/logits of sample {sample}, view {self.views[view]}, are not finite; {AGAIN}"
-                )
+            for view, row in np.argwhere(~np.isfinite(values).all(axis=2))[:1]:
+                where = f"sample {rows.start + row}, view {self.views[view]}"
+                self._check(False, f"{name}/logits of {where}, are not finite; {AGAIN}")
         self.measured[name] = dict(zip(self.views, (right / len(labels)).tolist(), strict=True))
         stored, found = self.accuracy(name), self.measured[name]["identity"]
         self._check(
@@ -357,11 +343,8 @@ class TeacherFile:
 
 def _integers(name: str, value: np.ndarray | int) -> np.ndarray:
     """Return integers of Python or NumPy as an array."""
-    value = (
-        np.asarray(value)
-        if isinstance(value, (list, tuple, int, np.integer)) and not isinstance(value, bool)
-        else value
-    )
+    if isinstance(value, (list, tuple, int, np.integer)) and not isinstance(value, bool):
+        value = np.asarray(value)
     right = isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size > 0
     require(right, f"{name} must be one or more integers, not {shown(value)}")
     return value

@@ -14,7 +14,7 @@ import numpy as np
 from cupyep import errors
 from cupyep.batch import as_array
 from cupyep.data.dataset import VIEWS, Dataset
-from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
+from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, views_problem
 from cupyep.errors import LARGEST, TeacherError, instance, integer, items, one_line, shown
 from cupyep.persistence import hdf5
 
@@ -67,16 +67,15 @@ class TeacherWriter:
         instance("dataset", dataset, Dataset)
         instance("teacher", teacher, str, "a text")
         self.accuracy: dict[str, float] = {}
-        self._classes = len(dataset.classes)
         self._check(not views_problem(self.views), views_problem(self.views))
         named = isinstance(dtype, (str, type, np.dtype)) and str(getattr(dtype, "__name__", dtype)) in DTYPES
         self._check(named, f"dtype is {shown(dtype)}: choose from {', '.join(DTYPES)}")
-        self._check(
-            all(isinstance(name, str) and name and "/" not in name and name != "." for name in self.features),
-            "layer names must not hold '/'",
-        )
+        named = all(isinstance(name, str) and name and "/" not in name and name != "." for name in self.features)
+        self._check(named, "layer names must not hold '/'")
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._written = {name: np.zeros((len(self.views), len(dataset.split(name))), bool) for name in SPLITS}
+        self._labels = {name: dataset.split(name).labels for name in SPLITS}
+        self._written = {name: np.zeros((len(self.views), len(y)), bool) for name, y in self._labels.items()}
+        self._right = {name: np.zeros(len(y), bool) for name, y in self._labels.items()}  # of the identity view
         with self._disk():
             self._file = hdf5.create(self._temporary)
         try:
@@ -88,18 +87,15 @@ class TeacherWriter:
 
     def _lay_out(self, dataset: Dataset, teacher: str, dtype: np.dtype) -> None:
         self._file.attrs.update(format=FORMAT, version=VERSION, dataset=dataset.name, teacher=teacher)
-        self._file.attrs["classes"] = list(dataset.classes)
-        self._file.attrs["views"] = list(self.views)
-        for name in SPLITS:
-            split = dataset.split(name)
-            group = self._file.create_group(name)
-            rows = (len(self.views), len(split))
+        self._file.attrs.update(classes=list(dataset.classes), views=list(self.views))
+        for name, written in self._written.items():
+            split, group = dataset.split(name), self._file.create_group(name)
             group["labels"] = split.labels
             if split.index[-1] >= len(split):  # else row n is sample n
                 group["index"] = split.index
-            group.create_dataset("logits", (*rows, self._classes), dtype)
+            group.create_dataset("logits", (*written.shape, len(dataset.classes)), dtype)
             for layer, shape in self.features.items():
-                group.create_dataset(f"features/{layer}", (*rows, *shape), dtype)
+                group.create_dataset(f"features/{layer}", (*written.shape, *shape), dtype)
 
     def __enter__(self) -> TeacherWriter:
         return self
@@ -149,12 +145,14 @@ class TeacherWriter:
         self._check(0 <= start < rows.stop <= written.shape[1], f"{where}: outside 0..{written.shape[1] - 1}")
         group = self._file[split_name]
         with self._disk():
-            self._store(group["logits"], view, rows, logits, f"{where}: logits")
+            stored = self._store(group["logits"], view, rows, logits, f"{where}: logits")
             for layer, values in features.items():
                 self._store(group[f"features/{layer}"], view, rows, values, f"{where}: features of {layer}")
         written[view, rows] = True
+        if view_name == "identity":
+            self._right[split_name][rows] = stored.argmax(axis=1) == self._labels[split_name][rows]
 
-    def _store(self, target: h5py.Dataset, view: int, rows: slice, values: np.ndarray, where: str) -> None:
+    def _store(self, target: h5py.Dataset, view: int, rows: slice, values: np.ndarray, where: str) -> np.ndarray:
         shape = (rows.stop - rows.start, *target.shape[2:])
         values = as_array(where, values)
         self._check(values.dtype.kind in "fiu", f"{where} are {values.dtype}, not numbers")
@@ -163,16 +161,18 @@ class TeacherWriter:
             values = values.astype(target.dtype)
         self._check(bool(np.isfinite(values).all()), f"{where} are not all finite as {target.dtype.name}")
         target[view, rows] = values
+        return values
 
     def finish(self) -> None:
         """Check that every row was written, store the accuracies, and put the file in its place."""
         try:
-            for name in SPLITS:
-                view, row = np.nonzero(~self._written[name])
-                if view.size:
-                    what = f"{view.size} rows of {name} were never written"
-                    self._check(False, f"{what}, the first: {self.views[view[0]]} {row[0]}")
-                self.accuracy[name] = self._accuracy(self._file[name])
+            for name, written in self._written.items():
+                for view, row in np.argwhere(~written)[:1]:
+                    count = written.size - written.sum()
+                    self._check(
+                        False, f"{count} rows of {name} were never written, the first: {self.views[view]} {row}"
+                    )
+                self.accuracy[name] = float(self._right[name].mean())
                 self._file[name].attrs["accuracy"] = self.accuracy[name]
             with self._disk():
                 self._file.close()
@@ -181,13 +181,6 @@ class TeacherWriter:
         except BaseException:
             self.abort()
             raise
-
-    def _accuracy(self, group: h5py.Group) -> float:
-        logits, labels = group["logits"], group["labels"][:]
-        view, correct = self.views.index("identity"), 0
-        for rows in blocks(logits):
-            correct += int((logits[view, rows].argmax(axis=1) == labels[rows]).sum())
-        return correct / len(labels)
 
     def abort(self) -> None:
         """Give up: remove the temporary file; nothing appears at `path`."""

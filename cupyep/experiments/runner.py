@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cupyep.commands.system import THREAD_VARIABLES, system_report
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, require
-from cupyep.experiments.design import SCALES, Cell, Experiment, Results, cell_name
+from cupyep.experiments.design import Cell, Experiment, Results, cell_name
 from cupyep.files import FolderLock, is_leftover, read_text, replacing
 from cupyep.training.interruption import NAMES, Interruptions
 
@@ -51,7 +52,8 @@ def reproduce(
     experiment : Experiment
     out : path
         Report folder; one that another experiment, scale or option has written is refused.
-    scale : {"small", "full"}
+    scale : {"small", "medium", "full"}
+        One that the experiment has.
     seeds : int, optional
         Seeds 0 .. seeds - 1.
     max_minutes : float, optional
@@ -78,31 +80,23 @@ def reproduce(
     CupyepError
         One clear line for whatever stands in the way.
     """
-    require(scale in SCALES, f"scale must be one of {', '.join(SCALES)} (got '{scale}')")
-    count = experiment.seeds[scale] if seeds is None else seeds
+    plan = experiment.at(scale)
+    count = plan.seeds if seeds is None else seeds
     require(count >= 1, f"--seeds must be at least 1 (got {count})")
     require(jobs >= 1, f"--jobs must be at least 1 (got {jobs})")
-    folder, rows = Path(out), experiment.rows[scale]
-    header = {"experiment": experiment.name, "scale": scale}
+    folder, header = Path(out), {"experiment": experiment.name, "scale": scale}
     end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+    before, after = defaults or {}, overrides or {}
     cells = [  # all rows of a seed first: a first answer comes early
-        Cell(
-            row,
-            seed,
-            {**(defaults or {}), **experiment.base[scale], **row.options, "seed": seed, **(overrides or {})},
-            folder,
-            report,
-            quiet,
-            partial(_check_time, end),
-        )
+        Cell(row, seed, {**before, **row.options, "seed": seed, **after}, folder, report, quiet, partial(_in_time, end))
         for seed in range(count)
-        for row in rows
+        for row in plan.rows
     ]
     about = {**header, **_circumstances(command), "seeds": count}
     with _claimed(folder, header), Interruptions(at_once=True):
         measured = {cell.name: content for cell in cells if (content := _kept(cell)) is not None}
         left = [cell for cell in cells if cell.name not in measured]
-        new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, scale, left, end, jobs)
+        new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, left, jobs)
         try:
             _write_json(folder / RESULTS, {**about, "cells": measured})
             with contextlib.closing(new):
@@ -114,11 +108,11 @@ def reproduce(
             raise Interrupted(f"{error}: {done}", error.number) from None
     if len(measured) < len(cells):
         report(f"{max_minutes:g} minutes are used up: {len(measured)} of {len(cells)} cells are measured")
-    return Results(rows, measured, count)
+    return Results(plan.rows, measured, count)
 
 
-def _check_time(end: float) -> None:
-    if time.monotonic() > end:
+def _in_time(end: float) -> None:
+    if time.monotonic() > end or (_stop is not None and _stop.is_set()):
         raise OutOfTime
 
 
@@ -131,20 +125,14 @@ def _in_turn(experiment: Experiment, cells: Sequence[Cell]) -> Iterator[tuple[st
             return
 
 
-def _side_by_side(
-    experiment: Experiment, scale: str, cells: Sequence[Cell], end: float, jobs: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _side_by_side(experiment: Experiment, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """As `_in_turn`, in `jobs` processes, in the order in which they end; a signal stops them all."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     ends = {"initializer": end_with, "initargs": (os.getpid(), stop)}
     with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context, **ends) as pool:
-        waiting = [
-            pool.submit(
-                _measure_alone, experiment.name, scale, cell.row.key, cell.seed, cell.options, cell.out, cell.quiet, end
-            )
-            for cell in cells
-        ]
+        told = (replace(cell, report=partial(_print, cell.place)) for cell in cells)
+        waiting = [pool.submit(_measure_alone, experiment.name, cell) for cell in told]
         try:
             for future in as_completed(waiting):
                 if future.result() is not None:
@@ -153,6 +141,17 @@ def _side_by_side(
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for what they save
             raise
+
+
+def _measure_alone(name: str, cell: Cell) -> tuple[str, dict[str, Any]] | None:
+    """Measure one cell in this process, return its name and content; None where the time is up."""
+    from cupyep.experiments import find
+
+    return next(_in_turn(find(name), [cell]), None)
+
+
+def _print(place: str, text: str) -> None:
+    print(f"[{place}] {text}", flush=True)
 
 
 _stop: Any = None  # in a process of `_side_by_side`: the event that tells it to stop
@@ -178,26 +177,6 @@ def end_with(parent: int, stop: Any = None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _measure_alone(
-    name: str, scale: str, key: str, seed: int, options: dict[str, Any], out: Path, quiet: bool, end: float
-) -> tuple[str, dict[str, Any]] | None:
-    """Measure one cell in this process, return its name and content; None where the time is up. Its lines name it."""
-    from cupyep.experiments import find
-
-    experiment = find(name)
-    row = next(row for row in experiment.rows[scale] if row.key == key)
-
-    def report(text: str) -> None:
-        print(f"[{key}-seed{seed}] {text}", flush=True)
-
-    def deadline() -> None:
-        _check_time(end)
-        if _stop is not None and _stop.is_set():
-            raise OutOfTime
-
-    return next(_in_turn(experiment, [Cell(row, seed, options, out, report, quiet, deadline)]), None)
-
-
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Let processes that start now use one thread for matrix products."""
@@ -219,12 +198,12 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
         If there are none, or they are of another experiment.
     """
     path = Path(out) / RESULTS
-    if not path.is_file():
-        raise CheckpointError(f"'{out}' holds no report: it has no {RESULTS}; leave out --report-only to measure first")
+    told = f"'{out}' holds no report: it has no {RESULTS}; leave out --report-only to measure first"
+    _check(path.is_file(), told)
     content = _read_json(path)
-    if content.get("experiment") != experiment.name:
-        raise CheckpointError(f"'{path}' is of experiment '{content.get('experiment')}', not '{experiment.name}'")
-    rows = experiment.rows[content["scale"]]
+    held = content.get("experiment")
+    _check(held == experiment.name, f"'{path}' is of experiment '{held}', not '{experiment.name}'")
+    rows = experiment.at(content["scale"]).rows
     known = {cell_name(row.key, seed) for row in rows for seed in range(content["seeds"])}
     cells = {name: cell for name, cell in content.pop("cells").items() if name in known}
     return Results(rows, cells, content["seeds"]), content
@@ -233,34 +212,31 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
 @contextlib.contextmanager
 def _claimed(folder: Path, header: dict[str, Any]) -> Iterator[None]:
     """Keep other processes from measuring in the report folder, which is made, or checked to be of `header`."""
-    _claim(folder, header)
+    path = folder / RESULTS
+    if path.is_file():
+        held = {name: _read_json(path).get(name) for name in header}
+        told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
+        _check(held == header, told)
+    else:
+        ours = not folder.is_dir() or all(entry.name == CELLS or is_leftover(entry) for entry in folder.iterdir())
+        _check(ours, f"'{folder}' holds other files; give another --out")
+        try:
+            (folder / CELLS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write report folder '{folder}': {error.strerror}") from error
+        _write_json(path, {**header, "seeds": 0, "cells": {}})
     lock = FolderLock(folder)
     holder = lock.acquire()
-    if holder:
-        raise CheckpointError(f"'{folder}' is in use by {holder}; wait for it or give another --out")
+    _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --out")
     try:
         yield
     finally:
         lock.release()
 
 
-def _claim(folder: Path, header: dict[str, Any]) -> None:
-    """Make the report folder, or check that it is of the same experiment and scale."""
-    path = folder / RESULTS
-    if path.is_file():
-        held = {name: _read_json(path).get(name) for name in header}
-        if held != header:
-            raise CheckpointError(
-                f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
-            )
-        return
-    if folder.is_dir() and not all(entry.name == CELLS or is_leftover(entry) for entry in folder.iterdir()):
-        raise CheckpointError(f"'{folder}' holds other files; give another --out")
-    try:
-        (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write report folder '{folder}': {error.strerror}") from error
-    _write_json(path, {**header, "seeds": 0, "cells": {}})
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
 
 
 def _kept(cell: Cell) -> dict[str, Any] | None:
@@ -269,9 +245,9 @@ def _kept(cell: Cell) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     kept = _read_json(path)
-    if kept.get("options") == _options(cell):
-        return kept
-    raise CheckpointError(f"'{path}' was measured with other options; remove it or give another --out")
+    same = kept.get("options") == _options(cell)
+    _check(same, f"'{path}' was measured with other options; remove it or give another --out")
+    return kept
 
 
 def _file(cell: Cell) -> Path:
@@ -314,8 +290,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"'{path}' is damaged ({error}); remove it to measure anew") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' is damaged (no JSON object); remove it to measure anew")
+    _check(isinstance(content, dict), f"'{path}' is damaged (no JSON object); remove it to measure anew")
     return content
 
 
