@@ -78,6 +78,7 @@ class Graph:
                 f"layers must be a sequence of Edge, or of Connection; it holds {shown(layer)}",
             )
         _check_names(given)
+        _check_edges(given)
         self.names = _sorted_names(given)
         number = {name: n for n, name in enumerate([IMAGE, *self.names])}
         self.connections = sorted(given, key=lambda c: number[c.above])
@@ -170,7 +171,8 @@ class Graph:
         shapes = [self.input_shape, *self.shapes]
         for c, below, above in zip(self.connections, self.below, self.above, strict=True):
             edge, given, wanted = c.edge, shapes[below], shapes[above]
-            fits = math.prod(edge.in_shape) == math.prod(given) and (len(edge.in_shape) == 1 or edge.in_shape == given)
+            flat = len(edge.in_shape) == 1 and bool(edge.parameter_shapes())  # weights may see a map as a vector
+            fits = edge.in_shape == given or (flat and math.prod(edge.in_shape) == math.prod(given))
             where = self.label(above)
             source = "the image" if below == 0 else self.label(below)
             require(fits, f"{where} takes {edge.in_shape} but {source} gives {given}")
@@ -189,6 +191,16 @@ def _check_names(connections: Sequence[Connection]) -> None:
         require(c.above != IMAGE, f"the image is given: nothing leads into it, as the connection from {c.below} does")
         require((c.below, c.above) not in seen, f"there are two connections from {c.below} to {c.above}; one is enough")
         seen.add((c.below, c.above))
+
+
+def _check_edges(connections: Sequence[Connection]) -> None:
+    trained = [id(c.edge) for c in connections if c.edge.parameter_shapes()]
+    for c in connections:
+        require(
+            trained.count(id(c.edge)) <= 1,
+            f"the edge from {c.below} to {c.above} is that of another connection too; make one for each: weights are "
+            "not shared",
+        )
 
 
 def _sorted_names(connections: Sequence[Connection]) -> list[str]:

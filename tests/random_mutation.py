@@ -23,8 +23,8 @@ KERNELS = "test_kernels test_layers test_winograd test_precision test_chunks tes
 TESTS = {  # what is concerned; the quick ones first, as the first failure ends a run
     "activations.py": "test_activations test_energy",
     "signals.py": f"{SIGNALS} test_custom test_rest_points",
-    "dynamics.py": "test_rest_points test_schedules test_settling test_replay test_halves test_processes",
-    "energy.py": "test_energy test_parts",
+    "phases.py": "test_residual test_rest_points test_schedules test_settling test_replay test_halves test_processes",
+    "energy.py": "test_energy test_residual test_parts",
     "heads.py": f"{SIGNALS} test_replay test_plan test_cuda_head",
     "ops/cuda_*.py": "test_cuda_kernels test_cuda_update test_cuda_head test_cuda_optimizer test_cuda_shim "
     "test_cuda_compile",

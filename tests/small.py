@@ -112,8 +112,13 @@ def signals_of(kind, **options):
 
 def oracle_terms(net, batch, signals=(), parameters=None):
     """Return the loss of a nudge as oracle terms; learned maps are read from `parameters` where they are there."""
-    parameters = parameters or {}
-    terms = [Oracle(net, {k: v for k, v in parameters.items() if k.startswith("readout")}).readout_term(batch.labels)]
+    own = {k: v for k, v in (parameters or {}).items() if k.startswith("readout")}
+    return [Oracle(net, own).readout_term(batch.labels), *signal_terms(net, batch, signals, parameters)]
+
+
+def signal_terms(net, batch, signals=(), parameters=None):
+    """Return the part of signals of `oracle_terms`."""
+    parameters, terms = parameters or {}, []
     for i, signal in enumerate(signals):
         for layer in signal.layers:
             if isinstance(signal, ep.FeatureDistillation):

@@ -164,7 +164,10 @@ def test_wrong_settles_are_one_line(call, parts):
         (lambda: ep.Network([ep.Linear((4,), 3)], 3, precision="float23"), ["did you mean 'float32'"]),
         (lambda: ep.Network([ep.Linear((4,), 3)], 3, feedback=0), ["feedback", "not 0"]),
         (lambda: ep.Network([ep.Linear((4,), 3)], 3, feedback=1.5), ["feedback", "not 1.5"]),
-        (lambda: ep.Network([ep.Linear((3,), 3)] * 12, 3, feedback=1e-3), ["feedback 0.001", "float32", "float64"]),
+        (
+            lambda: ep.Network([ep.Linear((3,), 3) for _ in range(12)], 3, feedback=1e-3),
+            ["feedback 0.001", "float32", "float64"],
+        ),
         (lambda: ep.Network([ep.Linear((4,), 3)], 3, gain=[1.0, 2.0]), ["one gain or 1", "not 2"]),
         (lambda: ep.Network([ep.Linear((4,), 3)], 3, device="gpu"), ["unknown device 'gpu'"]),
     ],

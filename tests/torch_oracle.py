@@ -88,3 +88,32 @@ def gradients(oracle, x, terms, parameters, steps=0, start=None):
     found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
     return {path: np.zeros(p.shape) if g is None else g.numpy() for (path, p), g in pairs}
+
+
+def graph_gradients(oracle, x, terms, parameters, steps=0, start=None):
+    """Return what `gradients` does, of a `graph_oracle.GraphOracle`; `start` by name."""
+    parameters = {path: torch.tensor(np.asarray(p, float), requires_grad=True) for path, p in parameters.items()}
+    x = torch.from_numpy(x)
+
+    def drive_into(name, s):
+        total = torch.zeros((len(x), *oracle.shapes[name]), dtype=torch.float64)
+        for link in oracle.into(name):
+            weight = parameters.get(f"{link.path}.weight")
+            bias = parameters.get(f"{link.path}.bias", torch.zeros(oracle.shapes[name][-1], dtype=torch.float64))
+            own = s[link.below] if weight is None else drive(link.edge, weight, bias, s[link.below])
+            total = total + own.reshape(total.shape)
+        return total
+
+    s = {"image": x} | {name: torch.tensor(state, requires_grad=True) for name, state in (start or {}).items()}
+    if start is None:
+        for name in oracle.names:
+            s[name] = sigma(oracle.activation, drive_into(name, s))
+    for _ in range(steps):
+        phi = sum(oracle.a[name] * (s[name] * drive_into(name, s)).sum() for name in oracle.names)
+        total = torch.autograd.grad(phi, [s[name] for name in oracle.names], create_graph=True)
+        pairs = zip(oracle.names, total, strict=True)
+        s = {"image": x} | {name: sigma(oracle.activation, g / oracle.a[name]) for name, g in pairs}
+    value = sum(loss(term, parameters, path, s[term.layer]).mean() for path, term in terms.items())
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters.items(), found, strict=True)
+    return {path: np.zeros(p.shape) if g is None else g.numpy() for (path, p), g in pairs}
