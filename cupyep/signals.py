@@ -51,9 +51,9 @@ class Augmenter:
 
     Parameters
     ----------
-    layers : int, sequence of int or "all"
-        Layers, counted from 1 (the layer that sees the image); ``"all"`` is every layer of the network that the signal
-        is bound to.
+    layers : int, sequence of int or str, or "all"
+        Layers, counted from 1 (the layer that sees the image), or names of nodes; ``"all"`` is every layer of the
+        network that the signal is bound to.
     kappa : float
         Weight against the readout's loss, at least 0.
     annealing : {"cosine", "constant"}
@@ -69,14 +69,14 @@ class Augmenter:
 
     nbytes = 0
 
-    def __init__(self, layers: int | Sequence[int] | str, kappa: float = 0.5, annealing: str = "cosine"):
+    def __init__(self, layers: int | Sequence[int | str] | str, kappa: float = 0.5, annealing: str = "cosine"):
         self.every_layer = isinstance(layers, str) and layers == "all"
         require(
             self.every_layer or not isinstance(layers, str),
-            f"signal layers must be numbers or 'all', not {shown(layers)}",
+            f"signal layers must be numbers, a list of names, or 'all', not {shown(layers)}",
         )
         given = [] if self.every_layer else [layers] if is_integer(layers) else items("signal layers", layers)
-        self.layers = [integer("each of the signal layers", layer) for layer in given]
+        self.layers = [_layer("each of the signal layers", layer) for layer in given]
         require(self.every_layer or len(given) > 0, "a signal needs at least one layer; layers are empty")
         require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
         self.kappa = self.initial_kappa = number("kappa", kappa, 0)
@@ -113,6 +113,7 @@ class Augmenter:
                 1 <= layer <= len(shapes),
                 f"signal layer {layer} does not exist: the network has layers 1 to {len(shapes)}",
             )
+        require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
         self.device, self.dtype, self.classes = device, dtype, classes
         self._terms = {layer: self.make_term(layer, shapes[layer - 1]) for layer in self.layers}
 
@@ -192,7 +193,7 @@ class LocalError(_MapAugmenter):
 
     def __init__(
         self,
-        layers: int | Sequence[int] | str,
+        layers: int | Sequence[int | str] | str,
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -228,7 +229,7 @@ class Distillation(_MapAugmenter):
     def __init__(
         self,
         teacher: TeacherFile,
-        layers: int | Sequence[int] | str,
+        layers: int | Sequence[int | str] | str,
         kappa: float = 0.5,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
@@ -253,7 +254,7 @@ class Distillation(_MapAugmenter):
         return 0 if table is None else table.nbytes
 
     @classmethod
-    def from_file(cls, path: str | Path, layers: int | Sequence[int] | str, **options: Any) -> Distillation:
+    def from_file(cls, path: str | Path, layers: int | Sequence[int | str] | str, **options: Any) -> Distillation:
         """Return a signal whose teacher is the file at `path` (see `cupyep.data.TeacherFile`)."""
         return cls(TeacherFile(path), layers, **options)
 
@@ -289,7 +290,7 @@ class FeatureDistillation(Augmenter):
     teacher : TeacherFile
         With features.
     features : dict
-        Layer -> name of the teacher's feature map, which must have the shape of the layer's state.
+        Layer, its number or name -> name of the teacher's feature map, which must have the shape of the layer's state.
     kappa, annealing, split
         See `Distillation`.
     """
@@ -297,18 +298,22 @@ class FeatureDistillation(Augmenter):
     def __init__(
         self,
         teacher: TeacherFile,
-        features: dict[int, str],
+        features: dict[int | str, str],
         kappa: float = 0.5,
         annealing: str = "cosine",
         split: str = "train",
     ):
         instance("features", features, Mapping, "a mapping of layers to names")
         for layer in features:
-            integer("each layer of features", layer)
+            _layer("each layer of features", layer)
         super().__init__(list(features), kappa, annealing)
         self.teacher = _that_has(teacher, "feature")
         self.features = dict(features)
         self.split = choose("split", split, SPLITS)
+
+    def bind(self, shapes, classes, device, dtype):
+        self.features = dict(zip(self.layers, self.features.values(), strict=True))  # now by number
+        super().bind(shapes, classes, device, dtype)
 
     def make_term(self, layer, shape):
         name = self.features[layer]
@@ -328,6 +333,10 @@ class FeatureDistillation(Augmenter):
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
         _expect(self.teacher, self.split, batch, self.features[layer])
         return self.device.asarray(feature.astype(self.dtype))
+
+
+def _layer(name: str, layer: Any) -> int | str:
+    return layer if isinstance(layer, str) else integer(name, layer)
 
 
 def _that_has(teacher: Any, method: str) -> Any:

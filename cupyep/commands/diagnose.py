@@ -109,7 +109,9 @@ class Diagnosis:
         }
         widths = {key: max(len(title), int(form.split(".")[0])) for key, (title, form) in shown.items()}
         first = max(9, *(len(row["name"]) + 1 for row in self.rows))
-        head = f"{'node' if 'nodes' in self.trace else 'layer':<{first}}" + " ".join(f"{shown[key][0]:>{widths[key]}}" for key in shown)
+        head = f"{'node' if 'nodes' in self.trace else 'layer':<{first}}" + " ".join(
+            f"{shown[key][0]:>{widths[key]}}" for key in shown
+        )
         above = " " * first
         for title, prefix in GROUPS.items():
             width = sum(widths[key] + 1 for key in shown if key.startswith(prefix))

@@ -250,7 +250,8 @@ def _rounding(record: Record, setting: Setting) -> Finding | None:
         return None
     message = (
         f"the nudge is lost in rounding: the states of {spans(layers, setting.names)} respond by "
-        f"{share[layers[0] - 1]:.0e} of their size and hold {setting.precision:.0e}; use --nudge deviation, or raise --beta"
+        f"{share[layers[0] - 1]:.0e} of their size and hold {setting.precision:.0e}; use --nudge deviation, or "
+        "raise --beta"
     )
     return Finding("vanishing", layers, message)
 
@@ -309,7 +310,7 @@ def _above(values: np.ndarray, limit: float) -> tuple[int, ...]:
 
 
 def spans(layers: Sequence[int], names: Sequence[str] = ()) -> str:
-    """Return ``layer 3``, ``layers 2-5`` or ``layers 1, 3-4``; where nodes have `names` ``node a`` or ``nodes a, b``."""
+    """Return ``layer 3``, ``layers 2-5`` or ``layers 1, 3-4``; with the `names` of nodes ``nodes a, b``."""
     if names:
         return f"node{'s' if len(layers) > 1 else ''} {', '.join(names[n - 1] for n in layers)}"
     found: list[list[int]] = []

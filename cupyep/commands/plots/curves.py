@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import LAYER, LAYERS, integer_ticks, label_decades, line_style, plain_axes, whole_decades
+from cupyep.commands.plots.style import (
+    LAYER,
+    LAYERS,
+    integer_ticks,
+    label_decades,
+    line_style,
+    plain_axes,
+    whole_decades,
+)
 
 Record = dict[str, Any]
 FEW = 30  # so many epochs are still drawn with a mark each
