@@ -21,6 +21,7 @@ from cupyep.commands.gradient_check import CHECK_DEFAULTS, check_gradient
 from cupyep.commands.memory import memory_report, network_report
 from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError
 from cupyep.export import onnx_model
+from cupyep.learning import check_signal
 from cupyep.learning.check import check_gradients
 from cupyep.persistence.checkpoint import load_checkpoint
 from cupyep.training import build, runs
@@ -240,3 +241,119 @@ def test_the_gradient_check_has_a_row_a_weight_with_the_response_of_its_node(wei
     assert all(row["cosine"] > 0.99999 and row["relative_error"] < 1e-3 for row in rows.values())
     assert rows["layers.d.b"]["nudge_response"] == rows["layers.d"]["nudge_response"] > 0
     assert rows["readout"]["nudge_response"] is None
+
+
+def test_the_check_of_a_graph_lines_up(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "build", lambda *args, **how: small.build(*args, **how | {"gain": 0.4}))
+    config = make_config(OPTIONS, CHECK_DEFAULTS | {"feedback": 0.5, "pooling": "average", "activation": "tanh"})
+    lines = check_gradient(config, report=lambda _: None).table().splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [f"layers.{n}" for n in [*NODES, "d.b"]] + ["readout"]
+    assert len({len(line) for line in lines[1:]}) == 1, "columns do not line up"
+
+
+def test_the_plan_of_a_graph_is_what_is_measured(run):
+    config = make_config(OPTIONS, {"dataset": "cifar10", "batch_size": 64})
+    report = memory_report(config, [2, 6], measure=True, report=lambda _: None)
+    for row in report.rows:
+        assert row.total == pytest.approx(row.measured, rel=0.05), row.label
+    bptt = [row.total for row in report.rows if row.algorithm == "bptt"]
+    assert bptt[1] > bptt[0]
+    text = network_report(config)
+    assert "stem to b: Identity" in text
+
+
+def test_pictures_by_names(run, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from cupyep.commands import plots
+    from cupyep.commands.plots import maps
+    from cupyep.commands.plots.diagnosis import diagnosis
+
+    path, seen = run(), {}
+    directory = RunDirectory.open(path)
+    over_epochs = maps.over_epochs
+    monkeypatch.setattr(
+        maps, "over_epochs", lambda values, *more: seen.update({more[1]: values}) or over_epochs(values, *more)
+    )
+    figures = dict(plots._figures("run", directory, directory.metrics(), {}, SILENT))
+    assert not [kind for kind, made in figures.items() if isinstance(made, str)]
+    named = {"response": NODES, "gradient": [*NODES, "readout"], "distance": NODES, "units": NODES}
+    for kind, names in named.items():
+        axis = figures[kind].axes[0]
+        assert [tick.get_text() for tick in axis.get_yticklabels()] == names
+        assert axis.get_ylabel() == "node"
+    scaled = np.array([np.array(r["nudge_response"]) * [16, 8, 4, 2, 1] for r in directory.metrics()])
+    np.testing.assert_allclose(seen[r"$a_n\,$mean $|s_+-s_-|$"][""], scaled)
+    bar = figures["settling"].axes[-1]
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == NODES
+    report = diagnose(path)
+    figure = diagnosis(report.rows, report.trace, "title", ["healthy"])
+    labels = [[tick.get_text() for tick in axis.get_xticklabels()] for axis in figure.subfigs[0].axes]
+    assert labels.count(NODES) == 2
+    figure.canvas.draw()
+
+
+def test_a_predicted_run_and_its_confusion(run):
+    from cupyep.commands.confusion import confusion_of
+
+    matrix, classes = confusion_of(RunDirectory.open(run()), {}, SILENT)
+    assert matrix.sum() == 20 and tuple(classes) == ("up", "down")
+
+
+# --- signals by names ----------------------------------------------------------------------------------------------
+
+
+def test_signals_by_name_are_those_by_number(run):
+    names, counted = (run(layers, aug="le", signal_layers=layers, signal_pool=2) for layers in ("stem,b", "1,3"))
+    one, two = (load_checkpoint(path / "checkpoint.h5") for path in (names, counted))
+    assert_same_state(one, two)
+    with pytest.raises(ConfigurationError, match="--signal-layers must be like 2,3,4 or 2-5 or all or of stem, a, b"):
+        run("wrong", aug="le", signal_layers="stem,bb")
+
+
+def test_signals_by_name_in_the_class_api():
+    net, x = residual(feedback=0.5), images()
+    signal = net.bind(ep.LocalError(["stem", 4]))
+    assert signal.layers == [1, 4]
+    assert [nudge.term.layer for nudge in signal.nudges(net.labelled(x, [0, 1, 2, 0]))] == [1, 4]
+    with pytest.raises(ConfigurationError, match="there is no layer 'stam'; did you mean 'stem'"):
+        net.bind(ep.LocalError(["stam"]))
+    with pytest.raises(ConfigurationError, match="must not repeat"):
+        net.bind(ep.LocalError(["stem", 1]))
+    check_signal(ep.LocalError(["b", "d"]), net)
+
+
+def test_a_wrong_signal_is_named_by_its_node():
+    class Doubled(ep.Augmenter):
+        def loss(self, layer, state, target):
+            return (state**2).reshape(len(state), -1).sum(axis=1)
+
+        def gradient(self, layer, state, target):
+            return 4 * state
+
+    with pytest.raises(ConfigurationError, match="^Doubled, node c: the gradient is 2 times that of the loss"):
+        check_signal(Doubled(["c"]), residual())
+
+
+def test_features_by_name():
+    class Teacher:
+        feature_layers = {"middle": (4, 4, 4)}
+
+        def feature(self, name, split, index, view):
+            return np.full((len(index), 4, 4, 4), 0.5)
+
+    net = residual()
+    signal = net.bind(ep.FeatureDistillation(Teacher(), {"b": "middle"}))
+    batch = ep.Batch(images(), np.zeros(4, int), np.arange(4), np.zeros(4, np.uint8))
+    (nudge,) = signal.nudges(net.batch(batch))
+    assert nudge.term.layer == 3 and nudge.target.shape == (4, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("stem,c", [1, 4]), (" b , 5", [3, 5]), ("2-3,d", [2, 3, 5]), ("all", [1, 2, 3, 4, 5])]
+)
+def test_names_on_the_command_line(text, layers):
+    assert parse_layers(text, 5, NODES) == layers
+
+
+def test_a_range_in_a_name_is_the_name():
+    assert parse_layers("2-3", 3, ["2", "3", "2-3"]) == [3]
