@@ -296,7 +296,8 @@ def test_a_predicted_run_and_its_confusion(run):
     from cupyep.commands.confusion import confusion_of
 
     matrix, classes = confusion_of(RunDirectory.open(run()), {}, SILENT)
-    assert matrix.sum() == 20 and tuple(classes) == ("up", "down")
+    assert matrix.sum() == 20
+    assert tuple(classes) == ("up", "down")
 
 
 # --- signals by names ----------------------------------------------------------------------------------------------
@@ -345,7 +346,8 @@ def test_features_by_name():
     signal = net.bind(ep.FeatureDistillation(Teacher(), {"b": "middle"}))
     batch = ep.Batch(images(), np.zeros(4, int), np.arange(4), np.zeros(4, np.uint8))
     (nudge,) = signal.nudges(net.batch(batch))
-    assert nudge.term.layer == 3 and nudge.target.shape == (4, 4, 4, 4)
+    assert nudge.term.layer == 3
+    assert nudge.target.shape == (4, 4, 4, 4)
 
 
 @pytest.mark.parametrize(
