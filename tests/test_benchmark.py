@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from residual import residual
 
 import cupyep as ep
 from cupyep.backend import get_precision
-from cupyep.learning.operations import Operations
+from cupyep.learning.operations import OperationCounter, Operations
 from cupyep.ops import factors, winograd
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -358,6 +359,22 @@ def test_operations_of_other_algorithms_on_a_residual_network(work, algorithm, s
         work.clear()
         learner.scores(net.batch(x))
         assert sum(work) == counted.prediction(learner)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_a_counter_follows_steps_in_parts_and_predictions(work, tolerance):
+    """As long as phases really are, of every part of a batch; direct convolutions do what is counted."""
+    net = residual()
+    learner = ep.EquilibriumPropagation(net, 0.3, 40, 2, schedule="evenodd", tolerance=tolerance, micro_batch=2)
+    counter, x, y = OperationCounter(learner), np.zeros((3, 8, 8, 3)), np.array([0, 1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ep.ConvergenceWarning)  # of the nudged phases
+        learner.step(x, y)
+        learner.evaluate(x, y)
+    assert sum(work) == counter.operations
+    parts = [Operations(net, n) for n in (2, 1)]
+    longest = sum(part.step(learner) + part.prediction(learner) for part in parts)
+    assert (counter.operations == longest) == (tolerance is None)
 
 
 def test_timings_are_taken_next_to_their_product(load):

@@ -3,74 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cupyep.experiments import figures
 from cupyep.experiments.design import Cell, Column, Experiment, Results, Row
 from cupyep.experiments.signals import PAPER, SMALL
 from cupyep.experiments.trained import TEST_ACCURACY, TRAIN_LOSS, train_cell
+from cupyep.learning import Learner
+from cupyep.learning.operations import OperationCounter
 from cupyep.network import Network
 from cupyep.training.config import TrainConfig
 
 TARGET = 0.35  # test accuracy
 
 
-class _Counter:
-    """Counts the operations of all products of a network's edges: those that are launched, and those in CUDA graphs."""
-
-    PRODUCTS = ("drive", "linear_drive", "topdown", "add_gradient")
-
-    def __init__(self, network: Network):
-        self.operations = 0
-        if network.device.graphs is not None:
-            network.device.graphs.capture = self._capturing(network.device.graphs.capture)
-        for edge in network.layers:
-            for name in self.PRODUCTS:
-                setattr(edge, name, self._counted(getattr(edge, name), edge.flops()))
-
-    def _counted(self, product: Callable[..., None], operations: int) -> Callable[..., None]:
-        def counted(s: Any, *arguments: Any, **more: Any) -> None:
-            after = self.operations + operations * len(s)
-            product(s, *arguments, **more)
-            self.operations = after  # once, though a dense edge's drive calls its linear drive
-
-        return counted
-
-    def _capturing(self, capture: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `capture` for graphs that count, at every launch, what they hold: nobody calls an edge then."""
-
-        def captured(work: Callable[[], None]) -> Any:
-            before = self.operations
-            graph = capture(work)
-            held, self.operations = self.operations - before, before  # recorded, not done
-            return None if graph is None else _CountedGraph(self, graph, held)
-
-        return captured
-
-
-class _CountedGraph:
-    """A captured graph whose launches count as so many operations."""
-
-    def __init__(self, counter: _Counter, graph: Any, operations: int):
-        self._counter, self._graph, self._operations = counter, graph, operations
-
-    def launch(self) -> None:
-        self._counter.operations += self._operations
-        self._graph.launch()
-
-
 def cost_cell(cell: Cell) -> dict[str, Any]:
     """Train, counting the operations of every epoch (its evaluation included)."""
-    counters: dict[int, _Counter] = {}
+    counters: list[OperationCounter] = []
 
     def count(network: Network, config: TrainConfig) -> dict[str, Any]:
-        counter = counters[id(network)]
-        found, counter.operations = counter.operations, 0
+        found, counters[-1].operations = counters[-1].operations, 0
         return {"operations": found}
 
-    def prepare(network: Network) -> None:
-        counters[id(network)] = _Counter(network)
+    def prepare(learner: Learner) -> None:
+        counters.append(OperationCounter(learner))
 
     return train_cell(cell, count, every_epoch=True, prepare=prepare)
 
@@ -158,8 +115,8 @@ COST = Experiment(
     ),
     figures={"courses": figures.courses("train_loss", "test_accuracy")},
     verdict=_verdict,
-    remarks="Operations are those of all products of the edges (a multiply and an add are two), those in replayed CUDA "
-    "graphs included (of an epoch that was stopped and went on, only those since then); minutes are those of the "
-    "machine named below. Both include the evaluation after every epoch. With one seed an epoch more or less to the "
+    remarks="Operations are those of all products of the edges (a multiply and an add are two), counted "
+    "from the orders of update (of an epoch that was stopped and went on, only those since then); minutes are those of "
+    "the machine named below. Both include the evaluation after every epoch. With one seed an epoch more or less to the "
     "target is chance.",
 )

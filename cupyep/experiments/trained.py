@@ -10,6 +10,7 @@ from typing import Any
 
 from cupyep.experiments.design import Cell, Column, Results
 from cupyep.files import read_text, replacing
+from cupyep.learning import Learner
 from cupyep.network import Network
 from cupyep.training.config import TrainConfig, make_config
 from cupyep.training.display import Display
@@ -30,7 +31,7 @@ def train_cell(
     cell: Cell,
     probe: Probe | None = None,
     every_epoch: bool = False,
-    prepare: Callable[[Network], None] | None = None,
+    prepare: Callable[[Learner], None] | None = None,
 ) -> dict[str, Any]:
     """Train the cell's network in its folder, or go on with it there; return its courses.
 
@@ -42,7 +43,7 @@ def train_cell(
     every_epoch : bool
         Probe after every epoch instead of after the last one.
     prepare : callable, optional
-        Takes the network before it is trained (further).
+        Takes the learner before it is trained (further).
 
     Returns
     -------
@@ -56,7 +57,7 @@ def train_cell(
     return _courses(RunDirectory.open(cell.folder).metrics(), _probes(cell.folder))
 
 
-def _train(cell: Cell, probe: Probe | None, every_epoch: bool, prepare: Callable[[Network], None] | None) -> None:
+def _train(cell: Cell, probe: Probe | None, every_epoch: bool, prepare: Callable[[Learner], None] | None) -> None:
     display, trainer = Display(cell.quiet, cell.report), None
     if (cell.folder / CONFIG).is_file():
         given = {name: cell.options[name] for name in PORTABLE if name in cell.options}
@@ -67,7 +68,7 @@ def _train(cell: Cell, probe: Probe | None, every_epoch: bool, prepare: Callable
     if trainer is not None:
         trainer.display = _Watch(cell, trainer, probe, every_epoch)
         if prepare:
-            prepare(trainer.network)
+            prepare(trainer.learner)
         trainer.run()
 
 

@@ -5,12 +5,17 @@ Those of the large products, without the readout's and the signals'.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from cupyep.batch import Batch
 from cupyep.learning.bptt import BackpropagationThroughTime
 from cupyep.learning.equilibrium import EquilibriumPropagation
-from cupyep.learning.learner import Learner
+from cupyep.learning.gradients import Gradients
+from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
+from cupyep.phases import State
 from cupyep.program import Instruction, Program, Update, make_program
 
 
@@ -110,3 +115,39 @@ def _of_edges(network: Network, batch: int, done: bool) -> list[int]:
     if done:
         return [ops.flops * batch for ops in network.memory.workspace(batch).ops]
     return [edge.flops() * batch for edge in network.layers]
+
+
+class OperationCounter:
+    """Counts the operations of the steps and predictions that a learner does from now on, as long as its phases are.
+
+    Where a tolerance ends the free phase of BPTT, those of all its steps. What only looks at a network (a checkup) is
+    not counted.
+
+    Parameters
+    ----------
+    learner : Learner
+
+    Attributes
+    ----------
+    operations : int
+        So far; may be set back.
+    """
+
+    def __init__(self, learner: Learner):
+        self.operations = 0
+        self._of_batch = functools.cache(functools.partial(Operations, learner.network))
+        add, settled = learner._add, learner.settled
+
+        def counted_add(gradients: Gradients, part: Batch, total: int, draw: Any) -> StepResult:
+            result = add(gradients, part, total, draw)
+            steps = (result.free.steps, result.nudged.steps) if result.nudged else ()
+            self.operations += self._of_batch(len(part)).step(learner, *steps)
+            return result
+
+        def counted_settled(batch: Batch) -> State:
+            state = settled(batch)
+            steps = state.stats.steps if isinstance(learner, EquilibriumPropagation) else None
+            self.operations += self._of_batch(len(state.layers[0])).prediction(learner, steps)
+            return state
+
+        learner._add, learner.settled = counted_add, counted_settled
