@@ -255,6 +255,9 @@ def test_reference_refuses_what_it_has_not(torch, load):
     net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, activation="tanh", device="cpu")
     with pytest.raises(ep.ConfigurationError, match="no activation 'tanh'"):
         load("torch_reference").TorchReference(net)
+    for other in (residual(), ep.Network([ep.Linear((4,), 3)], 2, weights="standardized", device="cpu")):
+        with pytest.raises(ep.ConfigurationError, match="takes chains with plain weights"):
+            load("torch_reference").TorchReference(other)
 
 
 # ----------------------------------------------------------------------------------------------- counts and clocks

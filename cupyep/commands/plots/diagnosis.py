@@ -34,7 +34,7 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
         for verdict in verdicts
         for line in textwrap.wrap(verdict, 115, subsequent_indent="    ", break_on_hyphens=False)
     ]
-    layers, nodes = [row for row in rows if "activity" in row], trace.get("nodes", ())
+    layers, nodes = [row for row in rows if "saturated" in row], trace.get("nodes", ())
     phases = [phase for phase in ("free", "nudged") if phase in trace]
     panels = [*phases, *(["responses"] if "nudge_response" in layers[0] else []), "units"]
     rows_of_panels = -(-len(panels) // 2)
