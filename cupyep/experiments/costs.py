@@ -117,6 +117,6 @@ COST = Experiment(
     verdict=_verdict,
     remarks="Operations are those of all products of the edges (a multiply and an add are two), counted "
     "from the orders of update (of an epoch that was stopped and went on, only those since then); minutes are those of "
-    "the machine named below. Both include the evaluation after every epoch. With one seed an epoch more or less to the "
-    "target is chance.",
+    "the machine named below. Both include the evaluation after every epoch. With one seed an epoch more or less to "
+    "the target is chance.",
 )
