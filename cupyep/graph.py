@@ -120,7 +120,7 @@ class Graph:
 
     def weights(self, feedback: float) -> list[float]:
         """Return ``a_j = feedback^-(D - depth_j)`` of the nodes 1..L, D the depth of the last."""
-        return [feedback ** -(self.depths[-1] - depth) for depth in self.depths]
+        return node_weights(self.depths, feedback)
 
     def feedback(self, feedback: float) -> list[float]:
         """Return ``a_above / a_below`` of each connection, 0 from the image: the weight of its top-down input."""
@@ -147,6 +147,10 @@ class Graph:
         known = f"layers 1 to {len(self.names)}" if self.is_chain else f"nodes {', '.join(self.names)}"
         hint = nearest(name, self.names) if isinstance(name, str) else ""
         raise ConfigurationError(f"there is no layer {shown(name)}{hint}: the network has {known}")
+
+    def named_depths(self) -> dict[str, int] | None:
+        """Return the depth of each node by its name, in their order: what a run's records keep; None for a chain."""
+        return None if self.is_chain else dict(zip(self.names, self.depths, strict=True))
 
     def describe(self) -> list[list[str]] | None:
         """Return the nodes below and above each connection, as plain values; None for a chain."""
@@ -180,6 +184,11 @@ class Graph:
                 edge.out_shape == wanted,
                 f"{where} is {wanted}, but its connection from {source} gives {edge.out_shape}",
             )
+
+
+def node_weights(depths: Sequence[int], feedback: float) -> list[float]:
+    """Return ``a_j = feedback^-(D - depth_j)`` of nodes of some depths, D that of the last."""
+    return [feedback ** -(depths[-1] - depth) for depth in depths]
 
 
 def _check_names(connections: Sequence[Connection]) -> None:

@@ -77,7 +77,9 @@ class FakeLearner:
 
     def __init__(self, accuracies):
         self.parameter = np.zeros(1)
-        self.network = SimpleNamespace(device=ep.get_device("cpu"), describe=lambda: {"classes": 3}, config={})
+        graph = ep.Graph([ep.Linear((1,), 1)])
+        description = {"describe": lambda: {"classes": 3}, "config": {}}
+        self.network = SimpleNamespace(device=ep.get_device("cpu"), graph=graph, **description)
         self.signals = [ep.LocalError([1], kappa=0.8)]
         self.kappas = []
         self.accuracies = list(accuracies)

@@ -6,13 +6,16 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from residual import residual
 
 import cupyep as ep
 from cupyep.backend import get_precision
+from cupyep.learning.operations import OperationCounter, Operations
 from cupyep.ops import factors, winograd
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -252,6 +255,9 @@ def test_reference_refuses_what_it_has_not(torch, load):
     net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, activation="tanh", device="cpu")
     with pytest.raises(ep.ConfigurationError, match="no activation 'tanh'"):
         load("torch_reference").TorchReference(net)
+    for other in (residual(), ep.Network([ep.Linear((4,), 3)], 2, weights="standardized", device="cpu")):
+        with pytest.raises(ep.ConfigurationError, match="takes chains with plain weights"):
+            load("torch_reference").TorchReference(other)
 
 
 # ----------------------------------------------------------------------------------------------- counts and clocks
@@ -259,7 +265,7 @@ def test_reference_refuses_what_it_has_not(torch, load):
 
 def test_operations_of_vgg5_counted_by_hand(load):
     """Products on maps of 16 x 16, 8 x 8 and (unpadded) 2 x 2, batch 128: 82 GFLOP a step."""
-    count = load("measuring").Operations(ep.vgg(5, device="cpu"), 128)
+    count = Operations(ep.vgg(5, device="cpu"), 128)
     first = 2 * 32 * 32 * 27 * 128 * 128
     second, third, fourth = 2 * 16**2 * 1152 * 256 * 128, 2 * 8**2 * 2304 * 512 * 128, 2 * 2**2 * 4608 * 512 * 128
     assert count.edges == [first, second, third, fourth]
@@ -290,7 +296,7 @@ def work(monkeypatch):
 def test_operations_are_those_done(load, work, algorithm, form, schedule):
     """Padded edges: their products in both directions are of one size, as in the count."""
     net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
-    direct, done = (load("measuring").Operations(net, 2, each).ep_step(3, 2, form, schedule) for each in (False, True))
+    direct, done = (Operations(net, 2, each).ep_step(3, 2, form, schedule) for each in (False, True))
     load("benchmark").learner(net, 3, 2, form, schedule).step(np.zeros((2, 16, 16, 3)), np.array([0, 1]))
     assert sum(work) == done
     assert 9 * done == {"columns": 9, "winograd": 4}[algorithm] * direct
@@ -302,7 +308,7 @@ def test_operations_depend_on_the_batch(load, work, monkeypatch):
     monkeypatch.setattr(winograd, "LEAST_WORK", 0)
     monkeypatch.setattr(winograd, "LEAST_ROWS", 4 * 16)  # 2 x 2 tiles of 8 x 8 maps, four samples: edges 3 and 4
     net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
-    count = load("measuring").Operations(net, 2, done=True)
+    count = Operations(net, 2, done=True)
     same = [2 * one == pair for one, pair in zip(count.edges, count.pairs, strict=True)]
     assert same == [True, True, False, False, True, True]
     for form in ("classical", "deviation"):
@@ -313,13 +319,65 @@ def test_operations_depend_on_the_batch(load, work, monkeypatch):
 
 def test_operations_of_bp_and_bptt_are_those_done(load, work, algorithm):
     net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
-    count = load("measuring").Operations(net, 2, done=True)
+    count = Operations(net, 2, done=True)
     x, y = np.zeros((2, 16, 16, 3)), np.array([0, 1])
     ep.Backpropagation(net).step(x, y)
     assert sum(work) == count.bp_step()
     work.clear()
     ep.BackpropagationThroughTime(net, 4, 3).step(x, y)
     assert sum(work) == count.bptt_step(4, 3)
+
+
+GRAPH_CASES = [
+    ({"schedule": schedule, "scheme": scheme, "nudge": nudge})
+    for schedule in ("synchronous", "evenodd", "sweeps")
+    for scheme, nudge in (
+        ("centered", "classical"), ("centered", "deviation"), ("onesided", "classical"), ("onesided", "deviation"),
+        ("tangent", "deviation"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", GRAPH_CASES, ids=lambda how: "-".join(how.values()))
+def test_operations_of_a_residual_network_are_those_done(work, algorithm, how):
+    """Counted from the program, and where all products pass."""
+    net = residual()
+    learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, **how)
+    counted = Operations(net, 2, done=True)
+    learner.step(np.zeros((2, 8, 8, 3)), np.array([0, 1]))
+    assert sum(work) == counted.step(learner)
+    work.clear()
+    learner.scores(net.batch(np.zeros((2, 8, 8, 3))))
+    assert sum(work) == counted.prediction(learner)
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "evenodd", "sweeps"])
+def test_operations_of_other_algorithms_on_a_residual_network(work, algorithm, schedule):
+    net, x = residual(), np.zeros((2, 8, 8, 3))
+    counted = Operations(net, 2, done=True)
+    for learner in (ep.Backpropagation(net), ep.BackpropagationThroughTime(net, 4, 3, schedule)):
+        work.clear()
+        learner.step(x, np.array([0, 1]))
+        assert sum(work) == counted.step(learner)
+        work.clear()
+        learner.scores(net.batch(x))
+        assert sum(work) == counted.prediction(learner)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_a_counter_follows_steps_in_parts_and_predictions(work, tolerance):
+    """As long as phases really are, of every part of a batch; direct convolutions do what is counted."""
+    net = residual()
+    learner = ep.EquilibriumPropagation(net, 0.3, 40, 2, schedule="evenodd", tolerance=tolerance, micro_batch=2)
+    counter, x, y = OperationCounter(learner), np.zeros((3, 8, 8, 3)), np.array([0, 1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ep.ConvergenceWarning)  # of the nudged phases
+        learner.step(x, y)
+        learner.evaluate(x, y)
+    assert sum(work) == counter.operations
+    parts = [Operations(net, n) for n in (2, 1)]
+    longest = sum(part.step(learner) + part.prediction(learner) for part in parts)
+    assert (counter.operations == longest) == (tolerance is None)
 
 
 def test_timings_are_taken_next_to_their_product(load):

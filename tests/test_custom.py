@@ -366,5 +366,5 @@ def test_all_layers():
     signal = net.bind(ep.LocalError(layers="all"))
     assert signal.layers == [1, 2, 3]
     assert [nudge.term.layer for nudge in signal.nudges(batch_of(net))] == [1, 2, 3]
-    with pytest.raises(ep.ConfigurationError, match="numbers or 'all', not '2,3'"):
+    with pytest.raises(ep.ConfigurationError, match="numbers, a list of names, or 'all', not '2,3'"):
         ep.LocalError(layers="2,3")

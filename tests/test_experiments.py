@@ -17,11 +17,12 @@ from click.testing import CliRunner
 import cupyep as ep
 from cupyep.cli import main
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime
-from cupyep.experiments import EXPERIMENTS, cells, costs, find, findings, load_results, reproduce, runner, write_report
+from cupyep.experiments import EXPERIMENTS, cells, find, findings, load_results, reproduce, runner, write_report
 from cupyep.experiments.cells import operations_cell, train_cell
 from cupyep.experiments.design import Column, Experiment, Results, Row, Scale, cell_name, seen
 from cupyep.experiments.loading import load_experiments
 from cupyep.experiments.report import report_text, table
+from cupyep.learning.operations import OperationCounter
 from cupyep.training.config import make_config
 from cupyep.training.trainer import Trainer
 
@@ -346,7 +347,7 @@ def products_by_hand(free, nudged, form, schedule):
     first = np.array([1, 0, 0])
     if form != "classical":
         return settled + first + np.array([1, 2, 2])  # one drive of the image; the gradient's two products an edge
-    primed = {"synchronous": 0, "evenodd": np.array([0, 0, 1]), "sweeps": np.array([0, 1, 1])}[schedule]
+    primed = np.array([0, 1, 1]) * (schedule == "sweeps")  # even/odd primes winners only, and edge 3 has none
     winners = np.array([0, 1, 0])  # found anew for the gradient, of the edge with max-pooling
     return settled + 2 * first + 2 * (primed + winners + 1)
 
@@ -363,7 +364,7 @@ def test_operations_of_replayed_graphs_count(request, rng, kind, form, schedule)
     learner = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3, schedule=schedule, **how)
     images, labels = rng.uniform(0, 1, (5, 6, 6, 2)), np.arange(5) % 4
     flops = np.array([2 * 36 * 9 * 2 * 3, 2 * 36 * 9 * 3 * 4, 2 * 36 * 5])
-    counter, counts = costs.Counter(net), []
+    counter, counts = OperationCounter(learner), []
     for _ in range(4):  # launched, captured, replayed
         before = counter.operations
         learner.step(images, labels)
@@ -384,14 +385,11 @@ def test_operations_of_other_algorithms(request, rng, kind):
         ep.BackpropagationThroughTime(net, free, unrolled): bptt,
     }
     for learner, expected in cases.items():
-        counter = costs.Counter(net)
+        counter = OperationCounter(learner)
         for _ in range(4):
             counter.operations = 0
             learner.step(images, labels)
             assert counter.operations == samples * expected
-        for edge in net.layers:  # the next counter starts from plain edges
-            for name in costs.Counter.PRODUCTS:
-                delattr(edge, name)
 
 
 def test_operations_are_those_of_the_edges(tmp_path):

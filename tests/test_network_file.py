@@ -141,7 +141,7 @@ DAMAGE = {
     "unknown layer": (edited(lambda s: s["layers"][0].update(type="Eval")), "not a readable network"),
     "text for a number": (edited(lambda s: s["layers"][0].update(channels="5")), "not a readable network"),
     "huge layer": (
-        edited(lambda s: s["layers"][2].update(units=10**12)),
+        edited(lambda s: s["layers"][-1].update(units=10**12)),
         "should be numbers of shape",
     ),
     "huge readout": (edited(lambda s: s["options"].update(classes=10**12)), "should be numbers of shape"),
@@ -153,7 +153,7 @@ DAMAGE = {
         edited(lambda s: s["layers"][3].update(in_shape=[3, 2])),
         "does not fit together: layer 4",
     ),
-    "no layers": (edited(lambda s: s["layers"].clear()), "not a readable network"),
+    "no layers": (edited(lambda s: s["layers"].clear()), "does not fit together: a network needs at least one"),
     "missing array": (lambda file: file.__delitem__("parameters/layers.2.bias"), "parameter 'layers.2.bias' should be"),
     "wrong shape": (replace("layers.2.bias", np.zeros(5)), r"shape \(4,\), it is float64 \(5,\)"),
     "integers": (replace("layers.2.bias", np.zeros(4, int)), r"it is int64 \(4,\)"),

@@ -266,7 +266,7 @@ def test_every_learner_sees_learned_maps(device):
         (lambda: ep.LocalError([1], pool=0), "pool"),
         (lambda: ep.Distillation(Teacher(), [1], temperature=0), "temperature"),
         (lambda: network().bind(ep.LocalError([0])), "each of the signal layers must be a positive integer, not 0"),
-        (lambda: network().bind(ep.LocalError([1, 4])), "signal layer 4 does not exist"),
+        (lambda: network().bind(ep.LocalError([1, 4])), "there is no layer 4: the network has layers 1 to 3"),
         (lambda: network().bind(network().bind(ep.LocalError([1]))), "LocalError belongs to another network"),
         (lambda: network().bind(ep.LocalError([1], pool=4)), "pool <= 3 on layer 1"),
         (lambda: network().bind(ep.FeatureDistillation(Teacher(), {2: "midle"})), "did you mean 'middle'"),

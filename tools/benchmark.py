@@ -20,7 +20,7 @@ from typing import Any
 import click
 import numpy as np
 from gate import BETA, check_results, learner, random_batch, torch_reference
-from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threads
+from measuring import SHORTEST, Case, Stopwatch, Timing, limit_threads
 from parts import (
     TrainingStep,
     graphs_text,
@@ -37,6 +37,7 @@ from cupyep.backend.peak import peak_bytes
 from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors
 from cupyep.commands.system import system_report
 from cupyep.files import replacing
+from cupyep.learning.operations import Operations
 from cupyep.settling import SCHEDULES
 
 EXAMPLES = """\b
@@ -105,14 +106,15 @@ def time_edges(run: Run) -> dict[str, Timing]:
     state = network.settle(run.batch.images, steps=3)
     up, down = ([network.device.xp.empty_like(s) for s in state.layers] for _ in range(2))
     cases = {}
-    for n, edge in enumerate(network.layers, 1):
-        below = run.batch.images if n == 1 else state.layers[n - 2]
-        above, winners = state.layers[n - 1], state.winners[n - 1]
-        ops, flops = workspace.ops[n - 1], run.counts(lambda count, n=n: count.edges[n - 1])
+    graph, nodes = network.graph, [run.batch.images, *state.layers]
+    for c, (edge, n, m) in enumerate(zip(network.layers, graph.below, graph.above, strict=True)):
+        name = f"edge {m}" if graph.is_chain else f"{graph.connections[c].below} to {graph.connections[c].above}"
+        winners, ops, flops = state.winners[c], workspace.ops[c], run.counts(lambda count, c=c: count.edges[c])
         # The drive finds the winners, of the same states, that are there already.
-        cases[f"edge {n} drive"] = Case(functools.partial(edge.drive, below, up[n - 1], winners, ops), *flops)
-        if n > 1:
-            cases[f"edge {n} topdown"] = Case(functools.partial(edge.topdown, above, winners, down[n - 2], ops), *flops)
+        cases[f"{name} drive"] = Case(functools.partial(edge.drive, nodes[n], up[m - 1], winners, ops), *flops)
+        if n:
+            call = functools.partial(edge.topdown, nodes[m], winners, down[n - 1], ops)
+            cases[f"{name} topdown"] = Case(call, *flops)
     return run.stopwatch.measure(cases)
 
 

@@ -1,4 +1,4 @@
-"""What `benchmark.py` measures with: a clock, products timed between all else, counted operations."""
+"""What `benchmark.py` measures with: a clock, products timed between all else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import Device, Precision
-from cupyep.network import Network
 from cupyep.ops.factors import Factors
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -148,68 +147,6 @@ class Stopwatch:
         end.record()
         end.synchronize()
         return cuda.get_elapsed_time(start, end) / 1000 / calls
-
-
-class Operations:
-    """Operations (a multiply and an add are two) of the large products, without the readout's.
-
-    Parameters
-    ----------
-    network : Network
-    batch : int
-    done : bool
-        Count what is done, and not the operations of direct convolutions: Winograd's algorithm does fewer, and where it
-        is chosen depends on the batch.
-
-    Attributes
-    ----------
-    edges, pairs : list of int
-        Of one product of each edge, for the batch and for two phases of it in one.
-    """
-
-    def __init__(self, network: Network, batch: int, done: bool = False):
-        self.edges, self.pairs = (self._of_edges(network, size, done) for size in (batch, 2 * batch))
-        self.first, self.rest = self.edges[0], sum(self.edges[1:])
-        pooled = zip(self.pairs[1:], network.layers[1:], strict=True)
-        self.pooled_pairs = sum(flops for flops, edge in pooled if edge.has_winners)
-
-    @staticmethod
-    def _of_edges(network: Network, batch: int, done: bool) -> list[int]:
-        if done:
-            return [ops.flops * batch for ops in network.memory.workspace(batch).ops]
-        return [edge.flops() * batch for edge in network.layers]
-
-    def settle_step(self) -> int:
-        """Two products an edge; the first edge's drive is constant and computed once a phase."""
-        return 2 * self.rest
-
-    def free_phase(self, steps: int) -> int:
-        return self.first + steps * self.settle_step()
-
-    def ep_step(self, free_steps: int, nudged_steps: int, form: str, schedule: str = "synchronous") -> int:
-        """Free phase, nudged phases and gradient of `EquilibriumPropagation`.
-
-        Parameters
-        ----------
-        form : {"classical", "deviation", "tangent"}
-            The first two centered (two nudged phases).
-        """
-        free, nudged = self.free_phase(free_steps), self.edges if form == "tangent" else self.pairs
-        settled = nudged_steps * 2 * sum(nudged[1:])
-        if form == "classical":
-            start = {"synchronous": 0, "evenodd": sum(nudged[2::2]), "sweeps": sum(nudged[1:])}[schedule]
-            winners = self.pooled_pairs  # of the nudged states themselves
-            return free + self.first + start + settled + winners + sum(nudged)
-        return free + settled + self.first + 2 * self.rest
-
-    def bp_step(self) -> int:
-        """Drive, gradient and, but for the first edge, the top-down product."""
-        return 2 * self.first + 3 * self.rest
-
-    def bptt_step(self, free_steps: int, unrolled_steps: int) -> int:
-        """Free steps, then unrolled ones with, a step back, two gradients and two products an edge above the first."""
-        unrolled = self.free_phase(unrolled_steps)
-        return self.free_phase(free_steps) + unrolled + unrolled_steps * (self.first + 4 * self.rest)
 
 
 def limit_threads(threads: int) -> contextlib.AbstractContextManager[Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measuring import Operations
 
 from cupyep.backend.paper import PaperDevice
 from cupyep.cli.shared import OneLineErrors
@@ -20,6 +19,7 @@ from cupyep.experiments.findings import COLUMNS
 from cupyep.experiments.report import OPEN, table
 from cupyep.experiments.runner import RESULTS
 from cupyep.files import replacing
+from cupyep.learning.operations import Operations
 from cupyep.training.config import TrainConfig, make_config
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -135,19 +135,12 @@ def training_operations(experiment: Experiment) -> int:
 
 def _operations_of_an_image(config: TrainConfig) -> int:
     """Return the operations that all epochs of a run and its teacher's spend on a training image."""
-    network = blank_learner(
+    learner = blank_learner(
         dataclasses.replace(config, aug="none", teacher=None, teacher_features=False), PaperDevice("gpu")
-    ).network
-    count = Operations(network, 1)
-    if config.algorithm == "bp":
-        step = count.bp_step()
-    elif config.algorithm == "bptt":
-        step = count.bptt_step(config.free_steps, config.nudged_steps)
-    else:
-        form = "tangent" if config.scheme == "tangent" else config.nudge
-        step = count.ep_step(config.free_steps, config.nudged_steps, form, config.schedule)
+    )
+    count = Operations(learner.network, 1)
     teacher = config.teacher_epochs * count.bp_step() if config.aug == "kd" else 0
-    return config.epochs * step + teacher
+    return config.epochs * count.step(learner) + teacher
 
 
 def with_table(readme: str, lines: str) -> str:

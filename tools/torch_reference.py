@@ -24,7 +24,7 @@ class TorchReference:
     Parameters
     ----------
     network : Network
-        Of `Conv2d` and dense edges, with a clip as activation.
+        A chain of `Conv2d` and dense edges with plain weights, with a clip as activation.
     device : str
         PyTorch's name of the device.
     dtype : {"float32", "float64"}
@@ -32,10 +32,12 @@ class TorchReference:
     Raises
     ------
     ConfigurationError
-        If the activation is no clip.
+        If it is another one.
     """
 
     def __init__(self, network: Network, device: str = "cpu", dtype: str = "float32"):
+        plain = network.graph.is_chain and network.weights == "plain"
+        require(plain, "the reference takes chains with plain weights: compare networks with skips without --against")
         require(isinstance(network.activation, Clip), f"the reference has no activation '{network.activation.name}'")
         self.network = network
         self.device, self.dtype = device, getattr(torch, dtype)

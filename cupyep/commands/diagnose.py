@@ -29,6 +29,7 @@ from cupyep.diagnostics.rules import (
 from cupyep.errors import CheckpointError, DivergenceError
 from cupyep.files import expanded, replacing
 from cupyep.learning.check import bptt_gradients, compare
+from cupyep.learning.gradients import layer_of
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, restore_parameters
 from cupyep.training.build import build_dataset, build_learner, build_network, build_signals, first_images
 from cupyep.training.config import TrainConfig, make_config, require_used
@@ -107,15 +108,18 @@ class Diagnosis:
             key: column for key, column in COLUMNS.items() if any(row.get(key, False) is not False for row in self.rows)
         }
         widths = {key: max(len(title), int(form.split(".")[0])) for key, (title, form) in shown.items()}
-        head = f"{'layer':<9}" + " ".join(f"{shown[key][0]:>{widths[key]}}" for key in shown)
-        above = " " * 9
+        first = max(9, *(len(row["name"]) + 1 for row in self.rows))
+        head = f"{'node' if 'nodes' in self.trace else 'layer':<{first}}" + " ".join(
+            f"{shown[key][0]:>{widths[key]}}" for key in shown
+        )
+        above = " " * first
         for title, prefix in GROUPS.items():
             width = sum(widths[key] + 1 for key in shown if key.startswith(prefix))
             above += f"{f' {title} ':-^{width - 1}} " if width else ""
         lines = [above.rstrip(), head]
         for row in self.rows:
             cells = (_cell(row.get(key), shown[key][1], widths[key]) for key in shown)
-            lines.append(f"{row['name']:<9}" + " ".join(cells))
+            lines.append(f"{row['name']:<{first}}" + " ".join(cells))
         return [line.rstrip() for line in lines if line.strip()]
 
     def write_json(self, path: Path) -> None:
@@ -243,7 +247,8 @@ def _rows(record: Record, setting: Setting, probes: Mapping[str, PhaseProbe]) ->
         columns["nudge_response"] = record["nudge_response"]
         columns["scaled_response"] = scaled_response(record, setting.weights).tolist()
         columns["response_share"], columns["gradient_share"] = (s.tolist() for s in shares_of_last(record, setting))
-    rows = [{"name": str(n + 1), **{key: values[n] for key, values in columns.items()}} for n in range(depth)]
+    names = setting.names or [str(n + 1) for n in range(depth)]
+    rows = [{"name": names[n], **{key: values[n] for key, values in columns.items()}} for n in range(depth)]
     if len(record["gradient_norm"]) > depth:
         rows.append({"name": "readout"})
     for row, norm in zip(rows, record["gradient_norm"], strict=True):
@@ -252,14 +257,18 @@ def _rows(record: Record, setting: Setting, probes: Mapping[str, PhaseProbe]) ->
 
 
 def _cosines(learner: Any, batch: Batch) -> list[float]:
-    """Return the cosine of each weight gradient with BPTT's, from one free state."""
+    """Return the cosine of each layer's weight gradient with BPTT's, from one free state."""
     network, nudged = learner.network, getattr(learner, "nudged_steps", learner.free_steps)
     free = learner.settle_free(batch).copy()
     steps = nudged if learner.schedule == "synchronous" else None
     gradients = learner.step_from(batch, free).gradients, bptt_gradients(network, batch, free, learner.signals, steps)
     host = [{path: network.device.to_numpy(g).copy() for path, g in found.items()} for found in gradients]
-    paths = [path for path in host[0] if path.endswith(".weight") and not path.startswith("signals.")]
-    return [compare(host[0][path], host[1][path])["cosine"] for path in paths]
+    weights: dict[str, list[str]] = {}  # several lead into some nodes
+    for path in host[0]:
+        if path.endswith(".weight") and not path.startswith("signals."):
+            weights.setdefault(layer_of(path), []).append(path)
+    joined = ([np.concatenate([g[path].ravel() for path in paths]) for g in host] for paths in weights.values())
+    return [compare(*pair)["cosine"] for pair in joined]
 
 
 def _cell(value: Any, form: str, width: int) -> str:

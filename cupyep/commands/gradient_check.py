@@ -144,13 +144,15 @@ def check_gradient(
 def _block(beta: float, forms: dict[str, list[dict[str, Any]]]) -> str:
     columns = [name for name in COLUMNS if all(name in row for rows in forms.values() for row in rows)]
     heads = [f"{COLUMNS[name]:>11}" for _ in forms for name in columns]
+    names = [row["name"] for row in next(iter(forms.values()))]
+    width = max(12, *(len(name) + 1 for name in names))
     lines = [
-        f"{f'beta {beta:g}':<12}" + "".join(f"{form + ' form':^{12 * len(columns)}}" for form in forms).rstrip(),
-        f"{'layer':<12}" + " ".join(heads),
+        f"{f'beta {beta:g}':<{width}}" + "".join(f"{form + ' form':^{12 * len(columns)}}" for form in forms).rstrip(),
+        f"{'layer':<{width}}" + " ".join(heads),
     ]
     for rows in zip(*forms.values(), strict=True):
         cells = [_cell(row[name]) for row in rows for name in columns]
-        lines.append(f"{rows[0]['name']:<12}" + " ".join(cells))
+        lines.append(f"{rows[0]['name']:<{width}}" + " ".join(cells))
     return "\n".join(lines)
 
 

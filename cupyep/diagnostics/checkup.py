@@ -68,7 +68,8 @@ def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, ep
     """Return how the phases settled, as settling.json holds it.
 
     ``epoch``, ``images``, ``schedule``, ``tolerance``, and of each phase there is ``steps``, the learner's own, and
-    ``residual``: for every step, also those beyond, a number a layer (None where it is not finite).
+    ``residual``: for every step, also those beyond, a number a layer (None where it is not finite). ``nodes``, their
+    names, where the network is no chain.
     """
     phases = {
         phase: {"steps": probe.steps, "residual": [[_rounded(r) for r in row] for row in probe.residual]}
@@ -79,6 +80,7 @@ def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, ep
         "images": images,
         "schedule": setting.schedule,
         "tolerance": setting.tolerance,
+        **({"nodes": list(setting.names)} if setting.names else {}),
         **phases,
     }
 
@@ -96,7 +98,14 @@ def check_trace(trace: Any) -> dict[str, Any]:
             residual = np.array(trace[phase]["residual"], float)
             if residual.ndim != 2 or not 1 <= int(trace[phase]["steps"]) <= len(residual):
                 raise ValueError(f"the residuals of the {phase} phase are not a table of steps and layers")
+            names = trace.get("nodes", ["?"] * residual.shape[1])
+            if not (isinstance(names, list) and len(names) == residual.shape[1] and all(map(_is_text, names))):
+                raise ValueError(f"'nodes' is {names!r}")
     return trace
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _rounded(number: float) -> float | None:

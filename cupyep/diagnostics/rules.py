@@ -86,6 +86,8 @@ class Setting:
     free_steps, nudged_steps : int
     signals : bool
         Whether there are intermediate signals.
+    names : tuple of str
+        Of the nodes; empty for a chain, whose layers have numbers.
     """
 
     weights: tuple[float, ...]
@@ -98,6 +100,7 @@ class Setting:
     free_steps: int = 0
     nudged_steps: int = 0
     signals: bool = False
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, learner: Any, batch_size: int) -> Setting:
@@ -110,6 +113,7 @@ class Setting:
             batch_size,
             precision=float(np.finfo(network.dtype).eps),
             signals=bool(learner.signals),
+            names=() if network.graph.is_chain else tuple(network.graph.names),
             **{name: getattr(learner, name) for name in phases if hasattr(learner, name)},
         )
 
@@ -176,19 +180,20 @@ def _unsettled(phase: str, record: Record, setting: Setting, probe: PhaseProbe |
     if not layers:
         return None
     worst = int(fractions.argmax())
+    where = spans([worst + 1], setting.names)
     steps, unit = getattr(setting, f"{phase}_steps"), "sweep" if setting.schedule == "sweeps" else "step"
     samples = f"in {fractions[worst]:.0%} of the samples"
     if setting.tolerance is not None:
         residual = (record.get(f"{phase}_residual_per_layer") or [math.nan] * len(fractions))[worst]
-        what = f"layer {worst + 1} has residual {residual:.1e}, above the tolerance {setting.tolerance:.0e} {samples}"
+        what = f"{where} has residual {residual:.1e}, above the tolerance {setting.tolerance:.0e} {samples}"
     elif phase == "free":
-        what = f"layer {worst + 1} has {record['free_distance'][worst]:.0%} of its size left to go, too much {samples}"
+        what = f"{where} has {record['free_distance'][worst]:.0%} of its size left to go, too much {samples}"
     else:
         change = record["nudged_distance"][worst]
-        what = f"the response of layer {worst + 1} would still change by {change:.0%}, too much {samples}"
+        what = f"the response of {where} would still change by {change:.0%}, too much {samples}"
     message = (
-        f"the {phase} phase does not settle: after {steps} {unit}{'s' if steps > 1 else ''} {what} ({spans(layers)}); "
-        f"{_remedy(phase, setting, probe)}"
+        f"the {phase} phase does not settle: after {steps} {unit}{'s' if steps > 1 else ''} {what} "
+        f"({spans(layers, setting.names)}); {_remedy(phase, setting, probe)}"
     )
     return Finding("convergence", layers, message)
 
@@ -197,7 +202,7 @@ def _remedy(phase: str, setting: Setting, probe: PhaseProbe | None) -> str:
     if probe is not None and probe.oscillating.any():
         return "it swings between two states: use --schedule evenodd or sweeps"
     if phase == "nudged" and probe is not None and (probe.distance[0] == 1).all():
-        return "raise --nudged-steps, the nudge has not reached layer 1 yet"
+        return f"raise --nudged-steps, the nudge has not reached {spans([1], setting.names)} yet"
     if phase == "nudged" and probe is not None and probe.growing[0]:
         return "it grows all the time: lower --feedback or --gain, or raise --free-steps"
     tolerance = "" if setting.tolerance is None else ", or raise --tolerance"
@@ -227,9 +232,9 @@ def _vanishing(record: Record, setting: Setting) -> Finding | None:
     knob = "raise --kappa" if setting.signals else "add signals (--aug le or kd)"
     form = ", or use --nudge deviation" if setting.form == "classical" else ""
     message = (
-        f"the nudge vanishes on its way down: layer {worst + 1} responds with {_percent(response[worst])} of the last "
-        f"layer's strength, its gradient has {_percent(gradient[worst])} ({spans(layers)}); {knob}, or lower "
-        f"--feedback{form}"
+        f"the nudge vanishes on its way down: {spans([worst + 1], setting.names)} responds with "
+        f"{_percent(response[worst])} of the last layer's strength, its gradient has {_percent(gradient[worst])} "
+        f"({spans(layers, setting.names)}); {knob}, or lower --feedback{form}"
     )
     return Finding("vanishing", layers, message)
 
@@ -244,8 +249,9 @@ def _rounding(record: Record, setting: Setting) -> Finding | None:
     if not layers:
         return None
     message = (
-        f"the nudge is lost in rounding: the states of {spans(layers)} respond by {share[layers[0] - 1]:.0e} of their "
-        f"size and hold {setting.precision:.0e}; use --nudge deviation, or raise --beta"
+        f"the nudge is lost in rounding: the states of {spans(layers, setting.names)} respond by "
+        f"{share[layers[0] - 1]:.0e} of their size and hold {setting.precision:.0e}; use --nudge deviation, or "
+        "raise --beta"
     )
     return Finding("vanishing", layers, message)
 
@@ -266,7 +272,8 @@ def _idle(record: Record, setting: Setting, history: Sequence[Record]) -> Findin
     parts = {"units are saturated": saturated[worst], "channels are dead": dead[worst]}
     what = " and ".join(f"{share:.0%} of the {words}" for words, share in parts.items() if share >= 0.005)
     knob = _idle_remedy(record, setting, history, saturated[worst] > dead[worst] / 4)
-    message = f"units do not respond: in layer {worst + 1} {what} ({spans(layers)}); {knob}"
+    where = spans([worst + 1], setting.names)
+    message = f"units do not respond: in {where} {what} ({spans(layers, setting.names)}); {knob}"
     return Finding("collapse", layers, message)
 
 
@@ -302,8 +309,10 @@ def _above(values: np.ndarray, limit: float) -> tuple[int, ...]:
     return tuple((np.flatnonzero(values > limit) + 1).tolist())
 
 
-def spans(layers: Sequence[int]) -> str:
-    """Return ``layer 3``, ``layers 2-5`` or ``layers 1, 3-4``."""
+def spans(layers: Sequence[int], names: Sequence[str] = ()) -> str:
+    """Return ``layer 3``, ``layers 2-5`` or ``layers 1, 3-4``; with the `names` of nodes ``nodes a, b``."""
+    if names:
+        return f"node{'s' if len(layers) > 1 else ''} {', '.join(names[n - 1] for n in layers)}"
     found: list[list[int]] = []
     for n in layers:
         if found and found[-1][1] == n - 1:

@@ -15,11 +15,11 @@ from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
 from cupyep.data import Loader
 from cupyep.errors import DivergenceError
-from cupyep.experiments.costs import Counter
 from cupyep.experiments.design import Cell
 from cupyep.files import read_text, replacing
-from cupyep.learning import Backpropagation, EquilibriumPropagation
+from cupyep.learning import Backpropagation, EquilibriumPropagation, Learner
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
+from cupyep.learning.operations import OperationCounter
 from cupyep.network import Network
 from cupyep.training.build import build_dataset, build_network, build_signals
 from cupyep.training.config import TrainConfig, default_relaxation, make_config
@@ -44,7 +44,7 @@ def train_cell(
     cell: Cell,
     probe: Probe | None = None,
     every_epoch: bool = False,
-    prepare: Callable[[Network], None] | None = None,
+    prepare: Callable[[Learner], None] | None = None,
 ) -> dict[str, Any]:
     """Train the cell's network in its folder, or go on with it there; return its courses.
 
@@ -56,7 +56,7 @@ def train_cell(
     every_epoch : bool
         Probe after every epoch instead of after the last one.
     prepare : callable, optional
-        Takes the network before it is trained (further).
+        Takes the learner before it is trained (further).
 
     Returns
     -------
@@ -80,7 +80,7 @@ def train_cell(
         if trainer is not None:
             display.after = after
             if prepare:
-                prepare(trainer.network)
+                prepare(trainer.learner)
             trainer.run()
     return _courses(RunDirectory.open(folder).metrics(), _probes(folder))
 
@@ -129,13 +129,13 @@ def _short(number: float | None) -> float | None:
 
 def operations_cell(cell: Cell) -> dict[str, Any]:
     """Train, counting the operations of every epoch (its evaluation included)."""
-    counters: list[Counter] = []
+    counters: list[OperationCounter] = []
 
     def count(network: Network, config: TrainConfig) -> dict[str, Any]:
         found, counters[-1].operations = counters[-1].operations, 0
         return {"operations": found}
 
-    return train_cell(cell, count, every_epoch=True, prepare=lambda network: counters.append(Counter(network)))
+    return train_cell(cell, count, every_epoch=True, prepare=lambda learner: counters.append(OperationCounter(learner)))
 
 
 def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | None]]:

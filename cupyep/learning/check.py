@@ -15,6 +15,7 @@ from cupyep.errors import DivergenceError, choose, instance, items
 from cupyep.learning.bptt import ADJOINT_TOLERANCE, BackpropagationThroughTime
 from cupyep.learning.custom import check_parts
 from cupyep.learning.equilibrium import FORMS, EquilibriumPropagation
+from cupyep.learning.gradients import layer_of
 from cupyep.learning.learner import StepResult
 from cupyep.network import Network
 from cupyep.phases import State
@@ -58,7 +59,7 @@ def check_gradients(network: Network, x: Any, y: Any = None, *, nudge: str = "de
     -------
     list of dict
         A row a weight, input side first: ``name``, ``cosine``, ``relative_error``, ``sign_agreement``,
-        ``gradient_norm`` (of EP), ``nudge_response`` (mean |s+ - s-|; None for the readout).
+        ``gradient_norm`` (of EP), ``nudge_response`` (mean |s+ - s-| of the layer; None for the readout).
     """
     return compare_forms(network, x, y, forms=(choose("nudge", nudge, FORMS),), **settings)[nudge]
 
@@ -249,7 +250,7 @@ class _Side:
 
 def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list[Row]:
     response = network.device.to_numpy(estimate.nudge_response)
-    rows, names = [], [f"layers.{name}" for name in network.graph.names]
+    rows, layers = [], [f"layers.{name}" for name in network.graph.names]
     for path, gradient in estimate.gradients.items():
         if not path.endswith(".weight"):
             continue
@@ -257,6 +258,7 @@ def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list
         host = network.device.to_numpy(gradient)
         row = {"name": name, **compare(host, network.device.to_numpy(truth[path]))}
         row["gradient_norm"] = float(np.linalg.norm(host.astype(np.float64)))
-        row["nudge_response"] = float(response[names.index(name)]) if name in names else None
+        layer = layer_of(path)  # of whatever connection into it
+        row["nudge_response"] = float(response[layers.index(layer)]) if layer in layers else None
         rows.append(row)
     return rows

@@ -15,6 +15,7 @@ from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh
 from cupyep.backend import Device, get_device, get_precision
 from cupyep.batch import Batch
 from cupyep.errors import ConfigurationError, instance, require
+from cupyep.graph import Graph
 from cupyep.heads import Head, LossTerm
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.memory.workspace import Memory
@@ -68,7 +69,7 @@ def check_signal(signal: Augmenter, network: Network, batch: Batch | None = None
             getattr(term, "layer", None) == layer,
             f"{name}: its term for layer {layer} says that it looks at layer {getattr(term, 'layer', None)}",
         )
-        _check_term(f"{name}, layer {layer}", term, twin.target(layer, batch), network, len(batch))
+        _check_term(f"{name}, {network.graph.label(layer)}", term, twin.target(layer, batch), network, len(batch))
     _check_kappa(name, twin, batch)
 
 
@@ -312,7 +313,7 @@ class _EdgeCheck:
         )
         for array in self.parameters.values():
             array += self.drawn(array.shape, 0.1)
-        self.memory = Memory([self.edge], device, get_precision("float64"))
+        self.memory = Memory(Graph([self.edge]), device, get_precision("float64"))
         shapes = [(SAMPLES, *shape) for shape in (edge.in_shape, edge.in_shape, edge.out_shape)]
         self.below, self.other, self.above = map(self.drawn, shapes)
         self.winners = device.xp.zeros(self.above.shape, np.uint8) if edge.has_winners else None

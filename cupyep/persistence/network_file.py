@@ -111,10 +111,9 @@ def write_network(path: str | Path, network: Any) -> None:
         If the file cannot be written.
     """
     remedy = "keep the parameters with numpy.savez, and give them to load_parameters of a network built by your code"
-    for n, edge in enumerate(network.layers, 1):
-        require(
-            type(edge) in LAYERS.values(), f"layer {n} is a {type(edge).__name__}, which a file cannot hold; {remedy}"
-        )
+    for edge, above in zip(network.layers, network.graph.above, strict=True):
+        what = f"{network.graph.label(above)} is a {type(edge).__name__}"
+        require(type(edge) in LAYERS.values(), f"{what}, which a file cannot hold; {remedy}")
     name, description = network.activation.name, describe(network)
     known = name in ACTIVATIONS and description["activation"] == _attributes(ACTIVATIONS[name], ("name", "low", "high"))
     require(known, f"activation '{name}' is not one of cupyep's; {remedy}")

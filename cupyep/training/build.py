@@ -92,7 +92,7 @@ def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> 
     if config.aug == "none":
         return []
     common = {
-        "layers": parse_layers(config.signal_layers, network.depth),
+        "layers": signal_layers(config, network),
         "kappa": config.kappa,
         "annealing": config.kappa_annealing,
         "loss": config.signal_loss,
@@ -105,6 +105,12 @@ def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> 
         names = {layer: feature_name(layer) for layer in common["layers"]}
         return [FeatureDistillation(teacher, names, config.kappa, config.kappa_annealing)]
     return [Distillation(teacher, temperature=config.temperature, learned=config.learned_maps, **common)]
+
+
+def signal_layers(config: TrainConfig, network: Network) -> list[int]:
+    """Return the numbers of the layers with a signal."""
+    graph = network.graph
+    return parse_layers(config.signal_layers, network.depth, () if graph.is_chain else graph.names)
 
 
 def feature_name(layer: int) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -137,7 +138,8 @@ class TrainConfig:
 
     aug: str = SIGNALS("none", str, "No signals, le (local error) or kd (knowledge distillation).",
                        choices=("none", "le", "kd"))
-    signal_layers: str = SIGNALS("all", str, "Layers with a signal, such as 2,3,4 or 2-5 or all.", needs=("signal",))
+    signal_layers: str = SIGNALS("all", str, "Layers with a signal, such as 2,3,4 or 2-5 or all; "
+                                "of a network with skips also names of nodes.", needs=("signal",))
     kappa: float = SIGNALS(0.1, float, "Weight of the signals at the start.", low=0, needs=("signal",))
     kappa_annealing: str = SIGNALS("cosine", str, "Course of kappa over the training.", choices=ANNEALINGS,
                                    needs=("signal",))
@@ -188,7 +190,7 @@ class TrainConfig:
             not (self.teacher_features and self.crop and self.aug == "kd"),
             "--teacher-features needs --no-crop: a teacher's activations belong to the image as it is",
         )
-        parse_layers(self.signal_layers, sys.maxsize)
+        parse_layers(self.signal_layers, sys.maxsize, None)
         free, nudged = default_steps(self)
         self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged
         self.relaxation = self.relaxation or default_relaxation(self)
@@ -306,14 +308,16 @@ def _check_name(name: str) -> None:
         raise ConfigurationError(f"unknown option '{name}'{nearest(name, OPTIONS)}")
 
 
-def parse_layers(text: str, depth: int) -> list[int]:
-    """Return the layer numbers that `text` names: ``"all"``, ``"2,3,4"``, ``"2-5"`` or ``"1,3-5"``.
+def parse_layers(text: str, depth: int, nodes: Sequence[str] | None = ()) -> list[int]:
+    """Return the layer numbers that `text` names: ``"all"``, ``"2,3,4"``, ``"2-5"``, ``"1,3-5"``, or names of nodes.
 
     Parameters
     ----------
     text : str
     depth : int
         Number of state layers; layers count from 1 to `depth`.
+    nodes : sequence of str, optional
+        Names of the layers, where they have any; None if that is not known yet: then every name will do.
 
     Raises
     ------
@@ -324,11 +328,17 @@ def parse_layers(text: str, depth: int) -> list[int]:
         return list(range(1, depth + 1)) if depth < sys.maxsize else []
     layers: list[int] = []
     for part in text.split(","):
+        if nodes and part.strip() in nodes:
+            layers.append(nodes.index(part.strip()) + 1)
+            continue
         first, _, last = part.partition("-")
         numeric = (
             first.strip().isdecimal() and (not last or last.strip().isdecimal()) and not part.strip().endswith("-")
         )
-        require(numeric, f"--signal-layers must be like 2,3,4 or 2-5 or all (got '{text}')")
+        if nodes is None and not numeric and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", part.strip()):
+            continue
+        names = f" or of {', '.join(nodes)}" if nodes else ""
+        require(numeric, f"--signal-layers must be like 2,3,4 or 2-5 or all{names} (got '{text}')")
         require(len(part) <= 12, f"--signal-layers names a layer that no network has (got '{text}')")
         begin, end = int(first), int(last or first)
         require(1 <= begin <= end, f"--signal-layers counts layers upwards from 1 (got '{text}')")

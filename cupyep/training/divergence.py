@@ -23,9 +23,9 @@ UNREST = 0.1  # of a layer's mean state: who still changes by as much an iterati
 
 #: What is watched, in the order in which one makes the next: statistic -> its name in the message, the likely knob.
 WATCHED = {
-    "activity": ("the state of layer {}", "--learning-rate"),
+    "activity": ("the state of {}", "--learning-rate"),
     "loss": ("the loss", "--learning-rate"),
-    "nudge_response": ("the nudged state of layer {}", "--beta"),
+    "nudge_response": ("the nudged state of {}", "--beta"),
     "gradient_norm": ("the gradient of {}", "--beta"),
 }
 
@@ -43,7 +43,7 @@ def check_finite(
         Number of batches done in this epoch.
     epoch : int
     layers : sequence of str
-        Names that belong to the entries of ``gradient_norm``.
+        Names that belong to the entries of ``gradient_norm``; those of states are the first of them.
     unrest : float
         What a layer's state still changes by in an iteration at the end of a free phase, as a part of the state: a
         network that does not come to rest without a nudge does not do so with a small one.
@@ -58,19 +58,25 @@ def check_finite(
         knob = "--gain"
     elif knob == "--beta" and unrest > UNREST:
         knob = "--gain or --feedback: the free phase does not settle, either"
-    what = what.format(layers[place] if name == "gradient_norm" else place + 1)
+    what = what.format(layers[place] if name == "gradient_norm" else _label(layers[place]))
     raise DivergenceError(f"{what} is not finite in epoch {epoch}, batch {good + 1}; lower {knob}")
 
 
-def check_means(means: Mapping[str, Any], epoch: int) -> None:
-    """Raise `DivergenceError` if a mean of the epoch (by name, a number or a list with one a layer) is not finite.
+def _label(layer: str) -> str:
+    """Return what ``layers.3`` or ``layers.NODE`` is called in messages."""
+    name = layer.removeprefix("layers.")
+    return f"layer {name}" if name.isdecimal() else f"node {name}"
+
+
+def check_means(means: Mapping[str, Any], epoch: int, layers: Sequence[str]) -> None:
+    """Raise `DivergenceError` if a mean of the epoch (by name, a number or a list with one of `layers`) is not finite.
 
     Squares overflow before what they are taken of: a residual can be infinite while every state is finite.
     """
     for name, values in means.items():
         wrong = np.flatnonzero(~np.isfinite(np.asarray(values, float)))
         if wrong.size:
-            where = f" of layer {wrong[0] + 1}" if isinstance(values, list) else ""
+            where = f" of {_label(layers[wrong[0]])}" if isinstance(values, list) else ""
             raise DivergenceError(
                 f"'{name}'{where} is not finite in epoch {epoch}; lower --learning-rate, --feedback or --gain"
             )

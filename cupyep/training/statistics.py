@@ -119,7 +119,7 @@ class EpochStatistics:
         finite = {name: host.pop(f"finite_{name}") for name in WATCHED if name in host}
         check_finite(finite, self.batches, self.epoch, self.layers, _unrest(host))
         means = {name: (value / self.count).tolist() for name, value in host.items()}
-        check_means(means, self.epoch)
+        check_means(means, self.epoch, self.layers)
         # Learned maps of signals belong to no layer; their gradients are only looked at for being finite.
         norms = zip(self.layers, means["gradient_norm"], strict=True)
         residuals = {phase: means.get(f"{phase}_residual") for phase in ("free", "nudged")}

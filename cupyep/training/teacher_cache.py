@@ -24,8 +24,8 @@ from cupyep.data import Dataset, cache_directory, data_directory
 from cupyep.errors import CheckpointError, Interrupted, TeacherError
 from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
 from cupyep.network import Network
-from cupyep.training.build import feature_name
-from cupyep.training.config import TrainConfig, parse_layers
+from cupyep.training.build import feature_name, signal_layers
+from cupyep.training.config import TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions
 from cupyep.training.teacher import SHARED, TEACHER_SETTINGS, export_logits, feedforward, teacher_config, train_teacher
@@ -184,8 +184,7 @@ def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, d
     remove_leftovers(folder)
     try:
         network = train_teacher(own, dataset, device, display, folder / "run")
-        wanted = config.signal_layers if config.teacher_features else ""
-        layers = parse_layers(wanted, network.depth) if wanted else []
+        layers = signal_layers(config, network) if config.teacher_features else []
         _export(network, layers, dataset, folder / path.name, own, display)
     except Interrupted as error:
         raise type(error)(f"{error} while the teacher is trained; the same command goes on", error.number) from None

@@ -9,7 +9,8 @@ from typing import Any
 from cupyep.errors import ConfigurationError
 
 FOLDER = "tensorboard"
-LEFT_OUT = ("epoch", "findings")
+LEFT_OUT = ("epoch", "findings", "nodes")
+SETTINGS = ("learning_rate", "kappa")  # lists of these are no values of nodes
 SPLITS = ("train", "validation", "test")
 
 
@@ -60,8 +61,8 @@ class EventLog:
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a record by TensorBoard's names.
 
-    Losses and accuracies of all splits share a chart (``loss/train``); so do the layers of a list (``dead/2``; the norm
-    of the readout's gradient is ``gradient_norm/readout``).
+    Losses and accuracies of all splits share a chart (``loss/train``); so do the layers of a list (``dead/2``, by its
+    name where the network is no chain; the norm of the readout's gradient is ``gradient_norm/readout``).
     """
     depth, found = len(record["activity"]), {}
     for key, value in record.items():
@@ -69,6 +70,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
             continue
         if isinstance(value, list):
             whose = [str(n + 1) for n in range(len(value))]
+            if key not in SETTINGS:
+                whose[:depth] = record.get("nodes") or whose[:depth]
             if key == "gradient_norm" and len(value) > depth:
                 whose[depth] = "readout"
             found |= {f"{key}/{name}": float(number) for name, number in zip(whose, value, strict=True)}

@@ -242,6 +242,7 @@ class Trainer:
             **self._evaluate(epoch),
             **settings,
             "halvings": self.halvings,
+            **({"nodes": nodes} if (nodes := self.network.graph.named_depths()) else {}),
             **means,
         }
         if self.checkup is not None:

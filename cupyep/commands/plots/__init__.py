@@ -13,6 +13,7 @@ from cupyep.commands.plots import curves, maps
 from cupyep.commands.plots.style import matplotlib_figure, save
 from cupyep.diagnostics.rules import LIMITS
 from cupyep.errors import CheckpointError, CupyepError
+from cupyep.graph import node_weights
 from cupyep.training.display import Display
 from cupyep.training.run_directory import BEST, RunDirectory
 
@@ -89,7 +90,8 @@ def _figures(
         yield "filters", str(error)
         yield "confusion", str(error)
         return
-    weight = saved.parameters.get("layers.1.weight")
+    first = next(iter(records[-1].get("nodes", ())), "1") if records else "1"
+    weight = saved.parameters.get(f"layers.{first}.weight")
     title = f"{name}: filters of the first layer, epoch {saved.epoch}"
     yield "filters", maps.filters(weight, title) if np.ndim(weight) == 4 else "the first layer is not a convolution"
     if which == "last":
@@ -111,7 +113,7 @@ def _limited(phase: str) -> str:
 
 def _maps(name: str, run: RunDirectory, records: list[Record]) -> Iterator[tuple[str, Any]]:
     """Yield the maps of values a layer over the epochs."""
-    feedback = run.config.feedback
+    feedback, nodes = run.config.feedback, records[-1].get("nodes") if records else None
     scale = "" if feedback == 1 else r"$a_n\,$"
     wanted = {
         "response": ({"": "nudge_response"}, f"{scale}mean $|s_+-s_-|$", "response of the layers to the nudge", True),
@@ -129,7 +131,8 @@ def _maps(name: str, run: RunDirectory, records: list[Record]) -> Iterator[tuple
         shown = [record for record in records if all(record.get(key) for key in panels.values())]
         values = {panel: np.array([record[key] for record in shown], float) for panel, key in panels.items()}
         if kind == "response":
-            values = {panel: v * feedback ** -np.arange(v.shape[1] - 1.0, -1, -1) for panel, v in values.items()}
+            depths = [*nodes.values()] if nodes else range(1, values[""].shape[1] + 1)
+            values[""] *= node_weights(depths, feedback)
         readout = kind == "gradient" and len(shown[-1][kind + "_norm"]) > len(shown[-1]["activity"])
         epochs = [record["epoch"] for record in shown]
-        yield kind, maps.over_epochs(values, epochs, label, f"{name}: {title}", log, readout)
+        yield kind, maps.over_epochs(values, epochs, label, f"{name}: {title}", log, readout, list(nodes or ()))

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import LAYERS, integer_ticks, label_decades, line_style, plain_axes, whole_decades
+from cupyep.commands.plots.style import (
+    LAYER,
+    LAYERS,
+    integer_ticks,
+    label_decades,
+    line_style,
+    plain_axes,
+    whole_decades,
+)
 
 Record = dict[str, Any]
 FEW = 30  # so many epochs are still drawn with a mark each
@@ -75,7 +83,7 @@ def settling(trace: Record, title: str) -> Any:
     figure, axes = plain_axes(len(phases), width=4.6)
     for axis, phase in zip(axes, phases, strict=True):
         draw_settling(axis, phase, trace)
-    layer_colours(figure, axes, len(trace[phases[0]]["residual"][0]))
+    layer_colours(figure, axes, len(trace[phases[0]]["residual"][0]), trace.get("nodes", ()))
     figure.suptitle(title, fontsize="medium")
     return figure
 
@@ -117,14 +125,14 @@ def _colours(layers: int) -> Any:
     return matplotlib.colormaps[LAYERS](np.linspace(0, 0.92, layers))
 
 
-def layer_colours(figure: Any, axes: Sequence[Any], layers: int) -> None:
-    """Add the key of the layers' colours beside `axes`."""
+def layer_colours(figure: Any, axes: Sequence[Any], layers: int, nodes: Sequence[str] = ()) -> None:
+    """Add the key of the layers' colours beside `axes`, with the names of `nodes` if they have any."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     norm = BoundaryNorm(np.arange(0.5, layers + 1), layers)
     bar = figure.colorbar(ScalarMappable(norm, ListedColormap(_colours(layers))), ax=axes, fraction=0.05, pad=0.02)
-    every = 1 if layers <= 16 else 2
-    bar.set_ticks(range(1, layers + 1, every), labels=[str(n) for n in range(1, layers + 1, every)])
+    every = 1 if layers <= 16 or nodes else 2
+    bar.set_ticks(range(1, layers + 1, every), labels=nodes or [str(n) for n in range(1, layers + 1, every)])
     bar.ax.minorticks_off()
-    bar.set_label("layer (1 sees the image)")
+    bar.set_label("node" if nodes else LAYER)

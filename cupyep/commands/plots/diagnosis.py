@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from cupyep.commands.plots.curves import draw_settling, layer_colours
-from cupyep.commands.plots.style import COLOURS, label_decades, matplotlib_figure, whole_decades
+from cupyep.commands.plots.style import COLOURS, LAYER, label_decades, matplotlib_figure, whole_decades
 from cupyep.diagnostics.rules import LIMITS, spans, unsettled_layers
 
-LAYER = "layer (1 sees the image)"
 MOST_TICKS = 20
 LINE_INCHES = 0.2
 
@@ -35,7 +34,7 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
         for verdict in verdicts
         for line in textwrap.wrap(verdict, 115, subsequent_indent="    ", break_on_hyphens=False)
     ]
-    layers = [row for row in rows if row["name"].isdecimal()]
+    layers, nodes = [row for row in rows if "saturated" in row], trace.get("nodes", ())
     phases = [phase for phase in ("free", "nudged") if phase in trace]
     panels = [*phases, *(["responses"] if "nudge_response" in layers[0] else []), "units"]
     rows_of_panels = -(-len(panels) // 2)
@@ -54,11 +53,12 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
             draw_settling(axis, panel, trace)
             unsettled = unsettled_layers([row[f"{panel}_unsettled"] for row in layers])
             if unsettled:
-                axis.set_title(f"{panel} phase: {spans(unsettled)} unsettled", color=COLOURS[1])
+                axis.set_title(f"{panel} phase: {spans(unsettled, nodes)} unsettled", color=COLOURS[1])
         else:
             (_draw_responses if panel == "responses" else _draw_units)(axis, layers)
+            _name_layers(axis, len(layers), nodes)
     if phases:
-        layer_colours(above, axes[: len(phases)], len(layers))
+        layer_colours(above, axes[: len(phases)], len(layers), nodes)
     figure.suptitle(title, fontsize="medium")
     below.text(0.02, 0.98, "\n".join(words), va="top", fontsize="small", family="monospace")
     return figure
@@ -78,9 +78,8 @@ def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
         if (y == 0).any():  # off the scale
             axis.plot(n[y == 0], [low] * (y == 0).sum(), "v", color=colour, markersize=7, clip_on=False)
     _draw_limit(axis, limit, "vanishing below")
-    axis.set(yscale="log", xlabel=LAYER, title="what reaches the layers", ylim=(low, 10 * high))  # room for the key
+    axis.set(yscale="log", title="what reaches the layers", ylim=(low, 10 * high))  # room for the key
     axis.set_ylabel("norm / last layer's norm")
-    _layer_ticks(axis, n)
     label_decades(axis.yaxis)
     axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
 
@@ -94,11 +93,9 @@ def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     axis.set(
         ylim=(0, 122),
         yticks=range(0, 101, 20),
-        xlabel=LAYER,
         ylabel="% of the units",
         title="units that do not respond",
     )
-    _layer_ticks(axis, n)
     axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
 
 
@@ -109,5 +106,10 @@ def _draw_limit(axis: Any, limit: float, label: str) -> None:
                   ha="right", va="bottom", fontsize="small", bbox=box)  # fmt: skip
 
 
-def _layer_ticks(axis: Any, layers: np.ndarray) -> None:
-    axis.set(xticks=layers[:: 1 if len(layers) <= MOST_TICKS else 2], xlim=(0.4, len(layers) + 0.6))
+def _name_layers(axis: Any, layers: int, nodes: Sequence[str]) -> None:
+    """Write numbers, or the names of `nodes`, below the layers."""
+    axis.set(xlim=(0.4, layers + 0.6), xlabel="node" if nodes else LAYER)
+    if nodes:
+        axis.set_xticks(range(1, layers + 1), nodes, rotation=90 if layers > 5 else 0)
+    else:
+        axis.set_xticks(range(1, layers + 1, 1 if layers <= MOST_TICKS else 2))

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import AMOUNTS, LAYERS, integer_ticks, label_decades, matplotlib_figure, whole_decades
+from cupyep.commands.plots.style import (
+    AMOUNTS,
+    LAYER,
+    LAYERS,
+    integer_ticks,
+    label_decades,
+    matplotlib_figure,
+    whole_decades,
+)
 
 NUMBERED_EPOCHS = 8  # so many epochs leave room for a number in every cell
 DECADES = 6  # a logarithmic scale shows no more below its largest value
@@ -16,7 +24,13 @@ NAMED_CLASSES = 20
 
 
 def over_epochs(
-    maps: dict[str, np.ndarray], epochs: Sequence[int], label: str, title: str, log: bool = False, readout: bool = False
+    maps: dict[str, np.ndarray],
+    epochs: Sequence[int],
+    label: str,
+    title: str,
+    log: bool = False,
+    readout: bool = False,
+    nodes: Sequence[str] = (),
 ) -> Any:
     """Return the figure of values a layer over the epochs, a panel a map.
 
@@ -31,6 +45,8 @@ def over_epochs(
         Logarithmic colours, from the largest value down to at most six decades below it; else they go from 0 to 1.
     readout : bool
         The last row is the readout's.
+    nodes : sequence of str
+        Names of the rows, where these are no layers of a chain.
     """
     layers = max(values.shape[1] for values in maps.values())
     figure = matplotlib_figure()(figsize=(5.2 * len(maps) + 0.6, 1.5 + 0.24 * max(layers, 5)), layout="constrained")
@@ -39,8 +55,11 @@ def over_epochs(
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         image = _draw_map(axis, values, epochs, log, scale)
         axis.set(xlabel="epoch", title=name)
-    axes[0].set_ylabel("layer (1 sees the image)")
-    if readout:
+    axes[0].set_ylabel("node" if nodes else LAYER)
+    if nodes:
+        names = [*nodes, "readout"][:layers]
+        axes[0].set_yticks(range(1, layers + 1), names)
+    elif readout:
         axes[0].set_yticks([*axes[0].get_yticks()[:-1], layers], [*map(str, axes[0].get_yticks()[:-1]), "readout"])
     below = log and any((values < scale["norm"].vmin).any() for values in maps.values())
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, extend="min" if below else "neither")

@@ -19,6 +19,7 @@ from cupyep.files import write_file
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
 LAYERS = "viridis"  # layers have an order, and so have its colours, in grey as well
+LAYER = "layer (1 sees the image)"  # an axis of layers
 AMOUNTS = "cividis"
 DPI = 110
 FORMATS = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg")}
