@@ -16,7 +16,7 @@ from cupyep.backend import PRECISIONS, Device, get_device, get_precision
 from cupyep.energy import HopfieldEnergy
 from cupyep.errors import choose, instance, integer, is_number, items, number, require
 from cupyep.graph import Connection, Graph
-from cupyep.heads import Head
+from cupyep.heads import Head, readout_window
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
 
@@ -37,7 +37,7 @@ class Structure:
 
     Parameters
     ----------
-    layers, classes, activation, loss, feedback, gain, seed, device, precision
+    layers, classes, activation, loss, feedback, gain, seed, device, precision, readout_pool
         See `Network`.
     """
 
@@ -53,6 +53,7 @@ class Structure:
         seed: int = 0,
         device: str | Device = "auto",
         precision: str = "float32",
+        readout_pool: int | str | None = None,
     ):
         self.lock = threading.RLock()
         self.graph = layers if isinstance(layers, Graph) else Graph(layers)
@@ -63,7 +64,7 @@ class Structure:
         self.precision = get_precision(choose("precision", precision, PRECISIONS))
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
-        self.readout = self._make_readout(loss)
+        self.readout = self._make_readout(loss, readout_pool)
         self._initialize(gain, seed)
         self.config: dict[str, Any] = {}
 
@@ -84,10 +85,12 @@ class Structure:
         )
         return feedback
 
-    def _make_readout(self, loss: str) -> Head:
+    def _make_readout(self, loss: str, pool: int | str | None) -> Head:
         shape, criterion = self.state_shapes[-1], get_loss(loss)
         if criterion.name == "cross_entropy":
-            return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True)
+            pool = readout_window(pool, shape)
+            return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True, pool=pool)
+        require(pool in (None, 1), "with squared error the output is a state: there is no readout to pool for")
         require(
             shape == (self.classes,),
             f"squared error needs a last layer of shape ({self.classes},), the classes; it gives {shape}",
@@ -130,7 +133,9 @@ class Structure:
         return HopfieldEnergy(self.graph, self.activation, self.feedback, self.device, self.precision)
 
     def __repr__(self) -> str:
-        readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
+        pool = f"average pool {self.readout.pool}, " if self.readout.pool else ""
+        inner = math.prod(self.readout.inner_shape)
+        readout = "state" if self.readout.identity else f"{pool}Linear({inner} -> {self.classes})"
         where = f"{self.precision.name}, {self.device.name}"
         lines = [f"Network({self.activation.name}, feedback {self.feedback:g}, {where}"]
         for c in self.graph.connections:

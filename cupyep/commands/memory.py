@@ -30,7 +30,7 @@ from cupyep.training.config import TrainConfig
 
 #: The options that a step's memory depends on.
 MEMORY_OPTIONS = (
-    "arch", "width", "activation", "pooling", "loss", "feedback", "dataset", "image_size", "nudged_steps", "schedule",
+    "arch", "width", "activation", "weights", "readout_pool", "pooling", "loss", "feedback", "dataset", "image_size", "nudged_steps", "schedule",
     "tolerance", "scheme", "nudge", "aug", "signal_layers", "kappa", "signal_loss", "signal_pool", "learned_maps",
     "batch_size", "micro_batch", "optimizer", "momentum", "device", "scratch_mb", "precision",
 )  # fmt: skip

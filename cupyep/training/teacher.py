@@ -25,6 +25,8 @@ SHARED = (
     "arch",
     "width",
     "pooling",
+    "weights",
+    "readout_pool",
     "dataset",
     "data_dir",
     "image_size",
