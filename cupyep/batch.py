@@ -26,6 +26,8 @@ class Batch:
         0 where the image is as stored, 1 where it is mirrored (see `cupyep.data.VIEWS`).
     checked : bool
         Whether the values of the images are known to be good, as a `Loader`'s are; a look at them waits for the GPU.
+    coming : tuple of two ndarrays, optional
+        `index` and `view` of the batch after this one: a teacher in a file is read ahead by them.
     """
 
     images: Any
@@ -33,7 +35,9 @@ class Batch:
     index: np.ndarray | None = None
     view: np.ndarray | None = None
     checked: bool = False
+    coming: tuple[np.ndarray, np.ndarray] | None = None
     _labels: Any = field(default=None, init=False, repr=False)  # on the device; not what `replace` hands on
+    _rows: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # made of them
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,6 +63,15 @@ class Batch:
     def nearest_labels(self) -> Any:
         """The labels on the device where the batch is `placed`, else those on the host."""
         return self.labels if self._labels is None else self._labels
+
+    def one_hot(self, classes: int, dtype: Any, device: Device) -> Any:
+        """Return the labels as one-hot rows (N, classes) on `device`; where the batch is `placed`, made once."""
+        if self._labels is None:
+            return one_hot(self.labels, classes, dtype, device)
+        key = (classes, np.dtype(dtype), device)
+        if key not in self._rows:
+            self._rows[key] = one_hot(self._labels, classes, dtype, device)
+        return self._rows[key]
 
 
 def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:
@@ -119,6 +132,21 @@ def checked_labels(labels: Any, samples: int, classes: int) -> np.ndarray:
         first = wrong[0]
         raise ConfigurationError(f"labels must be integers from 0 to {classes - 1}, not {labels[first]} (at {first})")
     return labels.astype(np.int64, copy=False)
+
+
+def one_hot(labels: Any, classes: int, dtype: Any, device: Any) -> Any:
+    """Return labels (N,) as one-hot rows (N, classes) on `device`, where labels that are there already are not checked.
+
+    A look at them would wait for the GPU.
+    """
+    if isinstance(labels, (np.ndarray, list, tuple)):
+        labels = np.asarray(labels)
+        require(
+            labels.ndim == 1 and (labels.size == 0 or (labels.min() >= 0 and labels.max() < classes)),
+            f"labels must be a vector of integers from 0 to {classes - 1}",
+        )
+    labels = device.asarray(labels)
+    return (labels[:, None] == device.xp.arange(classes)).astype(dtype)
 
 
 def as_array(what: str, x: Any) -> Any:

@@ -212,8 +212,7 @@ class HopfieldEnergy:
         _, winners = self._drives(x, layers, workspace)
         gradients = {}
         for c, (edge, path) in enumerate(zip(self.edges, self.graph.paths, strict=True)):
-            arrays = {"weight": edge.weight, "bias": edge.bias} if edge.has_bias else {"weight": edge.weight}
-            arrays = arrays if edge.parameters() else {}
+            arrays = {name: array for name, array in edge.parameters().items() if name in ("weight", "bias")}
             gradients |= {f"{path}.{name}": self.device.xp.zeros_like(array) for name, array in arrays.items()}
             above = self.graph.above[c]
             signed = -self.weights[above - 1] * nodes[above]

@@ -352,10 +352,10 @@ def readout_window(pool: int | str | None, shape: tuple[int, ...]) -> int | None
     ConfigurationError
         If there is no map, it is smaller than the windows, or not square where all of it is to be averaged.
     """
-    if pool in (None, 1):
+    if pool is None or (is_integer(pool) and pool == 1):
         return None
     require(len(shape) == 3, f"readout_pool {shown(pool)} needs a map as the last state, which is of shape {shape}")
-    if pool != "global":
+    if not isinstance(pool, str) or pool != "global":
         rule = f"'global', None or an integer from 1 to {min(shape[:2])}, the side of the last map"
         require(is_integer(pool) and 1 <= pool <= min(shape[:2]), f"readout_pool must be {rule}, not {shown(pool)}")
         return int(pool)

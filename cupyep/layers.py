@@ -23,6 +23,7 @@ from cupyep.ops.cuda_conv import CudaConvOps
 from cupyep.ops.linear import LinearOps
 from cupyep.ops.reduction import add_sum
 from cupyep.ops.winograd import WinogradOps
+from cupyep.weights import Parametrisation, Plain, get_parametrisation
 
 POOLINGS = ("none", "max", "average")
 
@@ -35,23 +36,32 @@ class Edge:
     in_shape, out_shape : tuple of int
         Shapes, without the batch axis, of the state below and of the state above (after pooling).
     weight, bias : arrays
+        The weight is the one that multiplies; what is trained is in `parameters`.
+    parametrisation : Parametrisation
+        How the weight is made of what is trained.
     has_winners : bool
         Whether the drive comes with max-pooling winners.
     has_bias : bool
         Whether the bias is a parameter. Without, `bias` stays zero.
+    reads_image : bool
+        Whether its network feeds it images, so that it never has to give a top-down product; the network says so.
     arguments : tuple of str
         The names of what the class is made with; all are attributes (`cupyep.persistence.network_file`).
     """
 
     has_winners = False
     has_bias = True
+    reads_image = False
     arguments: tuple[str, ...] = ()
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     weight: Any
     bias: Any
+    parametrisation: Parametrisation = Plain()
 
-    def initialize(self, generator: np.random.Generator, gain: float, device: Device, dtype: Any) -> None:
+    def initialize(
+        self, generator: np.random.Generator, gain: float, device: Device, dtype: Any, weights: str = "plain"
+    ) -> None:
         """Draw weights from N(0, gain^2 / fan_in), biases zero.
 
         Parameters
@@ -60,12 +70,26 @@ class Edge:
             Host generator, so that every device gets the same weights.
         gain : float
             Positive.
+        weights : str
+            A name of `cupyep.weights.PARAMETRISATIONS`.
         """
         gain = number("gain", gain, above=0)
-        fan_in = math.prod(self.weight_shape[:-1])
-        scale = gain / math.sqrt(fan_in)
-        self.weight = device.drawn(lambda shape: generator.standard_normal(shape) * scale, self.weight_shape, dtype)
+        self.parametrisation = get_parametrisation(weights, gain)
+        scale = (gain if self.parametrisation.shares else 1.0) / math.sqrt(math.prod(self.weight_shape[:-1]))
+        drawn = device.drawn(lambda shape: generator.standard_normal(shape) * scale, self.weight_shape, dtype)
+        self._trained = self.parametrisation.parameters(drawn)  # of plain weights the weight itself
+        self.weight = drawn if self.parametrisation.shares else device.empty(drawn.shape, drawn.dtype)
         self.bias = device.asarray(np.zeros(self.weight_shape[-1], dtype))
+
+    def make_weight(self) -> None:
+        """Make the weight of its parameters, as they are now."""
+        if not self.parametrisation.shares:
+            self.parametrisation.forward(self._trained, self.weight)
+
+    def pull_back(self, gradients: dict[str, Any]) -> None:
+        """Turn the gradient of the weight, ``gradients["weight"]``, into those of its parameters, in place."""
+        if not self.parametrisation.shares:
+            self.parametrisation.pullback(gradients["weight"], self._trained, gradients)
 
     def capture_key(self) -> tuple[Any, ...] | None:
         """Return all that drives and top-down products depend on besides their arguments: see `LossTerm.capture_key`.
@@ -76,12 +100,14 @@ class Edge:
         return (identity(self.weight), identity(self.bias)) if type(self) in (Conv2d, Linear) else None
 
     def parameters(self) -> dict[str, Any]:
-        """Return ``{"weight": ..., "bias": ...}``, or the weight alone."""
-        return {"weight": self.weight, "bias": self.bias} if self.has_bias else {"weight": self.weight}
+        """Return ``{"weight": ..., "bias": ...}``: what is trained, of standardized weights their ``gain`` as well."""
+        trained = {"weight": self.weight} if self.parametrisation.shares else self._trained
+        return trained | {"bias": self.bias} if self.has_bias else dict(trained)
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self, weights: str = "plain") -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter, before there are any."""
-        return {"weight": self.weight_shape} | ({"bias": self.weight_shape[-1:]} if self.has_bias else {})
+        shapes = get_parametrisation(weights).shapes(self.weight_shape)
+        return shapes | ({"bias": self.weight_shape[-1:]} if self.has_bias else {})
 
 
 class Conv2d(Edge):
@@ -154,11 +180,13 @@ class Conv2d(Edge):
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> ConvOps | WinogradOps:
         """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
+        topdown = {"has_topdown": not self.reads_image}
         if device.is_gpu:
-            return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, device.launcher(cuda_conv.SOURCE))
+            launcher = device.launcher(cuda_conv.SOURCE)
+            return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, launcher, **topdown)
         if winograd.possible(self.geometry, precision) and winograd.pays(self.geometry, batch):
             return WinogradOps(self.geometry, batch, nbytes, precision, device.xp)
-        return ConvOps(self.geometry, batch, nbytes, precision, device.xp)
+        return ConvOps(self.geometry, batch, nbytes, precision, device.xp, **topdown)
 
     def refresh(self, ops: ConvOps) -> None:
         """Take up the current weights, for what is made of them once a settle and not once a step."""
@@ -285,7 +313,9 @@ class Identity(Edge):
     def __repr__(self) -> str:
         return f"Identity({self.in_shape})"
 
-    def initialize(self, generator: np.random.Generator, gain: float, device: Device, dtype: Any) -> None:
+    def initialize(
+        self, generator: np.random.Generator, gain: float, device: Device, dtype: Any, weights: str = "plain"
+    ) -> None:
         """There is nothing to draw."""
 
     def capture_key(self) -> tuple[Any, ...]:
@@ -296,7 +326,7 @@ class Identity(Edge):
         """Return no parameters."""
         return {}
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self, weights: str = "plain") -> dict[str, tuple[int, ...]]:
         """Return no shapes."""
         return {}
 

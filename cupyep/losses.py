@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from cupyep.backend import array_module
-from cupyep.errors import choose, number, require
+from cupyep.errors import choose, number
 
 
 def log_softmax(z: Any) -> Any:
@@ -28,21 +26,6 @@ def softmax(z: Any, out: Any, column: Any) -> None:
     xp.exp(out, out=out)
     xp.sum(out, axis=-1, keepdims=True, out=column)
     out /= column
-
-
-def one_hot(labels: Any, classes: int, dtype: Any, device: Any) -> Any:
-    """Return labels (N,) as one-hot rows (N, classes) on `device`, where labels that are there already are not checked.
-
-    A look at them would wait for the GPU.
-    """
-    if isinstance(labels, (np.ndarray, list, tuple)):
-        labels = np.asarray(labels)
-        require(
-            labels.ndim == 1 and (labels.size == 0 or (labels.min() >= 0 and labels.max() < classes)),
-            f"labels must be a vector of integers from 0 to {classes - 1}",
-        )
-    labels = device.asarray(labels)
-    return (labels[:, None] == device.xp.arange(classes)).astype(dtype)
 
 
 class CrossEntropy:

@@ -180,7 +180,7 @@ def build(
         seed=seed,
         device=device,
         precision=precision,
-        **({} if weights == "plain" else {"weights": weights}),
+        weights=weights,
         readout_pool=readout_pool,
     )
     network.config = {

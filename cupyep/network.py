@@ -14,7 +14,6 @@ from cupyep import errors
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
-from cupyep.losses import one_hot
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.memory.workspace import Memory
 from cupyep.persistence.network_file import describe, read_network, write_network
@@ -45,6 +44,9 @@ class Network(Structure):
         Weight lambda of the top-down input, 0 < lambda <= 1; 1 is the Hopfield network of the papers.
     gain : float or sequence of float
         Weights are drawn from N(0, gain^2 / fan_in), one gain or one for each edge.
+    weights : {"plain", "standardized", "standardized-fixed"}
+        How weights are made of what is trained: themselves, or standardized filter by filter with a gain of each
+        channel that is trained or fixed, `gain` at the start (`cupyep.weights`).
     seed : int
         Of the weights.
     device : str or Device
@@ -101,7 +103,7 @@ class Network(Structure):
         self.device.use()  # another network may have used another GPU, or another thread this one
         batch = x if isinstance(x, Batch) else Batch(x, None)
         if isinstance(targets, Batch):
-            batch = replace(batch, labels=targets.labels, index=targets.index, view=targets.view)
+            batch = replace(targets, images=batch.images, checked=batch.checked)
         elif targets is not None:
             batch = replace(batch, labels=targets)
         stored = self.precision.stored
@@ -121,12 +123,12 @@ class Network(Structure):
     def nudges(self, batch: Batch, signals: Sequence[Augmenter] = ()) -> list[Nudge]:
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
         require(batch.labels is not None, "a nudge needs targets (labels)")
-        readout = Nudge(self.readout, 1.0, self.targets(batch.nearest_labels))
+        readout = Nudge(self.readout, 1.0, self.targets(batch))
         return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
 
-    def targets(self, labels: Any) -> Any:
-        """Return labels (N,) as the readout's target, one-hot rows (N, classes) on the device."""
-        return one_hot(labels, self.classes, self.dtype, self.device)
+    def targets(self, batch: Batch) -> Any:
+        """Return the labels of a batch as the readout's target, one-hot rows (N, classes) on the device."""
+        return batch.one_hot(self.classes, self.dtype, self.device)
 
     def bind(self, signal: Augmenter) -> Augmenter:
         """Fit a signal to this network's layers (once) and return it.

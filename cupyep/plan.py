@@ -37,7 +37,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
     """
     network = learner.network
     lengths = sorted({rows.stop - rows.start for rows in learner.parts(samples)})  # of micro-batches
-    nudges = network.nudges(blank_batch(), learner.signals)
+    nudges = network.nudges(blank_batch().placed(network.device), learner.signals)
     needs = learner.needs(lengths[-1], nudges)
     batches = sorted({rows for length in lengths for rows in learner.needs(length, nudges).batches})
     workspaces = [Workspace(network.layers, rows, network.device, network.precision) for rows in batches]
@@ -48,7 +48,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
         "teachers": sum(signal.nbytes for signal in learner.signals),
         "gradients": packed_size({path: array.shape for path, array in learned.items()}) * network.dtype.itemsize,
         "optimizer": 0 if slots is None else optimizer_bytes(learned, slots, network.device.is_gpu),
-        "made of weights": _made_of_weights(workspaces) + _made_of_maps(learner, nudges),
+        "made of weights": _effective_weights(network) + _made_of_weights(workspaces) + _made_of_maps(learner, nudges),
         "scratch of products": max(workspace.nbytes for workspace in workspaces),
         "cuBLAS": WORKSPACE_BYTES if network.device.is_gpu else 0,
         "images": samples * math.prod(network.input_shape) * network.precision.stored.itemsize,
@@ -92,6 +92,13 @@ def _on_the_way(learner: Learner, samples: int) -> int:
 def _targets(nudges: Sequence[Nudge]) -> list[Any]:
     """Return the different targets; several terms may have one."""
     return list({id(target): target for *_, target in nudges if target is not None}.values())
+
+
+def _effective_weights(network: Any) -> int:
+    """Return the bytes of weights that are not themselves trained, and of what is kept for their pullback."""
+    made = [edge for edge in network.layers if not edge.parametrisation.shares]
+    kept = sum(edge.parametrisation.numbers(edge.weight_shape, network.device.is_gpu) for edge in made)
+    return sum(edge.weight.nbytes for edge in made) + kept * network.dtype.itemsize
 
 
 def _made_of_weights(workspaces: Sequence[Workspace]) -> int:

@@ -19,7 +19,7 @@ from cupyep.data.teacher import TeacherFile
 from cupyep.data.teacher.layout import SPLITS
 from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.heads import Head, LossTerm
-from cupyep.losses import SquaredError, get_loss, one_hot
+from cupyep.losses import SquaredError, get_loss
 from cupyep.phases import Nudge
 
 ANNEALINGS = ("constant", "cosine")
@@ -203,7 +203,7 @@ class LocalError(_MapAugmenter):
         super().__init__(layers, kappa, annealing, loss, 1.0, pool, False, gain, seed)
 
     def target(self, layer, batch):
-        return one_hot(batch.nearest_labels, self.classes, self.dtype, self.device)
+        return batch.one_hot(self.classes, self.dtype, self.device)
 
 
 class Distillation(_MapAugmenter):
@@ -270,7 +270,9 @@ class Distillation(_MapAugmenter):
         if self._table is not None:
             places = teacher.places(split, batch.index, batch.view)
             return device.xp.take(self._table, device.asarray(places), axis=0)
-        return device.asarray(self._checked(teacher.logits(split, batch.index, batch.view)), self.dtype)
+        logits = self._checked(teacher.logits(split, batch.index, batch.view))
+        _expect(teacher, split, batch)
+        return device.asarray(logits, self.dtype)
 
     def _checked(self, logits: np.ndarray) -> np.ndarray:
         found = logits.shape[1]
@@ -324,12 +326,19 @@ class FeatureDistillation(Augmenter):
     def target(self, layer, batch):
         _require_index(batch)
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
+        _expect(self.teacher, self.split, batch, self.features[layer])
         return self.device.asarray(feature.astype(self.dtype))
 
 
 def _that_has(teacher: Any, method: str) -> Any:
     require(callable(getattr(teacher, method, None)), f"teacher must be a TeacherFile, not {shown(teacher)}")
     return teacher
+
+
+def _expect(teacher: Any, split: str, batch: Batch, layer: str | None = None) -> None:
+    """Let a teacher file read what the batch after this one will ask for."""
+    if batch.coming is not None and isinstance(teacher, TeacherFile):
+        teacher.expect(split, *batch.coming, layer)
 
 
 def _require_index(batch: Batch) -> None:

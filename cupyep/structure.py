@@ -19,6 +19,7 @@ from cupyep.graph import Connection, Graph
 from cupyep.heads import Head, readout_window
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
+from cupyep.weights import PARAMETRISATIONS
 
 
 def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +38,7 @@ class Structure:
 
     Parameters
     ----------
-    layers, classes, activation, loss, feedback, gain, seed, device, precision, readout_pool
+    layers, classes, activation, loss, feedback, gain, weights, seed, device, precision, readout_pool
         See `Network`.
     """
 
@@ -50,6 +51,7 @@ class Structure:
         loss: str = "cross_entropy",
         feedback: float = 1.0,
         gain: float | Sequence[float] = 1.0,
+        weights: str = "plain",
         seed: int = 0,
         device: str | Device = "auto",
         precision: str = "float32",
@@ -64,7 +66,10 @@ class Structure:
         self.precision = get_precision(choose("precision", precision, PRECISIONS))
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
+        for edge, below in zip(self.layers, self.graph.below, strict=True):
+            edge.reads_image = below == 0
         self.readout = self._make_readout(loss, readout_pool)
+        self.weights = choose("parametrisation of weights", weights, PARAMETRISATIONS)
         self._initialize(gain, seed)
         self.config: dict[str, Any] = {}
 
@@ -90,7 +95,7 @@ class Structure:
         if criterion.name == "cross_entropy":
             pool = readout_window(pool, shape)
             return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True, pool=pool)
-        require(pool in (None, 1), "with squared error the output is a state: there is no readout to pool for")
+        require(pool is None, "with squared error the output is a state: there is no readout to pool for")
         require(
             shape == (self.classes,),
             f"squared error needs a last layer of shape ({self.classes},), the classes; it gives {shape}",
@@ -103,7 +108,8 @@ class Structure:
         gains = [gain] * count if is_number(gain) else items("gain", gain)
         require(len(gains) == count, f"give one gain or {count}, one a layer, not {len(gains)}")
         for edge, layer_gain in zip(self.layers, gains, strict=True):
-            edge.initialize(generator, layer_gain, self.device, self.dtype)
+            more = {} if self.weights == "plain" else {"weights": self.weights}  # a user's own edge may know only that
+            edge.initialize(generator, layer_gain, self.device, self.dtype, **more)
         self.readout.initialize(generator, 1.0, self.device, self.dtype)
         self.readout.prepare(self.precision)
 
@@ -171,3 +177,9 @@ class Structure:
             require(found == array.shape, f"parameter {path} has shape {found}, this network's has {array.shape}")
         for path, array in own.items():
             array[...] = self.device.asarray(parameters[path], self.dtype)
+        self.make_weights()
+
+    def make_weights(self) -> None:
+        """Make the weights that multiply of what is trained: settling and learning do so by themselves."""
+        for edge in self.layers:
+            edge.make_weight()

@@ -9,11 +9,12 @@ A weight is (kh, kw, C, K) or (in, K), a filter all of it but the last axis: ``f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from cupyep.backend import array_module
 from cupyep.backend.cuda import identity
-from cupyep.errors import ConfigurationError, choose, flag, instance, number, require
+from cupyep.errors import ConfigurationError, choose, flag, number, require
 from cupyep.ops.standardize import StandardizeOps, standardize_ops
 
 
@@ -61,6 +62,10 @@ class Parametrisation:
     def scale(self, parameters: dict[str, Any], factor: float) -> None:
         """Change the parameters such that w is multiplied by `factor`."""
         raise NotImplementedError
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter of a weight of the given shape."""
+        return {"weight": shape}
 
     def numbers(self, shape: tuple[int, ...], is_gpu: bool = False) -> int:
         """Return how many numbers, of the type of the weight, are kept for a weight of a shape; w aside."""
@@ -155,6 +160,9 @@ class Standardized(Parametrisation):
         gains = self._gains(parameters)
         standardize_ops(v).pullback(_matrix(dw), v, *gains, self._statistics, dv, dgain, self._scratch)
 
+    def shapes(self, shape):
+        return {"weight": shape} | ({"gain": shape[-1:]} if self.trained else {})
+
     def scale(self, parameters, factor):
         if self.trained:
             parameters["gain"] *= factor
@@ -182,15 +190,17 @@ class Standardized(Parametrisation):
             self._of = identity(v)
 
 
-#: The parametrisations of weights by name.
-PARAMETRISATIONS: dict[str, type[Parametrisation]] = {"plain": Plain, "standardized": Standardized}
+#: The parametrisations of weights by name, made of the gain that a network's weights start with.
+PARAMETRISATIONS: dict[str, Callable[[float], Parametrisation]] = {
+    "plain": lambda gain: Plain(),
+    "standardized": Standardized,
+    "standardized-fixed": lambda gain: Standardized(gain, trained=False),
+}
 
 
-def get_parametrisation(weights: str | Parametrisation) -> Parametrisation:
-    """Return a new parametrisation of the given name, or the given one."""
-    if isinstance(weights, str):
-        return PARAMETRISATIONS[choose("parametrisation", weights, PARAMETRISATIONS)]()
-    return instance("weights", weights, Parametrisation, f"a Parametrisation or one of {', '.join(PARAMETRISATIONS)}")
+def get_parametrisation(weights: str, gain: float = 1.0) -> Parametrisation:
+    """Return a new parametrisation of the given name."""
+    return PARAMETRISATIONS[choose("parametrisation of weights", weights, PARAMETRISATIONS)](gain)
 
 
 def _fan_in(shape: tuple[int, ...]) -> int:

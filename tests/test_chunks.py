@@ -38,3 +38,37 @@ def test_products_on_a_gpu_have_whole_tiles_of_rows():
         ops = CudaConvOps(geometry, 200, int(one * (multiple + 3.5)), precision, np, None)
         assert ops.chunks[0][1] % multiple == 0
         assert len(ops.chunks) > 1
+
+
+@pytest.mark.parametrize("kind", ["numpy", "cuda"])
+@pytest.mark.parametrize(("stride", "pooling"), [(1, "none"), (1, "max"), (2, "none")])
+def test_the_edge_of_the_image_plans_no_topdown_product(fake_gpu, kind, stride, pooling):
+    """The columns of the image, 27 numbers a pixel, decide on its chunks, and not those of 32 channels above."""
+    device = fake_gpu if kind == "cuda" else ep.get_device("cpu")
+    first, alone = (ep.Conv2d((8, 8, 3), 32, stride=stride, pooling=pooling) for _ in range(2))
+    edges = [first, ep.Linear(first.out_shape, 5)]
+    net = ep.Network(edges, 3, device=device, precision="float32")
+    assert [edge.reads_image for edge in edges] == [True, False]
+    budget, samples = 256 << 10, 64
+    ops, full = (edge.prepare(samples, budget, net.precision, device) for edge in (first, alone))
+    pixels = (8 // stride) ** 2
+    padded = 28 if kind == "cuda" else 27
+    image = 4 * (pixels * padded + (kind == "numpy") * 10 * 10 * 3 + (pooling != "none") * pixels * 32)
+    if pooling == "max" and kind == "numpy":
+        image += pixels // 4 * 32  # bytes of a mask
+    assert ops.chunks[0][1] <= budget // image
+    assert ops.chunks[0][1] >= min(samples, 0.7 * budget / image - 4)
+    assert len(ops.chunks) < len(full.chunks) or stride == 2  # there the product comes first
+    assert len(ops.made) == len(full.made) - (stride == 1)
+    with pytest.raises(TypeError, match="an edge that reads the image have no top-down"):
+        ops.topdown(None, None, None, 1)
+
+
+def test_an_edge_is_checked_whole_wherever_it_is():
+    """`check_edge` of a network's first edge asks it for a top-down product; another network may have it higher up."""
+    edges = [ep.Conv2d((4, 4, 3), 3), ep.Conv2d((4, 4, 3), 3)]
+    ep.Network(edges, 3, device="cpu")
+    ep.learning.check_edge(edges[0], "cpu")
+    assert edges[0].reads_image
+    ep.Network(edges[::-1], 3, device="cpu")
+    assert [edge.reads_image for edge in edges] == [False, True]

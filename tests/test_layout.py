@@ -196,12 +196,12 @@ def test_drives_and_feedback_take_what_a_schedule_needs(schedule, form, expected
     ]
     net = ep.Network(edges, 10, device="cpu")
     stack, phases = Stack(), 1 if form == "free" else 2
-    Layout(edges, net.precision, False).lay_out(stack, PhaseShape(form, 64, schedule, phases))
+    Layout(net.graph, net.precision, False).lay_out(stack, PhaseShape(form, 64, schedule, phases))
     sizes = stack.at_peak
-    assert sizes["drives and feedback"] + sizes.get("first drive", 0) == expected * 64 * 4
+    assert sizes["drives and feedback"] == expected * 64 * 4
     units = 128 + 64 + 128 + 32 + 10
-    lasting = {"free states": units, "free drives": units} if form == "free" else {"deviations": 2 * units}
-    assert {name: sizes[name] for name in lasting} == {name: 64 * 4 * size for name, size in lasting.items()}
+    retained = {"free states": units, "free drives": units} if form == "free" else {"deviations": 2 * units}
+    assert {name: sizes[name] for name in retained} == {name: 64 * 4 * size for name, size in retained.items()}
     assert sizes["winners"] == phases * 64 * (128 + 64 + 32)
 
 

@@ -108,6 +108,8 @@ def test_the_command(parts, tmp_path, capsys):
         "2",
         "--nudged-steps",
         "1",
+        "--scratch-mb",
+        "1,3",
         "--json",
         str(path),
     )
@@ -118,5 +120,45 @@ def test_the_command(parts, tmp_path, capsys):
     assert end.value.code == 0
     assert "parts of a training step, EP 2 + 1, sweeps" in out
     assert report["BP"]["parts"]["step"]["products"] == 3 * 4 - 1
-    assert report["copy_bytes_per_s"] > 0
-    assert len(report["products_s"]) <= parts.SHOWN_PRODUCTS
+    assert all(0 < len(report[name]["products_s"]) <= parts.SHOWN_PRODUCTS for name in ("EP 2 + 1, sweeps", "BP"))
+    assert sorted(report["step_s_by_scratch_mb"]) == [
+        f"{name}, {mb} MB" for name in ("BP", "EP 2 + 1, sweeps") for mb in (1, 3)
+    ]
+    assert min(report["bytes_per_s"].values()) > 0
+    assert "graphs: none; scratch of a chunk: " in out
+
+
+def test_what_only_moves_numbers(parts):
+    """The reductions of every state once, of the type that is stored; bytes by hand. They are the training's own."""
+    net = network("cpu")
+    cases = parts.moving_cases(net, 2)
+    names = ["72 x 8 float32", "18 x 8 float32", "2 x 5 float32"]
+    assert list(cases)[1:] == [f"{what} of {name}" for name in names for what in ("sum", "levels")]
+    assert [nbytes for _, nbytes in cases.values()][1::2] == [4 * 72 * 8, 4 * 18 * 8, 4 * 2 * 5]
+    case, _ = cases["sum of 72 x 8 float32"]
+    case.call()
+    np.testing.assert_array_equal(case.call.args[1], np.full(8, 72.0))
+    assert "copy of" in parts.moving_table({"copy of 1 MB": (1e-3, 2e6)})
+
+
+def test_every_budget_is_that_of_its_chunks(parts, fake_gpu, monkeypatch):
+    """Networks of other budgets keep theirs; the device has its own again, and what graphs do is told."""
+    tool = importlib.import_module("benchmark")
+    planned = []
+    monkeypatch.setattr(tool.Run, "build", lambda run: network(fake_gpu))
+    monkeypatch.setattr(tool, "TrainingStep", lambda made, samples: lambda: planned.append(fake_gpu.scratch_bytes))
+    monkeypatch.setattr(tool, "moving_cases", lambda *_: {})
+    run = tool.Run(
+        {"free_steps": 1, "nudged_steps": 1, "schedule": "sweeps", "scratch_mb": [2.0, 5.0]},
+        network(fake_gpu),
+        [0] * 2,
+        None,
+    )
+    usual = fake_gpu.scratch_bytes
+    with pytest.raises(AttributeError):  # there is no stopwatch
+        tool.measure_parts(run)
+    assert planned == [usual] * 2 + [2_000_000] * 2 + [5_000_000] * 2
+    assert fake_gpu.scratch_bytes == usual
+    assert "graphs: captured" in parts.graphs_text(fake_gpu)
+    fake_gpu.graphs.failed = True
+    assert "graphs: a capture has failed" in parts.graphs_text(fake_gpu)

@@ -97,12 +97,12 @@ def name_of(case):
 @pytest.mark.parametrize("case", CASES, ids=map(name_of, CASES))
 @pytest.mark.filterwarnings("ignore::cupyep.ConvergenceWarning", "ignore::cupyep.PrecisionWarning")
 def test_plan_is_what_is_measured(case):
-    """Within 1.5 %: every array is planned, and no others are allocated; Python's objects take 150 kB besides."""
+    """Within 1 % and 150 kB, of Python's objects: every array is planned, and no others are allocated."""
     algorithm, samples, options = case
     total = sum(planned(algorithm, samples, **options).values())
     peak = measured(ep.get_device("cpu"), algorithm, samples, **options)
-    assert peak > 10e6
-    assert abs(peak / total - 1) < 0.015, f"planned {total / 1e6:.2f} MB, measured {peak / 1e6:.2f} MB"
+    assert peak > 8e6
+    assert abs(peak - total) < 0.01 * total + 150e3, f"planned {total / 1e6:.2f} MB, measured {peak / 1e6:.2f} MB"
 
 
 def test_bptt_grows_by_one_step_and_ep_does_not():
@@ -123,14 +123,14 @@ def test_bptt_grows_by_one_step_and_ep_does_not():
 
 def test_scratch_as_it_is_set():
     """A setting is kept to, but for the gradient of the first edge. A whole batch in one chunk, by hand."""
-    gradient = 4 * 28 * 128
+    gradient = 4 * 28 * 128  # of edge 1
     scratch = {
         mb: plan(learner_on(PaperDevice("gpu", mb), "ep", network=FULL, **SWEEPS), 128)["scratch of products"]
-        - gradient
         for mb in (None, 10, 100, 100_000)
     }
-    assert scratch[10] <= 10e6 < scratch[None] <= 0.8 * (50 << 20) < scratch[100] <= 100e6
-    assert scratch[100_000] == 4 * 256 * 32 * 32 * (9 * 128 + 128), "edge 1, both nudged phases: columns and map"
+    ends = [scratch[mb] - gradient for mb in (10, None, 100)]
+    assert ends[0] <= 10e6 < ends[1] <= 0.8 * (50 << 20) < ends[2] <= 100e6
+    assert scratch[100_000] == 4 * 256 * 16 * 16 * (9 * 256 + 256), "edge 2, both nudged phases: columns and map"
 
 
 def test_purposes_by_hand():
@@ -149,7 +149,7 @@ def test_purposes_by_hand():
     assert parts["cuBLAS"] == 32 << 20
     newest, carried = 16 * 16 * 128, 8 * 8 * 256 + 4 * 4 * 512
     assert parts["drives and feedback"] == 2 * 128 * (newest + carried) * 4
-    mirrored = 9 * (128 * 3 + 256 * 128 + 512 * 256)  # edge 4 multiplies first
+    mirrored = 9 * (256 * 128 + 512 * 256)  # edge 1 is asked for no top-down product, edge 4 multiplies first
     filled = 28 * 128  # edge 1 has 27 inputs
     assert parts["made of weights"] == 4 * (mirrored + filled)
     halves = planned("ep", 128, "gpu", network=FULL, precision="float16", **SWEEPS)
@@ -209,7 +209,7 @@ def test_what_a_gpu_allocates_was_planned(fake_gpu, algorithm):
     arrays = [*learner.parameters().values(), learner._gradients.packed, *fixed, batch.images]
     arrays += [*optimizer._buffers.values(), *optimizer._scratch.values(), memory._block, memory._arena.block]
     arrays += [array for made in memory._made.values() for array in made]
-    targets = 3 * 4 * small.CLASSES * 4  # of the readout and of both signals
+    targets = 2 * 4 * small.CLASSES * 4  # labels, of readout and local error; a teacher's
     beside = targets + WORKSPACE_BYTES + parts.get("taken on the way", 0)
     assert sum(parts.values()) == sum(array.nbytes for array in arrays) + beside
 

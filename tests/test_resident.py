@@ -10,8 +10,9 @@ from strict import StrictDevice, no_host_reads
 from test_teacher import CLASSES, make_dataset, write_file
 
 import cupyep as ep
+from cupyep.data import loader
+from cupyep.data.loader import one_hot
 from cupyep.data.teacher import reader
-from cupyep.losses import one_hot
 
 INDEX, VIEW = np.array([3, 22, 0, 3, 7]), np.array([1, 0, 0, 1, 0], np.uint8)
 
@@ -122,3 +123,38 @@ def test_a_copied_signal_reads_its_teacher_again(tmp_path):
     copied = pickle.loads(pickle.dumps(signal))
     assert copied._table is None
     np.testing.assert_array_equal(copied.nudges(batch_on(net))[0].target, target)
+
+
+@pytest.mark.parametrize("algorithm", ["ep", "bp", "bptt"])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_one_hot_rows_are_made_once_a_part(monkeypatch, algorithm, micro_batch):
+    """Whoever needs them: the readout's loss and nudge, every signal; and of the right labels, step by step."""
+    net, made = network(StrictDevice()), []
+    monkeypatch.setattr(loader, "one_hot", lambda labels, *how: made.append(len(labels)) or one_hot(labels, *how))
+    signals = [ep.LocalError([1]), ep.LocalError("all")]
+    learner = {
+        "ep": lambda: ep.EquilibriumPropagation(net, signals=signals, micro_batch=micro_batch),
+        "bp": lambda: ep.Backpropagation(net, signals, micro_batch),
+        "bptt": lambda: ep.BackpropagationThroughTime(net, 3, 2, signals=signals, micro_batch=micro_batch),
+    }[algorithm]()
+    batch = batch_on(net)
+    losses = []
+    for labels in ([0, 1, 2, 0, 1], [1, 1, 1, 2, 2]):
+        batch.labels[...] = labels
+        del made[:]
+        losses.append(float(net.device.to_numpy(learner.step(batch).loss)))
+        assert made == ([5] if micro_batch is None else [2, 2, 1])
+    assert losses[0] != losses[1]
+
+
+def test_one_hot_rows_of_a_batch_that_is_not_placed_follow_its_labels():
+    device, batch = StrictDevice(), batch_on(network("cpu"))
+    for labels in ([0, 1, 2, 0, 1], [1, 1, 1, 2, 2]):
+        batch.labels[...] = labels
+        rows = device.to_numpy(batch.one_hot(3, np.float64, device))
+        np.testing.assert_array_equal(rows, np.eye(3)[labels])
+    placed = batch.placed(device)
+    assert placed.one_hot(3, np.float32, device) is placed.one_hot(3, np.float32, device)
+    assert placed.one_hot(4, np.float32, device).shape == (5, 4)
+    part = placed.part(slice(3, 5))
+    np.testing.assert_array_equal(device.to_numpy(part.one_hot(3, np.float32, device)), np.eye(3)[[2, 2]])

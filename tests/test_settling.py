@@ -9,25 +9,32 @@ from small import batch_of, network
 
 import cupyep as ep
 from cupyep import settling
+from cupyep.program import Drive, TopDown, Update, make_program
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
+
+
+def chain(length):
+    return [ep.Linear((3,), 3) for _ in range(length)]
 
 
 class Geometric:
     """Two layers, three samples; every update of a layer moves it by ``size * rate^t`` at its t-th update."""
 
-    depth = 2
     scale = 1.0
     relaxation = 1.0
     drives_current = False
     sizes = np.array([[1.0, 0.5, 0.25], [0.5, 2.0, 0.1]])
 
-    def __init__(self, rate=0.5):
+    def __init__(self, rate=0.5, schedule="synchronous", warm=False):
         self.rate = rate
+        self.program = make_program(ep.Graph(chain(2)), schedule, warm, image=True)
         self.updates = np.zeros(2, int)
         self.x = np.zeros((2, 3))
         self.residual = np.full((2, 3), np.nan)
-        self.log = []
+
+    def label(self, node):
+        return f"layer {node}"
 
     def host(self, array):
         return array
@@ -35,17 +42,12 @@ class Geometric:
     def repeat(self, name, work):
         work()
 
-    def forward(self, n):
-        self.log.append(("forward", n))
-
-    def prime(self, n):
-        self.log.append(("prime", n))
-
-    def backward(self, n):
-        self.log.append(("backward", n))
+    def run(self, instructions, measure=False):
+        for instruction in instructions:
+            if isinstance(instruction, Update):
+                self.update(instruction.node, measure)
 
     def update(self, n, measure):
-        self.log.append(("update", n))
         self.updates[n - 1] += 1
         change = self.sizes[n - 1] * self.rate ** self.updates[n - 1]
         self.x[n - 1] += change
@@ -77,20 +79,20 @@ class Cycle(Geometric):
 @pytest.mark.parametrize(("check_every", "expected"), [(1, 8), (2, 8), (3, 9), (5, 10), (10, 10), (7, 14), (100, 40)])
 def test_convergence_is_found_at_the_right_step(check_every, expected):
     """The largest residual is 2 * 0.5^t; it is at or below 0.01 from t = 8 on (2 / 256), not at t = 7 (2 / 128)."""
-    stats = settling.settle(Geometric(), 40, "synchronous", warm=False, tolerance=0.01, check_every=check_every)
+    stats = settling.settle(Geometric(), 40, tolerance=0.01, check_every=check_every)
     assert (stats.steps, stats.converged, stats.oscillating) == (expected, True, False)
     np.testing.assert_allclose(stats.per_sample, Geometric.sizes * 0.5**expected, rtol=1e-12)
     np.testing.assert_allclose(stats.residual, Geometric.sizes.mean(axis=1) * 0.5**expected, rtol=1e-12)
 
 
 def test_the_tolerance_itself_is_enough():
-    stats = settling.settle(Geometric(), 40, "synchronous", warm=False, tolerance=2 / 64, check_every=1)
+    stats = settling.settle(Geometric(), 40, tolerance=2 / 64, check_every=1)
     assert (stats.steps, stats.converged) == (6, True)
 
 
 def test_sweeps_count_both_halves():
     """In one iteration a layer is updated twice: the squares add up."""
-    stats = settling.settle(Geometric(), 3, "sweeps", warm=False)
+    stats = settling.settle(Geometric(schedule="sweeps"), 3)
     expected = Geometric.sizes * np.sqrt(0.5 ** (2 * 5) + 0.5 ** (2 * 6))
     np.testing.assert_allclose(stats.per_sample, expected, rtol=1e-12)
 
@@ -98,16 +100,14 @@ def test_sweeps_count_both_halves():
 def test_no_tolerance_no_verdict():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stats = settling.settle(Cycle(2), 5, "synchronous", warm=False)
+        stats = settling.settle(Cycle(2), 5)
     assert (stats.steps, stats.converged, stats.oscillating, stats.tolerance) == (5, None, False, None)
 
 
 def test_convergence_is_not_reported_when_absent():
     """One step short of it: not converged, and the warning names layer, samples and the knob."""
     with pytest.warns(ep.ConvergenceWarning) as caught:
-        stats = settling.settle(
-            Geometric(), 7, "synchronous", warm=False, tolerance=0.01, check_every=1, phase="nudged"
-        )
+        stats = settling.settle(Geometric(), 7, tolerance=0.01, check_every=1, name="nudged")
     assert (stats.steps, stats.converged, stats.oscillating) == (7, False, False)
     message = str(caught[0].message)
     assert len(caught) == 1
@@ -120,12 +120,12 @@ def test_the_warning_names_the_worst_layer_of_any_sample():
     system = Geometric()
     system.sizes = np.array([[0.1, 0.1, 3.0], [1.5, 1.5, 1.5]])  # layer 2 has the larger mean, layer 1 the worst sample
     with pytest.warns(ep.ConvergenceWarning, match=r"layer 1 has residual 0.38 > 1e-09 \(3 of 3 samples\)"):
-        settling.settle(system, 3, "synchronous", warm=False, tolerance=1e-9)
+        settling.settle(system, 3, tolerance=1e-9)
 
 
 def test_period_two_is_recognised():
     with pytest.warns(ep.ConvergenceWarning, match="period two: use schedule 'evenodd' or 'sweeps'"):
-        stats = settling.settle(Cycle(2), 12, "synchronous", warm=False, tolerance=1e-3)
+        stats = settling.settle(Cycle(2), 12, tolerance=1e-3)
     assert (stats.oscillating, stats.converged) == (True, False)
 
 
@@ -133,13 +133,13 @@ def test_two_steps_are_enough_to_see_period_two():
     system = Cycle(2)
     system.x = system.sizes.copy()  # on the cycle from the start
     with pytest.warns(ep.ConvergenceWarning, match="period two"):
-        assert settling.settle(system, 2, "synchronous", warm=False, tolerance=1e-3).oscillating
+        assert settling.settle(system, 2, tolerance=1e-3).oscillating
 
 
 @pytest.mark.parametrize("system", [Cycle(4), Cycle(3), Geometric(0.9)])
 def test_other_unrest_is_not_called_period_two(system):
     with pytest.warns(ep.ConvergenceWarning, match="raise the free steps"):
-        stats = settling.settle(system, 12, "synchronous", warm=False, tolerance=1e-3)
+        stats = settling.settle(system, 12, tolerance=1e-3)
     assert (stats.oscillating, stats.converged) == (False, False)
 
 
@@ -177,20 +177,37 @@ def test_tolerance_in_a_network_stops_where_the_residual_says(device):
     assert 4 < expected < 60
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_calls_a_schedule_makes(schedule):
-    """One forward and one backward call a layer and iteration; a warm start first makes drives belong to it."""
-    cold, warm = Geometric(), Geometric()
-    settling.settle(cold, 2, schedule, warm=False)
-    settling.settle(warm, 2, schedule, warm=True)
-    for kind in ("forward", "backward"):
-        for n in (1, 2):
-            assert cold.log.count((kind, n)) == (0 if (kind, n) == ("backward", 2) and schedule == "synchronous" else 2)
-    extra = len(warm.log) - len(cold.log)
-    assert extra == {"synchronous": 0, "evenodd": 0, "sweeps": 2}[schedule]
-    if schedule == "sweeps":
-        assert cold.log[:2] == [("forward", 1), ("update", 1)]
-        assert warm.log[:4] == [("prime", 1), ("prime", 2), ("backward", 2), ("update", 2)]
+def written(instructions):
+    """Return instructions of a chain in short: u2 is the drive of layer 2, d1 what layer 2 sends to 1, s2 an update."""
+    names = {
+        Drive: lambda i: f"u{i.connection + 1}",
+        TopDown: lambda i: f"d{i.connection}",
+        Update: lambda i: f"s{i.node}",
+    }
+    return " ".join(names[type(i)](i) for i in instructions)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warm", "expected", "start"),
+    [
+        ("synchronous", False, "u2 d1 s1 u3 d2 s2 u4 d3 s3 s4", ""),
+        ("synchronous", True, "u2 d1 s1 u3 d2 s2 u4 d3 s3 s4", ""),
+        ("evenodd", False, "u2 d2 s2 u4 s4 d1 s1 u3 d3 s3", ""),
+        ("evenodd", True, "u2 d2 s2 u4 s4 d1 s1 u3 d3 s3", "u3"),  # its winners, which d2 sees
+        ("sweeps", False, "s1 u2 s2 u3 s3 u4 s4 s4 d3 s3 d2 s2 d1 s1", ""),
+        ("sweeps", True, "s4 d3 s3 d2 s2 d1 s1 s1 u2 s2 u3 s3 u4 s4", "u2 u3 u4"),
+    ],
+)
+def test_programs_of_a_chain(schedule, warm, expected, start):
+    """One drive and one top-down product a connection; that of the image is constant. By hand."""
+    edges = [
+        ep.Conv2d((8, 8, 1), 1),
+        ep.Conv2d((8, 8, 1), 1),
+        ep.Conv2d((8, 8, 1), 1, pooling="max"),
+        ep.Linear((4, 4, 1), 2),
+    ]
+    program = make_program(ep.Graph(edges), schedule, warm, image=True)
+    assert (written(program.body), written(program.start)) == (expected, start)
 
 
 @pytest.mark.parametrize(

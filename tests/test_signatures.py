@@ -44,7 +44,7 @@ INNER = {
     r"(Edge|Conv2d|Linear)\.\w+": "settling and learning call it on arrays of their own",
     r"(LossTerm|Head)\.\w+": "settling calls it on arrays of its own",
     r"(CrossEntropy|SquaredError)\.\w+": "heads call it on arrays of their own",
-    r"Batch.placed|TeacherFile.(table|places)": "how learners and signals keep targets on the device",
+    r"Batch.(placed|one_hot)|TeacherFile.(table|places|expect)": "how learners and signals keep targets on the device",
     r"Device\.\w+": "transfers of the package's own arrays",
     r"\w+\.(bind|make_term|target|loss|gradient|nudges|term|targets)": "how networks and signals work together",
     r"Network\.(free_shape|nudged_shape|parts|outputs|wide|check_start)": "learners call it",

@@ -21,7 +21,15 @@ import click
 import numpy as np
 from gate import BETA, check_results, learner, random_batch, torch_reference
 from measuring import SHORTEST, Case, Operations, Stopwatch, Timing, limit_threads
-from parts import TrainingStep, copy_case, parts_report, parts_table, time_products
+from parts import (
+    TrainingStep,
+    graphs_text,
+    moving_cases,
+    moving_table,
+    parts_report,
+    parts_table,
+    time_products,
+)
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS
@@ -247,27 +255,47 @@ def time_to_residual(run: Run) -> dict[str, Timing]:
     return {f"{name}, {steps[name]} steps": timing for name, timing in timings.items()}
 
 
-def measure_parts(run: Run) -> None:
-    """Print where the time of a training step of EP and of BP goes, what the machine can do, and the products alone."""
-    network, samples, repeats = run.network, len(run.batch), run.options["repeats"]
+def training_steps(run: Run, network: ep.Network) -> dict[str, TrainingStep]:
+    """Return the steps that ``--parts`` times, warm: their chunks are planned."""
     free, nudged, schedule = (run.options[name] for name in ("free_steps", "nudged_steps", "schedule"))
     learners = {
         f"EP {free} + {nudged}, {schedule}": learner(network, free, nudged, "deviation", schedule),
         "BP": ep.Backpropagation(network),
     }
-    steps = {name: TrainingStep(made, samples) for name, made in learners.items()}
-    copy, copied = copy_case(network.device)
-    timings = run.stopwatch.measure({"copy": copy, **{name: Case(step) for name, step in steps.items()}})
+    steps = {name: TrainingStep(made, len(run.batch)) for name, made in learners.items()}
+    for step in steps.values():
+        step()
+    return steps
+
+
+def measure_parts(run: Run) -> None:
+    """Print where the time of a training step of EP and of BP goes, what the machine can do, and the products alone."""
+    network, samples, device = run.network, len(run.batch), run.network.device
+    steps, usual = training_steps(run, network), device.scratch_bytes
+    others = {}
+    for budget in run.options["scratch_mb"]:
+        device.scratch_bytes = int(budget * 1e6)
+        others |= {f"{name}, {budget:g} MB": step for name, step in training_steps(run, run.build()).items()}
+    device.scratch_bytes = usual
+    moving = moving_cases(network, samples)
+    cases = {name: case for name, (case, _) in moving.items()}
+    timings = run.stopwatch.measure(cases | {name: Case(step) for name, step in (steps | others).items()})
     for name, step in steps.items():
-        times = step.time_parts(repeats)
+        times = step.time_parts(run.options["repeats"])
         click.echo(parts_table(name, times, timings[name].median, samples))
         run.report |= {name: {"step_s": timings[name].median, "parts": parts_report(times)}}
-    bandwidth = copied / timings["copy"].median
-    click.echo(f"\ncopy of {copied / 2e6:.0f} MB: {bandwidth / 1e9:.0f} GB/s read and written")
-    counted = time_products(next(iter(steps.values())), run.stopwatch)
-    rows = {f"{count} x {name}": timing for name, (count, timing) in counted.items()}
-    click.echo(table("products of an EP step, alone (times a step x rows x inner x columns)", rows))
-    run.report |= {"copy_bytes_per_s": bandwidth, "products_s": {name: row.median for name, row in rows.items()}}
+    click.echo(f"\n{graphs_text(device)}")
+    if others:
+        click.echo(table("training step by the scratch of a chunk", {name: timings[name] for name in others}))
+        run.report["step_s_by_scratch_mb"] = {name: timings[name].median for name in others}
+    moved = {name: (timings[name].median, nbytes) for name, (_, nbytes) in moving.items()}
+    click.echo(moving_table(moved))
+    run.report["bytes_per_s"] = {name: nbytes / seconds for name, (seconds, nbytes) in moved.items()}
+    for name, step in steps.items():
+        counted = time_products(step, run.stopwatch)
+        rows = {f"{count} x {product}": timing for product, (count, timing) in counted.items()}
+        click.echo(table(f"products of a step of {name}, alone (times a step x rows x inner x columns)", rows))
+        run.report[name]["products_s"] = {product: row.median for product, row in rows.items()}
 
 
 def measure_memory(run: Run) -> list[tuple[str, int, int]]:

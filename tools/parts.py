@@ -17,6 +17,7 @@ import cupyep as ep
 from cupyep.backend.graphs import Replays
 from cupyep.ops import cuda_update
 from cupyep.ops.factors import Factors
+from cupyep.ops.reduction import add_sum, levels
 from cupyep.training.statistics import EpochStatistics, layer_names
 
 SPLIT_IMAGES = 2048  # of the data set that the loader takes batches from
@@ -269,6 +270,36 @@ def _alone(product: Product, factors: Factors, device: ep.Device) -> Callable[[]
     if product.adds:
         return functools.partial(factors.add_product, *arrays, out, device.xp.empty_like(out))
     return functools.partial(factors.product, *arrays, out)
+
+
+def moving_cases(network: ep.Network, samples: int) -> dict[str, tuple[Case, int]]:
+    """Return by name what only moves numbers, and how many bytes: a copy, and reductions of states of every shape."""
+    device, precision = network.device, network.precision
+    copy, copied = copy_case(device)
+    cases = {f"copy of {copied / 2e6:.0f} MB": (copy, copied)}
+    for shape in dict.fromkeys(network.state_shapes):
+        s = device.xp.ones((samples, *shape), precision.stored)
+        size = f"{s.size // shape[-1]} x {shape[-1]} {precision.stored.name}"
+        total, shares = (device.xp.zeros(length, precision.number) for length in (shape[-1], 3))
+        scratch = device.xp.empty(s.shape, precision.number)
+        cases[f"sum of {size}"] = Case(functools.partial(add_sum, s, total)), s.nbytes
+        cases[f"levels of {size}"] = Case(functools.partial(levels, s, 0.99, 1e-3, shares, scratch)), s.nbytes
+    return cases
+
+
+def moving_table(rows: dict[str, tuple[float, int]]) -> str:
+    """Return seconds and bytes by name as text."""
+    lines = [f"\nwhat only moves numbers\n  {'':<44}{'ms':>10}{'GB/s':>10}"]
+    lines += [
+        f"  {name:<44}{1e3 * seconds:>10.3f}{nbytes / seconds / 1e9:>10.0f}" for name, (seconds, nbytes) in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def graphs_text(device: ep.Device) -> str:
+    """Return whether phases are replayed as graphs, and the scratch of a chunk."""
+    graphs = "none" if device.graphs is None else "a capture has failed" if device.graphs.failed else "captured"
+    return f"graphs: {graphs}; scratch of a chunk: {device.scratch_bytes / 1e6:.1f} MB"
 
 
 def copy_case(device: ep.Device) -> tuple[Case, int]:

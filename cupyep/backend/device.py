@@ -141,6 +141,10 @@ class Device:
         """Copy `array` to this device if it is not there yet."""
         return self.xp.asarray(array, dtype=dtype)
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array whose content is yet to be written."""
+        return self.xp.empty(shape, dtype)
+
     def drawn(self, draw: Callable[[tuple[int, ...]], np.ndarray], shape: tuple[int, ...], dtype: Any) -> Any:
         """Return what `draw` makes of a shape on the host, so that every device gets the same numbers."""
         return self.asarray(draw(shape).astype(dtype))

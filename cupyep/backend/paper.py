@@ -47,6 +47,10 @@ class PaperDevice(Device):
         array = np.asarray(array)
         return _blank(array.shape, dtype or array.dtype)
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return such an array."""
+        return _blank(shape, dtype)
+
     def drawn(self, draw: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return such an array; nothing is drawn."""
         return _blank(shape, dtype)

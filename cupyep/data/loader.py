@@ -144,14 +144,20 @@ class Loader:
 
     def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
         rows = slice(start, start + self.batch_size)
-        places, flip = draws.order[rows], draws.flip[rows]
+        places = draws.order[rows]
         if self.augment:
             images = self._crop(there[:, rows])
         elif self.shuffle:
             images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
             images = self._normalise(self._images[rows])
-        return Batch(images, self.split.labels[places], self.split.index[places], flip.astype(np.uint8), True)
+        after = slice(rows.stop, rows.stop + self.batch_size)
+        (index, view), coming = self._looked_up(draws, rows), self._looked_up(draws, after)
+        return Batch(images, self.split.labels[places], index, view, True, coming if len(coming[0]) else None)
+
+    def _looked_up(self, draws: _Draws, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return by what a teacher's logits are looked up."""
+        return self.split.index[draws.order[rows]], draws.flip[rows].astype(np.uint8)
 
     def _crop(self, draws: Any) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device.

@@ -97,7 +97,7 @@ def _probe(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any
 
 
 def _free(learner: Any, batch: Batch, **how: Any) -> tuple[State, list[np.ndarray]]:
-    state = learner.settle_free(batch, keeps="both", **how)
+    state = learner.settle_free(batch, retain="both", **how)
     return state, _hosts(learner, state.layers)
 
 

@@ -36,6 +36,7 @@ def torch_layout(network: Network) -> dict[str, np.ndarray]:
         If a layer is of a class of the user's own, whose layout is not known here.
     """
     host, arrays = network.device.to_numpy, {}
+    network.make_weights()
     shapes, graph = [network.input_shape, *network.state_shapes], network.graph
     for n, (edge, below, above) in enumerate(zip(graph.edges, graph.below, graph.above, strict=True)):
         if type(edge) is Identity:

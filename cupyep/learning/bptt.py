@@ -105,7 +105,7 @@ class BackpropagationThroughTime(Learner):
         batch, gradients = self.network.labelled(batch), self._zero_gradients()
         self.network.check_start(start, len(batch))
         result = self._unroll_and_back(gradients, batch, len(batch), start)
-        self._scale_edges(gradients)
+        self._finish(gradients)
         return result
 
     @exclusive
@@ -146,7 +146,7 @@ class BackpropagationThroughTime(Learner):
                 if not residual > ADJOINT_TOLERANCE:
                     break
             self._send_back(batch.images, state, mu, q, unrolled, ops, gradients)
-            self._scale_edges(gradients)
+            self._finish(gradients)
         return result, residual
 
     def _relax_adjoint(

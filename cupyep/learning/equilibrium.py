@@ -175,7 +175,7 @@ class EquilibriumPropagation(Learner):
         part = Part(self._zero_gradients(), batch, len(batch), self.betas(), nudges)
         with self.network.memory.constant_weights():
             result = self._nudge(part, free)
-        self._scale_edges(part.gradients)
+        self._finish(part.gradients)
         return result
 
     def _nudge(self, part: Part, free: State) -> StepResult:

@@ -102,7 +102,7 @@ class Learner:
         gradients, draw = self._zero_gradients(), self._draw()
         with self.network.memory.constant_weights():
             result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
-        self._scale_edges(gradients)
+        self._finish(gradients)
         return result
 
     def _draw(self) -> Any:
@@ -155,9 +155,8 @@ class Learner:
 
     def _judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
         network = self.network
-        labels = batch.nearest_labels
-        loss = network.readout.criterion.value(scores, network.targets(labels)).sum()
-        return loss, accuracy_count(scores, network.device.asarray(labels))
+        loss = network.readout.criterion.value(scores, network.targets(batch)).sum()
+        return loss, accuracy_count(scores, network.device.asarray(batch.nearest_labels))
 
     def _figures(self, layers: Sequence[Any], batch: Batch, total: int, work: Sequence[Any] | None) -> dict[str, Any]:
         """Return loss, correct samples, count and levels at some states, as shares of a batch of `total` samples.
@@ -187,10 +186,12 @@ class Learner:
         self._gradients.packed[...] = 0
         return self._gradients
 
-    def _scale_edges(self, gradients: Gradients) -> None:
-        """Multiply the gradients of edges, sums so far, by their factors."""
-        names = (f"layers.{name}" for name in self.network.graph.names)
-        gradients.scale(dict(zip(names, self._factors, strict=True)))
+    def _finish(self, gradients: Gradients) -> None:
+        """Multiply the gradients of edges, sums so far, by their factors; make those of what is trained of them."""
+        graph = self.network.graph
+        gradients.scale(dict(zip((f"layers.{name}" for name in graph.names), self._factors, strict=True)))
+        for path, edge in zip(graph.paths, graph.edges, strict=True):
+            edge.pull_back({name: gradients[f"{path}.{name}"] for name in edge.parameters()})
 
     def _add_terms(
         self,

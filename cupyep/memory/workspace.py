@@ -99,7 +99,7 @@ class Memory:
         self._made: dict[Any, list[Any]] = {}
         self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
         self._laid_out: OrderedDict[Hashable, Any] = OrderedDict()
-        self._current: set[Workspace] | None = None  # those that have the weights of the scope
+        self._current: set[Workspace] | None = None  # those that have the weights of the scope, once there are any
 
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:
@@ -118,6 +118,9 @@ class Memory:
         """
         self._prepare([batch])
         workspace = self._workspaces[batch]
+        if not self._current:
+            for edge in self.edges:
+                edge.make_weight()
         if self._current is None or workspace not in self._current:
             workspace.refresh()
         if self._current is not None:

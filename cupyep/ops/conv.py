@@ -79,6 +79,8 @@ class ConvOps:
         ``numpy`` or ``cupy``.
     product_first : bool, optional
         Which form the top-down map takes; `ConvGeometry.product_first` unless given.
+    has_topdown : bool
+        Whether there is a top-down map at all: its columns make chunks short, and nobody asks an edge of the image.
 
     Attributes
     ----------
@@ -113,8 +115,9 @@ class ConvOps:
         precision: Precision,
         xp: Any,
         product_first: bool | None = None,
+        has_topdown: bool = True,
     ):
-        self.geometry = geometry
+        self.geometry, self.has_topdown = geometry, has_topdown
         self.flops = geometry.flops
         self.precision = precision
         self.factors = Factors(precision, self.NATIVE)
@@ -134,10 +137,14 @@ class ConvOps:
             ((k * k * outputs, channels), self.factors.dtype),
         )
         self.copies = self.factors.copies or self.inputs > geometry.window
-        self.made = ([copy] if self.copies else []) + ([] if self.product_first else [flipped])
+        self.made = ([copy] if self.copies else []) + ([flipped] if self._flips else [])
 
     def _inputs(self) -> int:
         return self.geometry.window
+
+    @property
+    def _flips(self) -> bool:
+        return self.has_topdown and not self.product_first
 
     def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         g, dtype = self.geometry, self.precision.number
@@ -162,7 +169,7 @@ class ConvOps:
             ((samples, height + k - 1, width + k - 1, outputs), dtype),
             ((samples, height, width, k, k * outputs), dtype),
         ]
-        return [drive, drive if self.product_first else topdown]
+        return [drive, topdown if self._flips else drive]
 
     def bind(self, arena: Arena, made: Sequence[Any]) -> None:
         """Take views of the arena, and the arrays of `made`."""
@@ -177,7 +184,7 @@ class ConvOps:
         if self.copies:
             self.factor = made.pop(0)
             self.kernel = self.factor[: g.window].reshape(g.kernel, g.kernel, g.in_shape[2], g.map_shape[2])
-        self.flipped = None if self.product_first else made.pop(0)
+        self.flipped = made.pop(0) if self._flips else None
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (k, k, C, K) as a factor of products; for the top-down one mirrored, channels exchanged."""
@@ -227,6 +234,7 @@ class ConvOps:
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
+        self._check_topdown()
         g = self.geometry
         if not self.product_first:
             result = self._wider(out)
@@ -239,6 +247,10 @@ class ConvOps:
         self.factors.product(u.reshape(-1, outputs), self.kernel.reshape(-1, outputs).T, rows)
         col2im(columns, g.kernel, g.stride, padded)
         out[...] = padded[:, g.padding : g.padding + g.in_shape[0], g.padding : g.padding + g.in_shape[1]]
+
+    def _check_topdown(self) -> None:
+        if not self.has_topdown:
+            raise TypeError("operations of an edge that reads the image have no top-down product")
 
     def add_gradient(self, below: Any, s: Any, winners: Any, gradient: Any) -> None:
         """Add ``corr(below, U(s))`` over all chunks to `gradient` (k, k, C, K)."""

@@ -39,6 +39,8 @@ class CudaConvOps(ConvOps):
     product_first : bool, optional
         Top-down map by product and then col2im instead of columns and then product. Its intermediate has
         ``k * k * C`` instead of ``k * k * K`` elements a pixel and needs `U(s)` as a map.
+    has_topdown : bool
+        See `ConvOps`.
 
     Notes
     -----
@@ -58,9 +60,10 @@ class CudaConvOps(ConvOps):
         xp: Any,
         launcher: Any,
         product_first: bool | None = None,
+        has_topdown: bool = True,
     ):
         self.launcher = launcher
-        super().__init__(geometry, batch, nbytes, precision, xp, product_first)
+        super().__init__(geometry, batch, nbytes, precision, xp, product_first, has_topdown)
         self.padded = self.inputs > geometry.window
         if self.padded:
             self.requests.append(((self.inputs, geometry.map_shape[2]), precision.number))
@@ -80,13 +83,14 @@ class CudaConvOps(ConvOps):
 
     def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         down, up = self._sizes()
+        up *= self.has_topdown
         require(
             max(down, up) < 2**31,
             f"the columns of one sample have {max(down, up)} elements, more than a GPU kernel can index; "
             "use smaller images or fewer channels",
         )
         stored, number = self.precision.stored.itemsize, self.precision.number.itemsize
-        columns = max(down * stored, down * number if self.product_first else up * stored)
+        columns = max(down * stored, down * number * self.has_topdown if self.product_first else up * stored)
         requests = [((samples * columns,), np.uint8)]
         if self.geometry.pooling != "none":
             requests.append(((samples, *self.geometry.map_shape), self.precision.number))
@@ -210,6 +214,7 @@ class CudaConvOps(ConvOps):
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``w^T * U(s)`` into `out` (m, H, W, C), by columns of ``U(s)`` or product first."""
+        self._check_topdown()
         if not self.product_first:
             columns = self.columns_up(s, winners, m)
             self.factors.product(columns, self.flipped, out.reshape(-1, self.geometry.in_shape[2]))

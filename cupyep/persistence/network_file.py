@@ -29,8 +29,8 @@ from cupyep.persistence import hdf5
 
 FORMAT, VERSION = "cupyep-network", 1
 LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear, "Identity": Identity}
-OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "readout_pool")
-LATER = {"readout_pool": None}  # options that older files do not have, and what they mean by that
+OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "weights", "readout_pool")
+LATER = {"weights": "plain", "readout_pool": None}  # what older files do not say, and what they mean by that
 
 
 def describe(network: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def describe(network: Any) -> dict[str, Any]:
     dict
         ``layers`` (of each edge its type and arguments; of a user's own all its plain attributes), ``connections`` (the
         nodes below and above each edge; none of a chain), ``activation`` (name, range and parameters), ``feedback``,
-        ``loss``, ``classes``, ``input_shape``, ``precision``, ``readout_pool``.
+        ``loss``, ``classes``, ``input_shape``, ``precision``, ``weights``, ``readout_pool``.
     """
     description = {
         "input_shape": network.input_shape,
@@ -51,6 +51,7 @@ def describe(network: Any) -> dict[str, Any]:
         "feedback": network.feedback,
         "loss": network.readout.criterion.name,
         "precision": network.precision.name,
+        "weights": network.weights,
         "readout_pool": network.readout.pool,
     }
     if not network.graph.is_chain:
@@ -205,7 +206,7 @@ def _graph(structure: dict[str, Any]) -> Graph:
 def _shapes(graph: Graph, options: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the path and shape of every parameter, so that sizes are compared before memory is taken for a network."""
     for path, edge in zip(graph.paths, graph.edges, strict=True):
-        for name, shape in edge.parameter_shapes().items():
+        for name, shape in edge.parameter_shapes(options["weights"]).items():
             yield f"{path}.{name}", shape
     if options["loss"] == "cross_entropy":
         seen, pool = graph.shapes[-1], options["readout_pool"]

@@ -27,6 +27,7 @@ from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.settling import SCHEDULES, check_relaxation
 from cupyep.signals import ANNEALINGS
 from cupyep.training.needs import NEEDS
+from cupyep.weights import PARAMETRISATIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +38,6 @@ TOML_BYTES = 1 << 15  # of a recipe or config.toml, at most
 DOTS = 200  # in a line; the parser's memory grows with the square of the parts of a name
 MOST_LAYERS = 10000
 LARGEST = 1 << 63  # of integers
-WEIGHTS = ("plain", "standardized", "standardized-fixed")
 LOSSES = ("cross_entropy", "squared_error")
 KIND_NAMES = {
     int: "an integer",
@@ -107,7 +107,7 @@ class TrainConfig:
                                      choices=tuple(ACTIVATIONS))
     weights: str | None = NETWORK(None, str, "plain: weights are trained as they are; standardized: filter by filter "
                                   "of mean 0, with a gain a channel that is trained, or fixed; unset: plain, but "
-                                  "standardized of resnet9, resnet18.", choices=WEIGHTS)
+                                  "standardized of resnet9, resnet18.", choices=tuple(PARAMETRISATIONS))
     readout_pool: str | None = NETWORK(None, str, "The softmax readout sees averages of the last map over N x N pixels, "
                                        "or global ones; unset: the map itself, but global ones of resnet9, resnet18.",
                                        check=check_readout_pool, needs=("readout",))

@@ -12,6 +12,7 @@ import numpy as np
 from cupyep import errors
 from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
+from cupyep.data.teacher.rows import Rows
 from cupyep.errors import TeacherError, choose, instance, one_line, require, shown
 from cupyep.persistence import hdf5
 
@@ -52,6 +53,7 @@ class TeacherFile:
         self.path = errors.path("path", path)
         self.measured: dict[str, dict[str, float]] = {}
         self._memory: dict[str, np.ndarray] = {}
+        self._rows: dict[str, Rows] = {}  # of arrays that are not
         self._index: dict[str, np.ndarray] = {}  # canonical index of each row, where that is not the row's number
         if not self.path.is_file():
             raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
@@ -83,6 +85,8 @@ class TeacherFile:
 
     def close(self) -> None:
         """Close the file."""
+        for rows in self._rows.values():
+            rows.close()
         self._file.close()
 
     def _read_header(self) -> None:
@@ -260,11 +264,15 @@ class TeacherFile:
         -------
         ndarray of float32, shape (B, classes)
         """
-        table = self.table(split_name)
-        if table is None:
-            name = f"{split_name}/logits"
-            return self._rows(self._file[name], name, index, view)
-        return table[self.places(split_name, index, view)].astype(np.float32)
+        table, places = self.table(split_name), self.places(split_name, index, view)
+        rows = self._taken(f"{split_name}/logits", places) if table is None else table[places]
+        return rows.astype(np.float32)
+
+    def expect(self, split_name: str, index: np.ndarray, view: np.ndarray | int, layer: str | None = None) -> None:
+        """Begin to read what `logits`, or `feature` of a layer, will be asked for next, where it is not in memory."""
+        if layer is not None or self.table(split_name) is None:
+            name = f"{split_name}/logits" if layer is None else self._feature(layer, split_name)
+            self._rows_of(name).expect(self._places(name, index, view))
 
     def table(self, split_name: str) -> np.ndarray | None:
         """Return the logits of a split as stored, (views * rows, classes), read once; None if too large for that.
@@ -280,20 +288,26 @@ class TeacherFile:
 
     def places(self, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
         """Return the rows of `table` that hold some samples; arguments as for `logits`."""
-        rows, view = self._found(f"{split_name}/logits", np.asarray(index), view)
+        return self._places(f"{split_name}/logits", index, view)
+
+    def _places(self, name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
+        rows, view = self._found(name, index, view)
         for code in np.unique(view):
-            rows = np.where(view == code, rows + self._place_of_view(int(code)) * self.count(split_name), rows)
+            rows = np.where(view == code, rows + self._place_of_view(int(code)) * self._file[name].shape[1], rows)
         return rows
 
     def feature(self, layer: str, split_name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
         """Return the teacher's activations of one layer, float32 (B, H, W, C); arguments as for `logits`."""
+        name = self._feature(layer, split_name)
+        values = self._taken(name, self._places(name, index, view)).astype(np.float32)
+        self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite; {AGAIN}")
+        return values
+
+    def _feature(self, layer: str, split_name: str) -> str:
         known = ", ".join(self.feature_layers) or "no layer"
         found = isinstance(layer, str) and layer in self.feature_layers
         self._check(found, f"has no features of layer {shown(layer)} (it has {known}); {AGAIN}")
-        name = f"{choose('split', split_name, SPLITS)}/features/{layer}"
-        values = self._rows(self._file[name], name, index, view)
-        self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite; {AGAIN}")
-        return values
+        return f"{choose('split', split_name, SPLITS)}/features/{layer}"
 
     def _found(self, name: str, index: np.ndarray, view: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of some samples in each view, and a view each."""
@@ -307,17 +321,16 @@ class TeacherFile:
         )
         return places, np.broadcast_to(view, index.shape)
 
-    def _rows(self, array: h5py.Dataset, name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
-        index = np.asarray(index)
-        places, view = self._found(name, index, view)
-        values = np.empty((len(index), *array.shape[2:]), np.float32)
-        for code in np.unique(view):
-            here = view == code
-            # HDF5 wants increasing rows without repetition; the inverse scatters them back.
-            rows, inverse = np.unique(places[here], return_inverse=True)
+    def _rows_of(self, name: str) -> Rows:
+        if name not in self._rows:
             with self._disk():
-                values[here] = array[self._place_of_view(int(code)), rows][inverse]
-        return values
+                self._rows[name] = Rows(self._file[name])
+        return self._rows[name]
+
+    def _taken(self, name: str, places: np.ndarray) -> np.ndarray:
+        rows = self._rows_of(name)
+        with self._disk():
+            return rows.take(places)
 
     def _place_of_view(self, code: int) -> int:
         name = VIEWS[code] if 0 <= code < len(VIEWS) else f"number {code}"
