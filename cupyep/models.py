@@ -247,8 +247,8 @@ def _check_size(arch: str, blocks: list[list[tuple[int, bool, bool]]], images: t
         side = side // 2 if pooled else side
     if side < 1:
         raise ConfigurationError(
-            f"{images[0]}x{images[1]} images are too small for {arch}, which halves them {halvings} times; use at least "
-            f"{2.0**halvings:g} pixels a side"
+            f"{images[0]}x{images[1]} images are too small for {arch}, which halves them {halvings} times; use "
+            f"at least {2.0**halvings:g} pixels a side"
         )
 
 

@@ -196,13 +196,16 @@ def test_hopfield_resnet13_is_the_published_one():
     # 3 x 3: 9 (3 + 128) 128 + 9 (128 + 256) 256 + 9 (256 + 512) 512 + 9 (512 + 512) 512, 1 x 1, biases, readout
     by_hand = 150912 + 884736 + 3538944 + 4718592 + (384 + 32768 + 131072 + 262144) + 2 * 1408 + 20490
     assert sum(p.size for p in net.parameters().values()) == by_hand
-    assert net.activation.name == "relu6" and 0.6 <= default_gain("relu6", 1.0, TABLE["hopfield-resnet13"].gains) <= 0.8
+    assert net.activation.name == "relu6"
+    assert 0.6 <= default_gain("relu6", 1.0, TABLE["hopfield-resnet13"].gains) <= 0.8
 
 
 def test_hopfield_resnet13_with_squared_error():
     net = ep.build("hopfield-resnet13", loss="squared_error", width=1 / 64, device="cpu")
-    assert net.graph.names[-1] == "output" and net.parameters()["layers.output.weight"].shape == (32, 10)
-    assert net.readout.identity and "readout.weight" not in net.parameters()
+    assert net.graph.names[-1] == "output"
+    assert net.parameters()["layers.output.weight"].shape == (32, 10)
+    assert net.readout.identity
+    assert "readout.weight" not in net.parameters()
 
 
 def residual_by_hand():
@@ -233,15 +236,18 @@ def test_a_residual_text_is_the_graph_written_by_hand(text):
 def test_the_skip_of_a_block_has_its_strides_and_pools():
     net = ep.build("4+6s+6p", input_shape=(16, 16, 3), pooling="average", device="cpu")
     skip = net.layers[-1]
-    assert net.graph.paths[-1] == "layers.block1_3.image" and net.graph.depths == [1, 2, 3]
+    assert net.graph.paths[-1] == "layers.block1_3.image"
+    assert net.graph.depths == [1, 2, 3]
     assert (skip.kernel, skip.stride, skip.padding, skip.pooling, skip.pool) == (1, 2, 0, "average", 2)
-    assert skip.out_shape == (4, 4, 6) and not skip.has_bias
+    assert skip.out_shape == (4, 4, 6)
+    assert not skip.has_bias
 
 
 def test_a_text_without_blocks_is_a_chain():
     """The parameters of VGG-7, by its own row as a text."""
     text = ep.build(TABLE["vgg7"].layers, width=1 / 32, device="cpu")
-    assert text.graph.is_chain and text.describe() == ep.vgg(7, width=1 / 32, device="cpu").describe()
+    assert text.graph.is_chain
+    assert text.describe() == ep.vgg(7, width=1 / 32, device="cpu").describe()
     assert shapes(text) == shapes(ep.vgg(7, width=1 / 32, device="cpu"))
 
 
@@ -263,9 +269,11 @@ def test_resnets_of_our_own(arch, weights, side):
     net = ep.build(arch, **PLAIN)
     own = [path for path in net.parameters() if path.endswith("weight") and path.count(".") == 2]
     assert len(own) + 1 == weights
-    assert net.state_shapes[-1] == (side, side, 16) and net.readout.pool == side
+    assert net.state_shapes[-1] == (side, side, 16)
+    assert net.readout.pool == side
     assert net.parameters()["readout.weight"].shape == (16, 10)
-    assert net.activation.name == "relu" and TABLE[arch].weights == "standardized"
+    assert net.activation.name == "relu"
+    assert TABLE[arch].weights == "standardized"
 
 
 @pytest.mark.parametrize("arch", EVERY)
@@ -282,7 +290,8 @@ def test_every_architecture_learns_and_is_saved(arch, loss, tmp_path):
     scores = net.scores(images, steps=3)
     loaded = ep.Network.load(tmp_path / "net.h5", device="cpu")
     for again in (loaded, ep.build(**net.config, device="cpu")):
-        assert again.config | {"input_shape": (32, 32, 3)} == net.config and again.describe() == net.describe()
+        assert again.config | {"input_shape": (32, 32, 3)} == net.config
+        assert again.describe() == net.describe()
         np.testing.assert_array_equal(again.scores(images, steps=3), scores)
 
 
@@ -320,6 +329,8 @@ def quadrants_like():
 
 def test_a_text_names_a_run_directory():
     """Letters, digits, - and _ alone, on every system, and no longer than a name may be."""
-    assert slug("32 32p 64+64s") == "32_32p_64_64s" and slug("mlp:512,512") == "mlp_512_512"
-    assert slug("hopfield-resnet13") == "hopfield-resnet13" and len(slug("8 " * 200)) == 40
+    assert slug("32 32p 64+64s") == "32_32p_64_64s"
+    assert slug("mlp:512,512") == "mlp_512_512"
+    assert slug("hopfield-resnet13") == "hopfield-resnet13"
+    assert len(slug("8 " * 200)) == 40
     assert default_path(TrainConfig(arch="mlp:8,8"), "nowhere").name == "mlp_8_8-none-cifar10-seed0"
