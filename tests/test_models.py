@@ -10,6 +10,7 @@ from cupyep.models import TABLE, default_gain, slug
 from cupyep.training.build import build_network
 from cupyep.training.config import TrainConfig
 from cupyep.training.run_directory import default_path
+from cupyep.training.teacher import teacher_config
 
 SIZES = {  # sides of the state maps for 32 x 32 images, by hand: 3 x 3 with padding 1 keeps the size, a pool halves it
     5: [16, 8, 4, 1],  # the last convolution is unpadded: 4 -> 2, pooled to 1
@@ -315,6 +316,13 @@ def test_options_of_the_command_line_reach_the_network(quadrants_like):
     net = build_network(TrainConfig(arch="resnet9", width=0.05, weights="plain"), quadrants_like, "cpu")
     assert net.readout.pool == net.state_shapes[-1][0]
     assert TrainConfig(arch="hopfield-resnet13", activation="tanh").activation == "tanh"
+
+
+def test_a_teacher_is_of_its_students_architecture():
+    """Weights and readout too; a sum of connections into a node wants the smaller gain of its architecture."""
+    own = teacher_config(TrainConfig(arch="resnet9", aug="kd", readout_pool="2", weights="standardized-fixed"))
+    assert (own.arch, own.weights, own.readout_pool, own.gain) == ("resnet9", "standardized-fixed", "2", None)
+    assert teacher_config(TrainConfig(arch="vgg7", aug="kd")).gain == 1.4
 
 
 @pytest.fixture

@@ -76,8 +76,8 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
         Help line, without the default.
     **rule
         `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
-        `check` (of a text, a function of value and name that raises; its `choices` are suggestions then); `needs` (names
-        of `NEEDS`), without which the option has no effect.
+        `check` (of a text, a function of value and name that raises; its `choices` are suggestions then); `needs`
+        (names of `NEEDS`), without which the option has no effect.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
