@@ -58,8 +58,8 @@ class HopfieldEnergy:
     ):
         self.graph = layers if isinstance(layers, Graph) else Graph(layers)
         self.activation = instance("activation", activation, Activation)
-        feedback = number("feedback", feedback, above=0, high=1)
-        self.weights, self.ratios = self.graph.weights(feedback), self.graph.feedback(feedback)
+        self.feedback = number("feedback", feedback, above=0, high=1)
+        self.weights, self.ratios = self.graph.weights(self.feedback), self.graph.feedback(self.feedback)
         self.device = instance("device", device, Device)
         self.precision = instance("precision", precision, Precision)
         self.dtype = precision.number

@@ -247,7 +247,7 @@ class Network(Structure):
             if start.buffers is not None and start.buffers is not buffers:  # it lies where this phase would
                 shape = replace(shape, base=start.buffers.top)
                 buffers = self.memory.phase(shape)
-        self._fill(buffers, start, 1)
+        self._fill(buffers, start, shape)
         phase = self.energy.states(shape, self.memory, buffers, start is not None, batch.images)
         stats = settle(phase, **_loop(how), name="free")
         return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
@@ -278,7 +278,7 @@ class Network(Structure):
         shape = self.nudged_shape(form, samples, phases, nudges, retain, free.end, **how)
         buffers = self.memory.phase(shape)
         if form == "classical":
-            self._fill(buffers, free, phases)
+            self._fill(buffers, free, shape)
             phase = self.energy.states(shape, self.memory, buffers, True, batch.images, nudges, betas)
             state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
         else:
@@ -338,12 +338,13 @@ class Network(Structure):
             f"the batch {samples} in {self.depth}, and their shapes must agree",
         )
 
-    def _fill(self, buffers: PhaseBuffers, start: State | None, phases: int) -> None:
-        for n, s in enumerate(buffers.states):
-            if start is None:
-                s[...] = min(max(0.0, self.activation.low), self.activation.high)
-            elif start.layers[n] is not s:
-                s.reshape(phases, *start.layers[n].shape)[...] = start.layers[n]
+    def _fill(self, buffers: PhaseBuffers, start: State | None, shape: PhaseShape) -> None:
+        if start is None:
+            buffers.moving[...] = min(max(0.0, self.activation.low), self.activation.high)
+            return
+        for s, first in zip(buffers.states, start.layers, strict=True):
+            if first is not s:
+                s.reshape(shape.phases, *first.shape)[...] = first
 
     def _add_deviations(self, state: State, free: State) -> None:
         state.layers = []

@@ -129,9 +129,9 @@ class Phase:
         self.precision = workspace.precision
         self.residual = buffers.residual
         self.states = buffers.states
-        started = {drive.out for drive in program.start} if self.drives_current else set()
-        for value in {*program.unwritten, *started}:
-            buffers.values[value][...] = 0
+        started = program.start if self.drives_current else ()
+        if program.unwritten or started:
+            buffers.inputs[...] = 0
         self._nudges = self._loaded(nudges, betas, divisors)
         for term, *_ in nudges:
             term.refresh()
@@ -370,8 +370,7 @@ class Deviation(Phase):
         if tangent:
             for g, slope in zip(self.rest, buffers.slopes, strict=True):
                 self.activation.slope(g, slope)
-        for eps in self.states:
-            eps[...] = 0
+        buffers.moving[...] = 0
 
     def _arrays(self):
         return [*super()._arrays(), *self.winners, *self.rest]

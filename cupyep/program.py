@@ -91,10 +91,8 @@ class Program:
 
     def lifetimes(self) -> dict[Value, int]:
         """Return when each value is alive, as a set of bits: bit n for instruction n of an iteration that repeats."""
-        spans: dict[Value, int] = {}
-        for value in {value for instruction in self.body for value in _written(instruction)}:
-            spans[value] = self._alive(value)
-        return spans
+        values = dict.fromkeys(value for instruction in self.body for value in _written(instruction))
+        return {value: self._alive(value) for value in values}
 
     def _alive(self, value: Value) -> int:
         length = len(self.body)

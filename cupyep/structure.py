@@ -58,6 +58,7 @@ class Structure:
         readout_pool: int | str | None = None,
     ):
         self.lock = threading.RLock()
+        self._energy: HopfieldEnergy | None = None
         self.graph = layers if isinstance(layers, Graph) else Graph(layers)
         self.classes = integer("classes", classes)
         self.activation = get_activation(activation)
@@ -74,7 +75,7 @@ class Structure:
         self.config: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("lock", "memory", "energy")}
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "memory")} | {"_energy": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
@@ -133,10 +134,13 @@ class Structure:
         """Shapes of s^1 .. s^L without the batch axis."""
         return self.graph.shapes
 
-    @functools.cached_property
+    @property
     def energy(self) -> HopfieldEnergy:
         """The energy that this network's free phase settles in."""
-        return HopfieldEnergy(self.graph, self.activation, self.feedback, self.device, self.precision)
+        made_of = (self.activation, self.feedback)
+        if self._energy is None or (self._energy.activation, self._energy.feedback) != made_of:
+            self._energy = HopfieldEnergy(self.graph, *made_of, self.device, self.precision)
+        return self._energy
 
     def __repr__(self) -> str:
         pool = f"average pool {self.readout.pool}, " if self.readout.pool else ""

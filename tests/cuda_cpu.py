@@ -98,6 +98,11 @@ def _standardize_instances():
     return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
 
 
+def _standardize_instances():
+    kernels = ("standardize", "standardize_pullback")
+    return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
+
+
 _INSTANCES = {
     "conv.cu": _conv_instances,
     "update.cu": _update_instances,

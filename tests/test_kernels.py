@@ -206,7 +206,7 @@ def use_stack(stack):
     top = stack.top
     first = [stack.take("first", (65,), "float32"), stack.take("more", (3,), "uint8")]  # 512 + 256
     stack.release(top)
-    turns = stack.take_turns("turns", [(2,), (40, 2), (0,)], "float64")  # 768 for the largest
+    turns = stack.take_one_of("turns", [(2,), (40, 2), (0,)], "float64")  # 768 for the largest
     return kept, first, turns
 
 

@@ -198,7 +198,7 @@ def test_drives_and_feedback_take_what_a_schedule_needs(schedule, form, expected
     stack, phases = Stack(), 1 if form == "free" else 2
     Layout(net.graph, net.precision, False).lay_out(stack, PhaseShape(form, 64, schedule, phases))
     sizes = stack.at_peak
-    assert sizes["drives and feedback"] == expected * 64 * 4
+    assert sizes["drives and feedback"] <= expected * 64 * 4
     units = 128 + 64 + 128 + 32 + 10
     retained = {"free states": units, "free drives": units} if form == "free" else {"deviations": 2 * units}
     assert {name: sizes[name] for name in retained} == {name: 64 * 4 * size for name, size in retained.items()}
@@ -265,3 +265,51 @@ def test_arrays_handed_out_before_the_block_grew_keep_their_values():
     kept = small.copy()
     net.settle(batch, steps=3)
     assert_same_bits(small.layers, kept.layers)
+
+
+STEPS_OF = {
+    **{
+        f"{form}, {schedule}": (form, {"schedule": schedule})
+        for form in ("classical", "deviation", "onesided", "tangent")
+        for schedule in SCHEDULES
+    },
+    "relaxed": ("deviation", {"schedule": "evenodd", "relaxation": 1.5}),
+    "one iteration": ("deviation", {"schedule": "sweeps", "free_steps": 1, "nudged_steps": 1}),
+    "never zero": ("deviation", {"schedule": "evenodd"}),
+    "BPTT": ("BPTT", {}),
+    "BP": ("BP", {}),
+}
+
+
+def learner_of(net, form, how):
+    signals = signals_of("le")
+    if form in ("BPTT", "BP"):
+        made = {"BPTT": ep.BackpropagationThroughTime, "BP": ep.Backpropagation}[form]
+        return made(net, signals=signals, **how)
+    scheme = form if form in ("onesided", "tangent") else "centered"
+    nudge = "classical" if form == "classical" else "deviation"
+    return ep.EquilibriumPropagation(
+        net, scheme=scheme, nudge=nudge, signals=signals, **{"free_steps": 4, "nudged_steps": 3} | how
+    )
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", STEPS_OF)
+def test_a_step_reads_nothing_that_it_has_not_written(request, name, where):
+    """All memory of network and learner is NaN before a step (and winners are of no window): the same bits come out."""
+    device = request.getfixturevalue("fake_gpu") if where == "gpu" else "cpu"
+    activation = ep.Clip("never zero", 1.0, 0.2, 1.0) if name == "never zero" else "sigmoid"
+    net = network("conv", device, pooling="max", precision="float32", feedback=0.5, activation=activation)
+    learner, batch, found = learner_of(net, *STEPS_OF[name]), batch_of(net, 4), []
+    for _ in range(4):  # on a GPU replayed from the third on
+        result = learner.step(batch)
+        arrays = [*result.gradients.values(), result.loss, result.activity, result.gradients.norms()]
+        if result.nudge_response is not None:
+            arrays.append(result.nudge_response)
+        found.append([np.array(net.device.to_numpy(array)) for array in arrays])
+        net.memory._block[...] = 255
+        net.memory._arena.block[...] = 255
+        result.gradients.packed.view(np.uint8)[...] = 255
+    assert all(np.isfinite(array).all() for array in found[0])
+    for again in found[1:]:
+        assert_same_bits(again, found[0])

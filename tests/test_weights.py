@@ -310,12 +310,14 @@ def test_statistics_are_those_of_one_weight(rng):
 
 
 def test_names_and_settings():
-    assert {name: type(get_parametrisation(name)) for name in PARAMETRISATIONS} == PARAMETRISATIONS
-    given = Standardized(0.5)
-    assert get_parametrisation(given) is given
-    with pytest.raises(ConfigurationError, match="unknown parametrisation 'standardised'; did you mean 'standardized'"):
+    found = {name: get_parametrisation(name, 0.5) for name in PARAMETRISATIONS}
+    assert [type(how) for how in found.values()] == [Plain, Standardized, Standardized]
+    assert [(how.gain, how.trained) for how in list(found.values())[1:]] == [(0.5, True), (0.5, False)]
+    with pytest.raises(
+        ConfigurationError, match="unknown parametrisation of weights 'stand.*; did you mean 'standardized'"
+    ):
         get_parametrisation("standardised")
-    with pytest.raises(ConfigurationError, match="weights must be a Parametrisation or one of plain, standardized"):
+    with pytest.raises(ConfigurationError, match="unknown parametrisation of weights '3'"):
         get_parametrisation(3)
     for how, message in [({"gain": 0}, "gain must be above 0"), ({"epsilon": 0.0}, "epsilon must be above 0"),
                          ({"trained": 1}, "trained must be True or False")]:  # fmt: skip

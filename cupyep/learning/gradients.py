@@ -63,7 +63,8 @@ class Gradients(Mapping[str, Any]):
         """Multiply the gradients of layers, neighbours, by their factors: one operation for a run that has the same."""
         for factor, layers in itertools.groupby(factors, factors.__getitem__):
             places = [self.layers[layer] for layer in layers]
-            self.packed[places[0].start : places[-1].stop] *= factor
+            run = self.packed[places[0].start : places[-1].stop]
+            run *= factor  # of the slice itself: CuPy would copy it onto itself
 
     def norms(self) -> Any:
         """Return the Euclidean norm of each layer's gradient, weight and bias together, in the order of `layers`."""

@@ -86,6 +86,10 @@ class Stack:
             for place, request in zip(places, requests, strict=True)
         ]
 
+    def since(self, top: int, dtype: Any) -> Any:
+        """Return all that lies above `top`, a former value of the attribute, as one array: to fill it at once."""
+        return None if self._block is None else self._block[top : self.top].view(dtype)
+
     def release(self, top: int) -> None:
         """Give back what was taken above `top`, a former value of the attribute."""
         self.top = top

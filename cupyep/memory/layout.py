@@ -91,6 +91,8 @@ class PhaseBuffers:
     ----------
     states : list of arrays (rows, *shape)
         States, or scaled deviations.
+    moving : array
+        The memory of all states.
     drives : list of arrays, or None
         Total drives, where they are kept.
     winners : list of uint8 arrays
@@ -101,6 +103,8 @@ class PhaseBuffers:
         Empty where the phase is not watched.
     values : dict
         Value of the program -> array.
+    inputs : array
+        The memory of all of them, but for the constant ones.
     residual : array of shape (nodes, rows)
     parts : list of list of slice
         Rows of each node that are updated at once.
@@ -127,11 +131,13 @@ class PhaseBuffers:
     """
 
     states: list[Any]
+    moving: Any
     drives: list[Any] | None
     winners: list[Any]
     slopes: list[Any] | None
     remembered: list[Any]
     values: dict[Value, Any]
+    inputs: Any
     residual: Any
     parts: list[list[slice]]
     scratch: Any
@@ -174,17 +180,18 @@ class Layout:
 
     def lay_out(self, stack: Stack, shape: PhaseShape) -> PhaseBuffers:
         """Take the arrays of a phase from `stack`, whose top is ``shape.base``."""
-        states, drives, winners, slopes, end = self.retained(stack, shape)
+        (states, moving), drives, winners, slopes, end = self.retained(stack, shape)
         top = stack.top
         remembered = self.nodes(stack, "remembered states", shape.rows, self.number) if shape.watched else []
         if not shape.has_images and shape.phases > 1:
             winners = self.winners(stack, shape.rows)
-        values = self._values(stack, shape)
+        values, inputs = self._values(stack, shape)
         residual = stack.take("residual", (len(self.shapes), shape.rows), self.number)
         update = self._update(stack, shape)
         stack.release(top)
         return PhaseBuffers(
-            states, drives, winners, slopes, remembered, values, residual, **update, **self._work(stack, shape),
+            states, moving, drives, winners, slopes, remembered, values, inputs, residual,
+            **update, **self._work(stack, shape),
             end=end, top=top,
         )  # fmt: skip
 
@@ -195,12 +202,18 @@ class Layout:
             self._programs[key] = make_program(self.graph, *key)
         return self._programs[key]
 
-    def _values(self, stack: Stack, shape: PhaseShape) -> dict[Value, Any]:
-        """Take what lies between products and updates, and the drives from the image, constant for a whole phase."""
-        constants = [Value("constant", self.graph.above[c]) for c in self.graph.out_of[0] if shape.has_images]
-        lives = dict.fromkeys(constants, ALWAYS) | self.program(shape).lifetimes()
-        requests = [Request((shape.rows, *self._value_shape(v)), self.stored, alive) for v, alive in lives.items()]
-        return dict(zip(lives, stack.take_all("drives and feedback", requests), strict=True))
+    def _values(self, stack: Stack, shape: PhaseShape) -> tuple[dict[Value, Any], Any]:
+        """Take the drives from the image, constant for a whole phase, and what lies between products and updates.
+
+        The latter are returned as one array, too.
+        """
+        constant = [Value("constant", self.graph.above[c]) for c in self.graph.out_of[0] if shape.has_images]
+        found, top = {}, stack.top
+        for lives in (dict.fromkeys(constant, ALWAYS), self.program(shape).lifetimes()):
+            top = stack.top
+            requests = [Request((shape.rows, *self._value_shape(v)), self.stored, alive) for v, alive in lives.items()]
+            found |= dict(zip(lives, stack.take_all("drives and feedback", requests), strict=True))
+        return found, stack.since(top, self.stored)
 
     def _value_shape(self, value: Value) -> Shape:
         ends = {"drive term": self.graph.above, "topdown term": self.graph.below}.get(value.kind)
@@ -210,6 +223,11 @@ class Layout:
         """Take one array a node."""
         return [stack.take(purpose, (rows, *shape), dtype) for shape in self.shapes]
 
+    def _states(self, stack: Stack, purpose: str, rows: int) -> tuple[list[Any], Any]:
+        """Take what moves; return an array a node, and all of them as one."""
+        top, states = stack.top, self.nodes(stack, purpose, rows, self.stored)
+        return states, stack.since(top, self.stored)
+
     def winners(self, stack: Stack, rows: int, purpose: str = "winners") -> list[Any]:
         """Take one array of winners a max-pooling connection, None for the others."""
         return [
@@ -217,22 +235,22 @@ class Layout:
         ]
 
     def retained(self, stack: Stack, shape: PhaseShape) -> tuple[Any, Any, Any, Any, int]:
-        """Take what outlasts a phase and its states; return states, drives, winners, slopes, where the first end."""
+        """Take what outlasts a phase and its states; return `_states`, drives, winners, slopes, where the first end."""
         if not shape.has_images:
-            states = self.nodes(stack, "deviations", shape.rows, self.stored)
+            states = self._states(stack, "deviations", shape.rows)
             tangent = shape.form == "tangent"
             slopes = self.nodes(stack, "slopes", shape.samples, self.number) if tangent else None
             return states, None, [None] * len(self.edges), slopes, stack.top
         name = "free" if shape.form == "free" else "nudged"
         states = drives = None
         if shape.retain != "drives":
-            states = self.nodes(stack, f"{name} states", shape.rows, self.stored)
+            states = self._states(stack, f"{name} states", shape.rows)
         if shape.retain != "states":
             drives = self.nodes(stack, f"{name} drives", shape.rows, self.number)
         winners = self.winners(stack, shape.rows)
         end = stack.top
         if states is None:
-            states = self.nodes(stack, f"{name} states", shape.rows, self.stored)
+            states = self._states(stack, f"{name} states", shape.rows)
         return states, drives, winners, None, end
 
     def copied(self, layer: int, samples: int) -> int:

@@ -5,6 +5,7 @@
 // results repeat bit for bit. A block is `lanes` packs of channels by BLOCK / lanes rows; lanes is a power of two.
 
 #include "common.cuh"
+#include "rows.cuh"
 
 // Store values as a pack.
 template <typename A, int VEC> __device__ __forceinline__ void store_values(const A (&values)[VEC], A* target)

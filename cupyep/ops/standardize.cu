@@ -4,6 +4,7 @@
 // a time: one launch a direction, no atomics, a fixed order of sums. Statistics (2, K): mean, 1 / sqrt(variance + epsilon).
 
 #include "common.cuh"
+#include "rows.cuh"
 
 template <typename A, int VEC>
 __global__ void standardize(
