@@ -11,7 +11,7 @@ from cupyep.backend import array_module
 from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device, add_gemm, gemm
 from cupyep.backend.precision import Precision, get_precision
-from cupyep.errors import require
+from cupyep.errors import is_integer, require, shown
 from cupyep.losses import CrossEntropy, SquaredError
 from cupyep.ops import cuda_head
 from cupyep.ops.columns import output_size
@@ -342,6 +342,25 @@ class Head(LossTerm):
         add_gemm(flat.T, error, gradients["weight"], product)
         if self.bias is not None:
             gradients["bias"] += error.sum(axis=0)
+
+
+def readout_window(pool: int | str | None, shape: tuple[int, ...]) -> int | None:
+    """Return the side of the windows that a readout averages a state of `shape` over, None for no averages.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no map, it is smaller than the windows, or not square where all of it is to be averaged.
+    """
+    if pool is None or (is_integer(pool) and pool == 1):
+        return None
+    require(len(shape) == 3, f"readout_pool {shown(pool)} needs a map as the last state, which is of shape {shape}")
+    if not isinstance(pool, str) or pool != "global":
+        rule = f"'global', None or an integer from 1 to {min(shape[:2])}, the side of the last map"
+        require(is_integer(pool) and 1 <= pool <= min(shape[:2]), f"readout_pool must be {rule}, not {shown(pool)}")
+        return int(pool)
+    require(shape[0] == shape[1], f"readout_pool 'global' needs a square last map, not {shape[0]}x{shape[1]}")
+    return shape[0] if shape[0] > 1 else None
 
 
 def accuracy_count(z: Any, labels: Any) -> Any:

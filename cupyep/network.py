@@ -52,6 +52,8 @@ class Network(Structure):
     device : str or Device
     precision : {"float32", "tf32", "float16", "bfloat16", "float64"}
         Of states and products; parameters are float32 in all but float64 (`cupyep.backend.precision`).
+    readout_pool : int or "global", optional
+        The softmax readout sees averages of the last map over windows of that side, or of all of it (a square one).
 
     Raises
     ------

@@ -16,7 +16,7 @@ from cupyep.backend import PRECISIONS, Device, get_device, get_precision
 from cupyep.energy import HopfieldEnergy
 from cupyep.errors import choose, instance, integer, is_number, items, number, require
 from cupyep.graph import Connection, Graph
-from cupyep.heads import Head
+from cupyep.heads import Head, readout_window
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
 from cupyep.weights import PARAMETRISATIONS
@@ -38,7 +38,7 @@ class Structure:
 
     Parameters
     ----------
-    layers, classes, activation, loss, feedback, gain, weights, seed, device, precision
+    layers, classes, activation, loss, feedback, gain, weights, seed, device, precision, readout_pool
         See `Network`.
     """
 
@@ -55,6 +55,7 @@ class Structure:
         seed: int = 0,
         device: str | Device = "auto",
         precision: str = "float32",
+        readout_pool: int | str | None = None,
     ):
         self.lock = threading.RLock()
         self._energy: HopfieldEnergy | None = None
@@ -68,7 +69,7 @@ class Structure:
         self.feedback = self._checked_feedback(feedback)
         for edge, below in zip(self.layers, self.graph.below, strict=True):
             edge.reads_image = below == 0
-        self.readout = self._make_readout(loss)
+        self.readout = self._make_readout(loss, readout_pool)
         self.weights = choose("parametrisation of weights", weights, PARAMETRISATIONS)
         self._initialize(gain, seed)
         self.config: dict[str, Any] = {}
@@ -90,10 +91,12 @@ class Structure:
         )
         return feedback
 
-    def _make_readout(self, loss: str) -> Head:
+    def _make_readout(self, loss: str, pool: int | str | None) -> Head:
         shape, criterion = self.state_shapes[-1], get_loss(loss)
         if criterion.name == "cross_entropy":
-            return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True)
+            pool = readout_window(pool, shape)
+            return Head(self.depth, shape, criterion, self.classes, bias=True, learned=True, pool=pool)
+        require(pool is None, "with squared error the output is a state: there is no readout to pool for")
         require(
             shape == (self.classes,),
             f"squared error needs a last layer of shape ({self.classes},), the classes; it gives {shape}",
@@ -140,7 +143,9 @@ class Structure:
         return self._energy
 
     def __repr__(self) -> str:
-        readout = "state" if self.readout.identity else f"Linear({math.prod(self.readout.shape)} -> {self.classes})"
+        pool = f"average pool {self.readout.pool}, " if self.readout.pool else ""
+        inner = math.prod(self.readout.inner_shape)
+        readout = "state" if self.readout.identity else f"{pool}Linear({inner} -> {self.classes})"
         where = f"{self.precision.name}, {self.device.name}"
         lines = [f"Network({self.activation.name}, feedback {self.feedback:g}, {where}"]
         for c in self.graph.connections:

@@ -74,6 +74,10 @@ def test_every_numeric_rule_of_the_table_is_enforced():
         ({"learning_rate": [0.1, "x"]}, "--learning-rate must be a number or a list of numbers"),
         ({"learning_rate": [0.1, -0.1]}, "--learning-rate must be above 0"),
         ({"arch": "vgg6"}, "unknown --arch 'vgg6'; did you mean"),
+        ({"arch": "32 64x"}, "'64x' is no layer or block; write layers as in"),
+        ({"readout_pool": "0"}, "--readout-pool must be global or the side of a window"),
+        ({"readout_pool": "whole"}, "--readout-pool must be global or the side of a window"),
+        ({"weights": "standard"}, "unknown --weights 'standard'; did you mean 'standardized'"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum above 0"),
         ({"signal_layers": "2..4"}, "--signal-layers must be like"),
     ],
@@ -200,7 +204,7 @@ GRID = [
 ]  # fmt: skip
 #: Two values of every option, one of them other than a configuration has; a new option belongs here.
 VALUES = {
-    "scratch_mb": (1.0, 2.0),
+    "scratch_mb": (1.0, 2.0), "weights": ("plain", "standardized"), "readout_pool": ("2", "global"),
     "arch": ("vgg5", "vgg7"), "width": (0.02, 0.03), "activation": ("sigmoid", "tanh"), "pooling": ("max", "average"),
     "loss": ("cross_entropy", "squared_error"), "gain": (0.7, 0.9), "feedback": (1.0, 0.1),
     "dataset": ("cifar10", "mnist"), "data_dir": ("a", "b"), "image_size": (8, 16), "limit_train": (5, 6),
@@ -302,6 +306,7 @@ NO_SIGNALS = LE | MAPS | KD_ONLY | TEACHER
         ({"algorithm": "bptt"}, SGD | NO_SIGNALS | EP_ONLY),
         ({"algorithm": "bp"}, SGD | NO_SIGNALS | EP_ONLY | PHASES),
         ({"algorithm": "bp", "gain": 1.0}, SGD | NO_SIGNALS | EP_ONLY | PHASES | {"feedback"}),
+        ({"loss": "squared_error"}, SGD | NO_SIGNALS | {"readout_pool"}),
         ({"scheme": "tangent", "dataset": "digits"}, SGD | NO_SIGNALS | {"beta", "flip"}),
         ({"aug": "le", "optimizer": "sgd", "dataset": "svhn"}, KD_ONLY | TEACHER | {"flip"}),
         ({"aug": "kd", "dataset": "cifar100"}, SGD),

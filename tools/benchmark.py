@@ -38,6 +38,7 @@ from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors
 from cupyep.commands.system import system_report
 from cupyep.files import replacing
 from cupyep.learning.operations import Operations
+from cupyep.models import architecture
 from cupyep.settling import SCHEDULES
 
 EXAMPLES = """\b
@@ -405,7 +406,7 @@ POSITIVE = click.IntRange(1)
 
 
 @click.command(cls=OneLineErrors, epilog=EXAMPLES, context_settings={"show_default": True})
-@click.option("--arch", type=Names("--arch", ep.ARCHITECTURES), default="vgg5")
+@click.option("--arch", type=Names("--arch", ep.ARCHITECTURES, architecture), default="vgg5")
 @click.option("--width", default=1.0, help="Channel multiplier.")
 @click.option("--image-size", type=POSITIVE, default=32, help="Pixels a side.")
 @click.option("--batch-size", type=POSITIVE, default=8)

@@ -23,7 +23,7 @@ from cupyep.backend import get_device
 from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors, config_options
 from cupyep.data import Dataset
 from cupyep.errors import ConfigurationError, CupyepError, DeviceError, TeacherError, one_line, require
-from cupyep.models import ARCHITECTURES
+from cupyep.models import ARCHITECTURES, architecture
 from cupyep.training.build import build_dataset
 from cupyep.training.config import make_config, option_name
 from cupyep.training.display import Display
@@ -306,7 +306,9 @@ def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, s
     help="State dict for --torch, or a checkpoint or .safetensors file with it; no code in it is run.",
 )
 @click.option(
-    "--train-bp", type=Names("--train-bp", ARCHITECTURES), help="Teacher: train this network by backpropagation first."
+    "--train-bp",
+    type=Names("--train-bp", ARCHITECTURES, architecture),
+    help="Teacher: train this network by backpropagation first.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=30, show_default=True, help="Epochs of --train-bp.")
 @click.option("--width", type=float, default=1.0, show_default=True, help="Channel multiplier of --train-bp.")

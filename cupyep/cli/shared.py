@@ -21,19 +21,23 @@ from cupyep.training.display import SIGPIPE, silence
 
 
 class Names(click.ParamType):
-    """One of some names; a wrong one is answered with the nearest."""
+    """One of some names, or a text that `check` lets pass; a wrong one is answered with the nearest."""
 
     name = "name"
 
-    def __init__(self, what: str, names: tuple[str, ...]):
+    def __init__(self, what: str, names: tuple[str, ...], check: Callable[[str, str], Any] | None = None):
         self.what = what
         self.names = names
+        self.check = check
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(self.names)}]"
+        return f"[{'|'.join(self.names)}{'|TEXT' if self.check else ''}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return choose(self.what, value, self.names)
+        if self.check is None:
+            return choose(self.what, value, self.names)
+        self.check(value, self.what)
+        return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
@@ -230,7 +234,7 @@ def _config_option(name: str, default: Any) -> Any:
         text = f"{rule['text']}  [default: {flag if default else flag.replace('--', '--no-', 1)}]"
         return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", name, default=None, help=text)
     types = {int: click.INT, float: click.FLOAT, list: Numbers(), str: click.STRING}
-    value_type = Names(flag, rule["choices"]) if "choices" in rule else types[kind]
+    value_type = Names(flag, rule["choices"], rule.get("check")) if "choices" in rule else types[kind]
     text = rule["text"]
     if default is not None:  # then what happens when it is unset says nothing
         text = f"{text.partition('; unset:')[0].rstrip('.')}.  [default: {default}]"

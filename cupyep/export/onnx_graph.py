@@ -200,11 +200,13 @@ class _Graph:
                     self._product(instruction)
 
     def readout(self) -> None:
-        state, shape = self.states[-1], self.network.state_shapes[-1]
-        if self.network.readout.identity:
+        state, readout = self.states[-1], self.network.readout
+        if readout.identity:
             node = self.helper.make_node("Identity", [state], [OUTPUT])
         else:
-            inputs = [self._flat(state, shape), "readout.weight", "readout.bias"]
+            if readout.pool:
+                state = self.node("AveragePool", state, **_pool(readout.pool))
+            inputs = [self._flat(state, readout.inner_shape), "readout.weight", "readout.bias"]
             node = self.helper.make_node("Gemm", inputs, [OUTPUT], transB=1)
         self.nodes.append(node)
 
@@ -251,7 +253,7 @@ class _Graph:
         if type(edge) is Linear:
             return self.node("Gemm", self._flat(below, self._shape_below(c)), *parameters, transB=1)
         u = self.node("Conv", below, *parameters, **_window(edge))
-        pool = {"kernel_shape": [edge.pool] * 2, "strides": [edge.pool] * 2}
+        pool = _pool(edge.pool)
         if edge.pooling == "average":
             return self.node("AveragePool", u, **pool)
         if edge.pooling == "none":
@@ -281,7 +283,7 @@ class _Graph:
 
     def _unpooled(self, c: int, edge: Conv2d, state: str) -> str:
         height, width, channels = edge.map_shape
-        pool = {"kernel_shape": [edge.pool] * 2, "strides": [edge.pool] * 2}
+        pool = _pool(edge.pool)
         if edge.pooling == "max":
             return self.node("MaxUnpool", state, self.winners[c], self.shape(channels, height, width), **pool)
         if edge.pooling == "none":
@@ -310,6 +312,10 @@ class _Graph:
 
 def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
+
+
+def _pool(side: int) -> dict[str, list[int]]:
+    return {"kernel_shape": [side] * 2, "strides": [side] * 2}
 
 
 def _window(edge: Conv2d) -> dict[str, list[int]]:

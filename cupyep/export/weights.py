@@ -46,7 +46,7 @@ def torch_layout(network: Network) -> dict[str, np.ndarray]:
             arrays[f"layers.{n}.bias"] = host(edge.bias).copy()
     readout = network.readout
     if not readout.identity:
-        arrays["readout.weight"] = _dense(host(readout.weight), readout.shape)
+        arrays["readout.weight"] = _dense(host(readout.weight), readout.inner_shape)
         arrays["readout.bias"] = host(readout.bias).copy()
     return arrays
 

@@ -29,7 +29,8 @@ from cupyep.persistence import hdf5
 
 FORMAT, VERSION = "cupyep-network", 1
 LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear, "Identity": Identity}
-OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "weights")
+OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "weights", "readout_pool")
+LATER = {"weights": "plain", "readout_pool": None}  # what older files do not say, and what they mean by that
 
 
 def describe(network: Any) -> dict[str, Any]:
@@ -39,8 +40,8 @@ def describe(network: Any) -> dict[str, Any]:
     -------
     dict
         ``layers`` (of each edge its type and arguments; of a user's own all its plain attributes), ``connections`` (the
-        nodes below and above each edge; none of a chain), ``activation``
-        (name, range and parameters), ``feedback``, ``loss``, ``classes``, ``input_shape``, ``precision``, ``weights``.
+        nodes below and above each edge; none of a chain), ``activation`` (name, range and parameters), ``feedback``,
+        ``loss``, ``classes``, ``input_shape``, ``precision``, ``weights``, ``readout_pool``.
     """
     description = {
         "input_shape": network.input_shape,
@@ -51,6 +52,7 @@ def describe(network: Any) -> dict[str, Any]:
         "loss": network.readout.criterion.name,
         "precision": network.precision.name,
         "weights": network.weights,
+        "readout_pool": network.readout.pool,
     }
     if not network.graph.is_chain:
         description["connections"] = network.graph.describe()
@@ -157,7 +159,8 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
             _check_format(path, file)
             structure = json.loads(hdf5.attribute(file, "network"))
             graph = _graph(structure)
-            options = {name: structure["options"].get(name, "plain") for name in OPTIONS}  # files before had no choice
+            given = LATER | structure["options"]
+            options = {name: given[name] for name in OPTIONS}
             parameters = {name: _array(file, name, shape) for name, shape in _shapes(graph, options)}
         network = build(graph, **options)
         network.load_parameters(parameters)
@@ -205,7 +208,10 @@ def _shapes(graph: Graph, options: dict[str, Any]) -> Iterator[tuple[str, tuple[
         for name, shape in edge.parameter_shapes(options["weights"]).items():
             yield f"{path}.{name}", shape
     if options["loss"] == "cross_entropy":
-        yield "readout.weight", (math.prod(graph.shapes[-1]), options["classes"])
+        seen, pool = graph.shapes[-1], options["readout_pool"]
+        if pool is not None:
+            seen = (seen[0] // max(pool, 1), seen[1] // max(pool, 1), seen[2])
+        yield "readout.weight", (math.prod(seen), options["classes"])
         yield "readout.bias", (options["classes"],)
 
 

@@ -42,6 +42,7 @@ def build_dataset(config: TrainConfig) -> Dataset:
 
 def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: Device | str) -> Network:
     """Return the untrained network for images and classes like those of `images`."""
+    pool = config.readout_pool if config.loss == "cross_entropy" else None
     return build(
         config.arch,
         classes=len(images.classes),
@@ -55,6 +56,8 @@ def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: De
         seed=config.seed,
         device=device,
         precision=config.precision,
+        weights=config.weights,
+        readout_pool=int(pool) if pool and pool.isdecimal() else pool,
     )
 
 

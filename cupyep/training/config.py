@@ -23,11 +23,12 @@ from cupyep.data import DATASETS
 from cupyep.errors import ConfigurationError, choose, nearest, require
 from cupyep.files import read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
-from cupyep.models import ARCHITECTURES
+from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.settling import SCHEDULES, check_relaxation
 from cupyep.signals import ANNEALINGS
 from cupyep.training.needs import NEEDS
+from cupyep.weights import PARAMETRISATIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,6 +56,12 @@ RULES = {
 }
 
 
+def check_readout_pool(value: str, name: str) -> None:
+    """Raise ConfigurationError unless `value` is ``"global"`` or a positive integer as text."""
+    number = value.isdecimal() and len(value) < 7 and int(value) > 0
+    require(value == "global" or number, f"{name} must be global or the side of a window, such as 2 (got '{value}')")
+
+
 def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
     """Return a dataclass field that is one option.
 
@@ -70,7 +77,8 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
         Help line, without the default.
     **rule
         `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
-        `needs` (names of `NEEDS`), without which the option has no effect.
+        `check` (of a text, a function of value and name that raises; its `choices` are suggestions then); `needs`
+        (names of `NEEDS`), without which the option has no effect.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
@@ -91,9 +99,19 @@ class TrainConfig:
     """
 
     # fmt: off
-    arch: str = NETWORK("vgg5", str, "Architecture.", choices=ARCHITECTURES)
+    arch: str = NETWORK("vgg5", str, "Architecture, by name or as a text: '32 32p 64s 64+64' are convolutions with "
+                        "so many channels, s stride 2, p pooling, + a residual block; mlp:512,512 dense layers.",
+                        choices=ARCHITECTURES, check=architecture)
     width: float = NETWORK(1.0, float, "Multiplies the number of channels of every layer.", above=0)
-    activation: str = NETWORK("hard_sigmoid", str, "Activation of the states.", choices=tuple(ACTIVATIONS))
+    activation: str | None = NETWORK(None, str, "Activation of the states; unset: that of the architecture, "
+                                     "hard_sigmoid, but relu6 of hopfield-resnet13 and relu of resnet9, resnet18.",
+                                     choices=tuple(ACTIVATIONS))
+    weights: str | None = NETWORK(None, str, "plain: weights are trained as they are; standardized: filter by filter "
+                                  "of mean 0, with a gain a channel that is trained, or fixed; unset: plain, but "
+                                  "standardized of resnet9, resnet18.", choices=tuple(PARAMETRISATIONS))
+    readout_pool: str | None = NETWORK(None, str, "The softmax readout sees averages of the last map over N x N "
+                                       "pixels, or global ones; unset: the map itself, but global ones of resnet9, resnet18.",
+                                       check=check_readout_pool, needs=("readout",))
     pooling: str = NETWORK("max", str, "Pooling of the convolutions.", choices=("max", "average"))
     loss: str = NETWORK("cross_entropy", str, "cross_entropy: a softmax readout on top; squared_error: the output "
                         "layer is a state.", choices=LOSSES)
@@ -185,6 +203,8 @@ class TrainConfig:
     def __post_init__(self):
         for spec in fields(self):
             setattr(self, spec.name, _checked(spec, getattr(self, spec.name), option_name(spec.name)))
+        own = architecture(self.arch)
+        self.activation, self.weights = self.activation or own.activation, self.weights or own.weights
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(
             not (self.teacher_features and self.crop and self.aug == "kd"),
@@ -364,7 +384,9 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
     require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {_shown(value)})")
     if kind is str:
         require("\0" not in value and _is_unicode(value), f"{name} must be a text of valid characters (got {value!r})")
-    if "choices" in spec.metadata:
+    if "check" in spec.metadata:
+        spec.metadata["check"](value, name)
+    elif "choices" in spec.metadata:
         choose(name, value, spec.metadata["choices"])
     return value
 

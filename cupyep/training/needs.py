@@ -10,6 +10,7 @@ from cupyep.data.sources import SOURCES
 MIRRORED = tuple(name for name, source in SOURCES.items() if source.flip)
 NEEDS = {
     "mirrored": (f"--dataset {', '.join(MIRRORED[:-1])} or {MIRRORED[-1]}", lambda c: c["dataset"] in MIRRORED),
+    "readout": ("--loss cross_entropy", lambda c: c["loss"] == "cross_entropy"),
     "ep": ("--algorithm ep", lambda c: c["algorithm"] == "ep"),
     "settling": ("--algorithm ep or bptt", lambda c: c["algorithm"] != "bp"),
     "feedback": ("--algorithm ep or bptt, or no --gain", lambda c: c["algorithm"] != "bp" or c["gain"] is None),

@@ -19,6 +19,7 @@ from cupyep._version import __version__
 from cupyep.diagnostics.checkup import check_trace
 from cupyep.errors import CheckpointError, ConfigurationError, choose
 from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
+from cupyep.models import slug
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.config import TrainConfig, make_config, read_toml
 
@@ -306,6 +307,6 @@ def _is_made(path: Path) -> bool:
 
 
 def _numbered(config: TrainConfig, root: str | Path) -> Iterator[Path]:
-    base = Path(root) / f"{config.arch}-{config.aug}-{config.dataset}-seed{config.seed}"
+    base = Path(root) / f"{slug(config.arch)}-{config.aug}-{config.dataset}-seed{config.seed}"
     yield base
     yield from (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))

@@ -13,6 +13,7 @@ from cupyep.backend import Device
 from cupyep.data import VIEWS, Dataset, Loader, TeacherWriter
 from cupyep.errors import CheckpointError, ConfigurationError
 from cupyep.learning import Backpropagation
+from cupyep.models import Architecture, architecture
 from cupyep.network import Network
 from cupyep.training.build import build_network, build_trainer, feature_name
 from cupyep.training.config import TrainConfig
@@ -25,6 +26,8 @@ SHARED = (
     "arch",
     "width",
     "pooling",
+    "weights",
+    "readout_pool",
     "dataset",
     "data_dir",
     "image_size",
@@ -58,10 +61,11 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
 
     The same architecture, width, images, seed, batches and augmentation (`SHARED`), but feed-forward
     (`TEACHER_SETTINGS`), for ``teacher_epochs`` epochs; everything else as by default. A teacher whose activations are
-    followed has those of the student.
+    followed has those of the student, one of blocks the gain of its architecture.
     """
     shared = {name: getattr(config, name) for name in SHARED}
-    own = {"activation": config.activation, "gain": None} if config.teacher_features else {}
+    own: dict[str, Any] = {} if architecture(config.arch).gains == Architecture.gains else {"gain": None}
+    own |= {"activation": config.activation, "gain": None} if config.teacher_features else {}
     return TrainConfig(**{**shared, **TEACHER_SETTINGS, **own}, epochs=config.teacher_epochs)
 
 

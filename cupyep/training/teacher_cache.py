@@ -23,6 +23,7 @@ from cupyep.backend import Device
 from cupyep.data import Dataset, cache_directory, data_directory
 from cupyep.errors import CheckpointError, Interrupted, TeacherError
 from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
+from cupyep.models import slug
 from cupyep.network import Network
 from cupyep.training.build import feature_name, signal_layers
 from cupyep.training.config import TrainConfig
@@ -44,7 +45,7 @@ def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
     """
     own = teacher_config(config)
     digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
-    name = Path("teachers") / f"{own.arch}-{own.dataset}-{digest}.h5"
+    name = Path("teachers") / f"{slug(own.arch)}-{own.dataset}-{digest}.h5"
     old = data_directory(config.data_dir) / name
     return old if old.is_file() else cache_directory() / name
 
