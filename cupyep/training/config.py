@@ -110,7 +110,7 @@ class TrainConfig:
                                   "of mean 0, with a gain a channel that is trained, or fixed; unset: plain, but "
                                   "standardized of resnet9, resnet18.", choices=tuple(PARAMETRISATIONS))
     readout_pool: str | None = NETWORK(None, str, "The softmax readout sees averages of the last map over N x N "
-                                       "pixels, or global ones; unset: the map, but global ones of resnet9 and resnet18.",
+                                       "pixels, or global ones; unset: the map, but global of resnet9 and resnet18.",
                                        check=check_readout_pool, needs=("readout",))
     pooling: str = NETWORK("max", str, "Pooling of the convolutions.", choices=("max", "average"))
     loss: str = NETWORK("cross_entropy", str, "cross_entropy: a softmax readout on top; squared_error: the output "
