@@ -13,11 +13,9 @@ from cupyep.backend.device import Device, add_gemm, gemm
 from cupyep.backend.precision import Precision, get_precision
 from cupyep.errors import is_integer, require, shown
 from cupyep.losses import CrossEntropy, SquaredError
-from cupyep.ops import cuda_head
 from cupyep.ops.columns import output_size
-from cupyep.ops.cuda_head import CudaHeadOps
 from cupyep.ops.factors import Factors
-from cupyep.ops.head import HeadOps
+from cupyep.ops.head import SOURCE, CudaHeadOps, HeadOps
 
 # A map in float16 is multiplied by this, and errors are divided by it: an error, scaled as the deviations are (see
 # `Precision.scale`), may then be 4096 times as large as the weight of its loss, not 64 times; logits of teachers are.
@@ -181,7 +179,7 @@ class Head(LossTerm):
         self._adds_products = device.adds_products
         self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
         if device.is_gpu:
-            self._ops = CudaHeadOps(device.launcher(cuda_head.SOURCE))
+            self._ops = CudaHeadOps(device.launcher(SOURCE))
         self.prepare(get_precision(self._dtype.name))
 
     def prepare(self, precision: Precision) -> None:

@@ -16,10 +16,10 @@ from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
 from cupyep.errors import ConfigurationError, choose, flag, integer, number, shape
-from cupyep.ops import cuda_conv, winograd
+from cupyep.ops import winograd
 from cupyep.ops.columns import output_size
 from cupyep.ops.conv import ConvGeometry, ConvOps, part_of
-from cupyep.ops.cuda_conv import CudaConvOps
+from cupyep.ops.cuda_conv import SOURCE, CudaConvOps
 from cupyep.ops.linear import LinearOps
 from cupyep.ops.reduction import add_sum
 from cupyep.ops.winograd import WinogradOps
@@ -182,7 +182,7 @@ class Conv2d(Edge):
         """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
         topdown = {"has_topdown": not self.reads_image}
         if device.is_gpu:
-            launcher = device.launcher(cuda_conv.SOURCE)
+            launcher = device.launcher(SOURCE)
             return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, launcher, **topdown)
         if winograd.possible(self.geometry, precision) and winograd.pays(self.geometry, batch):
             return WinogradOps(self.geometry, batch, nbytes, precision, device.xp)

@@ -16,8 +16,7 @@ import numpy as np
 from cupyep.backend import array_module
 from cupyep.backend.device import launcher_for
 from cupyep.errors import CheckpointError, ConfigurationError, flag, instance, items, nearest, number, require, shown
-from cupyep.ops.cuda_optimizer import SOURCE, CudaOptimizerOps
-from cupyep.ops.optimizer import OptimizerOps
+from cupyep.ops.optimizer import SOURCE, CudaOptimizerOps, OptimizerOps
 
 UPDATED_AT_ONCE = 1 << 19  # numbers: the scratch of an update is small beside the parameters
 

@@ -12,9 +12,9 @@ import pytest
 from cuda_cpu import instances
 
 from cupyep.backend.cuda import source_text
-from cupyep.ops import cuda_conv, cuda_head, cuda_optimizer, cuda_update, reduction, standardize
+from cupyep.ops import cuda_conv, head, optimizer, reduction, standardize, update
 
-MODULES = (cuda_conv, cuda_update, cuda_head, cuda_optimizer, reduction, standardize)
+MODULES = (cuda_conv, update, head, optimizer, reduction, standardize)
 SOURCES = {module.SOURCE.name: module.SOURCE for module in MODULES}
 
 

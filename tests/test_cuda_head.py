@@ -14,9 +14,8 @@ from oracle import softmax
 
 from cupyep.activations import get_activation
 from cupyep.losses import CrossEntropy, SquaredError
-from cupyep.ops.cuda_head import SOURCE, CudaHeadOps
-from cupyep.ops.cuda_update import CudaUpdateOps
-from cupyep.ops.head import HeadOps
+from cupyep.ops.head import SOURCE, CudaHeadOps, HeadOps
+from cupyep.ops.update import CudaUpdateOps
 
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-6}
 

@@ -13,8 +13,7 @@ from cuda_cpu import ShimLauncher, compiler
 
 import cupyep as ep
 from cupyep.backend.device import launcher_for
-from cupyep.ops.cuda_optimizer import SOURCE, CudaOptimizerOps
-from cupyep.ops.optimizer import OptimizerOps
+from cupyep.ops.optimizer import SOURCE, CudaOptimizerOps, OptimizerOps
 
 SHAPES = [(3, 3, 8, 16), (7,), (1,), (1030,)]  # packs, single numbers, and more than a block of either
 STEPS = 4

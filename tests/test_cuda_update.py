@@ -18,9 +18,8 @@ from oracle import SIGMA
 
 from cupyep.activations import ACTIVATIONS
 from cupyep.errors import ConfigurationError
-from cupyep.ops.cuda_update import SOURCE, CudaUpdateOps
 from cupyep.ops.launch import arithmetic
-from cupyep.ops.update import UpdateOps
+from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 
 CODES = {
     "hard_sigmoid": ("clip", (1.0, 0.0, 1.0)),

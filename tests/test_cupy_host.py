@@ -22,13 +22,12 @@ from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
 from cupyep.losses import CrossEntropy
 from cupyep.memory.allotment import Stack
-from cupyep.ops import cuda_conv, cuda_head, cuda_optimizer, cuda_update, reduction
+from cupyep.ops import cuda_conv, head, optimizer, reduction, update
 from cupyep.ops.buffers import Arena
-from cupyep.ops.cuda_update import CudaUpdateOps
-from cupyep.ops.update import UpdateOps
+from cupyep.ops.update import CudaUpdateOps, UpdateOps
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-SOURCES = [module.SOURCE for module in (cuda_conv, cuda_update, cuda_head, cuda_optimizer, reduction)]
+SOURCES = [module.SOURCE for module in (cuda_conv, update, head, optimizer, reduction)]
 
 
 def on_host(size):
@@ -216,7 +215,7 @@ def test_updates(host, rng, form, name):
     for device in (ep.get_device("cpu"), host):
         a = {key: device.asarray(np.array(array), np.float64) for key, array in arrays.items()}
         own = UpdateOps(np, activation)
-        ops = own if device.xp is np else CudaUpdateOps(cupy, activation, device.launcher(cuda_update.SOURCE))
+        ops = own if device.xp is np else CudaUpdateOps(cupy, activation, device.launcher(update.SOURCE))
         scratch = device.xp.empty(ops.scratch_size(6, 36), np.float64)
         residual = device.asarray(np.zeros(6))
         shared = (a["s"], a["drive"], a["topdown"], 0.5, a["force"])

@@ -84,7 +84,6 @@ def test_draws_repeat_and_differ_among_themselves():
     assert {mutant.file for mutant in draw(30, 0, "optim")} == {
         "optim.py",
         "ops/optimizer.py",
-        "ops/cuda_optimizer.py",
     }
 
 

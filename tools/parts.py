@@ -15,7 +15,7 @@ from measuring import Case, Stopwatch
 
 import cupyep as ep
 from cupyep.backend.graphs import Replays
-from cupyep.ops import cuda_update
+from cupyep.ops import update
 from cupyep.ops.factors import Factors
 from cupyep.ops.reduction import add_sum, levels
 from cupyep.training.statistics import EpochStatistics, layer_names
@@ -96,7 +96,7 @@ class Recorder:
             (Replays, "run", self._run),
         ]
         if self.device.is_gpu:
-            watched.append((type(self.device.launcher(cuda_update.SOURCE)), "launch", self._launch))
+            watched.append((type(self.device.launcher(update.SOURCE)), "launch", self._launch))
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in watched]
         try:
             for (owner, name, look), (*_, method) in zip(watched, before, strict=True):

@@ -19,10 +19,8 @@ from cupyep.graph import Graph
 from cupyep.layers import Edge
 from cupyep.memory.allotment import Stack
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape
-from cupyep.ops import cuda_update
 from cupyep.ops.buffers import Arena
-from cupyep.ops.cuda_update import CudaUpdateOps
-from cupyep.ops.update import UpdateOps
+from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 
 
 class Workspace:
@@ -237,5 +235,5 @@ def made_of_weights(n: int, ops: Any) -> Hashable:
 def update_ops(activation: Activation, device: Device) -> UpdateOps:
     """Return what updates states with `activation` on `device`."""
     if device.is_gpu and activation.code is not None:
-        return CudaUpdateOps(device.xp, activation, device.launcher(cuda_update.SOURCE))
+        return CudaUpdateOps(device.xp, activation, device.launcher(SOURCE))
     return UpdateOps(device.xp, activation)

@@ -20,7 +20,7 @@ from cupyep.backend.precision import Precision
 from cupyep.errors import require
 from cupyep.ops.buffers import Arena
 from cupyep.ops.conv import ConvGeometry, ConvOps, part_of
-from cupyep.ops.launch import ACCESS_BYTES, map_grid, type_name, vector_width
+from cupyep.ops.launch import ACCESS_BYTES, launch_map, type_name, vector_width
 from cupyep.ops.reduction import add_sum
 
 SOURCE = Path(__file__).with_name("conv.cu")
@@ -241,6 +241,4 @@ class CudaConvOps(ConvOps):
         return width * (channels // vec), height, m
 
     def _launch(self, kernel: tuple[str, list], threads: tuple[int, int, int], arrays: tuple, sizes: tuple) -> None:
-        name, types = kernel
-        grid, block = map_grid(*threads)
-        self.launcher.launch(name, types, grid, block, (*arrays, *map(np.int32, sizes)))
+        launch_map(self.launcher, *kernel, threads, arrays, sizes)

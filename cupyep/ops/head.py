@@ -1,14 +1,22 @@
 """The array operations of a head: the error of its outputs, pooling of its state, spreading of its force.
 
-`HeadOps` is plain array code for NumPy and CuPy alike, and the reference; ``head.cu`` does the same in one kernel each
-(`cupyep.ops.cuda_head`).
+`HeadOps` is plain array code for NumPy and CuPy alike, and the reference; `CudaHeadOps` does the same in one kernel
+each.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cupyep.ops.launch import launch_map, require_type, type_name, vector_width
 from cupyep.ops.pooling import add_average_scatter, average_pool, average_scatter, clear_remainder, windows
+
+SOURCE = Path(__file__).with_name("head.cu")
+LOSSES = {"cross_entropy": 0, "squared_error": 1}  # enum Loss
+WARP = 32
 
 
 class HeadOps:
@@ -58,3 +66,37 @@ class HeadOps:
         else:
             average_scatter(s, windows(force, p))
             clear_remainder(force, p)
+
+
+class CudaHeadOps(HeadOps):
+    """`HeadOps` through the kernels of ``head.cu``, `launcher` being that of `SOURCE`."""
+
+    def __init__(self, launcher: Any):
+        self.launcher = launcher
+
+    def scaled_error(self, loss, z, bias, target, scale, column, error=None, down=1.0):
+        require_type(z.dtype, bias, target, scale)
+        error, number = z if error is None else error, z.dtype.type
+        self.launcher.launch(
+            "scaled_error",
+            [type_name(z.dtype), type_name(error.dtype), LOSSES[loss.name]],
+            (len(z), 1, 1),
+            (WARP, 1, 1),
+            (z, error, bias, target, scale, number(loss.temperature), number(down), np.int32(z.shape[1])),
+        )
+
+    def pool(self, s, p, out):
+        height, width, channels = out.shape[1:]
+        vec = vector_width(channels, s, out)
+        sizes = (*s.shape[1:3], height, width, channels // vec, p)
+        types = [type_name(s.dtype), type_name(out.dtype), vec]
+        launch_map(self.launcher, "window_means", types, (width * (channels // vec), height, len(s)), (s, out), sizes)
+
+    def spread(self, s, p, force, add):
+        require_type(s.dtype, force)
+        height, width, channels = s.shape[1:]
+        vec = vector_width(channels, s, force)
+        rows, columns = (height * p, width * p) if add else force.shape[1:3]
+        sizes = (*force.shape[1:3], height, width, columns, channels // vec, p)
+        types = [type_name(s.dtype), "true" if add else "false", vec]
+        launch_map(self.launcher, "spread", types, (columns * (channels // vec), rows, len(s)), (s, force), sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,19 @@ def map_grid(items: int, rows: int, samples: int) -> tuple[tuple[int, int, int],
     blocks = -(-items // BLOCK)
     warps = -(-items // (blocks * 32))
     return (blocks, rows, samples), (32 * warps, 1, 1)
+
+
+def launch_map(
+    launcher: Any,
+    kernel: str,
+    types: list[Any],
+    threads: tuple[int, int, int],
+    arguments: Sequence[Any],
+    sizes: Iterable[int],
+) -> None:
+    """Launch a kernel with a thread for each of (items, rows, samples), see `map_grid`; its last arguments are ints."""
+    grid, block = map_grid(*threads)
+    launcher.launch(kernel, types, grid, block, (*arguments, *map(np.int32, sizes)))
 
 
 def check_axes(*lengths: int) -> None:

@@ -1,15 +1,18 @@
 """The array operations of optimizers: one step for one parameter, or for a piece of it.
 
-`OptimizerOps` is plain array code for NumPy and CuPy alike, and the reference; ``optimizer.cu`` does the same in one
-kernel each (`cupyep.ops.cuda_optimizer`): a deep network has dozens of parameters, and a step of plain array code a
-dozen launches for each.
+`OptimizerOps` is plain array code for NumPy and CuPy alike, and the reference; `CudaOptimizerOps` does the same in one
+kernel each: a deep network has dozens of parameters, and a step of plain array code a dozen launches for each.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cupyep.backend import array_module
+from cupyep.ops.launch import launch_map, require_type, type_name, vector_width
+
+SOURCE = Path(__file__).with_name("optimizer.cu")
 
 
 class OptimizerOps:
@@ -89,3 +92,31 @@ def _decayed(parameter: Any, gradient: Any, decay: float, out: Any) -> Any:
     array_module(parameter).multiply(parameter, decay, out=out)
     out += gradient
     return out
+
+
+class CudaOptimizerOps(OptimizerOps):
+    """`OptimizerOps` through the kernels of ``optimizer.cu``, `launcher` being that of `SOURCE`."""
+
+    needs_scratch = False
+
+    def __init__(self, launcher: Any):
+        self.launcher = launcher
+
+    def sgd(self, parameter, gradient, velocity, scratch, *, rate, momentum, nesterov, decay):
+        momentum = 0.0 if velocity is None else momentum
+        self._launch("sgd_step", (parameter, gradient, velocity), (rate, momentum, decay), (nesterov,))
+
+    def adam(self, parameter, gradient, mean, square, scratch, *, rate, betas, correction, epsilon, decay):
+        b1, b2 = betas
+        numbers = (rate, b1, 1.0 - b1, b2, 1.0 - b2, correction, epsilon, decay)
+        self._launch("adam_step", (parameter, gradient, mean, square), numbers, ())
+
+    def _launch(self, kernel: str, arrays: tuple, numbers: tuple[float, ...], flags: tuple) -> None:
+        dtype, size = arrays[0].dtype, arrays[0].size
+        if size == 0:
+            return
+        require_type(dtype, *arrays)
+        vec = vector_width(size, *arrays)
+        arguments = (*arrays, *map(dtype.type, numbers))
+        threads = (size // vec, 1, 1)
+        launch_map(self.launcher, kernel, [type_name(dtype), vec], threads, arguments, (*flags, size // vec))
