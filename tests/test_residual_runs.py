@@ -354,7 +354,7 @@ def test_an_edge_of_ones_own_in_a_graph_is_checked(weights):
 
 @pytest.mark.parametrize("weights", ["plain", "standardized"])
 def test_the_check_of_half_precision_has_the_rows_of_a_graph(weights):
-    how = {"pooling": "average", "gain": 0.4, "feedback": 0.5, "weights": weights}
+    how = {"pooling": "average", "activation": "sigmoid", "gain": 0.4, "feedback": 0.5, "weights": weights}
     rows = compare_precisions(
         lambda precision: (residual(**how, precision=precision), []), "float16", images(2), np.arange(2),
         forms=("deviation",), free_steps=40, nudged_steps=20, schedule="evenodd",
