@@ -40,6 +40,7 @@ TESTS = {  # what is concerned; the quick ones first, as the first failure ends 
     "learning/check.py": "test_check test_custom",
     "learning/custom.py": "test_custom",
     "learning/equilibrium.py": "test_equilibrium test_micro_batch test_halves test_parts test_plan test_precision",
+    "learning/operations.py": "test_benchmark test_experiments",
     "learning/learner.py": "test_learner test_learning test_micro_batch test_bptt test_signals test_plan test_halves",
     "diagnostics/probe.py": "test_probe test_diagnose",
     "losses.py": SIGNALS,
