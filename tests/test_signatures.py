@@ -51,7 +51,7 @@ INNER = {
     r"\w+\.(parts|needs|settled|betas)": "how learners and memory work together",
     r"(State|StepResult|SettleStats|Nudge)(\.\w+)?": "a record that the package makes",
     r"HopfieldEnergy\.(states|deviations|correlate|add_\w+|winners_at|send_\w+)": "phases and learners call it",
-    r"Graph\.(weights|feedback|label|describe)": "what follows from a graph that was looked at",
+    r"Graph\.(weights|feedback|label|describe|apart|\w*depths)": "what follows from a graph that was looked at",
     r"Connection": "looked at by `Graph`",
     r"\w+\.make_weights": "without arguments",
     r"SGD.slots": "of a momentum that was looked at",
