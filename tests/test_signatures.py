@@ -137,6 +137,9 @@ VALID = {
     "SquaredError": lambda w: (ep.SquaredError, {}),
     "Conv2d": lambda w: (ep.Conv2d, {"in_shape": SHAPE, "channels": 4, "pooling": "max"}),
     "Linear": lambda w: (ep.Linear, {"in_shape": (2, 3), "units": 4}),
+    "Identity": lambda w: (ep.Identity, {"in_shape": SHAPE}),
+    "Graph": lambda w: (ep.Graph, {"layers": [ep.Connection("image", "a", ep.Linear((3,), 2))]}),
+    "Graph.node": lambda w: (w.net.graph.node, {"name": 1}),
     "Network": lambda w: (
         ep.Network,
         {"layers": w.network().layers, "classes": CLASSES, "device": "cpu"},
@@ -376,6 +379,7 @@ def says_which(argument, name, error):
     """Return whether a message is one line that names the argument, or what it is called in words."""
     said, words = re.sub("[-_ ]+", " ", str(error)), {argument, ALIASES.get(argument, argument), argument.rstrip("s")}
     words |= {"device", "data set", "split"} if argument == "name" else set()
+    words |= {"layer"} if argument == "name" else set()
     words |= {"rows"} if argument == "start" else set()
     words |= {"no network at"} if argument == "path" else set()
     words |= {argument.split("_")[0]} if argument in ("split_name", "view_name") else set()
