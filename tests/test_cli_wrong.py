@@ -45,7 +45,7 @@ WRONG = {
     "not a number": (["train", "--epochs", "many"], 2, "'many' is not a valid integer"),
     "not numbers": (["train", "--gain", "0.1,a"], 2, "'0.1,a' is neither a number nor numbers with commas"),
     "image size": (["train", "--image-size", "7"], 2, "image-size is 7"),
-    "image too small": (["train", "--image-size", "4"], 2, "too small for VGG-5"),
+    "image too small": (["train", "--image-size", "4"], 2, "too small for vgg5"),
     "limit": (["train", "--limit-train", "51"], 2, "cifar10 has 50 train images"),
     "validation of everything": (["train", "--validation", "50"], 2, "validation is 50: cifar10 has 50 train images"),
     "nothing left to train on": (

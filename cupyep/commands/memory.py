@@ -253,13 +253,13 @@ def network_report(config: TrainConfig, kind: str | None = None) -> str:
     parts = planned_step(config, device)
     network = blank_learner(config, PaperDevice.like(device)).network
     count = sum(math.prod(array.shape) for array in network.parameters().values())
-    count = Operations(network, config.batch_size)
+    operations = Operations(network, config.batch_size)
     micro = "" if config.micro_batch is None else f" in parts of {config.micro_batch}"
     lines = [
         repr(network),
         f"parameters     {count}",
-        f"products       {count.settle_step() / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two "
-        f"an edge), {count.first / 1e9:.2f} GFLOP once a phase (edges from the image)",
+        f"products       {operations.settle_step() / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two "
+        f"an edge), {operations.first / 1e9:.2f} GFLOP once a phase (edges from the image)",
         "",
         f"a step of {NAMES[config.algorithm]}, batch {config.batch_size}{micro}, {config.optimizer}, planned "
         f"for a {'GPU' if device.is_gpu else 'CPU'}; MB are 10^6 bytes",
