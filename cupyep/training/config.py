@@ -117,6 +117,8 @@ class TrainConfig:
                         "layer is a state.", choices=LOSSES)
     gain: float | list[float] | None = NETWORK(None, list, "Gain of the initial weights, one number or one a layer; "
                                                "unset: chosen for activation and feedback.", above=0)
+    lsuv: bool = NETWORK(False, bool, "Scale the initial weights until the drive of every layer has unit variance on "
+                         "the first images (LSUV).")
     feedback: float = NETWORK(0.1, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
                               "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 
