@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from cupyep.backend.paper import KINDS
+from cupyep.backend.blank import KINDS
 from cupyep.cli.shared import Names, SectionedCommand, chosen_config, config_options, given_options
 from cupyep.commands.memory import MEMORY_OPTIONS, network_report
 from cupyep.commands.system import system_report

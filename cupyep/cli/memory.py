@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cupyep.backend.paper import KINDS
+from cupyep.backend.blank import KINDS
 from cupyep.cli.shared import FilePath, Names, Numbers, SectionedCommand, chosen_config, config_options, given_options
 from cupyep.commands import memory as planning
 from cupyep.errors import require
