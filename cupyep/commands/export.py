@@ -65,15 +65,11 @@ def _normalisation(run: TrainedRun) -> str:
 
 def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
     arrays = torch_layout(run.network)
+    names = ("arch", "width", "activation", "pooling", "loss", "feedback", "schedule", "relaxation", "algorithm")
     settings = {
-        name: getattr(run.config, name) for name in ("arch", "width", "activation", "pooling", "loss", "feedback")
-    }
-    settings |= {
-        "schedule": run.config.schedule,
-        "relaxation": run.config.relaxation,
+        **run.config.take(*names),
         "steps": steps,
         "unrolled_steps": _unrolled(run),
-        "algorithm": run.config.algorithm,
         "layers": [_geometry(edge) for edge in run.network.layers],
         "network": run.network.describe(),
         "cupyep": __version__,

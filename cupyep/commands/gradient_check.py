@@ -80,8 +80,8 @@ class GradientReport:
             for beta, forms in self.betas.items()
         ]
         parts = [{"nudge": form, "layers": rows} for form, rows in betas[0]["forms"].items()]
-        options = {name: getattr(self.config, name) for name in CHECK_OPTIONS}
-        content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas, "options": options}
+        content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas}
+        content["options"] = self.config.take(*CHECK_OPTIONS)
         with replacing(Path(path)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -128,14 +128,13 @@ def check_gradient(
     batch = next(iter(Loader(dataset, "train", config.batch_size, device, np.float64)))
     report(f"{config.arch} on {len(batch)} images of {config.dataset}, device {device.name}, {config.precision}")
     betas = list(betas) or [config.beta]
-    names = ("free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
     others = [form for form in FORMS if form != config.nudge and config.scheme != "tangent"]
-    settings = {name: getattr(config, name) for name in names} | {"forms": (config.nudge, *others)}
+    settings = config.take("free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
+    settings["forms"] = (config.nudge, *others)
     if config.precision in ("float32", "float64"):
         network, signals = build(config.precision)
-        compared = {
-            beta: compare_forms(network, batch, beta=beta, signals=signals, **settings) for beta in dict.fromkeys(betas)
-        }
+        settings["signals"] = signals
+        compared = {beta: compare_forms(network, batch, beta=beta, **settings) for beta in dict.fromkeys(betas)}
     else:
         images = device.to_numpy(batch.images)
         compared = compare_precisions(build, config.precision, images, batch.labels, betas=betas, **settings)

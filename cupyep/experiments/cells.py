@@ -148,8 +148,8 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     if config.algorithm != "ep":
         return {}
     batch = _first_images(replace(config, limit_test=1), network)
-    names = ("free_steps", "nudged_steps", "scheme", "nudge", "schedule", "relaxation")
-    ep = EquilibriumPropagation(network, config.beta, **{name: getattr(config, name) for name in names})
+    how = config.take("beta", "free_steps", "nudged_steps", "scheme", "nudge", "schedule", "relaxation")
+    ep = EquilibriumPropagation(network, **how)
     well = {"schedule": "evenodd", "relaxation": default_relaxation(replace(config, schedule="evenodd"))}
     free = ep.settle_free(batch, steps=SETTLE, tolerance=None, **well).copy()
     to_numpy = network.device.to_numpy
@@ -178,9 +178,8 @@ def fidelity_cell(cell: Cell) -> dict[str, Any]:
     network = build_network(config, dataset, get_device(config.device, config.scratch_mb))
     batch = _first_images(config, network, config.batch_size)
     signals = build_signals(config, network, dataset, None)
-    names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
-    settings = {name: getattr(config, name) for name in names}
-    forms = compare_forms(network, batch, forms=FORMS, signals=signals, **settings)
+    how = config.take("beta", "free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
+    forms = compare_forms(network, batch, forms=FORMS, signals=signals, **how)
     return {
         form: {name: [_short(row[name]) for row in rows] for name in ("cosine", "nudge_response")}
         for form, rows in forms.items()

@@ -212,8 +212,7 @@ def _export(
 
 
 def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
-    settled = {*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER
-    options = {name: getattr(config, name) for name in sorted(settled)}
+    options = config.take(*sorted({*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER))
     digest = hashlib.sha256(json.dumps([__version__, options, features], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
         for array in (split.images, split.labels):
