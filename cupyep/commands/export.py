@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyep._version import __version__
-from cupyep.errors import CheckpointError, ConfigurationError, choose, require
+from cupyep.errors import CheckpointError, ConfigurationError, choose, reporting, require
 from cupyep.export import onnx_model, torch_layout
 from cupyep.files import replacing
 from cupyep.layers import Conv2d
@@ -49,10 +49,8 @@ def export_run(path: str | Path, form: str, output: Path, which: str = "best", s
     settles = run.config.algorithm != "bp"
     require(steps is None or (form == "onnx" and settles), "--steps is for --format onnx of a network that settles")
     require(steps is None or steps >= 1, f"--steps must be at least 1 (got {steps})")
-    try:
+    with reporting(CheckpointError, f"cannot write '{output}'"):
         lines = write(run, output, steps or run.config.free_steps)
-    except OSError as error:
-        raise CheckpointError(f"cannot write '{output}': {error.strerror or error}") from error
     count = sum(array.size for array in run.network.parameters().values())
     epoch = f"epoch {run.epoch} ({which})"
     return [f"{output}: {run.config.arch} on {run.config.dataset}, {epoch}, {count:,} parameters", *lines]

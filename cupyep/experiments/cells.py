@@ -16,7 +16,7 @@ from cupyep.commands.memory import memory_report
 from cupyep.data import Loader
 from cupyep.errors import DivergenceError
 from cupyep.experiments.design import Cell
-from cupyep.files import read_text, replacing
+from cupyep.files import read_text, write_json
 from cupyep.learning import Backpropagation, EquilibriumPropagation, Learner
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
 from cupyep.learning.operations import OperationCounter
@@ -119,8 +119,7 @@ def _probes(folder: Path) -> list[dict[str, Any]]:
 def _keep_probe(folder: Path, record: dict[str, Any]) -> None:
     """Add a probe to those kept, in place of those of this epoch and later ones (of a run that went back)."""
     kept = [probe for probe in _probes(folder) if probe["epoch"] < record["epoch"]]
-    with replacing(folder / PROBES) as temporary:
-        temporary.write_text(json.dumps([*kept, record], allow_nan=False), encoding="utf-8")
+    write_json(folder / PROBES, [*kept, record])
 
 
 def _short(number: float | None) -> float | None:
