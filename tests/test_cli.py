@@ -307,7 +307,7 @@ def test_an_interruption_with_nothing_to_save(invoke, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cupyep.cli.info.system_report", interrupt)
+    monkeypatch.setattr("cupyep.cli.reports.system_report", interrupt)
     code, _, err = invoke("info")
     assert (code, err.strip()) == (130, "Error: interrupted")
 

@@ -283,7 +283,7 @@ def test_files_of_the_system_that_fail_are_named(invoke, tmp_path, monkeypatch):
     def fail(*_):
         raise PermissionError(13, "Permission denied", str(tmp_path / "locked"))
 
-    monkeypatch.setattr("cupyep.cli.info.system_report", fail)
+    monkeypatch.setattr("cupyep.cli.reports.system_report", fail)
     assert invoke("info")[::2] == (1, f"Error: cannot use '{tmp_path / 'locked'}': Permission denied\n")
 
 
