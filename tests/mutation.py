@@ -121,7 +121,7 @@ DEFECTS = [
     Defect("files: a tilde is a folder's name", "files.py",
            "Path(path).expanduser() if", "Path(path) if", "test_files test_streams test_cli_wrong"),
     Defect("reproduce: results at the end only", "experiments/runner.py",
-           "                    _write_json(folder / RESULTS,", "                    print(folder / RESULTS,",
+           "                    write_json(folder / RESULTS,", "                    (lambda *_, **__: None)(folder / RESULTS,",
            "test_experiments"),
     Defect("reductions: the last slab cut off", "ops/reduction.cu",
            "if (channel < channels) {\n            for (int slab = row; slab < slabs;",
