@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ class PrecisionWarning(UserWarning):
 
 class GraphWarning(UserWarning):
     """Work could not be captured in a CUDA graph; it is done by plain launches, slower and with the same results."""
+
+
+@contextlib.contextmanager
+def reporting(kind: type[CupyepError], what: str) -> Iterator[None]:
+    """Turn an `OSError` into an error of `kind` that says `what` could not be done, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from error
 
 
 def printable(text: str) -> str:

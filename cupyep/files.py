@@ -6,6 +6,8 @@ import codecs
 import contextlib
 import errno
 import io
+import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cupyep.errors import ConfigurationError
 
@@ -117,6 +119,20 @@ def write_file(path: Path, content: bytes, keep_as: Path | None = None) -> None:
         if keep_as is not None:
             with replacing(keep_as) as second:
                 link(path, second)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write `content` as `write_file` does; numbers that are not finite, which JSON does not have, become null."""
+    text = json.dumps(_finite(content), indent=indent, allow_nan=False)
+    write_file(path, f"{text}\n".encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rename(temporary: Path, path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cupyep.errors import ConfigurationError, is_integer, items, nearest, require, shown
-from cupyep.layers import Edge
+from cupyep.layers import Edge, Identity
 
 IMAGE = "image"
 
@@ -161,7 +161,7 @@ class Graph:
         require(len(ends) == 1, f"one node must lead nowhere, the output; {' and '.join(ends)} do: connect all but one")
         for name, into in zip(self.names, self.into[1:], strict=True):
             require(
-                any(self.edges[c].parameter_shapes() for c in into),
+                not all(isinstance(self.edges[c], Identity) for c in into),
                 f"node {name} has no weights: all that lead into it are identities; connect what is below it instead",
             )
             biased = [self.connections[c] for c in into if self.edges[c].has_bias]
@@ -175,7 +175,7 @@ class Graph:
         shapes = [self.input_shape, *self.shapes]
         for c, below, above in zip(self.connections, self.below, self.above, strict=True):
             edge, given, wanted = c.edge, shapes[below], shapes[above]
-            flat = len(edge.in_shape) == 1 and bool(edge.parameter_shapes())  # weights may see a map as a vector
+            flat = len(edge.in_shape) == 1 and not isinstance(edge, Identity)  # weights may see a map as a vector
             fits = edge.in_shape == given or (flat and math.prod(edge.in_shape) == math.prod(given))
             where = self.label(above)
             source = "the image" if below == 0 else self.label(below)
@@ -203,7 +203,7 @@ def _check_names(connections: Sequence[Connection]) -> None:
 
 
 def _check_edges(connections: Sequence[Connection]) -> None:
-    trained = [id(c.edge) for c in connections if c.edge.parameter_shapes()]
+    trained = [id(c.edge) for c in connections if not isinstance(c.edge, Identity)]
     for c in connections:
         require(
             trained.count(id(c.edge)) <= 1,

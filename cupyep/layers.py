@@ -359,7 +359,7 @@ class NoOps:
     """Operations of an edge that multiplies nothing; see `ConvOps`."""
 
     nbytes = flops = 0
-    made: tuple[Any, ...] = ()
+    derived: tuple[Any, ...] = ()
 
-    def bind(self, arena: Any, made: Any) -> None:
+    def bind(self, arena: Any, derived: Any) -> None:
         """Take no views."""

@@ -24,7 +24,9 @@ from cupyep.activations import Activation, get_activation
 from cupyep.backend import Device
 from cupyep.errors import ConfigurationError, choose, integer, is_integer, nearest, number, require, shape, shown
 from cupyep.graph import IMAGE, Connection
+from cupyep.initialization import lsuv as lsuv_of
 from cupyep.layers import Conv2d, Edge, Identity, Linear
+from cupyep.learning import Backpropagation
 from cupyep.losses import LOSSES
 from cupyep.network import Network
 
@@ -140,6 +142,7 @@ def build(
     precision: str = "float32",
     weights: str | None = None,
     readout_pool: int | str | None = None,
+    lsuv: Any = None,
 ) -> Network:
     """Build a network by the name of an architecture or a text of one's own (see this module).
 
@@ -159,6 +162,8 @@ def build(
         `default_gain` of the architecture if not given.
     loss, feedback, seed, device, precision
         See `Network`.
+    lsuv : array of shape (N, H, W, C), optional
+        Normalised images: the weights start from data, see `unit_drives`.
 
     Raises
     ------
@@ -198,7 +203,49 @@ def build(
         "weights": weights,
         "readout_pool": readout_pool,
     }
+    if lsuv is not None:
+        unit_drives(network, lsuv)
     return network
+
+
+def unit_drives(network: Network, images: Any) -> dict[str, float]:
+    """Scale weights until the drive of each node, feed-forward, has unit variance on some images (LSUV).
+
+    Node by node in topological order, all connections into a node alike; a node that an identity leads into is left
+    as it is, for its drive is not that of its weights alone.
+
+    Parameters
+    ----------
+    images : array of shape (N, H, W, C), or Batch
+
+    Returns
+    -------
+    dict of str to float
+        The factor of each node that was scaled.
+
+    Raises
+    ------
+    ConfigurationError
+        If a drive is constant or does not come to unit variance, or gains are fixed: they are not saved.
+
+    References
+    ----------
+    Mishkin & Matas, "All you need is a good init", arXiv 1511.06422.
+    """
+    require(network.weights != "standardized-fixed", "LSUV scales gains; fixed ones stay: use weights standardized")
+    graph, feed_forward, batch = network.graph, Backpropagation(network), network.batch(images)
+    names = [
+        name
+        for name, into in zip(graph.names, graph.into[1:], strict=True)
+        if not any(isinstance(graph.edges[c], Identity) for c in into)
+    ]
+
+    def scale(name: str, factor: float) -> None:
+        for c in graph.into[graph.node(name)]:
+            edge = graph.edges[c]
+            edge.parametrisation.scale(edge.parameters(), factor)
+
+    return lsuv_of(names, lambda name: feed_forward.settled(batch).drives[graph.node(name) - 1], scale)
 
 
 def _units(text: str) -> list[int]:

@@ -1,6 +1,6 @@
 """What a learning step takes of memory, by purpose, told without allocating any of it.
 
-Network, learner and signals are made on a `PaperDevice`. The phases are laid out by the code that lays them out for a
+Network, learner and signals are made on a `BlankDevice`. The phases are laid out by the code that lays them out for a
 step, and the operations of the edges say what they ask for: plan and step cannot drift apart. Tests compare the sum
 with what is measured.
 """
@@ -18,7 +18,7 @@ from cupyep.batch import Batch
 from cupyep.heads import Head
 from cupyep.learning import EquilibriumPropagation, Learner
 from cupyep.learning.gradients import packed_size
-from cupyep.memory.workspace import Workspace, made_of_weights
+from cupyep.memory.workspace import Workspace, derived_key
 from cupyep.optim import optimizer_bytes
 from cupyep.phases import Nudge
 
@@ -29,7 +29,7 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
     Parameters
     ----------
     learner : Learner
-        On any device; on a `PaperDevice` nothing is allocated for it either.
+        On any device; on a `BlankDevice` nothing is allocated for it either.
     samples : int
         Images in a batch.
     slots : sequence of str, optional
@@ -48,12 +48,12 @@ def plan(learner: Learner, samples: int, slots: Sequence[str] | None = None) -> 
         "teachers": sum(signal.nbytes for signal in learner.signals),
         "gradients": packed_size({path: array.shape for path, array in learned.items()}) * network.dtype.itemsize,
         "optimizer": 0 if slots is None else optimizer_bytes(learned, slots, network.device.is_gpu),
-        "made of weights": _effective_weights(network) + _made_of_weights(workspaces) + _made_of_maps(learner, nudges),
+        "derived weights": _effective_weights(network) + _derived_weights(workspaces) + _derived_maps(learner, nudges),
         "scratch of products": max(workspace.nbytes for workspace in workspaces),
         "cuBLAS": WORKSPACE_BYTES if network.device.is_gpu else 0,
         "images": samples * math.prod(network.input_shape) * network.precision.stored.itemsize,
         "targets": lengths[-1] * sum(target.nbytes for target in _targets(nudges)),
-        "taken on the way": _on_the_way(learner, lengths[-1]),
+        "temporaries": _temporaries(learner, lengths[-1]),
     }
     for purpose, size in needs.stack(network.memory.layout).at_peak.items():
         parts[purpose] = parts.get(purpose, 0) + size
@@ -75,12 +75,12 @@ def _fixed_maps(nudges: Sequence[Nudge]) -> dict[str, Any]:
     return {f"layer{head.layer}.{n}": head.weight for n, head in enumerate(heads) if head.weight is not None}
 
 
-def _made_of_maps(learner: Learner, nudges: Sequence[Nudge]) -> int:
+def _derived_maps(learner: Learner, nudges: Sequence[Nudge]) -> int:
     """Return the bytes of what heads make of their maps in nudged phases."""
     return sum(term.nbytes for term, *_ in nudges) if isinstance(learner, EquilibriumPropagation) else 0
 
 
-def _on_the_way(learner: Learner, samples: int) -> int:
+def _temporaries(learner: Learner, samples: int) -> int:
     """Return the bytes that a step takes for a moment: at most so many at a time."""
     network = learner.network
     shapes = [(samples, *shape) for shape in network.state_shapes] if learner.takes_slopes else []
@@ -101,11 +101,11 @@ def _effective_weights(network: Any) -> int:
     return sum(edge.weight.nbytes for edge in made) + kept * network.dtype.itemsize
 
 
-def _made_of_weights(workspaces: Sequence[Workspace]) -> int:
+def _derived_weights(workspaces: Sequence[Workspace]) -> int:
     """Return the bytes of what operations for all batch sizes make of the weights, in arrays that they share."""
     made = {}
     for workspace in workspaces:
         for n, ops in enumerate(workspace.ops):
-            sizes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in ops.made)
-            made[made_of_weights(n, ops)] = sum(sizes)
+            sizes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in ops.derived)
+            made[derived_key(n, ops)] = sum(sizes)
     return sum(made.values())

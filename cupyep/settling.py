@@ -1,11 +1,12 @@
 """The fixed-point loop: when to stop, how settled each node is.
 
-This module knows no layer type and no order of update. A *phase* offers ``program`` (`cupyep.program.Program`),
-``run(instructions, measure)``, and the array ``residual`` (nodes, B) into which a measured update adds the mean squared
-change of each sample. What it moves may be multiplied by its ``scale``; its updates go ``relaxation`` times as far as
-the rule says; ``label`` names a node. Its flag ``drives_current`` says that its inputs belong to its start already.
-Every iteration is done through its ``repeat(name, work)``, which may call ``work`` or, on a GPU, replay what it did
-before under the same name.
+This module knows no layer type, no energy and no order of update. A *phase* offers ``program``
+(`cupyep.program.Program`), ``run(instructions, measure)``, and the array ``residual`` (nodes, B) into which a measured
+update adds the mean squared change of each sample. What it moves may be multiplied by its ``scale``; its updates go
+``relaxation`` times as far as the rule says; ``label`` names a node, ``host`` copies an array to the host. Its flag
+``drives_current`` says that its inputs belong to its start already. Every iteration is done through its ``repeat(name,
+work)``, which may call ``work`` or, on a GPU, replay what it did before under the same name. Where a tolerance is asked
+of synchronous updates it may have to ``remember()`` its states, and to tell their ``distance_from_remembered()``.
 """
 
 from __future__ import annotations

@@ -304,8 +304,9 @@ class FeatureDistillation(Augmenter):
         split: str = "train",
     ):
         instance("features", features, Mapping, "a mapping of layers to names")
-        for layer in features:
+        for layer, name in features.items():
             _layer("each layer of features", layer)
+            instance("each name of features", name, str, "a text")
         super().__init__(list(features), kappa, annealing)
         self.teacher = _that_has(teacher, "feature")
         self.features = dict(features)

@@ -26,8 +26,8 @@ import strict
 from strict import Tape
 
 import cupyep as ep
+from cupyep.backend.blank import L2_BYTES
 from cupyep.backend.device import gpu_scratch
-from cupyep.backend.paper import L2_BYTES
 from cupyep.cli.shared import Numbers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

@@ -81,7 +81,7 @@ def bind(ops, xp):
     """Give an edge's operations memory of their own, full of what is no number: nothing may depend on it."""
     arena = Arena(xp, ops.nbytes)
     arena.block[...] = 255
-    ops.bind(arena, [xp.zeros(shape, dtype) for shape, dtype in ops.made])
+    ops.bind(arena, [xp.zeros(shape, dtype) for shape, dtype in ops.derived])
     return ops
 
 

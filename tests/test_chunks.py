@@ -59,7 +59,7 @@ def test_the_edge_of_the_image_plans_no_topdown_product(fake_gpu, kind, stride, 
     assert ops.chunks[0][1] <= budget // image
     assert ops.chunks[0][1] >= min(samples, 0.7 * budget / image - 4)
     assert len(ops.chunks) < len(full.chunks) or stride == 2  # there the product comes first
-    assert len(ops.made) == len(full.made) - (stride == 1)
+    assert len(ops.derived) == len(full.derived) - (stride == 1)
     with pytest.raises(TypeError, match="an edge that reads the image have no top-down"):
         ops.topdown(None, None, None, 1)
 

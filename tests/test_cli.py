@@ -53,7 +53,8 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, cache, invoke, tmp_pa
     settings = tomllib.loads((path / "config.toml").read_text())
     assert (settings["aug"], settings["epochs"], settings["width"], settings["seed"]) == (aug, 2, 0.06, 3)
     assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "validation", "tolerance",
-                            "signal_pool", "teacher", "micro_batch", "scratch_mb"} == set(OPTIONS)  # fmt: skip
+                            "signal_pool", "teacher", "micro_batch", "scratch_mb",
+                            "readout_pool"} == set(OPTIONS)  # fmt: skip
     lines = records(path)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert set(lines[0]) == METRICS
@@ -306,7 +307,7 @@ def test_an_interruption_with_nothing_to_save(invoke, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cupyep.cli.info.system_report", interrupt)
+    monkeypatch.setattr("cupyep.cli.reports.system_report", interrupt)
     code, _, err = invoke("info")
     assert (code, err.strip()) == (130, "Error: interrupted")
 

@@ -45,7 +45,7 @@ WRONG = {
     "not a number": (["train", "--epochs", "many"], 2, "'many' is not a valid integer"),
     "not numbers": (["train", "--gain", "0.1,a"], 2, "'0.1,a' is neither a number nor numbers with commas"),
     "image size": (["train", "--image-size", "7"], 2, "image-size is 7"),
-    "image too small": (["train", "--image-size", "4"], 2, "too small for VGG-5"),
+    "image too small": (["train", "--image-size", "4"], 2, "too small for vgg5"),
     "limit": (["train", "--limit-train", "51"], 2, "cifar10 has 50 train images"),
     "validation of everything": (["train", "--validation", "50"], 2, "validation is 50: cifar10 has 50 train images"),
     "nothing left to train on": (
@@ -283,7 +283,7 @@ def test_files_of_the_system_that_fail_are_named(invoke, tmp_path, monkeypatch):
     def fail(*_):
         raise PermissionError(13, "Permission denied", str(tmp_path / "locked"))
 
-    monkeypatch.setattr("cupyep.cli.info.system_report", fail)
+    monkeypatch.setattr("cupyep.cli.reports.system_report", fail)
     assert invoke("info")[::2] == (1, f"Error: cannot use '{tmp_path / 'locked'}': Permission denied\n")
 
 

@@ -378,7 +378,7 @@ def test_the_first_edge_is_multiplied_in_whole_packs(rng, name, inputs):
     """3 x 3 x 3 = 27 inputs. A padded weight, zeros at its end, and a padded gradient; no size that a user sees."""
     edge, precision = Conv2d((8, 8, 3), 16, pooling="max"), get_precision(name)
     ops = operations(edge, precision.stored)
-    assert (ops.inputs, ops.factor.shape, ops.made[0][0]) == (inputs, (inputs, 16), (inputs, 16))
+    assert (ops.inputs, ops.factor.shape, ops.derived[0][0]) == (inputs, (inputs, 16), (inputs, 16))
     edge.weight = rng.standard_normal(edge.weight_shape).astype(precision.number)
     ops.refresh(edge.weight)
     np.testing.assert_array_equal(ops.factor[27:], 0)
@@ -392,7 +392,7 @@ def test_the_first_edge_is_multiplied_in_whole_packs(rng, name, inputs):
 def test_what_fills_up_the_weight_is_zero_whatever_the_memory_held(fake_gpu, monkeypatch, precision):
     monkeypatch.setattr(strict.XP, "empty", lambda shape, dtype: strict.XP.full(shape, np.nan, dtype), raising=False)
     net = small.network(device=fake_gpu, precision=precision)
-    ops = net.memory._made_of_weights(0, net.layers[0].prepare(2, 1 << 20, net.precision, fake_gpu))
+    ops = net.memory._derived_arrays(0, net.layers[0].prepare(2, 1 << 20, net.precision, fake_gpu))
     padded = fake_gpu.to_numpy(ops[0])
     assert len(padded) > net.layers[0].geometry.window
     np.testing.assert_array_equal(padded, 0)

@@ -158,7 +158,7 @@ def edge_pair(host, kind, precision, nbytes):
         edge.initialize(np.random.default_rng(0), 1.0, device, precision.number)
         view(edge.bias)[...] = np.linspace(-1, 1, len(edge.bias))
         ops = edge.prepare(BATCH, nbytes, precision, device)
-        ops.bind(Arena(device.xp, ops.nbytes), [device.asarray(np.zeros(*request)) for request in ops.made])
+        ops.bind(Arena(device.xp, ops.nbytes), [device.asarray(np.zeros(*request)) for request in ops.derived])
         ends.append((edge, ops, device))
     (edge, ops, _), (same, theirs, _) = ends
     edge.refresh(ops)

@@ -58,10 +58,10 @@ def test_type_of_every_array(name, form):
         result = [learner.step(batch) for _ in range(2)][1]  # the first one makes the block of memory
     assert net.batch(batch).images.dtype == stored
     assert {s.dtype for s in free.layers} == {stored}
-    phases = [buffers for buffers in net.memory._laid_out.values() if hasattr(buffers, "flows")]
+    phases = [buffers for buffers in net.memory._laid_out.values() if hasattr(buffers, "values")]
     assert len(phases) == 2
     for buffers in phases:
-        assert {a.dtype for a in [*buffers.states, *buffers.flows.arrays()]} == {stored}
+        assert {a.dtype for a in [*buffers.states, *buffers.values.values()]} == {stored}
         wide = [
             *(buffers.drives or []),
             *(buffers.slopes or []),

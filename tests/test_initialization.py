@@ -8,6 +8,7 @@ import pytest
 import cupyep as ep
 from cupyep.errors import ConfigurationError
 from cupyep.initialization import lsuv
+from cupyep.models import unit_drives
 from cupyep.weights import Plain, Standardized
 
 
@@ -108,3 +109,24 @@ def test_a_network_of_convolutions(rng, device):
         np.testing.assert_allclose(net.device.to_numpy(drive).std(), 1, atol=1e-4)
         found = net.device.to_numpy(layers[name].weight) / net.device.to_numpy(before[name])
         np.testing.assert_allclose(found, factors[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["plain", "standardized"])
+def test_a_builder_starts_from_data(rng, weights):
+    """Every node of a residual graph but the one that an identity leads into; two connections scaled alike."""
+    images = rng.standard_normal((32, 8, 8, 3)).astype(np.float32)
+    options = {"input_shape": (8, 8, 3), "activation": "relu", "weights": weights, "device": "cpu", "seed": 1}
+    plain, net = (ep.build("8 8+8 16s+16", 5, **options, lsuv=given) for given in (None, images))
+    drives = dict(zip(net.graph.names, ep.Backpropagation(net).settled(net.batch(images)).drives, strict=True))
+    for name in ("conv1", "block1_1", "block2_1", "block2_2"):
+        assert abs(drives[name].std() - 1) < 0.02, name
+    trained = "gain" if weights == "standardized" else "weight"
+    before, after = plain.parameters(), net.parameters()
+    for path in (f"layers.block2_2.{trained}", f"layers.block2_2.block1_2.{trained}"):
+        factor = after[path] / before[path]
+        np.testing.assert_allclose(factor, factor.flat[0], rtol=1e-5)
+    np.testing.assert_array_equal(after[f"layers.block1_2.{trained}"], before[f"layers.block1_2.{trained}"])
+    if weights == "standardized":
+        np.testing.assert_array_equal(after["layers.conv1.weight"], before["layers.conv1.weight"])
+    with pytest.raises(ConfigurationError, match="use weights standardized"):
+        unit_drives(ep.build("8 8", 5, **options | {"weights": "standardized-fixed"}), images)

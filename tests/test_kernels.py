@@ -227,14 +227,14 @@ def test_stack_lays_what_comes_next_over_what_is_released(device):
     assert (stack.top, stack.peak) == (512 + 256 + 768, 512 + 256 + 768)
 
 
-def test_stack_on_paper_counts_what_memory_would_take():
-    paper = Stack(base=512)
-    kept, first, turns = use_stack(paper)
+def test_stack_without_memory_counts_what_memory_would_take():
+    plan = Stack(base=512)
+    kept, first, turns = use_stack(plan)
     assert (kept, first, turns) == (None, [None, None], [None] * 3)
-    assert paper.peak == 512 + 256 + 768
-    assert paper.at_peak == {"kept": 256, "first": 512, "more": 256}, "the first time that it was as high"
-    paper.take("top", (1,), "uint8")
-    assert paper.at_peak == {"kept": 256, "turns": 768, "top": 256}
+    assert plan.peak == 512 + 256 + 768
+    assert plan.at_peak == {"kept": 256, "first": 512, "more": 256}, "the first time that it was as high"
+    plan.take("top", (1,), "uint8")
+    assert plan.at_peak == {"kept": 256, "turns": 768, "top": 256}
 
 
 def test_arena_hands_out_disjoint_aligned_views(device):

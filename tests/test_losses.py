@@ -7,7 +7,7 @@ import pytest
 from oracle import finite_difference
 
 import cupyep as ep
-from cupyep.data.loader import one_hot
+from cupyep.batch import one_hot
 from cupyep.losses import CrossEntropy, SquaredError, get_loss, log_softmax, softmax
 
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 import cupyep as ep
-from cupyep.backend.paper import PaperDevice
+from cupyep.backend.blank import BlankDevice
 from cupyep.commands.memory import memory_report, planned_step
 from cupyep.training.config import make_config
 
@@ -53,10 +53,10 @@ def test_what_is_planned_needs_no_such_device(invoke):
 
 def test_options_count(invoke):
     """Signals, optimizer, micro-batches and precision are part of the plan."""
-    paper = PaperDevice("gpu")
+    blank = BlankDevice("gpu")
 
     def total(**options):
-        parts = planned_step(make_config({"batch_size": 64, "width": 0.25, "device": "cpu", **options}), paper)
+        parts = planned_step(make_config({"batch_size": 64, "width": 0.25, "device": "cpu", **options}), blank)
         return parts, sum(parts.values())
 
     parts, plain = total()

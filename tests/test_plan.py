@@ -10,8 +10,8 @@ import pytest
 import small
 
 import cupyep as ep
+from cupyep.backend.blank import BlankDevice
 from cupyep.backend.cuda import WORKSPACE_BYTES
-from cupyep.backend.paper import PaperDevice
 from cupyep.backend.peak import peak_bytes
 from cupyep.plan import plan
 
@@ -48,7 +48,7 @@ def learner_on(device, algorithm, precision="float32", signals=None, network=Non
 
 
 def planned(algorithm, samples, kind="cpu", **options):
-    return plan(learner_on(PaperDevice(kind), algorithm, **options), samples, ep.Adam.SLOTS)
+    return plan(learner_on(BlankDevice(kind), algorithm, **options), samples, ep.Adam.SLOTS)
 
 
 def measured(device, algorithm, samples, **options):
@@ -125,7 +125,7 @@ def test_scratch_as_it_is_set():
     """A setting is kept to, but for the gradient of the first edge. A whole batch in one chunk, by hand."""
     gradient = 4 * 28 * 128  # of edge 1
     scratch = {
-        mb: plan(learner_on(PaperDevice("gpu", mb), "ep", network=FULL, **SWEEPS), 128)["scratch of products"]
+        mb: plan(learner_on(BlankDevice("gpu", mb), "ep", network=FULL, **SWEEPS), 128)["scratch of products"]
         for mb in (None, 10, 100, 100_000)
     }
     ends = [scratch[mb] - gradient for mb in (10, None, 100)]
@@ -151,7 +151,7 @@ def test_purposes_by_hand():
     assert parts["drives and feedback"] == 2 * 128 * (newest + carried) * 4
     mirrored = 9 * (256 * 128 + 512 * 256)  # edge 1 is asked for no top-down product, edge 4 multiplies first
     filled = 28 * 128  # edge 1 has 27 inputs
-    assert parts["made of weights"] == 4 * (mirrored + filled)
+    assert parts["derived weights"] == 4 * (mirrored + filled)
     halves = planned("ep", 128, "gpu", network=FULL, precision="float16", **SWEEPS)
     for purpose in ("deviations", "drives and feedback", "images"):
         assert halves[purpose] == parts[purpose] / 2
@@ -172,9 +172,9 @@ def test_vgg12_keeps_its_promise():
 
 def test_a_plan_allocates_nothing():
     """VGG-16 at half its width, a batch of 4096: more than 10 GB."""
-    paper = PaperDevice("gpu")
+    blank = BlankDevice("gpu")
     learner = learner_on(
-        paper, "ep", network={"depth": 16, "width": 0.5, "input_shape": (32, 32, 3)}, signals="le", **SWEEPS
+        blank, "ep", network={"depth": 16, "width": 0.5, "input_shape": (32, 32, 3)}, signals="le", **SWEEPS
     )
     tracemalloc.start()
     try:
@@ -187,11 +187,11 @@ def test_a_plan_allocates_nothing():
 
 
 def test_a_real_learner_can_be_planned_too():
-    """On any device, with what it is; the plan on paper like that device is the same."""
+    """On any device, with what it is; the plan on a blank device like it is the same."""
     device = ep.get_device("cpu")
     options = {**SWEEPS, "signals": "learned", "network": {"width": 0.05}}
     found = plan(learner_on(device, "ep", **options), 16, ep.Adam.SLOTS)
-    assert found == plan(learner_on(PaperDevice.like(device), "ep", **options), 16, ep.Adam.SLOTS)
+    assert found == plan(learner_on(BlankDevice.like(device), "ep", **options), 16, ep.Adam.SLOTS)
     assert "optimizer" not in plan(learner_on(device, "ep", **options), 16)
 
 
@@ -208,15 +208,15 @@ def test_what_a_gpu_allocates_was_planned(fake_gpu, algorithm):
     memory, fixed = learner.network.memory, [learner.signals[0].term(layer).weight for layer in (1, 2)]
     arrays = [*learner.parameters().values(), learner._gradients.packed, *fixed, batch.images]
     arrays += [*optimizer._buffers.values(), *optimizer._scratch.values(), memory._block, memory._arena.block]
-    arrays += [array for made in memory._made.values() for array in made]
+    arrays += [array for made in memory._derived.values() for array in made]
     targets = 2 * 4 * small.CLASSES * 4  # labels, of readout and local error; a teacher's
-    beside = targets + WORKSPACE_BYTES + parts.get("taken on the way", 0)
+    beside = targets + WORKSPACE_BYTES + parts.get("temporaries", 0)
     assert sum(parts.values()) == sum(array.nbytes for array in arrays) + beside
 
 
 def test_unknown_kind():
     with pytest.raises(ep.ConfigurationError, match="unknown device kind 'tpu'"):
-        PaperDevice("tpu")
+        BlankDevice("tpu")
 
 
 @pytest.mark.gpu
@@ -227,8 +227,8 @@ def test_plan_is_what_a_gpu_takes():
             pytest.fail(f"CUPYEP_REQUIRE_GPU=1, but {reason}")
         pytest.skip(reason)
     device = ep.get_device("cuda")
-    paper = PaperDevice.like(device)
+    blank = BlankDevice.like(device)
     for precision in ("float32", "float16"):
         options = {**SWEEPS, "precision": precision, "signals": "le"}
-        total = sum(plan(learner_on(paper, "ep", **options), 128, ep.Adam.SLOTS).values())
+        total = sum(plan(learner_on(blank, "ep", **options), 128, ep.Adam.SLOTS).values())
         assert measured(device, "ep", 128, **options) == pytest.approx(total, rel=0.1)

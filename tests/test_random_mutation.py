@@ -70,7 +70,9 @@ def test_every_mutant_of_the_package_is_another_program():
 
 
 def test_every_module_has_its_tests():
-    assert {"dynamics.py", "ops/conv.py", "learning/equilibrium.py", "training/statistics.py"} <= set(modules())
+    assert {"phases.py", "memory/layout.py", "ops/conv.py", "learning/equilibrium.py", "training/statistics.py"} <= set(
+        modules()
+    )
     for file in modules():
         for name in concerned(file).split():
             assert (ROOT / "tests" / f"{name}.py").exists(), (file, name)

@@ -10,8 +10,8 @@ from strict import StrictDevice, no_host_reads
 from test_teacher import CLASSES, make_dataset, write_file
 
 import cupyep as ep
-from cupyep.data import loader
-from cupyep.data.loader import one_hot
+import cupyep.batch
+from cupyep.batch import one_hot
 from cupyep.data.teacher import reader
 
 INDEX, VIEW = np.array([3, 22, 0, 3, 7]), np.array([1, 0, 0, 1, 0], np.uint8)
@@ -130,7 +130,7 @@ def test_a_copied_signal_reads_its_teacher_again(tmp_path):
 def test_one_hot_rows_are_made_once_a_part(monkeypatch, algorithm, micro_batch):
     """Whoever needs them: the readout's loss and nudge, every signal; and of the right labels, step by step."""
     net, made = network(StrictDevice()), []
-    monkeypatch.setattr(loader, "one_hot", lambda labels, *how: made.append(len(labels)) or one_hot(labels, *how))
+    monkeypatch.setattr(cupyep.batch, "one_hot", lambda labels, *how: made.append(len(labels)) or one_hot(labels, *how))
     signals = [ep.LocalError([1]), ep.LocalError("all")]
     learner = {
         "ep": lambda: ep.EquilibriumPropagation(net, signals=signals, micro_batch=micro_batch),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 import residual as small
@@ -22,7 +23,8 @@ from cupyep.commands.memory import memory_report, network_report
 from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError
 from cupyep.export import onnx_model
 from cupyep.learning import check_signal
-from cupyep.learning.check import check_gradients
+from cupyep.learning.check import check_gradients, compare_precisions
+from cupyep.persistence import hdf5
 from cupyep.persistence.checkpoint import load_checkpoint
 from cupyep.training import build, runs
 from cupyep.training.config import make_config, parse_layers
@@ -83,6 +85,30 @@ def test_a_loaded_network_is_the_saved_one(tmp_path, loss, weights):
     for schedule, _ in SCHEDULES:
         how = {"steps": 7, "schedule": schedule}
         np.testing.assert_array_equal(loaded.scores(images(), **how), net.scores(images(), **how))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda ends: ends.pop(), "not a readable network"),
+        (lambda ends: ends[0].append("a"), "not a readable network"),
+        (lambda ends: ends.__setitem__(3, ["stem", 7]), "a node's name is made of letters"),
+        (lambda ends: ends.__setitem__(1, ["b", "a"]), "connected in a cycle"),
+        (lambda ends: ends.__setitem__(5, ["b", "d"]), "two connections from b to d"),
+        (lambda ends: ends.__setitem__(3, ["a", "c"]), "node c"),
+    ],
+)
+def test_damaged_connections_are_refused_in_one_line(tmp_path, damage, message):
+    path = tmp_path / "net.h5"
+    residual().save(path)
+    with h5py.File(path, "r+") as file:
+        structure = json.loads(file.attrs["network"])
+        damage(structure["connections"])
+        file.attrs["network"] = json.dumps(structure)
+    hdf5.seal(path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        ep.Network.load(path, device="cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_an_edge_that_a_file_cannot_hold_is_named_by_its_node(tmp_path):
@@ -298,6 +324,43 @@ def test_a_predicted_run_and_its_confusion(run):
     matrix, classes = confusion_of(RunDirectory.open(run()), {}, SILENT)
     assert matrix.sum() == 20
     assert tuple(classes) == ("up", "down")
+
+
+class Half(ep.Conv2d):
+    """A convolution of the user's own, right or with half of its top-down input."""
+
+    factor = 1.0
+
+    def topdown(self, s, winners, out, ops):
+        super().topdown(s, winners, out, ops)
+        out *= self.factor
+
+
+@pytest.mark.parametrize("weights", ["plain", "standardized"])
+def test_an_edge_of_ones_own_in_a_graph_is_checked(weights):
+    layers = small.connections(pooling="average")
+    layers[2] = ep.Connection("a", "b", Half((4, 4, 4), 4))
+    net = ep.Network(layers, 3, gain=0.4, weights=weights, device="cpu", precision="float64")
+    batch = net.batch(images(2).astype(np.float64), np.arange(2))
+    trained = {path: array.copy() for path, array in net.parameters().items()}
+    how = {"free_steps": 30, "nudged_steps": 20}
+    assert len(check_gradients(net, batch, **how)) == 7
+    for path, array in net.parameters().items():
+        np.testing.assert_array_equal(array, trained[path])
+    layers[2].edge.factor = 0.5
+    with pytest.raises(ConfigurationError, match="Half: topdown is not the adjoint"):
+        check_gradients(net, batch, **how)
+
+
+@pytest.mark.parametrize("weights", ["plain", "standardized"])
+def test_the_check_of_half_precision_has_the_rows_of_a_graph(weights):
+    how = {"pooling": "average", "activation": "sigmoid", "gain": 0.4, "feedback": 0.5, "weights": weights}
+    rows = compare_precisions(
+        lambda precision: (residual(**how, precision=precision), []), "float16", images(2), np.arange(2),
+        forms=("deviation",), free_steps=40, nudged_steps=20, schedule="evenodd",
+    )[0.05]["deviation"]  # fmt: skip
+    assert [row["name"] for row in rows][5:] == ["layers.d.b", "readout"]
+    assert all(row["cosine"] > 0.99 and row["cosine_float32"] > 0.99 for row in rows)
 
 
 # --- signals by names ----------------------------------------------------------------------------------------------

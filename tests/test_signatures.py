@@ -41,7 +41,7 @@ WRONG = {
 }
 INNER = {
     r"(Activation|Clip|Tanh)\.\w+": "the update calls it on arrays of its own",
-    r"(Edge|Conv2d|Linear)\.\w+": "settling and learning call it on arrays of their own",
+    r"(Edge|Conv2d|Linear|Identity)\.\w+": "settling and learning call it on arrays of their own",
     r"(LossTerm|Head)\.\w+": "settling calls it on arrays of its own",
     r"(CrossEntropy|SquaredError)\.\w+": "heads call it on arrays of their own",
     r"Batch.(placed|one_hot)|TeacherFile.(table|places|expect)": "how learners and signals keep targets on the device",
@@ -50,6 +50,10 @@ INNER = {
     r"Network\.(free_shape|nudged_shape|parts|outputs|wide|check_start)": "learners call it",
     r"\w+\.(parts|needs|settled|betas)": "how learners and memory work together",
     r"(State|StepResult|SettleStats|Nudge)(\.\w+)?": "a record that the package makes",
+    r"HopfieldEnergy\.(states|deviations|correlate|add_\w+|winners_at|send_\w+)": "phases and learners call it",
+    r"Graph\.(weights|feedback|label|describe|apart|\w*depths)": "what follows from a graph that was looked at",
+    r"Connection": "looked at by `Graph`",
+    r"\w+\.make_weights": "without arguments",
     r"SGD.slots": "of a momentum that was looked at",
     r"array_module": "asked for the module of any array at every step; a TypeError is its answer (docstring)",
     r"Batch": "looked at by the gate, `Network.batch`",
@@ -133,6 +137,9 @@ VALID = {
     "SquaredError": lambda w: (ep.SquaredError, {}),
     "Conv2d": lambda w: (ep.Conv2d, {"in_shape": SHAPE, "channels": 4, "pooling": "max"}),
     "Linear": lambda w: (ep.Linear, {"in_shape": (2, 3), "units": 4}),
+    "Identity": lambda w: (ep.Identity, {"in_shape": SHAPE}),
+    "Graph": lambda w: (ep.Graph, {"layers": [ep.Connection("image", "a", ep.Linear((3,), 2))]}),
+    "Graph.node": lambda w: (w.net.graph.node, {"name": 1}),
     "Network": lambda w: (
         ep.Network,
         {"layers": w.network().layers, "classes": CLASSES, "device": "cpu"},
@@ -166,7 +173,7 @@ VALID = {
     "HopfieldEnergy": lambda w: (
         ep.HopfieldEnergy,
         {
-            "edges": w.net.layers,
+            "layers": w.net.layers,
             "activation": w.net.activation,
             "feedback": 1.0,
             "device": w.net.device,
@@ -372,6 +379,7 @@ def says_which(argument, name, error):
     """Return whether a message is one line that names the argument, or what it is called in words."""
     said, words = re.sub("[-_ ]+", " ", str(error)), {argument, ALIASES.get(argument, argument), argument.rstrip("s")}
     words |= {"device", "data set", "split"} if argument == "name" else set()
+    words |= {"layer"} if argument == "name" else set()
     words |= {"rows"} if argument == "start" else set()
     words |= {"no network at"} if argument == "path" else set()
     words |= {argument.split("_")[0]} if argument in ("split_name", "view_name") else set()

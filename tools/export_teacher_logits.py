@@ -330,13 +330,12 @@ def renormalized(predict: Predict, dataset: Dataset, mean: list[float] | None, s
 @click.option("--teacher-name", help="Free text kept in the file.  [default: what was exported]")
 @click.option("--output", type=FilePath(), required=True, help="The teacher file to write (HDF5).")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def main(onnx, torch, weights, train_bp, epochs, width, layout, mean, std, teacher_name, output, quiet, **options):
+def main(onnx, torch, weights, train_bp, epochs, width, layout, mean, std, teacher_name, output, quiet, given):
     """Write the logits of a teacher for every image of a data set, as it is and mirrored.
 
     The teacher is one of --onnx, --torch with --weights, --train-bp.
     """
     _check_usage({"--onnx": onnx, "--torch": torch, "--train-bp": train_bp}, weights, output)
-    given = {name: value for name, value in options.items() if value is not None}
     display = Display(quiet)
     arch = {} if train_bp is None else {"arch": train_bp, "width": width, "teacher_epochs": epochs}
     config = make_config(given, arch)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cupyep.backend.paper import PaperDevice
+from cupyep.backend.blank import BlankDevice
 from cupyep.cli.shared import OneLineErrors
 from cupyep.commands.memory import blank_learner
 from cupyep.errors import ConfigurationError, require
@@ -136,7 +136,7 @@ def training_operations(experiment: Experiment) -> int:
 def _operations_of_an_image(config: TrainConfig) -> int:
     """Return the operations that all epochs of a run and its teacher's spend on a training image."""
     learner = blank_learner(
-        dataclasses.replace(config, aug="none", teacher=None, teacher_features=False), PaperDevice("gpu")
+        dataclasses.replace(config, aug="none", teacher=None, teacher_features=False), BlankDevice("gpu")
     )
     count = Operations(learner.network, 1)
     teacher = config.teacher_epochs * count.bp_step() if config.aug == "kd" else 0

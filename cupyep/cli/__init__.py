@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import check, data, diagnose, evaluate, export, info, memory, plot, predict, recipes, reproduce, train
+from cupyep.cli import data, reports, reproduce, runs, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -40,19 +40,12 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-COMMANDS = (
-    train.train,
-    evaluate.evaluate,
-    predict.predict,
-    export.export,
-    diagnose.diagnose,
-    plot.plot,
-    check.check,
+COMMANDS = (train.train, runs.evaluate, runs.predict, runs.export, runs.diagnose, runs.plot, reports.check) + (
     data.data,
-    recipes.recipes,
+    reports.recipes,
     reproduce.reproduce,
-    memory.memory,
-    info.info,
+    reports.memory,
+    reports.info,
 )
 for command in COMMANDS:
     main.add_command(command)

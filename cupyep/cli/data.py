@@ -35,12 +35,12 @@ def data(context: click.Context) -> None:
 @data.command("list")
 @click.argument("names", nargs=-1, metavar="[NAME]...", type=Names("data set", DATASETS))
 @config_options(("data_dir",))
-def list_(names: tuple[str, ...], data_dir: str | None) -> None:
+def list_(names: tuple[str, ...], given: dict[str, str]) -> None:
     """Show classes, sizes, places, licences.
 
     NAME is a data set; all of them if none is given.
     """
-    folder = data_directory(data_dir)
+    folder = data_directory(**given)
     for name in names or DATASETS:
         source = SOURCES[name]
         shape = " x ".join(map(str, source.shape))
@@ -71,14 +71,14 @@ def _found(source: Source, folder: Path) -> str:
 @data.command("verify")
 @click.argument("names", nargs=-1, metavar="[NAME]...", type=Names("data set", DATASETS))
 @config_options(("data_dir",))
-def verify_(names: tuple[str, ...], data_dir: str | None) -> None:
+def verify_(names: tuple[str, ...], given: dict[str, str]) -> None:
     """Check that data sets are whole.
 
     Reads every file: lengths, labels, images of each class, MD5 sums where some are published.
 
     NAME is a data set that must be there; without any, those are read that are. Exit code 1 if anything is wrong.
     """
-    folder, wrong = data_directory(data_dir), []
+    folder, wrong = data_directory(**given), []
     for name in names or DATASETS:
         findings = 0
         for finding in verify(name, folder):
@@ -95,13 +95,13 @@ def verify_(names: tuple[str, ...], data_dir: str | None) -> None:
 @data.command()
 @click.argument("name", metavar="NAME", type=Names("data set", DATASETS))
 @config_options(("data_dir",))
-def download(name: str, data_dir: str | None) -> None:
+def download(name: str, given: dict[str, str]) -> None:
     """Fetch the original archives.
 
     Nothing is done if the data set is there already. MD5 sums are compared with the published ones. Needs the extra
     download: pip install "cupyep[download]".
     """
-    source, folder = SOURCES[name], data_directory(data_dir)
+    source, folder = SOURCES[name], data_directory(**given)
     if not source.remotes:
         click.echo(f'{name} comes with scikit-learn: pip install "cupyep[demo]"')
         return

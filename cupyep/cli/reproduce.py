@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cupyep.backend import PRECISIONS
-from cupyep.cli.shared import FilePath, Names
+from cupyep.cli.shared import FilePath, Names, choice
 from cupyep.commands.plots.style import matplotlib_figure
 from cupyep.errors import Interrupted, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report
@@ -28,12 +28,11 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("name", required=False, type=Names("experiment", tuple(EXPERIMENTS)), metavar="[NAME]")
 @click.option("--list", "show_list", is_flag=True, help="Show the experiments.")
-@click.option(
+@choice(
     "--scale",
-    type=Names("--scale", SCALES),
+    among=SCALES,
     default="small",
-    show_default=True,
-    help="small: narrow networks and few images, minutes on two cores; medium: all images as they are, hours on two "
+    text="small: narrow networks and few images, minutes on two cores; medium: all images as they are, hours on two "
     "cores; full: the paper's size, hours on a GPU. Not every experiment has every scale.",
 )
 @click.option("--seeds", type=click.IntRange(1), help="Number of seeds.  [default: the experiment's]")
@@ -45,10 +44,10 @@ Examples:
 @click.option("--out", type=FilePath(), help="Report folder.  [default: reports/NAME-SCALE]")
 @click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
 @click.option("--device", help="What computes: auto, cpu, cuda or cuda:N.  [default: auto]")
-@click.option(
+@choice(
     "--precision",
-    type=Names("--precision", PRECISIONS),
-    help="Number format of the rows that do not name one; on a GPU tf32 and halves use its tensor cores.  [default: "
+    among=PRECISIONS,
+    text="Number format of the rows that do not name one; on a GPU tf32 and halves use its tensor cores.  [default: "
     "float32]",
 )
 @click.option(

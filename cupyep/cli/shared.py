@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import warnings
@@ -13,11 +14,12 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest
+from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest, require
 from cupyep.files import expanded
-from cupyep.recipes import find_recipe
+from cupyep.recipes import find_recipe, recipe_names
 from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, read_toml, require_used
 from cupyep.training.display import SIGPIPE, silence
+from cupyep.training.run_directory import CHECKPOINT_FILES
 
 
 class Names(click.ParamType):
@@ -65,6 +67,16 @@ class FilePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         return super().convert(expanded(value), param, ctx)
+
+
+class NewFile(FilePath):
+    """The path of a file to be written, in a folder that is there."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path, name = super().convert(value, param, ctx), param.opts[0]
+        require(path.parent.is_dir(), f"{name}: there is no folder '{path.parent}'")
+        require(not path.is_dir(), f"{name}: '{path}' is a folder, not a file")
+        return path
 
 
 class SectionedCommand(click.Command):
@@ -181,20 +193,60 @@ def show_once(write: Callable[[str], None]) -> Any:
     return show
 
 
-def config_options(names: Any, defaults: dict[str, Any] | None = None) -> Any:
+def choice(flag: str, *names: str, among: Iterable[str], default: str | None = None, text: str) -> Any:
+    """Return the decorator of an option whose value is one name `among` some; `names` are other names of it."""
+    kind = Names(flag, tuple(among))
+    return click.option(flag, *names, type=kind, default=default, show_default=default is not None, help=text)
+
+
+def checkpoint_option(default: str, of: str = "the run's") -> Any:
+    return choice("--checkpoint", among=sorted(CHECKPOINT_FILES), default=default, text=f"Which of {of} checkpoints.")
+
+
+def recipe_option(text: str) -> Any:
+    return click.option("--recipe", metavar="NAME|FILE", shell_complete=complete_recipe, help=text)
+
+
+def complete_recipe(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the recipes that begin with `incomplete`, for the shell."""
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def json_option(what: str) -> Any:
+    return click.option("--json", "json_path", type=NewFile(), help=f"Also write {what} to this file.")
+
+
+def write_json(report: Any, path: Path | None) -> None:
+    """Let `report` write itself to `path` if there is one, and say so."""
+    if path is not None:
+        report.write_json(path)
+        click.echo(f"written to {path}")
+
+
+def config_options(names: Iterable[str], defaults: Mapping[str, Any] | None = None) -> Any:
     """Return a decorator that adds the options called `names` of `TrainConfig`, in their order.
 
-    An option that is not given arrives as None, so that a recipe can fill it; `defaults` only changes the help.
+    The command takes those that are given as the mapping `given`; `defaults` only changes the help.
     """
+    names = list(names)
+    shown = {**{name: spec.default for name, spec in OPTIONS.items()}, **(defaults or {})}
 
     def decorate(command: Any) -> Any:
-        for name in reversed(list(names)):
-            command = _config_option(name, {**{n: f.default for n, f in OPTIONS.items()}, **(defaults or {})}[name])(
-                command
-            )
-        return command
+        @functools.wraps(command)
+        def call(**options: Any) -> Any:
+            values = {name: options.pop(name) for name in names}
+            return command(given={name: value for name, value in values.items() if value is not None}, **options)
+
+        for name in reversed(names):
+            call = _config_option(name, shown[name])(call)
+        return call
 
     return decorate
+
+
+def run_options(*names: str) -> Any:
+    """Return a decorator as `config_options` does, of options that are as the run has them unless they are given."""
+    return config_options(names, dict.fromkeys(names, "as the run"))
 
 
 #: Other spellings: of PyTorch's scripts, and of the papers.
@@ -241,10 +293,6 @@ def _config_option(name: str, default: Any) -> Any:
     return click.option(flag, *ALIASES.get(name, ()), name, type=value_type, default=None, help=text)
 
 
-def given_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def chosen_config(
     given: Mapping[str, Any],
     recipe: str | None = None,
@@ -253,19 +301,8 @@ def chosen_config(
 ) -> TrainConfig:
     """Return the configuration of the options on the command line, over those of a recipe, over `defaults`.
 
-    Parameters
-    ----------
-    given, defaults : mapping
-    recipe : str, optional
-        Name or file.
-    take : callable
-        From the options of a recipe to those that count.
-
-    Raises
-    ------
-    ConfigurationError
-        Also for an option that would be ignored. One of a recipe may have its effect in the recipe alone: the command
-        line may switch off what it belongs to.
+    `take` says which options of the recipe count. An option that would be ignored is refused; one of a recipe may have
+    its effect in the recipe alone: the command line may switch off what it belongs to.
     """
     defaults, file = defaults or {}, None if recipe is None else find_recipe(recipe)
     taken = {} if file is None else take(read_toml(file))

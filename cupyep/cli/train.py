@@ -11,8 +11,15 @@ from typing import Any
 
 import click
 
-from cupyep.cli.recipes import complete_recipe
-from cupyep.cli.shared import FilePath, Names, SectionedCommand, chosen_config, config_options, given_options, show_once
+from cupyep.cli.shared import (
+    FilePath,
+    SectionedCommand,
+    choice,
+    chosen_config,
+    config_options,
+    recipe_option,
+    show_once,
+)
 from cupyep.errors import CupyepError, Interrupted, require
 from cupyep.training import runs
 from cupyep.training.config import OPTIONS
@@ -29,11 +36,8 @@ Examples:
 
 @click.command(cls=SectionedCommand, epilog=EXAMPLES)
 @config_options(OPTIONS)
-@click.option(
-    "--recipe",
-    metavar="NAME|FILE",
-    shell_complete=complete_recipe,
-    help="Take the options that are not given from a recipe (cupyep recipes lists them) or a TOML file of your own.",
+@recipe_option(
+    "Take the options that are not given from a recipe (cupyep recipes lists them) or a TOML file of your own."
 )
 @click.option(
     "--run-dir",
@@ -48,12 +52,11 @@ Examples:
     "where schedules over all epochs have them.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar and no line an epoch; only the result.")
-@click.option(
+@choice(
     "--log-format",
-    type=Names("--log-format", tuple(DISPLAYS)),
+    among=DISPLAYS,
     default="text",
-    show_default=True,
-    help="json: an object a line on stdout (start, progress, epoch, checkpoint, warning, end), for programs.",
+    text="json: an object a line on stdout (start, progress, epoch, checkpoint, warning, end), for programs.",
 )
 @click.option(
     "--tensorboard",
@@ -68,7 +71,7 @@ def train(
     quiet: bool,
     log_format: str,
     tensorboard: bool,
-    **options: Any,
+    given: dict[str, Any],
 ) -> None:
     """Train a network in a new run directory.
 
@@ -76,7 +79,6 @@ def train(
     and saves, --resume goes on; a second Ctrl-C leaves at once. With --aug kd and no --teacher, a teacher is trained
     first; stopped there, the same command goes on.
     """
-    given = given_options(options)
     display = DISPLAYS[log_format](quiet)
     warnings.showwarning = show_once(partial(display.show, "warning"))
     with _ending(display):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.files import can_write, read_text, write_file
+from cupyep.files import can_write, read_text, write_json
 from cupyep.training.build import build_dataset, evaluation_batches
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
@@ -54,8 +54,7 @@ def confusion_of(
         np.add.at(matrix, (batch.labels, scores.argmax(axis=1)), 1)
     classes = list(trained.images.classes)
     if can_write(run.path):
-        content = {"epoch": epoch, "classes": classes, "matrix": matrix.tolist()}
-        write_file(run.path / CONFUSION, (json.dumps(content) + "\n").encode())
+        write_json(run.path / CONFUSION, {"epoch": epoch, "classes": classes, "matrix": matrix.tolist()})
     return matrix, classes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from cupyep.diagnostics.rules import (
     shares_of_last,
 )
 from cupyep.errors import CheckpointError, DivergenceError
-from cupyep.files import expanded, replacing
+from cupyep.files import expanded, write_json
 from cupyep.learning.check import bptt_gradients, compare
 from cupyep.learning.gradients import layer_of
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, restore_parameters
@@ -126,13 +125,12 @@ class Diagnosis:
         """Write everything to `path`; what is not finite becomes null."""
         content = {
             "title": self.title,
-            "layers": [{key: _finite(value) for key, value in row.items()} for row in self.rows],
+            "layers": self.rows,
             "findings": [finding._asdict() for finding in self.findings],
             "notes": self.notes,
             "settling": self.trace,
         }
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, content, indent=1)
 
 
 def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | None = None, bptt: bool = False) -> Any:
@@ -277,7 +275,3 @@ def _cell(value: Any, form: str, width: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return f"{'':>{width}}"
     return f"{value:>{width}{form[form.index('.') :]}}"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

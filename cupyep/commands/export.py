@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyep._version import __version__
-from cupyep.errors import CheckpointError, ConfigurationError, choose, require
+from cupyep.errors import CheckpointError, ConfigurationError, choose, reporting, require
 from cupyep.export import onnx_model, torch_layout
 from cupyep.files import replacing
 from cupyep.layers import Conv2d
@@ -49,10 +49,8 @@ def export_run(path: str | Path, form: str, output: Path, which: str = "best", s
     settles = run.config.algorithm != "bp"
     require(steps is None or (form == "onnx" and settles), "--steps is for --format onnx of a network that settles")
     require(steps is None or steps >= 1, f"--steps must be at least 1 (got {steps})")
-    try:
+    with reporting(CheckpointError, f"cannot write '{output}'"):
         lines = write(run, output, steps or run.config.free_steps)
-    except OSError as error:
-        raise CheckpointError(f"cannot write '{output}': {error.strerror or error}") from error
     count = sum(array.size for array in run.network.parameters().values())
     epoch = f"epoch {run.epoch} ({which})"
     return [f"{output}: {run.config.arch} on {run.config.dataset}, {epoch}, {count:,} parameters", *lines]
@@ -65,15 +63,11 @@ def _normalisation(run: TrainedRun) -> str:
 
 def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
     arrays = torch_layout(run.network)
+    names = ("arch", "width", "activation", "pooling", "loss", "feedback", "schedule", "relaxation", "algorithm")
     settings = {
-        name: getattr(run.config, name) for name in ("arch", "width", "activation", "pooling", "loss", "feedback")
-    }
-    settings |= {
-        "schedule": run.config.schedule,
-        "relaxation": run.config.relaxation,
+        **run.config.take(*names),
         "steps": steps,
         "unrolled_steps": _unrolled(run),
-        "algorithm": run.config.algorithm,
         "layers": [_geometry(edge) for edge in run.network.layers],
         "network": run.network.describe(),
         "cupyep": __version__,

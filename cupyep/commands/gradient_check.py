@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from cupyep.backend import get_device
 from cupyep.data import Loader
 from cupyep.errors import require
-from cupyep.files import replacing
+from cupyep.files import write_json
 from cupyep.learning.check import compare_forms, compare_precisions
 from cupyep.learning.equilibrium import FORMS
 from cupyep.network import Network
@@ -75,15 +74,11 @@ class GradientReport:
 
         These are of the first beta; ``"betas"``, a list of ``{"beta", "forms": {form: rows}}``, has all of them.
         """
-        betas = [
-            {"beta": beta, "forms": {form: [_finite(row) for row in rows] for form, rows in forms.items()}}
-            for beta, forms in self.betas.items()
-        ]
+        betas = [{"beta": beta, "forms": forms} for beta, forms in self.betas.items()]
         parts = [{"nudge": form, "layers": rows} for form, rows in betas[0]["forms"].items()]
-        options = {name: getattr(self.config, name) for name in CHECK_OPTIONS}
-        content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas, "options": options}
-        with replacing(Path(path)) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas}
+        content["options"] = self.config.take(*CHECK_OPTIONS)
+        write_json(Path(path), content, indent=1)
 
 
 def recipe_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,14 +123,13 @@ def check_gradient(
     batch = next(iter(Loader(dataset, "train", config.batch_size, device, np.float64)))
     report(f"{config.arch} on {len(batch)} images of {config.dataset}, device {device.name}, {config.precision}")
     betas = list(betas) or [config.beta]
-    names = ("free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
     others = [form for form in FORMS if form != config.nudge and config.scheme != "tangent"]
-    settings = {name: getattr(config, name) for name in names} | {"forms": (config.nudge, *others)}
+    settings = config.take("free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
+    settings["forms"] = (config.nudge, *others)
     if config.precision in ("float32", "float64"):
         network, signals = build(config.precision)
-        compared = {
-            beta: compare_forms(network, batch, beta=beta, signals=signals, **settings) for beta in dict.fromkeys(betas)
-        }
+        settings["signals"] = signals
+        compared = {beta: compare_forms(network, batch, beta=beta, **settings) for beta in dict.fromkeys(betas)}
     else:
         images = device.to_numpy(batch.images)
         compared = compare_precisions(build, config.precision, images, batch.labels, betas=betas, **settings)
@@ -159,7 +153,3 @@ def _block(beta: float, forms: dict[str, list[dict[str, Any]]]) -> str:
 
 def _cell(value: float | None) -> str:
     return f"{'-':>11}" if value is None or math.isnan(value) else f"{value:>11.4g}"
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import Device, get_device
-from cupyep.backend.paper import PaperDevice
+from cupyep.backend.blank import BlankDevice
 from cupyep.backend.peak import peak_bytes
 from cupyep.batch import Batch
 from cupyep.data import ImageFormat
@@ -22,6 +22,7 @@ from cupyep.data.sources import SOURCES
 from cupyep.errors import require
 from cupyep.files import replacing
 from cupyep.learning import Learner
+from cupyep.learning.operations import Operations
 from cupyep.network import Network
 from cupyep.plan import plan
 from cupyep.signals import Augmenter
@@ -78,7 +79,7 @@ class MemoryReport:
     ----------
     config : TrainConfig
     device : Device
-        The real one, or one on paper, that was planned for.
+        The real one, or a blank one, that was planned for.
     rows : list of StepMemory
         EP for every T, BPTT for every T, BP.
     """
@@ -168,7 +169,7 @@ def memory_report(
     """
     require(len(steps) > 0 and all(1 <= t <= MOST_STEPS for t in steps), f"steps T must be from 1 to {MOST_STEPS}")
     device = device_of(config, kind)
-    there = not isinstance(device, PaperDevice)
+    there = not isinstance(device, BlankDevice)
     require(
         there or not measure, f"--measure needs the device itself, which is no {kind} here; leave --device-kind out"
     )
@@ -184,10 +185,10 @@ def memory_report(
 
 
 def device_of(config: TrainConfig, kind: str | None) -> Device:
-    """Return the device of `config`, or one of another kind on paper."""
+    """Return the device of `config`, or one of another kind, blank."""
     device = get_device(config.device, config.scratch_mb)
     here = "gpu" if device.is_gpu else "cpu"
-    return device if kind in (None, here) else PaperDevice(kind, config.scratch_mb)
+    return device if kind in (None, here) else BlankDevice(kind, config.scratch_mb)
 
 
 def _of(config: TrainConfig, algorithm: str, steps: int | None) -> TrainConfig:
@@ -199,7 +200,7 @@ def _of(config: TrainConfig, algorithm: str, steps: int | None) -> TrainConfig:
 def planned_step(config: TrainConfig, device: Device) -> dict[str, int]:
     """Return the bytes of a step of ``config.algorithm`` by purpose, on a device like `device`."""
     require(config.batch_size <= MOST_SAMPLES, f"a plan is of at most {MOST_SAMPLES} images, not {config.batch_size}")
-    learner = blank_learner(config, device if isinstance(device, PaperDevice) else PaperDevice.like(device))
+    learner = blank_learner(config, device if isinstance(device, BlankDevice) else BlankDevice.like(device))
     return plan(learner, config.batch_size, optimizer_slots(config))
 
 
@@ -250,16 +251,15 @@ def network_report(config: TrainConfig, kind: str | None = None) -> str:
     """Return layers, parameters and products of a network, and the planned memory of a step of ``config.algorithm``."""
     device = device_of(config, kind)
     parts = planned_step(config, device)
-    network = blank_learner(config, PaperDevice.like(device)).network
+    network = blank_learner(config, BlankDevice.like(device)).network
     count = sum(math.prod(array.shape) for array in network.parameters().values())
-    flops = [edge.flops() * config.batch_size for edge in network.layers]
-    first = sum(flops[c] for c in network.graph.out_of[0])
+    operations = Operations(network, config.batch_size)
     micro = "" if config.micro_batch is None else f" in parts of {config.micro_batch}"
     lines = [
         repr(network),
         f"parameters     {count}",
-        f"products       {2 * (sum(flops) - first) / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two "
-        f"an edge), {first / 1e9:.2f} GFLOP once a phase (edges from the image)",
+        f"products       {operations.settle_step() / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two "
+        f"an edge), {operations.first / 1e9:.2f} GFLOP once a phase (edges from the image)",
         "",
         f"a step of {NAMES[config.algorithm]}, batch {config.batch_size}{micro}, {config.optimizer}, planned "
         f"for a {'GPU' if device.is_gpu else 'CPU'}; MB are 10^6 bytes",

@@ -16,7 +16,7 @@ from cupyep.commands.memory import memory_report
 from cupyep.data import Loader
 from cupyep.errors import DivergenceError
 from cupyep.experiments.design import Cell
-from cupyep.files import read_text, replacing
+from cupyep.files import read_text, write_json
 from cupyep.learning import Backpropagation, EquilibriumPropagation, Learner
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
 from cupyep.learning.operations import OperationCounter
@@ -119,8 +119,7 @@ def _probes(folder: Path) -> list[dict[str, Any]]:
 def _keep_probe(folder: Path, record: dict[str, Any]) -> None:
     """Add a probe to those kept, in place of those of this epoch and later ones (of a run that went back)."""
     kept = [probe for probe in _probes(folder) if probe["epoch"] < record["epoch"]]
-    with replacing(folder / PROBES) as temporary:
-        temporary.write_text(json.dumps([*kept, record], allow_nan=False), encoding="utf-8")
+    write_json(folder / PROBES, [*kept, record])
 
 
 def _short(number: float | None) -> float | None:
@@ -148,8 +147,8 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     if config.algorithm != "ep":
         return {}
     batch = _first_images(replace(config, limit_test=1), network)
-    names = ("free_steps", "nudged_steps", "scheme", "nudge", "schedule", "relaxation")
-    ep = EquilibriumPropagation(network, config.beta, **{name: getattr(config, name) for name in names})
+    how = config.take("beta", "free_steps", "nudged_steps", "scheme", "nudge", "schedule", "relaxation")
+    ep = EquilibriumPropagation(network, **how)
     well = {"schedule": "evenodd", "relaxation": default_relaxation(replace(config, schedule="evenodd"))}
     free = ep.settle_free(batch, steps=SETTLE, tolerance=None, **well).copy()
     to_numpy = network.device.to_numpy
@@ -178,9 +177,8 @@ def fidelity_cell(cell: Cell) -> dict[str, Any]:
     network = build_network(config, dataset, get_device(config.device, config.scratch_mb))
     batch = _first_images(config, network, config.batch_size)
     signals = build_signals(config, network, dataset, None)
-    names = ("beta", "free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
-    settings = {name: getattr(config, name) for name in names}
-    forms = compare_forms(network, batch, forms=FORMS, signals=signals, **settings)
+    how = config.take("beta", "free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
+    forms = compare_forms(network, batch, forms=FORMS, signals=signals, **how)
     return {
         form: {name: [_short(row[name]) for row in rows] for name in ("cosine", "nudge_response")}
         for form, rows in forms.items()

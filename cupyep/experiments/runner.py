@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.commands.system import THREAD_VARIABLES, system_report
-from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, require
+from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, reporting, require
 from cupyep.experiments.design import Cell, Experiment, Results, cell_name
-from cupyep.files import FolderLock, is_leftover, read_text, replacing
+from cupyep.files import FolderLock, is_leftover, read_text, write_json
 from cupyep.training.interruption import NAMES, Interruptions
 
 CELLS, RESULTS = "cells", "results.json"
@@ -98,11 +98,11 @@ def reproduce(
         left = [cell for cell in cells if cell.name not in measured]
         new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, left, jobs)
         try:
-            _write_json(folder / RESULTS, {**about, "cells": measured})
+            write_json(folder / RESULTS, {**about, "cells": measured}, indent=1)
             with contextlib.closing(new):
                 for name, content in new:
                     measured[name] = content
-                    _write_json(folder / RESULTS, {**about, "cells": measured})
+                    write_json(folder / RESULTS, {**about, "cells": measured}, indent=1)
         except Interrupted as error:
             done = f"{len(measured)} of {len(cells)} cells are measured; the same command goes on"
             raise Interrupted(f"{error}: {done}", error.number) from None
@@ -220,11 +220,9 @@ def _claimed(folder: Path, header: dict[str, Any]) -> Iterator[None]:
     else:
         ours = not folder.is_dir() or all(entry.name == CELLS or is_leftover(entry) for entry in folder.iterdir())
         _check(ours, f"'{folder}' holds other files; give another --out")
-        try:
+        with reporting(CheckpointError, f"cannot write report folder '{folder}'"):
             (folder / CELLS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot write report folder '{folder}': {error.strerror}") from error
-        _write_json(path, {**header, "seeds": 0, "cells": {}})
+        write_json(path, {**header, "seeds": 0, "cells": {}}, indent=1)
     lock = FolderLock(folder)
     holder = lock.acquire()
     _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --out")
@@ -271,7 +269,7 @@ def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     content.setdefault("minutes", (time.monotonic() - begin) / 60)
     path = _file(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(path, content)
+    write_json(path, content, indent=1)
     return content
 
 
@@ -292,8 +290,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{path}' is damaged ({error}); remove it to measure anew") from error
     _check(isinstance(content, dict), f"'{path}' is damaged (no JSON object); remove it to measure anew")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -53,10 +53,10 @@ class Workspace:
         self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
         self.nbytes = max(ops.nbytes for ops in self.ops)
 
-    def bind(self, arena: Arena, made: Sequence[Sequence[Any]]) -> None:
+    def bind(self, arena: Arena, derived: Sequence[Sequence[Any]]) -> None:
         """Take views of the arena, and the arrays that each edge's operations make of the weights."""
         self.forget()
-        for ops, arrays in zip(self.ops, made, strict=True):
+        for ops, arrays in zip(self.ops, derived, strict=True):
             ops.bind(arena, arrays)
 
     def forget(self) -> None:
@@ -94,7 +94,7 @@ class Memory:
         self.layout = Layout(graph, precision, device.is_gpu)
         self._arena: Arena | None = None
         self._block: Any = None
-        self._made: dict[Any, list[Any]] = {}
+        self._derived: dict[Any, list[Any]] = {}
         self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
         self._laid_out: OrderedDict[Hashable, Any] = OrderedDict()
         self._current: set[Workspace] | None = None  # those that have the weights of the scope, once there are any
@@ -138,7 +138,7 @@ class Memory:
             fresh = {batch: fresh[batch] if batch in fresh else self._new(batch) for batch in batches}
         for batch, workspace in fresh.items():
             self._workspaces[batch] = workspace
-            workspace.bind(self._arena, [self._made_of_weights(n, ops) for n, ops in enumerate(workspace.ops)])
+            workspace.bind(self._arena, [self._derived_arrays(n, ops) for n, ops in enumerate(workspace.ops)])
         for batch in batches:
             self._workspaces.move_to_end(batch)
         while len(self._workspaces) > self.WORKSPACES_KEPT:
@@ -147,11 +147,11 @@ class Memory:
     def _new(self, batch: int) -> Workspace:
         return Workspace(self.edges, batch, self.device, self.precision)
 
-    def _made_of_weights(self, n: int, ops: Any) -> list[Any]:
-        key = made_of_weights(n, ops)
-        if key not in self._made:
-            self._made[key] = [self.device.xp.zeros(shape, dtype) for shape, dtype in ops.made]
-        return self._made[key]
+    def _derived_arrays(self, n: int, ops: Any) -> list[Any]:
+        key = derived_key(n, ops)
+        if key not in self._derived:
+            self._derived[key] = [self.device.xp.zeros(shape, dtype) for shape, dtype in ops.derived]
+        return self._derived[key]
 
     def phase(self, shape: PhaseShape) -> PhaseBuffers:
         """Return the arrays of a phase."""
@@ -227,9 +227,9 @@ class Needs:
         return max(first, second, key=lambda stack: stack.peak)
 
 
-def made_of_weights(n: int, ops: Any) -> Hashable:
+def derived_key(n: int, ops: Any) -> Hashable:
     """Return what operations of edge n have in common that share what they make of its weights."""
-    return (n, type(ops), *((shape, np.dtype(dtype)) for shape, dtype in ops.made))
+    return (n, type(ops), *((shape, np.dtype(dtype)) for shape, dtype in ops.derived))
 
 
 def update_ops(activation: Activation, device: Device) -> UpdateOps:

@@ -88,7 +88,7 @@ class ConvOps:
         Samples of each chunk and their number.
     nbytes : int
         Bytes wanted from the arena.
-    made : list of (shape, dtype)
+    derived : list of (shape, dtype)
         What `refresh` makes of the weight: arrays, zeros at first, that operations for other batch sizes may share.
     flops : int
         Operations that one product takes for one sample.
@@ -137,7 +137,7 @@ class ConvOps:
             ((k * k * outputs, channels), self.factors.dtype),
         )
         self.copies = self.factors.copies or self.inputs > geometry.window
-        self.made = ([copy] if self.copies else []) + ([flipped] if self._flips else [])
+        self.derived = ([copy] if self.copies else []) + ([flipped] if self._flips else [])
 
     def _inputs(self) -> int:
         return self.geometry.window
@@ -171,20 +171,20 @@ class ConvOps:
         ]
         return [drive, topdown if self._flips else drive]
 
-    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
-        """Take views of the arena, and the arrays of `made`."""
-        self._take_made(made)
+    def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
+        """Take views of the arena, and the arrays of `derived`."""
+        self._take_derived(derived)
         scratch, self._map, self._mask, self._wide, self.weight, self.factors.scratch = arena.views(self.requests)
         drive, topdown = self._column_requests(self.chunks[0][1])
         self._padded, self._columns = carve(scratch, drive)
         self._padded_up, self._columns_up = carve(scratch, topdown)
 
-    def _take_made(self, made: Sequence[Any]) -> None:
-        made, g = list(made), self.geometry
+    def _take_derived(self, derived: Sequence[Any]) -> None:
+        derived, g = list(derived), self.geometry
         if self.copies:
-            self.factor = made.pop(0)
+            self.factor = derived.pop(0)
             self.kernel = self.factor[: g.window].reshape(g.kernel, g.kernel, g.in_shape[2], g.map_shape[2])
-        self.flipped = made.pop(0) if self._flips else None
+        self.flipped = derived.pop(0) if self._flips else None
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (k, k, C, K) as a factor of products; for the top-down one mirrored, channels exchanged."""

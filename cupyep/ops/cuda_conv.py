@@ -96,9 +96,9 @@ class CudaConvOps(ConvOps):
             requests.append(((samples, *self.geometry.map_shape), self.precision.number))
         return requests
 
-    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
-        """Take views of the arena, and the arrays of `made`."""
-        self._take_made(made)
+    def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
+        """Take views of the arena, and the arrays of `derived`."""
+        self._take_derived(derived)
         self.weight = None  # products are added
         views = arena.views(self.requests)
         self._gradient = views.pop() if self.padded else None

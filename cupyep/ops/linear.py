@@ -26,7 +26,7 @@ class LinearOps:
 
     Attributes
     ----------
-    nbytes, made
+    nbytes, derived
         See `ConvOps`.
     flops : int
         Operations that one product takes for one sample.
@@ -37,7 +37,7 @@ class LinearOps:
     def __init__(self, shape: tuple[int, int], batch: int, precision: Precision, device: Device):
         self.flops = 2 * shape[0] * shape[1]
         self.factors = Factors(precision, device.is_gpu)
-        self.made = [(shape, self.factors.dtype)] if self.factors.copies else []
+        self.derived = [(shape, self.factors.dtype)] if self.factors.copies else []
         copied = batch if self.factors.widens or self.factors.rounds else 0
         gradient = [] if device.adds_products else [shape]
         copies = [(copied, width) for width in shape]
@@ -45,9 +45,9 @@ class LinearOps:
         self.requests.append(((self.factors.scratch_size,), np.uint32))
         self.nbytes = Arena.size(self.requests)
 
-    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
-        """Take views of the arena, and the arrays of `made`."""
-        self.matrix = made[0] if made else None
+    def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
+        """Take views of the arena, and the arrays of `derived`."""
+        self.matrix = derived[0] if derived else None
         # copies of the states below and above, each a factor or a result, and a gradient on its way
         self._below, self._above, *gradient, self.factors.scratch = arena.views(self.requests)
         self.weight = gradient[0] if gradient else None

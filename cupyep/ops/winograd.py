@@ -71,7 +71,7 @@ class WinogradOps:
 
     Attributes
     ----------
-    chunks, nbytes, made, flops
+    chunks, nbytes, derived, flops
         See `ConvOps`.
 
     Notes
@@ -95,7 +95,7 @@ class WinogradOps:
         weights = [((4, 4, channels, outputs), dtype), ((max(channels, 9) * outputs,), dtype)]
         self.requests = self._map_requests(self.chunks[0][1]) + weights
         self.nbytes = Arena.size(self.requests)
-        self.made = weights[:1]
+        self.derived = weights[:1]
         self._weight: Any = None
         transform = np.kron(G, G).astype(dtype)
         self._to_u, self._from_u = xp.asarray(transform), xp.asarray(np.ascontiguousarray(transform.T))
@@ -111,9 +111,9 @@ class WinogradOps:
             ((samples if self.geometry.pooling == "max" else 0, rows, columns, outputs), np.bool_),
         ]
 
-    def bind(self, arena: Arena, made: Sequence[Any]) -> None:
-        """Take views of the arena, and the array of `made`."""
-        (self._u,) = made
+    def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
+        """Take views of the arena, and the array of `derived`."""
+        (self._u,) = derived
         # inputs d by parities, a row of B^T d, a row of V, a row of the products M, tiles Y; dL/dU, less than that
         self._d, self._r, self._v, self._m, self._y, self._mask, self._du, self._spare = arena.views(self.requests)
 

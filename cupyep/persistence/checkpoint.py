@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from cupyep._version import __version__
-from cupyep.errors import CheckpointError, nearest
+from cupyep.errors import CheckpointError, nearest, reporting
 from cupyep.files import write_file
 from cupyep.persistence import hdf5
 
@@ -107,10 +107,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, keep_as: Path | No
         If the file cannot be written.
     """
     path = Path(path)
-    try:
+    with reporting(CheckpointError, f"cannot write checkpoint '{path}'"):
         write_file(path, hdf5.image(partial(_fill, checkpoint=checkpoint)), keep_as)
-    except OSError as error:
-        raise CheckpointError(f"cannot write checkpoint '{path}': {error.strerror}") from error
 
 
 def _fill(file: h5py.File, checkpoint: Checkpoint) -> None:

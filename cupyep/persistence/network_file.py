@@ -21,7 +21,7 @@ import numpy as np
 
 from cupyep._version import __version__
 from cupyep.activations import ACTIVATIONS
-from cupyep.errors import CheckpointError, ConfigurationError, one_line, require
+from cupyep.errors import CheckpointError, ConfigurationError, one_line, reporting, require
 from cupyep.files import write_file
 from cupyep.graph import Connection, Graph
 from cupyep.layers import Conv2d, Edge, Identity, Linear
@@ -131,10 +131,8 @@ def write_network(path: str | Path, network: Any) -> None:
         for path, array in network.parameters().items():
             group[path] = network.device.to_numpy(array)
 
-    try:
+    with reporting(CheckpointError, f"cannot write network '{path}'"):
         write_file(Path(path), hdf5.image(fill))
-    except OSError as error:
-        raise CheckpointError(f"cannot write network '{path}': {error.strerror}") from error
 
 
 def read_network(path: str | Path, build: Callable[..., Any]) -> Any:

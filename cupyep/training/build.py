@@ -22,42 +22,27 @@ from cupyep.optim import SGD, Adam, Optimizer
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
-from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import layer_names
 from cupyep.training.trainer import Trainer
 
 
 def build_dataset(config: TrainConfig) -> Dataset:
     """Load the data set; see `cupyep.data.load_dataset` for the errors."""
-    return load_dataset(
-        config.dataset,
-        config.data_dir,
-        image_size=config.image_size,
-        limit_train=config.limit_train,
-        limit_test=config.limit_test,
-        validation=config.validation,
-        seed=config.seed,
-    )
+    sizes = config.take("image_size", "limit_train", "limit_test", "validation", "seed")
+    return load_dataset(config.dataset, config.data_dir, **sizes)
 
 
 def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: Device | str) -> Network:
     """Return the untrained network for images and classes like those of `images`."""
     pool = config.readout_pool if config.loss == "cross_entropy" else None
+    names = ("width", "activation", "pooling", "loss", "feedback", "gain", "seed", "precision", "weights")
     return build(
         config.arch,
         classes=len(images.classes),
         input_shape=images.image_shape,
-        width=config.width,
-        activation=config.activation,
-        pooling=config.pooling,
-        loss=config.loss,
-        feedback=config.feedback,
-        gain=config.gain,
-        seed=config.seed,
         device=device,
-        precision=config.precision,
-        weights=config.weights,
         readout_pool=int(pool) if pool and pool.isdecimal() else pool,
+        **config.take(*names),
     )
 
 
@@ -125,26 +110,14 @@ def build_learner(
     config: TrainConfig, network: Network, signals: Sequence[Augmenter], generator: np.random.Generator
 ) -> Any:
     """Return the learner of ``config.algorithm``; `generator` draws the signs of the scheme ``random``."""
-    shared = {"signals": signals, "micro_batch": config.micro_batch}
-    phases = {
-        "free_steps": config.free_steps,
-        "schedule": config.schedule,
-        "tolerance": config.tolerance,
-        "relaxation": config.relaxation,
-        **shared,
-    }
+    shared = {"signals": signals, **config.take("micro_batch")}
     if config.algorithm == "bp":
         return Backpropagation(network, **shared)
+    shared |= config.take("free_steps", "schedule", "tolerance", "relaxation")
     if config.algorithm == "bptt":
-        return BackpropagationThroughTime(network, unrolled_steps=config.nudged_steps, **phases)
+        return BackpropagationThroughTime(network, unrolled_steps=config.nudged_steps, **shared)
     return EquilibriumPropagation(
-        network,
-        beta=config.beta,
-        nudged_steps=config.nudged_steps,
-        scheme=config.scheme,
-        nudge=config.nudge,
-        generator=generator,
-        **phases,
+        network, generator=generator, **config.take("beta", "nudged_steps", "scheme", "nudge"), **shared
     )
 
 
@@ -153,10 +126,8 @@ def build_optimizer(config: TrainConfig, parameters: dict[str, Any]) -> Optimize
     rates: Any = config.learning_rate
     if isinstance(rates, list):
         layers = layer_names(path for path in parameters if not path.startswith("signals."))
-        require(
-            len(rates) == len(layers),
-            f"--learning-rate has {len(rates)} numbers, but the layers are {', '.join(layers)}",
-        )
+        told = f"--learning-rate has {len(rates)} numbers, but the layers are {', '.join(layers)}"
+        require(len(rates) == len(layers), told)
         by_layer = dict(zip(layers, rates, strict=True))
         rates = {path: by_layer.get(layer_of(path), rates[-1]) for path in parameters}
     if config.optimizer == "adam":
@@ -190,11 +161,6 @@ def evaluation_batches(config: TrainConfig, dataset: Dataset, network: Network, 
     return Loader(dataset, split, config.batch_size, network.device, network.dtype)
 
 
-def build_checkup(config: TrainConfig, dataset: Dataset, learner: Any) -> Checkup:
-    """Return the checkup of `learner` on a few training images, as they are."""
-    return Checkup(learner, first_images(dataset, learner.network, PROBE_IMAGES), config.batch_size)
-
-
 def first_images(dataset: Dataset, network: Network, count: int) -> Batch:
     """Return `count` training images (or all there are), the first of each class, not augmented."""
     few = dataclasses.replace(dataset, train=dataset.train.balanced(min(count, len(dataset.train))))
@@ -206,7 +172,6 @@ def build_trainer(
     dataset: Dataset,
     network: Network,
     signals: Sequence[Augmenter] = (),
-    directory: RunDirectory | None = None,
     display: Display | None = None,
 ) -> Trainer:
     """Return the trainer of `network`, with all generators drawn from ``config.seed``."""
@@ -218,13 +183,9 @@ def build_trainer(
         training_batches(config, dataset, network, draws),
         evaluation_batches(config, dataset, network),
         validation=evaluation_batches(config, dataset, network, "validation") if dataset.validation else None,
-        epochs=config.epochs,
-        lr_schedule=config.lr_schedule,
-        directory=directory,
         generators={"learner": signs},
-        checkpoint_minutes=config.checkpoint_minutes,
-        on_divergence=config.on_divergence,
         images=ImageFormat.of(dataset),
-        checkup=build_checkup(config, dataset, learner),
+        checkup=Checkup(learner, first_images(dataset, network, PROBE_IMAGES), config.batch_size),
         display=display,
+        **config.take("epochs", "lr_schedule", "checkpoint_minutes", "on_divergence"),
     )

@@ -7,12 +7,10 @@ What an option `needs` is in its field, too: given where it would change nothing
 
 from __future__ import annotations
 
-import math
-import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,14 @@ from typing import Any
 from cupyep.activations import ACTIVATIONS
 from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
-from cupyep.errors import ConfigurationError, choose, nearest, require
+from cupyep.errors import ConfigurationError, nearest, require
 from cupyep.files import read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.settling import SCHEDULES, check_relaxation
 from cupyep.signals import ANNEALINGS
-from cupyep.training.needs import NEEDS
+from cupyep.training.options import NEEDS, checked, option
 from cupyep.weights import PARAMETRISATIONS
 
 if sys.version_info >= (3, 11):
@@ -38,49 +36,13 @@ else:
 TOML_BYTES = 1 << 15  # of a recipe or config.toml, at most
 DOTS = 200  # in a line; the parser's memory grows with the square of the parts of a name
 MOST_LAYERS = 10000
-LARGEST = 1 << 63  # of integers
 LOSSES = ("cross_entropy", "squared_error")
-KIND_NAMES = {
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    list: "a number or a list of numbers",
-}
-#: Rules for numbers: key in an option's table entry -> words of the message, comparison.
-RULES = {
-    "low": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "high": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
 
 
 def check_readout_pool(value: str, name: str) -> None:
     """Raise ConfigurationError unless `value` is ``"global"`` or a positive integer as text."""
     number = value.isdecimal() and len(value) < 7 and int(value) > 0
     require(value == "global" or number, f"{name} must be global or the side of a window, such as 2 (got '{value}')")
-
-
-def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
-    """Return a dataclass field that is one option.
-
-    Parameters
-    ----------
-    group : str
-        Heading in ``--help``.
-    default : object
-        None where the option may be left out.
-    kind : {int, float, str, bool, list}
-        ``list`` is one number, or several (one a layer).
-    text : str
-        Help line, without the default.
-    **rule
-        `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
-        `check` (of a text, a function of value and name that raises; its `choices` are suggestions then); `needs`
-        (names of `NEEDS`), without which the option has no effect.
-    """
-    return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
 
 NETWORK, DATA, GRADIENT, SIGNALS, OPTIMIZER, RUN = (
@@ -117,6 +79,8 @@ class TrainConfig:
                         "layer is a state.", choices=LOSSES)
     gain: float | list[float] | None = NETWORK(None, list, "Gain of the initial weights, one number or one a layer; "
                                                "unset: chosen for activation and feedback.", above=0)
+    lsuv: bool = NETWORK(False, bool, "Scale the initial weights until the drive of every layer has unit variance on "
+                         "the first images (LSUV).")
     feedback: float = NETWORK(0.1, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
                               "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 
@@ -202,7 +166,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for spec in fields(self):
-            setattr(self, spec.name, _checked(spec, getattr(self, spec.name), option_name(spec.name)))
+            setattr(self, spec.name, checked(spec, getattr(self, spec.name), option_name(spec.name)))
         own = architecture(self.arch)
         self.activation, self.weights = self.activation or own.activation, self.weights or own.weights
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
@@ -215,6 +179,10 @@ class TrainConfig:
         self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged
         self.relaxation = self.relaxation or default_relaxation(self)
         check_relaxation(self.relaxation, self.schedule)
+
+    def take(self, *names: str) -> dict[str, Any]:
+        """Return the options of some names, for whatever takes arguments called like them."""
+        return {name: getattr(self, name) for name in names}
 
     def to_toml(self) -> str:
         """Return the options as TOML, grouped by comments; options that are unset (None) are left out."""
@@ -287,7 +255,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     for name, value in values.items():
         try:
             _check_name(name)
-            _checked(OPTIONS[name], value, name)
+            checked(OPTIONS[name], value, name)
         except ConfigurationError as error:
             raise ConfigurationError(f"'{path}': {error}") from error
     return values
@@ -306,14 +274,8 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
 def require_used(given: Mapping[str, Any], *settings: Mapping[str, Any], where: str = "") -> None:
     """Raise `ConfigurationError` for an option that has no effect in any of some `settings`.
 
-    Parameters
-    ----------
-    given : mapping
-        The options that somebody gave, be it with the value that they have anyway.
-    *settings : mapping
-        Values by name; those that are missing are defaults.
-    where : str
-        What the message begins with.
+    `given` are the options that somebody gave, be it with the value that they have anyway; `settings` are values by
+    name, those that are missing are defaults; the message begins with `where`.
     """
     cases = [{name: spec.default for name, spec in OPTIONS.items()} | dict(values) for values in settings]
     for name, value in given.items():
@@ -367,55 +329,6 @@ def parse_layers(text: str, depth: int, nodes: Sequence[str] | None = ()) -> lis
         layers += range(begin, end + 1)
     require(len(set(layers)) == len(layers), f"--signal-layers names a layer twice (got '{text}')")
     return sorted(layers)
-
-
-def _checked(spec: Field, value: Any, name: str) -> Any:
-    """Return `value` in the kind of the option `spec`, or raise ConfigurationError with its `name`, rule and value."""
-    kind = spec.metadata["kind"]
-    if value is None:
-        require(spec.default is None, f"{name} must be {KIND_NAMES[kind]}")
-        return None
-    if kind is list and isinstance(value, (list, tuple)):
-        require(len(value) > 0, f"{name} must hold at least one number")
-        numbers = [_number(spec, name, v, float) for v in value]
-        return numbers[0] if len(numbers) == 1 else numbers
-    if kind in (list, float, int):
-        return _number(spec, name, value, float if kind is list else kind)
-    require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {_shown(value)})")
-    if kind is str:
-        require("\0" not in value and _is_unicode(value), f"{name} must be a text of valid characters (got {value!r})")
-    if "check" in spec.metadata:
-        spec.metadata["check"](value, name)
-    elif "choices" in spec.metadata:
-        choose(name, value, spec.metadata["choices"])
-    return value
-
-
-def _number(spec: Field, name: str, value: Any, kind: type) -> Any:
-    accepted = (int, float) if kind is float else (int,)
-    is_number = isinstance(value, accepted) and not isinstance(value, bool)
-    is_number = is_number and (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value))
-    require(is_number, f"{name} must be {KIND_NAMES[spec.metadata['kind']]} (got {_shown(value)})")
-    for key, (words, holds) in RULES.items():
-        limit = spec.metadata.get(key)
-        require(limit is None or holds(value, limit), f"{name} must be {words} {limit} (got {value})")
-    return kind(value)
-
-
-def _shown(value: Any) -> str:
-    """Return a wrong value for a message; containers and huge integers cannot always be written down."""
-    if isinstance(value, (str, float, bool)) or (isinstance(value, int) and abs(value) < LARGEST):
-        return repr(value)
-    return {dict: "a table", list: "a list", int: "a huge number"}.get(type(value), f"a {type(value).__name__}")
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether `text` can be written in UTF-8; what the command line could not decode cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _toml_value(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from cupyep._version import __version__
 from cupyep.diagnostics.checkup import check_trace
-from cupyep.errors import CheckpointError, ConfigurationError, choose
+from cupyep.errors import CheckpointError, ConfigurationError, choose, reporting
 from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
 from cupyep.models import slug
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -54,15 +54,13 @@ class RunDirectory:
             If the folder holds another run or other files, or cannot be written.
         """
         path = check_free(path)
-        try:
+        with reporting(CheckpointError, f"cannot write run directory '{path}'"):
             path.mkdir(parents=True, exist_ok=True)  # empty, it may be there; the lock decides between several
             directory = cls(path, config)
             with directory.locked():
                 check_free(path)  # again: another process may have come first
                 write_file(path / METRICS, b"")
                 directory.write_config()
-        except OSError as error:
-            raise CheckpointError(f"cannot write run directory '{path}': {error.strerror}") from error
         return directory
 
     @classmethod
@@ -102,10 +100,8 @@ class RunDirectory:
         CheckpointError
             If another process writes here.
         """
-        try:
+        with reporting(CheckpointError, f"cannot write run directory '{self.path}'"):
             holder = self._lock.acquire()
-        except OSError as error:
-            raise CheckpointError(f"cannot write run directory '{self.path}': {error.strerror}") from error
         if holder:
             raise CheckpointError(f"'{self.path}' is in use by {holder}; wait for it or choose another --run-dir")
 
@@ -119,10 +115,8 @@ class RunDirectory:
         self._write(CONFIG, text)
 
     def _write(self, name: str, text: str) -> None:
-        try:
+        with reporting(CheckpointError, f"cannot write '{self.path / name}'"):
             write_file(self.path / name, text.encode())
-        except OSError as error:
-            raise CheckpointError(f"cannot write '{self.path / name}': {error.strerror}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of metrics.jsonl, one an epoch; a last line that was cut off is left out.
@@ -147,10 +141,8 @@ class RunDirectory:
 
     def _read_metrics(self) -> str:
         path = self.path / METRICS
-        try:
+        with reporting(CheckpointError, f"cannot read '{path}'"):
             return read_text(path, METRICS_BYTES, errors="replace") if path.is_file() else ""
-        except OSError as error:
-            raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
 
     def commit(self, record: dict[str, Any], checkpoint: Checkpoint, is_best: bool) -> None:
         """Write one finished epoch: its metrics, best.h5 if `is_best`, then checkpoint.h5.
@@ -297,12 +289,11 @@ def claim_path(config: TrainConfig, root: str | Path = "runs") -> Path:
 
 
 def _is_made(path: Path) -> bool:
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise CheckpointError(f"cannot write run directory '{path}': {error.strerror}") from error
+    with reporting(CheckpointError, f"cannot write run directory '{path}'"):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            return False
     return True
 
 

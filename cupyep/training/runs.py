@@ -11,6 +11,7 @@ from cupyep.backend import Device, get_device
 from cupyep.data import Dataset
 from cupyep.errors import CheckpointError, ConfigurationError, require
 from cupyep.files import expanded
+from cupyep.models import unit_drives
 from cupyep.network import Network
 from cupyep.persistence.checkpoint import versions
 from cupyep.training.build import (
@@ -19,6 +20,7 @@ from cupyep.training.build import (
     build_signals,
     build_trainer,
     evaluation_batches,
+    first_images,
 )
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name, require_used
 from cupyep.training.display import Display
@@ -179,6 +181,8 @@ def _prepare(config: TrainConfig, display: Display, run: Path | None = None) -> 
     device = get_device(config.device, config.scratch_mb)
     dataset = build_dataset(config)
     network = build_network(config, dataset, device)
+    if config.lsuv:  # of a run that goes on the weights are read afterwards
+        unit_drives(network, first_images(dataset, network, config.batch_size))
     display.show("note", _headline(config, dataset, network))
     display.show("note", f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
     if config.aug == "kd":

@@ -63,10 +63,9 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
     (`TEACHER_SETTINGS`), for ``teacher_epochs`` epochs; everything else as by default. A teacher whose activations are
     followed has those of the student, one of blocks the gain of its architecture.
     """
-    shared = {name: getattr(config, name) for name in SHARED}
     own: dict[str, Any] = {} if architecture(config.arch).gains == Architecture.gains else {"gain": None}
     own |= {"activation": config.activation, "gain": None} if config.teacher_features else {}
-    return TrainConfig(**{**shared, **TEACHER_SETTINGS, **own}, epochs=config.teacher_epochs)
+    return TrainConfig(**{**config.take(*SHARED), **TEACHER_SETTINGS, **own}, epochs=config.teacher_epochs)
 
 
 def train_teacher(

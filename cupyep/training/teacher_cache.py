@@ -21,7 +21,7 @@ import numpy as np
 from cupyep._version import __version__
 from cupyep.backend import Device
 from cupyep.data import Dataset, cache_directory, data_directory
-from cupyep.errors import CheckpointError, Interrupted, TeacherError
+from cupyep.errors import CheckpointError, Interrupted, TeacherError, reporting
 from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
 from cupyep.models import slug
 from cupyep.network import Network
@@ -51,39 +51,22 @@ def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
 
 
 def keep_teacher(path: Path, run: Path) -> None:
-    """Keep the teacher file `path` with the run in the folder `run`, unless it is the run's own already.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder cannot be written.
-    """
+    """Keep the teacher file `path` with the run in the folder `run`, unless it is the run's own already."""
     kept = run / KEPT
-    try:
+    with reporting(CheckpointError, f"cannot keep the teacher in '{run}'"):
         if path != kept:
             with replacing(kept) as temporary:
                 if os.access(path, os.W_OK):
                     link(path.resolve(), temporary)
                 else:  # a link would be as hard to write, and to remove
                     shutil.copyfile(path, temporary)
-            write_file(run / CHECKSUM, f"{_checksum(kept)}  {KEPT}\n".encode())
-    except OSError as error:
-        raise CheckpointError(f"cannot keep the teacher in '{run}': {error.strerror}") from error
+        write_file(run / CHECKSUM, f"{_checksum(kept)}  {KEPT}\n".encode())
 
 
 def kept_teacher(run: Path, others: Sequence[Path] = ()) -> Path | None:
     """Return the file of the teacher that the run in the folder `run` started with; None if the run does not tell.
 
-    Parameters
-    ----------
-    run : Path
-    others : sequence of Path
-        Where it may be, should the run's own copy be gone.
-
-    Raises
-    ------
-    TeacherError
-        If there is none with the run's checksum.
+    It may be in one of `others`, should the run's own copy be gone; `TeacherError` if none has the run's checksum.
     """
     if not (run / CHECKSUM).is_file():
         return None
@@ -101,10 +84,8 @@ def is_teacher_of(run: Path, path: Path) -> bool:
     """Return whether `path` is the teacher file that the run in the folder `run` started with, as far as it tells."""
     if not (run / CHECKSUM).is_file():
         return True
-    try:
+    with reporting(TeacherError, f"cannot read the teacher of '{run}', or its checksum"):
         return read_text(run / CHECKSUM, 1 << 10, errors="replace").split(" ")[0] == _checksum(path)
-    except OSError as error:
-        raise TeacherError(f"cannot read the teacher of '{run}', or its checksum: {error.strerror}") from error
 
 
 def _checksum(path: Path) -> str:
@@ -171,11 +152,9 @@ def _alone(folder: Path, display: Display) -> Iterator[None]:
 
 def _acquire(lock: FolderLock, folder: Path) -> str:
     """Take `lock` in `folder`; return ``""``, or who else holds it."""
-    try:
+    with reporting(TeacherError, f"cannot keep a teacher in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)  # whoever held it has removed it
         return lock.acquire()
-    except OSError as error:
-        raise TeacherError(f"cannot keep a teacher in {folder}: {error.strerror}") from error
 
 
 def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, display: Display, path: Path) -> None:
@@ -212,8 +191,7 @@ def _export(
 
 
 def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
-    settled = {*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER
-    options = {name: getattr(config, name) for name in sorted(settled)}
+    options = config.take(*sorted({*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER))
     digest = hashlib.sha256(json.dumps([__version__, options, features], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
         for array in (split.images, split.labels):

@@ -1,4 +1,4 @@
-"""A device on paper: its arrays have shape and type and next to no memory, whatever their size."""
+"""A device without memory: its arrays have shape and type and next to no memory, whatever their size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ L2_BYTES = 50 << 20  # of an H100, H200
 MOST = 1 << 56  # numbers in one array
 
 
-class PaperDevice(Device):
+class BlankDevice(Device):
     """What can be told of a device without having it: networks and learners made on it take no memory to speak of.
 
     Parameters
@@ -33,11 +33,11 @@ class PaperDevice(Device):
             self.scratch_bytes = gpu_scratch(L2_BYTES)
 
     @classmethod
-    def like(cls, device: Device) -> PaperDevice:
-        """Return a real device on paper."""
-        paper = cls("gpu" if device.is_gpu else "cpu")
-        paper.scratch_bytes = device.scratch_bytes
-        return paper
+    def like(cls, device: Device) -> BlankDevice:
+        """Return what stands for a real device."""
+        blank = cls("gpu" if device.is_gpu else "cpu")
+        blank.scratch_bytes = device.scratch_bytes
+        return blank
 
     def use(self) -> None:
         """There is nothing to use."""

@@ -1,0 +1,161 @@
+"""The commands that report on a configuration, not on a run: check, memory, info, recipes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cupyep.backend.blank import KINDS
+from cupyep.cli.shared import (
+    Numbers,
+    SectionedCommand,
+    choice,
+    chosen_config,
+    complete_recipe,
+    config_options,
+    json_option,
+    recipe_option,
+    write_json,
+)
+from cupyep.commands import gradient_check
+from cupyep.commands import memory as planning
+from cupyep.commands.system import system_report
+from cupyep.errors import require
+from cupyep.recipes import recipe_names, recipe_summary, recipe_text
+from cupyep.training.config import require_used
+
+CHECK_EXAMPLES = """\b
+Examples:
+  cupyep check --arch vgg5 --dataset digits --image-size 16     a minute, on bundled images
+  cupyep check --arch vgg11 --width 0.125 --aug le --kappa 0.5  with local errors
+  cupyep check --recipe vgg11-le-cifar10 --width 0.125          at a recipe's beta, kappa, gain
+"""
+
+
+@click.command(cls=SectionedCommand, epilog=CHECK_EXAMPLES)
+@config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
+@recipe_option(
+    "Take network, data, nudge and signals that are not given from a recipe; the phases settle as said here."
+)
+@click.option(
+    "--betas",
+    type=Numbers(),
+    help="Several strengths of the nudge, a table each, such as 0.5,0.05.  [default: the one of --beta]",
+)
+@json_option("the table")
+def check(recipe: str | None, betas: list[float] | None, json_path: Path | None, given: dict[str, Any]) -> None:
+    """Compare EP's gradient with BPTT's.
+
+    Layer by layer, from the same settled free state, for the nudge form asked for and the other one. In tf32, float16
+    and bfloat16 with BPTT in float64 and with EP in float32 ("to float32"), each settled on from the free state of
+    float32; "from zeros" is the cosine to float32 where that precision has found its free state by itself.
+    """
+    require(
+        betas is None or all(beta > 0 and math.isfinite(beta) for beta in betas),
+        "--betas must be positive numbers with commas between them",
+    )
+    config = chosen_config(given, recipe, gradient_check.CHECK_DEFAULTS, gradient_check.recipe_options)
+    if betas is not None:
+        require("beta" not in given, "--betas takes the place of --beta: give one of them")
+        require_used({"beta": betas}, vars(config), where="--betas: ")
+    report = gradient_check.check_gradient(config, betas or (), report=click.echo)
+    click.echo(report.table())
+    write_json(report, json_path)
+
+
+MEMORY_EXAMPLES = """\b
+Examples:
+  cupyep memory --arch vgg12 --batch-size 128 --steps 10,50,250 --device-kind gpu
+  cupyep memory --arch vgg12 --micro-batch 32 --precision float16 --device-kind gpu
+  cupyep memory --arch vgg5 --width 0.25 --batch-size 32 --steps 2,8 --measure    is the plan right?
+"""
+MOST_NUMBERS = 20
+
+
+@click.command(cls=SectionedCommand, epilog=MEMORY_EXAMPLES)
+@config_options(planning.MEMORY_OPTIONS)
+@click.option(
+    "--steps",
+    type=Numbers(),
+    default="10,50,250",
+    show_default=True,
+    help="Numbers of steps T: free steps of EP, unrolled steps of BPTT.",
+)
+@choice(
+    "--device-kind",
+    among=KINDS,
+    text="Plan for a cpu or a gpu (one with 50 MB of L2 cache), there or not.  [default: that of --device]",
+)
+@click.option("--measure", is_flag=True, help="Also do one step each on the device, and compare.")
+@json_option("the tables")
+def memory(
+    steps: list[float], device_kind: str | None, measure: bool, json_path: Path | None, given: dict[str, Any]
+) -> None:
+    """Plan the peak memory of EP, BPTT and BP.
+
+    By purpose, in bytes that a step with optimizer takes, without taking any: the arrays of all phases are laid out on
+    paper by the code that lays them out for a step. EP takes the same for every T, BPTT more for every step.
+    """
+    whole = all(number == int(number) for number in steps)
+    right = whole and len(steps) <= MOST_NUMBERS and all(1 <= number <= planning.MOST_STEPS for number in steps)
+    require(right, f"--steps must be up to {MOST_NUMBERS} integers from 1 to {planning.MOST_STEPS}")
+    config = chosen_config(given)
+    report = planning.memory_report(config, [int(number) for number in steps], device_kind, measure, click.echo)
+    click.echo(report.text())
+    write_json(report, json_path)
+
+
+INFO_EXAMPLES = """\b
+Examples:
+  cupyep info                                                        device, libraries, data folder
+  cupyep info --arch vgg12 --batch-size 128 --device-kind gpu        layers, products, planned memory
+  cupyep info --arch vgg7 --algorithm bptt --nudged-steps 20
+"""
+
+
+@click.command(cls=SectionedCommand, epilog=INFO_EXAMPLES)
+@config_options(("data_dir", "algorithm", *planning.MEMORY_OPTIONS))
+@choice("--device-kind", among=KINDS, text="Plan for a cpu or a gpu, there or not.  [default: that of --device]")
+def info(device_kind: str | None, given: dict[str, Any]) -> None:
+    """Show this machine, or a network.
+
+    The machine: device, libraries, data folder. With any option of a network: its layers with their shapes, its
+    parameters, its products, and the planned peak memory of a training step by purpose (see cupyep memory).
+    """
+    if not given.keys() - {"data_dir"} and device_kind is None:
+        for name, value in system_report(given.get("data_dir")):
+            click.echo(f"{name:<14} {value}")
+        return
+    require("data_dir" not in given, "--data-dir says nothing of a network; give it alone")
+    config = chosen_config(given)
+    click.echo(planning.network_report(config, device_kind))
+
+
+RECIPES_EXAMPLES = """\b
+Examples:
+  cupyep recipes                                   all of them, with their sources
+  cupyep recipes vgg7-kd-cifar10                   every setting, and where it is from
+  cupyep recipes vgg7-kd-cifar10 > mine.toml       a recipe to change: cupyep train --recipe mine.toml
+  cupyep recipes mine.toml                         is it valid?
+"""
+
+
+@click.command(epilog=RECIPES_EXAMPLES)
+@click.argument("recipe", required=False, metavar="[NAME|FILE]", shell_complete=complete_recipe)
+def recipes(recipe: str | None) -> None:
+    """Show the recipes, or one of them.
+
+    NAME is a recipe of the package, FILE a TOML file of your own; it is checked, and printed as it is. Each setting is
+    marked [paper], published in the source named at the top, or [own], this project's choice.
+    """
+    if recipe is None:
+        names = recipe_names()
+        width = max(map(len, names))
+        for name in names:
+            click.echo(f"{name:<{width}}  {recipe_summary(name)}")
+        return
+    chosen_config({}, recipe)
+    click.echo(recipe_text(recipe), nl=False)

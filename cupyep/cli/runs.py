@@ -1,0 +1,229 @@
+"""The commands that look at a trained run: evaluate, predict, export, diagnose, plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cupyep.cli.shared import (
+    FilePath,
+    Names,
+    NewFile,
+    SectionedCommand,
+    checkpoint_option,
+    choice,
+    json_option,
+    run_options,
+    write_json,
+)
+from cupyep.commands import diagnose as diagnosing
+from cupyep.commands.export import FORMS, export_run
+from cupyep.commands.plots import draw_runs
+from cupyep.commands.plots.diagnosis import diagnosis
+from cupyep.commands.plots.style import FORMATS, matplotlib_figure, save
+from cupyep.commands.predict import Prediction, predict_pictures
+from cupyep.data.pictures import find_pictures
+from cupyep.errors import ConfigurationError, DataError, require
+from cupyep.files import can_write
+from cupyep.training.display import Display
+from cupyep.training.runs import evaluate_run
+from cupyep.training.trained import load_trained
+
+EVALUATE_EXAMPLES = """\b
+Examples:
+  cupyep evaluate runs/mine                             the test images, with the best epoch
+  cupyep evaluate runs/mine --split validation          the images held out by --validation
+  cupyep evaluate runs/mine --checkpoint last --device cpu
+"""
+
+
+@click.command(epilog=EVALUATE_EXAMPLES)
+@click.argument("run", type=FilePath())
+@checkpoint_option("best")
+@choice(
+    "--split",
+    among=("test", "validation", "train"),
+    default="test",
+    text="Which images: validation needs a run with --validation; train are the training images, not augmented.",
+)
+@run_options("data_dir", "limit_test", "batch_size", "device")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def evaluate(run: Path, checkpoint: str, split: str, quiet: bool, given: dict[str, Any]) -> None:
+    """Show the accuracy of a run.
+
+    RUN is a run directory.
+    """
+    require("limit_test" not in given or split == "test", "--limit-test needs --split test")
+    for line in evaluate_run(run, checkpoint, given, Display(quiet), split):
+        click.echo(line)
+
+
+PREDICT_EXAMPLES = """\b
+Examples:
+  cupyep predict runs/mine cat.png                     the three likeliest classes
+  cupyep predict runs/mine photos --top 1 --json       every picture of a folder, an object a line
+  cupyep predict runs/mine cat.png --free-steps 200 --tolerance 1e-4
+"""
+
+
+@click.command(epilog=PREDICT_EXAMPLES)
+@click.argument("run", type=FilePath())
+@click.argument("pictures", nargs=-1, required=True, type=FilePath(), metavar="PICTURE|FOLDER...")
+@click.option("--top", type=int, default=3, show_default=True, help="Number of classes shown.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture.")
+@checkpoint_option("best")
+@run_options("free_steps", "tolerance", "batch_size", "device")
+def predict(
+    run: Path, pictures: tuple[Path, ...], top: int, as_json: bool, checkpoint: str, given: dict[str, Any]
+) -> None:
+    """Classify pictures with a trained run.
+
+    RUN is a run directory; its data set is not needed. Pictures become what the run's images were: upright, grey or
+    colour, the largest square in the middle, the data set's size, normalised. Transparent parts become white. With a
+    tolerance each line says whether the network settled, and always how far from rest its worst layer was.
+
+    PNG, JPEG, BMP, GIF (first frame), WebP, TIFF and PPM are read, up to 50 million pixels. Needs the extra images:
+    pip install "cupyep[images]". Of a FOLDER all files but hidden ones are tried; one that is no picture is reported,
+    as a picture that cannot be read is, the others are classified, and the exit code is 1.
+    """
+    files = find_pictures(list(pictures))
+    trained, failed = load_trained(run, checkpoint, given), 0
+    width = max(len(str(file)) for file in files)
+    for prediction in predict_pictures(trained, files, top):
+        failed += bool(prediction.error)
+        click.echo(json.dumps(prediction.to_json(), allow_nan=False) if as_json else _line(prediction, width))
+    if failed:
+        raise DataError(f"{failed} of {len(files)} pictures could not be classified; see above")
+
+
+def _line(prediction: Prediction, width: int) -> str:
+    if prediction.error:
+        return prediction.error
+    shown = [
+        f"{name} {score:.3f}" if probability is None else f"{name} {probability:.1%}"
+        for name, score, probability in prediction.classes
+    ]
+    settled = {None: "", True: " (settled)", False: " (not settled)"}[prediction.settled]
+    rest = "" if prediction.residual is None else f"  residual {prediction.residual:.1e}{settled}"
+    return f"{prediction.file!s:<{width}}  {', '.join(shown)}{rest}"
+
+
+EXPORT_EXAMPLES = """\b
+Examples:
+  cupyep export runs/mine --format npz --output mine.npz       arrays, laid out as PyTorch expects
+  cupyep export runs/mine --format torch --output mine.pt      a state dict
+  cupyep export runs/mine --format onnx --output mine.onnx     the settled network, pixels in, scores out
+"""
+
+
+@click.command(epilog=EXPORT_EXAMPLES)
+@click.argument("run", type=FilePath())
+@click.option("--format", "form", type=Names("--format", tuple(FORMS)), required=True, help="What to write.")
+@click.option("--output", type=NewFile(), required=True, help="The file to write.")
+@checkpoint_option("best")
+@click.option("--steps", type=int, help="Settling steps written out (onnx).  [default: the run's --free-steps]")
+def export(run: Path, form: str, output: Path, checkpoint: str, steps: int | None) -> None:
+    """Write a run's network for other programs.
+
+    RUN is a run directory; its data set is not needed. Weights are named layers.0.weight, .., readout.bias;
+    convolutions are (K, C, kh, kw), dense maps (out, in) of an input flattened as (C, H, W).
+
+    npz also holds mean, std, classes and settings; torch holds the weights only, and needs PyTorch; onnx (extra onnx)
+    is the free phase with its steps written out, and takes pixels in [0, 1], which it normalises.
+    """
+    for line in export_run(run, form, output, checkpoint, steps):
+        click.echo(line)
+
+
+DIAGNOSE_EXAMPLES = """\b
+Examples:
+  cupyep diagnose runs/mine                             the last checkpoint, with a picture in runs/mine/plots
+  cupyep diagnose runs/mine --free-steps 20 --bptt      would more steps help? is the gradient right?
+  cupyep diagnose best.h5 --plot best.png --json best.json
+"""
+
+
+@click.command(cls=SectionedCommand, epilog=DIAGNOSE_EXAMPLES)
+@click.argument("path", metavar="RUN|CHECKPOINT", type=FilePath())
+@checkpoint_option("last", of="a run's")
+@click.option("--bptt", is_flag=True, help="Compare the gradient with backpropagation through time (slower).")
+@click.option("--plot", "plot_path", type=NewFile(),
+              help="Picture, .png or .svg.  [default: plots/diagnosis.png in the run directory]")  # fmt: skip
+@json_option("everything")
+@run_options(
+    "beta", "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "data_dir",
+    "batch_size", "device",
+)  # fmt: skip
+def diagnose(
+    path: Path, checkpoint: str, bptt: bool, plot_path: Path | None, json_path: Path | None, given: dict[str, Any]
+) -> None:
+    """Look at a run layer by layer.
+
+    Do its phases settle, does the nudge reach every layer, do units respond?
+
+    Settles as many training images as the run's batches hold, as long as the run does and as long again, and prints a
+    line a layer: residual at the end of a phase, how far the layer still has to go, the samples that are unsettled (too
+    far from rest, or above the tolerance), response to the nudge (also times a_n = lambda^-(L-n), which makes layers
+    comparable), norm of the gradient, units at the end of their range, dead channels. Verdicts follow in words. The
+    exit code is 0 for an unhealthy network, too.
+    """
+    if plot_path is not None:
+        require(plot_path.suffix in (".png", ".svg"), f"--plot must end in .png or .svg (got '{plot_path}')")
+        matplotlib_figure()
+    report = diagnosing.diagnose(path, checkpoint, given, bptt)
+    for line in report.lines():
+        click.echo(line)
+    write_json(report, json_path)
+    for file in _draw(report, path, plot_path):
+        click.echo(f"drawn in {file}")
+
+
+def _draw(report: diagnosing.Diagnosis, path: Path, plot_path: Path | None) -> list[Path]:
+    """Draw the diagnosis where it was asked for, else in the run directory; a checkpoint alone has no place for it."""
+    if plot_path is None:
+        if not (path.is_dir() and can_write(path)):
+            return []
+        plot_path = path / "plots" / "diagnosis.png"
+    try:
+        lines = report.lines()
+        verdicts = [line for line in lines if line.startswith(("warning:", "healthy:"))]
+        figure = diagnosis(report.rows, report.trace, report.title, verdicts)
+    except ConfigurationError as error:
+        click.echo(f"not drawn: {error}")
+        return []
+    plot_path.parent.mkdir(exist_ok=True)
+    return save(figure, plot_path.with_suffix(""), (plot_path.suffix[1:],))
+
+
+PLOT_EXAMPLES = """\b
+Examples:
+  cupyep plot runs/mine                         pictures in runs/mine/plots
+  cupyep plot runs/ep runs/bp --out figures     loss and accuracy of both in one picture
+  cupyep plot runs/mine --format both           PNG and SVG
+"""
+
+
+@click.command(epilog=PLOT_EXAMPLES)
+@click.argument("run", nargs=-1, required=True, type=FilePath(), metavar="RUN...")
+@click.option(
+    "--out",
+    type=FilePath(file_okay=False),
+    help="Folder of the pictures.  [default: plots in the run directory; plots here for several runs]",
+)
+@choice("--format", "form", among=FORMATS, default="png", text="Kind of picture.")
+@run_options("data_dir", "batch_size", "device")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def plot(run: tuple[Path, ...], out: Path | None, form: str, quiet: bool, given: dict[str, Any]) -> None:
+    """Draw runs, finished or not.
+
+    Pictures: learning (loss and accuracy, all runs in one), response and gradient (what reaches each layer, over the
+    epochs), distance (how far from rest the phases end), units (saturated and dead ones), settling (residuals step by
+    step), filters (of the first layer), confusion (which class is taken for which; settles the test images once).
+
+    Needs the extra plot: pip install "cupyep[plot]".
+    """
+    for line in draw_runs(run, out, FORMATS[form], given, Display(quiet)):
+        click.echo(line)

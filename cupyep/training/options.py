@@ -1,0 +1,107 @@
+"""What an option is: a field of `TrainConfig` with its group, kind, help line, rule, and what it needs.
+
+What an option needs to have an effect is a condition on the values of all. Numbers that make another option idle
+(kappa 0, momentum 0) are points of a sweep, and no condition.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from dataclasses import Field, field
+from typing import Any
+
+from cupyep.data.sources import SOURCES
+from cupyep.errors import choose, require
+
+LARGEST = 1 << 63  # of integers
+KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a number or a list of numbers",
+}
+#: Rules for numbers: key in an option's table entry -> words of the message, comparison.
+RULES = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+MIRRORED = tuple(name for name, source in SOURCES.items() if source.flip)
+#: Conditions: name -> the words of the refusal, and a test of all values by name.
+NEEDS = {
+    "mirrored": (f"--dataset {', '.join(MIRRORED[:-1])} or {MIRRORED[-1]}", lambda c: c["dataset"] in MIRRORED),
+    "readout": ("--loss cross_entropy", lambda c: c["loss"] == "cross_entropy"),
+    "ep": ("--algorithm ep", lambda c: c["algorithm"] == "ep"),
+    "settling": ("--algorithm ep or bptt", lambda c: c["algorithm"] != "bp"),
+    "feedback": ("--algorithm ep or bptt, or no --gain", lambda c: c["algorithm"] != "bp" or c["gain"] is None),
+    "finite": ("--scheme centered, onesided or random", lambda c: c["scheme"] != "tangent"),
+    "signal": ("--aug le or kd", lambda c: c["aug"] != "none"),
+    "kd": ("--aug kd", lambda c: c["aug"] == "kd"),
+    "maps": ("--no-teacher-features", lambda c: c["aug"] != "kd" or not c["teacher_features"]),
+    "softmax": ("--signal-loss cross_entropy", lambda c: c["signal_loss"] == "cross_entropy"),
+    "own teacher": ("no --teacher", lambda c: c["teacher"] is None),
+    "sgd": ("--optimizer sgd", lambda c: c["optimizer"] == "sgd"),
+}
+
+
+def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
+    """Return a dataclass field that is one option.
+
+    Parameters
+    ----------
+    group, text : str
+        Heading and line in ``--help``.
+    default : object
+        None where the option may be left out.
+    kind : {int, float, str, bool, list}
+        ``list`` is one number, or several (one a layer).
+    **rule
+        `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
+        `check` (of a text, a function of value and name that raises; its `choices` are suggestions then); `needs`
+        (names of `NEEDS`), without which the option has no effect.
+    """
+    return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
+
+
+def checked(spec: Field, value: Any, name: str) -> Any:
+    """Return `value` in the kind of the option `spec`, or raise ConfigurationError with its `name`, rule and value."""
+    kind = spec.metadata["kind"]
+    if value is None:
+        require(spec.default is None, f"{name} must be {KIND_NAMES[kind]}")
+        return None
+    if kind is list and isinstance(value, (list, tuple)):
+        require(len(value) > 0, f"{name} must hold at least one number")
+        numbers = [_number(spec, name, v, float) for v in value]
+        return numbers[0] if len(numbers) == 1 else numbers
+    if kind in (list, float, int):
+        return _number(spec, name, value, float if kind is list else kind)
+    require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {_shown(value)})")
+    if kind is str:
+        require(not re.search("[\0\ud800-\udfff]", value), f"{name} must be a text of valid characters (got {value!r})")
+    if "check" in spec.metadata:
+        spec.metadata["check"](value, name)
+    elif "choices" in spec.metadata:
+        choose(name, value, spec.metadata["choices"])
+    return value
+
+
+def _number(spec: Field, name: str, value: Any, kind: type) -> Any:
+    accepted = (int, float) if kind is float else (int,)
+    is_number = isinstance(value, accepted) and not isinstance(value, bool)
+    is_number = is_number and (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value))
+    require(is_number, f"{name} must be {KIND_NAMES[spec.metadata['kind']]} (got {_shown(value)})")
+    for key, (words, holds) in RULES.items():
+        limit = spec.metadata.get(key)
+        require(limit is None or holds(value, limit), f"{name} must be {words} {limit} (got {value})")
+    return kind(value)
+
+
+def _shown(value: Any) -> str:
+    """Return a wrong value for a message; containers and huge integers cannot always be written down."""
+    if isinstance(value, (str, float, bool)) or (isinstance(value, int) and abs(value) < LARGEST):
+        return repr(value)
+    return {dict: "a table", list: "a list", int: "a huge number"}.get(type(value), f"a {type(value).__name__}")
