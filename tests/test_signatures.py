@@ -368,7 +368,15 @@ MEANINGFUL = (
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
     (r"load_dataset", "data_dir", "text", "digits need no folder"),
 )
-ALIASES = {"x": "image", "batch": "image", "targets": "labels", "y": "labels", "arch": "architecture", "path": "file"}
+ALIASES = {
+    "x": "image",
+    "lsuv": "image",
+    "batch": "image",
+    "targets": "labels",
+    "y": "labels",
+    "arch": "architecture",
+    "path": "file",
+}
 
 
 def meaningful(name, argument, kind):

@@ -165,7 +165,8 @@ def judge(what: str, truth: Any, added: Any, written: Any, scale: Any = None) ->
     scale : array of shape (B,), optional
     """
     truth, added, written = (
-        np.array([np.asarray(_host(row), float) for row in rows]) for rows in (truth, added, written)
+        np.array([np.asarray(row.get() if hasattr(row, "get") else row, float) for row in rows])
+        for rows in (truth, added, written)
     )
     expected = truth if scale is None else scale * truth
     size = max(np.abs(expected).max(), np.abs(added).max(), 1e-12)
@@ -397,7 +398,3 @@ def _difference(value: Callable[[float], Any]) -> Any:
 def _rows(force: Any, v: Any) -> Any:
     """Return ``<force, v>`` a sample."""
     return (force * v).reshape(len(v), -1).sum(axis=1)
-
-
-def _host(row: Any) -> np.ndarray:
-    return row.get() if hasattr(row, "get") else np.asarray(row)

@@ -181,7 +181,7 @@ def _prepare(config: TrainConfig, display: Display, run: Path | None = None) -> 
     device = get_device(config.device, config.scratch_mb)
     dataset = build_dataset(config)
     network = build_network(config, dataset, device)
-    if config.lsuv:  # of a run that goes on the weights are read afterwards
+    if config.lsuv and run is None:
         unit_drives(network, first_images(dataset, network, config.batch_size))
     display.show("note", _headline(config, dataset, network))
     display.show("note", f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
