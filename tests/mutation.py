@@ -466,6 +466,8 @@ DEFECTS = [
     Defect("exported dense weights in the wrong flattening order", "export/weights.py",
            "weight.reshape(*below, -1).transpose(2, 0, 1, 3)", "weight.reshape(*below, -1).transpose(2, 1, 0, 3)",
            "test_export"),
+    Defect("exported graph: the readout sees the map and not its averages", "export/onnx_graph.py",
+           "if readout.pool:", "if False:", "test_export"),
     Defect("exported graph without lambda", "export/onnx_graph.py",
            "if down is None or ratio == 1 else self.node", "if True else self.node", "test_export test_residual_runs"),
     Defect("exported graph: winners of the first step for all steps", "export/onnx_graph.py",

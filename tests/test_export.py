@@ -169,6 +169,25 @@ def test_onnxruntime_gives_the_scores_of_relaxed_phases(schedule, relaxation):
     assert np.abs(plain - relaxed).max() > 1e-3
 
 
+@pytest.mark.parametrize("pool", [2, "global"])
+@pytest.mark.parametrize("arch", ["4p 6", "4 4+4 6s+6"])
+def test_a_readout_of_averages(arch, pool):
+    """What is left of the map is still a map with pool 2, so that the order in which it is flattened counts."""
+    net = ep.build(arch, 5, (8, 8, 3), readout_pool=pool, feedback=0.5, seed=2, device="cpu", precision="float32")
+    x = np.random.default_rng(4).standard_normal((3, 8, 8, 3)).astype(np.float32)
+    state = net.settle(x, steps=4, schedule="sweeps").layers[-1]
+    size = len(state[0]) if pool == "global" else pool
+    rows = len(state[0]) // size
+    means = state.reshape(3, rows, size, rows, size, -1).mean(axis=(2, 4)).reshape(3, -1)
+    expected = means @ net.readout.weight + net.readout.bias
+    scores = check_and_run(onnx_model(net, 4, "sweeps"), planes(x))
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert np.ptp(expected, axis=0).min() > 1e-3, "all images have the same scores: the test would see nothing"
+    exported = torch_layout(net)["readout.weight"]
+    flat = means.reshape(3, rows, rows, -1).transpose(0, 3, 1, 2).reshape(3, -1)
+    np.testing.assert_allclose(flat @ exported.T + net.readout.bias, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["synchronous", "evenodd", "sweeps"])
 def test_squared_error_and_many_steps(schedule):
     assert_same_scores(make_network(loss="squared_error", feedback=0.5), 40, schedule, count=1)

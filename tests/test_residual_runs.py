@@ -120,9 +120,11 @@ def test_an_edge_that_a_file_cannot_hold_is_named_by_its_node(tmp_path):
         ep.Network(layers, 3, device="cpu").save(tmp_path / "net.h5")
 
 
-def test_a_resumed_run_is_a_straight_one(run):
-    taken_up = run("taken up", epochs=1, lr_schedule="constant")
-    straight = run("constant", lr_schedule="constant")
+@pytest.mark.parametrize("lsuv", [False, True])
+def test_a_resumed_run_is_a_straight_one(run, lsuv):
+    """Also one whose weights started from data: a run that goes on has its own."""
+    taken_up = run("taken up", epochs=1, lr_schedule="constant", lsuv=lsuv)
+    straight = run("constant", lr_schedule="constant", lsuv=lsuv)
     runs.resume_run(taken_up, {"epochs": 2}, SILENT).run()
     assert numbers(RunDirectory.open(taken_up)) == numbers(RunDirectory.open(straight))
     assert_same_state(*(load_checkpoint(path / "checkpoint.h5") for path in (taken_up, straight)))
@@ -134,6 +136,12 @@ def test_a_checkpoint_of_other_connections_is_refused(run, monkeypatch, tmp_path
     monkeypatch.setattr(small, "connections", less)
     with pytest.raises(CheckpointError, match="layers: saved 7, this network 6"):
         runs.resume_run(path, {"epochs": 2}, SILENT)
+
+
+@pytest.mark.parametrize("run", ["plain"], indirect=True)
+def test_a_run_that_starts_from_data_begins_elsewhere(run):
+    courses = [numbers(RunDirectory.open(run(str(lsuv), epochs=1, lsuv=lsuv))) for lsuv in (False, True)]
+    assert courses[0] != courses[1]
 
 
 # --- exports -------------------------------------------------------------------------------------------------------
