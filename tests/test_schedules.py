@@ -106,6 +106,20 @@ def test_nothing_depends_on_what_buffers_held(device, schedule, activation):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_first_step_reads_no_winners_of_the_phase_before(device, schedule):
+    """From states that are not zero feedback flows at once, along winners that nothing has found yet."""
+    net = network("conv", device, pooling="max", activation=ep.Clip("never zero", 1.0, 0.2, 1.0), precision="float32")
+    batch, ends = batch_of(net), []
+    net.settle(batch, steps=1, schedule=schedule)  # makes the buffers
+    for content in (0, 1, 2, 255):
+        net.memory._block[...] = content
+        ends.append(hosts(net, net.settle(batch, steps=1, schedule=schedule).layers))
+    for other in ends[1:]:
+        for a, b in zip(ends[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_samples_do_not_see_each_other(device):
     net = network("conv", device, pooling="max")
     batch = batch_of(net)
