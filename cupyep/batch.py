@@ -40,7 +40,7 @@ class Batch:
     _rows: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # made of them
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def part(self, rows: slice) -> Batch:
         """Return a batch of some of the samples, which shares their memory."""

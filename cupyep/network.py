@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import numpy as np
 
 from cupyep import errors
 from cupyep.backend import Device, get_device
+from cupyep.backend.threads import Turns, number_for, run_parts
 from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
-from cupyep.memory.workspace import Memory
+from cupyep.memory.workspace import Effective, Memory
+from cupyep.ops.conv import chunked
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge, State
 from cupyep.settling import check_settling, settle, watched
@@ -23,6 +25,9 @@ from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
 
 NUDGES = ("classical", "deviation", "tangent")
+# Samples that go through a step together on a CPU. Not by the number of threads: results do not depend on it. By
+# measurement (docs/performance.md) a step takes as long with 16 to 128; fewer leave more cores something to do.
+PART = 32
 RETAINED = ("states", "drives", "both")
 
 
@@ -67,9 +72,43 @@ class Network(Structure):
     """
 
     @functools.cached_property
+    def _memories(self) -> dict[int, Memory]:
+        return {}
+
+    @functools.cached_property
+    def effective(self) -> Effective:
+        """What is made of the parameters, once while they are constant."""
+        return Effective(self.layers, self.device.xp)
+
+    @property
     def memory(self) -> Memory:
-        """What settling and learning need beside the parameters."""
-        return Memory(self.graph, self.device, self.precision)
+        """What settling and learning need beside the parameters, in this thread."""
+        number = number_for(self)
+        if number not in self._memories:
+            self._memories[number] = Memory(self.graph, self.device, self.precision, self.effective)
+        return self._memories[number]
+
+    def run_parts(self, batch: Batch, work: Callable[[Batch, int, Turns], Any], most: int | None = None) -> list[Any]:
+        """Return what `work` makes of each part of a batch: of the part, its number, and turns in their order.
+
+        On a CPU each is done by a thread with memory of its own (`cupyep.backend.threads`); on a GPU one after the
+        other. `most` is the largest part, see `parts`. Parameters must not change meanwhile.
+        """
+        parts = [batch.part(rows) for rows in self.parts(len(batch.images), most)]
+
+        def of(number: int, turns: Turns) -> Any:
+            return work(parts[number], number, turns)
+
+        _ = self.energy  # made before threads ask for it
+        with self.effective.constant():
+            return run_parts(self, len(parts), of)
+
+    def parts(self, samples: int, most: int | None = None) -> list[slice]:
+        """Return the rows of a batch that are processed together, nearly equally many each, the longest first.
+
+        At most `most`, by default `PART` on a CPU and all on a GPU.
+        """
+        return [rows for rows, _ in chunked(samples, most or (samples if self.device.is_gpu else PART))]
 
     def describe(self) -> dict[str, Any]:
         """Return what this network is, parameters aside: see `cupyep.persistence.network_file.describe`."""
@@ -124,7 +163,8 @@ class Network(Structure):
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
         require(batch.labels is not None, "a nudge needs targets (labels)")
         readout = Nudge(self.readout, 1.0, self.targets(batch))
-        return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
+        with self.effective.lock:  # a signal need not know of threads when it looks up its targets
+            return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
 
     def targets(self, batch: Batch) -> Any:
         """Return the labels of a batch as the readout's target, one-hot rows (N, classes) on the device."""
@@ -355,8 +395,13 @@ class Network(Structure):
     @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
         """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`."""
-        state = self.settle_free(self.batch(x), start, **({"steps": 60, "schedule": "synchronous"} | how))
-        return self.outputs(state.layers[-1]).copy()
+        batch, how = self.batch(x), {"steps": 60, "schedule": "synchronous"} | how
+        if start is not None:
+            return self._scores(batch, start, **how)
+        return self.device.xp.concatenate(self.run_parts(batch, lambda part, *_: self._scores(part, None, **how)))
+
+    def _scores(self, batch: Batch, start: State | None, **how: Any) -> Any:
+        return self.outputs(self.settle_free(batch, start, **how).layers[-1]).copy()
 
     def outputs(self, last: Any) -> Any:
         """Return what the readout says of some last states s^L, shape (B, classes); float32 where they are halves."""

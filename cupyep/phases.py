@@ -134,7 +134,7 @@ class Phase:
             buffers.inputs[...] = 0
         self._nudges = self._loaded(nudges, betas, divisors)
         for term, *_ in nudges:
-            term.refresh()
+            workspace.effective.refresh(term)
 
     def _loaded(
         self, nudges: Sequence[Nudge], betas: Sequence[float], divisors: Sequence[float]

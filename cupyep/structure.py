@@ -13,6 +13,7 @@ import numpy as np
 from cupyep import errors
 from cupyep.activations import Activation, get_activation
 from cupyep.backend import PRECISIONS, Device, get_device, get_precision
+from cupyep.backend.threads import one_blas_thread, works_for
 from cupyep.energy import HopfieldEnergy
 from cupyep.errors import choose, instance, integer, is_number, items, number, require
 from cupyep.graph import Connection, Graph
@@ -27,7 +28,10 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def locked(self: Any, *args: Any, **options: Any) -> Any:
-        with getattr(self, "network", self).lock:
+        network = getattr(self, "network", self)
+        if works_for(network):  # for the thread that holds the lock
+            return method(self, *args, **options)
+        with network.lock, one_blas_thread:
             return method(self, *args, **options)
 
     return locked
@@ -75,7 +79,7 @@ class Structure:
         self.config: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("lock", "memory")} | {"_energy": None}
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "_memories", "effective")} | {"_energy": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())

@@ -333,7 +333,7 @@ DEFECTS = [
     Defect("bias gradient dropped", "layers.py",
            "add_sum(s, bias)  # pooling", "pass  # pooling", "test_layers"),
     Defect("new weights not taken up by the way down", "memory/workspace.py",
-           "            workspace.refresh()\n", "            pass\n", "test_stale_weights"),
+           "                workspace.refresh(self._is_due)\n", "                pass\n", "test_stale_weights"),
     Defect("weights of the first step for all steps", "memory/workspace.py",
            "            self._current = outer\n", "            pass\n", "test_stale_weights"),
     Defect("T^2 factor of the loss", "losses.py", "-(self.temperature**2) *", "-self.temperature *", "test_losses"),

@@ -392,7 +392,7 @@ def test_the_first_edge_is_multiplied_in_whole_packs(rng, name, inputs):
 def test_what_fills_up_the_weight_is_zero_whatever_the_memory_held(fake_gpu, monkeypatch, precision):
     monkeypatch.setattr(strict.XP, "empty", lambda shape, dtype: strict.XP.full(shape, np.nan, dtype), raising=False)
     net = small.network(device=fake_gpu, precision=precision)
-    ops = net.memory._derived_arrays(0, net.layers[0].prepare(2, 1 << 20, net.precision, fake_gpu))
+    ops = net.effective.arrays(0, net.layers[0].prepare(2, 1 << 20, net.precision, fake_gpu))
     padded = fake_gpu.to_numpy(ops[0])
     assert len(padded) > net.layers[0].geometry.window
     np.testing.assert_array_equal(padded, 0)

@@ -245,7 +245,7 @@ def test_batch_sizes_and_phases_share_one_block():
     net, batch = case()
     learner = ep.EquilibriumPropagation(net, free_steps=3, nudged_steps=2, schedule="sweeps")
     first = {path: g.copy() for path, g in learner.step(batch).gradients.items()}
-    block, arena, made = net.memory._block, net.memory._arena, dict(net.memory._derived)
+    block, arena, made = net.memory._block, net.memory._arena, dict(net.effective.derived)
     ragged = ep.Batch(batch.images[:3], batch.labels[:3])
     learner.step(ragged)
     learner.evaluate(ragged)
@@ -256,7 +256,7 @@ def test_batch_sizes_and_phases_share_one_block():
     for path, gradient in first.items():
         np.testing.assert_array_equal(again[path], gradient)
     assert (net.memory._block, net.memory._arena) == (block, arena)
-    assert {key: id(arrays) for key, arrays in net.memory._derived.items()} == {k: id(a) for k, a in made.items()}
+    assert {key: id(arrays) for key, arrays in net.effective.derived.items()} == {k: id(a) for k, a in made.items()}
 
 
 def test_arrays_handed_out_before_the_block_grew_keep_their_values():

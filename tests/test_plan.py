@@ -206,9 +206,9 @@ def test_what_a_gpu_allocates_was_planned(fake_gpu, algorithm):
     optimizer, batch = ep.SGD(learner.parameters(), momentum=0.9), small.batch_of(learner.network, 4)
     optimizer.step(learner.step(batch).gradients)
     memory, fixed = learner.network.memory, [learner.signals[0].term(layer).weight for layer in (1, 2)]
-    arrays = [*learner.parameters().values(), learner._gradients.packed, *fixed, batch.images]
+    arrays = [*learner.parameters().values(), learner._gradients[0].packed, *fixed, batch.images]
     arrays += [*optimizer._buffers.values(), *optimizer._scratch.values(), memory._block, memory._arena.block]
-    arrays += [array for made in memory._derived.values() for array in made]
+    arrays += [array for made in memory.effective.derived.values() for array in made]
     targets = 2 * 4 * small.CLASSES * 4  # labels, of readout and local error; a teacher's
     beside = targets + WORKSPACE_BYTES + parts.get("temporaries", 0)
     assert sum(parts.values()) == sum(array.nbytes for array in arrays) + beside

@@ -99,7 +99,7 @@ def test_a_step_takes_weights_up_once_a_size(kind, micro_batch, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             learner.step(batch)
     taken_up, refresh = Counter(), Workspace.refresh
-    monkeypatch.setattr(Workspace, "refresh", lambda workspace: taken_up.update([workspace]) or refresh(workspace))
+    monkeypatch.setattr(Workspace, "refresh", lambda space, *how: taken_up.update([space]) or refresh(space, *how))
     for work in (learner.step, learner.step, learner.evaluate):
         taken_up.clear()
         work(batch)

@@ -174,7 +174,7 @@ class EquilibriumPropagation(Learner):
         self.network.check_start(free, len(batch), "free")
         nudges = self.network.nudges(batch, self.signals)
         part = Part(self._zero_gradients(), batch, len(batch), self.betas(), nudges)
-        with self.network.memory.constant_weights():
+        with self.network.effective.constant():
             result = self._nudge(part, free)
         self._finish(part.gradients)
         return result

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cupyep.backend.threads import Turns, number_for
 from cupyep.batch import Batch
 from cupyep.errors import instance, integer, items
 from cupyep.heads import LossTerm, accuracy_count
@@ -13,7 +14,6 @@ from cupyep.learning.gradients import Gradients, packed_size
 from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
-from cupyep.ops.conv import chunked
 from cupyep.ops.reduction import levels
 from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
@@ -78,13 +78,13 @@ class Learner:
         self.network = instance("network", network, Network)
         self.micro_batch = None if micro_batch is None else integer("micro_batch", micro_batch)
         self.signals = [network.bind(signal) for signal in items("signals", signals, Augmenter)]
-        self._gradients: Gradients | None = None
+        self._gradients: dict[int, Gradients] = {}  # 0: of a batch; n: of the part that thread n - 1 has in hand
         # By what the gradients of each node are multiplied when all parts of a batch are in, the same for all. The
         # states must not be: halves might not hold them then.
         self._factors = [1.0] * network.depth
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_gradients": None}
+        return vars(self) | {"_gradients": {}}
 
     def parameters(self) -> dict[str, Any]:
         """Return all trained arrays by path: the network's, and learned maps as ``signals.0.layer3.weight``."""
@@ -99,9 +99,19 @@ class Learner:
     def step(self, x: Any, targets: Any = None) -> StepResult:
         """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
         batch = self._placed(x, targets)
-        gradients, draw = self._zero_gradients(), self._draw()
-        with self.network.memory.constant_weights():
-            result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
+        gradients, draw, total = self._zero_gradients(), self._draw(), len(batch.images)
+        several = len(self.parts(total)) > 1 and not self.network.device.is_gpu
+
+        def add(part: Batch, number: int, turns: Turns) -> StepResult:
+            own = self._zero_gradients(number_for(self.network) + 1) if several else gradients
+            result = self._add(own, part, total, draw)
+            if several:
+                with turns.turn(number):
+                    gradients.packed += own.packed
+            return result
+
+        result = _sum(self.network.run_parts(batch, add, self.micro_batch))
+        result.gradients = gradients
         self._finish(gradients)
         return result
 
@@ -111,13 +121,9 @@ class Learner:
     def _placed(self, x: Any, targets: Any) -> Batch:
         return self.network.labelled(x, targets).placed(self.network.device)
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """Return a batch in parts of nearly equal size."""
-        return [batch.part(rows) for rows in self.parts(len(batch.images))]
-
     def parts(self, samples: int) -> list[slice]:
-        """Return the rows of a batch that are processed together, the longest first."""
-        return [rows for rows, _ in chunked(samples, self.micro_batch or samples)]
+        """Return the rows of a batch that are processed together: see `Network.parts`."""
+        return self.network.parts(samples, self.micro_batch)
 
     def _add(self, gradients: Gradients, part: Batch, total: int, draw: Any) -> StepResult:
         """Add the gradients of one of the parts that make a batch of `total` samples.
@@ -140,14 +146,19 @@ class Learner:
     @exclusive
     def scores(self, batch: Batch) -> Any:
         """Return the readout's output (N, classes) at the state `settled`."""
-        return self.network.outputs(self.settled(batch).layers[-1])
+        parts = self.network.run_parts(batch, lambda part, *_: self._scores(part).copy(), self.micro_batch)
+        return self.network.device.xp.concatenate(parts)
+
+    def _scores(self, part: Batch) -> Any:
+        return self.network.outputs(self.settled(part).layers[-1])
 
     @exclusive
     def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
         """Return the summed readout loss and the number of correct samples, 0-d arrays."""
-        parts = self._parts(self._placed(x, targets))
-        with self.network.memory.constant_weights():
-            figures = [self._judge(self.scores(part), part) for part in parts]
+        batch = self._placed(x, targets)
+        figures = self.network.run_parts(
+            batch, lambda part, *_: self._judge(self._scores(part), part), self.micro_batch
+        )
         loss, correct = figures[0]
         for more_loss, more_correct in figures[1:]:
             loss, correct = loss + more_loss, correct + more_correct
@@ -178,13 +189,14 @@ class Learner:
             **{name: figures[:, i] for i, name in enumerate(names)},
         }
 
-    def _zero_gradients(self) -> Gradients:
+    def _zero_gradients(self, number: int = 0) -> Gradients:
+        """Return gradients that are zero: those of a batch, or with a `number` from 1 on those of a worker's part."""
         shapes = {path: array.shape for path, array in self.parameters().items()}
-        if self._gradients is None or self._gradients.shapes != shapes:
+        if number not in self._gradients or self._gradients[number].shapes != shapes:
             network = self.network
-            self._gradients = Gradients(network.device.xp.zeros(packed_size(shapes), network.dtype), shapes)
-        self._gradients.packed[...] = 0
-        return self._gradients
+            self._gradients[number] = Gradients(network.device.xp.zeros(packed_size(shapes), network.dtype), shapes)
+        self._gradients[number].packed[...] = 0
+        return self._gradients[number]
 
     def _finish(self, gradients: Gradients) -> None:
         """Multiply the gradients of edges, sums so far, by their factors; make those of what is trained of them."""

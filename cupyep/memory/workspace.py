@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Workspace:
         Bytes wanted from the arena.
     replayer : Replayer
         Of iterations captured with these operations.
+    effective : Effective
+        From `bind` on: what they take of the parameters.
     """
 
     def __init__(self, edges: Sequence[Edge], batch: int, device: Device, precision: Precision):
@@ -53,20 +56,84 @@ class Workspace:
         self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
         self.nbytes = max(ops.nbytes for ops in self.ops)
 
-    def bind(self, arena: Arena, derived: Sequence[Sequence[Any]]) -> None:
+    def bind(self, arena: Arena, effective: Effective) -> None:
         """Take views of the arena, and the arrays that each edge's operations make of the weights."""
         self.forget()
-        for ops, arrays in zip(self.ops, derived, strict=True):
-            ops.bind(arena, arrays)
+        self.effective = effective
+        for n, ops in enumerate(self.ops):
+            ops.bind(arena, effective.arrays(n, ops))
 
     def forget(self) -> None:
         """Forget the iterations that were captured: they are of memory that is no more."""
         self.replayer = Replayer(self.device.graphs)
 
-    def refresh(self) -> None:
-        """Take up the current weights."""
-        for edge, ops in zip(self.edges, self.ops, strict=True):
+
+    def refresh(self, is_due: Callable[[Hashable], bool]) -> None:
+        """Take up the current weights; `is_due` says, by its key, whether to make what is derived of them."""
+        for n, (edge, ops) in enumerate(zip(self.edges, self.ops, strict=True)):
+            if ops.derived:
+                ops.derives = is_due(derived_key(n, ops))
             edge.refresh(ops)
+
+
+class Effective:
+    """What is made of the parameters, for all memories that settle with them: each thing once while they are constant.
+
+    The weights of edges, what operations make of them (mirrored, transformed, rounded), the maps of heads.
+
+    Parameters
+    ----------
+    edges : sequence of Edge
+    xp : module
+    """
+
+    def __init__(self, edges: Sequence[Edge], xp: Any):
+        self.edges, self.xp = edges, xp
+        self.derived: dict[Hashable, list[Any]] = {}
+        self._current: set[Hashable] | None = None  # what is made of the parameters of the scope
+        self.lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def constant(self) -> Iterator[None]:
+        """Promise that no parameter changes within this scope: all is made once, not at every call."""
+        outer = self._current
+        self._current = set() if outer is None else outer
+        try:
+            yield
+        finally:
+            self._current = outer
+
+    def arrays(self, n: int, ops: Any) -> list[Any]:
+        """Return the arrays of ``ops.derived``, shared by all operations of edge n that derive the same."""
+        with self.lock:
+            key = derived_key(n, ops)
+            if key not in self.derived:
+                self.derived[key] = [self.xp.zeros(shape, dtype) for shape, dtype in ops.derived]
+            return self.derived[key]
+
+    def take_up(self, workspace: Workspace) -> None:
+        """Let the operations of a workspace have the current weights."""
+        with self.lock:
+            if self._is_due("weights"):
+                for edge in self.edges:
+                    edge.make_weight()
+            if self._is_due(workspace):
+                workspace.refresh(self._is_due)
+
+    def refresh(self, term: Any) -> None:
+        """Let a term of the loss have its current parameters."""
+        with self.lock:
+            if self._is_due(id(term)):
+                term.refresh()
+
+    def _is_due(self, what: Hashable) -> bool:
+        """Return whether something must be made, which is done then."""
+        if self._current is None:
+            return True
+        if what in self._current:
+            return False
+        self._current.add(what)
+        return True
 
 
 class Memory:
@@ -80,6 +147,8 @@ class Memory:
     graph : Graph
     device : Device
     precision : Precision
+    effective : Effective, optional
+        Of the network, where several memories serve it: a thread each.
     """
 
     # An epoch's: N and 2N of each of the two lengths that the parts of a batch have, of those of the last, ragged one,
@@ -87,42 +156,25 @@ class Memory:
     WORKSPACES_KEPT = 16
     LAYOUTS_KEPT = 64
 
-    def __init__(self, graph: Graph, device: Device, precision: Precision):
+    def __init__(self, graph: Graph, device: Device, precision: Precision, effective: Effective | None = None):
         self.edges = graph.edges
+        self.effective = Effective(graph.edges, device.xp) if effective is None else effective
         self.device = device
         self.precision = precision
         self.layout = Layout(graph, precision, device.is_gpu)
         self._arena: Arena | None = None
         self._block: Any = None
-        self._derived: dict[Any, list[Any]] = {}
         self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
         self._laid_out: OrderedDict[Hashable, Any] = OrderedDict()
-        self._current: set[Workspace] | None = None  # those that have the weights of the scope, once there are any
-
-    @contextlib.contextmanager
-    def constant_weights(self) -> Iterator[None]:
-        """Promise that no weight changes within this scope: each workspace takes them up once, not at every call."""
-        outer = self._current
-        self._current = set() if outer is None else outer
-        try:
-            yield
-        finally:
-            self._current = outer
 
     def workspace(self, batch: int) -> Workspace:
         """Return the operations for a batch size, the current weights taken up; those of the last few sizes are kept.
 
-        Get it anew after every change of the weights. Within `constant_weights` they are taken up the first time.
+        Get it anew after every change of the weights. Within `Effective.constant` they are taken up the first time.
         """
         self._prepare([batch])
         workspace = self._workspaces[batch]
-        if not self._current:
-            for edge in self.edges:
-                edge.make_weight()
-        if self._current is None or workspace not in self._current:
-            workspace.refresh()
-        if self._current is not None:
-            self._current.add(workspace)
+        self.effective.take_up(workspace)
         return workspace
 
     def _prepare(self, batches: Sequence[int]) -> None:
@@ -131,14 +183,12 @@ class Memory:
         needed = max((workspace.nbytes for workspace in fresh.values()), default=0)
         if self._arena is None or self._arena.block.nbytes < needed:
             self._workspaces.clear()  # they hold the old arena
-            if self._current is not None:
-                self._current.clear()
             self._arena = None
             self._arena = Arena(self.device.xp, needed)
             fresh = {batch: fresh[batch] if batch in fresh else self._new(batch) for batch in batches}
         for batch, workspace in fresh.items():
             self._workspaces[batch] = workspace
-            workspace.bind(self._arena, [self._derived_arrays(n, ops) for n, ops in enumerate(workspace.ops)])
+            workspace.bind(self._arena, self.effective)
         for batch in batches:
             self._workspaces.move_to_end(batch)
         while len(self._workspaces) > self.WORKSPACES_KEPT:
@@ -146,12 +196,6 @@ class Memory:
 
     def _new(self, batch: int) -> Workspace:
         return Workspace(self.edges, batch, self.device, self.precision)
-
-    def _derived_arrays(self, n: int, ops: Any) -> list[Any]:
-        key = derived_key(n, ops)
-        if key not in self._derived:
-            self._derived[key] = [self.device.xp.zeros(shape, dtype) for shape, dtype in ops.derived]
-        return self._derived[key]
 
     def phase(self, shape: PhaseShape) -> PhaseBuffers:
         """Return the arrays of a phase."""

@@ -88,6 +88,8 @@ class ConvOps:
         Samples of each chunk and their number.
     nbytes : int
         Bytes wanted from the arena.
+    derives : bool
+        Whether `refresh` makes the arrays of `derived` anew; others that share them may have made them.
     derived : list of (shape, dtype)
         What `refresh` makes of the weight: arrays, zeros at first, that operations for other batch sizes may share.
     flops : int
@@ -106,6 +108,8 @@ class ConvOps:
 
     NATIVE = False  # whether halves and TF32 are multiplied as such, and products added
     TILE_ROWS = 1  # a product should have a multiple of so many rows
+
+    derives = True
 
     def __init__(
         self,
@@ -188,11 +192,11 @@ class ConvOps:
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (k, k, C, K) as a factor of products; for the top-down one mirrored, channels exchanged."""
-        if self.copies:
-            self.factors.take_up(weight, self.kernel)
-        else:
+        if not self.copies:
             self.kernel, self.factor = weight, weight.reshape(-1, weight.shape[-1])
-        if self.flipped is not None:
+        elif self.derives:
+            self.factors.take_up(weight, self.kernel)
+        if self.flipped is not None and self.derives:
             mirrored = self.kernel[::-1, ::-1].transpose(0, 1, 3, 2)
             self.flipped.reshape(mirrored.shape)[...] = mirrored
 

@@ -34,6 +34,8 @@ class LinearOps:
         The weight as a factor: itself, or a rounded copy.
     """
 
+    derives = True
+
     def __init__(self, shape: tuple[int, int], batch: int, precision: Precision, device: Device):
         self.flops = 2 * shape[0] * shape[1]
         self.factors = Factors(precision, device.is_gpu)
@@ -54,10 +56,10 @@ class LinearOps:
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (inputs, units) as a factor."""
-        if self.factors.copies:
-            self.factors.take_up(weight, self.matrix)
-        else:
+        if not self.factors.copies:
             self.matrix = weight
+        elif self.derives:
+            self.factors.take_up(weight, self.matrix)
 
     def drive(self, s: Any, out: Any) -> None:
         """Write ``s w`` into `out` (B, units)."""

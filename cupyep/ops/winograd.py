@@ -80,6 +80,8 @@ class WinogradOps:
     largest unit of a tile: the margin within which pooled units are equal is four times as wide.
     """
 
+    derives = True
+
     def __init__(self, geometry: ConvGeometry, batch: int, nbytes: int, precision: Precision, xp: Any):
         self.geometry = geometry
         self._xp = xp
@@ -96,7 +98,6 @@ class WinogradOps:
         self.requests = self._map_requests(self.chunks[0][1]) + weights
         self.nbytes = Arena.size(self.requests)
         self.derived = weights[:1]
-        self._weight: Any = None
         transform = np.kron(G, G).astype(dtype)
         self._to_u, self._from_u = xp.asarray(transform), xp.asarray(np.ascontiguousarray(transform.T))
 
@@ -118,15 +119,9 @@ class WinogradOps:
         self._d, self._r, self._v, self._m, self._y, self._mask, self._du, self._spare = arena.views(self.requests)
 
     def refresh(self, weight: Any) -> None:
-        """Take up a weight (3, 3, C, K), transformed when it is first needed: gradients never do."""
-        self._weight = weight
-
-    def _transformed(self) -> Any:
-        """Return ``U = G w G^T`` of the weight taken up last."""
-        if self._weight is not None:
-            self._xp.matmul(self._to_u, self._weight.reshape(9, -1), out=self._u.reshape(16, -1))
-            self._weight = None
-        return self._u
+        """Take up a weight (3, 3, C, K): make ``U = G w G^T``."""
+        if self.derives:
+            self._xp.matmul(self._to_u, weight.reshape(9, -1), out=self._u.reshape(16, -1))
 
     def product(self, s: Any, out: Any, m: int) -> Any:
         """Return ``w * s`` before pooling, for `pool` or `gather`.
@@ -136,7 +131,7 @@ class WinogradOps:
         array of shape (2, 2, m, tiles down, tiles across, K)
             Tiles in scratch; without pooling they are in `out` as well, put together.
         """
-        xp, products, y, u = self._xp, self._m[:, :m], self._y[:, :, :m], self._transformed()
+        xp, products, y, u = self._xp, self._m[:, :m], self._y[:, :, :m], self._u
         self._split(s, m)
         for a in range(4):
             v = self._row_of_v(a, m)
@@ -160,7 +155,7 @@ class WinogradOps:
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
-        v, d, u = self._v[:, :m], self._d[:, :, :m], self._transformed()
+        v, d, u = self._v[:, :m], self._d[:, :, :m], self._u
         self._unpool(s, winners, m)
         d[...] = 0
         for a, (first, second, sign) in enumerate(INPUTS):

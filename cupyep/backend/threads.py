@@ -1,0 +1,204 @@
+"""Parts of a batch in threads of this process, each with one BLAS thread.
+
+Samples never talk to each other while they settle. So a batch is cut into parts of a fixed size, each part goes through
+all its phases in one thread, and what comes of the parts is added in their order: the same bits for any number of
+threads. NumPy gives the interpreter lock back within its operations, and so do the products of BLAS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+from cupyep.errors import integer, require
+
+VARIABLE = "CUPYEP_THREADS"
+CGROUP = Path("/sys/fs/cgroup")
+_here = threading.local()  # of each thread: whose work it does, and its number among those that do
+_chosen: int | None = None
+
+
+def set_threads(threads: int | None) -> None:
+    """Set how many threads work on the parts of a batch; results do not depend on it.
+
+    Parameters
+    ----------
+    threads : int or None
+        At least 1; None for the default: ``CUPYEP_THREADS``, else `available_cpus`.
+
+    Raises
+    ------
+    ConfigurationError
+        If `threads` is not a positive integer.
+    """
+    global _chosen  # noqa: PLW0603
+    _chosen = None if threads is None else integer("threads", threads)
+
+
+def get_threads() -> int:
+    """Return how many threads work on the parts of a batch.
+
+    Raises
+    ------
+    ConfigurationError
+        If ``CUPYEP_THREADS`` is not a positive integer.
+    """
+    if _chosen is not None:
+        return _chosen
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return available_cpus()
+    require(text.isascii() and text.isdigit() and int(text) > 0, f"{VARIABLE} must be a positive integer, not '{text}'")
+    return int(text)
+
+
+@functools.cache
+def available_cpus() -> int:
+    """Return the CPUs that this process may use: its affinity, and the quota of its control group, rounded up."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus, _quota(CGROUP) or cpus))
+
+
+def _quota(root: Path) -> int | None:
+    """Return the CPUs that the control group mounted at `root` grants, version 2 or 1; None for all."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (root / "cpu.max").read_text().split()
+        return -(-int(quota) // int(period))  # of "max" there is no integer
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (int((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return -(-quota // period) if quota > 0 else None
+    return None
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+class _OneBlasThread:
+    """A scope in which BLAS uses one thread: many small products in several threads of its own collapse.
+
+    The limit is the process's: the first that enters sets it, the last that leaves restores what was there.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._limit = threading.Lock(), 0, contextlib.nullcontext()
+
+    def __enter__(self):
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._limit = _blas().limit(limits=1)
+                self._limit.__enter__()
+
+    def __exit__(self, *error):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.__exit__(None, None, None)
+
+
+one_blas_thread = _OneBlasThread()
+
+
+def number_for(owner: Any) -> int:
+    """Return the number of this thread among those that do parts of the work of `owner`; 0 if it does none."""
+    return _here.number if works_for(owner) else 0
+
+
+def works_for(owner: Any) -> bool:
+    """Return whether this thread does a part of the work of `owner`, whose lock another one holds."""
+    return getattr(_here, "owner", None) is owner
+
+
+class Turns:
+    """Lets threads do something in the order of the parts that they have in hand."""
+
+    def __init__(self):
+        self._next, self._failed = 0, False
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def turn(self, part: int) -> Iterator[None]:
+        """Wait until all parts before `part` have had their turn; let the next one have it afterwards."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == part or self._failed)
+            if self._failed:
+                raise _Abandoned
+            yield
+            self._next += 1
+            self._changed.notify_all()
+
+    def fail(self) -> None:
+        """Send away all that wait."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+
+class _Abandoned(Exception):
+    """Another part failed."""
+
+
+def run_parts(owner: Any, count: int, work: Callable[[int, Turns], Any]) -> list[Any]:
+    """Return ``[work(0, turns), work(1, turns), ...]``, done by up to `get_threads` threads, this one among them.
+
+    Each begins the first part that nobody has begun. In a thread that does a part already they are done one after the
+    other.
+
+    Raises
+    ------
+    BaseException
+        What the first of the parts that failed raised, after all threads have stopped.
+    """
+    turns, threads = Turns(), 1 if getattr(_here, "owner", None) is not None else min(get_threads(), count)
+    if threads == 1:
+        return [work(part, turns) for part in range(count)]
+    parts, results, errors = itertools.count(), [None] * count, {}
+
+    def take_parts(number: int) -> None:
+        _here.owner, _here.number, part = owner, number, -1
+        try:
+            while not errors and (part := next(parts)) < count:
+                results[part] = work(part, turns)
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            errors[part] = error
+            turns.fail()
+        finally:
+            _here.owner, _here.number = None, 0
+
+    # Each in a context of its own, with the error states of NumPy that hold here.
+    others = [_pool().submit(contextvars.copy_context().run, take_parts, number) for number in range(1, threads)]
+    take_parts(0)
+    while not_done := [other for other in others if not other.done()]:
+        try:
+            wait(not_done)
+        except KeyboardInterrupt as error:  # their memory is in use until they are done
+            errors[-1] = error
+            turns.fail()
+    for other in others:
+        other.result()
+    if errors:
+        raise errors[min(errors)]
+    return results
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1024, "cupyep")  # which starts a thread where none is idle
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind
