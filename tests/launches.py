@@ -26,9 +26,9 @@ import strict
 from strict import Tape
 
 import cupyep as ep
-from cupyep.backend.blank import L2_BYTES
 from cupyep.backend.device import gpu_scratch
 from cupyep.cli.shared import Numbers
+from cupyep.memory.plan import L2_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from parts import WARM_UP, Recorder, TrainingStep  # noqa: E402

@@ -21,7 +21,7 @@ from cupyep.backend.cuda import Cublas, Launcher, address, kernel_argument, sour
 from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
 from cupyep.losses import CrossEntropy
-from cupyep.memory.allotment import Stack
+from cupyep.memory.layout import Stack
 from cupyep.ops import cuda_conv, head, optimizer, reduction, update
 from cupyep.ops.buffers import Arena
 from cupyep.ops.update import CudaUpdateOps, UpdateOps

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import Device, get_device
-from cupyep.backend.blank import BlankDevice
-from cupyep.backend.peak import peak_bytes
 from cupyep.batch import Batch
 from cupyep.data import ImageFormat
 from cupyep.data.dataset import image_shape
@@ -23,8 +21,8 @@ from cupyep.errors import require
 from cupyep.files import replacing
 from cupyep.learning import Learner
 from cupyep.learning.operations import Operations
+from cupyep.memory.plan import BlankDevice, peak_bytes, plan
 from cupyep.network import Network
-from cupyep.plan import plan
 from cupyep.signals import Augmenter
 from cupyep.training.build import build_learner, build_network, build_optimizer, make_signals, optimizer_slots
 from cupyep.training.config import TrainConfig
