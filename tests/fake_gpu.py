@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import time
 from types import SimpleNamespace
 
@@ -144,20 +145,17 @@ class FakeGpu(StrictDevice):
 
     def __init__(self):
         super().__init__()
-        self.name, self.is_gpu, self.adds_products = "cuda:0", True, True
+        self.name, self.index, self.is_gpu, self.adds_products = "cuda:0", 0, True, True
         self.graphs = GraphCapture(self.xp, 0)
         self.scratch_bytes = 12_000  # several chunks even of small batches
-        self._fake_launchers = {}
 
     def use(self):
         pass
 
-    def launcher(self, source):
+    def make_launcher(self, source):
         if compiler() is None:
             pytest.skip("g++ is not installed: kernels cannot run on the CPU")
-        if source not in self._fake_launchers:
-            self._fake_launchers[source] = FakeLauncher(source)
-        return self._fake_launchers[source]
+        return FakeLauncher(source)
 
 
 def current_stream():
@@ -182,7 +180,7 @@ def make_fake_gpu(monkeypatch):
     cublas = Cublas(FakeCublas(), strict.XP, current_stream)
     monkeypatch.setattr(device_module, "_cublas", lambda array: cublas)
     gpu = FakeGpu()
-    monkeypatch.setattr(device_module, "_launcher_of", lambda index, source: gpu.launcher(source))
+    monkeypatch.setattr(device_module, "_launcher_of", functools.cache(lambda index, source: gpu.make_launcher(source)))
     return gpu
 
 

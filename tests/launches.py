@@ -26,9 +26,9 @@ import strict
 from strict import Tape
 
 import cupyep as ep
-from cupyep.backend.blank import L2_BYTES
 from cupyep.backend.device import gpu_scratch
 from cupyep.cli.shared import Numbers
+from cupyep.memory.plan import L2_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from parts import WARM_UP, Recorder, TrainingStep  # noqa: E402
@@ -67,10 +67,9 @@ class SilentGpu(stand_in.FakeGpu):
     def __init__(self, scratch_bytes):
         super().__init__()
         self.scratch_bytes = scratch_bytes
-        self._launchers = {}
 
-    def launcher(self, source):
-        return self._launchers.setdefault(source, SilentLauncher())
+    def make_launcher(self, source):
+        return SilentLauncher()
 
     def to_numpy(self, array):
         counts["reads"] += 1

@@ -8,6 +8,7 @@ taken up to where a module would be loaded.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -21,7 +22,7 @@ from cupyep.backend.cuda import Cublas, Launcher, address, kernel_argument, sour
 from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
 from cupyep.losses import CrossEntropy
-from cupyep.memory.allotment import Stack
+from cupyep.memory.layout import Stack
 from cupyep.ops import cuda_conv, head, optimizer, reduction, update
 from cupyep.ops.buffers import Arena
 from cupyep.ops.update import CudaUpdateOps, UpdateOps
@@ -58,16 +59,13 @@ class CupyOnHost(ep.Device):
 
     def __init__(self):
         super().__init__("cpu")
-        self.name, self.xp, self.is_gpu, self.adds_products, self.launchers = "cuda:0", cupy, True, True, {}
+        self.name, self.index, self.xp, self.is_gpu, self.adds_products = "cuda:0", 0, cupy, True, True
 
     def asarray(self, array, dtype=None):
         array = np.asarray(array, dtype)
         here = cupy.empty(array.shape, array.dtype)
         view(here)[...] = array
         return here
-
-    def launcher(self, source):
-        return self.launchers.setdefault(source, HostLauncher(source))
 
 
 @pytest.fixture
@@ -82,7 +80,7 @@ def host(monkeypatch):
         cublas = Cublas(FakeCublas(), cupy, lambda: 0)
         monkeypatch.setattr(device_module, "_cublas", lambda array: cublas)
         device = CupyOnHost()
-        monkeypatch.setattr(device_module, "_launcher_of", lambda index, source: device.launcher(source))
+        monkeypatch.setattr(device_module, "_launcher_of", functools.cache(lambda index, source: HostLauncher(source)))
         yield device
 
 

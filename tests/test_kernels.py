@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cupyep.backend.precision import get_precision
-from cupyep.memory.allotment import Stack
+from cupyep.memory.layout import Stack
 from cupyep.ops.buffers import Arena
 from cupyep.ops.columns import col2im, im2col, inner_view, output_size
 from cupyep.ops.pooling import (

@@ -7,8 +7,7 @@ import pytest
 from small import batch_of, network, signals_of
 
 import cupyep as ep
-from cupyep.memory.allotment import Stack
-from cupyep.memory.layout import Layout, PhaseShape, rows_of_parts
+from cupyep.memory.layout import Layout, PhaseShape, Stack, rows_of_parts
 from cupyep.memory.workspace import Memory
 from cupyep.ops.update import UpdateOps
 

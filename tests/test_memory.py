@@ -8,8 +8,8 @@ import pickle
 import pytest
 
 import cupyep as ep
-from cupyep.backend.blank import BlankDevice
 from cupyep.commands.memory import memory_report, planned_step
+from cupyep.memory.plan import BlankDevice
 from cupyep.training.config import make_config
 
 SMALL = ("--arch", "vgg5", "--width", 0.2, "--image-size", 16, "--batch-size", 24, "--device", "cpu")

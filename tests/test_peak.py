@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cupyep as ep
-from cupyep.backend import peak
 from cupyep.backend.cuda import WORKSPACE_BYTES
+from cupyep.memory import plan
 
 MEGABYTE = 10**6
 
@@ -19,7 +19,7 @@ def test_peak_is_that_of_arrays_alive_together():
         del first
         return second, np.zeros(MEGABYTE, np.uint8)
 
-    assert 2e6 <= peak.peak_bytes(lambda: two_of_three, ep.get_device("cpu")) < 2.1e6
+    assert 2e6 <= plan.peak_bytes(lambda: two_of_three, ep.get_device("cpu")) < 2.1e6
 
 
 def test_what_is_made_counts_and_what_it_took_to_make_it_does_not():
@@ -29,7 +29,7 @@ def test_what_is_made_counts_and_what_it_took_to_make_it_does_not():
         return lambda: (kept, np.zeros(MEGABYTE, np.uint8))
 
     before = np.zeros(9 * MEGABYTE, np.uint8)
-    assert 3e6 <= peak.peak_bytes(make, ep.get_device("cpu")) < 3.1e6
+    assert 3e6 <= plan.peak_bytes(make, ep.get_device("cpu")) < 3.1e6
     assert before.nbytes == 9e6
 
 
@@ -77,14 +77,14 @@ def test_blocks_of_a_gpu(fake_gpu, monkeypatch):
 
         return work
 
-    assert peak.peak_bytes(make, fake_gpu) == 1000 + 500 + WORKSPACE_BYTES
+    assert plan.peak_bytes(make, fake_gpu) == 1000 + 500 + WORKSPACE_BYTES
     assert Pool.hooks == []
 
 
 def test_cupy_takes_the_hook():
     """CuPy's own class, whose methods are called by the names of their arguments."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    hook = peak._hook(cupy)
+    hook = plan._follower(cupy)
     assert isinstance(hook, cupy.cuda.MemoryHook)
     with hook:
         hook.malloc_postprocess(device_id=0, size=5, mem_size=512, mem_ptr=16, pmem_id=1)

@@ -10,10 +10,8 @@ import pytest
 import small
 
 import cupyep as ep
-from cupyep.backend.blank import BlankDevice
 from cupyep.backend.cuda import WORKSPACE_BYTES
-from cupyep.backend.peak import peak_bytes
-from cupyep.plan import plan
+from cupyep.memory.plan import BlankDevice, peak_bytes, plan
 
 FEW = {"free_steps": 2, "nudged_steps": 2}
 SWEEPS = {**FEW, "schedule": "sweeps"}

@@ -16,8 +16,8 @@ from small import CLASSES, Teacher, batch_of, hosts, on_host
 import cupyep as ep
 from cupyep import settling
 from cupyep.graph import Graph
-from cupyep.memory import allotment
-from cupyep.memory.allotment import ALWAYS, Request, allot
+from cupyep.memory import layout
+from cupyep.memory.layout import ALWAYS, Request, allot
 from cupyep.program import Drive, TopDown, Update, Value, make_program
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
@@ -584,10 +584,10 @@ def test_arrays_of_their_own_have_the_same_bits(monkeypatch, recwarn, pooling, s
         places, top = [], 0
         for request in requests:
             places.append(top)
-            top += allotment.padded_bytes(request.shape, request.dtype)
+            top += layout.padded_bytes(request.shape, request.dtype)
         return places, top
 
-    monkeypatch.setattr(allotment, "allot", apart)
+    monkeypatch.setattr(layout, "allot", apart)
     lavish = residual(**options)
     lavish.memory.reserve(4 * used)
     lavish.memory._block[...] = 255

@@ -33,11 +33,11 @@ from parts import (
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS
-from cupyep.backend.peak import peak_bytes
 from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors
 from cupyep.commands.system import system_report
 from cupyep.files import replacing
 from cupyep.learning.operations import Operations
+from cupyep.memory.plan import peak_bytes
 from cupyep.models import architecture
 from cupyep.settling import SCHEDULES
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from cupyep.backend.blank import BlankDevice
 from cupyep.cli.shared import OneLineErrors
 from cupyep.commands.memory import blank_learner
 from cupyep.errors import ConfigurationError, require
@@ -20,6 +19,7 @@ from cupyep.experiments.report import OPEN, table
 from cupyep.experiments.runner import RESULTS
 from cupyep.files import replacing
 from cupyep.learning.operations import Operations
+from cupyep.memory.plan import BlankDevice
 from cupyep.training.config import TrainConfig, make_config
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

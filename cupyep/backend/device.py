@@ -106,7 +106,6 @@ class Device:
         self.is_gpu = self.adds_products = name != "cpu"
         self.graphs: GraphCapture | None = None
         self.scratch_bytes = 8 << 20
-        self._launchers: dict[Path, Launcher] = {}
         if self.is_gpu:
             cupy, why_not = _import_cupy()
             if cupy is None:
@@ -155,9 +154,7 @@ class Device:
 
     def launcher(self, source: Path) -> Launcher:
         """Return what compiles and launches the CUDA kernels of a file, the same one every time."""
-        if source not in self._launchers:
-            self._launchers[source] = Launcher(source, self.xp)
-        return self._launchers[source]
+        return _launcher_of(self.index, source)
 
     def synchronize(self) -> None:
         """Wait until all work on this device is done."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from cupyep.backend.blank import KINDS
 from cupyep.cli.shared import (
     Numbers,
     SectionedCommand,
@@ -24,6 +23,7 @@ from cupyep.commands import gradient_check
 from cupyep.commands import memory as planning
 from cupyep.commands.system import system_report
 from cupyep.errors import require
+from cupyep.memory.plan import KINDS
 from cupyep.recipes import recipe_names, recipe_summary, recipe_text
 from cupyep.training.config import require_used
 

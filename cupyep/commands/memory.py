@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,19 +12,16 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import Device, get_device
-from cupyep.backend.blank import BlankDevice
-from cupyep.backend.peak import peak_bytes
 from cupyep.batch import Batch
 from cupyep.data import ImageFormat
 from cupyep.data.dataset import image_shape
 from cupyep.data.sources import SOURCES
 from cupyep.errors import require
-from cupyep.files import replacing
+from cupyep.files import write_json
 from cupyep.learning import Learner
 from cupyep.learning.operations import Operations
+from cupyep.memory.plan import BlankDevice, peak_bytes, plan
 from cupyep.network import Network
-from cupyep.plan import plan
-from cupyep.signals import Augmenter
 from cupyep.training.build import build_learner, build_network, build_optimizer, make_signals, optimizer_slots
 from cupyep.training.config import TrainConfig
 
@@ -42,21 +38,10 @@ MOST_STEPS, MOST_SAMPLES = 10_000, 1 << 16  # a plan lists every step unrolled a
 
 @dataclass
 class StepMemory:
-    """The memory of one step.
+    """The memory of one step, in bytes: planned, by purpose, and measured at the peak of one that was done."""
 
-    Attributes
-    ----------
-    algorithm : {"ep", "bptt", "bp"}
-    steps : int or None
-        T: free steps of EP, unrolled steps of BPTT.
-    planned : dict of str to int
-        Bytes by purpose.
-    measured : int or None
-        Bytes at the peak of a step that was done.
-    """
-
-    algorithm: str
-    steps: int | None
+    algorithm: str  # "ep", "bptt", "bp"
+    steps: int | None  # T: free steps of EP, unrolled steps of BPTT
     planned: dict[str, int]
     measured: int | None = None
 
@@ -73,16 +58,7 @@ class StepMemory:
 
 @dataclass
 class MemoryReport:
-    """Steps of EP and BPTT with T steps each, and of BP, of one network.
-
-    Attributes
-    ----------
-    config : TrainConfig
-    device : Device
-        The real one, or a blank one, that was planned for.
-    rows : list of StepMemory
-        EP for every T, BPTT for every T, BP.
-    """
+    """Steps of EP for every T, of BPTT for every T, and of BP, of one network on a device, the real or a blank one."""
 
     config: TrainConfig
     device: Device
@@ -94,11 +70,10 @@ class MemoryReport:
         return "\n\n".join([self._head(), purposes(columns), self._totals()])
 
     def _head(self) -> str:
-        config, kind = self.config, "GPU" if self.device.is_gpu else "CPU"
-        parts = "" if config.micro_batch is None else f" in parts of {config.micro_batch}"
+        config = self.config
         return (
-            f"{config.arch}, width {config.width:g}, batch {config.batch_size}{parts}, {config.precision}, "
-            f"{config.schedule}, {config.optimizer}, {kind}; MB are 10^6 bytes"
+            f"{config.arch}, width {config.width:g}, {batch_text(config)}, {config.precision}, {config.schedule}, "
+            f"{config.optimizer}, {kind_of(self.device).upper()}; MB are 10^6 bytes"
         )
 
     def _totals(self) -> str:
@@ -117,7 +92,7 @@ class MemoryReport:
         """Write ``{"options", "device_kind", "steps": [{"algorithm", "steps", "planned", "planned_bytes", ...}]}``."""
         content = {
             "options": {name: getattr(self.config, name) for name in MEMORY_OPTIONS},
-            "device_kind": "gpu" if self.device.is_gpu else "cpu",
+            "device_kind": kind_of(self.device),
             "steps": [
                 {
                     "algorithm": row.algorithm,
@@ -129,8 +104,7 @@ class MemoryReport:
                 for row in self.rows
             ],
         }
-        with replacing(Path(path)) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(Path(path), content, indent=1)
 
 
 def purposes(columns: dict[str, dict[str, int]]) -> str:
@@ -184,11 +158,20 @@ def memory_report(
     return result
 
 
+def kind_of(device: Device) -> str:
+    """Return one of `cupyep.memory.plan.KINDS`."""
+    return "gpu" if device.is_gpu else "cpu"
+
+
+def batch_text(config: TrainConfig) -> str:
+    """Return in words how many images are processed together."""
+    return f"batch {config.batch_size}" + (f" in parts of {config.micro_batch}" if config.micro_batch else "")
+
+
 def device_of(config: TrainConfig, kind: str | None) -> Device:
     """Return the device of `config`, or one of another kind, blank."""
     device = get_device(config.device, config.scratch_mb)
-    here = "gpu" if device.is_gpu else "cpu"
-    return device if kind in (None, here) else BlankDevice(kind, config.scratch_mb)
+    return device if kind in (None, kind_of(device)) else BlankDevice(kind, config.scratch_mb)
 
 
 def _of(config: TrainConfig, algorithm: str, steps: int | None) -> TrainConfig:
@@ -221,7 +204,9 @@ def blank_learner(config: TrainConfig, device: Device) -> Learner:
     shape = image_shape(config.dataset, config.image_size)
     images = ImageFormat(source.name, source.classes, shape, np.zeros(shape[2:]), np.ones(shape[2:]))
     network = build_network(config, images, device)
-    return build_learner(config, network, _signals(config, network), np.random.default_rng(config.seed))
+    require(not config.teacher_features, "the memory of --teacher-features depends on the teacher")
+    signals = make_signals(config, network, _BlankTeacher(network.classes))
+    return build_learner(config, network, signals, np.random.default_rng(config.seed))
 
 
 def noise(network: Network, samples: int) -> Batch:
@@ -230,11 +215,6 @@ def noise(network: Network, samples: int) -> Batch:
     images = generator.standard_normal((samples, *network.input_shape), np.float32)
     labels, views = generator.integers(0, network.classes, samples), np.zeros(samples, np.uint8)
     return Batch(network.device.asarray(images, network.precision.stored), labels, np.arange(samples), views, True)
-
-
-def _signals(config: TrainConfig, network: Network) -> list[Augmenter]:
-    require(not config.teacher_features, "the memory of --teacher-features depends on the teacher")
-    return make_signals(config, network, _BlankTeacher(network.classes))
 
 
 class _BlankTeacher:
@@ -254,14 +234,13 @@ def network_report(config: TrainConfig, kind: str | None = None) -> str:
     network = blank_learner(config, BlankDevice.like(device)).network
     count = sum(math.prod(array.shape) for array in network.parameters().values())
     operations = Operations(network, config.batch_size)
-    micro = "" if config.micro_batch is None else f" in parts of {config.micro_batch}"
     lines = [
         repr(network),
         f"parameters     {count}",
         f"products       {operations.settle_step() / 1e9:.2f} GFLOP an iteration for {config.batch_size} images (two "
         f"an edge), {operations.first / 1e9:.2f} GFLOP once a phase (edges from the image)",
         "",
-        f"a step of {NAMES[config.algorithm]}, batch {config.batch_size}{micro}, {config.optimizer}, planned "
-        f"for a {'GPU' if device.is_gpu else 'CPU'}; MB are 10^6 bytes",
+        f"a step of {NAMES[config.algorithm]}, {batch_text(config)}, {config.optimizer}, planned "
+        f"for a {kind_of(device).upper()}; MB are 10^6 bytes",
     ]
     return "\n".join([*lines, purposes({"planned": parts})])

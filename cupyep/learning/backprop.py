@@ -10,8 +10,7 @@ from typing import Any
 from cupyep.batch import Batch
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
-from cupyep.memory.allotment import Stack
-from cupyep.memory.layout import Layout
+from cupyep.memory.layout import Layout, Stack
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.phases import Nudge, State

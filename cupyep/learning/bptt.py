@@ -19,8 +19,7 @@ from cupyep.batch import Batch
 from cupyep.errors import integer
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
-from cupyep.memory.allotment import Stack
-from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape
+from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.phases import Nudge, State

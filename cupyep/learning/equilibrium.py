@@ -70,6 +70,8 @@ class EquilibriumPropagation(Learner):
         If the network's precision does not go well with another setting: see `precision_risks`.
     """
 
+    derives_maps = True
+
     def __init__(
         self,
         network: Network,

@@ -73,6 +73,7 @@ class Learner:
     """
 
     takes_slopes = True  # whether a step asks for the derivative of the activation
+    derives_maps = False  # whether terms make something of their maps for it
 
     def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
         self.network = instance("network", network, Network)
@@ -138,6 +139,11 @@ class Learner:
     def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
         """Return what a step with a part of so many samples, nudged by `nudges`, needs of the network's memory."""
         raise NotImplementedError
+
+    @property
+    def gradient_size(self) -> int:
+        """The numbers of the gradients of all parameters, packed."""
+        return packed_size({path: array.shape for path, array in self.parameters().items()})
 
     def settled(self, batch: Batch) -> State:
         """Return the state whose readout loss this algorithm lowers, and from which it predicts."""

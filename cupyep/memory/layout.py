@@ -14,20 +14,97 @@ from typing import Any, NamedTuple
 
 from cupyep.backend.precision import Precision
 from cupyep.graph import Graph
-from cupyep.memory.allotment import ALWAYS, Request, Stack
+from cupyep.ops.buffers import carve, padded_bytes
 from cupyep.ops.conv import chunked
 from cupyep.ops.update import UpdateOps
 from cupyep.program import Program, Value, make_program
 
 PART_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # scratch of an update; on a CPU it stays in cache
+ALWAYS = -1  # all bits
 Shape = tuple[int, ...]
 
 
-class TermShape(NamedTuple):
-    """What the layout must know of one summand of the loss: its node, and its scratch for a number of samples.
+class Request(NamedTuple):
+    """An array that is wanted, and when it is alive: bit n for moment n."""
 
-    See `cupyep.heads.LossTerm`.
+    shape: tuple[int, ...]
+    dtype: Any
+    alive: int = ALWAYS
+
+
+def allot(requests: Sequence[Request]) -> tuple[list[int], int]:
+    """Return the place in bytes of each array, and the bytes of all: what is alive at the same time does not overlap.
+
+    The largest first, each in the lowest place that is free whenever it is alive.
     """
+    sizes = [padded_bytes(request.shape, request.dtype) for request in requests]
+    places = [0] * len(requests)
+    placed: list[int] = []
+    for n in sorted(range(len(requests)), key=lambda n: -sizes[n]):
+        taken = sorted((places[m], places[m] + sizes[m]) for m in placed if requests[m].alive & requests[n].alive)
+        for start, end in taken:
+            if places[n] + sizes[n] <= start:
+                break
+            places[n] = max(places[n], end)
+        placed.append(n)
+    return places, max((place + size for place, size in zip(places, sizes, strict=True)), default=0)
+
+
+class Stack:
+    """Arrays laid into one block of memory, each on top of those before.
+
+    What is released may be laid over by what comes next: so phases that follow one another share memory. Without a
+    block, an array of bytes, only sizes and places are counted, and what is taken is None: a plan. The first `base`
+    bytes of the block are left alone. `top` are the bytes in use, `peak` is the largest top so far, and `at_peak` tells
+    the bytes by purpose then.
+    """
+
+    def __init__(self, block: Any = None, base: int = 0):
+        self._block = block
+        self._taken: list[tuple[int, int, str]] = []  # from, to, what for
+        self.top = self.peak = base
+        self.at_peak: dict[str, int] = {}
+
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array whose content is whatever was last written there."""
+        return self.take_all(purpose, [Request(shape, dtype)])[0]
+
+    def take_one_of(self, purpose: str, shapes: Sequence[tuple[int, ...]], dtype: Any) -> list[Any]:
+        """Return one array a shape, all in the same place: only one of them holds data at a time."""
+        return self.take_all(purpose, [Request(shape, dtype, 1 << n) for n, shape in enumerate(shapes)])
+
+    def take_all(self, purpose: str, requests: Sequence[Request]) -> list[Any]:
+        """Return one array a request; those that are never alive together share memory."""
+        places, nbytes = allot(requests)
+        start, self.top = self.top, self.top + nbytes
+        self._taken.append((start, self.top, purpose))
+        if self.top > self.peak:
+            self.peak, self.at_peak = self.top, self._by_purpose()
+        if self._block is None:
+            return [None] * len(requests)
+        return [
+            carve(self._block[start + place :], [(request.shape, request.dtype)])[0]
+            for place, request in zip(places, requests, strict=True)
+        ]
+
+    def since(self, top: int, dtype: Any) -> Any:
+        """Return all that lies above `top`, a former value of the attribute, as one array: to fill it at once."""
+        return None if self._block is None else self._block[top : self.top].view(dtype)
+
+    def release(self, top: int) -> None:
+        """Give back what was taken above `top`, a former value of the attribute."""
+        self.top = top
+        self._taken = [taken for taken in self._taken if taken[1] <= top]
+
+    def _by_purpose(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for start, end, purpose in self._taken:
+            sizes[purpose] = sizes.get(purpose, 0) + end - start
+        return {purpose: size for purpose, size in sizes.items() if size}
+
+
+class TermShape(NamedTuple):
+    """What the layout must know of one summand of the loss, see `cupyep.heads.LossTerm`; scratch by samples."""
 
     layer: int
     scratch_size: Callable[[int], int]
@@ -37,39 +114,17 @@ class TermShape(NamedTuple):
 
 @dataclass(frozen=True)
 class PhaseShape:
-    """All that decides which arrays a phase needs, and how large they are.
+    """All that decides which arrays a phase needs, and how large they are."""
 
-    Attributes
-    ----------
-    form : {"free", "classical", "deviation", "tangent"}
-    samples : int
-        N.
-    schedule : {"synchronous", "evenodd", "sweeps"}
-    phases : int
-        Nudged phases settled as one batch of ``phases * N`` rows.
-    retain : {"states", "drives", "both"}
-        What outlasts a free or classical phase.
-    terms : tuple of TermShape
-        Of the loss that nudges.
-    targets : tuple of (shape, dtype)
-        Their different targets, without the batch axis.
-    watched : bool
-        Whether states are remembered, to tell whether they oscillate.
-    base : int
-        Bytes at the start of the block that belong to a phase before.
-    update_scratch : callable
-        `UpdateOps.scratch_size` of the updates.
-    """
-
-    form: str
-    samples: int
+    form: str  # "free", "classical", "deviation", "tangent"
+    samples: int  # N
     schedule: str
-    phases: int = 1
-    retain: str = "both"
-    terms: tuple[TermShape, ...] = ()
-    targets: tuple[tuple[Shape, Any], ...] = ()
-    watched: bool = False
-    base: int = 0
+    phases: int = 1  # nudged ones, settled as one batch of phases * N rows
+    retain: str = "both"  # "states", "drives", "both": what outlasts a free or classical phase
+    terms: tuple[TermShape, ...] = ()  # of the loss that nudges
+    targets: tuple[tuple[Shape, Any], ...] = ()  # shapes, without the batch axis, and types of their different targets
+    watched: bool = False  # are states remembered, to tell whether they oscillate?
+    base: int = 0  # bytes at the start of the block that belong to a phase before
     update_scratch: Callable[[int, int], int] = UpdateOps.scratch_size
 
     @property
@@ -85,73 +140,32 @@ class PhaseShape:
 
 @dataclass
 class PhaseBuffers:
-    """The arrays of a phase.
+    """The arrays of a phase: lists have one a node, or a connection; those of work are for when the phase is over."""
 
-    Attributes
-    ----------
-    states : list of arrays (rows, *shape)
-        States, or scaled deviations.
-    moving : array
-        The memory of all states.
-    drives : list of arrays, or None
-        Total drives, where they are kept.
-    winners : list of uint8 arrays
-        One a connection, None for edges without.
-    slopes : list of arrays (N, *shape), or None
-        Of a tangent phase.
-    remembered : list of arrays
-        Empty where the phase is not watched.
-    values : dict
-        Value of the program -> array.
-    inputs : array
-        The memory of all of them, but for the constant ones.
-    residual : array of shape (nodes, rows)
-    parts : list of list of slice
-        Rows of each node that are updated at once.
-    scratch : array
-        For an update, or one term of the loss.
-    force, nudged : dict
-        Node -> array for the rows of one part: the force of its terms, and room for the state as one of them sees it.
-    targets, scales : list of arrays
-        Targets of the terms, and a factor a row for each term.
-    work : list of list of arrays
-        What may be used when the phase is over, an array a node, all in one place: one of N rows after a free phase,
-        two after a deviation, one of all rows and of the type of the states after a classical phase.
-    means : list of arrays
-        Likewise, after one deviation: of N rows and the type of the states. One is its node's until the drives from
-        there have been correlated.
-    images : array of shape (rows, *shape of the input), or None
-        Likewise, after a classical phase.
-    work_winners : list of uint8 arrays (N, *shape)
-        Likewise, all in one place, None for edges without.
-    term_work : array
-        Likewise, for the parameter gradient of one term of the loss.
-    end, top : int
-        Where the arrays end that outlast the phase, and those that are still there when it is over.
-    """
-
-    states: list[Any]
-    moving: Any
-    drives: list[Any] | None
-    winners: list[Any]
-    slopes: list[Any] | None
-    remembered: list[Any]
-    values: dict[Value, Any]
-    inputs: Any
-    residual: Any
-    parts: list[list[slice]]
-    scratch: Any
-    force: dict[int, Any]
-    nudged: dict[int, Any]
+    states: list[Any]  # (rows, *shape): states, or scaled deviations
+    moving: Any  # the memory of all of them
+    drives: list[Any] | None  # total drives, where they are kept
+    winners: list[Any]  # uint8, one a connection, None for edges without
+    slopes: list[Any] | None  # (N, *shape), of a tangent phase
+    remembered: list[Any]  # states; empty where the phase is not watched
+    values: dict[Value, Any]  # of the program
+    inputs: Any  # the memory of all of them, but for the constant ones
+    residual: Any  # (nodes, rows)
+    parts: list[list[slice]]  # rows of each node that are updated at once
+    scratch: Any  # for an update, or one term of the loss
+    force: dict[int, Any]  # node -> the force of its terms on the rows of a part
+    nudged: dict[int, Any]  # node -> room for the states of a part as a term sees them
     targets: list[Any]
-    scales: list[Any]
+    scales: list[Any]  # for each term a factor a row
+    # Lists of arrays in one place, a node's at a time: one list of N rows after a free phase, two after a deviation,
+    # one of all rows and of the type of the states after a classical phase.
     work: list[list[Any]]
-    means: list[Any]
-    images: Any
-    work_winners: list[Any]
-    term_work: Any
-    end: int
-    top: int
+    means: list[Any]  # after one deviation, (N, *shape) like states: its node's until drives from there are correlated
+    images: Any  # (rows, *shape), after a classical phase
+    work_winners: list[Any]  # (N, *shape), of the connections into one node at a time
+    term_work: Any  # for the parameter gradient of one term of the loss
+    end: int  # of the arrays that outlast the phase
+    top: int  # of those that are still there when it is over
 
     def arrays(self) -> list[Any]:
         """Return all that an iteration may read or write."""
@@ -161,14 +175,7 @@ class PhaseBuffers:
 
 
 class Layout:
-    """Lays out the phases of one network.
-
-    Parameters
-    ----------
-    graph : Graph
-    precision : Precision
-    is_gpu : bool
-    """
+    """Lays out the phases of one network."""
 
     def __init__(self, graph: Graph, precision: Precision, is_gpu: bool):
         self.graph, self.edges = graph, graph.edges
@@ -274,37 +281,32 @@ class Layout:
         return stack.take_one_of("adjoint states", batch if self.halves else [(0,)] * len(batch), self.stored)
 
     def _update(self, stack: Stack, shape: PhaseShape) -> dict[str, Any]:
-        """Return rows of the parts of an update, its scratch, targets and factors."""
-        moved = not shape.has_images
-        by_layer: dict[int, list[TermShape]] = {}
-        for term in shape.terms:
-            by_layer.setdefault(term.layer, []).append(term)
-        parts, scratch, lengths, seen = [], 0, {}, {}
+        """Return rows of the parts of an update, its scratch, forces, targets and factors."""
+        parts, scratch, force, nudged = [], 0, {}, {}
         for n, size in enumerate(self.sizes, 1):
-            terms = by_layer.get(n, [])
-            row = shape.update_scratch(1, size)
+            terms = [term for term in shape.terms if term.layer == n]
+            row, seen = shape.update_scratch(1, size), 0
             if terms:
-                seen[n] = max(self.seen_size(term, moved) for term in terms)
-                row += size + seen[n] + max(term.scratch_size(1) for term in terms)
-            most = self.part_bytes // (row * self.number.itemsize)
-            parts.append(rows_of_parts(shape.samples, shape.phases, most))
-            lengths[n] = longest = max(part.stop - part.start for part in parts[-1])
-            wanted = [shape.update_scratch(longest, size), *(term.scratch_size(longest) for term in terms)]
-            scratch = max(scratch, *wanted)
-        taken = {
-            "force": {n: (lengths[n], *self.shapes[n - 1]) for n in by_layer},
-            "nudged": {n: (lengths[n], width) for n, width in seen.items() if width},
-        }
-        found = {
-            name: dict(zip(shapes, stack.take_one_of("forces", list(shapes.values()), self.number), strict=True))
-            for name, shapes in taken.items()
-        }
+                seen = max(self.seen_size(term, not shape.has_images) for term in terms)
+                row += size + seen + max(term.scratch_size(1) for term in terms)
+            parts.append(rows_of_parts(shape.samples, shape.phases, self.part_bytes // (row * self.number.itemsize)))
+            longest = max(part.stop - part.start for part in parts[-1])
+            scratch = max(scratch, shape.update_scratch(longest, size), *(t.scratch_size(longest) for t in terms))
+            if terms:
+                force[n] = (longest, *self.shapes[n - 1])
+            if seen:
+                nudged[n] = (longest, seen)
+        forces = [
+            dict(zip(sizes, stack.take_one_of("forces", list(sizes.values()), self.number), strict=True))
+            for sizes in (force, nudged)
+        ]
         return {
             "parts": parts,
+            "force": forces[0],
+            "nudged": forces[1],
             "scratch": stack.take("update scratch", (scratch,), self.number),
             "targets": [stack.take("targets", (shape.rows, *size), dtype) for size, dtype in shape.targets],
             "scales": [stack.take("targets", (shape.rows,), self.number) for _ in shape.terms],
-            **found,
         }
 
     def _work(self, stack: Stack, shape: PhaseShape) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from cupyep.backend.graphs import Replayer
 from cupyep.backend.precision import Precision
 from cupyep.graph import Graph
 from cupyep.layers import Edge
-from cupyep.memory.allotment import Stack
-from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape
+from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
 from cupyep.ops.buffers import Arena
 from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 
