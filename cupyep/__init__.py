@@ -3,6 +3,7 @@
 from cupyep._version import __version__
 from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh, get_activation
 from cupyep.backend import Device, array_module, get_device, gpu_status
+from cupyep.backend.threads import get_threads, set_threads
 from cupyep.batch import Batch
 from cupyep.data import DATASETS, Dataset, Loader, TeacherFile, TeacherWriter, load_dataset
 from cupyep.energy import HopfieldEnergy
@@ -96,7 +97,9 @@ __all__ = [
     "check_signal",
     "get_activation",
     "get_device",
+    "get_threads",
     "gpu_status",
     "load_dataset",
+    "set_threads",
     "vgg",
 ]

@@ -79,7 +79,8 @@ class Structure:
         self.config: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("lock", "_memories", "effective")} | {"_energy": None}
+        own = {name: value for name, value in vars(self).items() if name not in ("lock", "_memories", "effective")}
+        return own | {"_energy": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())

@@ -200,7 +200,7 @@ DEFECTS = [
     Defect("memory: deviations start at those of the batch before", "phases.py",
            "        buffers.moving[...] = 0\n", "", "test_layout"),
     Defect("memory: gradients added to those of the batch before", "learning/learner.py",
-           "        self._gradients.packed[...] = 0\n", "", "test_layout"),
+           "        self._gradients[number].packed[...] = 0\n", "", "test_layout"),
     Defect("kappa forgotten in the nudge", "phases.py",
            "= -beta * weight / divisors", "= -beta / divisors", "test_rest_points"),
     Defect("kappa forgotten by mapped signals", "signals.py",

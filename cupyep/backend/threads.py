@@ -22,7 +22,7 @@ from threadpoolctl import ThreadpoolController
 
 from cupyep.errors import integer, require
 
-VARIABLE = "CUPYEP_THREADS"
+VARIABLE, OMP_VARIABLE = "CUPYEP_THREADS", "OMP_NUM_THREADS"
 CGROUP = Path("/sys/fs/cgroup")
 _here = threading.local()  # of each thread: whose work it does, and its number among those that do
 _chosen: int | None = None
@@ -34,7 +34,7 @@ def set_threads(threads: int | None) -> None:
     Parameters
     ----------
     threads : int or None
-        At least 1; None for the default: ``CUPYEP_THREADS``, else `available_cpus`.
+        At least 1; None for the default: ``CUPYEP_THREADS``, else ``OMP_NUM_THREADS``, else `available_cpus`.
 
     Raises
     ------
@@ -57,7 +57,8 @@ def get_threads() -> int:
         return _chosen
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
-        return available_cpus()
+        others = os.environ.get(OMP_VARIABLE, "").partition(",")[0].strip()  # a list is of nested levels
+        return max(1, int(others)) if others.isascii() and others.isdigit() else available_cpus()
     require(text.isascii() and text.isdigit() and int(text) > 0, f"{VARIABLE} must be a positive integer, not '{text}'")
     return int(text)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cupyep.backend import PRECISIONS
-from cupyep.cli.shared import FilePath, Names, choice
+from cupyep.cli.shared import FilePath, Names, choice, threads_option
 from cupyep.commands.plots.style import matplotlib_figure
 from cupyep.errors import Interrupted, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report
@@ -43,6 +43,7 @@ Examples:
 )
 @click.option("--out", type=FilePath(), help="Report folder.  [default: reports/NAME-SCALE]")
 @click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
+@threads_option
 @click.option("--device", help="What computes: auto, cpu, cuda or cuda:N.  [default: auto]")
 @choice(
     "--precision",

@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from cupyep.backend.threads import set_threads
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest, require
 from cupyep.files import expanded
 from cupyep.recipes import find_recipe, recipe_names
@@ -199,6 +200,13 @@ def choice(flag: str, *names: str, among: Iterable[str], default: str | None = N
     return click.option(flag, *names, type=kind, default=default, show_default=default is not None, help=text)
 
 
+def threads_option(command: Any) -> Any:
+    """Add the option that sets the threads of this process: results do not depend on it, and no run remembers it."""
+    text = "Threads that take the parts of a batch on a CPU; the results are the same bits.  [default: usable CPUs]"
+    how = {"type": click.IntRange(1), "expose_value": False, "help": text}
+    return click.option("--threads", callback=lambda *values: set_threads(values[-1]), **how)(command)
+
+
 def checkpoint_option(default: str, of: str = "the run's") -> Any:
     return choice("--checkpoint", among=sorted(CHECKPOINT_FILES), default=default, text=f"Which of {of} checkpoints.")
 
@@ -237,6 +245,8 @@ def config_options(names: Iterable[str], defaults: Mapping[str, Any] | None = No
             values = {name: options.pop(name) for name in names}
             return command(given={name: value for name, value in values.items() if value is not None}, **options)
 
+        if "device" in names:
+            call = threads_option(call)
         for name in reversed(names):
             call = _config_option(name, shown[name])(call)
         return call

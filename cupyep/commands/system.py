@@ -13,6 +13,7 @@ import numpy as np
 from cupyep._version import __version__
 from cupyep.backend import get_device, gpu_status
 from cupyep.backend.libraries import cuda_libraries
+from cupyep.backend.threads import OMP_VARIABLE, VARIABLE, available_cpus, get_threads
 from cupyep.data import data_directory
 from cupyep.errors import ConfigurationError
 
@@ -33,7 +34,7 @@ LIBRARIES = (
     "matplotlib",
     "tensorboardX",
 )
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+THREAD_VARIABLES = (VARIABLE, OMP_VARIABLE, "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
@@ -76,6 +77,5 @@ def _blas() -> str:
 
 
 def _threads() -> str:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limits = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ]
-    return f"{usable} usable cores" + (f", limited by {', '.join(limits)}" if limits else "")
+    return f"{get_threads()} of {available_cpus()} usable CPUs" + (f" ({', '.join(limits)})" if limits else "")

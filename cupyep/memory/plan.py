@@ -16,6 +16,7 @@ import numpy as np
 
 from cupyep.backend.cuda import WORKSPACE_BYTES
 from cupyep.backend.device import Device, gemm, gpu_scratch
+from cupyep.backend.threads import get_threads
 from cupyep.batch import Batch
 from cupyep.errors import choose, require
 from cupyep.heads import Head
@@ -77,13 +78,16 @@ def plan(learner: Any, samples: int, slots: Sequence[str] | None = None) -> dict
     learner : Learner
         On any device; on a `BlankDevice` nothing is allocated for it either.
     samples : int
-        Images in a batch.
+        Images in a batch; on a CPU its parts are taken by as many threads as `get_threads` says.
     slots : sequence of str, optional
         Buffers that the optimizer keeps for every parameter (`SGD.slots`, `Adam.SLOTS`); None is no optimizer.
     """
     network, learned = learner.network, learner.parameters()
     is_gpu, itemsize = network.device.is_gpu, network.dtype.itemsize
-    lengths = sorted({rows.stop - rows.start for rows in learner.parts(samples)})  # of micro-batches
+    rows_of_parts = learner.parts(samples)
+    lengths = sorted({rows.stop - rows.start for rows in rows_of_parts})
+    workers = 1 if is_gpu else min(get_threads(), len(rows_of_parts))  # each with memory of its own
+    gradients = 1 if is_gpu or len(rows_of_parts) == 1 else 1 + workers  # of a part each, and of the batch
     nudges = network.nudges(blank_batch().placed(network.device), learner.signals)
     terms, targets = [term for term, *_ in nudges], {id(target): target for *_, target in nudges}
     fixed = [term.weight for term in terms if isinstance(term, Head) and not term.learned]
@@ -95,18 +99,18 @@ def plan(learner: Any, samples: int, slots: Sequence[str] | None = None) -> dict
         "parameters": _nbytes(learned.values()),
         "maps of signals": _nbytes(fixed),
         "teachers": _nbytes(learner.signals),
-        "gradients": learner.gradient_size * itemsize,
+        "gradients": gradients * learner.gradient_size * itemsize,
         "optimizer": 0 if slots is None else optimizer_bytes(learned, slots, is_gpu),
         "derived weights": _nbytes(edge.weight for edge in made) + kept + _derived_weights(workspaces)
         + (_nbytes(terms) if learner.derives_maps else 0),
-        "scratch of products": max(workspace.nbytes for workspace in workspaces),
+        "scratch of products": workers * max(workspace.nbytes for workspace in workspaces),
         "cuBLAS": WORKSPACE_BYTES if is_gpu else 0,
         "images": samples * math.prod(network.input_shape) * network.precision.stored.itemsize,
-        "targets": lengths[-1] * _nbytes(targets.values()),
-        "temporaries": _temporaries(learner, lengths[-1]),
+        "targets": workers * lengths[-1] * _nbytes(targets.values()),
+        "temporaries": workers * _temporaries(learner, lengths[-1]),
     }  # fmt: skip
     for purpose, size in learner.needs(lengths[-1], nudges).stack(network.memory.layout).at_peak.items():
-        parts[purpose] = parts.get(purpose, 0) + size
+        parts[purpose] = parts.get(purpose, 0) + workers * size
     return {purpose: size for purpose, size in parts.items() if size}
 
 

@@ -66,7 +66,6 @@ class Workspace:
         """Forget the iterations that were captured: they are of memory that is no more."""
         self.replayer = Replayer(self.device.graphs)
 
-
     def refresh(self, is_due: Callable[[Hashable], bool]) -> None:
         """Take up the current weights; `is_due` says, by its key, whether to make what is derived of them."""
         for n, (edge, ops) in enumerate(zip(self.edges, self.ops, strict=True)):

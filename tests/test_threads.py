@@ -1,0 +1,315 @@
+"""Parts of a batch in threads: the same bits for any number of them. Oracle: one thread, and the whole batch."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from small import batch_of, network, signals_of
+from test_micro_batch import LEARNERS, every_signal, figures
+from threadpoolctl import threadpool_info
+
+import cupyep as ep
+from cupyep.backend import threads
+from cupyep.backend.threads import Turns, number_for, one_blas_thread, run_parts
+
+SAMPLES = 23
+
+
+@pytest.fixture(autouse=True)
+def parts_of_four(monkeypatch):
+    monkeypatch.setattr("cupyep.network.PART", 4)
+    yield
+    ep.set_threads(None)
+
+
+def content(net, result):
+    arrays = [result.gradients.packed.copy(), *figures(net, result)]
+    stats = [stats.per_sample for stats in (result.free, result.nudged) if stats is not None]
+    return arrays + stats + [result.saturated.copy(), result.dead.copy()]
+
+
+def assert_same_bits(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("weights", ["plain", "standardized"])
+@pytest.mark.parametrize("precision", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.filterwarnings("ignore::cupyep.PrecisionWarning")
+def test_a_step_gives_the_same_bits_for_any_number_of_threads(name, precision, weights):
+    """Also the one after the weights have changed: they are made anew for all threads."""
+    found = []
+    for count in (1, 2, 3, 8):
+        ep.set_threads(count)
+        net = ep.Network(
+            [ep.Conv2d((6, 6, 2), 3, pooling="max"), ep.Conv2d((3, 3, 3), 4), ep.Linear((3, 3, 4), 5)],
+            classes=3,
+            gain=0.5,
+            weights=weights,
+            precision=precision,
+            activation="hard_sigmoid",
+        )
+        learner, batch = LEARNERS[name](net, signals=every_signal()), batch_of(net, SAMPLES)
+        optimizer, contents = ep.SGD(learner.parameters(), learning_rate=0.5), []
+        for _ in range(3):
+            result = learner.step(batch)
+            contents += content(net, result)
+            optimizer.step(result.gradients)
+        contents += [learner.scores(batch), net.scores(batch, steps=3), *map(np.asarray, learner.evaluate(batch))]
+        found.append(contents)
+    assert np.abs(found[0][0] - found[0][len(found[0]) // 3]).max() > 0, "the weights have changed"
+    for contents in found[1:]:
+        assert_same_bits(contents, found[0])
+
+
+def test_parts_are_the_whole_batch_to_rounding(monkeypatch):
+    net = network("conv")
+    learner, batch = ep.EquilibriumPropagation(net, 0.3, 6, 4), batch_of(net, SAMPLES)
+    ep.set_threads(3)
+    parts = content(net, learner.step(batch))
+    monkeypatch.setattr("cupyep.network.PART", SAMPLES)
+    for a, b in zip(parts[:-1], content(net, learner.step(batch))[:-1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_every_thread_has_memory_of_its_own_and_weights_are_made_once(monkeypatch):
+    made = []
+    make = ep.Conv2d.make_weight
+    monkeypatch.setattr(ep.Conv2d, "make_weight", lambda edge: made.append(threading.get_ident()) or make(edge))
+    net = network("conv")
+    learner, inside, all_in = ep.Backpropagation(net), [], threading.Barrier(3)
+    judge = learner._judge
+
+    def judge_together(*arguments):
+        if number_for(net) not in inside:
+            inside.append(number_for(net))
+            all_in.wait(20)
+        return judge(*arguments)
+
+    monkeypatch.setattr(learner, "_judge", judge_together)
+    ep.set_threads(3)
+    learner.step(batch_of(net, 12))
+    assert sorted(inside) == [0, 1, 2]
+    assert len(made) == len(net.layers)
+    blocks = [memory._block for memory in net._memories.values()]
+    assert len({id(block) for block in blocks}) == 3
+    assert net.memory is net._memories[0], "this thread's"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_parts_have_their_turn_in_order(count):
+    ep.set_threads(count)
+    order = []
+
+    def work(part, turns):
+        time.sleep(0.002 * (part % 3))
+        with turns.turn(part):
+            order.append(part)
+        return part * part
+
+    assert run_parts(object(), 9, work) == [n * n for n in range(9)]
+    assert order == list(range(9))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, ep.ConfigurationError])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_first_part_that_fails_ends_it_and_nothing_waits(count, error):
+    ep.set_threads(count)
+
+    def work(part, turns):
+        if part in (3, 4):
+            raise error(f"part {part}")
+        with turns.turn(part):
+            return part
+
+    with pytest.raises(error, match="part 3"):
+        run_parts(object(), 9, work)
+    assert run_parts(object(), 3, lambda part, turns: part) == [0, 1, 2]
+
+
+def test_ctrl_c_while_others_work_waits_for_them(monkeypatch):
+    """They use the network's memory: it must not be free before they are done."""
+    ep.set_threads(2)
+    done, calls = threading.Event(), []
+    wait = threads.wait
+
+    def interrupted(futures):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return wait(futures)
+
+    monkeypatch.setattr(threads, "wait", interrupted)
+    both = threading.Barrier(2)
+
+    def work(part, turns):
+        both.wait(10)
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)
+            done.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_parts(object(), 2, work)
+    assert done.is_set()
+
+
+def test_a_network_works_on_after_a_part_has_failed(monkeypatch):
+    net = network("conv")
+    learner, batch = ep.EquilibriumPropagation(net, 0.3, 3, 2), batch_of(net, SAMPLES)
+    ep.set_threads(3)
+    expected = content(net, learner.step(batch))
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "_judge", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learner.step(batch)
+    assert_same_bits(content(net, learner.step(batch)), expected)
+    assert_same_bits(content(pickle.loads(pickle.dumps(net)), learner.step(batch)), expected)
+
+
+class Watcher(ep.Augmenter):
+    """Pulls states to what another network predicts, within the step."""
+
+    def __init__(self, other):
+        super().__init__([2], kappa=0.3, annealing="constant")
+        self.other = other
+
+    def target(self, layer, batch):
+        return self.other.scores(batch.images, steps=2).sum(axis=1)
+
+    def loss(self, layer, state, target):
+        return 0.5 * ((state - target[:, None, None, None]) ** 2).reshape(len(state), -1).sum(axis=1)
+
+    def gradient(self, layer, state, target):
+        return state - target[:, None, None, None]
+
+
+def test_a_signal_may_ask_another_network():
+    found = []
+    for count in (1, 3):
+        ep.set_threads(count)
+        net = network("conv")
+        learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=[Watcher(network("conv", seed=1))])
+        found.append(content(net, learner.step(batch_of(net, SAMPLES))))
+    assert_same_bits(*found)
+
+
+def test_warnings_as_errors_and_error_states_of_numpy_hold_in_every_thread():
+    net = network("conv")
+    learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, tolerance=1e-15)
+    ep.set_threads(3)
+    with pytest.warns(ep.ConvergenceWarning):
+        learner.step(batch_of(net, SAMPLES))
+
+    def divide(part, turns):
+        return np.ones(3) / np.zeros(3)
+
+    with np.errstate(divide="ignore"):
+        run_parts(object(), 6, divide)
+    with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
+        run_parts(object(), 6, divide)
+
+
+def blas_threads():
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+def test_blas_has_one_thread_within_our_work_and_as_many_as_before_after_it():
+    """Whichever of two threads ends first."""
+    with threads._blas().limit(limits=2):
+        before = blas_threads()
+        first, second = threading.Event(), threading.Event()
+
+        def other():
+            with one_blas_thread:
+                first.set()
+                second.wait(10)
+
+        worker = threading.Thread(target=other)
+        with one_blas_thread:
+            worker.start()
+            first.wait(10)
+            assert blas_threads() == {1}
+        assert blas_threads() == {1}, "the other still works"
+        second.set()
+        worker.join()
+        assert blas_threads() == before
+        net = network("conv")
+        ep.Backpropagation(net).step(batch_of(net, 6))
+        assert blas_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({}, None),
+        ({"cpu.max": "what\n"}, None),
+    ],
+)
+def test_the_quota_of_a_control_group_counts(tmp_path, files, cpus):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert threads._quota(tmp_path) == cpus
+
+
+def test_where_the_number_comes_from(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUPYEP_THREADS", raising=False)
+    assert ep.get_threads() == threads.available_cpus() >= 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert ep.get_threads() == 3
+    monkeypatch.setenv("CUPYEP_THREADS", "5")
+    assert ep.get_threads() == 5
+    ep.set_threads(7)
+    assert ep.get_threads() == 7
+    ep.set_threads(None)
+    for wrong in ("0", "-1", "two", "1.5", "²"):
+        monkeypatch.setenv("CUPYEP_THREADS", wrong)
+        with pytest.raises(ep.ConfigurationError, match="CUPYEP_THREADS must be a positive integer"):
+            ep.get_threads()
+    for wrong in (0, -2, 1.5, "2", True):
+        with pytest.raises(ep.ConfigurationError, match="threads"):
+            ep.set_threads(wrong)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_forks_works_on():
+    """Its threads stay behind: a pool of them would wait for ever."""
+    code = """if True:
+        import os, cupyep as ep
+        from cupyep.backend.threads import run_parts
+        ep.set_threads(3)
+        run_parts(object(), 6, lambda part, turns: part)
+        child = os.fork()
+        if child == 0:
+            os._exit(run_parts(object(), 6, lambda part, turns: part) != list(range(6)))
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60).returncode == 0
+
+
+def test_turns_without_threads_are_in_order():
+    turns = Turns()
+    for part in range(3):
+        with turns.turn(part):
+            pass
+
+
+def test_signals_by_name_in_threads():
+    ep.set_threads(2)
+    net = network("conv")
+    learner = ep.Backpropagation(net, signals=signals_of("le"))
+    assert learner.step(batch_of(net, 8)).count == 8
