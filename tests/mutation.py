@@ -512,7 +512,7 @@ DEFECTS = [
            "right += (values[0].argmax(axis=1) == labels[rows]).sum()", "test_teacher_survival"),
     Defect("a run goes on with any teacher", "training/runs.py",
            "if kept := kept_teacher(run, [other]):", "if kept := None:", "test_teacher_survival"),
-    Defect("any file is the teacher that a run started with", "training/teacher_cache.py",
+    Defect("any file is the teacher that a run started with", "training/teacher.py",
            '.split(" ")[0] == _checksum(path)', '.split(" ")[0] != ""', "test_teacher_survival"),
     Defect("graph reused for another free state", "phases.py",
            "return [*super()._arrays(), *self.winners, *self.rest]", "return super()._arrays()", "test_replay"),
