@@ -15,8 +15,7 @@ import numpy as np
 from cupyep import errors
 from cupyep.backend.device import Device
 from cupyep.batch import Batch
-from cupyep.data.teacher import TeacherFile
-from cupyep.data.teacher.layout import SPLITS
+from cupyep.data.teacher import SPLITS, TeacherFile
 from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.heads import Head, LossTerm
 from cupyep.losses import SquaredError, get_loss

@@ -132,9 +132,9 @@ DAMAGE = {
     "version": (set_attribute("version", 99), "has version 99; this cupyep reads version 1"),
     "format": (
         set_attribute("format", "cupyep-checkpoint"),
-        r"not a network saved by cupyep \(it is cupyep-checkpoint\)",
+        r"not a cupyep network \(it is cupyep-checkpoint\)",
     ),
-    "no format": (lambda file: file.attrs.__delitem__("format"), "not a network saved by cupyep"),
+    "no format": (lambda file: file.attrs.__delitem__("format"), "not a cupyep network"),
     "no JSON": (set_attribute("network", "{"), "not a readable network"),
     "a list": (set_attribute("network", "[]"), "not a readable network"),
     "no options": (edited(lambda s: s.pop("options")), "not a readable network"),

@@ -12,7 +12,7 @@ from test_teacher import CLASSES, make_dataset, write_file
 import cupyep as ep
 import cupyep.batch
 from cupyep.batch import one_hot
-from cupyep.data.teacher import reader
+from cupyep.data import teacher as reader
 
 INDEX, VIEW = np.array([3, 22, 0, 3, 7]), np.array([1, 0, 0, 1, 0], np.uint8)
 

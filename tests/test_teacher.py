@@ -10,7 +10,7 @@ import pytest
 from data_files import assert_one_line, edited
 
 from cupyep.data import Dataset, Split, TeacherFile, TeacherWriter
-from cupyep.data.teacher import layout, reader
+from cupyep.data import teacher as reader
 from cupyep.errors import ConfigurationError, TeacherError
 
 COUNTS = {"train": 23, "test": 7}
@@ -160,7 +160,7 @@ def test_other_programs_files_need_no_seal(path, dataset):
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_accuracy_is_that_of_the_identity_view(tmp_path, dataset, monkeypatch, block, views):
     identity = views.index("identity")
-    monkeypatch.setattr(layout, "BLOCK_BYTES", block)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", block)
     logits = {name: np.zeros((2, n, 3), np.float32) for name, n in COUNTS.items()}
     for name in COUNTS:
         labels = dataset.split(name).labels
@@ -376,7 +376,7 @@ def set_value(name, place, value):
 )
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_files_that_do_not_belong_to_the_data(path, dataset, monkeypatch, edit, message, block):
-    monkeypatch.setattr(layout, "BLOCK_BYTES", block)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", block)
     with edited(path) as file:
         edit(file)
     with TeacherFile(path) as teacher, pytest.raises(TeacherError, match=message) as error:

@@ -13,8 +13,10 @@ import pytest
 from test_teacher import CLASSES, make_dataset, write_file
 
 import cupyep as ep
-from cupyep.data.teacher import TeacherFile, reader, rows
+from cupyep.data import TeacherFile
+from cupyep.data import teacher as reader
 from cupyep.errors import TeacherError
+from cupyep.persistence import hdf5
 
 LAYER = "layer2"
 
@@ -27,13 +29,13 @@ def no_memory(monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """(thread, numbers of rows) of every reading."""
-    calls, inner = [], rows.Rows._read
+    calls, inner = [], hdf5.Rows._read
 
     def looked_at(self, numbers):
         calls.append((threading.current_thread() is threading.main_thread(), numbers.tolist()))
         return inner(self, numbers)
 
-    monkeypatch.setattr(rows.Rows, "_read", looked_at)
+    monkeypatch.setattr(hdf5.Rows, "_read", looked_at)
     return calls
 
 
@@ -98,7 +100,7 @@ def test_rows_of_every_layout_and_type(tmp_path, how, dtype):
         file.create_dataset("before", data=np.arange(5))
         file.create_dataset("a", data=values, **how)
     with h5py.File(tmp_path / "a.h5") as file:
-        some, numbers = rows.Rows(file["a"]), np.array([13, 0, 7, 0, 6])
+        some, numbers = hdf5.Rows(file["a"]), np.array([13, 0, 7, 0, 6])
         assert (some._offset is None) == bool(how)
         np.testing.assert_array_equal(some.take(numbers), values.reshape(14, 3)[numbers])
         some.expect(numbers)
@@ -116,7 +118,7 @@ def test_a_type_that_numpy_has_not_is_left_to_hdf5(tmp_path):
         space = h5py.h5s.create_simple((1, 1, 3))
         h5py.h5d.create(file.id, b"a", odd, space).write(h5py.h5s.ALL, h5py.h5s.ALL, values)
     with h5py.File(tmp_path / "a.h5") as file:
-        np.testing.assert_array_equal(rows.Rows(file["a"]).take(np.array([0])), values[0])
+        np.testing.assert_array_equal(hdf5.Rows(file["a"]).take(np.array([0])), values[0])
 
 
 def test_a_file_that_becomes_short_is_told_by_the_step_that_wants_its_rows(tmp_path):

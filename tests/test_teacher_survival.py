@@ -23,9 +23,9 @@ from cupyep.data import cache_directory
 from cupyep.errors import CheckpointError, ConfigurationError, Interrupted, TeacherError
 from cupyep.files import FolderLock
 from cupyep.learning import Backpropagation
-from cupyep.training import build, runs, teacher_cache
+from cupyep.training import build, runs, teacher
 from cupyep.training.config import make_config
-from cupyep.training.teacher_cache import cached_teacher, teacher_path
+from cupyep.training.teacher import cached_teacher, teacher_path
 
 
 def student(folder, **more):
@@ -80,7 +80,7 @@ def test_a_signal_saves_the_teacher_and_it_goes_on(of, call, straight, quadrants
     path = teacher_path(config, quadrants)
     with monkeypatch.context() as patch:
         if of == "forward":
-            patch.setattr(teacher_cache, "feedforward", signalled(teacher_cache.feedforward, number))
+            patch.setattr(teacher, "feedforward", signalled(teacher.feedforward, number))
         else:
             before_call(patch, call, partial(signal.raise_signal, number), of)
         with pytest.raises(
@@ -160,8 +160,8 @@ def test_a_teacher_that_another_process_trains_is_waited_for(straight, quadrants
             path.write_bytes(straight.read_bytes())
             other.release()
 
-    monkeypatch.setattr(teacher_cache.time, "sleep", sleep)
-    monkeypatch.setattr(teacher_cache, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    monkeypatch.setattr(teacher.time, "sleep", sleep)
+    monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
     found, recorder = train(config, quadrants)
     assert found == path
     assert len(pauses) == 3
@@ -178,7 +178,7 @@ def test_waiting_can_be_interrupted(quadrants, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     other = FolderLock(folder)
     assert other.acquire() == ""
-    monkeypatch.setattr(teacher_cache.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(teacher.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="^interrupted$") as stop:
         train(config, quadrants)
     assert stop.value.number == signal.SIGTERM
@@ -255,7 +255,7 @@ def test_a_run_goes_on_with_its_own_teacher_though_cache_and_data_are_gone(begun
     assert text == f"{hashlib.sha256(kept).hexdigest()}  teacher.h5\n"
     (tmp_path / "nowhere").write_text("no folder")
     monkeypatch.setenv("CUPYEP_CACHE", str(tmp_path / "nowhere"))
-    monkeypatch.setattr(teacher_cache, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
     assert go_on(tmp_path, data_dir=str(tmp_path / "nowhere")) == begun
 
 
@@ -295,7 +295,7 @@ def test_a_run_of_an_earlier_version_takes_the_cached_teacher_and_keeps_it(begun
         (tmp_path / "run" / name).unlink()
     (tmp_path / "cache").rename(tmp_path / "data")
     monkeypatch.setenv("CUPYEP_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(teacher_cache, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
     assert go_on(tmp_path) == begun
     assert (tmp_path / "run" / "teacher.h5").is_file()
 

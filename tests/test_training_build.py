@@ -15,7 +15,7 @@ from small import Teacher
 
 import cupyep as ep
 from cupyep.errors import TeacherError
-from cupyep.training import build, runs, teacher, teacher_cache
+from cupyep.training import build, runs, teacher
 from cupyep.training.config import TrainConfig, make_config
 
 
@@ -182,23 +182,23 @@ def test_only_the_identity_view_where_mirroring_is_not_allowed(tmp_path):
 def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkeypatch):
     student = make_config(TINY, {"aug": "kd", "teacher_epochs": 2, "data_dir": str(tmp_path), "beta": 0.1})
     recorder = Recorder()
-    path = teacher_cache.cached_teacher(student, quadrants, "cpu", recorder)
+    path = teacher.cached_teacher(student, quadrants, "cpu", recorder)
     assert path.parent == tmp_path / "cache" / "teachers"
     assert "trained by backpropagation for 2 epochs" in recorder.texts("note")[0]
     assert len(recorder.texts("epoch")) == 2
     with ep.TeacherFile(path) as file:
         file.check(quadrants)
         assert file.views == ("identity", "hflip")
-    monkeypatch.setattr(teacher_cache, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
+    monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
     same = dataclasses.replace(student, beta=0.9, signal_layers="2", epochs=99, feedback=0.5)
-    assert teacher_cache.cached_teacher(same, quadrants, "cpu", recorder) == path
+    assert teacher.cached_teacher(same, quadrants, "cpu", recorder) == path
     assert "from an earlier run" in recorder.texts("note")[-1]
     for change in ({"seed": 1}, {"width": 0.03}, {"teacher_epochs": 3}, {"crop": False}):
         other = teacher.teacher_config(dataclasses.replace(student, **change))
-        assert teacher_cache._digest(other, quadrants, "") not in path.name
-    assert teacher_cache._digest(teacher.teacher_config(student), quadrants, "2") not in path.name
+        assert teacher._digest(other, quadrants, "") not in path.name
+    assert teacher._digest(teacher.teacher_config(student), quadrants, "2") not in path.name
     quadrants.test.images[-1, -1, -1, -1] ^= 1
-    assert teacher_cache._digest(teacher.teacher_config(student), quadrants, "") not in path.name
+    assert teacher._digest(teacher.teacher_config(student), quadrants, "") not in path.name
 
 
 def test_activations_of_the_teacher(quadrants, tmp_path):
@@ -207,7 +207,7 @@ def test_activations_of_the_teacher(quadrants, tmp_path):
     student = make_config(TINY, options, {"signal_layers": "2-3", "activation": "tanh"})
     trained = teacher.train_teacher(teacher.teacher_config(student), quadrants, "cpu", SILENT)
     assert trained.activation.name == "tanh"
-    path = teacher_cache.cached_teacher(student, quadrants, "cpu", SILENT)
+    path = teacher.cached_teacher(student, quadrants, "cpu", SILENT)
     mirrored = ((quadrants.train.images / 255.0 - quadrants.mean) / quadrants.std)[:3, :, ::-1]
     states = Oracle(trained).forward(mirrored)
     with ep.TeacherFile(path) as file:

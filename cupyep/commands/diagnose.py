@@ -35,7 +35,7 @@ from cupyep.training.config import TrainConfig, make_config, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 from cupyep.training.statistics import LEVELS
-from cupyep.training.teacher_cache import KEPT, teacher_path
+from cupyep.training.teacher import KEPT, teacher_path
 
 #: Columns of the table: key of a row -> title, format.
 COLUMNS = {

@@ -4,7 +4,8 @@ from cupyep.data.dataset import VIEWS, Dataset, Split, cache_directory, data_dir
 from cupyep.data.image_format import ImageFormat
 from cupyep.data.loader import Loader
 from cupyep.data.sources import DATASETS
-from cupyep.data.teacher import TeacherFile, TeacherWriter
+from cupyep.data.teacher import TeacherFile
+from cupyep.data.teacher_writer import TeacherWriter
 
 __all__ = [
     "DATASETS",

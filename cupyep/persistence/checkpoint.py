@@ -27,7 +27,7 @@ from cupyep.errors import CheckpointError, nearest, reporting
 from cupyep.files import write_file
 from cupyep.persistence import hdf5
 
-FORMAT = "cupyep-checkpoint"
+KIND = "checkpoint"
 VERSION = 2
 GROUPS = ("parameters", "optimizer", "statistics")
 TEXTS = ("network", "generators", "config", "images", "versions")
@@ -112,7 +112,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, keep_as: Path | No
 
 
 def _fill(file: h5py.File, checkpoint: Checkpoint) -> None:
-    file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+    file.attrs["format"], file.attrs["version"] = f"cupyep-{KIND}", VERSION
     for name in NUMBERS:
         file.attrs[name] = getattr(checkpoint, name)
     for name in TEXTS:
@@ -136,7 +136,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at '{path}'")
     try:
         with hdf5.open_file(path) as file:
-            _check_format(path, file)
+            hdf5.check_format(file, path, KIND, VERSION)
             checkpoint = Checkpoint(
                 **{group: _read_arrays(file, group) for group in GROUPS},
                 **{name: _read_number(file, name) for name in NUMBERS},
@@ -185,15 +185,6 @@ def _read_arrays(file: h5py.File, group_name: str) -> dict[str, np.ndarray]:
             raise TypeError(f"'{group_name}/{name}' is not an array of numbers")
         arrays[name] = array[()]
     return arrays
-
-
-def _check_format(path: Path, file: h5py.File) -> None:
-    found = hdf5.attribute(file, "format")
-    if not isinstance(found, str) or found != FORMAT:
-        raise CheckpointError(f"'{path}' is an HDF5 file but not a cupyep checkpoint")
-    version = hdf5.attribute(file, "version")
-    if not isinstance(version, np.integer) or version != VERSION:
-        raise CheckpointError(f"checkpoint '{path}' has version {version}; this cupyep reads version {VERSION}")
 
 
 def restore_parameters(path: str | Path, saved: Mapping[str, Any], parameters: Mapping[str, Any], device: Any) -> None:

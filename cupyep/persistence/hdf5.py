@@ -18,14 +18,16 @@ import math
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
-from cupyep.errors import DataError
+from cupyep.errors import CheckpointError, DataError
 
 SEAL_BYTES = 512  # the smallest user block that HDF5 knows
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -35,6 +37,7 @@ CHUNK_BYTES = 256 << 20
 COMPRESSION = 1032  # the most that deflate can do
 PROBE = Path(__file__).with_name("hdf5_probe.py")
 PROBE_SECONDS = 60
+AHEAD = 2  # batches of `Rows` kept: the one that is asked for, perhaps in parts, and the next
 # Files are written whole and renamed, so HDF5's own lock guards nothing; some network file systems have none.
 LOCKING = False
 #: What h5py raises on a damaged or foreign file, one way or another.
@@ -174,6 +177,16 @@ def attribute(item: h5py.Group | h5py.Dataset, name: str) -> Any:
     return np.array(texts, object).reshape(value.shape) if isinstance(value, np.ndarray) else texts[0]
 
 
+def check_format(file: h5py.File, path: Path, kind: str, version: int) -> None:
+    """Raise `CheckpointError` unless the file at `path` is of the format ``cupyep-KIND``, and of a version."""
+    form, found = attribute(file, "format"), attribute(file, "version")
+    if not isinstance(form, str) or form != f"cupyep-{kind}":
+        what = form if isinstance(form, str) else "something else"
+        raise CheckpointError(f"'{path}' is an HDF5 file but not a cupyep {kind} (it is {what})")
+    if not isinstance(found, np.integer) or found != version:
+        raise CheckpointError(f"{kind} '{path}' has version {found}; this cupyep reads version {version}")
+
+
 def find(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     """Return what lies at `name` below `group`, or None; links are not followed, least of all into other files."""
     item = group
@@ -217,3 +230,61 @@ def find_array(group: h5py.Group, name: str, *, compressed: bool = False) -> h5p
     if array.chunks and math.prod(array.chunks) * array.dtype.itemsize > CHUNK_BYTES:
         raise ValueError(f"array '{name}' is stored in chunks of more than {CHUNK_BYTES} bytes")
     return array
+
+
+class Rows:
+    """Rows of an HDF5 array (V, N, ...) too large for memory, read before they are asked for.
+
+    They are counted through: row n of view v is number ``v N + n``.
+    """
+
+    def __init__(self, array: h5py.Dataset):
+        self._array, self._shape, self._dtype = array, array.shape, array.dtype
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[np.ndarray, Future[np.ndarray]]] = deque(maxlen=AHEAD)
+        # HDF5 takes milliseconds to pick a hundred rows, so those that lie in the file as they are come straight from
+        # there; a type that NumPy has not just so, and whatever is stored in chunks, does not.
+        plain = array.id.get_type() == h5py.h5t.py_create(array.dtype) and hasattr(os, "pread")
+        self._offset = array.id.get_offset() if plain else None
+        self._file = None if self._offset is None else array.file.id.get_vfd_handle()
+
+    def expect(self, numbers: np.ndarray) -> None:
+        """Begin to read some rows, in a thread; those of all but the last two calls are forgotten."""
+        numbers = np.unique(numbers)
+        if any(np.array_equal(numbers, known) for known, _ in self._ahead):
+            return
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "teacher")
+        self._ahead.append((numbers, self._reader.submit(self._read, numbers)))
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return some rows, as stored, in any order and as often as wanted; waits for those that are being read."""
+        for known, rows in self._ahead:
+            places = np.searchsorted(known, numbers).clip(0, len(known) - 1)
+            if np.array_equal(known[places], numbers):
+                return rows.result()[places]
+        distinct, places = np.unique(numbers, return_inverse=True)
+        return self._read(distinct)[places]
+
+    def _read(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows of increasing numbers."""
+        count, shape = self._shape[1], self._shape[2:]
+        rows = np.empty((len(numbers), *shape), self._dtype)
+        if self._offset is None:
+            view, row = np.divmod(numbers, count)
+            for code in np.unique(view):
+                rows[view == code] = self._array[int(code), row[view == code]]
+            return rows
+        size = rows[0].nbytes
+        for number, row in zip(numbers.tolist(), rows.reshape(len(rows), -1), strict=True):
+            content = os.pread(self._file, size, self._offset + number * size)
+            if len(content) < size:
+                raise OSError("the file ends within its rows")
+            row[...] = np.frombuffer(content, self._dtype)
+        return rows
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ahead.clear()
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)

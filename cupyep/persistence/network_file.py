@@ -27,7 +27,7 @@ from cupyep.graph import Connection, Graph
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.persistence import hdf5
 
-FORMAT, VERSION = "cupyep-network", 1
+KIND, VERSION = "network", 1
 LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear, "Identity": Identity}
 OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "weights", "readout_pool")
 LATER = {"weights": "plain", "readout_pool": None}  # what older files do not say, and what they mean by that
@@ -126,7 +126,7 @@ def write_network(path: str | Path, network: Any) -> None:
     }
 
     def fill(file: h5py.File) -> None:
-        file.attrs.update(format=FORMAT, version=VERSION, cupyep=__version__, network=json.dumps(structure))
+        file.attrs.update(format=f"cupyep-{KIND}", version=VERSION, cupyep=__version__, network=json.dumps(structure))
         group = file.create_group("parameters")
         for path, array in network.parameters().items():
             group[path] = network.device.to_numpy(array)
@@ -154,7 +154,7 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
         raise CheckpointError(f"no network at '{path}'")
     try:
         with hdf5.open_file(path) as file:
-            _check_format(path, file)
+            hdf5.check_format(file, path, KIND, VERSION)
             structure = json.loads(hdf5.attribute(file, "network"))
             graph = _graph(structure)
             given = LATER | structure["options"]
@@ -171,15 +171,6 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
         reason = one_line(error)
         raise CheckpointError(f"'{path}' is not a readable network ({hdf5.blame(error)}): {reason}") from error
     return network
-
-
-def _check_format(path: Path, file: h5py.File) -> None:
-    found, version = hdf5.attribute(file, "format"), hdf5.attribute(file, "version")
-    if not isinstance(found, str) or found != FORMAT:
-        what = found if isinstance(found, str) else "something else"
-        raise CheckpointError(f"'{path}' is an HDF5 file but not a network saved by cupyep (it is {what})")
-    if not isinstance(version, np.integer) or version != VERSION:
-        raise CheckpointError(f"network '{path}' has version {version}; this cupyep reads version {VERSION}")
 
 
 def _layer(values: dict[str, Any]) -> Edge:

@@ -26,7 +26,7 @@ from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name, req
 from cupyep.training.display import Display
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
-from cupyep.training.teacher_cache import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
+from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
 from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
 

@@ -14,7 +14,7 @@ import numpy as np
 from cupyep import errors
 from cupyep.batch import as_array
 from cupyep.data.dataset import VIEWS, Dataset
-from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, views_problem
+from cupyep.data.teacher import DTYPES, FORMAT, SPLITS, VERSION, views_problem
 from cupyep.errors import LARGEST, TeacherError, instance, integer, items, one_line, shown
 from cupyep.persistence import hdf5
 

@@ -1,9 +1,19 @@
-"""Reading a teacher file: every way in which it can be wrong is one line that names the file and the remedy."""
+"""The teacher file, version 1: logits of a teacher network for every sample and view of a data set, in HDF5.
+
+Root attributes: ``format`` "cupyep-teacher", ``version`` 1, ``dataset``, ``classes`` (names), ``teacher`` (free text),
+``views`` (of "identity", "hflip"). Groups ``train`` and ``test``, each with ``logits`` (V, N, C) float32 or float16,
+raw (no temperature); ``labels`` (N,), the data set's own, so that a misaligned file is found out; the attribute
+``accuracy`` (of the identity view, 0 to 1); optionally ``features/<layer>`` (V, N, H, W, C). Row n is sample n of the
+data set in its canonical order; in a file made from some samples only, row n is sample ``index[n]``, increasing. Chunks
+and compression are free; nothing may lie in another file or behind a link. What cupyep writes begins with a checksum
+(`cupyep.persistence.hdf5`), which files from elsewhere need not have. Every way in which a file can be wrong is one
+line that names the file and the remedy.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -11,11 +21,13 @@ import numpy as np
 
 from cupyep import errors
 from cupyep.data.dataset import VIEWS, Dataset
-from cupyep.data.teacher.layout import DTYPES, FORMAT, SPLITS, VERSION, blocks, views_problem
-from cupyep.data.teacher.rows import Rows
 from cupyep.errors import TeacherError, choose, instance, one_line, require, shown
 from cupyep.persistence import hdf5
 
+FORMAT, VERSION = "cupyep-teacher", 1
+SPLITS = ("train", "test")
+DTYPES = ("float32", "float16")
+BLOCK_BYTES = 16 << 20  # larger logits are gone through in blocks of about this size
 MEMORY_LIMIT = 256 << 20  # bytes; logits of a split below this are kept in memory, a GPU's too: 1 % of a small one's
 ROUNDING = 0.005  # by which a stored accuracy may be off: ties, logits rounded to halves
 FEWEST = 200  # samples from which an accuracy is told from chance
@@ -26,6 +38,13 @@ MODELS = {
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".safetensors"), "--torch PACKAGE.MODULE:FACTORY --weights {}"),
 }
 AGAIN = "make the file again with tools/export_teacher_logits.py"
+
+
+def views_problem(views: Sequence[str]) -> str:
+    """Return what is wrong with `views`, or an empty text."""
+    if set(views) <= set(VIEWS) and "identity" in views and len(set(views)) == len(views):
+        return ""
+    return f"views are {', '.join(map(str, views))}: expected identity, or identity and hflip"
 
 
 class TeacherFile:
@@ -53,7 +72,7 @@ class TeacherFile:
         self.path = errors.path("path", path)
         self.measured: dict[str, dict[str, float]] = {}
         self._memory: dict[str, np.ndarray] = {}
-        self._rows: dict[str, Rows] = {}  # of arrays that are not
+        self._rows: dict[str, hdf5.Rows] = {}  # of arrays that are not
         self._index: dict[str, np.ndarray] = {}  # canonical index of each row, where that is not the row's number
         if not self.path.is_file():
             raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
@@ -68,7 +87,7 @@ class TeacherFile:
             with self._disk():
                 self._read_header()
                 layers = [self._read_split(name) for name in SPLITS]
-            self._check(layers[0] == layers[1], f"features of train {layers[0]} and test {layers[1]} differ; {AGAIN}")
+            self._check(layers[0] == layers[1], f"features of train {layers[0]} and test {layers[1]} differ")
             self.feature_layers = layers[0]
         except BaseException:
             self.close()
@@ -90,36 +109,29 @@ class TeacherFile:
         self._file.close()
 
     def _read_header(self) -> None:
-        found = hdf5.attribute(self._file, "format")
-        self._check(isinstance(found, str) and found == FORMAT, f"is not a cupyep teacher file; {AGAIN}")
-        version = hdf5.attribute(self._file, "version")
-        self._check(
-            isinstance(version, np.integer) and version == VERSION,
-            f"has version {version}, this cupyep reads version {VERSION}; update cupyep or {AGAIN}",
-        )
-        self.dataset, self.teacher = self._text("dataset"), self._text("teacher")
-        self.classes, self.views = self._names("classes"), self._names("views")
-        self._check(not views_problem(self.views), f"{views_problem(self.views)}; {AGAIN}")
-
-    def _text(self, name: str) -> str:
-        value = hdf5.attribute(self._file, name)
-        self._check(isinstance(value, str), f"attribute '{name}' is missing or not text; {AGAIN}")
-        return value
-
-    def _names(self, name: str) -> tuple[str, ...]:
-        values = hdf5.attribute(self._file, name)
-        right = isinstance(values, np.ndarray) and values.ndim == 1 and values.size
-        right = right and all(isinstance(value, str) for value in values)
-        self._check(bool(right), f"attribute '{name}' is missing or not a list of names; {AGAIN}")
-        return tuple(values)
+        form, version = (hdf5.attribute(self._file, name) for name in ("format", "version"))
+        self._check(isinstance(form, str) and form == FORMAT, "is not a cupyep teacher file")
+        known = isinstance(version, np.integer) and version == VERSION
+        what = f"has version {version}, this cupyep reads version {VERSION}"
+        self._check(known, what, f"update cupyep or {AGAIN}")
+        found = {name: hdf5.attribute(self._file, name) for name in ("dataset", "teacher", "classes", "views")}
+        for name in ("dataset", "teacher"):
+            self._check(isinstance(found[name], str), f"attribute '{name}' is missing or not text")
+        for name in ("classes", "views"):
+            right = isinstance(found[name], np.ndarray) and found[name].ndim == 1 and found[name].size > 0
+            right = right and all(isinstance(value, str) for value in found[name])
+            self._check(right, f"attribute '{name}' is missing or not a list of names")
+        self.dataset, self.teacher = found["dataset"], found["teacher"]
+        self.classes, self.views = tuple(found["classes"]), tuple(found["views"])
+        self._check(not views_problem(self.views), views_problem(self.views))
 
     def _read_split(self, name: str) -> dict[str, tuple[int, ...]]:
         """Check one group; return the shapes of its features."""
         group = hdf5.find(self._file, name)
-        self._check(isinstance(group, h5py.Group), f"has no group '{name}'; {AGAIN}")
+        self._check(isinstance(group, h5py.Group), f"has no group '{name}'")
         labels, logits = self._array(f"{name}/labels"), self._array(f"{name}/logits")
         integers = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) <= MOST_SAMPLES
-        self._check(integers, f"{name}/labels is not a list of integers; {AGAIN}")
+        self._check(integers, f"{name}/labels is not a list of integers")
         shape = (len(self.views), len(labels), len(self.classes))
         self._check_values(logits, f"{name}/logits", shape)
         if "index" in group:
@@ -127,35 +139,32 @@ class TeacherFile:
         accuracy = hdf5.attribute(group, "accuracy")
         self._check(
             isinstance(accuracy, np.floating) and 0 <= accuracy <= 1,
-            f"{name}: attribute 'accuracy' is {accuracy}, expected a number from 0 to 1; {AGAIN}",
+            f"{name}: attribute 'accuracy' is {accuracy}, expected a number from 0 to 1",
         )
         layers = {}
         features = hdf5.find(group, "features")
         for layer in features if isinstance(features, h5py.Group) else ():
             features = self._array(f"{name}/features/{layer}")
-            self._check(features.ndim == 5, f"{name}/features/{layer} has {features.ndim} axes, expected 5; {AGAIN}")
+            self._check(features.ndim == 5, f"{name}/features/{layer} has {features.ndim} axes, expected 5")
             self._check_values(features, f"{name}/features/{layer}", (*shape[:2], *features.shape[2:]))
             layers[layer] = features.shape[2:]
         return layers
 
     def _array(self, name: str) -> h5py.Dataset:
         array = hdf5.find_array(self._file, name, compressed=True)
-        self._check(array is not None, f"has no array '{name}'; {AGAIN}")
+        self._check(array is not None, f"has no array '{name}'")
         return array
 
     def _check_values(self, array: h5py.Dataset, name: str, shape: tuple[int, ...]) -> None:
-        self._check(array.dtype.name in DTYPES, f"{name} is {array.dtype}, expected {' or '.join(DTYPES)}; {AGAIN}")
-        self._check(
-            array.shape == shape,
-            f"{name} has shape {array.shape}, expected {shape} (views, labels, classes); {AGAIN}",
-        )
+        self._check(array.dtype.name in DTYPES, f"{name} is {array.dtype}, expected {' or '.join(DTYPES)}")
+        self._check(array.shape == shape, f"{name} has shape {array.shape}, expected {shape} (views, labels, classes)")
 
     def _read_index(self, name: str, count: int) -> np.ndarray:
         array = self._array(f"{name}/index")
         fits = array.shape == (count,) and array.dtype.kind in "iu"
         index = array[...].astype(np.int64) if fits else np.zeros(0, np.int64)
         fits = fits and bool((index >= 0).all() and (np.diff(index) > 0).all())
-        self._check(fits, f"{name}/index is not {count} increasing numbers from 0 on; {AGAIN}")
+        self._check(fits, f"{name}/index is not {count} increasing numbers from 0 on")
         return index
 
     def check(self, dataset: Dataset) -> None:
@@ -167,10 +176,10 @@ class TeacherFile:
         mine, ours, theirs = f"data set {dataset.name}", dataset.classes, self.classes
         remedy = f"make one for {dataset.name} with tools/export_teacher_logits.py"
         right = self.dataset == dataset.name
-        self._check(right, f"is a teacher for data set {self.dataset}, not {dataset.name}; {remedy}")
-        self._check(len(ours) == len(theirs), f"has {len(theirs)} classes, {mine} has {len(ours)}; {remedy}")
+        self._check(right, f"is a teacher for data set {self.dataset}, not {dataset.name}", remedy)
+        self._check(len(ours) == len(theirs), f"has {len(theirs)} classes, {mine} has {len(ours)}", remedy)
         for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-            self._check(a == b, f"calls class {i} '{a}', {mine} calls it '{b}'; {remedy}")
+            self._check(a == b, f"calls class {i} '{a}', {mine} calls it '{b}'", remedy)
         for name in SPLITS:
             with self._disk():
                 self._check_labels(dataset, name, remedy)
@@ -183,7 +192,8 @@ class TeacherFile:
         self._check(
             bool(found.all()) and len(covered) > 0 and covered[-1] < split.total,
             f"covers {len(labels)} {name} samples of data set {dataset.name}, which has {split.total} "
-            f"and of which {len(split)} are used, {int((~found).sum())} of these not in the file; {remedy}",
+            f"and of which {len(split)} are used, {int((~found).sum())} of these not in the file",
+            remedy,
         )
         for first in np.flatnonzero(labels[rows] != split.labels)[:1]:
             self._check(
@@ -191,6 +201,7 @@ class TeacherFile:
                 f"{(labels[rows] != split.labels).sum()} of {len(split)} {name} labels disagree with data set "
                 f"{dataset.name} (first: sample {split.index[first]} has {labels[rows[first]]}, not "
                 f"{split.labels[first]}); it was made from other data or in another order, {remedy}",
+                "",
             )
 
     def _find(self, name: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -203,19 +214,20 @@ class TeacherFile:
 
     def _check_logits(self, name: str) -> None:
         logits, labels = self._file[f"{name}/logits"], self._file[f"{name}/labels"][...]
-        right = np.zeros(len(self.views))
-        for rows in blocks(logits):
+        right, step = np.zeros(len(self.views)), max(1, BLOCK_BYTES // max(1, logits.nbytes // max(1, len(labels))))
+        for start in range(0, len(labels), step):
+            rows = slice(start, start + step)
             values = logits[:, rows]
             right += (values.argmax(axis=2) == labels[rows]).sum(axis=1)
             for view, row in np.argwhere(~np.isfinite(values).all(axis=2))[:1]:
-                where = f"sample {rows.start + row}, view {self.views[view]}"
-                self._check(False, f"{name}/logits of {where}, are not finite; {AGAIN}")
+                where = f"sample {start + row}, view {self.views[view]}"
+                self._check(False, f"{name}/logits of {where}, are not finite")
         self.measured[name] = dict(zip(self.views, (right / len(labels)).tolist(), strict=True))
         stored, found = self.accuracy(name), self.measured[name]["identity"]
         self._check(
             abs(stored - found) <= ROUNDING,
             f"says that its {name} accuracy is {stored:.2%}, but its logits have {found:.2%} on its labels: one of "
-            f"them is in another order or of another teacher; {AGAIN}",
+            f"them is in another order or of another teacher",
         )
 
     def by_chance(self) -> list[str]:
@@ -277,7 +289,14 @@ class TeacherFile:
         return self._places(f"{split_name}/logits", index, view)
 
     def _places(self, name: str, index: np.ndarray, view: np.ndarray | int) -> np.ndarray:
-        rows, view = self._found(name, index, view)
+        """Return the rows of an array, counted through all views, that hold some samples."""
+        split, index, view = name.partition("/")[0], _integers("index", index), _integers("view", view)
+        require(index.ndim == 1, f"index must be a vector of integers, not {shown(index)}")
+        require(view.shape in ((), index.shape), f"view must be one integer or as many as index, not {shown(view)}")
+        count, (rows, found) = self.count(split), self._find(split, index)
+        covered = self._index.get(split, [0, count - 1])
+        what = f"{name} covers {count} of the samples {covered[0]}..{covered[-1]}, others are asked for"
+        self._check(bool(found.all()), what, "")
         for code in np.unique(view):
             rows = np.where(view == code, rows + self._place_of_view(int(code)) * self._file[name].shape[1], rows)
         return rows
@@ -286,31 +305,19 @@ class TeacherFile:
         """Return the teacher's activations of one layer, float32 (B, H, W, C); arguments as for `logits`."""
         name = self._feature(layer, split_name)
         values = self._taken(name, self._places(name, index, view)).astype(np.float32)
-        self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite; {AGAIN}")
+        self._check(bool(np.isfinite(values).all()), f"{name} holds values that are not finite")
         return values
 
     def _feature(self, layer: str, split_name: str) -> str:
         known = ", ".join(self.feature_layers) or "no layer"
         found = isinstance(layer, str) and layer in self.feature_layers
-        self._check(found, f"has no features of layer {shown(layer)} (it has {known}); {AGAIN}")
+        self._check(found, f"has no features of layer {shown(layer)} (it has {known})")
         return f"{choose('split', split_name, SPLITS)}/features/{layer}"
 
-    def _found(self, name: str, index: np.ndarray, view: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of some samples in each view, and a view each."""
-        split, index, view = name.partition("/")[0], _integers("index", index), _integers("view", view)
-        require(index.ndim == 1, f"index must be a vector of integers, not {shown(index)}")
-        require(view.shape in ((), index.shape), f"view must be one integer or as many as index, not {shown(view)}")
-        count, (places, found) = self.count(split), self._find(split, index)
-        covered = self._index.get(split, [0, count - 1])
-        self._check(
-            bool(found.all()), f"{name} covers {count} of the samples {covered[0]}..{covered[-1]}, others are asked for"
-        )
-        return places, np.broadcast_to(view, index.shape)
-
-    def _rows_of(self, name: str) -> Rows:
+    def _rows_of(self, name: str) -> hdf5.Rows:
         if name not in self._rows:
             with self._disk():
-                self._rows[name] = Rows(self._file[name])
+                self._rows[name] = hdf5.Rows(self._file[name])
         return self._rows[name]
 
     def _taken(self, name: str, places: np.ndarray) -> np.ndarray:
@@ -320,14 +327,13 @@ class TeacherFile:
 
     def _place_of_view(self, code: int) -> int:
         name = VIEWS[code] if 0 <= code < len(VIEWS) else f"number {code}"
-        self._check(
-            name in self.views, f"has no view '{name}': export it again with both views, or train with --no-flip"
-        )
+        remedy = "export it again with both views, or train with --no-flip"
+        self._check(name in self.views, f"has no view '{name}': {remedy}", "")
         return self.views.index(name)
 
-    def _check(self, condition: bool, problem: str) -> None:
+    def _check(self, condition: bool, problem: str, remedy: str = AGAIN) -> None:
         if not condition:
-            raise TeacherError(f"teacher file {self.path}: {problem}")
+            raise TeacherError(f"teacher file {self.path}: {problem}{remedy and '; '}{remedy}")
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -337,7 +343,7 @@ class TeacherFile:
         except TeacherError:
             raise
         except hdf5.ERRORS as error:
-            why = hdf5.blame(error, f"is not HDF5, truncated or damaged ({one_line(error)}); {AGAIN}")
+            why = hdf5.blame(error, f"is not HDF5, truncated or damaged ({one_line(error)})")
             raise TeacherError(f"teacher file {self.path}: {why}") from error
 
 
