@@ -31,7 +31,7 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
         network = getattr(self, "network", self)
         if works_for(network):  # for the thread that holds the lock
             return method(self, *args, **options)
-        with network.lock, one_blas_thread:
+        with network.lock, one_blas_thread():
             return method(self, *args, **options)
 
     return locked

@@ -227,19 +227,22 @@ def test_blas_has_one_thread_within_our_work_and_as_many_as_before_after_it():
         first, second = threading.Event(), threading.Event()
 
         def other():
-            with one_blas_thread:
+            with one_blas_thread():
                 first.set()
                 second.wait(10)
 
-        worker = threading.Thread(target=other)
-        with one_blas_thread:
-            worker.start()
-            first.wait(10)
-            assert blas_threads() == {1}
-        assert blas_threads() == {1}, "the other still works"
-        second.set()
-        worker.join()
-        assert blas_threads() == before
+        for wait_for in ("the other", "this"):
+            first.clear(), second.clear()
+            worker = threading.Thread(target=other)
+            with one_blas_thread():
+                worker.start()
+                first.wait(10)
+                assert blas_threads() == {1}
+                if wait_for == "this":
+                    second.set(), worker.join()
+                    assert blas_threads() == {1}
+            second.set(), worker.join()
+            assert blas_threads() == before
         net = network("conv")
         ep.Backpropagation(net).step(batch_of(net, 6))
         assert blas_threads() == before

@@ -86,30 +86,24 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-class _OneBlasThread:
-    """A scope in which BLAS uses one thread: many small products in several threads of its own collapse.
+_limiting = threading.Lock()
 
-    The limit is the process's: the first that enters sets it, the last that leaves restores what was there.
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let BLAS use one thread within this scope: many small products in several threads of its own collapse.
+
+    The limit is the process's, and only the thread that set it can lift it. So whoever comes while it is set neither
+    sets nor lifts it.
     """
-
-    def __init__(self):
-        self._lock, self._inside, self._limit = threading.Lock(), 0, contextlib.nullcontext()
-
-    def __enter__(self):
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._limit = _blas().limit(limits=1)
-                self._limit.__enter__()
-
-    def __exit__(self, *error):
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._limit.__exit__(None, None, None)
-
-
-one_blas_thread = _OneBlasThread()
+    if not _limiting.acquire(blocking=False):
+        yield
+        return
+    try:
+        with _blas().limit(limits=1):
+            yield
+    finally:
+        _limiting.release()
 
 
 def number_for(owner: Any) -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyep.backend.cuda import WORKSPACE_BYTES
+from cupyep.backend.cuda import WORKSPACE_BYTES, Launcher
 from cupyep.backend.device import Device, gemm, gpu_scratch
 from cupyep.backend.threads import get_threads
 from cupyep.batch import Batch
@@ -54,6 +55,10 @@ class BlankDevice(Device):
 
     def use(self) -> None:
         """There is nothing to use."""
+
+    def launcher(self, source: Path) -> Launcher:
+        """Return what would launch the kernels of a file: nothing is compiled before it does."""
+        return Launcher(source, self.xp)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return a read-only array of zeros of the shape and type, all of them in one place."""
