@@ -19,7 +19,7 @@ from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.memory.workspace import Effective, Memory
 from cupyep.ops.conv import chunked
 from cupyep.persistence.network_file import describe, read_network, write_network
-from cupyep.phases import Nudge, State
+from cupyep.phases import Nudge, State, joined
 from cupyep.settling import check_settling, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
@@ -258,15 +258,26 @@ class Network(Structure):
         betas = [beta] if is_number(beta) else items("beta", beta)
         if targets is None and not isinstance(x, Batch):
             require(betas == [0], "a nudged phase (beta not 0) needs targets")
-        if is_number(beta) and beta == 0:
-            require(targets is None, "a nudged phase (targets given) needs a beta that is not 0")
-            state = self.settle_free(batch, start, **how)
-        else:
-            require(start is not None, "a nudged phase starts at a free state: settle without targets first")
+        is_free = is_number(beta) and beta == 0
+        require(not is_free or targets is None, "a nudged phase (targets given) needs a beta that is not 0")
+        require(is_free or start is not None, "a nudged phase starts at a free state: settle without targets first")
+
+        def settled(batch: Batch, start: State | None) -> State:
+            if is_free:
+                return self.settle_free(batch, start, **how)
             state = self.settle_nudged(batch, start, betas, self.nudges(batch, signals), nudge, **how)
-        if nudge != "classical" and state.deviations is not None:
-            self._add_deviations(state, start)
-        return state.copy() if copy else state
+            if nudge != "classical":
+                self._add_deviations(state, start)
+            return state
+
+        if not copy:
+            return settled(batch, start)
+        if record or (start is not None and start.buffers is not None):  # which is this thread's alone
+            return settled(batch, start).copy()
+        rows = self.parts(len(batch))
+        starts = [None if start is None else start.part(part) for part in rows]
+        states = self.run_parts(batch, lambda part, number, _: settled(part, starts[number]).copy())
+        return joined(states, [part.stop - part.start for part in rows], len(betas))
 
     @exclusive
     def settle_free(self, batch: Batch, start: State | None = None, retain: str = "both", **how: Any) -> State:

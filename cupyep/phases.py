@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupyep.backend import array_module
 from cupyep.backend.cuda import identity
 from cupyep.backend.graphs import Replays
 from cupyep.heads import LossTerm
@@ -83,6 +84,36 @@ class State:
             copied(self.deviations),
             self.scales,
         )
+
+    def part(self, rows: slice) -> State:
+        """Return the state of some of the samples, which shares its memory."""
+
+        def cut(arrays):
+            return None if arrays is None else [None if a is None else a[rows] for a in arrays]
+
+        return State(cut(self.layers), cut(self.drives), cut(self.winners), buffers=self.buffers)
+
+
+def joined(states: Sequence[State], samples: Sequence[int], phases: int) -> State:
+    """Return the state of all samples from those of parts of so many samples, each of some phases in one batch."""
+
+    def join(name):
+        arrays = [getattr(state, name) for state in states]
+        return None if arrays[0] is None else [_joined(parts, samples) for parts in zip(*arrays, strict=True)]
+
+    if len(states) == 1:
+        return states[0]
+    stats = functools.reduce(lambda one, other: one.joined(other, phases), (state.stats for state in states))
+    names = ("layers", "drives", "winners", "deviations")
+    return State(**{name: join(name) for name in names}, stats=stats, scales=states[0].scales)
+
+
+def _joined(parts: Sequence[Any], samples: Sequence[int]) -> Any:
+    if parts[0] is None:
+        return None
+    shape = parts[0].shape[1:]
+    by_phase = [part.reshape(-1, n, *shape) for part, n in zip(parts, samples, strict=True)]
+    return array_module(parts[0]).concatenate(by_phase, axis=1).reshape(-1, *shape)
 
 
 class Phase:

@@ -103,6 +103,35 @@ def test_every_thread_has_memory_of_its_own_and_weights_are_made_once(monkeypatc
     assert net.memory is net._memories[0], "this thread's"
 
 
+@pytest.mark.parametrize("tolerance", [None, 1e-6])
+@pytest.mark.parametrize("nudge", ["free", "classical", "deviation", "tangent"])
+def test_settling_gives_the_state_of_the_whole_batch(monkeypatch, nudge, tolerance):
+    """Two phases in one batch, too: phase by phase, not part by part. With a tolerance parts end by themselves."""
+    monkeypatch.setattr("cupyep.network.PART", SAMPLES)
+    net = network("conv", pooling="max", activation="hard_sigmoid")
+    batch, how = batch_of(net, SAMPLES), {"steps": 200 if tolerance else 5, "tolerance": tolerance}
+    free = net.settle(batch, **how)
+    nudged = {"start": free, "targets": batch, "beta": (0.3, -0.3), "nudge": nudge, "signals": signals_of("le")}
+    more = {"free": {}, "tangent": {**nudged, "beta": 1.0}}.get(nudge, nudged)
+    whole = net.settle(batch, **how, **more)
+    monkeypatch.setattr("cupyep.network.PART", 4)
+    ep.set_threads(3)
+    more = {**more, "start": net.settle(batch, **how)} if more else {}
+    parts = net.settle(batch, **how, **more)
+    assert (parts.stats.converged, parts.scales) == (whole.stats.converged, whole.scales)
+    close = {"rtol": 1e-12, "atol": 1e-14} if tolerance is None else {"rtol": 1e-4, "atol": 1e-5}
+    for name in ("layers", "drives", "winners", "deviations"):
+        found, expected = getattr(parts, name), getattr(whole, name)
+        assert (found is None) == (expected is None)
+        for a, b in zip(found or (), expected or (), strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and (name != "winners" or tolerance is None):
+                np.testing.assert_allclose(a, b, **close)
+    if tolerance is None:
+        np.testing.assert_allclose(parts.stats.per_sample, whole.stats.per_sample, rtol=1e-9, atol=1e-14)
+    assert parts.stats.per_sample.shape == whole.stats.per_sample.shape
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_parts_have_their_turn_in_order(count):
     ep.set_threads(count)
