@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from quadrants import SILENT, assert_same_state, numbers, quadrant_data
 from small import batch_of, network, signals_of
 from test_micro_batch import LEARNERS, every_signal, figures
 from threadpoolctl import threadpool_info
@@ -16,6 +17,10 @@ from threadpoolctl import threadpool_info
 import cupyep as ep
 from cupyep.backend import threads
 from cupyep.backend.threads import Turns, number_for, one_blas_thread, run_parts
+from cupyep.persistence.checkpoint import load_checkpoint
+from cupyep.training import build, runs
+from cupyep.training.config import make_config
+from cupyep.training.run_directory import RunDirectory
 
 SAMPLES = 23
 
@@ -345,3 +350,27 @@ def test_signals_by_name_in_threads():
     net = network("conv")
     learner = ep.Backpropagation(net, signals=signals_of("le"))
     assert learner.step(batch_of(net, 8)).count == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"aug": "le", "kappa_annealing": "constant"}, {"algorithm": "bp"}, {"weights": "standardized"}]
+)
+def test_a_run_is_the_same_with_any_number_of_threads_and_taken_up_with_another(monkeypatch, tmp_path, options):
+    dataset = quadrant_data(train=24)
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: dataset)
+    shared = {"arch": "vgg5", "batch_size": 16, "gain": 0.5, "lr_schedule": "constant", "data_dir": str(tmp_path)}
+
+    def train(count, name, epochs):
+        ep.set_threads(count)
+        if (tmp_path / name).exists():
+            runs.resume_run(tmp_path / name, {"epochs": epochs}, SILENT).run()
+        else:
+            config = make_config(shared, {"width": 0.125, "device": "cpu", "epochs": epochs}, options)
+            runs.start_run(config, tmp_path / name, SILENT).run()
+
+    train(1, "straight", 2)
+    train(3, "other", 1)
+    train(8, "other", 2)
+    one, other = (tmp_path / name for name in ("straight", "other"))
+    assert numbers(RunDirectory.open(one)) == numbers(RunDirectory.open(other))
+    assert_same_state(*(load_checkpoint(path / "checkpoint.h5") for path in (one, other)))
