@@ -7,6 +7,7 @@ runs on NumPy and CuPy arrays and keeps each parameter's dtype; on a GPU a step 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from cupyep.backend.device import launcher_for
 from cupyep.errors import CheckpointError, ConfigurationError, flag, instance, items, nearest, number, require, shown
 from cupyep.ops.optimizer import SOURCE, CudaOptimizerOps, OptimizerOps
 
+AVERAGE = "average"  # the buffers of the running average; "average.<path>" in `Optimizer.state_dict`
 UPDATED_AT_ONCE = 1 << 19  # numbers: the scratch of an update is small beside the parameters
 
 
@@ -71,6 +73,9 @@ class Optimizer:
         optimizers and both published EP code bases (Laborieux 2021, Scellier 2023) do. At least 0.
     slots : tuple of str
         Names of the buffers kept for every parameter.
+    ema : float, optional
+        Decay d in (0, 1) of a running average of the parameters, which `averaged` puts in their place. After step t
+        it moves by ``1 - min(d, (1 + t) / (10 + t))`` of the way to them: more at first, so that it forgets the start.
 
     Raises
     ------
@@ -84,6 +89,7 @@ class Optimizer:
         learning_rate: float | Mapping[str, float],
         weight_decay: float,
         slots: tuple[str, ...],
+        ema: float | None = None,
     ):
         instance("parameters", parameters, Mapping, "a mapping of arrays by path")
         require(len(parameters) > 0, "an optimizer needs at least one of parameters")
@@ -96,11 +102,14 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.rates = _rates(self.parameters, learning_rate)
         self.weight_decay = float(weight_decay)
+        self.ema = None if ema is None else number("ema", ema, above=0, below=1)
         self.steps = 0
-        self._slots = slots
+        self._slots = slots if ema is None else (*slots, AVERAGE)
         self._buffers = {
             f"{slot}.{path}": array_module(p).zeros_like(p) for slot in slots for path, p in self.parameters.items()
         }
+        if ema is not None:
+            self._buffers |= {f"{AVERAGE}.{path}": p.copy(order="K") for path, p in self.parameters.items()}
         self._ops = _ops_for(self.parameters)
         module = array_module(next(iter(self.parameters.values())))
         sizes = _scratch_sizes(self.parameters) if self._ops.needs_scratch else {}
@@ -134,12 +143,38 @@ class Optimizer:
             arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
             rate = self.rates[path] * factor
             if not self._ops.needs_scratch:
-                self._update(*arrays[:2], arrays[2:], None, rate)
+                self._advance(*arrays[:2], arrays[2:], None, rate)
                 continue
             for piece in _pieces(parameter.shape):
                 part, gradient, *slots = (array[piece] for array in arrays)
                 scratch = self._scratch[part.dtype][: part.size].reshape(part.shape)
-                self._update(part, gradient, slots, scratch, rate)
+                self._advance(part, gradient, slots, scratch, rate)
+
+    def _advance(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
+        """Update a parameter, or a piece of it, and its average."""
+        if self.ema is None:
+            self._update(parameter, gradient, slots, scratch, rate)
+            return
+        self._update(parameter, gradient, slots[:-1], scratch, rate)
+        share = 1.0 - min(self.ema, (1 + self.steps) / (10 + self.steps))
+        self._ops.average(slots[-1], parameter, scratch, share=share)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the average in the place of the parameters as long as the context lasts; without `ema` change nothing."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for path, p in self.parameters.items() if self.ema is not None else ():
+            average = self._buffers[f"{AVERAGE}.{path}"]
+            for piece in _pieces(p.shape):
+                kept = p[piece].copy()
+                p[piece] = average[piece]
+                average[piece] = kept
 
     def _update(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
         """Update a parameter, or a piece of it, and its buffers; `scratch` is an array like it where it is needed."""
@@ -185,6 +220,7 @@ class SGD(Optimizer):
     nesterov : bool, default=False
         Needs a momentum above 0.
     weight_decay : float, default=0.0
+    ema : float, optional
 
     Raises
     ------
@@ -193,7 +229,7 @@ class SGD(Optimizer):
 
     See Also
     --------
-    Optimizer : the meaning of layer-wise rates and of `weight_decay`.
+    Optimizer : the meaning of layer-wise rates, of `weight_decay` and of `ema`.
     """
 
     def __init__(
@@ -203,10 +239,11 @@ class SGD(Optimizer):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        ema: float | None = None,
     ):
         number("momentum", momentum, 0, below=1)
         require(not flag("nesterov", nesterov) or momentum > 0, "nesterov needs a momentum above 0")
-        super().__init__(parameters, learning_rate, weight_decay, self.slots(momentum))
+        super().__init__(parameters, learning_rate, weight_decay, self.slots(momentum), ema)
         self.momentum = float(momentum)
         self.nesterov = bool(nesterov)
 
@@ -239,6 +276,7 @@ class Adam(Optimizer):
     epsilon : float, default=1e-8
         Above 0.
     weight_decay : float, default=0.0
+    ema : float, optional
 
     Raises
     ------
@@ -259,11 +297,12 @@ class Adam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        ema: float | None = None,
     ):
         betas = [number("each of betas", beta, 0, below=1) for beta in items("betas", betas)]
         require(len(betas) == 2, f"betas must be two numbers, not {betas}")
         number("epsilon", epsilon, above=0)
-        super().__init__(parameters, learning_rate, weight_decay, self.SLOTS)
+        super().__init__(parameters, learning_rate, weight_decay, self.SLOTS, ema)
         self.betas = (float(betas[0]), float(betas[1]))
         self.epsilon = float(epsilon)
 

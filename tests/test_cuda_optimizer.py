@@ -78,6 +78,19 @@ def test_adam(ops, rng, shape, dtype):
     check([p, m, v], [q, a, b], dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_average(ops, rng, shape, dtype):
+    average, parameters = case(rng, shape, dtype)
+    wanted = average.astype(float)
+    for p in parameters:
+        kept = p.copy()
+        ops.average(average, p, np.full_like(p, np.nan), share=0.3)
+        wanted = 0.7 * wanted + 0.3 * p
+        np.testing.assert_array_equal(p, kept)
+    check([average], [wanted], dtype)
+
+
 def test_what_diverged_stays_visible(ops):
     p, g = np.ones(8, np.float32), np.array([np.nan, np.inf] + [1.0] * 6, np.float32)
     m, v, scratch = np.zeros_like(p), np.zeros_like(p), np.empty_like(p)

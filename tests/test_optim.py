@@ -123,7 +123,7 @@ def test_float32_parameters_change_in_place_and_gradients_do_not(name):
     assert all(array.dtype == np.float32 for key, array in optimizer.state_dict().items() if key != "steps")
 
 
-@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True, weight_decay=0.1), lambda p: Adam(p, 0.1)])
+@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True, weight_decay=0.1, ema=0.9), Adam])
 def test_a_step_allocates_no_array(make):
     parameters = {"w": np.zeros((400, 400)), "b": np.zeros(400)}
     gradients = {path: np.ones_like(p) for path, p in parameters.items()}
@@ -161,7 +161,9 @@ def test_pieces_change_no_bit(make, most, monkeypatch, rng):
     assert sum(b.size for b in optimizer._scratch.values()) <= most
 
 
-@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True), lambda p: Adam(p, 0.1, weight_decay=0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda p: SGD(p, 0.1, nesterov=True, ema=0.9), lambda p: Adam(p, 0.1, weight_decay=0.1)]
+)
 def test_a_restored_state_continues_bit_for_bit(make):
     straight = make(make_parameters())
     run(straight)
@@ -177,11 +179,62 @@ def test_a_restored_state_continues_bit_for_bit(make):
         np.testing.assert_array_equal(parameters[path], p)
 
 
+def averaging(parameters, **how):
+    return SGD(parameters, 0.1, **how) if "momentum" in how else Adam(parameters, 0.1, **how)
+
+
+@pytest.mark.parametrize("how", [{"momentum": 0.0}, {"momentum": 0.9}, {}])
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_average_follows_its_recurrence(how, decay, monkeypatch):
+    """Against a plain loop over what an optimizer without an average does; in whole parameters and in pieces."""
+    for at_once in (1 << 19, 1):
+        monkeypatch.setattr(optim, "UPDATED_AT_ONCE", at_once)
+        plain, other = averaging(make_parameters(), **how), averaging(make_parameters(), **how, ema=decay)
+        wanted = make_parameters()
+        for t, gradients in enumerate(gradient_sequence(plain.parameters), start=1):
+            plain.step(gradients)
+            other.step(gradients)
+            d = min(decay, (1 + t) / (10 + t))
+            wanted = {path: d * a + (1 - d) * plain.parameters[path] for path, a in wanted.items()}
+        trained = {path: p.copy() for path, p in other.parameters.items()}
+        for path, p in plain.parameters.items():
+            np.testing.assert_array_equal(trained[path], p)
+        with other.averaged():
+            for path, p in other.parameters.items():
+                np.testing.assert_allclose(p, wanted[path], rtol=1e-13)
+        for path, p in other.parameters.items():
+            np.testing.assert_array_equal(p, trained[path], err_msg="the parameters come back, bit for bit")
+
+
+def test_parameters_come_back_after_an_error():
+    optimizer = SGD(make_parameters(), ema=0.5)
+    run(optimizer)
+    before = {path: p.copy() for path, p in optimizer.parameters.items()}
+    with pytest.raises(KeyError), optimizer.averaged():
+        raise KeyError
+    for path, p in optimizer.parameters.items():
+        np.testing.assert_array_equal(p, before[path])
+
+
+def test_without_an_average_nothing_is_put_in_place():
+    optimizer = SGD(make_parameters())
+    run(optimizer)
+    before = {path: p.copy() for path, p in optimizer.parameters.items()}
+    with optimizer.averaged():
+        for path, p in optimizer.parameters.items():
+            np.testing.assert_array_equal(p, before[path])
+
+
 def test_state_names_are_flat_paths():
     parameters = make_parameters()
     assert set(SGD(parameters).state_dict()) == {"steps", "velocity.layers.1.weight", "velocity.layers.1.bias"}
     assert set(SGD(parameters, momentum=0.0).state_dict()) == {"steps"}
     assert "square.layers.1.bias" in Adam(parameters).state_dict()
+    assert set(SGD(parameters, momentum=0.0, ema=0.9).state_dict()) == {
+        "steps",
+        "average.layers.1.weight",
+        "average.layers.1.bias",
+    }
 
 
 def test_foreign_states_are_refused():

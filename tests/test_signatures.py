@@ -241,6 +241,7 @@ VALID = {
         for method, call in {
             "step": lambda w, make=make: (make(w.theta).step, {"gradients": w.theta}),
             "state_dict": lambda w, make=make: (make(w.theta).state_dict, {}),
+            "averaged": lambda w, make=make: (make(w.theta, ema=0.9).averaged, {}),
             "load_state_dict": lambda w, make=make: (
                 make(w.theta).load_state_dict,
                 {"state": make(w.theta).state_dict()},
@@ -353,7 +354,7 @@ def arguments(function):
 # What looks wrong and is not: name, argument, kinds of `WRONG`, and why.
 FRACTIONS = "beta|gain|feedback|tolerance|relaxation|temperature|width|kappa|progress|learning_rate|momentum|epsilon"
 MEANINGFUL = (
-    (r".*", FRACTIONS + "|weight_decay|factor", "half", "a real number"),
+    (r".*", FRACTIONS + "|weight_decay|factor|ema", "half", "a real number"),
     (r"Device|get_device", "scratch_mb", "half", "a real number"),
     (r"Clip|Tanh", "slope|low|high|center|height|rate", "half", "a real number"),
     (r"Clip|Tanh", "low|center", "minus one|zero", "a place on the axis"),

@@ -21,9 +21,10 @@ from cupyep.memory.workspace import Workspace
 from cupyep.settling import SettleStats
 from cupyep.training import runs
 from cupyep.training.config import TrainConfig
-from cupyep.training.results import top_k_accuracy
+from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics
+from cupyep.training.trained import load_trained
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
@@ -201,6 +202,36 @@ def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
         ConfigurationError, match="--beta 0.3 is not the run's 0.5; a resumed run may only change --epo"
     ):
         runs.resume_run(tmp_path / "short", {"beta": 0.3}, display=SILENT)
+
+
+def test_an_average_is_judged_and_used_and_the_parameters_go_on(quadrants, tmp_path):
+    """Oracle: the run without an average, whose parameters after every batch are averaged here."""
+    values = {"epochs": 2, "optimizer": "sgd", "learning_rate": 0.05, "algorithm": "bp"}
+    plain = run(values, tmp_path / "plain")
+    start = {path: p.copy() for path, p in plain.network.parameters().items()}
+    history, step = [], plain.optimizer.step
+
+    def stepped(*arguments):
+        step(*arguments)
+        history.append({path: p.copy() for path, p in plain.network.parameters().items()})
+
+    plain.optimizer.step = stepped
+    plain.run()
+    average = start
+    for t, parameters in enumerate(history, start=1):
+        d = min(0.6, (1 + t) / (10 + t))
+        average = {path: d * a + (1 - d) * parameters[path] for path, a in average.items()}
+    other = run({**values, "ema": 0.6}, tmp_path / "averaged")
+    other.run()
+    saved, used = other.directory.load(), load_trained(tmp_path / "averaged", "last")
+    for path, p in plain.network.parameters().items():
+        np.testing.assert_array_equal(saved.parameters[path], p)
+        np.testing.assert_array_equal(other.network.parameters()[path], p)
+        np.testing.assert_allclose(used.network.parameters()[path], average[path], rtol=1e-5, atol=1e-6)
+    loss, _ = evaluate(used.learner, other.test)
+    record, without = other.records[-1], plain.records[-1]
+    assert (record["test_loss"], record["train_loss"]) == (loss, without["train_loss"])
+    assert record["test_loss"] != without["test_loss"]
 
 
 def test_scratch_may_differ_on_resume_and_changes_nothing_but_rounding(quadrants, tmp_path):

@@ -56,3 +56,18 @@ __global__ void adam_step(
     m.store(mean + at);
     v.store(square + at);
 }
+
+// average <- average + share (parameter - average).
+template <typename A, int VEC>
+__global__ void average_step(A* __restrict__ average, const A* __restrict__ parameter, A share, int count)
+{
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= count) return;
+    const size_t at = size_t(item) * VEC;
+    Pack<A, VEC> a, p;
+    a.load(average + at);
+    p.load(parameter + at);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) a.values[i] += share * (p.values[i] - a.values[i]);
+    a.store(average + at);
+}

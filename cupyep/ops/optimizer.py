@@ -86,6 +86,12 @@ class OptimizerOps:
         total *= rate
         parameter -= total
 
+    def average(self, average: Any, parameter: Any, scratch: Any, *, share: float) -> None:
+        """Move `average` by `share` of the way to `parameter`, in place."""
+        array_module(parameter).subtract(parameter, average, out=scratch)
+        scratch *= share
+        average += scratch
+
 
 def _decayed(parameter: Any, gradient: Any, decay: float, out: Any) -> Any:
     """Return gradient + decay * parameter, in `out`."""
@@ -110,6 +116,9 @@ class CudaOptimizerOps(OptimizerOps):
         b1, b2 = betas
         numbers = (rate, b1, 1.0 - b1, b2, 1.0 - b2, correction, epsilon, decay)
         self._launch("adam_step", (parameter, gradient, mean, square), numbers, ())
+
+    def average(self, average, parameter, scratch, *, share):
+        self._launch("average_step", (average, parameter), (share,), ())
 
     def _launch(self, kernel: str, arrays: tuple, numbers: tuple[float, ...], flags: tuple) -> None:
         dtype, size = arrays[0].dtype, arrays[0].size

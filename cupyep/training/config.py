@@ -96,6 +96,8 @@ class TrainConfig:
                                   low=1)
     crop: bool = DATA(True, bool, "Random crops of the padded training images.")
     flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).", needs=("mirrored",))
+    cutout: int | None = DATA(None, int, "Hide a square of N x N pixels in every training image, anywhere (cutout); "
+                              "unset: none.", low=1)
 
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
@@ -150,6 +152,8 @@ class TrainConfig:
     momentum: float = OPTIMIZER(0.9, float, "Momentum of sgd.", low=0, below=1, needs=("sgd",))
     nesterov: bool = OPTIMIZER(False, bool, "Nesterov's form of the momentum.", needs=("sgd",))
     weight_decay: float = OPTIMIZER(0.0, float, "L2 penalty on every parameter.", low=0)
+    ema: float | None = OPTIMIZER(None, float, "Judge and keep a running average of the parameters with this decay, "
+                                  "such as 0.999, instead of the parameters themselves; unset: no.", above=0, below=1)
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
     device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.")
@@ -171,8 +175,8 @@ class TrainConfig:
         self.activation, self.weights = self.activation or own.activation, self.weights or own.weights
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(
-            not (self.teacher_features and self.crop and self.aug == "kd"),
-            "--teacher-features needs --no-crop: a teacher's activations belong to the image as it is",
+            not (self.teacher_features and (self.crop or self.cutout) and self.aug == "kd"),
+            "--teacher-features needs --no-crop and no --cutout: a teacher's activations belong to the image as it is",
         )
         parse_layers(self.signal_layers, sys.maxsize, None)
         free, nudged = default_steps(self)

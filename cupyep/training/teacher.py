@@ -36,6 +36,7 @@ SHARED = (
     "validation",
     "crop",
     "flip",
+    "cutout",
     "batch_size",
     "seed",
     "device",

@@ -338,7 +338,8 @@ class Trainer:
                 record |= {f"{split}_loss": None, f"{split}_accuracy": None}
                 continue
             shown = self.display.over(batches, f"epoch {epoch}/{self.epochs} {split}")
-            loss, accuracy = evaluate(self.learner, self._stoppable(shown))
+            with self.optimizer.averaged():
+                loss, accuracy = evaluate(self.learner, self._stoppable(shown))
             if not math.isfinite(loss):
                 raise DivergenceError(f"the {split} loss is not finite after epoch {epoch}; lower --learning-rate")
             record |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
