@@ -11,7 +11,7 @@ import numpy as np
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
-from cupyep.errors import flag, instance, integer, require, shown
+from cupyep.errors import flag, instance, integer, number, require, shown
 
 DTYPES = ("float32", "float64")
 
@@ -80,6 +80,8 @@ class Loader:
     cutout : int, default 0
         Needs `augment`. Side of a square that is hidden in every image, after crop and flip: its centre is uniform
         among the pixels, what lies outside of the image is cut off, and hidden pixels have the mean colour.
+    label_smoothing : float, default 0
+        Of the batches (`Batch`), in [0, 1).
 
     Notes
     -----
@@ -103,6 +105,7 @@ class Loader:
         pad: int | None = None,
         flip: bool = True,
         cutout: int = 0,
+        label_smoothing: float = 0.0,
     ):
         instance("dataset", dataset, Dataset)
         self.batch_size = integer("batch_size", batch_size)
@@ -121,6 +124,7 @@ class Loader:
         self.cutout, side = integer("cutout", cutout, 0), min(self.split.images.shape[1:3])
         require(self.cutout <= side, f"cutout must be at most {side}, the side of the images (got {cutout})")
         require(augment or not self.cutout, "cutout needs augment")
+        self.label_smoothing = number("label_smoothing", label_smoothing, 0, below=1)
         self._images = self.device.asarray(self.split.images)
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
 
@@ -170,7 +174,8 @@ class Loader:
             images = self._normalise(self._images[rows])
         after = slice(rows.stop, rows.stop + self.batch_size)
         (index, view), coming = self._looked_up(draws, rows), self._looked_up(draws, after)
-        return Batch(images, self.split.labels[places], index, view, True, coming if len(coming[0]) else None)
+        coming = coming if len(coming[0]) else None
+        return Batch(images, self.split.labels[places], index, view, True, coming, self.label_smoothing)
 
     def _looked_up(self, draws: _Draws, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return by what a teacher's logits are looked up."""
