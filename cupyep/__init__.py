@@ -35,7 +35,7 @@ from cupyep.learning import (
 from cupyep.losses import CrossEntropy, SquaredError
 from cupyep.models import ARCHITECTURES, build, vgg
 from cupyep.network import Network
-from cupyep.optim import SGD, Adam
+from cupyep.optim import SGD, Adam, AdamW
 from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
@@ -45,6 +45,7 @@ __all__ = [
     "ARCHITECTURES",
     "Activation",
     "Adam",
+    "AdamW",
     "Augmenter",
     "Backpropagation",
     "BackpropagationThroughTime",

@@ -28,6 +28,8 @@ class Batch:
         Whether the values of the images are known to be good, as a `Loader`'s are; a look at them waits for the GPU.
     coming : tuple of two ndarrays, optional
         `index` and `view` of the batch after this one: a teacher in a file is read ahead by them.
+    label_smoothing : float
+        Part of a label, in [0, 1), that `one_hot` spreads over all classes alike.
     """
 
     images: Any
@@ -36,6 +38,7 @@ class Batch:
     view: np.ndarray | None = None
     checked: bool = False
     coming: tuple[np.ndarray, np.ndarray] | None = None
+    label_smoothing: float = 0.0
     _labels: Any = field(default=None, init=False, repr=False)  # on the device; not what `replace` hands on
     _rows: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # made of them
 
@@ -65,13 +68,19 @@ class Batch:
         return self.labels if self._labels is None else self._labels
 
     def one_hot(self, classes: int, dtype: Any, device: Device) -> Any:
-        """Return the labels as one-hot rows (N, classes) on `device`; where the batch is `placed`, made once."""
+        """Return the labels as rows (N, classes) on `device`, smoothed; where the batch is `placed`, made once."""
         if self._labels is None:
-            return one_hot(self.labels, classes, dtype, device)
+            return self._smoothed(one_hot(self.labels, classes, dtype, device))
         key = (classes, np.dtype(dtype), device)
         if key not in self._rows:
-            self._rows[key] = one_hot(self._labels, classes, dtype, device)
+            self._rows[key] = self._smoothed(one_hot(self._labels, classes, dtype, device))
         return self._rows[key]
+
+    def _smoothed(self, rows: Any) -> Any:
+        if self.label_smoothing:
+            rows *= 1 - self.label_smoothing
+            rows += self.label_smoothing / rows.shape[-1]
+        return rows
 
 
 def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:

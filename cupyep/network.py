@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyep import errors
-from cupyep.backend import Device, get_device
+from cupyep.backend import Device, get_device, threads
 from cupyep.backend.threads import Turns, number_for, run_parts
 from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
@@ -25,9 +25,6 @@ from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
 
 NUDGES = ("classical", "deviation", "tangent")
-# Samples that go through a step together on a CPU. Not by the number of threads: results do not depend on it. By
-# measurement (docs/performance.md) a step takes as long with 16 to 128; fewer leave more cores something to do.
-PART = 32
 RETAINED = ("states", "drives", "both")
 
 
@@ -106,9 +103,9 @@ class Network(Structure):
     def parts(self, samples: int, most: int | None = None) -> list[slice]:
         """Return the rows of a batch that are processed together, nearly equally many each, the longest first.
 
-        At most `most`, by default `PART` on a CPU and all on a GPU.
+        At most `most`, by default `threads.PART` on a CPU and all on a GPU.
         """
-        return [rows for rows, _ in chunked(samples, most or (samples if self.device.is_gpu else PART))]
+        return [rows for rows, _ in chunked(samples, most or (samples if self.device.is_gpu else threads.PART))]
 
     def describe(self) -> dict[str, Any]:
         """Return what this network is, parameters aside: see `cupyep.persistence.network_file.describe`."""

@@ -1,4 +1,4 @@
-"""Optimizers (SGD, Adam) and learning-rate schedules.
+"""Optimizers (SGD, Adam, AdamW) and learning-rate schedules.
 
 An optimizer updates the parameter arrays in place, so a network whose `parameters()` it was given learns by
 `optimizer.step(result.gradients)`. All buffers exist after construction: a step allocates no array. The same code
@@ -7,6 +7,7 @@ runs on NumPy and CuPy arrays and keeps each parameter's dtype; on a GPU a step 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import array_module
-from cupyep.backend.device import launcher_for
 from cupyep.errors import CheckpointError, ConfigurationError, flag, instance, items, nearest, number, require, shown
-from cupyep.ops.optimizer import SOURCE, CudaOptimizerOps, OptimizerOps
+from cupyep.ops.optimizer import clip_units, ops_for, pieces
 
-UPDATED_AT_ONCE = 1 << 19  # numbers: the scratch of an update is small beside the parameters
+AVERAGE = "average"  # the buffers of the running average; "average.<path>" in `Optimizer.state_dict`
 
 
 def constant(progress: float) -> float:
@@ -58,7 +58,7 @@ def _check_progress(progress: float) -> None:
 
 
 class Optimizer:
-    """What SGD and Adam share: rates by path, buffers, checks, state.
+    """What all optimizers share: rates by path, buffers, checks, state.
 
     Parameters
     ----------
@@ -69,8 +69,15 @@ class Optimizer:
     weight_decay : float
         L2 penalty; adds ``weight_decay * p`` to the gradient of *every* parameter, biases included, as PyTorch's
         optimizers and both published EP code bases (Laborieux 2021, Scellier 2023) do. At least 0.
+    clip_unit_norm : float, optional
+        Adaptive gradient clipping (Brock et al., arXiv 2102.06171): the gradient of a unit (a filter, a row of a dense
+        map) is at most so many times as long as the unit's weights, which count as `SHORTEST_UNIT` long at least. For
+        every weight but the readout's and those of signals; the gradients given to `step` are changed then.
     slots : tuple of str
         Names of the buffers kept for every parameter.
+    ema : float, optional
+        Decay d in (0, 1) of a running average of the parameters, which `averaged` puts in their place. After step t
+        it moves by ``1 - min(d, (1 + t) / (10 + t))`` of the way to them: more at first, so that it forgets the start.
 
     Raises
     ------
@@ -84,6 +91,8 @@ class Optimizer:
         learning_rate: float | Mapping[str, float],
         weight_decay: float,
         slots: tuple[str, ...],
+        ema: float | None = None,
+        clip_unit_norm: float | None = None,
     ):
         instance("parameters", parameters, Mapping, "a mapping of arrays by path")
         require(len(parameters) > 0, "an optimizer needs at least one of parameters")
@@ -96,12 +105,17 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.rates = _rates(self.parameters, learning_rate)
         self.weight_decay = float(weight_decay)
+        self.ema = None if ema is None else number("ema", ema, above=0, below=1)
+        clip = clip_unit_norm
+        self.clip_unit_norm = None if clip is None else number("clip_unit_norm", clip, above=0)
         self.steps = 0
-        self._slots = slots
+        self._slots = slots if ema is None else (*slots, AVERAGE)
         self._buffers = {
             f"{slot}.{path}": array_module(p).zeros_like(p) for slot in slots for path, p in self.parameters.items()
         }
-        self._ops = _ops_for(self.parameters)
+        if ema is not None:
+            self._buffers |= {f"{AVERAGE}.{path}": p.copy(order="K") for path, p in self.parameters.items()}
+        self._ops = ops_for(self.parameters)
         module = array_module(next(iter(self.parameters.values())))
         sizes = _scratch_sizes(self.parameters) if self._ops.needs_scratch else {}
         self._scratch = {dtype: module.empty(size, dtype) for dtype, size in sizes.items()}
@@ -110,7 +124,7 @@ class Optimizer:
         return {name: value for name, value in vars(self).items() if name != "_ops"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _ops=_ops_for(state["parameters"]))
+        vars(self).update(state, _ops=ops_for(state["parameters"]))
 
     def step(self, gradients: Mapping[str, Any], factor: float = 1.0) -> None:
         """Update every parameter in place.
@@ -118,7 +132,7 @@ class Optimizer:
         Parameters
         ----------
         gradients : mapping of str to array
-            By path: exactly the paths, shapes and dtypes of the parameters; not modified.
+            By path: exactly the paths, shapes and dtypes of the parameters; only `clip_unit_norm` modifies them.
         factor : float, default=1.0
             Multiplies every learning rate (what a schedule returns).
 
@@ -130,16 +144,45 @@ class Optimizer:
         number("factor", factor, 0)
         _check_names("gradients", gradients, self.parameters, ConfigurationError)
         self.steps += 1
+        if self.clip_unit_norm is not None:
+            for path in filter(_is_clipped, self.parameters):
+                clip_units(gradients[path], self.parameters[path], self.clip_unit_norm)
         for path, parameter in self.parameters.items():
             arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
             rate = self.rates[path] * factor
             if not self._ops.needs_scratch:
-                self._update(*arrays[:2], arrays[2:], None, rate)
+                self._advance(*arrays[:2], arrays[2:], None, rate)
                 continue
-            for piece in _pieces(parameter.shape):
+            for piece in pieces(parameter.shape):
                 part, gradient, *slots = (array[piece] for array in arrays)
                 scratch = self._scratch[part.dtype][: part.size].reshape(part.shape)
-                self._update(part, gradient, slots, scratch, rate)
+                self._advance(part, gradient, slots, scratch, rate)
+
+    def _advance(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
+        """Update a parameter, or a piece of it, and its average."""
+        if self.ema is None:
+            self._update(parameter, gradient, slots, scratch, rate)
+            return
+        self._update(parameter, gradient, slots[:-1], scratch, rate)
+        share = 1.0 - min(self.ema, (1 + self.steps) / (10 + self.steps))
+        self._ops.average(slots[-1], parameter, scratch, share=share)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the average in the place of the parameters as long as the context lasts; without `ema` change nothing."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for path, p in self.parameters.items() if self.ema is not None else ():
+            average = self._buffers[f"{AVERAGE}.{path}"]
+            for piece in pieces(p.shape):
+                kept = p[piece].copy()
+                p[piece] = average[piece]
+                average[piece] = kept
 
     def _update(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
         """Update a parameter, or a piece of it, and its buffers; `scratch` is an array like it where it is needed."""
@@ -185,6 +228,7 @@ class SGD(Optimizer):
     nesterov : bool, default=False
         Needs a momentum above 0.
     weight_decay : float, default=0.0
+    ema, clip_unit_norm : float, optional
 
     Raises
     ------
@@ -193,7 +237,7 @@ class SGD(Optimizer):
 
     See Also
     --------
-    Optimizer : the meaning of layer-wise rates and of `weight_decay`.
+    Optimizer : the meaning of layer-wise rates, `weight_decay`, `ema` and `clip_unit_norm`.
     """
 
     def __init__(
@@ -203,10 +247,12 @@ class SGD(Optimizer):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        ema: float | None = None,
+        clip_unit_norm: float | None = None,
     ):
         number("momentum", momentum, 0, below=1)
         require(not flag("nesterov", nesterov) or momentum > 0, "nesterov needs a momentum above 0")
-        super().__init__(parameters, learning_rate, weight_decay, self.slots(momentum))
+        super().__init__(parameters, learning_rate, weight_decay, self.slots(momentum), ema, clip_unit_norm)
         self.momentum = float(momentum)
         self.nesterov = bool(nesterov)
 
@@ -239,6 +285,7 @@ class Adam(Optimizer):
     epsilon : float, default=1e-8
         Above 0.
     weight_decay : float, default=0.0
+    ema, clip_unit_norm : float, optional
 
     Raises
     ------
@@ -251,6 +298,7 @@ class Adam(Optimizer):
     """
 
     SLOTS = ("mean", "square")
+    decoupled = False
 
     def __init__(
         self,
@@ -259,22 +307,50 @@ class Adam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        ema: float | None = None,
+        clip_unit_norm: float | None = None,
     ):
         betas = [number("each of betas", beta, 0, below=1) for beta in items("betas", betas)]
         require(len(betas) == 2, f"betas must be two numbers, not {betas}")
         number("epsilon", epsilon, above=0)
-        super().__init__(parameters, learning_rate, weight_decay, self.SLOTS)
+        super().__init__(parameters, learning_rate, weight_decay, self.SLOTS, ema, clip_unit_norm)
         self.betas = (float(betas[0]), float(betas[1]))
         self.epsilon = float(epsilon)
 
     def _update(self, parameter, gradient, slots, scratch, rate):
+        shrink = 1.0 - rate * self.weight_decay
         rate, correction = rate / (1.0 - self.betas[0] ** self.steps), 1.0 / (1.0 - self.betas[1] ** self.steps)
-        how = {"betas": self.betas, "correction": correction, "epsilon": self.epsilon, "decay": self.weight_decay}
+        how = {"betas": self.betas, "correction": correction, "epsilon": self.epsilon}
+        how |= {"decay": 0.0, "shrink": shrink} if self.decoupled else {"decay": self.weight_decay, "shrink": 1.0}
         self._ops.adam(parameter, gradient, *slots, scratch, rate=rate, **how)
 
 
+class AdamW(Adam):
+    """`Adam` with decoupled weight decay: ``p <- p - lr * d * p`` before the step, and no decay in its gradient.
+
+    References
+    ----------
+    Loshchilov & Hutter, "Decoupled weight decay regularization", arXiv 1711.05101; PyTorch's form, in which the decay
+    is multiplied by the learning rate.
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        learning_rate: float | Mapping[str, float] = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.01,
+        ema: float | None = None,
+        clip_unit_norm: float | None = None,
+    ):
+        super().__init__(parameters, learning_rate, betas, epsilon, weight_decay, ema, clip_unit_norm)
+
+
 #: The optimizers by name, as the option ``--optimizer`` takes them.
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 
 
 def optimizer_bytes(parameters: Mapping[str, Any], slots: Sequence[str], is_gpu: bool = False) -> int:
@@ -284,35 +360,12 @@ def optimizer_bytes(parameters: Mapping[str, Any], slots: Sequence[str], is_gpu:
     return len(slots) * sum(p.nbytes for p in parameters.values()) + scratch
 
 
-def _ops_for(parameters: Mapping[str, Any]) -> OptimizerOps:
-    """Return the operations for some parameters: kernels where they are on a GPU, each one run of memory."""
-    launcher = launcher_for(next(iter(parameters.values())), SOURCE)
-    if launcher is None or not all(p.flags.c_contiguous for p in parameters.values()):
-        return OptimizerOps()
-    return CudaOptimizerOps(launcher)
-
-
 def _scratch_sizes(parameters: Mapping[str, Any]) -> dict[Any, int]:
     """Return the numbers of the largest piece that is updated at once, by dtype."""
     sizes: dict[Any, int] = {}
     for p in parameters.values():
-        sizes[p.dtype] = max(sizes.get(p.dtype, 0), *(p[piece].size for piece in _pieces(p.shape)))
+        sizes[p.dtype] = max(sizes.get(p.dtype, 0), *(p[piece].size for piece in pieces(p.shape)))
     return sizes
-
-
-def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield indices that cut an array into pieces of about `UPDATED_AT_ONCE` numbers, whatever its strides."""
-    row = math.prod(shape[1:])
-    if math.prod(shape) <= UPDATED_AT_ONCE:
-        yield (...,)
-    elif row > UPDATED_AT_ONCE:
-        for first in range(shape[0]):
-            for rest in _pieces(shape[1:]):
-                yield (slice(first, first + 1), *rest)
-    else:
-        rows = UPDATED_AT_ONCE // row
-        for start in range(0, shape[0], rows):
-            yield (slice(start, start + rows),)
 
 
 def _rates(parameters: Mapping[str, Any], learning_rate: float | Mapping[str, float]) -> dict[str, float]:
@@ -325,6 +378,10 @@ def _rates(parameters: Mapping[str, Any], learning_rate: float | Mapping[str, fl
     for path in parameters:
         require(path in learning_rate, f"learning_rate has no entry for '{path}'; give every parameter one")
     return {path: float(learning_rate[path]) for path in parameters}
+
+
+def _is_clipped(path: str) -> bool:
+    return path.endswith(".weight") and not path.startswith(("readout.", "signals."))
 
 
 def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any], error: type[Exception]) -> None:

@@ -82,7 +82,7 @@ def _head_instances():
 
 
 def _optimizer_instances():
-    kernels = ("sgd_step", "adam_step")
+    kernels = ("sgd_step", "adam_step", "average_step")
     return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
 
 

@@ -64,25 +64,45 @@ def test_sgd(ops, rng, shape, dtype, momentum, nesterov):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_adam(ops, rng, shape, dtype):
+@pytest.mark.parametrize(("decay", "shrink"), [(0.1, 1.0), (0.0, 0.97), (0.1, 0.97)])
+def test_adam(ops, rng, shape, dtype, decay, shrink):
     start, gradients = case(rng, shape, dtype)
     p, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
     q, a, b = start.astype(float), np.zeros(shape), np.zeros(shape)
     for t, g in enumerate(gradients, 1):
-        how = {"betas": (0.8, 0.999), "correction": 1 / (1 - 0.999**t), "epsilon": 1e-3, "decay": 0.1}
+        how = {
+            "betas": (0.8, 0.999),
+            "correction": 1 / (1 - 0.999**t),
+            "epsilon": 1e-3,
+            "decay": decay,
+            "shrink": shrink,
+        }
         ops.adam(p, g, m, v, np.full_like(p, np.nan), rate=0.05 / (1 - 0.8**t), **how)
-        total = g + 0.1 * q
+        total = g + decay * q
         a = 0.8 * a + 0.2 * total
         b = 0.999 * b + 0.001 * total**2
-        q = q - 0.05 * (a / (1 - 0.8**t)) / (np.sqrt(b / (1 - 0.999**t)) + 1e-3)
+        q = shrink * q - 0.05 * (a / (1 - 0.8**t)) / (np.sqrt(b / (1 - 0.999**t)) + 1e-3)
     check([p, m, v], [q, a, b], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_average(ops, rng, shape, dtype):
+    average, parameters = case(rng, shape, dtype)
+    wanted = average.astype(float)
+    for p in parameters:
+        kept = p.copy()
+        ops.average(average, p, np.full_like(p, np.nan), share=0.3)
+        wanted = 0.7 * wanted + 0.3 * p
+        np.testing.assert_array_equal(p, kept)
+    check([average], [wanted], dtype)
 
 
 def test_what_diverged_stays_visible(ops):
     p, g = np.ones(8, np.float32), np.array([np.nan, np.inf] + [1.0] * 6, np.float32)
     m, v, scratch = np.zeros_like(p), np.zeros_like(p), np.empty_like(p)
     with np.errstate(invalid="ignore"):
-        ops.adam(p, g, m, v, scratch, rate=0.1, betas=(0.9, 0.999), correction=1e3, epsilon=1e-8, decay=0.0)
+        ops.adam(p, g, m, v, scratch, rate=0.1, betas=(0.9, 0.999), correction=1e3, epsilon=1e-8, decay=0.0, shrink=1.0)
     assert np.isnan(p[:2]).all()
     assert np.isfinite(p[2:]).all()
 

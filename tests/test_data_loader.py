@@ -123,6 +123,43 @@ def test_flip_only_where_data_set_and_caller_allow_it():
         assert batch.view.any() == expected
 
 
+@pytest.mark.parametrize(("side", "shape"), [(1, (6, 5, 3)), (2, (6, 5, 3)), (3, (6, 5, 3)), (5, (6, 5, 3))])
+def test_cutout_hides_a_square_around_a_pixel(side, shape):
+    """Against a plain loop over all centres; without it the images of the same draws are the same elsewhere."""
+    dataset = make_dataset(count=60, shape=shape)
+    loader = make_loader(dataset, cutout=side, dtype="float32")
+    (cut, *others), (whole, *same) = collect(loader), collect(make_loader(dataset, dtype="float32"))
+    assert_equal_epochs(others, same)
+    height, width, _ = shape
+    squares = {}
+    for y, x in np.ndindex(height, width):
+        rows = [r for r in range(y - side // 2, y - side // 2 + side) if 0 <= r < height]
+        columns = [c for c in range(x - side // 2, x - side // 2 + side) if 0 <= c < width]
+        hidden = np.zeros((height, width), bool)
+        for r in rows:
+            for c in columns:
+                hidden[r, c] = True
+        squares[y, x] = hidden
+    seen = set()
+    for image, before in zip(cut, whole, strict=True):
+        fits = [at for at, hidden in squares.items() if np.array_equal(image, np.where(hidden[..., None], 0, before))]
+        assert fits
+        seen |= {fits[0]} if len(fits) == 1 else set()
+    assert len(seen) > 10 or side == 5
+
+
+def test_cutout_draws_centres_uniformly_and_after_all_others():
+    dataset = make_dataset(count=3000, shape=(4, 3, 1))
+    loader, plain = make_loader(dataset, cutout=2), make_loader(dataset)
+    draws, without = loader._draw(), plain._draw()
+    for name in ("order", "dy", "dx", "flip"):
+        np.testing.assert_array_equal(getattr(draws, name), getattr(without, name))
+    centres = (draws.top + 1) * 3 + draws.left + 1
+    counts = np.bincount(centres, minlength=12)
+    assert len(counts) == 12
+    assert np.abs(counts - 250).max() < 5 * 250**0.5
+
+
 def test_pad_of_the_data_set_is_the_default():
     dataset = make_dataset(pad=1)
     given, default = make_loader(dataset, pad=1), make_loader(dataset)
@@ -181,6 +218,9 @@ def test_plain_loader_leaves_the_generator_alone():
         ({"generator": None, "shuffle": False}, "need a generator"),
         ({"split_name": "tset"}, "unknown split 'tset'; did you mean 'test'"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"cutout": -1}, "cutout must be an integer of at least 0, not -1"),
+        ({"cutout": 6}, "cutout must be at most 5, the side of the images"),
+        ({"cutout": 2, "augment": False}, "cutout needs augment"),
     ],
 )
 def test_wrong_arguments(options, message):

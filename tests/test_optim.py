@@ -10,7 +10,8 @@ import pytest
 
 from cupyep import optim
 from cupyep.errors import CheckpointError, ConfigurationError
-from cupyep.optim import LR_SCHEDULES, OPTIMIZERS, SGD, Adam
+from cupyep.ops import optimizer as ops
+from cupyep.optim import LR_SCHEDULES, OPTIMIZERS, SGD, Adam, AdamW
 
 START = {"layers.1.weight": [[1.0, -2.0], [0.5, 3.0]], "layers.1.bias": [0.25, -0.75]}
 GRADIENTS = [0.3, -0.7, 1.1, 0.2, -0.4]  # times (1 + index of the element): every element has its own sequence
@@ -52,6 +53,17 @@ def scalar_adam(p, scale, rate, b1, b2, epsilon, decay):
     return p
 
 
+def scalar_adamw(p, scale, rate, b1, b2, epsilon, decay):
+    m = v = 0.0
+    for t, g0 in enumerate(GRADIENTS, start=1):
+        g = g0 * scale
+        p = p - rate * decay * p
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        p = p - rate * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + epsilon)
+    return p
+
+
 def expected(scalar, *arguments):
     result = {}
     for path, value in START.items():
@@ -78,6 +90,69 @@ def test_adam_follows_the_scalar_recurrence(b1, b2, epsilon, decay):
     run(Adam(parameters, 0.02, betas=(b1, b2), epsilon=epsilon, weight_decay=decay))
     for path, value in expected(scalar_adam, 0.02, b1, b2, epsilon, decay).items():
         np.testing.assert_allclose(parameters[path], value, rtol=1e-13, err_msg=path)
+
+
+@pytest.mark.parametrize(("b1", "b2", "epsilon", "decay"), [(0.9, 0.999, 1e-8, 0.0), (0.5, 0.8, 1e-3, 0.3)])
+def test_adamw_follows_the_scalar_recurrence(b1, b2, epsilon, decay):
+    optimizer = AdamW(make_parameters(), 0.1, (b1, b2), epsilon, decay)
+    run(optimizer)
+    for path, wanted in expected(scalar_adamw, 0.1, b1, b2, epsilon, decay).items():
+        np.testing.assert_allclose(optimizer.parameters[path], wanted, rtol=1e-12)
+
+
+def test_adamw_is_that_of_pytorch():
+    """The defaults too; with a schedule, which scales the decay as it does the step."""
+    torch = pytest.importorskip("torch")
+    parameters = make_parameters()
+    theirs = {path: torch.nn.Parameter(torch.tensor(p)) for path, p in parameters.items()}
+    one, other = AdamW(parameters), torch.optim.AdamW(theirs.values())
+    for n, gradients in enumerate(gradient_sequence(parameters)):
+        one.step(gradients, 0.8**n)
+        for path, p in theirs.items():
+            p.grad = torch.tensor(gradients[path])
+        for group in other.param_groups:
+            group["lr"] = 1e-3 * 0.8**n
+        other.step()
+    for path, p in parameters.items():
+        np.testing.assert_allclose(p, theirs[path].detach().numpy(), rtol=1e-13)
+
+
+def clipped_by_a_loop(gradient, weight, limit):
+    out = gradient.copy()
+    for k in range(weight.shape[-1]):
+        length = math.sqrt(sum(float(x) ** 2 for x in weight[..., k].ravel()))
+        norm = math.sqrt(sum(float(x) ** 2 for x in gradient[..., k].ravel()))
+        most = limit * max(length, 1e-3)
+        if norm > most:
+            out[..., k] = gradient[..., k] * most / norm
+    return out
+
+
+def test_clip_by_unit_norm_against_a_plain_loop(rng):
+    """Convolutions, dense maps; a unit that is zero; not the readout, not signals, no biases and gains."""
+    shapes = {"layers.1.weight": (3, 3, 4, 6), "layers.2.weight": (20, 5), "layers.2.bias": (5,), "layers.1.gain": (6,)}
+    shapes |= {"readout.weight": (5, 3), "signals.0.layer1.weight": (6, 3), "layers.stem.image.weight": (2, 2, 1, 3)}
+    parameters = {path: rng.standard_normal(shape) for path, shape in shapes.items()}
+    parameters["layers.1.weight"][..., 2] = 0
+    gradients = {path: rng.standard_normal(shape) * np.linspace(0.05, 0.5, shape[-1]) for path, shape in shapes.items()}
+    wanted = {path: p - 0.5 * gradients[path] for path, p in parameters.items()}
+    for path in ("layers.1.weight", "layers.2.weight", "layers.stem.image.weight"):
+        clipped = clipped_by_a_loop(gradients[path], parameters[path], 0.2)
+        changed = (clipped != gradients[path]).any(axis=tuple(range(clipped.ndim - 1)))
+        assert changed.any()
+        assert not changed.all(), "some units are clipped and some are not"
+        wanted[path] = parameters[path] - 0.5 * clipped
+    SGD(parameters, 0.5, momentum=0.0, clip_unit_norm=0.2).step(gradients)
+    for path, p in parameters.items():
+        np.testing.assert_allclose(p, wanted[path], rtol=1e-12, atol=1e-15, err_msg=path)
+
+
+def test_a_clip_hides_no_divergence():
+    parameters = {"layers.1.weight": np.ones((2, 3))}
+    gradient = np.array([[1.0, np.nan, 1.0], [1.0, 1.0, np.inf]])
+    with np.errstate(invalid="ignore"):
+        SGD(parameters, 0.1, momentum=0.0, clip_unit_norm=0.1).step({"layers.1.weight": gradient})
+    assert np.isfinite(parameters["layers.1.weight"]).tolist() == [[True, False, True], [True, False, False]]
 
 
 def test_sgd_by_hand():
@@ -123,7 +198,7 @@ def test_float32_parameters_change_in_place_and_gradients_do_not(name):
     assert all(array.dtype == np.float32 for key, array in optimizer.state_dict().items() if key != "steps")
 
 
-@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True, weight_decay=0.1), lambda p: Adam(p, 0.1)])
+@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True, weight_decay=0.1, ema=0.9), Adam])
 def test_a_step_allocates_no_array(make):
     parameters = {"w": np.zeros((400, 400)), "b": np.zeros(400)}
     gradients = {path: np.ones_like(p) for path, p in parameters.items()}
@@ -147,7 +222,7 @@ def test_pieces_change_no_bit(make, most, monkeypatch, rng):
     steps = [{path: rng.standard_normal(p.shape) for path, p in start.items()} for _ in range(3)]
     results = []
     for numbers in (10**6, most):
-        monkeypatch.setattr(optim, "UPDATED_AT_ONCE", numbers)
+        monkeypatch.setattr(ops, "UPDATED_AT_ONCE", numbers)
         optimizer = make({path: p.copy(order="K") for path, p in start.items()})
         for gradients in steps:
             optimizer.step(gradients)
@@ -161,7 +236,9 @@ def test_pieces_change_no_bit(make, most, monkeypatch, rng):
     assert sum(b.size for b in optimizer._scratch.values()) <= most
 
 
-@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, nesterov=True), lambda p: Adam(p, 0.1, weight_decay=0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda p: SGD(p, 0.1, nesterov=True, ema=0.9), lambda p: Adam(p, 0.1, weight_decay=0.1)]
+)
 def test_a_restored_state_continues_bit_for_bit(make):
     straight = make(make_parameters())
     run(straight)
@@ -177,11 +254,62 @@ def test_a_restored_state_continues_bit_for_bit(make):
         np.testing.assert_array_equal(parameters[path], p)
 
 
+def averaging(parameters, **how):
+    return SGD(parameters, 0.1, **how) if "momentum" in how else Adam(parameters, 0.1, **how)
+
+
+@pytest.mark.parametrize("how", [{"momentum": 0.0}, {"momentum": 0.9}, {}])
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_average_follows_its_recurrence(how, decay, monkeypatch):
+    """Against a plain loop over what an optimizer without an average does; in whole parameters and in pieces."""
+    for at_once in (1 << 19, 1):
+        monkeypatch.setattr(ops, "UPDATED_AT_ONCE", at_once)
+        plain, other = averaging(make_parameters(), **how), averaging(make_parameters(), **how, ema=decay)
+        wanted = make_parameters()
+        for t, gradients in enumerate(gradient_sequence(plain.parameters), start=1):
+            plain.step(gradients)
+            other.step(gradients)
+            d = min(decay, (1 + t) / (10 + t))
+            wanted = {path: d * a + (1 - d) * plain.parameters[path] for path, a in wanted.items()}
+        trained = {path: p.copy() for path, p in other.parameters.items()}
+        for path, p in plain.parameters.items():
+            np.testing.assert_array_equal(trained[path], p)
+        with other.averaged():
+            for path, p in other.parameters.items():
+                np.testing.assert_allclose(p, wanted[path], rtol=1e-13)
+        for path, p in other.parameters.items():
+            np.testing.assert_array_equal(p, trained[path], err_msg="the parameters come back, bit for bit")
+
+
+def test_parameters_come_back_after_an_error():
+    optimizer = SGD(make_parameters(), ema=0.5)
+    run(optimizer)
+    before = {path: p.copy() for path, p in optimizer.parameters.items()}
+    with pytest.raises(KeyError), optimizer.averaged():
+        raise KeyError
+    for path, p in optimizer.parameters.items():
+        np.testing.assert_array_equal(p, before[path])
+
+
+def test_without_an_average_nothing_is_put_in_place():
+    optimizer = SGD(make_parameters())
+    run(optimizer)
+    before = {path: p.copy() for path, p in optimizer.parameters.items()}
+    with optimizer.averaged():
+        for path, p in optimizer.parameters.items():
+            np.testing.assert_array_equal(p, before[path])
+
+
 def test_state_names_are_flat_paths():
     parameters = make_parameters()
     assert set(SGD(parameters).state_dict()) == {"steps", "velocity.layers.1.weight", "velocity.layers.1.bias"}
     assert set(SGD(parameters, momentum=0.0).state_dict()) == {"steps"}
     assert "square.layers.1.bias" in Adam(parameters).state_dict()
+    assert set(SGD(parameters, momentum=0.0, ema=0.9).state_dict()) == {
+        "steps",
+        "average.layers.1.weight",
+        "average.layers.1.bias",
+    }
 
 
 def test_foreign_states_are_refused():

@@ -77,7 +77,7 @@ def test_draws_are_sent_once_an_epoch(sent):
     loader = ep.Loader(make_dataset(), "train", 5, StrictDevice(), np.float32, True, True, np.random.default_rng(0))
     del sent[:]
     assert [len(batch) for batch in loader] == [5, 5, 5, 5, 3]
-    assert sent == [(4, 23)]
+    assert sent == [(6, 23)]
 
 
 @pytest.mark.parametrize("placed", [False, True])
@@ -145,6 +145,16 @@ def test_one_hot_rows_are_made_once_a_part(monkeypatch, algorithm, micro_batch):
         losses.append(float(net.device.to_numpy(learner.step(batch).loss)))
         assert made == ([5] if micro_batch is None else [2, 2, 1])
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_smoothed_rows_go_to_all_classes_alike(places):
+    device = ep.get_device("cpu")
+    batch = ep.Batch(np.zeros((3, 1)), np.array([2, 0, 1]), label_smoothing=0.25)
+    batch = batch.placed(device) if places else batch
+    wanted = [[0.0625, 0.0625, 0.8125, 0.0625], [0.8125, 0.0625, 0.0625, 0.0625], [0.0625, 0.8125, 0.0625, 0.0625]]
+    for part, rows in ((batch, slice(None)), (batch.part(slice(1, 3)), slice(1, 3))):
+        np.testing.assert_allclose(part.one_hot(4, np.float64, device), np.array(wanted)[rows], rtol=1e-15)
 
 
 def test_one_hot_rows_of_a_batch_that_is_not_placed_follow_its_labels():

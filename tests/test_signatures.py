@@ -235,12 +235,14 @@ VALID = {
     },
     "SGD": lambda w: (ep.SGD, {"parameters": w.theta}),
     "Adam": lambda w: (ep.Adam, {"parameters": w.theta}),
+    "AdamW": lambda w: (ep.AdamW, {"parameters": w.theta}),
     **{
         f"{name}.{method}": call
-        for name, make in (("SGD", ep.SGD), ("Adam", ep.Adam))
+        for name, make in (("SGD", ep.SGD), ("Adam", ep.Adam), ("AdamW", ep.AdamW))
         for method, call in {
             "step": lambda w, make=make: (make(w.theta).step, {"gradients": w.theta}),
             "state_dict": lambda w, make=make: (make(w.theta).state_dict, {}),
+            "averaged": lambda w, make=make: (make(w.theta, ema=0.9).averaged, {}),
             "load_state_dict": lambda w, make=make: (
                 make(w.theta).load_state_dict,
                 {"state": make(w.theta).state_dict()},
@@ -353,7 +355,7 @@ def arguments(function):
 # What looks wrong and is not: name, argument, kinds of `WRONG`, and why.
 FRACTIONS = "beta|gain|feedback|tolerance|relaxation|temperature|width|kappa|progress|learning_rate|momentum|epsilon"
 MEANINGFUL = (
-    (r".*", FRACTIONS + "|weight_decay|factor", "half", "a real number"),
+    (r".*", FRACTIONS + "|weight_decay|factor|ema|clip_unit_norm|label_smoothing", "half", "a real number"),
     (r"Device|get_device", "scratch_mb", "half", "a real number"),
     (r"Clip|Tanh", "slope|low|high|center|height|rate", "half", "a real number"),
     (r"Clip|Tanh", "low|center", "minus one|zero", "a place on the axis"),
@@ -361,7 +363,12 @@ MEANINGFUL = (
     (r".*", "seed|_seed", "zero|huge|longer than Python prints", "NumPy takes integers of any length as seeds"),
     (r"HopfieldEnergy.*", "beta", "zero|minus one", "the energy is that of any nudge"),
     (r"Network.settle", "beta", "minus one", "the nudge away from the target"),
-    (r".*", "kappa|progress|momentum|weight_decay|factor|padding|pad|view|start", "zero", "its range begins at 0"),
+    (
+        r".*",
+        "kappa|progress|momentum|weight_decay|label_smoothing|factor|padding|pad|view|start",
+        "zero",
+        "its range begins at 0",
+    ),
     (r".*", "signals|nudges", "empty list|empty array", "a sequence of none"),
     (r".*", "record|learned|nesterov|flip|augment|shuffle", "true", "a flag"),
     (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason", "text", "free text"),

@@ -31,6 +31,8 @@ RESUMED = {
     "ep with learned distillation": {"aug": "kd", "learned_maps": True, "teacher_epochs": 1, "nudge": "classical"},
     "adam, bptt": {"algorithm": "bptt", "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "step"},
     "layer-wise rates, bp": {"algorithm": "bp", "learning_rate": [0.1, 0.05, 0.04, 0.03, 0.02], "weight_decay": 1e-3},
+    "adamw": {"optimizer": "adamw", "warmup": 1.5, "label_smoothing": 0.1, "clip_unit_norm": 0.02, "aug": "le"},
+    "average, cutout": {"ema": 0.9, "cutout": 5, "optimizer": "sgd", "learning_rate": 0.05},
 }
 QUICK = {"algorithm": "bp", "epochs": 2}
 

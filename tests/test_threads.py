@@ -27,7 +27,7 @@ SAMPLES = 23
 
 @pytest.fixture(autouse=True)
 def parts_of_four(monkeypatch):
-    monkeypatch.setattr("cupyep.network.PART", 4)
+    monkeypatch.setattr("cupyep.backend.threads.PART", 4)
     yield
     ep.set_threads(None)
 
@@ -79,7 +79,7 @@ def test_parts_are_the_whole_batch_to_rounding(monkeypatch):
     learner, batch = ep.EquilibriumPropagation(net, 0.3, 6, 4), batch_of(net, SAMPLES)
     ep.set_threads(3)
     parts = content(net, learner.step(batch))
-    monkeypatch.setattr("cupyep.network.PART", SAMPLES)
+    monkeypatch.setattr("cupyep.backend.threads.PART", SAMPLES)
     for a, b in zip(parts[:-1], content(net, learner.step(batch))[:-1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
@@ -112,14 +112,14 @@ def test_every_thread_has_memory_of_its_own_and_weights_are_made_once(monkeypatc
 @pytest.mark.parametrize("nudge", ["free", "classical", "deviation", "tangent"])
 def test_settling_gives_the_state_of_the_whole_batch(monkeypatch, nudge, tolerance):
     """Two phases in one batch, too: phase by phase, not part by part. With a tolerance parts end by themselves."""
-    monkeypatch.setattr("cupyep.network.PART", SAMPLES)
+    monkeypatch.setattr("cupyep.backend.threads.PART", SAMPLES)
     net = network("conv", pooling="max", activation="hard_sigmoid")
     batch, how = batch_of(net, SAMPLES), {"steps": 200 if tolerance else 5, "tolerance": tolerance}
     free = net.settle(batch, **how)
     nudged = {"start": free, "targets": batch, "beta": (0.3, -0.3), "nudge": nudge, "signals": signals_of("le")}
     more = {"free": {}, "tangent": {**nudged, "beta": 1.0}}.get(nudge, nudged)
     whole = net.settle(batch, **how, **more)
-    monkeypatch.setattr("cupyep.network.PART", 4)
+    monkeypatch.setattr("cupyep.backend.threads.PART", 4)
     ep.set_threads(3)
     more = {**more, "start": net.settle(batch, **how)} if more else {}
     parts = net.settle(batch, **how, **more)

@@ -11,19 +11,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from quadrants import SILENT, FakeBatches, assert_same_state, fake_trainer, run
+from quadrants import SILENT, FakeBatches, Recorder, assert_same_state, fake_trainer, run
 from small import gradients_of
 
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError
 from cupyep.learning.learner import StepResult
+from cupyep.losses import log_softmax
 from cupyep.memory.workspace import Workspace
 from cupyep.settling import SettleStats
 from cupyep.training import runs
 from cupyep.training.config import TrainConfig
-from cupyep.training.results import top_k_accuracy
+from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics
+from cupyep.training.trained import load_trained
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
@@ -111,6 +113,49 @@ def test_schedules_follow_the_fraction_of_steps_done():
     factors = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
     np.testing.assert_allclose(trainer.learner.parameter, -0.1 * sum(factors), rtol=1e-12)
     np.testing.assert_allclose(trainer.learner.kappas, [0.8 * f for f in factors], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+def test_warmup_rises_linearly_under_every_schedule(name):
+    """3 epochs of 2 steps, 2 of them warm: a quarter, two, three, then the schedule alone; kappa is not warmed."""
+    trainer = fake_trainer(lr_schedule=name, warmup=2)
+    moves, step = [], trainer.optimizer.step
+    trainer.optimizer.step = lambda gradients, factor: (moves.append(factor), step(gradients, factor))
+    trainer.run()
+    schedule = {
+        "constant": [1.0] * 6,
+        "cosine": [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)],
+        "step": [1.0, 1.0, 1.0, 0.1, 0.1, 0.01],
+    }[name]
+    warm = [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]
+    np.testing.assert_allclose(moves, [s * w for s, w in zip(schedule, warm, strict=True)], rtol=1e-12)
+    np.testing.assert_allclose([r["learning_rate"] for r in trainer.records], 0.1 * np.array(moves[::2]), rtol=1e-12)
+    cosine = [0.8 * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
+    np.testing.assert_allclose(trainer.learner.kappas, cosine, rtol=1e-12)
+
+
+def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path):
+    """Accuracies 0.5, 0.75, 0.75, 0.5, 0.25, 1: epochs 3 and 4 are no better than 2."""
+    display = Recorder()
+    directory = RunDirectory.create(tmp_path / "run", TrainConfig())
+    accuracies = (0.5, 0.75, 0.75, 0.5, 0.25, 1.0)
+    summary = fake_trainer(accuracies, directory=directory, patience=2, display=display).run()
+    assert (summary.epoch, summary.best_epoch, summary.test_accuracy) == (4, 2, 0.5)
+    assert display.texts("note") == ["stopped after epoch 4: no better test accuracy since 2"]
+    with pytest.raises(ConfigurationError, match="has stopped after epoch 4: .*; give more --patience to go on"):
+        fake_trainer(accuracies, directory=RunDirectory.open(tmp_path / "run"), patience=2).resume()
+    longer = fake_trainer((0.25, 1.0), directory=RunDirectory.open(tmp_path / "run"), patience=4, epochs=6)
+    longer.resume()
+    summary = longer.run()
+    assert (summary.epoch, summary.best_epoch) == (6, 6)
+
+
+def test_patience_looks_at_what_chooses_the_best_epoch():
+    """Validation and test accuracy by turns: 0.5 on validation is never beaten, on test it rises all the time."""
+    held = FakeBatches([range(4)])
+    trainer = fake_trainer((0.5, 0.25, 0.5, 0.5, 0.25, 0.75, 0.5, 1.0), validation=held, patience=2, epochs=4)
+    assert trainer.run().epoch == 3
+    assert "no better validation accuracy since 1" in trainer._ending()
 
 
 def test_records_best_epoch_and_summary(tmp_path):
@@ -201,6 +246,64 @@ def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
         ConfigurationError, match="--beta 0.3 is not the run's 0.5; a resumed run may only change --epo"
     ):
         runs.resume_run(tmp_path / "short", {"beta": 0.3}, display=SILENT)
+
+
+def test_labels_are_smoothed_in_training_only(quadrants, tmp_path):
+    """Oracle: the cross-entropy of the last batch of the test images with smoothed targets, of the same network."""
+    values = {"epochs": 1, "algorithm": "bp", "learning_rate": 1e-9, "crop": False, "flip": False, "batch_size": 40}
+    plain = run(values, tmp_path / "plain")
+    smooth = run({**values, "label_smoothing": 0.3}, tmp_path / "smooth")
+    batch = next(iter(plain.train))
+    scores = log_softmax(plain.learner.scores(batch))
+    target = np.full(scores.shape, 0.3 / 2)
+    target[np.arange(40), batch.labels] += 0.7
+    plain.run()
+    smooth.run()
+    wanted = -(target * scores).sum(axis=1).mean()
+    np.testing.assert_allclose(smooth.records[0]["train_loss"], wanted, rtol=1e-5)
+    assert smooth.records[0]["train_loss"] > plain.records[0]["train_loss"] + 1e-4
+    for key in ("train_accuracy", "test_loss", "test_accuracy"):
+        np.testing.assert_allclose(smooth.records[0][key], plain.records[0][key], rtol=1e-6)
+
+
+def test_the_gradient_norms_of_a_record_are_those_before_a_clip(quadrants, tmp_path):
+    values = {"epochs": 1, "algorithm": "bp", "batch_size": 40, "crop": False, "flip": False}
+    plain, clipped = run(values, tmp_path / "plain"), run({**values, "clip_unit_norm": 1e-6}, tmp_path / "clipped")
+    start = plain.network.parameters()["layers.1.weight"].copy()
+    plain.run()
+    clipped.run()
+    np.testing.assert_allclose(clipped.records[0]["gradient_norm"], plain.records[0]["gradient_norm"], rtol=1e-6)
+    assert not np.array_equal(plain.network.parameters()["layers.1.weight"], start)
+
+
+def test_an_average_is_judged_and_used_and_the_parameters_go_on(quadrants, tmp_path):
+    """Oracle: the run without an average, whose parameters after every batch are averaged here."""
+    values = {"epochs": 2, "optimizer": "sgd", "learning_rate": 0.05, "algorithm": "bp"}
+    plain = run(values, tmp_path / "plain")
+    start = {path: p.copy() for path, p in plain.network.parameters().items()}
+    history, step = [], plain.optimizer.step
+
+    def stepped(*arguments):
+        step(*arguments)
+        history.append({path: p.copy() for path, p in plain.network.parameters().items()})
+
+    plain.optimizer.step = stepped
+    plain.run()
+    average = start
+    for t, parameters in enumerate(history, start=1):
+        d = min(0.6, (1 + t) / (10 + t))
+        average = {path: d * a + (1 - d) * parameters[path] for path, a in average.items()}
+    other = run({**values, "ema": 0.6}, tmp_path / "averaged")
+    other.run()
+    saved, used = other.directory.load(), load_trained(tmp_path / "averaged", "last")
+    for path, p in plain.network.parameters().items():
+        np.testing.assert_array_equal(saved.parameters[path], p)
+        np.testing.assert_array_equal(other.network.parameters()[path], p)
+        np.testing.assert_allclose(used.network.parameters()[path], average[path], rtol=1e-5, atol=1e-6)
+    loss, _ = evaluate(used.learner, other.test)
+    record, without = other.records[-1], plain.records[-1]
+    assert (record["test_loss"], record["train_loss"]) == (loss, without["train_loss"])
+    assert record["test_loss"] != without["test_loss"]
 
 
 def test_scratch_may_differ_on_resume_and_changes_nothing_but_rounding(quadrants, tmp_path):

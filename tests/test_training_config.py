@@ -210,6 +210,8 @@ VALUES = {
     "loss": ("cross_entropy", "squared_error"), "gain": (0.7, 0.9), "feedback": (1.0, 0.1),
     "dataset": ("cifar10", "mnist"), "data_dir": ("a", "b"), "image_size": (8, 16), "limit_train": (5, 6),
     "limit_test": (5, 6), "validation": (5, 6), "crop": (True, False), "flip": (True, False),
+    "cutout": (None, 4), "ema": (None, 0.5),
+    "warmup": (0.0, 0.5), "label_smoothing": (0.0, 0.2), "clip_unit_norm": (None, 1e-3), "patience": (None, 2),
     "algorithm": ("ep", "bp"), "beta": (0.2, 0.3), "free_steps": (1, 2), "nudged_steps": (1, 2),
     "schedule": ("sweeps", "evenodd"), "relaxation": (0.6, 0.7), "tolerance": (6.0, 1e-12),
     "scheme": ("centered", "onesided"), "nudge": ("deviation", "classical"), "aug": ("none", "le"),
@@ -259,6 +261,7 @@ def outcome(values, monkeypatch):
         settings.scratch_mb,
         trainer.checkpoint_s,
         trainer.on_divergence,
+        trainer.patience,
         trainer.learner.micro_batch,
     ]
     if settings.aug == "kd":

@@ -23,6 +23,9 @@ from threadpoolctl import ThreadpoolController
 from cupyep.errors import integer, require
 
 VARIABLE, OMP_VARIABLE = "CUPYEP_THREADS", "OMP_NUM_THREADS"
+# Samples that a thread takes at a time. Not by the number of threads: results do not depend on it. By measurement
+# (docs/performance.md) a step takes as long with 16 to 128; fewer leave more cores something to do.
+PART = 32
 CGROUP = Path("/sys/fs/cgroup")
 _here = threading.local()  # of each thread: whose work it does, and its number among those that do
 _chosen: int | None = None

@@ -1,17 +1,18 @@
-"""Batches on the device: images gathered, cropped, mirrored and normalised there, from draws made on the host."""
+"""Batches on the device: images gathered, cropped, mirrored, normalised, a square hidden; from draws on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from cupyep.backend import Device, get_device
+from cupyep.backend import Device, get_device, threads
 from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
-from cupyep.errors import flag, instance, integer, require, shown
+from cupyep.errors import flag, instance, integer, number, require, shown
+from cupyep.ops.conv import chunked
 
 DTYPES = ("float32", "float64")
 
@@ -24,6 +25,8 @@ class _Draws:
     dy: np.ndarray  # (N,) first row of the crop in the padded image, 0 .. 2 pad
     dx: np.ndarray  # (N,)
     flip: np.ndarray  # (N,) 0 or 1
+    top: np.ndarray  # (N,) first row of the hidden square in the image that comes out; may lie outside of it
+    left: np.ndarray  # (N,)
 
 
 class Normaliser:
@@ -75,6 +78,11 @@ class Loader:
         pixels are zero after normalisation, that is, they have the mean colour.
     flip : bool, default True
         False forbids mirroring; True allows it only where ``dataset.flip`` does.
+    cutout : int, default 0
+        Needs `augment`. Side of a square that is hidden in every image, after crop and flip: its centre is uniform
+        among the pixels, what lies outside of the image is cut off, and hidden pixels have the mean colour.
+    label_smoothing : float, default 0
+        Of the batches (`Batch`), in [0, 1).
 
     Notes
     -----
@@ -97,6 +105,8 @@ class Loader:
         generator: np.random.Generator | None = None,
         pad: int | None = None,
         flip: bool = True,
+        cutout: int = 0,
+        label_smoothing: float = 0.0,
     ):
         instance("dataset", dataset, Dataset)
         self.batch_size = integer("batch_size", batch_size)
@@ -112,6 +122,10 @@ class Loader:
         self.generator = generator
         self.pad = dataset.pad if pad is None else integer("pad", pad, 0)
         self.flip = flag("flip", flip) and dataset.flip
+        self.cutout, side = integer("cutout", cutout, 0), min(self.split.images.shape[1:3])
+        require(self.cutout <= side, f"cutout must be at most {side}, the side of the images (got {cutout})")
+        require(augment or not self.cutout, "cutout needs augment")
+        self.label_smoothing = number("label_smoothing", label_smoothing, 0, below=1)
         self._images = self.device.asarray(self.split.images)
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
 
@@ -131,7 +145,7 @@ class Loader:
         draws = self._draw()  # here, not in the generator below: an epoch's draws are made when it begins
         there = None
         if self.augment or self.shuffle:
-            there = self.device.asarray(np.stack([draws.order, draws.dy, draws.dx, draws.flip]))  # sent once an epoch
+            there = self.device.asarray(np.stack([getattr(draws, f.name) for f in fields(draws)]))  # once an epoch
         starts = range(first * self.batch_size, len(self.split), self.batch_size)
         return (self._batch(draws, there, start) for start in starts)
 
@@ -140,37 +154,57 @@ class Loader:
         order = rng.permutation(count) if self.shuffle else np.arange(count)
         dy, dx = rng.integers(0, 2 * self.pad, (2, count), endpoint=True) if self.augment else np.zeros((2, count), int)
         flip = rng.integers(0, 1, count, endpoint=True) if self.augment and self.flip else np.zeros(count, int)
-        return _Draws(order, dy, dx, flip)
+        # Drawn last: whoever hides nothing draws what was drawn before there were squares.
+        top, left = self._squares(count) if self.cutout else np.zeros((2, count), int)
+        return _Draws(order, dy, dx, flip, top, left)
+
+    def _squares(self, count: int) -> np.ndarray:
+        """Return (2, count): first row and column of the hidden squares."""
+        height, width = self.split.images.shape[1:3]
+        centres = self.generator.integers(0, [[height], [width]], (2, count))
+        return centres - self.cutout // 2
 
     def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
         rows = slice(start, start + self.batch_size)
         places = draws.order[rows]
         if self.augment:
-            images = self._crop(there[:, rows])
+            images = self._crops(there[:, rows])
         elif self.shuffle:
             images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
             images = self._normalise(self._images[rows])
         after = slice(rows.stop, rows.stop + self.batch_size)
         (index, view), coming = self._looked_up(draws, rows), self._looked_up(draws, after)
-        return Batch(images, self.split.labels[places], index, view, True, coming if len(coming[0]) else None)
+        coming = coming if len(coming[0]) else None
+        return Batch(images, self.split.labels[places], index, view, True, coming, self.label_smoothing)
 
     def _looked_up(self, draws: _Draws, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return by what a teacher's logits are looked up."""
         return self.split.index[draws.order[rows]], draws.flip[rows].astype(np.uint8)
 
-    def _crop(self, draws: Any) -> Any:
-        """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device.
+    def _crops(self, draws: Any) -> Any:
+        """Return what `_crop` does; on a CPU each thread takes a part of the images."""
+        if self.device.is_gpu:
+            return self._crop(draws)
+        parts = [draws[:, rows] for rows, _ in chunked(draws.shape[1], threads.PART)]
+        return np.concatenate(threads.run_parts(self, len(parts), lambda part, _: self._crop(parts[part])))
 
-        `draws` (4, B) are those of `_Draws` there.
+    def _crop(self, draws: Any) -> Any:
+        """Gather crops of the padded images, mirrored where `flip` is 1, normalised, squares hidden; on the device.
+
+        `draws` (6, B) are those of `_Draws` there.
         """
         xp = self.device.xp
         count, height, width, channels = self._images.shape
-        places, dy, dx, flip = draws[:, :, None]
+        places, dy, dx, flip, top, left = draws[:, :, None]
         y = xp.arange(height) + dy - self.pad  # (B, H) row of the stored image, or outside of it
         x = xp.arange(width)
         x = xp.where(flip == 1, width - 1 - x, x) + dx - self.pad  # (B, W)
         inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+        if self.cutout:
+            down, right = xp.arange(height) - top, xp.arange(width) - left  # from the square's first corner
+            rows, columns = (down >= 0) & (down < self.cutout), (right >= 0) & (right < self.cutout)
+            inside &= ~(rows[:, :, None] & columns[:, None, :])
         y, x = y.clip(0, height - 1), x.clip(0, width - 1)
         pixel = ((places * height + y) * width)[:, :, None] + x[:, None, :]  # (B, H, W) row in the flat image list
         images = self._normalise(xp.take(self._images.reshape(-1, channels), pixel, axis=0))

@@ -6,13 +6,57 @@ kernel each: a deep network has dozens of parameters, and a step of plain array 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cupyep.backend import array_module
+from cupyep.backend.device import launcher_for
 from cupyep.ops.launch import launch_map, require_type, type_name, vector_width
+from cupyep.ops.reduction import add_sum
 
 SOURCE = Path(__file__).with_name("optimizer.cu")
+UPDATED_AT_ONCE = 1 << 19  # numbers: the scratch of an update is small beside the parameters
+SHORTEST_UNIT = 1e-3  # of clipping by unit norm, as published: units that begin at zero could never grow otherwise
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield indices that cut an array into pieces of about `UPDATED_AT_ONCE` numbers, whatever its strides."""
+    row = math.prod(shape[1:])
+    if math.prod(shape) <= UPDATED_AT_ONCE:
+        yield (...,)
+    elif row > UPDATED_AT_ONCE:
+        for first in range(shape[0]):
+            for rest in pieces(shape[1:]):
+                yield (slice(first, first + 1), *rest)
+    else:
+        rows = UPDATED_AT_ONCE // row
+        for start in range(0, shape[0], rows):
+            yield (slice(start, start + rows),)
+
+
+def clip_units(gradient: Any, parameter: Any, limit: float) -> None:
+    """Shorten each unit's part of `gradient` (.., K) to `limit` times the norm of the unit in `parameter`, in place.
+
+    A unit is what leads to one of K outputs; it counts as `SHORTEST_UNIT` long at least.
+    """
+    xp = array_module(parameter)
+    squares = xp.zeros((2, parameter.shape[-1]), parameter.dtype)
+    for array, out in zip((parameter, gradient), squares, strict=True):
+        add_sum(array * array, out)
+    most, length = xp.sqrt(squares, out=squares)
+    xp.maximum(most, SHORTEST_UNIT, out=most)
+    most *= limit
+    gradient *= most / xp.maximum(most, length)
+
+
+def ops_for(parameters: Mapping[str, Any]) -> OptimizerOps:
+    """Return the operations for some parameters: kernels where they are on a GPU, each one run of memory."""
+    launcher = launcher_for(next(iter(parameters.values())), SOURCE)
+    if launcher is None or not all(p.flags.c_contiguous for p in parameters.values()):
+        return OptimizerOps()
+    return CudaOptimizerOps(launcher)
 
 
 class OptimizerOps:
@@ -64,10 +108,12 @@ class OptimizerOps:
         correction: float,
         epsilon: float,
         decay: float,
+        shrink: float,
     ) -> None:
         """Update `parameter`, `mean` and `square` in place; see `cupyep.optim.Adam`.
 
-        `rate` is ``lr / (1 - b1^t)``, `correction` ``1 / (1 - b2^t)``.
+        `rate` is ``lr / (1 - b1^t)``, `correction` ``1 / (1 - b2^t)``; `shrink` multiplies the parameter first, after
+        `decay` has looked at it.
         """
         xp, (b1, b2) = array_module(parameter), betas
         total = _decayed(parameter, gradient, decay, scratch)
@@ -84,7 +130,15 @@ class OptimizerOps:
         total += epsilon
         xp.divide(mean, total, out=total)
         total *= rate
+        if shrink != 1.0:
+            parameter *= shrink
         parameter -= total
+
+    def average(self, average: Any, parameter: Any, scratch: Any, *, share: float) -> None:
+        """Move `average` by `share` of the way to `parameter`, in place."""
+        array_module(parameter).subtract(parameter, average, out=scratch)
+        scratch *= share
+        average += scratch
 
 
 def _decayed(parameter: Any, gradient: Any, decay: float, out: Any) -> Any:
@@ -106,10 +160,13 @@ class CudaOptimizerOps(OptimizerOps):
         momentum = 0.0 if velocity is None else momentum
         self._launch("sgd_step", (parameter, gradient, velocity), (rate, momentum, decay), (nesterov,))
 
-    def adam(self, parameter, gradient, mean, square, scratch, *, rate, betas, correction, epsilon, decay):
+    def adam(self, parameter, gradient, mean, square, scratch, *, rate, betas, correction, epsilon, decay, shrink):
         b1, b2 = betas
-        numbers = (rate, b1, 1.0 - b1, b2, 1.0 - b2, correction, epsilon, decay)
+        numbers = (rate, b1, 1.0 - b1, b2, 1.0 - b2, correction, epsilon, decay, shrink)
         self._launch("adam_step", (parameter, gradient, mean, square), numbers, ())
+
+    def average(self, average, parameter, scratch, *, share):
+        self._launch("average_step", (average, parameter), (share,), ())
 
     def _launch(self, kernel: str, arrays: tuple, numbers: tuple[float, ...], flags: tuple) -> None:
         dtype, size = arrays[0].dtype, arrays[0].size

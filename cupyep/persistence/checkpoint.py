@@ -84,6 +84,10 @@ class Checkpoint:
     images: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
+    def weights(self) -> dict[str, Any]:
+        """Return what the network is used with: the running average of the parameters, where the run kept one."""
+        return {path: self.optimizer.get(f"average.{path}", array) for path, array in self.parameters.items()}
+
 
 #: The plain numbers of a checkpoint: name -> kind.
 NUMBERS = {

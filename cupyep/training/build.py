@@ -18,7 +18,7 @@ from cupyep.learning import Backpropagation, BackpropagationThroughTime, Equilib
 from cupyep.learning.gradients import layer_of
 from cupyep.models import build
 from cupyep.network import Network
-from cupyep.optim import SGD, Adam, Optimizer
+from cupyep.optim import AVERAGE, OPTIMIZERS, SGD, Adam, Optimizer
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
@@ -130,14 +130,16 @@ def build_optimizer(config: TrainConfig, parameters: dict[str, Any]) -> Optimize
         require(len(rates) == len(layers), told)
         by_layer = dict(zip(layers, rates, strict=True))
         rates = {path: by_layer.get(layer_of(path), rates[-1]) for path in parameters}
-    if config.optimizer == "adam":
-        return Adam(parameters, rates, weight_decay=config.weight_decay)
-    return SGD(parameters, rates, config.momentum, config.nesterov, config.weight_decay)
+    shared = config.take("weight_decay", "ema", "clip_unit_norm")
+    if config.optimizer == "sgd":
+        shared |= config.take("momentum", "nesterov")
+    return OPTIMIZERS[config.optimizer](parameters, rates, **shared)
 
 
 def optimizer_slots(config: TrainConfig) -> tuple[str, ...]:
     """Return the names of the buffers that the optimizer keeps for every parameter."""
-    return Adam.SLOTS if config.optimizer == "adam" else SGD.slots(config.momentum)
+    own = SGD.slots(config.momentum) if config.optimizer == "sgd" else Adam.SLOTS
+    return own if config.ema is None else (*own, AVERAGE)
 
 
 def training_batches(config: TrainConfig, dataset: Dataset, network: Network, generator: np.random.Generator) -> Loader:
@@ -148,11 +150,13 @@ def training_batches(config: TrainConfig, dataset: Dataset, network: Network, ge
         config.batch_size,
         network.device,
         network.dtype,
-        augment=config.crop or config.flip,
+        augment=config.crop or config.flip or config.cutout is not None,
         shuffle=True,
         generator=generator,
         pad=None if config.crop else 0,
         flip=config.flip,
+        cutout=config.cutout or 0,
+        label_smoothing=config.label_smoothing,
     )
 
 
@@ -187,5 +191,5 @@ def build_trainer(
         images=ImageFormat.of(dataset),
         checkup=Checkup(learner, first_images(dataset, network, PROBE_IMAGES), config.batch_size),
         display=display,
-        **config.take("epochs", "lr_schedule", "checkpoint_minutes", "on_divergence"),
+        **config.take("epochs", "lr_schedule", "warmup", "patience", "checkpoint_minutes", "on_divergence"),
     )

@@ -96,6 +96,8 @@ class TrainConfig:
                                   low=1)
     crop: bool = DATA(True, bool, "Random crops of the padded training images.")
     flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).", needs=("mirrored",))
+    cutout: int | None = DATA(None, int, "Hide a square of N x N pixels in every training image, anywhere (cutout); "
+                              "unset: none.", low=1)
 
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
@@ -147,9 +149,20 @@ class TrainConfig:
                                                    "last.", above=0)
     lr_schedule: str = OPTIMIZER("cosine", str, "Course of the learning rate; step: a tenth from 1/2 of the run, and "
                                  "again from 3/4.", choices=tuple(LR_SCHEDULES))
+    warmup: float = OPTIMIZER(0.0, float, "Epochs in which the learning rate rises from 0 to that of its schedule.",
+                              low=0)
     momentum: float = OPTIMIZER(0.9, float, "Momentum of sgd.", low=0, below=1, needs=("sgd",))
     nesterov: bool = OPTIMIZER(False, bool, "Nesterov's form of the momentum.", needs=("sgd",))
-    weight_decay: float = OPTIMIZER(0.0, float, "L2 penalty on every parameter.", low=0)
+    weight_decay: float | None = OPTIMIZER(None, float, "L2 penalty on every parameter, decoupled from the gradient by "
+                                           "adamw; unset: 0, but 0.01 of adamw.", low=0)
+    clip_unit_norm: float | None = OPTIMIZER(None, float, "Clip the gradient of every unit (filter) to so many times "
+                                             "the norm of its weights, such as 0.02 (AGC); unset: no.", above=0)
+    label_smoothing: float = OPTIMIZER(0.0, float, "Part of a training label that goes to all classes alike, such as "
+                                       "0.1.", low=0, below=1)
+    ema: float | None = OPTIMIZER(None, float, "Judge and keep a running average of the parameters with this decay, "
+                                  "such as 0.999, instead of the parameters themselves; unset: no.", above=0, below=1)
+    patience: int | None = OPTIMIZER(None, int, "Stop after so many epochs without a better accuracy of what chooses "
+                                     "best.h5 (--validation); unset: never.", low=1)
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
     device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.")
@@ -169,10 +182,15 @@ class TrainConfig:
             setattr(self, spec.name, checked(spec, getattr(self, spec.name), option_name(spec.name)))
         own = architecture(self.arch)
         self.activation, self.weights = self.activation or own.activation, self.weights or own.weights
+        if self.weight_decay is None:
+            self.weight_decay = 0.01 if self.optimizer == "adamw" else 0.0
+        require(
+            self.warmup <= self.epochs, f"--warmup must be at most the {self.epochs} --epochs (got {self.warmup:g})"
+        )
         require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(
-            not (self.teacher_features and self.crop and self.aug == "kd"),
-            "--teacher-features needs --no-crop: a teacher's activations belong to the image as it is",
+            not (self.teacher_features and (self.crop or self.cutout) and self.aug == "kd"),
+            "--teacher-features needs --no-crop and no --cutout: a teacher's activations belong to the image as it is",
         )
         parse_layers(self.signal_layers, sys.maxsize, None)
         free, nudged = default_steps(self)
@@ -218,7 +236,16 @@ def default_relaxation(config: TrainConfig) -> float:
 
 
 # What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
-RESUME_OPTIONS = ("epochs", "device", "scratch_mb", "data_dir", "teacher", "checkpoint_minutes", "on_divergence")
+RESUME_OPTIONS = (
+    "epochs",
+    "device",
+    "scratch_mb",
+    "data_dir",
+    "teacher",
+    "checkpoint_minutes",
+    "on_divergence",
+    "patience",
+)
 
 #: The options by name, in the order of ``--help``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}

@@ -116,7 +116,7 @@ def resume_run(
 def _show_stretch(trainer: Trainer, epochs: int, asked: bool) -> None:
     """Say what other `epochs` than before do to the next step; refuse it after the last one unless `asked`."""
     done = trainer.epochs_done + trainer.batches_done / len(trainer.train)
-    before, now = (trainer.schedules.values(done / total, trainer.halvings) for total in (epochs, trainer.epochs))
+    before, now = (trainer.schedules.values(done, total, trainer.halvings) for total in (epochs, trainer.epochs))
     if done == 0 or before == now:
         return
     parts = [f"{name.replace('_', ' ')} {_short(before[name])} -> {_short(now[name])}" for name in now if now[name]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from cupyep.errors import number
 from cupyep.learning.gradients import layer_of
 from cupyep.optim import LR_SCHEDULES, Optimizer
 
@@ -20,26 +21,35 @@ class Schedules:
         Its rates are multiplied.
     lr_schedule : str
         A name of `LR_SCHEDULES`.
+    warmup : float
+        Epochs in which the rates rise linearly: the factor is the schedule's, times that part of them which is over
+        when a step is done.
+    batches : int
+        In an epoch.
     """
 
-    def __init__(self, learner: Any, optimizer: Optimizer, lr_schedule: str):
+    def __init__(self, learner: Any, optimizer: Optimizer, lr_schedule: str, warmup: float = 0.0, batches: int = 1):
         self.signals = learner.signals
         self.optimizer = optimizer
         self.schedule = LR_SCHEDULES[lr_schedule]
+        self.warmup = number("warmup", warmup, 0)
+        self.step = 1 / batches
 
-    def set(self, progress: float, halvings: int = 0) -> float:
-        """Set kappa for `progress` in [0, 1); return the factor of the learning rates, halved `halvings` times."""
+    def set(self, done: float, epochs: int, halvings: int = 0) -> float:
+        """Set kappa where `done` of `epochs` are done; return the factor of the rates, halved `halvings` times."""
+        progress = done / epochs
         for signal in self.signals:
             signal.anneal(progress)
-        return self.schedule(progress) * 0.5**halvings
+        warm = min(1.0, (done + self.step) / self.warmup) if self.warmup else 1.0
+        return self.schedule(progress) * warm * 0.5**halvings
 
-    def values(self, progress: float, halvings: int = 0) -> dict[str, Any]:
-        """Return ``learning_rate`` and ``kappa`` at `progress`, and set them.
+    def values(self, done: float, epochs: int, halvings: int = 0) -> dict[str, Any]:
+        """Return ``learning_rate`` and ``kappa`` where `done` of `epochs` are done, and set them.
 
         Each is one number, or, where they differ, a list: of rates one a layer (in the order of ``gradient_norm``), of
         kappas one a signal; None without signals.
         """
-        factor = self.set(progress, halvings)
+        factor = self.set(done, epochs, halvings)
         rates = {path: rate for path, rate in self.optimizer.rates.items() if not path.startswith("signals.")}
         by_layer = {layer_of(path): rate * factor for path, rate in rates.items()}
         return {

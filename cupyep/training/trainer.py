@@ -13,7 +13,7 @@ import numpy as np
 
 from cupyep.data import ImageFormat
 from cupyep.diagnostics.checkup import Checkup
-from cupyep.errors import ConfigurationError, ConvergenceWarning, DivergenceError, Interrupted, choose, require
+from cupyep.errors import ConfigurationError, ConvergenceWarning, DivergenceError, Interrupted, choose, integer, require
 from cupyep.optim import Optimizer
 from cupyep.persistence.checkpoint import versions
 from cupyep.training.display import Display, epoch_text, progress_text
@@ -47,6 +47,10 @@ class Trainer:
     lr_schedule : {"constant", "cosine", "step"}
         Factor of the learning rates, set anew at every step from the fraction of all steps that is done; so is the
         signals' kappa.
+    warmup : float
+        Epochs in which the learning rates rise to those of the schedule.
+    patience : int, optional
+        The run ends after so many epochs that were no better than the best one.
     directory : RunDirectory, optional
         Without one nothing is written.
     generators : mapping of str to numpy.random.Generator
@@ -81,6 +85,8 @@ class Trainer:
         validation: Any = None,
         epochs: int,
         lr_schedule: str = "constant",
+        warmup: float = 0.0,
+        patience: int | None = None,
         directory: RunDirectory | None = None,
         generators: Mapping[str, np.random.Generator] | None = None,
         checkpoint_minutes: float = 10.0,
@@ -99,7 +105,8 @@ class Trainer:
         self.validation = validation
         self.best_split = "test" if validation is None else "validation"
         self.epochs = epochs
-        self.schedules = Schedules(learner, optimizer, lr_schedule)
+        self.schedules = Schedules(learner, optimizer, lr_schedule, warmup, len(train))
+        self.patience = None if patience is None else integer("patience", patience)
         self.directory = directory
         self.generators = {"data": train.generator, **(generators or {})}
         self.checkpoint_s = 60 * checkpoint_minutes
@@ -143,6 +150,13 @@ class Trainer:
     def check_unfinished(self) -> None:
         """Raise `ConfigurationError` if no epoch is left to do."""
         require(self.epochs_done < self.epochs, f"all {self.epochs} epochs are done; give more --epochs to go on")
+        require(not self._is_stale(), f"the run has {self._ending()}; give more --patience to go on")
+
+    def _is_stale(self) -> bool:
+        return self.patience is not None and self.epochs_done - self.best_epoch >= self.patience
+
+    def _ending(self) -> str:
+        return f"stopped after epoch {self.epochs_done}: no better {self.best_split} accuracy since {self.best_epoch}"
 
     def resume(self) -> str:
         """As `restore`, for a run that has epochs left.
@@ -205,11 +219,13 @@ class Trainer:
         with warnings.catch_warnings():
             if self.checkup is not None:  # which says it once an epoch, for all batches
                 warnings.simplefilter("ignore", ConvergenceWarning)
-            while self.epochs_done < self.epochs:
+            while self.epochs_done < self.epochs and not self._is_stale():
                 try:
                     record = self._run_epoch(self.epochs_done + 1)
                 except DivergenceError as error:
                     self._take_back(error)
+        if self.epochs_done < self.epochs:
+            self.display.show("note", self._ending())
         path = None if self.directory is None else self.directory.path
         chosen = next(r for r in reversed(self.records) if r["epoch"] == self.best_epoch)["test_accuracy"]
         best = (self.best_accuracy, self.best_epoch, chosen, self.best_split)
@@ -232,7 +248,7 @@ class Trainer:
 
     def _run_epoch(self, epoch: int) -> dict[str, Any]:
         """Train what is left of an epoch, evaluate, write it down; return its record."""
-        settings = self.schedules.values((epoch - 1) / self.epochs, self.halvings)
+        settings = self.schedules.values(epoch - 1, self.epochs, self.halvings)
         means = self._train_epoch(epoch)
         begin = time.monotonic()
         record = {
@@ -246,7 +262,7 @@ class Trainer:
             **means,
         }
         if self.checkup is not None:
-            self.schedules.set((epoch - 1) / self.epochs)  # kappa as recorded, wherever the epoch was taken up
+            self.schedules.set(epoch - 1, self.epochs)  # kappa as recorded, wherever the epoch was taken up
             record |= self.checkup.look(record, self.records)
         self.elapsed_s += self.epoch_s + time.monotonic() - begin
         record |= {
@@ -279,11 +295,11 @@ class Trainer:
         return self._means(epoch)
 
     def _step(self, epoch: int, batch: Any) -> None:
-        progress = (epoch - 1 + self.batches_done / len(self.train)) / self.epochs
-        factor = self.schedules.set(progress, self.halvings)
+        done = epoch - 1 + self.batches_done / len(self.train)
+        factor = self.schedules.set(done, self.epochs, self.halvings)
         result = self.learner.step(batch)
+        self.statistics.add(result)  # before a clip
         self.optimizer.step(result.gradients, factor)
-        self.statistics.add(result)
         self.watch.add(result.loss)
         self.batches_done += 1
 
@@ -338,7 +354,8 @@ class Trainer:
                 record |= {f"{split}_loss": None, f"{split}_accuracy": None}
                 continue
             shown = self.display.over(batches, f"epoch {epoch}/{self.epochs} {split}")
-            loss, accuracy = evaluate(self.learner, self._stoppable(shown))
+            with self.optimizer.averaged():
+                loss, accuracy = evaluate(self.learner, self._stoppable(shown))
             if not math.isfinite(loss):
                 raise DivergenceError(f"the {split} loss is not finite after epoch {epoch}; lower --learning-rate")
             record |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}

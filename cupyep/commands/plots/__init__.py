@@ -91,7 +91,7 @@ def _figures(
         yield "confusion", str(error)
         return
     first = next(iter(records[-1].get("nodes", ())), "1") if records else "1"
-    weight = saved.parameters.get(f"layers.{first}.weight")
+    weight = saved.weights().get(f"layers.{first}.weight")
     title = f"{name}: filters of the first layer, epoch {saved.epoch}"
     yield "filters", maps.filters(weight, title) if np.ndim(weight) == 4 else "the first layer is not a convolution"
     if which == "last":
