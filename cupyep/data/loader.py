@@ -187,7 +187,7 @@ class Loader:
         if self.device.is_gpu:
             return self._crop(draws)
         parts = [draws[:, rows] for rows, _ in chunked(draws.shape[1], threads.PART)]
-        return np.concatenate(threads.run_parts(self, len(parts), lambda part, _: self._crop(parts[part])))
+        return self.device.xp.concatenate(threads.run_parts(self, len(parts), lambda part, _: self._crop(parts[part])))
 
     def _crop(self, draws: Any) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised, squares hidden; on the device.

@@ -36,8 +36,8 @@ from cupyep.training.trainer import Trainer
 # What a teacher has in common with its student ...
 SHARED = (
     "arch", "width", "pooling", "weights", "readout_pool", "dataset", "data_dir", "image_size", "limit_train",
-    "limit_test", "validation", "crop", "flip", "cutout", "batch_size", "seed", "device", "scratch_mb", "checkpoint_minutes",
-    "on_divergence",
+    "limit_test", "validation", "crop", "flip", "cutout", "batch_size", "seed", "device", "scratch_mb",
+    "checkpoint_minutes", "on_divergence",
 )  # fmt: skip
 # ... and what not: it is trained feed-forward. This project's own choice: of VGG-7 teachers at one
 # eighth width (5000 CIFAR-10 images, 10 epochs) those with ReLU or ReLU6 were 3 points better than with a hard sigmoid.
