@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from residual import residual
+from threadpoolctl import threadpool_info
 
 import cupyep as ep
 from cupyep.backend import get_precision
@@ -417,15 +417,9 @@ def test_on_a_gpu_replays_are_timed_beside_plain_launches(load, fake_gpu):
     assert fake_gpu.graphs is not None
 
 
-def test_threads_without_threadpoolctl_start_the_process_anew(load, monkeypatch):
-    measuring, started = load("measuring"), []
-    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    monkeypatch.setattr(os, "execve", lambda *args: started.append(args))
-    for name in measuring.THREAD_VARIABLES:
-        monkeypatch.setenv(name, "7")
-    with measuring.limit_threads(7):
-        assert started == []
-    measuring.limit_threads(3)
-    ((program, arguments, environment),) = started
-    assert program == arguments[0] == sys.executable
-    assert {environment[name] for name in measuring.THREAD_VARIABLES} == {"3"}
+def test_threads_are_those_of_cupyep_and_of_blas(load):
+    measuring = load("measuring")
+    with measuring.limit_threads(3):
+        assert ep.get_threads() == 3
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {3}
+    ep.set_threads(None)

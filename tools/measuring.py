@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from cupyep.backend import Device, Precision
+from cupyep.backend.threads import set_threads
 from cupyep.ops.factors import Factors
 
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SHORTEST = 0.05  # seconds; what takes less is called several times for one reading of the clock
 
 
@@ -150,17 +150,11 @@ class Stopwatch:
 
 
 def limit_threads(threads: int) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which BLAS (and PyTorch, where it is loaded) use `threads` threads.
+    """Return the context in which BLAS and PyTorch, where it is loaded, use `threads` threads, and cupyep from now on.
 
-    Without threadpoolctl the process starts itself again with the variables that BLAS libraries read as they load.
+    Within its own work cupyep leaves one to BLAS.
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        wanted = dict.fromkeys(THREAD_VARIABLES, str(threads))
-        if any(os.environ.get(name) != value for name, value in wanted.items()):
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
-        return contextlib.nullcontext()
+    set_threads(threads)
     return threadpool_limits(limits=threads)
