@@ -23,7 +23,9 @@ Exit codes: 0 done; 1 something failed (one line on stderr says what and what to
 
 Environment: `CUPYEP_DATA` names the folder of data sets; without it `$XDG_CACHE_HOME/cupyep`, or `~/.cache/cupyep`.
 `CUPYEP_CACHE` names the folder of teachers that were trained here; without it the same, or the platform's own
-(`docs/formats.md`). `OPENBLAS_NUM_THREADS` and its like bound the threads of a CPU.
+(`docs/formats.md`). `--threads`, else `CUPYEP_THREADS`, else
+`OMP_NUM_THREADS` is the number of threads that take the parts of a batch on a CPU; the default is all usable CPUs. The
+results are the same bits ([docs/scaling.md](scaling.md)).
 
 ## Shell completion
 
