@@ -54,6 +54,9 @@ class BlankDevice(Device):
     def use(self) -> None:
         """There is nothing to use."""
 
+    def launcher(self, source: Any) -> None:
+        """There is nothing to launch."""
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return a read-only array of zeros of the shape and type, all of them in one place."""
         require(math.prod(shape) < MOST, f"an array of shape {shape} is larger than any memory; lower the width")
