@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import COLOURS, MARKERS, line_style, plain_axes
+from cupyep.commands.plots.style import KEY, LAYER, MARKERS, integer_ticks, line_style, plain_axes
 from cupyep.experiments.cells import FORMS, STEPS
 from cupyep.experiments.design import Results
 from cupyep.experiments.findings import COLUMNS
@@ -22,20 +22,14 @@ AXES = {
     "gradient_norm": "norm of the gradient",
     "activity": "activity, mean $|s|$",
 }
-BESIDE = {"fontsize": "small", "frameon": False, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-INSIDE = {"fontsize": "small", "frameon": False}
+BESIDE = {**KEY, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 COSINES = {"ylim": (-0.1, 1.05)}
 
 Panel = tuple[str, Callable[[Mapping[str, Any]], Sequence[float | None]], dict[str, Any]]
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "markersize": 4,
-        "linestyle": "-" if number < len(COLOURS) else "--",
-    }
+    return line_style(number) | {"marker": MARKERS[number % len(MARKERS)], "markersize": 4}
 
 
 def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mapping[str, Any] = BESIDE) -> Any:
@@ -59,7 +53,7 @@ def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mappi
                     low, high = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=title, **how)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        integer_ticks(axis.xaxis)
     axes[-1].legend(**legend)
     return figure
 
@@ -76,7 +70,7 @@ def layers(results: Results, values: Sequence[str] = ("nudge_response", "gradien
         return lambda cell: [max(value, 1e-30) for value in cell.get(name, [[]])[-1]]
 
     panels = [(AXES[name], of(name), {"yscale": "log"}) for name in values]
-    return _lines(results, "layer (1 sees the image)", panels)
+    return _lines(results, LAYER, panels)
 
 
 def cosines_by_epoch(results: Results) -> Any:
@@ -86,7 +80,7 @@ def cosines_by_epoch(results: Results) -> Any:
         found = ([c for c in probe["bptt"][:-1] if c is not None] for probe in cell.get("probes", []))
         return [float(np.mean(cosines)) if cosines else np.nan for cosines in found]
 
-    return _lines(results, "epoch", [("cosine with BPTT, mean of layers", course, COSINES)], INSIDE)
+    return _lines(results, "epoch", [("cosine with BPTT, mean of layers", course, COSINES)], KEY)
 
 
 def cosines_by_layer(results: Results) -> Any:
