@@ -35,10 +35,8 @@ def _style(number: int) -> dict[str, Any]:
 def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mapping[str, Any] = BESIDE) -> Any:
     """Draw a line a row, the mean over the seeds, and the range between them.
 
-    Parameters
-    ----------
-    panels : sequence of tuple
-        Label of the y axis, function from a cell to its points (none where it has none), settings of the axes.
+    A panel is the label of its y axis, a function from a cell to its points (none where it has none), settings of the
+    axes.
     """
     figure, axes = plain_axes(len(panels))
     for axis, (title, points, how) in zip(axes, panels, strict=True):
@@ -93,16 +91,9 @@ def cosines_by_layer(results: Results) -> Any:
 
 
 def against(results: Results, option: str, label: str, lines: Mapping[str, str], columns: Sequence[str]) -> Any:
-    """Draw columns over an option of the rows, on a logarithmic axis.
+    """Draw columns, an axes each, over an `option` of the rows, on a logarithmic axis.
 
-    Parameters
-    ----------
-    option, label : str
-        Option of `TrainConfig` on the x axis, and its label.
-    lines : mapping
-        Legend -> regular expression that the keys of the rows match that a line joins.
-    columns : sequence of str
-        Names of `COLUMNS`, one axes each.
+    A line joins the rows whose keys match a regular expression: `lines` has it by legend.
     """
     figure, axes = plain_axes(len(columns))
     for axis, column in zip(axes, (COLUMNS[name] for name in columns), strict=True):

@@ -10,17 +10,7 @@ from cupyep.optim import LR_SCHEDULES, Optimizer
 
 
 class Schedules:
-    """Sets what changes from step to step.
-
-    Parameters
-    ----------
-    learner : Learner
-        Its signals' kappa is set.
-    optimizer : Optimizer
-        Its rates are multiplied.
-    lr_schedule : str
-        A name of `LR_SCHEDULES`.
-    """
+    """Sets what changes from step to step: kappa of the learner's signals, and the rates of the optimizer."""
 
     def __init__(self, learner: Any, optimizer: Optimizer, lr_schedule: str):
         self.signals = learner.signals

@@ -17,18 +17,7 @@ LINE_INCHES = 0.2
 
 
 def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str, verdicts: Sequence[str]) -> Any:
-    """Return the figure.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        ``Diagnosis.rows``.
-    trace : dict
-        As settling.json has it.
-    title : str
-    verdicts : sequence of str
-        Written below the panels.
-    """
+    """Return the figure of ``Diagnosis.rows`` and a trace as settling.json has it, the verdicts below the panels."""
     words = [
         line
         for verdict in verdicts

@@ -32,21 +32,11 @@ def over_epochs(
     readout: bool = False,
     nodes: Sequence[str] = (),
 ) -> Any:
-    """Return the figure of values a layer over the epochs, a panel a map.
+    """Return the figure of values a layer over the epochs, a panel a map: its title -> array (epochs, layers).
 
-    Parameters
-    ----------
-    maps : dict
-        Title of a panel -> array (epochs, layers).
-    epochs : sequence of int
-    label : str
-        What the colours say, with its unit.
-    log : bool
-        Logarithmic colours, from the largest value down to at most six decades below it; else they go from 0 to 1.
-    readout : bool
-        The last row is the readout's.
-    nodes : sequence of str
-        Names of the rows, where these are no layers of a chain.
+    The colours go from 0 to 1, or with `log` from the largest value down to at most six decades below it; `label` says
+    what they are, with its unit. The last row may be the `readout`'s; `nodes` are the rows' names where these are no
+    layers of a chain.
     """
     layers = max(values.shape[1] for values in maps.values())
     figure = new_figure(5.2 * len(maps) + 0.6, 1.5 + 0.24 * max(layers, 5))
