@@ -43,7 +43,7 @@ class Batch:
     _rows: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # made of them
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images if self.labels is None else self.labels)
 
     def part(self, rows: slice) -> Batch:
         """Return a batch of some of the samples, which shares their memory."""

@@ -133,14 +133,7 @@ def _read(instruction: Instruction) -> tuple[Value | None, ...]:
 
 
 class _Writer:
-    """Writes the instructions of one graph.
-
-    Parameters
-    ----------
-    graph : Graph
-    image : bool
-        Whether connections from the image give drives: states have them, deviations have not.
-    """
+    """Writes the instructions of one graph; with `image`, for states, connections from the image give drives."""
 
     def __init__(self, graph: Graph, image: bool):
         self.graph, self.image = graph, image

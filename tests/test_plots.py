@@ -36,6 +36,14 @@ def records(epochs, offset=0.0):
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
+def test_many_lines_are_told_apart():
+    """By colour and dashes, with marks or without."""
+    from cupyep.experiments import figures
+
+    for style_of in (style.line_style, figures._style):
+        assert len({tuple(sorted(style_of(n).items())) for n in range(24)}) == 24
+
+
 @pytest.mark.parametrize("epochs", [0, 1, 5, 300])
 def test_learning_shows_all_runs(epochs):
     runs_ = {"one": records(epochs), "two": records(max(epochs - 1, 0), 0.5)}

@@ -129,6 +129,8 @@ def owned(name, calls):
 VALID = {
     "get_activation": lambda w: (ep.get_activation, {"activation": "relu"}),
     "get_device": lambda w: (ep.get_device, {"device": "cpu"}),
+    "get_threads": lambda w: (ep.get_threads, {}),
+    "set_threads": lambda w: (ep.set_threads, {"threads": None}),
     "gpu_status": lambda w: (ep.gpu_status, {}),
     "Device": lambda w: (ep.Device, {"name": "cpu"}),
     "Clip": lambda w: (ep.Clip, {"name": "clip", "slope": 1.0, "low": 0.0, "high": 1.0}),

@@ -35,15 +35,10 @@ def identity(array: Any) -> tuple[Any, ...]:
 
 
 class Launcher:
-    """Compiles the kernels of one source file at their first launch, and launches them.
+    """Compiles the kernels of one source file, ``.cu`` templates, at their first launch, and launches them.
 
-    Parameters
-    ----------
-    source : Path
-        A ``.cu`` file of kernel templates. Files that it includes by ``#include "name"`` are put in its text, because
-        CuPy's cache of compiled kernels does not see changes in included files.
-    xp : module
-        ``cupy``.
+    Files that it includes by ``#include "name"`` are put in its text, because CuPy's cache of compiled kernels does not
+    see changes in included files.
     """
 
     OPTIONS = ("-std=c++17",)
@@ -62,21 +57,10 @@ class Launcher:
         block: tuple[int, int, int],
         arguments: Sequence[Any],
     ) -> None:
-        """Launch ``kernel<type_arguments>`` on the current stream.
+        """Launch ``kernel<type_arguments>``, types by their CUDA names and numbers, on the current stream.
 
-        Parameters
-        ----------
-        kernel : str
-        type_arguments : sequence
-            Types by their CUDA names and numbers.
-        grid, block : tuple of int
-        arguments : sequence
-            C-contiguous arrays, NumPy scalars of the parameters' types, and None for a null pointer.
-
-        Raises
-        ------
-        DeviceError
-            If CUDA's run-time compiler or its headers cannot be found.
+        The `arguments` are C-contiguous arrays, NumPy scalars of the parameters' types, and None for a null pointer.
+        `DeviceError` if CUDA's run-time compiler or its headers cannot be found.
         """
         expression = instance(kernel, type_arguments)
         function = self._kernels.get(expression)
@@ -170,15 +154,8 @@ def _preload_cublas() -> None:
 class CublasLibrary:
     """The functions of NVIDIA's cuBLAS that `Cublas` needs, called through ctypes.
 
-    Parameters
-    ----------
-    major : int
-        CUDA's major version, 12 say; CuPy's own library, wherever it lies, has this number in its name.
-
-    Raises
-    ------
-    DeviceError
-        If the library cannot be loaded.
+    Of the library of CUDA's major version, 12 say: CuPy's own, wherever it lies, has this number in its name.
+    `DeviceError` if it cannot be loaded.
     """
 
     def __init__(self, major: int):
@@ -224,19 +201,11 @@ class CublasLibrary:
 
 
 class Cublas:
-    """Matrix products of row-major arrays on one device, allowed in a captured graph.
+    """Matrix products of row-major arrays on one device, on the stream at the address that `current_stream` returns.
 
-    Parameters
-    ----------
-    library : CublasLibrary
-    xp : module
-        ``cupy``; gives the workspace.
-    current_stream : callable
-        Returns the address of the stream to launch on.
-    Notes
-    -----
-    Halves are multiplied with float32 accumulation; split sums are added in float32 too. One handle with one workspace
-    gives the same bits from run to run. The handle lives as long as the process.
+    They are allowed in a captured graph. Halves are multiplied with float32 accumulation; split sums are added in
+    float32 too. One handle with one workspace gives the same bits from run to run. The handle lives as long as the
+    process.
     """
 
     def __init__(self, library: Any, xp: Any, current_stream: Callable[[], int]):

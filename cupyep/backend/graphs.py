@@ -26,22 +26,8 @@ def graphs_wanted() -> bool:
 
 
 class GraphCapture:
-    """Captures work on one device.
+    """Captures work on one device, unless a capture has `failed`: none is tried from then on.
 
-    Parameters
-    ----------
-    xp : module
-        ``cupy``.
-    index : int
-        Of the device.
-
-    Attributes
-    ----------
-    failed : bool
-        Whether a capture has failed; none is tried from then on.
-
-    Notes
-    -----
     Capturing takes a stream that is neither the default one nor waits for it. What CuPy allocates on the way (the
     temporaries of a reduction, say) comes from a memory pool of its own, kept as long as this object: nothing else may
     get that memory, because every replay writes to it.

@@ -60,26 +60,13 @@ GROUPS = {"free phase": "free_", "nudged phase": "nudged_"}
 
 @dataclass
 class Diagnosis:
-    """What was seen.
-
-    Attributes
-    ----------
-    title : str
-    rows : list of dict
-        One a layer and one for the readout: ``name`` and what there is of `COLUMNS`.
-    findings : list of Finding
-        Empty for a healthy network.
-    trace : dict
-        `cupyep.diagnostics.checkup.trace_of` the batch.
-    notes : list of str
-        What could not be looked at.
-    """
+    """What was seen."""
 
     title: str
-    rows: list[Record]
-    findings: list[Finding]
-    trace: Record
-    notes: list[str]
+    rows: list[Record]  # one a layer and one for the readout: ``name`` and what there is of `COLUMNS`
+    findings: list[Finding]  # none for a healthy network
+    trace: Record  # `cupyep.diagnostics.checkup.trace_of` the batch
+    notes: list[str]  # what could not be looked at
 
     def lines(self) -> list[str]:
         """Return title, table, notes and verdicts."""

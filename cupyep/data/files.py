@@ -18,16 +18,8 @@ GZIP = b"\x1f\x8b"  # how a gzip file begins, and nothing else that is read here
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the content of `path`, decompressed when it begins as gzip files do, whatever it is called.
 
-    Parameters
-    ----------
-    path : Path
-    limit : int
-        Largest content accepted, in bytes after decompression.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read, is a truncated or damaged gzip file, or holds more than `limit` bytes.
+    `DataError` if it cannot be read, is a truncated or damaged gzip file, or holds more than `limit` bytes,
+    decompressed.
     """
     try:
         with open(path, "rb") as raw, gzip.open(raw) if raw.peek(2).startswith(GZIP) else raw as file:

@@ -15,17 +15,9 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def shrink(images: np.ndarray, factor: int) -> np.ndarray:
-    """Return `images` with every `factor` x `factor` square replaced by its mean, rounded half up.
+    """Return images (N, H, W, C), of uint8, each `factor` x `factor` square replaced by its mean, rounded half up.
 
-    Parameters
-    ----------
-    images : ndarray of uint8, shape (N, H, W, C)
-    factor : int
-        A common divisor of H and W.
-
-    Returns
-    -------
-    ndarray of uint8, shape (N, H / factor, W / factor, C)
+    `factor` is a common divisor of H and W.
     """
     if factor == 1:
         return images

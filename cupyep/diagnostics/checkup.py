@@ -20,20 +20,9 @@ DIGITS = 4
 
 
 class Checkup:
-    """Looks at a learner once an epoch.
+    """Looks at a learner once an epoch: the images of `batch` are settled for a closer look.
 
-    Parameters
-    ----------
-    learner : Learner
-    batch : Batch
-        The images that are settled for a closer look.
-    batch_size : int
-        Of the training.
-
-    Attributes
-    ----------
-    trace : dict
-        `trace_of` the last look, for settling.json.
+    `trace` is `trace_of` the last look, for settling.json.
     """
 
     def __init__(self, learner: Any, batch: Batch, batch_size: int):
@@ -43,19 +32,9 @@ class Checkup:
         self.trace: dict[str, Any] = {}
 
     def look(self, record: Record, records: Sequence[Record]) -> Record:
-        """Return what is to be added to the `record` of an epoch.
+        """Return what is to be added to the `record` of an epoch, given the `records` of the epochs before.
 
-        Parameters
-        ----------
-        record : dict
-            The epoch's numbers so far.
-        records : sequence of dict
-            Those of the epochs before.
-
-        Returns
-        -------
-        dict
-            `probe_record`, and ``findings``, a list of ``{"signature", "layers", "message"}``.
+        That is `probe_record`, and ``findings``, a list of ``{"signature", "layers", "message"}``.
         """
         probes = probe_settling(self.learner, self.batch)
         self.trace = trace_of(probes, self.setting, len(self.batch), record["epoch"])

@@ -55,18 +55,9 @@ class PhaseProbe:
 
 
 def probe_settling(learner: Learner, batch: Batch) -> dict[str, PhaseProbe]:
-    """Let the phases of `learner` settle on `batch` and go on.
+    """Let the phases of `learner` settle on `batch` and go on; return ``free`` and ``nudged``, those that there are.
 
-    Parameters
-    ----------
-    learner : Learner
-        Its parameters and generators stay as they are. Backpropagation has no phases, BPTT a free one only.
-    batch : Batch
-
-    Returns
-    -------
-    dict
-        ``free`` and ``nudged``, those that there are.
+    Parameters and generators stay as they are. Backpropagation has no phases, BPTT a free one only.
     """
     if not hasattr(learner, "settle_free"):
         return {}

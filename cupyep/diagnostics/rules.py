@@ -50,57 +50,28 @@ DEAD_IMAGES = 16  # in smaller batches many channels are still by chance
 
 
 class Finding(NamedTuple):
-    """One of the three failures.
+    """One of the three failures."""
 
-    Attributes
-    ----------
-    signature : {"convergence", "vanishing", "collapse"}
-    layers : tuple of int
-        Where, counted from 1; empty for the whole network.
-    message : str
-        One line: what is wrong, how badly, which option to turn and which way.
-    """
-
-    signature: str
-    layers: tuple[int, ...]
-    message: str
+    signature: str  # "convergence", "vanishing", "collapse"
+    layers: tuple[int, ...]  # where, counted from 1; empty for the whole network
+    message: str  # one line: what is wrong, how badly, which option to turn and which way
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the rules need to know of a learner.
+    """What the rules need to know of a learner."""
 
-    Attributes
-    ----------
-    weights : tuple of float
-        The a_n.
-    units : tuple of int
-        Size of each layer's state.
-    batch_size : int
-    form : {"classical", "deviation", "tangent"} or None
-        How nudged phases are represented; None without any.
-    precision : float
-        Spacing of the numbers at 1.
-    schedule : str
-    tolerance : float or None
-    free_steps, nudged_steps : int
-    signals : bool
-        Whether there are intermediate signals.
-    names : tuple of str
-        Of the nodes; empty for a chain, whose layers have numbers.
-    """
-
-    weights: tuple[float, ...]
-    units: tuple[int, ...]
+    weights: tuple[float, ...]  # the a_n
+    units: tuple[int, ...]  # size of each layer's state
     batch_size: int
-    form: str | None = None
-    precision: float = 2.0**-23
+    form: str | None = None  # how nudged phases are represented; None without any
+    precision: float = 2.0**-23  # spacing of the numbers at 1
     schedule: str = "sweeps"
     tolerance: float | None = None
     free_steps: int = 0
     nudged_steps: int = 0
-    signals: bool = False
-    names: tuple[str, ...] = ()
+    signals: bool = False  # whether there are intermediate ones
+    names: tuple[str, ...] = ()  # of the nodes; empty for a chain, whose layers have numbers
 
     @classmethod
     def of(cls, learner: Any, batch_size: int) -> Setting:
@@ -138,15 +109,9 @@ def find(
 ) -> list[Finding]:
     """Return what is wrong, the cause before its consequences.
 
-    Parameters
-    ----------
-    record : dict
-        Numbers of an epoch as metrics.jsonl has them, `probe_record` included; what is None or missing is not judged.
-    setting : Setting
-    probes : mapping of str to PhaseProbe
-        The two phases, as far as they were probed.
-    history : sequence of dict
-        Records of the epochs before.
+    The `record` holds the numbers of an epoch as metrics.jsonl has them, `probe_record` included; what is None or
+    missing is not judged. `probes` are the two phases, as far as they were probed; `history` the records of the epochs
+    before.
     """
     found = [_unsettled(phase, record, setting, probes.get(phase)) for phase in ("free", "nudged")]
     found += [_vanishing(record, setting), _rounding(record, setting)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import COLOURS, MARKERS, line_style, plain_axes
+from cupyep.commands.plots.style import KEY, LAYER, MARKERS, integer_ticks, line_style, plain_axes
 from cupyep.experiments.cells import FORMS, STEPS
 from cupyep.experiments.design import Results
 from cupyep.experiments.findings import COLUMNS
@@ -22,29 +22,21 @@ AXES = {
     "gradient_norm": "norm of the gradient",
     "activity": "activity, mean $|s|$",
 }
-BESIDE = {"fontsize": "small", "frameon": False, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-INSIDE = {"fontsize": "small", "frameon": False}
+BESIDE = {**KEY, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 COSINES = {"ylim": (-0.1, 1.05)}
 
 Panel = tuple[str, Callable[[Mapping[str, Any]], Sequence[float | None]], dict[str, Any]]
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "markersize": 4,
-        "linestyle": "-" if number < len(COLOURS) else "--",
-    }
+    return line_style(number) | {"marker": MARKERS[number % len(MARKERS)], "markersize": 4}
 
 
 def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mapping[str, Any] = BESIDE) -> Any:
     """Draw a line a row, the mean over the seeds, and the range between them.
 
-    Parameters
-    ----------
-    panels : sequence of tuple
-        Label of the y axis, function from a cell to its points (none where it has none), settings of the axes.
+    A panel is the label of its y axis, a function from a cell to its points (none where it has none), settings of the
+    axes.
     """
     figure, axes = plain_axes(len(panels))
     for axis, (title, points, how) in zip(axes, panels, strict=True):
@@ -59,7 +51,7 @@ def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mappi
                     low, high = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=title, **how)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        integer_ticks(axis.xaxis)
     axes[-1].legend(**legend)
     return figure
 
@@ -76,7 +68,7 @@ def layers(results: Results, values: Sequence[str] = ("nudge_response", "gradien
         return lambda cell: [max(value, 1e-30) for value in cell.get(name, [[]])[-1]]
 
     panels = [(AXES[name], of(name), {"yscale": "log"}) for name in values]
-    return _lines(results, "layer (1 sees the image)", panels)
+    return _lines(results, LAYER, panels)
 
 
 def cosines_by_epoch(results: Results) -> Any:
@@ -86,7 +78,7 @@ def cosines_by_epoch(results: Results) -> Any:
         found = ([c for c in probe["bptt"][:-1] if c is not None] for probe in cell.get("probes", []))
         return [float(np.mean(cosines)) if cosines else np.nan for cosines in found]
 
-    return _lines(results, "epoch", [("cosine with BPTT, mean of layers", course, COSINES)], INSIDE)
+    return _lines(results, "epoch", [("cosine with BPTT, mean of layers", course, COSINES)], KEY)
 
 
 def cosines_by_layer(results: Results) -> Any:
@@ -99,16 +91,9 @@ def cosines_by_layer(results: Results) -> Any:
 
 
 def against(results: Results, option: str, label: str, lines: Mapping[str, str], columns: Sequence[str]) -> Any:
-    """Draw columns over an option of the rows, on a logarithmic axis.
+    """Draw columns, an axes each, over an `option` of the rows, on a logarithmic axis.
 
-    Parameters
-    ----------
-    option, label : str
-        Option of `TrainConfig` on the x axis, and its label.
-    lines : mapping
-        Legend -> regular expression that the keys of the rows match that a line joins.
-    columns : sequence of str
-        Names of `COLUMNS`, one axes each.
+    A line joins the rows whose keys match a regular expression: `lines` has it by legend.
     """
     figure, axes = plain_axes(len(columns))
     for axis, column in zip(axes, (COLUMNS[name] for name in columns), strict=True):

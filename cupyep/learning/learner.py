@@ -152,6 +152,7 @@ class Learner:
     @exclusive
     def scores(self, batch: Batch) -> Any:
         """Return the readout's output (N, classes) at the state `settled`."""
+        batch = self.network.batch(batch)
         parts = self.network.run_parts(batch, lambda part, *_: self._scores(part).copy(), self.micro_batch)
         return self.network.device.xp.concatenate(parts)
 

@@ -149,19 +149,7 @@ class JsonDisplay(Display):
 
 
 class Progress:
-    """How far an epoch is.
-
-    Parameters
-    ----------
-    display : Display
-    bar : tqdm
-        Disabled where there is no terminal.
-    title : str
-    total, done : int
-        Images.
-    values : dict
-        Go with every event.
-    """
+    """How far an epoch is: `done` of `total` images; the `values` go with every event."""
 
     def __init__(self, display: Display, bar: tqdm, title: str, total: int, done: int, values: dict[str, Any]):
         self.display, self.bar, self.title, self.values = display, bar, title, values

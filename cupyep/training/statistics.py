@@ -25,16 +25,7 @@ def layer_names(paths: Iterable[str]) -> list[str]:
 
 
 class EpochStatistics:
-    """Running sums over the batches of one epoch.
-
-    Parameters
-    ----------
-    device : Device
-    epoch : int
-        For the message when something stops being finite.
-    layers : sequence of str
-        `layer_names` of the gradients to come.
-    """
+    """Running sums over the batches of one epoch; `layers` are `layer_names` of the gradients to come."""
 
     def __init__(self, device: Device, epoch: int, layers: Sequence[str]):
         self.device = device

@@ -33,13 +33,8 @@ def writer_class() -> Any:
 class EventLog:
     """Writes the records of epochs as scalars, one a layer where a record holds a list.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the event files, made if missing. Every log is a file of its own that holds the whole run: what older files
-        say is void.
-    records : sequence of dict
-        Of the epochs that are done.
+    Every log is a file of its own in `folder`, made if missing, that holds the whole run, with the `records` of the
+    epochs that are done: what older files say is void.
     """
 
     def __init__(self, folder: Path, records: Sequence[dict[str, Any]] = ()):

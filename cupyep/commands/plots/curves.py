@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from cupyep.commands.plots.style import (
+    KEY,
     LAYER,
     LAYERS,
     integer_ticks,
     label_decades,
     line_style,
     plain_axes,
+    say,
     whole_decades,
 )
 
@@ -48,25 +50,17 @@ def learning(runs: Mapping[str, Sequence[Record]], losses: Sequence[str]) -> Any
         if max(map(len, runs.values()), default=0) < 2:
             axis.set_xlim(0.5, 1.5)
         if not any(runs.values()):
-            _say_empty(axis)
+            say(axis, "no epoch is done yet")
     axes[1].set_ylim(bottom=0)
-    _split_legend(axes[0])
-    if len(runs) > 1:
-        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
-    else:
-        figure.suptitle(next(iter(runs), ""), fontsize="medium")
-    return figure
-
-
-def _split_legend(axis: Any) -> None:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color="0.35", linestyle=style) for style in ("-", ":")]
-    axis.legend(lines, ["test", "training"], frameon=False, fontsize="small", loc="best")
-
-
-def _say_empty(axis: Any) -> None:
-    axis.text(0.5, 0.5, "no epoch is done yet", transform=axis.transAxes, ha="center", color="0.4")
+    axes[0].legend(lines, ["test", "training"], loc="best", **KEY)
+    if len(runs) > 1:
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", **KEY)
+    else:
+        figure.suptitle(next(iter(runs), ""), fontsize="medium")
+    return figure
 
 
 def settling(trace: Record, title: str) -> Any:
@@ -99,7 +93,7 @@ def draw_settling(axis: Any, phase: str, trace: Record) -> None:
             steps, residual[:, n], color=colour, linewidth=1.6, marker="o" if total <= FEW else None, markersize=3
         )
     if np.isnan(residual).all():
-        axis.text(0.5, 0.5, "nothing moves", transform=axis.transAxes, ha="center", color="0.4")
+        say(axis, "nothing moves")
     axis.axvspan(own, total, color="0.9", zorder=0)
     axis.axvline(own, color="0.4", linewidth=1)
     unit = "sweep" if trace["schedule"] == "sweeps" else "step"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.commands.plots.curves import draw_settling, layer_colours
-from cupyep.commands.plots.style import COLOURS, LAYER, label_decades, matplotlib_figure, whole_decades
+from cupyep.commands.plots.style import COLOURS, KEY, LAYER, label_decades, new_figure, plain, whole_decades
 from cupyep.diagnostics.rules import LIMITS, spans, unsettled_layers
 
 MOST_TICKS = 20
@@ -17,18 +17,7 @@ LINE_INCHES = 0.2
 
 
 def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str, verdicts: Sequence[str]) -> Any:
-    """Return the figure.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        ``Diagnosis.rows``.
-    trace : dict
-        As settling.json has it.
-    title : str
-    verdicts : sequence of str
-        Written below the panels.
-    """
+    """Return the figure of ``Diagnosis.rows`` and a trace as settling.json has it, the verdicts below the panels."""
     words = [
         line
         for verdict in verdicts
@@ -39,13 +28,11 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
     panels = [*phases, *(["responses"] if "nudge_response" in layers[0] else []), "units"]
     rows_of_panels = -(-len(panels) // 2)
     heights = [2.9 * rows_of_panels + 0.4, 0.2 + LINE_INCHES * len(words)]
-    figure = matplotlib_figure()(figsize=(9.6, sum(heights)), layout="constrained")
+    figure = new_figure(9.6, sum(heights))
     above, below = figure.subfigures(2, 1, height_ratios=heights)
-    axes = list(np.atleast_1d(above.subplots(rows_of_panels, 2, squeeze=False)).ravel())
+    axes = plain(above.subplots(rows_of_panels, 2, squeeze=False))
     for axis in axes:
-        axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.set_visible(False)
     for axis, panel in zip(axes, panels, strict=False):
         axis.set_visible(True)
@@ -81,7 +68,7 @@ def _draw_responses(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     axis.set(yscale="log", title="what reaches the layers", ylim=(low, 10 * high))  # room for the key
     axis.set_ylabel("norm / last layer's norm")
     label_decades(axis.yaxis)
-    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
+    axis.legend(loc="upper left", ncols=2, **KEY).set_in_layout(False)
 
 
 def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
@@ -96,7 +83,7 @@ def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
         ylabel="% of the units",
         title="units that do not respond",
     )
-    axis.legend(frameon=False, fontsize="small", loc="upper left", ncols=2).set_in_layout(False)
+    axis.legend(loc="upper left", ncols=2, **KEY).set_in_layout(False)
 
 
 def _draw_limit(axis: Any, limit: float, label: str) -> None:

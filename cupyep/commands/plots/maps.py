@@ -14,7 +14,7 @@ from cupyep.commands.plots.style import (
     LAYERS,
     integer_ticks,
     label_decades,
-    matplotlib_figure,
+    new_figure,
     whole_decades,
 )
 
@@ -32,24 +32,14 @@ def over_epochs(
     readout: bool = False,
     nodes: Sequence[str] = (),
 ) -> Any:
-    """Return the figure of values a layer over the epochs, a panel a map.
+    """Return the figure of values a layer over the epochs, a panel a map: its title -> array (epochs, layers).
 
-    Parameters
-    ----------
-    maps : dict
-        Title of a panel -> array (epochs, layers).
-    epochs : sequence of int
-    label : str
-        What the colours say, with its unit.
-    log : bool
-        Logarithmic colours, from the largest value down to at most six decades below it; else they go from 0 to 1.
-    readout : bool
-        The last row is the readout's.
-    nodes : sequence of str
-        Names of the rows, where these are no layers of a chain.
+    The colours go from 0 to 1, or with `log` from the largest value down to at most six decades below it; `label` says
+    what they are, with its unit. The last row may be the `readout`'s; `nodes` are the rows' names where these are no
+    layers of a chain.
     """
     layers = max(values.shape[1] for values in maps.values())
-    figure = matplotlib_figure()(figsize=(5.2 * len(maps) + 0.6, 1.5 + 0.24 * max(layers, 5)), layout="constrained")
+    figure = new_figure(5.2 * len(maps) + 0.6, 1.5 + 0.24 * max(layers, 5))
     axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
     scale = _log_scale(np.concatenate([v.ravel() for v in maps.values()])) if log else {"vmin": 0.0, "vmax": 1.0}
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
@@ -108,7 +98,7 @@ def filters(weight: np.ndarray, title: str) -> Any:
     columns = max(4, math.ceil(math.sqrt(count * 2)))
     rows = math.ceil(count / columns)
     side = max(0.5, 5.0 / columns)
-    figure = matplotlib_figure()(figsize=(side * columns, side * rows + 0.5), layout="constrained")
+    figure = new_figure(side * columns, side * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
     for number, axis in enumerate(grid.ravel()):
         axis.set_axis_off()
@@ -136,7 +126,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Any:
     share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     named = len(classes) <= NAMED_CLASSES
     size = 1.6 + 0.42 * len(classes) if named else 6.4
-    figure = matplotlib_figure()(figsize=(size + 1.0, size), layout="constrained")
+    figure = new_figure(size + 1.0, size)
     axis = figure.subplots()
     image = axis.imshow(share, cmap=AMOUNTS, norm=PowerNorm(0.5, 0, 100))  # small confusions are to be seen, too
     if named:

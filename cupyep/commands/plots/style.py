@@ -22,6 +22,7 @@ LAYERS = "viridis"  # layers have an order, and so have its colours, in grey as 
 LAYER = "layer (1 sees the image)"  # an axis of layers
 AMOUNTS = "cividis"
 DPI = 110
+KEY = {"fontsize": "small", "frameon": False}  # of a legend
 FORMATS = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg")}
 
 
@@ -49,14 +50,28 @@ def matplotlib_figure() -> Any:
     return Figure
 
 
-def plain_axes(count: int, width: float = 4.9, height: float = 3.6, **how: Any) -> tuple[Any, list[Any]]:
+def new_figure(width: float, height: float) -> Any:
+    """Return a figure of that size in inches."""
+    return matplotlib_figure()(figsize=(width, height), layout="constrained")
+
+
+def plain_axes(count: int, width: float = 4.9, height: float = 3.6) -> tuple[Any, list[Any]]:
     """Return a figure with `count` axes side by side, each `width` x `height` inches."""
-    figure = matplotlib_figure()(figsize=(width * count, height), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False, **how)[0])
-    for axis in axes:
+    figure = new_figure(width * count, height)
+    return figure, plain(figure.subplots(1, count, squeeze=False))
+
+
+def plain(axes: np.ndarray) -> list[Any]:
+    """Return all of `axes`, with a grid and without a frame."""
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return list(axes.flat)
+
+
+def say(axis: Any, text: str) -> None:
+    """Write into an axis that shows nothing why that is so."""
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="0.4")
 
 
 def line_style(number: int) -> dict[str, Any]:
