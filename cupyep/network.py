@@ -250,6 +250,7 @@ class Network(Structure):
         if start is not None:
             self.check_start(start, len(batch.images))
         flag("copy", copy)
+        flag("record", record)
         choose("nudge", nudge, NUDGES)
         signals = items("signals", signals, Augmenter)
         betas = [beta] if is_number(beta) else items("beta", beta)

@@ -47,7 +47,7 @@ INNER = {
     r"Batch.(placed|one_hot)|TeacherFile.(table|places|expect)": "how learners and signals keep targets on the device",
     r"Device\.\w+": "transfers of the package's own arrays",
     r"\w+\.(bind|make_term|target|loss|gradient|nudges|term|targets)": "how networks and signals work together",
-    r"Network\.(free_shape|nudged_shape|parts|outputs|wide|check_start)": "learners call it",
+    r"Network\.(free_shape|nudged_shape|parts|run_parts|outputs|wide|check_start)": "learners call it",
     r"\w+\.(parts|needs|settled|betas)": "how learners and memory work together",
     r"(State|StepResult|SettleStats|Nudge)(\.\w+)?": "a record that the package makes",
     r"HopfieldEnergy\.(states|deviations|correlate|add_\w+|winners_at|send_\w+)": "phases and learners call it",
@@ -357,6 +357,7 @@ def arguments(function):
 # What looks wrong and is not: name, argument, kinds of `WRONG`, and why.
 FRACTIONS = "beta|gain|feedback|tolerance|relaxation|temperature|width|kappa|progress|learning_rate|momentum|epsilon"
 MEANINGFUL = (
+    (r"set_threads", "threads", "none", "the default"),
     (r".*", FRACTIONS + "|weight_decay|factor|ema|clip_unit_norm|label_smoothing", "half", "a real number"),
     (r"Device|get_device", "scratch_mb", "half", "a real number"),
     (r"Clip|Tanh", "slope|low|high|center|height|rate", "half", "a real number"),
