@@ -24,6 +24,7 @@ from cupyep.training.build import (
 )
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name, require_used
 from cupyep.training.display import Display
+from cupyep.training.initial import load_initial
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
 from cupyep.training.teacher_cache import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
@@ -181,7 +182,9 @@ def _prepare(config: TrainConfig, display: Display, run: Path | None = None) -> 
     device = get_device(config.device, config.scratch_mb)
     dataset = build_dataset(config)
     network = build_network(config, dataset, device)
-    if config.lsuv and run is None:
+    if config.init_from and run is None:
+        load_initial(network, expanded(config.init_from))
+    elif config.lsuv and run is None:
         unit_drives(network, first_images(dataset, network, config.batch_size))
     display.show("note", _headline(config, dataset, network))
     display.show("note", f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
