@@ -38,6 +38,7 @@ from cupyep.optim import SGD, Adam, AdamW
 from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
+from cupyep.training.fit import FitResult, fit
 
 __all__ = [
     "ACTIVATIONS",
@@ -69,6 +70,7 @@ __all__ = [
     "Graph",
     "EquilibriumPropagation",
     "FeatureDistillation",
+    "FitResult",
     "GraphWarning",
     "Head",
     "Identity",
@@ -95,6 +97,7 @@ __all__ = [
     "check_edge",
     "check_gradients",
     "check_signal",
+    "fit",
     "get_activation",
     "get_device",
     "gpu_status",
