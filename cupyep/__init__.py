@@ -39,6 +39,7 @@ from cupyep.optim import SGD, Adam, AdamW
 from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
+from cupyep.training.fit import FitResult, fit
 
 __all__ = [
     "ACTIVATIONS",
@@ -70,6 +71,7 @@ __all__ = [
     "Graph",
     "EquilibriumPropagation",
     "FeatureDistillation",
+    "FitResult",
     "GraphWarning",
     "Head",
     "Identity",
@@ -96,6 +98,7 @@ __all__ = [
     "check_edge",
     "check_gradients",
     "check_signal",
+    "fit",
     "get_activation",
     "get_device",
     "get_threads",

@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend import array_module
 from cupyep.backend.cuda import identity
 from cupyep.errors import ConfigurationError, choose, flag, number, require
@@ -63,6 +65,16 @@ class Parametrisation:
         """Change the parameters such that w is multiplied by `factor`."""
         raise NotImplementedError
 
+    def assign(self, parameters: dict[str, Any], weight: np.ndarray) -> None:
+        """Change the parameters such that w is `weight`, an array on the host.
+
+        Raises
+        ------
+        ConfigurationError
+            If no parameters give it.
+        """
+        raise NotImplementedError
+
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter of a weight of the given shape."""
         return {"weight": shape}
@@ -90,6 +102,9 @@ class Plain(Parametrisation):
 
     def scale(self, parameters, factor):
         parameters["weight"] *= factor
+
+    def assign(self, parameters, weight):
+        _write(parameters["weight"], weight)
 
 
 class Standardized(Parametrisation):
@@ -169,6 +184,20 @@ class Standardized(Parametrisation):
         else:
             self.gain *= factor
 
+    def assign(self, parameters, weight):
+        fan_in = _fan_in(weight.shape)
+        w = weight.reshape(fan_in, -1).astype(np.float64)
+        centred = (np.abs(w.mean(axis=0)) <= 1e-4 * np.abs(w).max(axis=0)).all()
+        require(centred, "filters of standardized weights have mean 0, these have not; use weights plain")
+        deviation, drawn = w.std(axis=0), 1 / math.sqrt(fan_in)  # v becomes as large as it is drawn
+        gain = deviation / drawn * math.sqrt(1 + self.epsilon * fan_in)
+        if self.trained:
+            _write(parameters["gain"], gain)
+        else:
+            same = np.allclose(gain, self.gain, rtol=1e-3, atol=0)
+            require(same, f"the gains of these weights are not the fixed one, {self.gain:g}; use weights standardized")
+        _write(parameters["weight"], (w * (drawn / np.where(deviation > 0, deviation, 1))).reshape(weight.shape))
+
     def numbers(self, shape, is_gpu=False):
         scratch = 0 if is_gpu else math.prod(StandardizeOps().scratch_shape((_fan_in(shape), shape[-1])))
         return 2 * shape[-1] + scratch
@@ -201,6 +230,10 @@ PARAMETRISATIONS: dict[str, Callable[[float], Parametrisation]] = {
 def get_parametrisation(weights: str, gain: float = 1.0) -> Parametrisation:
     """Return a new parametrisation of the given name."""
     return PARAMETRISATIONS[choose("parametrisation of weights", weights, PARAMETRISATIONS)](gain)
+
+
+def _write(parameter: Any, values: np.ndarray) -> None:
+    parameter[...] = array_module(parameter).asarray(values)
 
 
 def _fan_in(shape: tuple[int, ...]) -> int:

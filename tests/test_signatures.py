@@ -5,6 +5,7 @@ public name without one makes `test_everything_has_a_call` fail. `INNER` names w
 arrays of its own, where nothing may be looked at.
 """
 
+import functools
 import inspect
 import math
 import re
@@ -49,7 +50,7 @@ INNER = {
     r"\w+\.(bind|make_term|target|loss|gradient|nudges|term|targets)": "how networks and signals work together",
     r"Network\.(free_shape|nudged_shape|parts|run_parts|outputs|wide|check_start)": "learners call it",
     r"\w+\.(parts|needs|settled|betas)": "how learners and memory work together",
-    r"(State|StepResult|SettleStats|Nudge)(\.\w+)?": "a record that the package makes",
+    r"(State|StepResult|SettleStats|Nudge|FitResult)(\.\w+)?": "a record that the package makes",
     r"HopfieldEnergy\.(states|deviations|correlate|add_\w+|winners_at|send_\w+)": "phases and learners call it",
     r"Graph\.(weights|feedback|label|describe|apart|\w*depths)": "what follows from a graph that was looked at",
     r"Connection": "looked at by `Graph`",
@@ -276,6 +277,10 @@ VALID = {
     ),
     "Dataset.split": lambda w: (w.data.split, {"name": "train"}),
     "load_dataset": lambda w: (ep.load_dataset, {"name": "digits"}),
+    "fit": lambda w: (
+        functools.partial(ep.fit, epochs=1, batch_size=2, crop=False, flip=False),
+        {"net": w.network(), "data": w.data, "run_dir": w.fresh(), "quiet": True},
+    ),
     "Loader": lambda w: (
         ep.Loader,
         {
@@ -376,6 +381,8 @@ MEANINGFUL = (
     (r".*", "record|learned|nesterov|flip|augment|shuffle", "true", "a flag"),
     (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason", "text", "free text"),
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
+    (r"fit", "run_dir", "text", "a folder"),
+    (r"fit", "resume|quiet", "true", "they may be"),
     (r"load_dataset", "data_dir", "text", "digits need no folder"),
 )
 ALIASES = {

@@ -212,6 +212,7 @@ VALUES = {
     "limit_test": (5, 6), "validation": (5, 6), "crop": (True, False), "flip": (True, False),
     "cutout": (None, 4), "ema": (None, 0.5),
     "warmup": (0.0, 0.5), "label_smoothing": (0.0, 0.2), "clip_unit_norm": (None, 1e-3), "patience": (None, 2),
+    "init_from": (None, "net.h5"),
     "algorithm": ("ep", "bp"), "beta": (0.2, 0.3), "free_steps": (1, 2), "nudged_steps": (1, 2),
     "schedule": ("sweeps", "evenodd"), "relaxation": (0.6, 0.7), "tolerance": (6.0, 1e-12),
     "scheme": ("centered", "onesided"), "nudge": ("deviation", "classical"), "aug": ("none", "le"),
@@ -262,6 +263,8 @@ def outcome(values, monkeypatch):
         trainer.checkpoint_s,
         trainer.on_divergence,
         trainer.patience,
+        settings.init_from,
+        settings.init_from or (settings.lsuv, settings.gain),
         trainer.learner.micro_batch,
     ]
     if settings.aug == "kd":

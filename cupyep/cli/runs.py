@@ -131,8 +131,9 @@ def export(run: Path, form: str, output: Path, checkpoint: str, steps: int | Non
     RUN is a run directory; its data set is not needed. Weights are named layers.0.weight, .., readout.bias;
     convolutions are (K, C, kh, kw), dense maps (out, in) of an input flattened as (C, H, W).
 
-    npz also holds mean, std, classes and settings; torch holds the weights only, and needs PyTorch; onnx (extra onnx)
-    is the free phase with its steps written out, and takes pixels in [0, 1], which it normalises.
+    npz also holds mean, std, classes and settings; torch (needs PyTorch) and safetensors (needs safetensors) hold the
+    weights only. cupyep train --init-from takes npz and safetensors back. onnx (extra onnx) is the free phase with its
+    steps written out, and takes pixels in [0, 1], which it normalises.
     """
     for line in export_run(run, form, output, checkpoint, steps):
         click.echo(line)

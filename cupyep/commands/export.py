@@ -24,9 +24,10 @@ def export_run(path: str | Path, form: str, output: Path, which: str = "best", s
     ----------
     path : path
         A run directory; its data set is not needed.
-    form : {"npz", "onnx", "torch"}
+    form : {"npz", "onnx", "safetensors", "torch"}
         ``npz``: arrays by name (`torch_layout`), with ``mean``, ``std``, ``classes`` and ``settings`` (JSON);
-        ``torch``: the same names as a state dict and nothing else; ``onnx``: `onnx_model`, pixels in, scores out.
+        ``torch``, ``safetensors``: the same names as a state dict and nothing else; ``onnx``: `onnx_model`, pixels in,
+        scores out.
     which : {"best", "last"}
         The checkpoint.
     steps : int, optional
@@ -102,6 +103,18 @@ def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
     return [f"state dict: {', '.join(state)}", _normalisation(run)]
 
 
+def _write_safetensors(run: TrainedRun, output: Path, steps: int) -> list[str]:
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        remedy = "pip install safetensors, or use --format npz"
+        raise ConfigurationError(f"--format safetensors needs safetensors; {remedy}") from None
+    arrays = torch_layout(run.network)
+    with replacing(output) as temporary:
+        save_file(arrays, temporary)
+    return [f"tensors {', '.join(arrays)}", _normalisation(run)]
+
+
 def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
     config, images = run.config, run.images
     feedforward = config.algorithm == "bp"
@@ -137,5 +150,6 @@ def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
 FORMS: dict[str, Callable[[TrainedRun, Path, int], list[str]]] = {
     "npz": _write_npz,
     "onnx": _write_onnx,
+    "safetensors": _write_safetensors,
     "torch": _write_torch,
 }

@@ -78,9 +78,11 @@ class TrainConfig:
     loss: str = NETWORK("cross_entropy", str, "cross_entropy: a softmax readout on top; squared_error: the output "
                         "layer is a state.", choices=LOSSES)
     gain: float | list[float] | None = NETWORK(None, list, "Gain of the initial weights, one number or one a layer; "
-                                               "unset: chosen for activation and feedback.", above=0)
+                                               "unset: chosen for activation and feedback.", above=0, needs=("drawn",))
     lsuv: bool = NETWORK(False, bool, "Scale the initial weights until the drive of every layer has unit variance on "
-                         "the first images (LSUV).")
+                         "the first images (LSUV).", needs=("drawn",))
+    init_from: str | None = NETWORK(None, str, "Start from the weights of this file (.h5 of a network or checkpoint, "
+                                    ".npz or .safetensors of cupyep export); unset: they are drawn.")
     feedback: float = NETWORK(0.1, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
                               "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 

@@ -37,7 +37,11 @@ NEEDS = {
     "readout": ("--loss cross_entropy", lambda c: c["loss"] == "cross_entropy"),
     "ep": ("--algorithm ep", lambda c: c["algorithm"] == "ep"),
     "settling": ("--algorithm ep or bptt", lambda c: c["algorithm"] != "bp"),
-    "feedback": ("--algorithm ep or bptt, or no --gain", lambda c: c["algorithm"] != "bp" or c["gain"] is None),
+    "feedback": (
+        "--algorithm ep or bptt, or no --gain and no --init-from",
+        lambda c: c["algorithm"] != "bp" or (c["gain"], c["init_from"]) == (None, None),
+    ),
+    "drawn": ("no --init-from", lambda c: c["init_from"] is None),
     "finite": ("--scheme centered, onesided or random", lambda c: c["scheme"] != "tangent"),
     "signal": ("--aug le or kd", lambda c: c["aug"] != "none"),
     "kd": ("--aug kd", lambda c: c["aug"] == "kd"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cupyep.files import expanded
 from cupyep.models import unit_drives
 from cupyep.network import Network
 from cupyep.persistence.checkpoint import versions
+from cupyep.signals import Augmenter
 from cupyep.training.build import (
     build_dataset,
     build_network,
@@ -24,6 +25,7 @@ from cupyep.training.build import (
 )
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name, require_used
 from cupyep.training.display import Display
+from cupyep.training.initial import load_initial
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
 from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
@@ -53,12 +55,12 @@ def start_run(config: TrainConfig, path: str | Path | None = None, display: Disp
         One clear line for whatever stands in the way.
     """
     check_free(default_path(config) if path is None else path)
-    trainer, teacher = _prepare(config, display or Display())
+    trainer, teacher = prepare(config, display or Display())
     path = claim_path(config) if path is None else path  # others may have started meanwhile
     trainer.directory = RunDirectory.create(path, config)
     if teacher:
         keep_teacher(teacher, path)
-    _show_start(trainer, f"run directory {path}")
+    show_start(trainer, f"run directory {path}")
     return trainer
 
 
@@ -95,7 +97,7 @@ def resume_run(
     other = expanded(given.get("teacher") or "")
     same = not other.is_file() or is_teacher_of(directory.path, other)
     require(same, f"--teacher {other} is not the one that the run started with; leave it out, or start a new run")
-    trainer, teacher = _prepare(directory.config, display or Display(), directory.path)
+    trainer, teacher = prepare(directory.config, display or Display(), directory.path)
     trainer.directory = directory
     problem = trainer.resume()
     try:
@@ -109,7 +111,7 @@ def resume_run(
     if problem:
         trainer.display.show("warning", f"{problem}; going on from {PREVIOUS}")
     batch = f", batch {trainer.batches_done} of {len(trainer.train)}" if trainer.batches_done else ""
-    _show_start(trainer, f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
+    show_start(trainer, f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
     return trainer
 
 
@@ -129,7 +131,7 @@ def _short(value: float | list[float]) -> str:
     return " ".join(f"{number:.3g}" for number in (value if isinstance(value, list) else [value]))
 
 
-def _show_start(trainer: Trainer, text: str) -> None:
+def show_start(trainer: Trainer, text: str) -> None:
     trainer.display.show(
         "start",
         text,
@@ -176,13 +178,26 @@ def evaluate_run(
     return lines
 
 
-def _prepare(config: TrainConfig, display: Display, run: Path | None = None) -> tuple[Trainer, Path | None]:
-    """Return the trainer of `config`, without a run directory, and the file of its teacher; `run` is to go on."""
-    device = get_device(config.device, config.scratch_mb)
-    dataset = build_dataset(config)
-    network = build_network(config, dataset, device)
-    if config.lsuv and run is None:
-        unit_drives(network, first_images(dataset, network, config.batch_size))
+def prepare(
+    config: TrainConfig,
+    display: Display,
+    run: Path | None = None,
+    dataset: Dataset | None = None,
+    network: Network | None = None,
+    signals: Sequence[Augmenter] = (),
+) -> tuple[Trainer, Path | None]:
+    """Return the trainer of `config`, without a run directory, and the file of its teacher; `run` is to go on.
+
+    Data set and network are those of `config` unless given, signals too.
+    """
+    device = get_device(config.device, config.scratch_mb) if network is None else network.device
+    dataset = build_dataset(config) if dataset is None else dataset
+    if network is None:
+        network = build_network(config, dataset, device)
+        if config.init_from and run is None:
+            load_initial(network, expanded(config.init_from))
+        elif config.lsuv and run is None:
+            unit_drives(network, first_images(dataset, network, config.batch_size))
     display.show("note", _headline(config, dataset, network))
     display.show("note", f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
     if config.aug == "kd":
@@ -190,7 +205,7 @@ def _prepare(config: TrainConfig, display: Display, run: Path | None = None) -> 
         trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
     teacher = _teacher(config, dataset, device, display, run)
-    signals = build_signals(config, network, dataset, teacher, display)
+    signals = signals or build_signals(config, network, dataset, teacher, display)
     return build_trainer(config, dataset, network, signals, display=display), teacher
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,10 @@ from cupyep.training.tensorboard import EventLog
 
 SHOWN = ("loss", "accuracy", "free_residual")  # on the way through an epoch
 MOST_HALVINGS = 5
+
+
+class _Stopped(Exception):
+    """A callback has ended the run within an epoch."""
 
 
 class Trainer:
@@ -67,6 +71,9 @@ class Trainer:
         Looks at every finished epoch; what it finds is shown as warnings, and recorded.
     display : Display, optional
         Shows what is going on.
+    on_epoch, on_batch : callable, optional
+        Called with the record of every finished epoch, with the `StepResult` of every batch after its update. One that
+        returns True or ``"stop"`` ends the run there; a batch's leaves a checkpoint from which it can go on.
 
     Notes
     -----
@@ -94,6 +101,8 @@ class Trainer:
         images: ImageFormat | None = None,
         checkup: Checkup | None = None,
         display: Display | None = None,
+        on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+        on_batch: Callable[[Any], Any] | None = None,
     ):
         require(epochs >= 1, f"epochs must be at least 1 (got {epochs})")
         self.learner = learner
@@ -114,6 +123,7 @@ class Trainer:
         self.images = images
         self.checkup = checkup
         self.display = display or Display()
+        self.on_epoch, self.on_batch, self._stopped = on_epoch, on_batch, False
         self.events: EventLog | None = None  # made with the run directory
         self.records: list[dict[str, Any]] = []
         self.interruptions = Interruptions()
@@ -124,8 +134,8 @@ class Trainer:
         self.watch = LossWatch(self.device)
         self._saved = time.monotonic()
 
-    def run(self) -> TrainSummary:
-        """Train until `epochs` epochs are done and return how it ended.
+    def run(self) -> TrainSummary | None:
+        """Train until `epochs` epochs are done and return how it ended; None if no epoch was.
 
         Raises
         ------
@@ -213,19 +223,26 @@ class Trainer:
         self.statistics = EpochStatistics(self.device, self.epochs_done + 1, layers)
         self.epoch_start = self.generators["data"].bit_generator.state
 
-    def _train(self) -> TrainSummary:
+    def _train(self) -> TrainSummary | None:
         if self.directory is not None and self.epochs_done == self.batches_done == 0:
             self._save()  # where a divergence in the first epoch goes back to
         with warnings.catch_warnings():
             if self.checkup is not None:  # which says it once an epoch, for all batches
                 warnings.simplefilter("ignore", ConvergenceWarning)
-            while self.epochs_done < self.epochs and not self._is_stale():
+            while self.epochs_done < self.epochs and not (self._is_stale() or self._stopped):
                 try:
-                    record = self._run_epoch(self.epochs_done + 1)
+                    self._run_epoch(self.epochs_done + 1)
                 except DivergenceError as error:
                     self._take_back(error)
-        if self.epochs_done < self.epochs:
+                except _Stopped:
+                    if self.directory is not None:
+                        self._save()
+        if self.epochs_done < self.epochs and not self._stopped:
             self.display.show("note", self._ending())
+        return self._summary() if self.records else None
+
+    def _summary(self) -> TrainSummary:
+        record = self.records[-1]
         path = None if self.directory is None else self.directory.path
         chosen = next(r for r in reversed(self.records) if r["epoch"] == self.best_epoch)["test_accuracy"]
         best = (self.best_accuracy, self.best_epoch, chosen, self.best_split)
@@ -302,12 +319,16 @@ class Trainer:
         self.optimizer.step(result.gradients, factor)
         self.watch.add(result.loss)
         self.batches_done += 1
+        if self.on_batch is not None:
+            self._stopped = self.on_batch(result) in (True, "stop")
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield `batches`; raise `Interrupted` when one is done and a signal has come."""
         for batch in batches:
             yield batch
             self.interruptions.check()
+            if self._stopped:
+                raise _Stopped
 
     def _means(self, epoch: int) -> dict[str, Any]:
         """Read the statistics of the epoch, which waits for the device; raise `DivergenceError` if they say so."""
@@ -335,6 +356,8 @@ class Trainer:
             self.display.show(
                 "warning", f"epoch {record['epoch']}: {finding['message']}", epoch=record["epoch"], **finding
             )
+        if self.on_epoch is not None and self.on_epoch(record) in (True, "stop"):
+            self._stopped = True
 
     def _save(self) -> None:
         if self.batches_done:

@@ -1,0 +1,176 @@
+"""`fit`: a training in one call, from a network and a data set to a trained network and its history."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.activations import ACTIVATIONS
+from cupyep.data import DATASETS, Dataset
+from cupyep.errors import choose, flag, instance, items, require, shown
+from cupyep.errors import path as checked_path
+from cupyep.network import Network
+from cupyep.signals import Augmenter
+from cupyep.training.config import OPTIONS, TrainConfig, make_config, require_used
+from cupyep.training.display import Display
+from cupyep.training.results import TrainSummary
+from cupyep.training.run_directory import RunDirectory, check_free
+from cupyep.training.runs import prepare, show_start
+from cupyep.training.teacher_cache import keep_teacher
+
+OF_THE_NETWORK = {name for name, spec in OPTIONS.items() if spec.metadata["group"] == "Network"}
+OF_THE_NETWORK |= {"device", "scratch_mb", "precision"}
+OWN = "own"  # a network that no builder made
+OF_THE_DATA = {"dataset", "data_dir", "image_size", "limit_train", "limit_test", "validation"}
+
+
+@dataclass
+class FitResult:
+    """What `fit` returns.
+
+    Attributes
+    ----------
+    network : Network
+        The one that was given, trained; with ``ema`` it has the average.
+    best : Network
+        A copy with the weights of the best epoch, None if no epoch was finished.
+    history : list of dict
+        A record an epoch, as in metrics.jsonl.
+    summary : TrainSummary or None
+        Accuracies, epochs and seconds; None if no epoch was finished.
+    """
+
+    network: Network
+    best: Network | None
+    history: list[dict[str, Any]] = field(repr=False)
+    summary: TrainSummary | None
+
+    @property
+    def curves(self) -> dict[str, list[Any]]:
+        """The history by name: a list with a value an epoch."""
+        names = dict.fromkeys(name for record in self.history for name in record)
+        return {name: [record.get(name) for record in self.history] for name in names}
+
+    def __repr__(self) -> str:
+        return f"FitResult({self.summary or 'no epoch finished'})"
+
+
+def fit(
+    net: Network,
+    data: Dataset,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    signals: Sequence[Augmenter] = (),
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    on_batch: Callable[[Any], Any] | None = None,
+    quiet: bool = False,
+    **options: Any,
+) -> FitResult:
+    """Train a network as ``cupyep train`` does.
+
+    Parameters
+    ----------
+    net : Network
+        Trained in place; layers, activation and energy may be of your own.
+    data : Dataset
+        Its validation split, where there is one, chooses the best epoch.
+    run_dir : path, optional
+        A new folder for config.toml, metrics, checkpoints; without one nothing is written.
+    resume : bool, default False
+        Go on with the run in `run_dir`, if there is one: same network, data and options.
+    signals : sequence of Augmenter, optional
+        Intermediate signals; or give the options of some, such as ``aug="le"``.
+    on_epoch, on_batch : callable, optional
+        Called with the record of each epoch, the `StepResult` of each batch; True or ``"stop"`` ends the run.
+    quiet : bool, default False
+        Show nothing but warnings.
+    **options
+        Options of ``cupyep train`` by name (``epochs=5, optimizer="adamw"``); those that say what network and data are
+        belong to `net` and `data`.
+
+    Returns
+    -------
+    FitResult
+
+    Raises
+    ------
+    ConfigurationError
+        For an unknown option, a value that breaks its rule, or one without an effect.
+    CupyepError
+        As `Trainer.run`; `CheckpointError` if the folder holds another run.
+    """
+    instance("net", net, Network)
+    instance("data", data, Dataset)
+    for name, call in (("on_epoch", on_epoch), ("on_batch", on_batch)):
+        require(call is None or callable(call), f"{name} must be a function, not {shown(call)}")
+    signals = items("signals", signals, Augmenter, "Augmenters")
+    config = _config(net, data, options)
+    require(not signals or config.aug == "none", "give either signals or the option aug")
+    require(not flag("resume", resume) or run_dir is not None, "resume needs run_dir")
+    path, display = None if run_dir is None else checked_path("run_dir", run_dir), Display(flag("quiet", quiet))
+    going_on = resume and path.exists()
+    if path is not None and not going_on:
+        check_free(path)
+    trainer, teacher = prepare(config, display, path if going_on else None, data, net, signals)
+    if going_on:
+        trainer.directory = RunDirectory(path, config)
+        trainer.resume()
+    elif path is not None:
+        trainer.directory = RunDirectory.create(path, config)
+    if path is not None:
+        if teacher:
+            keep_teacher(teacher, path)
+        show_start(trainer, f"run directory {path}")
+    kept: dict[str, Any] = {}
+    trainer.on_batch = on_batch
+    trainer.on_epoch = lambda record: _keep(trainer, record, kept) or (on_epoch and on_epoch(record))
+    summary = trainer.run()
+    with trainer.optimizer.averaged():
+        weights = _copies(net)
+    net.load_parameters(weights)
+    if not kept and path is not None and trainer.best_epoch:  # before the run was taken up
+        saved = trainer.directory.load("best").weights()
+        kept.update((name, array) for name, array in saved.items() if not name.startswith("signals."))
+    best = copy.deepcopy(net) if kept else None
+    if best is not None:
+        best.load_parameters(kept)
+    return FitResult(net, best, trainer.records, summary)
+
+
+def _config(net: Network, data: Dataset, options: dict[str, Any]) -> TrainConfig:
+    """Return the options of a training, those of network and data as far as the table has words for them."""
+    for name in options:
+        choose("option", name, OPTIONS)
+        require(name not in OF_THE_NETWORK, f"the option {name} belongs to the network; build it so")
+        require(name not in OF_THE_DATA, f"the option {name} belongs to the data set; load it so")
+    built = {name: net.config[name] for name in ("arch", "width", "pooling", "gain", "seed") if name in net.config}
+    own = {"loss": net.readout.criterion.name, "feedback": net.feedback, "precision": net.precision.name}
+    own |= {"weights": net.weights, "device": net.device.name}
+    pool = net.readout.pool
+    own |= {"readout_pool": None if pool is None else str(pool)}
+    own |= {"activation": net.activation.name} if net.activation.name in ACTIVATIONS else {}
+    config = make_config(built, own, options)
+    used = {name: value for name, value in options.items() if name != "flip"}
+    require_used(used, vars(config))
+    require("flip" not in options or data.flip or not config.flip, "this data set forbids flip")
+    # Names that the table does not know are kept as they are: only this function can go on with such a run.
+    config.arch, config.dataset = net.config.get("arch", OWN), data.name
+    config.validation = None if data.validation is None or data.name not in DATASETS else len(data.validation)
+    return config
+
+
+def _copies(net: Network) -> dict[str, np.ndarray]:
+    return {path: net.device.to_numpy(p).copy() for path, p in net.parameters().items()}
+
+
+def _keep(trainer: Any, record: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Keep the weights of the epoch that has just been done if it was the best."""
+    if trainer.best_epoch == record["epoch"]:
+        with trainer.optimizer.averaged():
+            kept.update(_copies(trainer.network))

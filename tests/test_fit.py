@@ -1,0 +1,162 @@
+"""`fit`: a training in one call. Oracle: the same run by the command line's functions, bit for bit; a straight run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from quadrants import TIMES, TINY, assert_same_state, numbers, quadrant_data, run
+
+import cupyep as ep
+from cupyep.errors import CheckpointError, ConfigurationError
+from cupyep.training.build import build_network
+from cupyep.training.config import make_config
+from cupyep.training.results import evaluate
+from cupyep.training.run_directory import RunDirectory
+from cupyep.training.runs import evaluate_run
+
+OPTIONS = {"free_steps": 6, "nudged_steps": 4, "batch_size": 16, "quiet": True}
+
+
+class Halved(ep.Linear):
+    """A dense map of half strength."""
+
+    def linear_drive(self, s, out, winners, ops):
+        super().linear_drive(s, out, winners, ops)
+        out *= 0.5
+
+    def topdown(self, s, winners, out, ops):
+        super().topdown(s, winners, out, ops)
+        out *= 0.5
+
+    def add_gradient(self, s_below, s, winners, weight, bias, ops):
+        super().add_gradient(s_below, 0.5 * s, winners, weight, None, ops)
+        if bias is not None:
+            bias += s.sum(axis=0)
+
+
+class Sparsity(ep.Augmenter):
+    def loss(self, layer, state, target):
+        return abs(state).reshape(len(state), -1).sum(axis=1)
+
+    def gradient(self, layer, state, target):
+        return ep.array_module(state).sign(state)
+
+
+def built(data, **more):
+    return build_network(make_config(TINY, more), data, ep.get_device("cpu"))
+
+
+def own_network():
+    layers = [ep.Conv2d((16, 16, 3), 4, pooling="max"), Halved((8, 8, 4), 6)]
+    activation = ep.Clip("two_sided", slope=1.0, low=-1.0, high=1.0)
+    return ep.Network(layers, 2, activation=activation, gain=1.0, feedback=0.1, device="cpu")
+
+
+def without_times(history):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
+
+
+@pytest.mark.parametrize("more", [{}, {"aug": "le", "optimizer": "adamw", "cutout": 3}, {"ema": 0.5, "crop": False}])
+def test_it_is_the_run_of_the_command_line(more, quadrants, tmp_path):
+    straight = run({**more, "epochs": 2}, tmp_path / "straight")
+    straight.run()
+    data = quadrant_data()
+    net = built(data)
+    result = ep.fit(net, data, run_dir=tmp_path / "fit", epochs=2, **more, **OPTIONS)
+    directory = RunDirectory(tmp_path / "fit", None)
+    assert_same_state(directory.load(), straight.directory.load())
+    assert_same_state(directory.load("best"), straight.directory.load("best"))
+    assert numbers(directory) == numbers(straight.directory) == without_times(result.history)
+    loss, accuracy = evaluate(straight.learner, straight.test) if "ema" not in more else (None, None)
+    if loss is not None:
+        assert (result.history[-1]["test_loss"], result.summary.test_accuracy) == (loss, accuracy)
+    for path, p in directory.load("last").weights().items():
+        if not path.startswith("signals."):
+            np.testing.assert_array_equal(result.network.parameters()[path], p)
+            np.testing.assert_array_equal(result.best.parameters()[path], directory.load("best").weights()[path])
+    assert result.network is net
+    assert result.curves["epoch"] == [1, 2]
+    assert result.curves["test_loss"] == [record["test_loss"] for record in result.history]
+    assert repr(result).startswith("FitResult(test accuracy ")
+    assert len(repr(result)) < 400
+
+
+def test_a_run_of_a_named_data_set_is_one_for_all_commands(quadrants, tmp_path):
+    data = dataclasses.replace(quadrant_data(), name="cifar10")
+    result = ep.fit(built(data), data, run_dir=tmp_path / "run", epochs=1, **OPTIONS)
+    lines = evaluate_run(tmp_path / "run", "last", {})
+    assert f"test accuracy {result.summary.test_accuracy:.2%}" in lines[1]
+
+
+@pytest.mark.parametrize("stop", [True, "stop"])
+@pytest.mark.parametrize("where", ["epoch", "batch"])
+def test_a_callback_ends_a_run_of_ones_own_parts_and_it_goes_on(stop, where, tmp_path):
+    """A layer, an activation and a signal of one's own; stopped in the second of three epochs."""
+    data, seen = quadrant_data(), []
+
+    def signals():
+        return [Sparsity(layers=[1], kappa=1e-3)]
+
+    def after(value):
+        seen.append(value)
+        return len(seen) == {"epoch": 1, "batch": 4}[where] and stop
+
+    options = {**OPTIONS, "epochs": 3, "scheme": "random"}
+    straight = ep.fit(own_network(), data, run_dir=tmp_path / "straight", signals=signals(), **options)
+    path = tmp_path / "broken"
+    result = ep.fit(own_network(), data, run_dir=path, signals=signals(), **options, **{f"on_{where}": after})
+    assert len(seen) == {"epoch": 1, "batch": 4}[where]
+    assert [record["epoch"] for record in result.history] == [1]
+    saved = RunDirectory(path, None).load()
+    assert (saved.epoch, saved.batch) == (1, {"epoch": 0, "batch": 1}[where])
+    longer = ep.fit(own_network(), data, run_dir=path, resume=True, signals=signals(), **options)
+    assert without_times(longer.history) == without_times(straight.history)
+    for which in ("last", "best"):
+        one, other = (RunDirectory(tmp_path / name, None).load(which) for name in ("broken", "straight"))
+        assert_same_state(one, other)
+    for name in ("network", "best"):
+        one, other = (getattr(r, name).parameters() for r in (longer, straight))
+        for path, p in one.items():
+            np.testing.assert_array_equal(p, other[path])
+
+
+def test_without_a_folder_nothing_is_written_and_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, weights = quadrant_data(), {}
+    net = own_network()
+
+    def after(record):
+        weights[record["epoch"]] = net.parameters()["layers.2.weight"].copy()
+
+    result = ep.fit(net, data, on_epoch=after, epochs=3, learning_rate=0.02, **OPTIONS)
+    np.testing.assert_array_equal(result.network.parameters()["layers.2.weight"], weights[3])
+    best = weights[result.summary.best_epoch]
+    np.testing.assert_array_equal(result.best.parameters()["layers.2.weight"], best)
+    assert list(tmp_path.iterdir()) == []
+    nothing = ep.fit(own_network(), data, on_batch=lambda _: True, epochs=1, **OPTIONS)
+    assert (nothing.best, nothing.summary, nothing.history) == (None, None, [])
+    assert repr(nothing) == "FitResult(no epoch finished)"
+
+
+def test_what_is_refused(tmp_path):
+    data, net = quadrant_data(flip=False), own_network()
+    cases = {
+        "unknown option 'epoch'; did you mean 'epochs'": {"epoch": 1},
+        "--epochs must be at least 1": {"epochs": 0},
+        "the option width belongs to the network": {"width": 2.0},
+        "the option limit_train belongs to the data set": {"limit_train": 2},
+        "--momentum needs --optimizer sgd": {"momentum": 0.5},
+        "this data set forbids flip": {"flip": True},
+        "either signals or the option aug": {"aug": "le", "signals": [Sparsity(layers=[1])]},
+        "resume needs run_dir": {"resume": True},
+    }
+    for message, options in cases.items():
+        with pytest.raises(ConfigurationError, match=message):
+            ep.fit(net, data, quiet=True, **options)
+    with pytest.raises(ConfigurationError, match="data must be"):
+        ep.fit(net, (data.train.images, data.train.labels))
+    (tmp_path / "other").write_text("")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        ep.fit(net, data, run_dir=tmp_path, **OPTIONS)
