@@ -28,6 +28,9 @@ class Batch:
         Whether the values of the images are known to be good, as a `Loader`'s are; a look at them waits for the GPU.
     coming : tuple of two ndarrays, optional
         `index` and `view` of the batch after this one: a teacher in a file is read ahead by them.
+    share : tuple of two ints, optional
+        Where a batch is dealt out to several processes: how many samples of it are this one's, and how many there are.
+        A process for which none is left has one that counts for nothing.
     """
 
     images: Any
@@ -36,6 +39,7 @@ class Batch:
     view: np.ndarray | None = None
     checked: bool = False
     coming: tuple[np.ndarray, np.ndarray] | None = None
+    share: tuple[int, int] | None = None
     _labels: Any = field(default=None, init=False, repr=False)  # on the device; not what `replace` hands on
     _rows: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # made of them
 
@@ -72,6 +76,11 @@ class Batch:
         if key not in self._rows:
             self._rows[key] = one_hot(self._labels, classes, dtype, device)
         return self._rows[key]
+
+
+def shared_out(batch: Any) -> tuple[int, int]:
+    """Return how many samples of a batch are this process's, and how many it has over all processes."""
+    return getattr(batch, "share", None) or (len(batch), len(batch))
 
 
 def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:

@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "files",
     "backend",
+    "parallel",
     "batch",
     "ops",
     "activations",

@@ -75,6 +75,8 @@ class Loader:
         pixels are zero after normalisation, that is, they have the mean colour.
     flip : bool, default True
         False forbids mirroring; True allows it only where ``dataset.flip`` does.
+    share : tuple of two ints, default (0, 1)
+        Which part of how many nearly equal ones of each batch this process takes (`Batch.share`).
 
     Notes
     -----
@@ -97,6 +99,7 @@ class Loader:
         generator: np.random.Generator | None = None,
         pad: int | None = None,
         flip: bool = True,
+        share: tuple[int, int] = (0, 1),
     ):
         instance("dataset", dataset, Dataset)
         self.batch_size = integer("batch_size", batch_size)
@@ -112,6 +115,7 @@ class Loader:
         self.generator = generator
         self.pad = dataset.pad if pad is None else integer("pad", pad, 0)
         self.flip = flag("flip", flip) and dataset.flip
+        self.share = share
         self._images = self.device.asarray(self.split.images)
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
 
@@ -143,7 +147,7 @@ class Loader:
         return _Draws(order, dy, dx, flip)
 
     def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
-        rows = slice(start, start + self.batch_size)
+        rows, share = self._own(start)
         places = draws.order[rows]
         if self.augment:
             images = self._crop(there[:, rows])
@@ -151,9 +155,17 @@ class Loader:
             images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
             images = self._normalise(self._images[rows])
-        after = slice(rows.stop, rows.stop + self.batch_size)
+        after, _ = self._own(start + self.batch_size)
         (index, view), coming = self._looked_up(draws, rows), self._looked_up(draws, after)
-        return Batch(images, self.split.labels[places], index, view, True, coming if len(coming[0]) else None)
+        return Batch(images, self.split.labels[places], index, view, True, coming if len(coming[0]) else None, share)
+
+    def _own(self, start: int) -> tuple[slice, tuple[int, int] | None]:
+        """Return this process's rows of the batch that starts at a place in the epoch, and its `Batch.share`."""
+        whole = min(self.batch_size, max(len(self.split) - start, 0))
+        part, parts = self.share
+        first, last = (start + whole * number // parts for number in (part, part + 1))
+        share = (last - first, whole) if parts > 1 else None
+        return slice(first, max(last, first + 1)), share
 
     def _looked_up(self, draws: _Draws, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return by what a teacher's logits are looked up."""

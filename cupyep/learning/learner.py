@@ -96,12 +96,16 @@ class Learner:
         return self.network.parameters() | learned
 
     @exclusive
-    def step(self, x: Any, targets: Any = None) -> StepResult:
-        """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
+    def step(self, x: Any, targets: Any = None, total: int | None = None) -> StepResult:
+        """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,).
+
+        Where these are a part of a batch of `total` samples, they are what the part contributes to the batch's.
+        """
         batch = self._placed(x, targets)
+        total = total or len(batch.images)
         gradients, draw = self._zero_gradients(), self._draw()
         with self.network.memory.constant_weights():
-            result = _sum([self._add(gradients, part, len(batch.images), draw) for part in self._parts(batch)])
+            result = _sum([self._add(gradients, part, total, draw) for part in self._parts(batch)])
         self._finish(gradients)
         return result
 

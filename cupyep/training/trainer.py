@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.batch import shared_out
 from cupyep.data import ImageFormat
 from cupyep.diagnostics.checkup import Checkup
 from cupyep.errors import ConfigurationError, ConvergenceWarning, DivergenceError, Interrupted, choose, require
 from cupyep.optim import Optimizer
+from cupyep.parallel import Communicator
 from cupyep.persistence.checkpoint import versions
+from cupyep.training import sharing
 from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
@@ -63,6 +66,9 @@ class Trainer:
         Looks at every finished epoch; what it finds is shown as warnings, and recorded.
     display : Display, optional
         Shows what is going on.
+    communicator : Communicator, optional
+        Of several processes that train together: `train`, `test` and `validation` give each its share of every batch,
+        and everything else is the same on all.
 
     Notes
     -----
@@ -88,6 +94,7 @@ class Trainer:
         images: ImageFormat | None = None,
         checkup: Checkup | None = None,
         display: Display | None = None,
+        communicator: Communicator | None = None,
     ):
         require(epochs >= 1, f"epochs must be at least 1 (got {epochs})")
         self.learner = learner
@@ -107,6 +114,7 @@ class Trainer:
         self.images = images
         self.checkup = checkup
         self.display = display or Display()
+        self.communicator = communicator or Communicator()
         self.events: EventLog | None = None  # made with the run directory
         self.records: list[dict[str, Any]] = []
         self.interruptions = Interruptions()
@@ -131,6 +139,7 @@ class Trainer:
             If a signal came; the run has been saved.
         """
         self.check_unfinished()
+        sharing.share_parameters(self.learner, self.communicator)
         if self.directory is None:
             return self._train()
         with self.directory.locked(), self.interruptions:
@@ -268,12 +277,13 @@ class Trainer:
             begin = time.monotonic()
             for batch in self._stoppable(self.train.batches(self.batches_done)):
                 self._step(epoch, batch)
-                progress.advance(len(batch))
-                if progress.is_due():
+                progress.advance(shared_out(batch)[1])
+                shows, saves = self.communicator.any(progress.is_due(), self._must_save())
+                if shows:
                     means = self._means(epoch)
                     progress.show(progress_text(means), **{name: means[name] for name in SHOWN})
                 self.epoch_s, begin = self.epoch_s + time.monotonic() - begin, time.monotonic()
-                if self.directory is not None and begin - self._saved >= self.checkpoint_s:
+                if saves:
                     self._save()
                     begin = time.monotonic()
         return self._means(epoch)
@@ -281,17 +291,20 @@ class Trainer:
     def _step(self, epoch: int, batch: Any) -> None:
         progress = (epoch - 1 + self.batches_done / len(self.train)) / self.epochs
         factor = self.schedules.set(progress, self.halvings)
-        result = self.learner.step(batch)
-        self.optimizer.step(result.gradients, factor)
-        self.statistics.add(result)
-        self.watch.add(result.loss)
+        gradients, means, count = sharing.step(self.learner, batch, self.communicator)
+        self.optimizer.step(gradients, factor)
+        self.statistics.add_means(means, gradients, count)
+        self.watch.add(means["loss"])
         self.batches_done += 1
+
+    def _must_save(self) -> bool:
+        return self.directory is not None and time.monotonic() - self._saved >= self.checkpoint_s
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield `batches`; raise `Interrupted` when one is done and a signal has come."""
         for batch in batches:
             yield batch
-            self.interruptions.check()
+            self.communicator.check(self.interruptions.check)
 
     def _means(self, epoch: int) -> dict[str, Any]:
         """Read the statistics of the epoch, which waits for the device; raise `DivergenceError` if they say so."""
@@ -338,7 +351,7 @@ class Trainer:
                 record |= {f"{split}_loss": None, f"{split}_accuracy": None}
                 continue
             shown = self.display.over(batches, f"epoch {epoch}/{self.epochs} {split}")
-            loss, accuracy = evaluate(self.learner, self._stoppable(shown))
+            loss, accuracy = evaluate(self.learner, self._stoppable(shown), self.communicator)
             if not math.isfinite(loss):
                 raise DivergenceError(f"the {split} loss is not finite after epoch {epoch}; lower --learning-rate")
             record |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
