@@ -71,6 +71,10 @@ class Communicator:
         """Let all ranks leave the block alike: if it raises on one, it raises on all."""
         yield
 
+    def is_agreed(self, error: Exception) -> bool:
+        """Return whether all ranks raise an error that has been raised here."""
+        return True
+
     def check(self, check: Callable[[], None]) -> None:
         """Call `check`, which may raise `Interrupted`; if it does on one rank, all raise it."""
         check()
@@ -147,7 +151,7 @@ class Ranks(Communicator):
             rank, error = errors[0]
             if rank and isinstance(error, CupyepError):
                 error.args = (f"rank {rank}: {error}",)
-            error.shared = True
+            error.shared = True  # seen by `is_agreed`
             raise error
         return [value for value, _ in answers]
 
@@ -176,10 +180,13 @@ class Ranks(Communicator):
         try:
             yield
         except Exception as raised:
-            if hasattr(raised, "shared"):  # all ranks have it already
+            if self.is_agreed(raised):
                 raise
             error = raised
         self._exchange(error=error)
+
+    def is_agreed(self, error: Exception) -> bool:
+        return hasattr(error, "shared")
 
     def check(self, check: Callable[[], None]) -> None:
         error = None

@@ -145,8 +145,9 @@ class Trainer:
         with self.directory.locked(), self.interruptions:
             try:
                 return self._train()
-            except Interrupted:
-                self._save()
+            except Interrupted as error:
+                if self.communicator.is_agreed(error):
+                    self._save()
                 raise
 
     def check_unfinished(self) -> None:
