@@ -176,7 +176,6 @@ def test_a_launcher_of_another_mpi_is_refused_by_rank_0(monkeypatch):
     from types import ModuleType, SimpleNamespace
 
     fake = ModuleType("mpi4py")
-    fake.rc = SimpleNamespace()
     world = SimpleNamespace(size=1)
     fake.MPI = SimpleNamespace(COMM_WORLD=world, Get_library_version=lambda: "MPICH Version:      5.0.2\nMPICH ...")
     monkeypatch.setitem(sys.modules, "mpi4py", fake)

@@ -11,7 +11,7 @@ import numpy as np
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
-from cupyep.errors import flag, instance, integer, require, shown
+from cupyep.errors import flag, instance, integer, items, require, shown
 
 DTYPES = ("float32", "float64")
 
@@ -115,7 +115,10 @@ class Loader:
         self.generator = generator
         self.pad = dataset.pad if pad is None else integer("pad", pad, 0)
         self.flip = flag("flip", flip) and dataset.flip
-        self.share = share
+        share = items("share", share)
+        require(len(share) == 2, f"share must be two integers, not {shown(share)}")
+        parts = integer("the second of share", share[1])
+        self.share = (integer("the first of share", share[0], 0, parts - 1), parts)
         self._images = self.device.asarray(self.split.images)
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
 

@@ -102,7 +102,7 @@ class Learner:
         Where these are a part of a batch of `total` samples, they are what the part contributes to the batch's.
         """
         batch = self._placed(x, targets)
-        total = total or len(batch.images)
+        total = len(batch.images) if total is None else integer("total", total, len(batch.images))
         gradients, draw = self._zero_gradients(), self._draw()
         with self.network.memory.constant_weights():
             result = _sum([self._add(gradients, part, total, draw) for part in self._parts(batch)])
