@@ -24,6 +24,7 @@ from cupyep.parallel import Communicator, communicator
 from cupyep.parallel import launch as launching
 from cupyep.training import runs
 from cupyep.training.config import TrainConfig, make_config
+from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.sharing import SharedDirectory, check_same, step
 from cupyep.training.statistics import means_of
@@ -252,6 +253,23 @@ def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
             np.testing.assert_allclose(found[name], means[name], rtol=1e-10, atol=1e-18, err_msg=name)
 
 
+def test_an_evaluation_of_three_ranks_is_that_of_one_process():
+    """Of 7 test images in batches of 3 the last batch has one, and two ranks have none of it."""
+    data = quadrant_data(test=7)
+    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1}
+
+    def batches(share):
+        return Loader(data, "test", 3, "cpu", "float64", share=share)
+
+    whole = evaluate(ep.Backpropagation(ep.vgg(5, **how)), batches((0, 1)))
+
+    def work(ranks):
+        return evaluate(ep.Backpropagation(ep.vgg(5, **how)), batches((ranks.rank, ranks.size)), ranks)
+
+    for found in in_ranks(3, work):
+        assert found == pytest.approx(whole, rel=1e-12)
+
+
 # Mixtures that are refused.
 
 
@@ -455,6 +473,29 @@ def test_ranks_train_as_one_process_does(straight, tmp_path, size):
 
 
 CASES = {"exact": EXACT, "plain": PLAIN}
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_ranks_train_the_teacher_together(straight, tmp_path, monkeypatch):
+    options = {**PLAIN, "aug": "kd", "teacher_epochs": 2}
+    code, out, err = launched(3, "train", *words(options), "--run-dir", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert not [p for p in (tmp_path / "cache" / "teachers").iterdir() if p.is_dir()], "its run is not left behind"
+    monkeypatch.setenv("CUPYEP_CACHE", str(tmp_path / "another"))
+    assert_near(straight(options), RunDirectory.open(tmp_path / "run"), 1e-3)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stop", "halve-lr"])
+def test_a_divergence_is_that_of_all_ranks(straight, tmp_path, how):
+    options = {**PLAIN, "learning_rate": 1e30, "on_divergence": how}
+    code, out, err = launched(3, "train", *words(options), "--run-dir", tmp_path / "run")
+    lines = err.splitlines()
+    assert code == 1
+    assert [line.split(":")[0] for line in lines] == ["Warning"] * (5 if how == "halve-lr" else 0) + ["Error"]
+    assert "not finite" in lines[-1]
 
 
 FAULTS = {

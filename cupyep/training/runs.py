@@ -228,19 +228,24 @@ def _prepare(
         # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
         trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
-    teacher = ranks.first(lambda: _teacher(config, dataset, device, display, run))
+    teacher = _teacher(config, dataset, device, display, ranks, run)
     signals = build_signals(config, network, dataset, teacher, display)
     return build_trainer(config, dataset, network, signals, display=display, communicator=ranks), teacher
 
 
-def _teacher(config: TrainConfig, dataset: Dataset, device: Device, display: Display, run: Path | None) -> Path | None:
+def _teacher(
+    config: TrainConfig, dataset: Dataset, device: Device, display: Display, ranks: Communicator, run: Path | None
+) -> Path | None:
     if config.aug != "kd":
         return None
-    if run is not None:
+
+    def kept() -> Path | None:
         other = expanded(config.teacher) if config.teacher else teacher_path(config, dataset)
-        if kept := kept_teacher(run, [other]):
-            return kept
-    return expanded(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display)
+        return kept_teacher(run, [other])
+
+    if run is not None and (path := ranks.first(kept)):
+        return path
+    return expanded(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display, ranks)
 
 
 def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:

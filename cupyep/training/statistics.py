@@ -17,6 +17,7 @@ from cupyep.learning.gradients import Gradients, layer_of
 from cupyep.training.divergence import WATCHED, check_finite, check_means
 
 LEVELS = ("activity", "saturated", "dead")
+OF_PHASES = {f"{phase}_{name}" for phase in ("free", "nudged") for name in ("residual", "unsettled")}
 
 
 def layer_names(paths: Iterable[str]) -> list[str]:
@@ -29,16 +30,18 @@ def means_of(result: Any, total: int | None = None) -> dict[str, Any]:
 
     Of a part of a batch of `total` samples they are what it contributes to those of the batch.
     """
-    share = result.count / (total or result.count)
     means = {name: getattr(result, name) for name in ("loss", "correct", *LEVELS)}
     if result.nudge_response is not None:
         means["nudge_response"] = result.nudge_response
     for phase in ("free", "nudged"):
         stats = getattr(result, phase)
         if stats is not None:
-            means[f"{phase}_residual"] = stats.measured.mean(axis=1) * share
+            means[f"{phase}_residual"] = stats.measured.mean(axis=1)
             if stats.tolerance is not None:
-                means[f"{phase}_unsettled"] = (stats.per_sample > stats.tolerance).mean(axis=1) * share
+                means[f"{phase}_unsettled"] = (stats.per_sample > stats.tolerance).mean(axis=1)
+    if total is not None:
+        for name in means.keys() & OF_PHASES:
+            means[name] = means[name] * (result.count / total)
     return means
 
 

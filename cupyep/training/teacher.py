@@ -15,10 +15,12 @@ from cupyep.errors import CheckpointError, ConfigurationError
 from cupyep.learning import Backpropagation
 from cupyep.models import Architecture, architecture
 from cupyep.network import Network
+from cupyep.parallel import Communicator
 from cupyep.training.build import build_network, build_trainer, feature_name
 from cupyep.training.config import TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.run_directory import CONFIG, PREVIOUS, RunDirectory
+from cupyep.training.sharing import run_directory
 from cupyep.training.trainer import Trainer
 
 # What a teacher has in common with its student ...
@@ -74,6 +76,7 @@ def train_teacher(
     device: Device | str = "auto",
     display: Display | None = None,
     path: Path | None = None,
+    communicator: Communicator | None = None,
 ) -> Network:
     """Train a teacher by backpropagation and return its network.
 
@@ -82,7 +85,7 @@ def train_teacher(
     config : TrainConfig
         Of the teacher itself, as `teacher_config` gives it.
     dataset : Dataset
-    device, display
+    device, display, communicator
         See `Trainer`.
     path : Path, optional
         Run directory; the training that was broken off there goes on. Without one nothing is written.
@@ -95,7 +98,7 @@ def train_teacher(
         If the run directory cannot be written, or what lies there is of no use.
     """
     network = build_network(config, dataset, device)
-    trainer = build_trainer(config, dataset, network, display=display)
+    trainer = build_trainer(config, dataset, network, display=display, communicator=communicator)
     if path is not None:
         _take_up(trainer, path, config)
     if trainer.epochs_done < trainer.epochs:
@@ -105,13 +108,18 @@ def train_teacher(
 
 def _take_up(trainer: Trainer, path: Path, config: TrainConfig) -> None:
     """Give `trainer` the run directory `path`, and what a training that was broken off there has done."""
-    if not (path / CONFIG).is_file():
+    ranks = trainer.communicator
+
+    def create() -> RunDirectory:
         if path.exists():  # killed while it was made
             shutil.rmtree(path)
-        trainer.directory = RunDirectory.create(path, config)
+        return RunDirectory.create(path, config)
+
+    if not ranks.first((path / CONFIG).is_file):
+        trainer.directory = run_directory(create, ranks)
         return
     try:
-        trainer.directory = RunDirectory.open(path)
+        trainer.directory = run_directory(lambda: RunDirectory.open(path), ranks)
         trainer.directory.config = config  # a checkpoint of another teacher is refused
         problem = trainer.restore()
     except (CheckpointError, ConfigurationError) as error:

@@ -25,6 +25,7 @@ from cupyep.errors import CheckpointError, Interrupted, TeacherError, reporting
 from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
 from cupyep.models import slug
 from cupyep.network import Network
+from cupyep.parallel import Communicator
 from cupyep.training.build import feature_name, signal_layers
 from cupyep.training.config import TrainConfig
 from cupyep.training.display import Display
@@ -101,11 +102,14 @@ def cached_teacher(
     dataset: Dataset,
     device: Device | str = "auto",
     display: Display | None = None,
+    communicator: Communicator | None = None,
 ) -> Path:
     """Return the teacher file for the student `config`, training the teacher first where `teacher_path` has none.
 
     The training is a run of its own, in the folder beside the file that is called like it. It survives like any run:
     whoever asks for the same teacher again goes on with it, and the folder goes when the file is there.
+
+    With a `communicator` all its ranks train it together, and rank 0 keeps it.
 
     Raises
     ------
@@ -114,29 +118,40 @@ def cached_teacher(
     TeacherError, CheckpointError
         If no teacher can be kept there.
     """
-    path, display = teacher_path(config, dataset), (display or Display()).about("teacher")
+    ranks, display = communicator or Communicator(), (display or Display()).about("teacher")
+    path = ranks.first(lambda: teacher_path(config, dataset))
     folder = path.with_suffix("")
-    if path.is_file():
+    if ranks.first(path.is_file):
         display.show("note", f"{path} from an earlier run")
     else:
-        if not can_write(path.parent):
+        if not ranks.first(lambda: can_write(path.parent)):
             raise TeacherError(
                 f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; name another "
                 "folder by CUPYEP_CACHE, or give a --teacher made by tools/export_teacher_logits.py"
             )
-        with _alone(folder, display):
-            if path.is_file():
+        with _alone(folder, display, ranks):
+            if ranks.first(path.is_file):
                 display.show("note", f"{path} from an earlier run")
             else:
-                _make_teacher(config, dataset, device, display, path)
-    shutil.rmtree(folder, ignore_errors=True)  # nobody needs it now; another process may be removing it
+                _make_teacher(config, dataset, device, display, path, ranks)
+    # Nobody needs it now; another process may be removing it.
+    ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
     return path
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, display: Display) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; wait for one that is there."""
-    lock, told = FolderLock(folder), False
+def _alone(folder: Path, display: Display, ranks: Communicator) -> Iterator[None]:
+    """Make `folder` and keep processes other than `ranks` out of it; wait for one that is there."""
+    lock = FolderLock(folder)
+    ranks.first(lambda: _wait_for(lock, folder, display))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _wait_for(lock: FolderLock, folder: Path, display: Display) -> None:
+    told = False
     with Interruptions() as interruptions:
         while holder := _acquire(lock, folder):
             if not told:
@@ -144,10 +159,6 @@ def _alone(folder: Path, display: Display) -> Iterator[None]:
                 told = True
             time.sleep(WAIT_S)
             interruptions.check()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _acquire(lock: FolderLock, folder: Path) -> str:
@@ -157,18 +168,20 @@ def _acquire(lock: FolderLock, folder: Path) -> str:
         return lock.acquire()
 
 
-def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, display: Display, path: Path) -> None:
+def _make_teacher(
+    config: TrainConfig, dataset: Dataset, device: Device | str, display: Display, path: Path, ranks: Communicator
+) -> None:
     """Train the teacher of the student `config`, or go on with its training, and write its file to `path`."""
     own, folder = teacher_config(config), path.with_suffix("")
     display.show("note", f"none given, so {own.arch} is trained by backpropagation for {own.epochs} epochs first")
-    remove_leftovers(folder)
+    ranks.first(lambda: remove_leftovers(folder))
     try:
-        network = train_teacher(own, dataset, device, display, folder / "run")
+        network = train_teacher(own, dataset, device, display, folder / "run", ranks)
         layers = signal_layers(config, network) if config.teacher_features else []
-        _export(network, layers, dataset, folder / path.name, own, display)
+        ranks.first(lambda: _export(network, layers, dataset, folder / path.name, own, display))
     except Interrupted as error:
         raise type(error)(f"{error} while the teacher is trained; the same command goes on", error.number) from None
-    os.replace(folder / path.name, path)
+    ranks.first(lambda: os.replace(folder / path.name, path))
     display.show("note", f"kept in {path}")
 
 
