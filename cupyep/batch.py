@@ -30,6 +30,9 @@ class Batch:
         `index` and `view` of the batch after this one: a teacher in a file is read ahead by them.
     label_smoothing : float
         Part of a label, in [0, 1), that `one_hot` spreads over all classes alike.
+    share : tuple of two ints, optional
+        Where a batch is dealt out to several processes: how many samples of it are this one's, and how many there are.
+        A process for which none is left has one that counts for nothing.
     """
 
     images: Any
@@ -39,6 +42,7 @@ class Batch:
     checked: bool = False
     coming: tuple[np.ndarray, np.ndarray] | None = None
     label_smoothing: float = 0.0
+    share: tuple[int, int] | None = None
     _labels: Any = field(default=None, init=False, repr=False)  # on the device; not what `replace` hands on
     _rows: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # made of them
 
@@ -81,6 +85,11 @@ class Batch:
             rows *= 1 - self.label_smoothing
             rows += self.label_smoothing / rows.shape[-1]
         return rows
+
+
+def shared_out(batch: Any) -> tuple[int, int]:
+    """Return how many samples of a batch are this process's, and how many it has over all processes."""
+    return getattr(batch, "share", None) or (len(batch), len(batch))
 
 
 def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:

@@ -46,6 +46,7 @@ EP = "test_equilibrium"
 SURVIVAL = "test_survival"
 GRAPH = "test_residual"
 RANDOM = "test_random_graphs"
+RANKS = "test_parallel"
 DEFECTS = [
     Defect("drop the 1/2 of 2 beta", "learning/equilibrium.py",
            "self.betas[0] - (self.betas[1] if self.phases == 2 else 0.0)", "self.betas[0]", EP),
@@ -260,10 +261,9 @@ DEFECTS = [
     Defect("runs: seed of the signals' maps forgotten", "training/build.py",
            '        "seed": config.seed,\n    }', "    }", "test_training_build"),
     Defect("statistics: a batch counts as much as another", "training/statistics.py",
-           'self._add("loss", result.loss * result.count)', 'self._add("loss", result.loss)', "test_training"),
+           'value if name == "correct" else value * count', "value", "test_training"),
     Defect("statistics: gradient norms not weighted", "training/statistics.py",
-           'self._add("gradient_norm", result.gradients.norms() * result.count)',
-           'self._add("gradient_norm", result.gradients.norms())', "test_training"),
+           '"gradient_norm": gradients.norms()}', '"gradient_norm": gradients.norms() / count}', "test_training"),
     Defect("statistics: best layer's residual for the worst's", "training/statistics.py",
            "residual and max(residual)", "residual and min(residual)", "test_training"),
     Defect("statistics: settled samples for unsettled", "training/statistics.py",
@@ -680,7 +680,8 @@ DEFECTS = [
     Defect("survival: no lock while training", "training/trainer.py",
            "with self.directory.locked(), self.interruptions:", "with self.interruptions:", SURVIVAL),
     Defect("survival: an interrupted run is not saved", "training/trainer.py",
-           "Interrupted:\n                self._save()\n", "Interrupted:\n", SURVIVAL),
+           "is_agreed(error):\n                    self._save()\n", "is_agreed(error):\n                    pass\n",
+           SURVIVAL),
     Defect("relaxation: forgotten", "ops/update.py", "if relaxation != 1.0:", "if False:", "test_schedules"),
     Defect("relaxation: of the new state alone", "ops/update.py",
            "self.xp.add(s, change, out=fresh)", "fresh[...] = change", "test_schedules"),
@@ -795,6 +796,27 @@ DEFECTS = [
     Defect("skips: a node twice, by name and number", "signals.py",
            "not repeat: {self.layers}\")\n        self.device,",
            "not repeat\") if False else None\n        self.device,", GRAPH),
+    Defect("ranks: means over a share in place of the batch", "training/sharing.py",
+           "learner.step(batch, total=total)", "learner.step(batch)", RANKS),
+    Defect("ranks: residuals of a share weighted as the batch's", "training/sharing.py",
+           "means_of(result, total), ", "means_of(result), ", RANKS),
+    Defect("ranks: the sample that stands in counts", "training/sharing.py", "if own == 0:", "if own < 0:", RANKS),
+    Defect("ranks: the statistics of one rank", "training/sharing.py",
+           "communicator.sum(packed, figures)", "communicator.sum(packed)", RANKS),
+    Defect("ranks: shares that overlap", "data/loader.py",
+           "for number in (part, part + 1))", "for number in (part, part + 2))", RANKS),
+    Defect("ranks: a test sample that stands in counts", "training/results.py",
+           "            if own == 0:\n", "            if own < 0:\n", RANKS),
+    Defect("ranks: an agreed error is told twice", "parallel/communicator.py",
+           "            if self.is_agreed(raised):\n", "            if False:\n", RANKS),
+    Defect("ranks: a signal stops the rank that it came to", "parallel/communicator.py",
+           "        if any(self.any(error is not None)):\n", "        if error is not None:\n", RANKS),
+    Defect("ranks: two on one GPU", "parallel/communicator.py", "other == rank,", "True,", RANKS),
+    Defect("ranks: all wait for one that has failed", "parallel/communicator.py",
+           "GRACE_S if code else float(\"inf\")", "float(\"inf\")", RANKS),
+    Defect("ranks: every rank draws from its own seed", "training/build.py",
+           "np.random.SeedSequence(config.seed).spawn(2)",
+           "np.random.SeedSequence(config.seed + (communicator.rank if communicator else 0)).spawn(2)", RANKS),
 ]  # fmt: skip
 
 

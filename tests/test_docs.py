@@ -17,7 +17,7 @@ from cupyep.cli.shared import chosen_config
 from cupyep.training.config import OPTIONS
 
 LANGUAGES = {"python", "sh", "text", "toml", "json", "mermaid"}
-PROGRAMS = {"cupyep", "python", "pip", "python3", ".venv/bin/pip", ".venv/bin/python", "eval"}
+PROGRAMS = {"cupyep", "python", "pip", "python3", "mpirun", ".venv/bin/pip", ".venv/bin/python", "eval"}
 PROGRAMS |= {"CUPYEP_REQUIRE_GPU=1", "CUPYEP_REQUIRE_NVRTC=1"}
 IDS = [page.name for page in PAGES]
 
@@ -49,6 +49,8 @@ def parsed(command, words, name):
 
 def understood(words):
     """Fail unless the options and names of a command line are known, and its configuration is a valid one."""
+    if words[:2] == ["mpirun", "-n"]:
+        words = words[3:]
     if words[:2] == ["python", "-c"]:
         compile(words[2], "python -c", "exec")
         return

@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "files",
     "backend",
+    "parallel",
     "batch",
     "ops",
     "activations",
@@ -90,6 +91,16 @@ def test_only_the_backend_imports_cupy():
     assert importers == {"backend"}
 
 
+def test_only_parallel_imports_mpi():
+    importers = {
+        part_of(path)
+        for path in sources()
+        for name in imported(ast.parse(path.read_text()))
+        if name.split(".")[0] == "mpi4py"
+    }
+    assert importers == {"parallel"}
+
+
 def test_public_list_is_exactly_what_the_package_imports():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     names = {a.asname or a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
@@ -101,7 +112,7 @@ def test_import_loads_no_optional_package():
     code = (
         "import sys, cupyep; "
         "optional = ('cupy', 'torch', 'sklearn', 'matplotlib', 'onnx', 'onnxruntime', 'PIL', 'pooch', "
-        "'tensorboardX'); "
+        "'tensorboardX', 'mpi4py'); "
         "print([m for m in optional if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,6 +6,7 @@ Code that computes never asks "is there a GPU?": it asks an array for its module
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
@@ -208,6 +209,23 @@ def get_device(device: str | Device = "auto", scratch_mb: float | None = None) -
         usable, reason = gpu_status()
         return Device("cuda:0" if usable else "cpu", "a CUDA device answers" if usable else reason, scratch_mb)
     return Device("cuda:0" if isinstance(device, str) and device == "cuda" else device, scratch_mb=scratch_mb)
+
+
+def gpu_of(name: str, place: int) -> str:
+    """Return the device of one of several processes on this machine, the one with the number `place` of 0, 1, ...
+
+    Where `name` leaves it open, each takes a GPU of its own as long as there are enough; else, and where GPUs cannot be
+    used, it is `name`. No process touches the GPU of another, where a context takes hundreds of megabytes.
+    """
+    if name not in ("auto", "cuda"):
+        return name
+    with contextlib.suppress(Exception):  # whatever is wrong with CuPy or the GPU: `get_device` says so
+        import cupy
+
+        index = place % cupy.cuda.runtime.getDeviceCount()
+        cupy.cuda.Device(index).use()
+        return f"cuda:{index}" if gpu_status()[0] else name
+    return name
 
 
 @functools.cache

@@ -29,6 +29,7 @@ PART = 32
 CGROUP = Path("/sys/fs/cgroup")
 _here = threading.local()  # of each thread: whose work it does, and its number among those that do
 _chosen: int | None = None
+_sharers = 1
 
 
 def set_threads(threads: int | None) -> None:
@@ -61,9 +62,16 @@ def get_threads() -> int:
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         others = os.environ.get(OMP_VARIABLE, "").partition(",")[0].strip()  # a list is of nested levels
-        return max(1, int(others)) if others.isascii() and others.isdigit() else available_cpus()
+        own = max(1, available_cpus() // _sharers)
+        return max(1, int(others)) if others.isascii() and others.isdigit() else own
     require(text.isascii() and text.isdigit() and int(text) > 0, f"{VARIABLE} must be a positive integer, not '{text}'")
     return int(text)
+
+
+def share_cpus(processes: int) -> None:
+    """Say how many processes of a training share this machine: by default each takes its share of the CPUs."""
+    global _sharers  # noqa: PLW0603
+    _sharers = processes
 
 
 @functools.cache

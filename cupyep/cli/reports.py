@@ -21,9 +21,10 @@ from cupyep.cli.shared import (
 )
 from cupyep.commands import gradient_check
 from cupyep.commands import memory as planning
-from cupyep.commands.system import system_report
+from cupyep.commands.system import rank_report, system_report
 from cupyep.errors import require
 from cupyep.memory.plan import KINDS
+from cupyep.parallel import join
 from cupyep.recipes import recipe_names, recipe_summary, recipe_text
 from cupyep.training.config import require_used
 
@@ -122,16 +123,22 @@ Examples:
 def info(device_kind: str | None, given: dict[str, Any]) -> None:
     """Show this machine, or a network.
 
-    The machine: device, libraries, data folder. With any option of a network: its layers with their shapes, its
-    parameters, its products, and the planned peak memory of a training step by purpose (see cupyep memory).
+    The machine: device, libraries, data folder; started by mpirun, a line a process. With any option of a network: its
+    layers with their shapes, its parameters, its products, and the planned peak memory of a training step by purpose
+    (see cupyep memory).
     """
     if not given.keys() - {"data_dir"} and device_kind is None:
-        for name, value in system_report(given.get("data_dir")):
-            click.echo(f"{name:<14} {value}")
+        ranks = join()
+        lines = ranks.gather(rank_report(ranks)) if ranks.size > 1 else _machine(given.get("data_dir"))
+        click.echo("\n".join(lines))
         return
     require("data_dir" not in given, "--data-dir says nothing of a network; give it alone")
     config = chosen_config(given)
     click.echo(planning.network_report(config, device_kind))
+
+
+def _machine(data_dir: str | None) -> list[str]:
+    return [f"{name:<14} {value}" for name, value in system_report(data_dir)]
 
 
 RECIPES_EXAMPLES = """\b

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,8 +18,18 @@ import click
 from click.shell_completion import CompletionItem
 
 from cupyep.backend.threads import set_threads
-from cupyep.errors import ConfigurationError, CupyepError, Interrupted, PrecisionWarning, choose, nearest, require
+from cupyep.errors import (
+    ConfigurationError,
+    CupyepError,
+    Interrupted,
+    PrecisionWarning,
+    choose,
+    nearest,
+    one_line,
+    require,
+)
 from cupyep.files import expanded
+from cupyep.parallel import join
 from cupyep.recipes import find_recipe, recipe_names
 from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, read_toml, require_used
 from cupyep.training.display import SIGPIPE, silence
@@ -111,7 +124,7 @@ class OneLineErrors(click.Command):
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.showwarning = show_once(lambda text: click.echo(f"Warning: {text}", err=True))
-            code, message = self._run(args, kwargs)
+            code, message = self._run_with_others(args, kwargs)
         text = f"Error: {' '.join(message.split())}\n" if message else ""
         for stream, last in zip(streams, ("", text), strict=True):
             try:
@@ -121,6 +134,28 @@ class OneLineErrors(click.Command):
                 silence(stream)
                 code = code or 128 + SIGPIPE
         sys.exit(code)
+
+    def _run_with_others(self, args: Any, kwargs: Any) -> tuple[int, str]:
+        """Return (exit code, message), the same exit code on all ranks; only rank 0 is heard, and obeys Ctrl-C."""
+        try:
+            ranks = join()
+        except ConfigurationError as error:
+            return 2, str(error)
+        if ranks.size == 1:
+            return self._run(args, kwargs)
+        if ranks.rank:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with contextlib.ExitStack() as stack:
+            if ranks.rank:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            try:
+                code, message = self._run(args, kwargs)
+            except BaseException as error:  # a defect: others must not wait for this rank
+                traceback.print_exc(file=sys.__stderr__)
+                code, message = 1, one_line(error)
+        return ranks.leave(code, message)
 
     def _run(self, args: Any, kwargs: Any) -> tuple[int, str]:
         """Return (exit code, message)."""
@@ -166,6 +201,9 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
 
+SHARED = ("train", "info")  # commands that several processes run together
+
+
 class Commands(OneLineErrors, click.Group):
     """A group of commands, listed in the order in which they were added."""
 
@@ -174,6 +212,8 @@ class Commands(OneLineErrors, click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         choose("command", args[0], self.commands)
+        alone = f"cupyep {args[0]} is for one process: start it without mpirun, or srun (train and info take several)"
+        require(self.commands[args[0]].name in SHARED or join().size == 1, alone)
         return super().resolve_command(ctx, args)
 
 

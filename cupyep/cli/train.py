@@ -21,6 +21,7 @@ from cupyep.cli.shared import (
     show_once,
 )
 from cupyep.errors import CupyepError, Interrupted, require
+from cupyep.parallel import join
 from cupyep.training import runs
 from cupyep.training.config import OPTIONS
 from cupyep.training.display import DISPLAYS, Display
@@ -81,6 +82,7 @@ def train(
     """
     display = DISPLAYS[log_format](quiet)
     warnings.showwarning = show_once(partial(display.show, "warning"))
+    ranks = join()
     with _ending(display):
         if tensorboard:
             writer_class()  # its absence is said before anything is made
@@ -89,10 +91,10 @@ def train(
         if resume:
             given_right = run_dir is not None and recipe is None
             require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
-            run = runs.resume_run(run_dir, given, display, stretch_schedule)
+            run = runs.resume_run(run_dir, given, display, stretch_schedule, ranks)
         else:
-            run = runs.start_run(chosen_config(given, recipe), run_dir, display)
-        if tensorboard:
+            run = runs.start_run(chosen_config(given, recipe), run_dir, display, ranks)
+        if tensorboard and ranks.rank == 0:
             run.events = EventLog(run.directory.path / FOLDER, run.records)
         try:
             summary = run.run()

@@ -16,6 +16,7 @@ from cupyep.backend.libraries import cuda_libraries
 from cupyep.backend.threads import OMP_VARIABLE, VARIABLE, available_cpus, get_threads
 from cupyep.data import data_directory
 from cupyep.errors import ConfigurationError
+from cupyep.parallel import Communicator
 
 LIBRARIES = (
     "numpy",
@@ -30,6 +31,7 @@ LIBRARIES = (
     "scikit-learn",
     "onnxruntime",
     "onnx",
+    "mpi4py",
     "pillow",
     "matplotlib",
     "tensorboardX",
@@ -57,6 +59,14 @@ def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
         ("threads", _threads()),
         ("data folder", place),
     ]
+
+
+def rank_report(ranks: Communicator) -> str:
+    """Return one line: which process this is, where, and what it computes with."""
+    device = get_device(ranks.own_device("auto"))
+    computes = f"{device.name}, {_gpu_name(device)}" if device.is_gpu else f"{device.name}, {_threads()}"
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "mpi4py"))
+    return f"rank {ranks.rank} of {ranks.size} on {platform.node()}: {computes}; cupyep {__version__}, {versions}"
 
 
 def _version(library: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from cupyep.backend import Device, get_device, threads
 from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
-from cupyep.errors import flag, instance, integer, number, require, shown
+from cupyep.errors import flag, instance, integer, items, number, require, shown
 from cupyep.ops.conv import chunked
 
 DTYPES = ("float32", "float64")
@@ -83,6 +83,8 @@ class Loader:
         among the pixels, what lies outside of the image is cut off, and hidden pixels have the mean colour.
     label_smoothing : float, default 0
         Of the batches (`Batch`), in [0, 1).
+    share : tuple of two ints, default (0, 1)
+        Which part of how many nearly equal ones of each batch this process takes (`Batch.share`).
 
     Notes
     -----
@@ -107,6 +109,7 @@ class Loader:
         flip: bool = True,
         cutout: int = 0,
         label_smoothing: float = 0.0,
+        share: tuple[int, int] = (0, 1),
     ):
         instance("dataset", dataset, Dataset)
         self.batch_size = integer("batch_size", batch_size)
@@ -126,6 +129,10 @@ class Loader:
         require(self.cutout <= side, f"cutout must be at most {side}, the side of the images (got {cutout})")
         require(augment or not self.cutout, "cutout needs augment")
         self.label_smoothing = number("label_smoothing", label_smoothing, 0, below=1)
+        share = items("share", share)
+        require(len(share) == 2, f"share must be two integers, not {shown(share)}")
+        parts = integer("the second of share", share[1])
+        self.share = (integer("the first of share", share[0], 0, parts - 1), parts)
         self._images = self.device.asarray(self.split.images)
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
 
@@ -165,7 +172,7 @@ class Loader:
         return centres - self.cutout // 2
 
     def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
-        rows = slice(start, start + self.batch_size)
+        rows, share = self._own(start)
         places = draws.order[rows]
         if self.augment:
             images = self._crops(there[:, rows])
@@ -173,10 +180,18 @@ class Loader:
             images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
             images = self._normalise(self._images[rows])
-        after = slice(rows.stop, rows.stop + self.batch_size)
+        after, _ = self._own(start + self.batch_size)
         (index, view), coming = self._looked_up(draws, rows), self._looked_up(draws, after)
         coming = coming if len(coming[0]) else None
-        return Batch(images, self.split.labels[places], index, view, True, coming, self.label_smoothing)
+        return Batch(images, self.split.labels[places], index, view, True, coming, self.label_smoothing, share)
+
+    def _own(self, start: int) -> tuple[slice, tuple[int, int] | None]:
+        """Return this process's rows of the batch that starts at a place in the epoch, and its `Batch.share`."""
+        whole = min(self.batch_size, max(len(self.split) - start, 0))
+        part, parts = self.share
+        first, last = (start + whole * number // parts for number in (part, part + 1))
+        share = (last - first, whole) if parts > 1 else None
+        return slice(first, max(last, first + 1)), share
 
     def _looked_up(self, draws: _Draws, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return by what a teacher's logits are looked up."""

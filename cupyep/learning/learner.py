@@ -97,11 +97,16 @@ class Learner:
         return self.network.parameters() | learned
 
     @exclusive
-    def step(self, x: Any, targets: Any = None) -> StepResult:
-        """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,)."""
+    def step(self, x: Any, targets: Any = None, total: int | None = None) -> StepResult:
+        """Return gradients and statistics for a `Batch`, or for images (N, H, W, C) and labels (N,).
+
+        Where these are a part of a batch of `total` samples, they are what the part contributes to the batch's.
+        """
         batch = self._placed(x, targets)
-        gradients, draw, total = self._zero_gradients(), self._draw(), len(batch.images)
-        several = len(self.parts(total)) > 1 and not self.network.device.is_gpu
+        samples = len(batch.images)
+        total = samples if total is None else integer("total", total, samples)
+        gradients, draw = self._zero_gradients(), self._draw()
+        several = len(self.parts(samples)) > 1 and not self.network.device.is_gpu
 
         def add(part: Batch, number: int, turns: Turns) -> StepResult:
             own = self._zero_gradients(number_for(self.network) + 1) if several else gradients

@@ -19,6 +19,7 @@ from cupyep.learning.gradients import layer_of
 from cupyep.models import build
 from cupyep.network import Network
 from cupyep.optim import AVERAGE, OPTIMIZERS, SGD, Adam, Optimizer
+from cupyep.parallel import Communicator
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
@@ -142,8 +143,14 @@ def optimizer_slots(config: TrainConfig) -> tuple[str, ...]:
     return own if config.ema is None else (*own, AVERAGE)
 
 
-def training_batches(config: TrainConfig, dataset: Dataset, network: Network, generator: np.random.Generator) -> Loader:
-    """Return the training batches, shuffled and augmented by draws of `generator`."""
+def training_batches(
+    config: TrainConfig,
+    dataset: Dataset,
+    network: Network,
+    generator: np.random.Generator,
+    share: tuple[int, int] = (0, 1),
+) -> Loader:
+    """Return the training batches, shuffled and augmented by draws of `generator`; of each the `share` of a process."""
     return Loader(
         dataset,
         "train",
@@ -157,12 +164,15 @@ def training_batches(config: TrainConfig, dataset: Dataset, network: Network, ge
         flip=config.flip,
         cutout=config.cutout or 0,
         label_smoothing=config.label_smoothing,
+        share=share,
     )
 
 
-def evaluation_batches(config: TrainConfig, dataset: Dataset, network: Network, split: str = "test") -> Loader:
-    """Return the batches of a split, in their order and as they are."""
-    return Loader(dataset, split, config.batch_size, network.device, network.dtype)
+def evaluation_batches(
+    config: TrainConfig, dataset: Dataset, network: Network, split: str = "test", share: tuple[int, int] = (0, 1)
+) -> Loader:
+    """Return the batches of a split, in their order and as they are; of each the `share` of a process."""
+    return Loader(dataset, split, config.batch_size, network.device, network.dtype, share=share)
 
 
 def first_images(dataset: Dataset, network: Network, count: int) -> Batch:
@@ -177,19 +187,22 @@ def build_trainer(
     network: Network,
     signals: Sequence[Augmenter] = (),
     display: Display | None = None,
+    communicator: Communicator | None = None,
 ) -> Trainer:
     """Return the trainer of `network`, with all generators drawn from ``config.seed``."""
+    share = (communicator.rank, communicator.size) if communicator else (0, 1)
     draws, signs = map(np.random.default_rng, np.random.SeedSequence(config.seed).spawn(2))
     learner = build_learner(config, network, signals, signs)
     return Trainer(
         learner,
         build_optimizer(config, learner.parameters()),
-        training_batches(config, dataset, network, draws),
-        evaluation_batches(config, dataset, network),
-        validation=evaluation_batches(config, dataset, network, "validation") if dataset.validation else None,
+        training_batches(config, dataset, network, draws, share),
+        evaluation_batches(config, dataset, network, share=share),
+        validation=evaluation_batches(config, dataset, network, "validation", share) if dataset.validation else None,
         generators={"learner": signs},
         images=ImageFormat.of(dataset),
         checkup=Checkup(learner, first_images(dataset, network, PROBE_IMAGES), config.batch_size),
         display=display,
+        communicator=communicator,
         **config.take("epochs", "lr_schedule", "warmup", "patience", "checkpoint_minutes", "on_divergence"),
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cupyep.batch import shared_out
 from cupyep.errors import Interrupted
 
 DETAILS = ("note", "start", "progress", "checkpoint", "epoch")  # not shown when quiet
@@ -130,7 +131,7 @@ class Display:
         with self.progress(title, len(batches.split)) as progress:
             for batch in batches:
                 yield batch
-                progress.advance(len(batch))
+                progress.advance(shared_out(batch)[1])
 
 
 class JsonDisplay(Display):

@@ -15,6 +15,7 @@ from cupyep.data import DATASETS, Dataset
 from cupyep.errors import choose, flag, instance, items, require, shown
 from cupyep.errors import path as checked_path
 from cupyep.network import Network
+from cupyep.parallel import Communicator
 from cupyep.signals import Augmenter
 from cupyep.training.config import OPTIONS, TrainConfig, make_config, require_used
 from cupyep.training.display import Display
@@ -117,7 +118,7 @@ def fit(
     going_on = resume and path.exists()
     if path is not None and not going_on:
         check_free(path)
-    trainer, teacher = prepare(config, display, path if going_on else None, data, net, signals)
+    trainer, teacher = prepare(config, display, Communicator(), path if going_on else None, data, net, signals)
     if going_on:
         trainer.directory = RunDirectory(path, config)
         trainer.resume()

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.batch import shared_out
 from cupyep.data import Loader
+from cupyep.parallel import Communicator
 
 
 @dataclasses.dataclass
@@ -57,14 +59,22 @@ class TrainSummary:
         return {**dataclasses.asdict(self), "path": None if self.path is None else str(self.path)}
 
 
-def evaluate(learner: Any, batches: Iterable[Any]) -> tuple[float, float]:
-    """Return (mean loss, accuracy) of `learner` over `batches` (of a `Loader` without augmentation)."""
+def evaluate(learner: Any, batches: Iterable[Any], communicator: Communicator | None = None) -> tuple[float, float]:
+    """Return (mean loss, accuracy) of `learner` over `batches` (of a `Loader` without augmentation).
+
+    With a `communicator` they are those of all ranks, of which each has its share of every batch.
+    """
     loss, correct, count = 0.0, 0, 0
     with np.errstate(over="ignore", invalid="ignore"):
         for batch in batches:
+            own, _ = shared_out(batch)
+            if own == 0:
+                continue
             batch_loss, batch_correct = learner.evaluate(batch)
-            loss, correct, count = loss + batch_loss, correct + batch_correct, count + len(batch)
-    return float(loss) / count, int(correct) / count
+            loss, correct, count = loss + batch_loss, correct + batch_correct, count + own
+    ranks = (communicator or Communicator()).gather((float(loss), int(correct), count))
+    loss, correct, count = map(sum, zip(*ranks, strict=True))
+    return loss / count, correct / count
 
 
 def top_k_accuracy(learner: Any, batches: Loader, k: int) -> float:

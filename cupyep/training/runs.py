@@ -13,6 +13,7 @@ from cupyep.errors import CheckpointError, ConfigurationError, require
 from cupyep.files import expanded
 from cupyep.models import unit_drives
 from cupyep.network import Network
+from cupyep.parallel import Communicator
 from cupyep.persistence.checkpoint import versions
 from cupyep.signals import Augmenter
 from cupyep.training.build import (
@@ -28,12 +29,18 @@ from cupyep.training.display import Display
 from cupyep.training.initial import load_initial
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
+from cupyep.training.sharing import check_same, run_directory
 from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
 from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
 
 
-def start_run(config: TrainConfig, path: str | Path | None = None, display: Display | None = None) -> Trainer:
+def start_run(
+    config: TrainConfig,
+    path: str | Path | None = None,
+    display: Display | None = None,
+    communicator: Communicator | None = None,
+) -> Trainer:
     """Prepare a new run; its directory is created when everything else is known to be in order.
 
     Parameters
@@ -43,6 +50,8 @@ def start_run(config: TrainConfig, path: str | Path | None = None, display: Disp
         Run directory; ``runs/<arch>-<aug>-<dataset>-seed<seed>``, numbered if taken, by default.
     display : Display, optional
         Shows what is going on.
+    communicator : Communicator, optional
+        Of several processes (`cupyep.parallel.join`) that all call this: rank 0 has the run directory.
 
     Returns
     -------
@@ -54,18 +63,27 @@ def start_run(config: TrainConfig, path: str | Path | None = None, display: Disp
     CupyepError
         One clear line for whatever stands in the way.
     """
-    check_free(default_path(config) if path is None else path)
-    trainer, teacher = prepare(config, display or Display())
-    path = claim_path(config) if path is None else path  # others may have started meanwhile
-    trainer.directory = RunDirectory.create(path, config)
-    if teacher:
-        keep_teacher(teacher, path)
-    show_start(trainer, f"run directory {path}")
+    ranks = communicator or Communicator()
+
+    def create() -> RunDirectory:  # under a path that is free still: others may have started meanwhile
+        return RunDirectory.create(claim_path(config) if path is None else path, config)
+
+    with ranks.together():
+        ranks.first(lambda: check_free(default_path(config) if path is None else path))
+        trainer, teacher = prepare(config, display or Display(), ranks)
+        trainer.directory = run_directory(create, ranks)
+        if teacher:
+            ranks.first(lambda: keep_teacher(teacher, trainer.directory.path))
+    show_start(trainer, f"run directory {trainer.directory.path}")
     return trainer
 
 
 def resume_run(
-    path: str | Path, given: Mapping[str, Any], display: Display | None = None, stretch: bool = False
+    path: str | Path,
+    given: Mapping[str, Any],
+    display: Display | None = None,
+    stretch: bool = False,
+    communicator: Communicator | None = None,
 ) -> Trainer:
     """Prepare to go on with the run in `path` where its last checkpoint left it.
 
@@ -73,8 +91,8 @@ def resume_run(
     ----------
     given : mapping
         Options given now; only `RESUME_OPTIONS` may differ from the run's own.
-    path, display
-        See `start_run`.
+    path, display, communicator
+        See `start_run`; there may be more or fewer processes than before.
     stretch : bool
         Let learning rate and kappa of a run that had finished rise again, where more epochs stretch their schedules.
 
@@ -83,36 +101,51 @@ def resume_run(
     CupyepError
         As `start_run`; also if the run had finished, its schedules would be stretched, and nobody asked for it.
     """
-    if not Path(path).exists():
-        raise CheckpointError(f"'{path}' is not a run directory: nothing is there; leave out --resume to start a run")
-    directory = RunDirectory.open(path)
-    for name, value in given.items():
-        old = getattr(directory.config, name)
-        same = value == old or name in RESUME_OPTIONS
-        allowed = ", ".join(map(option_name, RESUME_OPTIONS))
-        require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
-    epochs = directory.config.epochs
-    directory.config = dataclasses.replace(directory.config, **given)
-    require_used(given, vars(directory.config))
-    other = expanded(given.get("teacher") or "")
-    same = not other.is_file() or is_teacher_of(directory.path, other)
-    require(same, f"--teacher {other} is not the one that the run started with; leave it out, or start a new run")
-    trainer, teacher = prepare(directory.config, display or Display(), directory.path)
-    trainer.directory = directory
-    problem = trainer.resume()
-    try:
-        _show_stretch(trainer, epochs, stretch)
-    except ConfigurationError:
-        directory.unlock()
-        raise
-    directory.write_config()
-    if teacher:
-        keep_teacher(teacher, directory.path)
+    ranks = communicator or Communicator()
+    with ranks.together():
+        directory = run_directory(lambda: _opened(path), ranks)
+        epochs = directory.config.epochs
+        _change_options(directory, given)
+        ranks.first(lambda: _check_teacher(directory.path, given))
+        trainer, teacher = prepare(directory.config, display or Display(), ranks, directory.path)
+        trainer.directory = directory
+        problem = trainer.resume()
+        try:
+            _show_stretch(trainer, epochs, stretch)
+        except ConfigurationError:
+            directory.unlock()
+            raise
+        directory.write_config()
+        if teacher:
+            ranks.first(lambda: keep_teacher(teacher, directory.path))
     if problem:
         trainer.display.show("warning", f"{problem}; going on from {PREVIOUS}")
     batch = f", batch {trainer.batches_done} of {len(trainer.train)}" if trainer.batches_done else ""
     show_start(trainer, f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
     return trainer
+
+
+def _opened(path: str | Path) -> RunDirectory:
+    if not Path(path).exists():
+        raise CheckpointError(f"'{path}' is not a run directory: nothing is there; leave out --resume to start a run")
+    return RunDirectory.open(path)
+
+
+def _change_options(directory: RunDirectory, given: Mapping[str, Any]) -> None:
+    """Take the options `given` over those of a run, where that may be."""
+    for name, value in given.items():
+        old = getattr(directory.config, name)
+        same = value == old or name in RESUME_OPTIONS
+        allowed = ", ".join(map(option_name, RESUME_OPTIONS))
+        require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
+    directory.config = dataclasses.replace(directory.config, **given)
+    require_used(given, vars(directory.config))
+
+
+def _check_teacher(path: Path, given: Mapping[str, Any]) -> None:
+    other = expanded(given.get("teacher") or "")
+    same = not other.is_file() or is_teacher_of(path, other)
+    require(same, f"--teacher {other} is not the one that the run started with; leave it out, or start a new run")
 
 
 def _show_stretch(trainer: Trainer, epochs: int, asked: bool) -> None:
@@ -181,6 +214,7 @@ def evaluate_run(
 def prepare(
     config: TrainConfig,
     display: Display,
+    ranks: Communicator,
     run: Path | None = None,
     dataset: Dataset | None = None,
     network: Network | None = None,
@@ -190,8 +224,12 @@ def prepare(
 
     Data set and network are those of `config` unless given, signals too.
     """
-    device = get_device(config.device, config.scratch_mb) if network is None else network.device
-    dataset = build_dataset(config) if dataset is None else dataset
+    with ranks.together():
+        name = ranks.own_device(config.device)
+        device = get_device(name, config.scratch_mb) if network is None else network.device
+        dataset = build_dataset(config) if dataset is None else dataset
+    ranks.use(device)
+    check_same(config, dataset, ranks)
     if network is None:
         network = build_network(config, dataset, device)
         if config.init_from and run is None:
@@ -199,24 +237,30 @@ def prepare(
         elif config.lsuv and run is None:
             unit_drives(network, first_images(dataset, network, config.batch_size))
     display.show("note", _headline(config, dataset, network))
-    display.show("note", f"device {device.name}" + (f": {device.reason}" if device.reason else ""))
+    several = f"{ranks.size} ranks, " if ranks.size > 1 else ""
+    display.show("note", f"{several}device {device.name}" + (f": {device.reason}" if device.reason else ""))
     if config.aug == "kd":
         # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
         trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
-    teacher = _teacher(config, dataset, device, display, run)
+    teacher = _teacher(config, dataset, device, display, ranks, run)
     signals = signals or build_signals(config, network, dataset, teacher, display)
-    return build_trainer(config, dataset, network, signals, display=display), teacher
+    return build_trainer(config, dataset, network, signals, display=display, communicator=ranks), teacher
 
 
-def _teacher(config: TrainConfig, dataset: Dataset, device: Device, display: Display, run: Path | None) -> Path | None:
+def _teacher(
+    config: TrainConfig, dataset: Dataset, device: Device, display: Display, ranks: Communicator, run: Path | None
+) -> Path | None:
     if config.aug != "kd":
         return None
-    if run is not None:
+
+    def kept() -> Path | None:
         other = expanded(config.teacher) if config.teacher else teacher_path(config, dataset)
-        if kept := kept_teacher(run, [other]):
-            return kept
-    return expanded(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display)
+        return kept_teacher(run, [other])
+
+    if run is not None and (path := ranks.first(kept)):
+        return path
+    return expanded(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display, ranks)
 
 
 def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:

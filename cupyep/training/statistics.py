@@ -13,15 +13,36 @@ import numpy as np
 
 from cupyep.backend.device import Device
 from cupyep.errors import CheckpointError
-from cupyep.learning.gradients import layer_of
+from cupyep.learning.gradients import Gradients, layer_of
 from cupyep.training.divergence import WATCHED, check_finite, check_means
 
 LEVELS = ("activity", "saturated", "dead")
+OF_PHASES = {f"{phase}_{name}" for phase in ("free", "nudged") for name in ("residual", "unsettled")}
 
 
 def layer_names(paths: Iterable[str]) -> list[str]:
     """Return the layers of the parameter `paths`, each once, in their order."""
     return list(dict.fromkeys(layer_of(path) for path in paths))
+
+
+def means_of(result: Any, total: int | None = None) -> dict[str, Any]:
+    """Return the statistics of a `StepResult` as arrays by name: means over its batch, and the number of correct ones.
+
+    Of a part of a batch of `total` samples they are what it contributes to those of the batch.
+    """
+    means = {name: getattr(result, name) for name in ("loss", "correct", *LEVELS)}
+    if result.nudge_response is not None:
+        means["nudge_response"] = result.nudge_response
+    for phase in ("free", "nudged"):
+        stats = getattr(result, phase)
+        if stats is not None:
+            means[f"{phase}_residual"] = stats.measured.mean(axis=1)
+            if stats.tolerance is not None:
+                means[f"{phase}_unsettled"] = (stats.per_sample > stats.tolerance).mean(axis=1)
+    if total is not None:
+        for name in means.keys() & OF_PHASES:
+            means[name] = means[name] * (result.count / total)
+    return means
 
 
 class EpochStatistics:
@@ -37,23 +58,15 @@ class EpochStatistics:
 
     def add(self, result: Any) -> None:
         """Add one `StepResult` of a learner, weighted by its number of images."""
+        self.add_means(means_of(result), result.gradients, result.count)
+
+    def add_means(self, means: Mapping[str, Any], gradients: Gradients, count: int) -> None:
+        """Add the statistics `means_of` a batch of `count` images, weighted by them, and the norms of its gradients."""
         xp = self.device.xp
-        self.count += result.count
+        self.count += count
         self.batches += 1
-        self._add("loss", result.loss * result.count)
-        self._add("correct", result.correct)
-        self._add("gradient_norm", result.gradients.norms() * result.count)
-        for name in LEVELS:
-            self._add(name, getattr(result, name) * result.count)
-        if result.nudge_response is not None:
-            self._add("nudge_response", result.nudge_response * result.count)
-        for phase in ("free", "nudged"):
-            stats = getattr(result, phase)
-            if stats is not None:
-                self._add(f"{phase}_residual", stats.measured.mean(axis=1) * result.count)
-                if stats.tolerance is not None:
-                    unsettled = (stats.per_sample > stats.tolerance).mean(axis=1)
-                    self._add(f"{phase}_unsettled", unsettled * result.count)
+        for name, value in {**means, "gradient_norm": gradients.norms()}.items():
+            self._add(name, value if name == "correct" else value * count)
         # A sum that stopped being finite stays so: the number of batches after which it was finite gives the bad one.
         for name in WATCHED:
             if name in self._sums:

@@ -26,11 +26,13 @@ from cupyep.files import FolderLock, can_write, link, read_text, remove_leftover
 from cupyep.learning import Backpropagation
 from cupyep.models import Architecture, architecture, slug
 from cupyep.network import Network
+from cupyep.parallel import Communicator
 from cupyep.training.build import build_network, build_trainer, feature_name, signal_layers
 from cupyep.training.config import TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions
 from cupyep.training.run_directory import CONFIG, PREVIOUS, RunDirectory
+from cupyep.training.sharing import run_directory
 from cupyep.training.trainer import Trainer
 
 # What a teacher has in common with its student ...
@@ -73,6 +75,7 @@ def train_teacher(
     device: Device | str = "auto",
     display: Display | None = None,
     path: Path | None = None,
+    communicator: Communicator | None = None,
 ) -> Network:
     """Train a teacher by backpropagation and return its network.
 
@@ -81,7 +84,7 @@ def train_teacher(
     config : TrainConfig
         Of the teacher itself, as `teacher_config` gives it.
     dataset : Dataset
-    device, display
+    device, display, communicator
         See `Trainer`.
     path : Path, optional
         Run directory; the training that was broken off there goes on. Without one nothing is written.
@@ -94,7 +97,7 @@ def train_teacher(
         If the run directory cannot be written, or what lies there is of no use.
     """
     network = build_network(config, dataset, device)
-    trainer = build_trainer(config, dataset, network, display=display)
+    trainer = build_trainer(config, dataset, network, display=display, communicator=communicator)
     if path is not None:
         _take_up(trainer, path, config)
     if trainer.epochs_done < trainer.epochs:
@@ -104,13 +107,18 @@ def train_teacher(
 
 def _take_up(trainer: Trainer, path: Path, config: TrainConfig) -> None:
     """Give `trainer` the run directory `path`, and what a training that was broken off there has done."""
-    if not (path / CONFIG).is_file():
+    ranks = trainer.communicator
+
+    def create() -> RunDirectory:
         if path.exists():  # killed while it was made
             shutil.rmtree(path)
-        trainer.directory = RunDirectory.create(path, config)
+        return RunDirectory.create(path, config)
+
+    if not ranks.first((path / CONFIG).is_file):
+        trainer.directory = run_directory(create, ranks)
         return
     try:
-        trainer.directory = RunDirectory.open(path)
+        trainer.directory = run_directory(lambda: RunDirectory.open(path), ranks)
         trainer.directory.config = config  # a checkpoint of another teacher is refused
         problem = trainer.restore()
     except (CheckpointError, ConfigurationError) as error:
@@ -262,11 +270,14 @@ def cached_teacher(
     dataset: Dataset,
     device: Device | str = "auto",
     display: Display | None = None,
+    communicator: Communicator | None = None,
 ) -> Path:
     """Return the teacher file for the student `config`, training the teacher first where `teacher_path` has none.
 
     The training is a run of its own, in the folder beside the file that is called like it. It survives like any run:
     whoever asks for the same teacher again goes on with it, and the folder goes when the file is there.
+
+    With a `communicator` all its ranks train it together, and rank 0 keeps it.
 
     Raises
     ------
@@ -275,29 +286,40 @@ def cached_teacher(
     TeacherError, CheckpointError
         If no teacher can be kept there.
     """
-    path, display = teacher_path(config, dataset), (display or Display()).about("teacher")
+    ranks, display = communicator or Communicator(), (display or Display()).about("teacher")
+    path = ranks.first(lambda: teacher_path(config, dataset))
     folder = path.with_suffix("")
-    if path.is_file():
+    if ranks.first(path.is_file):
         display.show("note", f"{path} from an earlier run")
     else:
-        if not can_write(path.parent):
+        if not ranks.first(lambda: can_write(path.parent)):
             raise TeacherError(
                 f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; name another "
                 "folder by CUPYEP_CACHE, or give a --teacher made by tools/export_teacher_logits.py"
             )
-        with _alone(folder, display):
-            if path.is_file():
+        with _alone(folder, display, ranks):
+            if ranks.first(path.is_file):
                 display.show("note", f"{path} from an earlier run")
             else:
-                _make_teacher(config, dataset, device, display, path)
-    shutil.rmtree(folder, ignore_errors=True)  # nobody needs it now; another process may be removing it
+                _make_teacher(config, dataset, device, display, path, ranks)
+    # Nobody needs it now; another process may be removing it.
+    ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
     return path
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, display: Display) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; wait for one that is there."""
-    lock, told = FolderLock(folder), False
+def _alone(folder: Path, display: Display, ranks: Communicator) -> Iterator[None]:
+    """Make `folder` and keep processes other than `ranks` out of it; wait for one that is there."""
+    lock = FolderLock(folder)
+    ranks.first(lambda: _wait_for(lock, folder, display))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _wait_for(lock: FolderLock, folder: Path, display: Display) -> None:
+    told = False
     with Interruptions() as interruptions:
         while holder := _acquire(lock, folder):
             if not told:
@@ -305,10 +327,6 @@ def _alone(folder: Path, display: Display) -> Iterator[None]:
                 told = True
             time.sleep(WAIT_S)
             interruptions.check()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _acquire(lock: FolderLock, folder: Path) -> str:
@@ -318,18 +336,20 @@ def _acquire(lock: FolderLock, folder: Path) -> str:
         return lock.acquire()
 
 
-def _make_teacher(config: TrainConfig, dataset: Dataset, device: Device | str, display: Display, path: Path) -> None:
+def _make_teacher(
+    config: TrainConfig, dataset: Dataset, device: Device | str, display: Display, path: Path, ranks: Communicator
+) -> None:
     """Train the teacher of the student `config`, or go on with its training, and write its file to `path`."""
     own, folder = teacher_config(config), path.with_suffix("")
     display.show("note", f"none given, so {own.arch} is trained by backpropagation for {own.epochs} epochs first")
-    remove_leftovers(folder)
+    ranks.first(lambda: remove_leftovers(folder))
     try:
-        network = train_teacher(own, dataset, device, display, folder / "run")
+        network = train_teacher(own, dataset, device, display, folder / "run", ranks)
         layers = signal_layers(config, network) if config.teacher_features else []
-        _export(network, layers, dataset, folder / path.name, own, display)
+        ranks.first(lambda: _export(network, layers, dataset, folder / path.name, own, display))
     except Interrupted as error:
         raise type(error)(f"{error} while the teacher is trained; the same command goes on", error.number) from None
-    os.replace(folder / path.name, path)
+    ranks.first(lambda: os.replace(folder / path.name, path))
     display.show("note", f"kept in {path}")
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.batch import shared_out
 from cupyep.data import ImageFormat
 from cupyep.diagnostics.checkup import Checkup
 from cupyep.errors import ConfigurationError, ConvergenceWarning, DivergenceError, Interrupted, choose, integer, require
 from cupyep.optim import Optimizer
+from cupyep.parallel import Communicator
 from cupyep.persistence.checkpoint import versions
+from cupyep.training import sharing
 from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
@@ -74,6 +77,9 @@ class Trainer:
     on_epoch, on_batch : callable, optional
         Called with the record of every finished epoch, with the `StepResult` of every batch after its update. One that
         returns True or ``"stop"`` ends the run there; a batch's leaves a checkpoint from which it can go on.
+    communicator : Communicator, optional
+        Of several processes that train together: `train`, `test` and `validation` give each its share of every batch,
+        and everything else is the same on all.
 
     Notes
     -----
@@ -103,6 +109,7 @@ class Trainer:
         display: Display | None = None,
         on_epoch: Callable[[dict[str, Any]], Any] | None = None,
         on_batch: Callable[[Any], Any] | None = None,
+        communicator: Communicator | None = None,
     ):
         require(epochs >= 1, f"epochs must be at least 1 (got {epochs})")
         self.learner = learner
@@ -124,6 +131,7 @@ class Trainer:
         self.checkup = checkup
         self.display = display or Display()
         self.on_epoch, self.on_batch, self._stopped = on_epoch, on_batch, False
+        self.communicator = communicator or Communicator()
         self.events: EventLog | None = None  # made with the run directory
         self.records: list[dict[str, Any]] = []
         self.interruptions = Interruptions()
@@ -148,13 +156,15 @@ class Trainer:
             If a signal came; the run has been saved.
         """
         self.check_unfinished()
+        sharing.share_parameters(self.learner, self.communicator)
         if self.directory is None:
             return self._train()
         with self.directory.locked(), self.interruptions:
             try:
                 return self._train()
-            except Interrupted:
-                self._save()
+            except Interrupted as error:
+                if self.communicator.is_agreed(error):
+                    self._save()
                 raise
 
     def check_unfinished(self) -> None:
@@ -301,12 +311,13 @@ class Trainer:
             begin = time.monotonic()
             for batch in self._stoppable(self.train.batches(self.batches_done)):
                 self._step(epoch, batch)
-                progress.advance(len(batch))
-                if progress.is_due():
+                progress.advance(shared_out(batch)[1])
+                shows, saves = self.communicator.any(progress.is_due(), self._must_save())
+                if shows:
                     means = self._means(epoch)
                     progress.show(progress_text(means), **{name: means[name] for name in SHOWN})
                 self.epoch_s, begin = self.epoch_s + time.monotonic() - begin, time.monotonic()
-                if self.directory is not None and begin - self._saved >= self.checkpoint_s:
+                if saves:
                     self._save()
                     begin = time.monotonic()
         return self._means(epoch)
@@ -314,20 +325,23 @@ class Trainer:
     def _step(self, epoch: int, batch: Any) -> None:
         done = epoch - 1 + self.batches_done / len(self.train)
         factor = self.schedules.set(done, self.epochs, self.halvings)
-        result = self.learner.step(batch)
-        self.statistics.add(result)  # before a clip
+        result, means, count = sharing.step(self.learner, batch, self.communicator)
+        self.statistics.add_means(means, result.gradients, count)  # before a clip
         self.optimizer.step(result.gradients, factor)
-        self.watch.add(result.loss)
+        self.watch.add(means["loss"])
         self.batches_done += 1
         if self.on_batch is not None:
             self._stopped = self.on_batch(result) in (True, "stop")
+
+    def _must_save(self) -> bool:
+        return self.directory is not None and time.monotonic() - self._saved >= self.checkpoint_s
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield `batches`; raise `Interrupted` when one is done and a signal has come."""
         for batch in batches:
             yield batch
-            self.interruptions.check()
-            if self._stopped:
+            self.communicator.check(self.interruptions.check)
+            if self.on_batch is not None and any(self.communicator.any(self._stopped)):
                 raise _Stopped
 
     def _means(self, epoch: int) -> dict[str, Any]:
@@ -378,7 +392,7 @@ class Trainer:
                 continue
             shown = self.display.over(batches, f"epoch {epoch}/{self.epochs} {split}")
             with self.optimizer.averaged():
-                loss, accuracy = evaluate(self.learner, self._stoppable(shown))
+                loss, accuracy = evaluate(self.learner, self._stoppable(shown), self.communicator)
             if not math.isfinite(loss):
                 raise DivergenceError(f"the {split} loss is not finite after epoch {epoch}; lower --learning-rate")
             record |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
