@@ -491,8 +491,10 @@ DEFECTS = [
            "most, length = xp.sqrt(squares, out=squares)\n    length[...] = length.max()", "test_optim"),
     Defect("clip of the readout", "optim.py", '("readout.", "signals.")', '("signals.",)', "test_optim"),
     Defect("gradient norms recorded after the clip", "training/trainer.py",
-           "self.statistics.add(result)  # before a clip\n        self.optimizer.step(result.gradients, factor)",
-           "self.optimizer.step(result.gradients, factor)\n        self.statistics.add(result)", "test_training"),
+           "self.statistics.add_means(means, result.gradients, count)  # before a clip\n"
+           "        self.optimizer.step(result.gradients, factor)",
+           "self.optimizer.step(result.gradients, factor)\n"
+           "        self.statistics.add_means(means, result.gradients, count)", "test_training"),
     Defect("warm-up of kappa", "training/schedules.py",
            "signal.anneal(progress)", "signal.anneal(min(progress, self.warmup))", "test_training"),
     Defect("warm-up begins at nothing", "training/schedules.py",
@@ -502,9 +504,8 @@ DEFECTS = [
     Defect("smoothed labels do not sum to 1", "batch.py",
            "rows *= 1 - self.label_smoothing", "rows *= 1", "test_resident"),
     Defect("test labels smoothed, too", "training/build.py",
-           "return Loader(dataset, split, config.batch_size, network.device, network.dtype)",
-           "return Loader(dataset, split, config.batch_size, network.device, network.dtype, "
-           "label_smoothing=config.label_smoothing)", "test_training"),
+           "network.dtype, share=share)", "network.dtype, share=share, label_smoothing=config.label_smoothing)",
+           "test_training"),
     Defect("the average keeps its start", "optim.py",
            "min(self.ema, (1 + self.steps) / (10 + self.steps))", "self.ema", "test_optim"),
     Defect("the average stays in the parameters' place", "optim.py",
@@ -586,7 +587,7 @@ DEFECTS = [
            "right += (values.argmax(axis=2) == labels[rows]).sum(axis=1)",
            "right += (values[0].argmax(axis=1) == labels[rows]).sum()", "test_teacher_survival"),
     Defect("a run goes on with any teacher", "training/runs.py",
-           "if kept := kept_teacher(run, [other]):", "if kept := None:", "test_teacher_survival"),
+           "(path := ranks.first(kept))", "(path := None)", "test_teacher_survival"),
     Defect("any file is the teacher that a run started with", "training/teacher.py",
            '.split(" ")[0] == _checksum(path)', '.split(" ")[0] != ""', "test_teacher_survival"),
     Defect("graph reused for another free state", "phases.py",

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from cupyep.backend.threads import share_cpus
 from cupyep.parallel import Ranks
 
 SECONDS = 20  # a test that hangs fails
@@ -47,7 +48,7 @@ class FakeWorld:
         return FakeWorld(self.rank, self.size, self._hubs, (*self._name, self._made))
 
     def Split_type(self, kind):
-        return SimpleNamespace(rank=self.rank)
+        return SimpleNamespace(rank=self.rank, size=self.size)
 
     def allgather(self, value):
         hub = self._hub
@@ -96,6 +97,7 @@ def in_ranks(size, work):
     for thread in threads:
         thread.join(SECONDS)
         assert not thread.is_alive(), "a rank waits for others"
+    share_cpus(1)
     return results
 
 

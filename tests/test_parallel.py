@@ -245,9 +245,9 @@ def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
     def work(ranks):
         return step(LEARNERS[kind](ep.vgg(5, **how)), batch((ranks.rank, ranks.size)), ranks)
 
-    for gradients, found, count in in_ranks(3, work):
+    for result, found, count in in_ranks(3, work):
         assert count == samples
-        np.testing.assert_allclose(gradients.packed, whole.gradients.packed, rtol=1e-10, atol=1e-15)
+        np.testing.assert_allclose(result.gradients.packed, whole.gradients.packed, rtol=1e-10, atol=1e-15)
         assert set(found) == set(means)
         for name in set(means) - {"dead"}:  # which is counted by parts
             np.testing.assert_allclose(found[name], means[name], rtol=1e-10, atol=1e-18, err_msg=name)

@@ -22,7 +22,7 @@ from cupyep.training.display import Display
 from cupyep.training.results import TrainSummary
 from cupyep.training.run_directory import RunDirectory, check_free
 from cupyep.training.runs import prepare, show_start
-from cupyep.training.teacher_cache import keep_teacher
+from cupyep.training.teacher import keep_teacher
 
 OF_THE_NETWORK = {name for name, spec in OPTIONS.items() if spec.metadata["group"] == "Network"}
 OF_THE_NETWORK |= {"device", "scratch_mb", "precision"}
