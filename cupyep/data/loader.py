@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from cupyep.data.dataset import Dataset
 from cupyep.errors import flag, instance, integer, require, shown
 
 DTYPES = ("float32", "float64")
+RESIDENT_BYTES = 256 << 20  # stored images of so many bytes are read once, more of them batch by batch
+ROOM_SHARE = 0.5  # of the memory that a GPU has left; the network needs some, too
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class _Draws:
 
 
 class Normaliser:
-    """Makes network inputs of pixels: a value x of channel c becomes (x / 255 - mean[c]) / std[c].
+    """Makes network inputs of pixels: a value x of channel c becomes (x / unit - mean[c]) / std[c].
 
     Parameters
     ----------
@@ -35,16 +38,18 @@ class Normaliser:
     device : Device
     dtype : dtype
         Of the result.
+    unit : float
+        255 for uint8 images, 1 for floats.
     """
 
-    def __init__(self, mean: np.ndarray, std: np.ndarray, device: Device, dtype: Any):
+    def __init__(self, mean: np.ndarray, std: np.ndarray, device: Device, dtype: Any, unit: float = 255.0):
         mean, std = mean.astype(np.float64), std.astype(np.float64)
         self.dtype = np.dtype(dtype)
-        self._scale = device.asarray(1 / (255 * std), self.dtype)
+        self._scale = device.asarray(1 / (unit * std), self.dtype)
         self._shift = device.asarray(-mean / std, self.dtype)
 
     def __call__(self, pixels: Any) -> Any:
-        """Return uint8 `pixels` (..., C) on the device as normalised numbers, a new array."""
+        """Return `pixels` (..., C) on the device as normalised numbers, a new array."""
         images = pixels.astype(self.dtype)
         images *= self._scale
         images += self._shift
@@ -61,7 +66,7 @@ class Loader:
     batch_size : int
         At least 1.
     device : Device or str
-        The uint8 images are copied there once.
+        The images are copied there once, if they are in memory and there is room; otherwise batch by batch.
     dtype : dtype
         Of the batches: float32 or float64.
     augment : bool, default False
@@ -78,7 +83,8 @@ class Loader:
 
     Notes
     -----
-    Images are normalised by `Normaliser`.
+    Images are normalised by `Normaliser`. Those that are not kept on the device are read by a thread, one batch ahead
+    of the one that is worked on; the batches are the same.
 
     Iterating draws all random numbers of the epoch at once, on the host, by sample and not by batch: the order and
     augmentation of an epoch depend on nothing but the generator's state when it begins (not on device, batch size,
@@ -112,8 +118,14 @@ class Loader:
         self.generator = generator
         self.pad = dataset.pad if pad is None else integer("pad", pad, 0)
         self.flip = flag("flip", flip) and dataset.flip
-        self._images = self.device.asarray(self.split.images)
-        self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
+        self._images = self.device.asarray(self.split.images[:]) if self._has_room() else None
+        self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype, dataset.unit)
+
+    def _has_room(self) -> bool:
+        """Return whether all images are to be kept on the device."""
+        images, free = self.split.images, self.device.free_bytes()
+        is_small = isinstance(images, np.ndarray) or images.nbytes <= RESIDENT_BYTES
+        return is_small and (free is None or images.nbytes <= ROOM_SHARE * free)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -133,7 +145,19 @@ class Loader:
         if self.augment or self.shuffle:
             there = self.device.asarray(np.stack([draws.order, draws.dy, draws.dx, draws.flip]))  # sent once an epoch
         starts = range(first * self.batch_size, len(self.split), self.batch_size)
+        if self._images is None:
+            return self._streamed(draws, there, starts)
         return (self._batch(draws, there, start) for start in starts)
+
+    def _streamed(self, draws: _Draws, there: Any, starts: Sequence[int]) -> Iterator[Batch]:
+        """Yield batches whose images are read while the one before is worked on."""
+        rows = [draws.order[start : start + self.batch_size] for start in starts]
+        with ThreadPoolExecutor(1, "cupyep-images") as reader:
+            coming = [reader.submit(self.split.images.__getitem__, places) for places in rows[:1]]
+            for number, start in enumerate(starts):
+                pixels = coming.pop().result()
+                coming += [reader.submit(self.split.images.__getitem__, places) for places in rows[number + 1 :][:1]]
+                yield self._batch(draws, there, start, self.device.asarray(pixels))
 
     def _draw(self) -> _Draws:
         count, rng = len(self.split), self.generator
@@ -142,11 +166,15 @@ class Loader:
         flip = rng.integers(0, 1, count, endpoint=True) if self.augment and self.flip else np.zeros(count, int)
         return _Draws(order, dy, dx, flip)
 
-    def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
+    def _batch(self, draws: _Draws, there: Any, start: int, pixels: Any = None) -> Batch:
+        """Return a batch: of the images on the device, or of just its own `pixels`, which are there, too."""
         rows = slice(start, start + self.batch_size)
         places = draws.order[rows]
         if self.augment:
-            images = self._crop(there[:, rows])
+            chosen = there[0, rows] if pixels is None else self.device.xp.arange(len(pixels))
+            images = self._crop(self._images if pixels is None else pixels, chosen, there[1:, rows])
+        elif pixels is not None:
+            images = self._normalise(pixels)
         elif self.shuffle:
             images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
@@ -159,20 +187,21 @@ class Loader:
         """Return by what a teacher's logits are looked up."""
         return self.split.index[draws.order[rows]], draws.flip[rows].astype(np.uint8)
 
-    def _crop(self, draws: Any) -> Any:
+    def _crop(self, stored: Any, places: Any, draws: Any) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised; all on the device.
 
-        `draws` (4, B) are those of `_Draws` there.
+        `places` (B,) are rows of `stored`, `draws` (3, B) the others of `_Draws` there.
         """
         xp = self.device.xp
-        count, height, width, channels = self._images.shape
-        places, dy, dx, flip = draws[:, :, None]
+        height, width, channels = stored.shape[1:]
+        places = places[:, None]
+        dy, dx, flip = draws[:, :, None]
         y = xp.arange(height) + dy - self.pad  # (B, H) row of the stored image, or outside of it
         x = xp.arange(width)
         x = xp.where(flip == 1, width - 1 - x, x) + dx - self.pad  # (B, W)
         inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
         y, x = y.clip(0, height - 1), x.clip(0, width - 1)
         pixel = ((places * height + y) * width)[:, :, None] + x[:, None, :]  # (B, H, W) row in the flat image list
-        images = self._normalise(xp.take(self._images.reshape(-1, channels), pixel, axis=0))
+        images = self._normalise(xp.take(stored.reshape(-1, channels), pixel, axis=0))
         images *= inside[..., None]
         return images
