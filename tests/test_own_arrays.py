@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from data_files import assert_one_line
 from strict import StrictDevice
 
 import cupyep as ep
-from cupyep.data import Loader, images, loader
+from cupyep.data import Loader, images
+from cupyep.data import stored as storing
 from cupyep.data.selection import stratified
 from cupyep.data.stored import StoredImages, joined
 from cupyep.errors import ConfigurationError, CupyepError, DataError
@@ -200,7 +203,7 @@ def stored(array):
 @pytest.mark.parametrize("x", [X.astype(np.float32), BYTES], ids=["floats", "bytes"])
 @pytest.mark.parametrize("how", [{}, {"shuffle": True}, {"shuffle": True, "augment": True}], ids=str)
 def test_streamed_batches_are_those_of_images_in_memory(monkeypatch, x, how):
-    monkeypatch.setattr(loader, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(storing, "RESIDENT_BYTES", 0)
     found = []
     for images_ in (x, stored(x)):
         data = ep.Dataset.from_arrays(images_, Y, validation=4, flip=True)
@@ -224,9 +227,7 @@ def test_a_gpu_without_room_gets_batches(monkeypatch):
         )
 
 
-def test_the_next_batch_is_read_while_one_is_worked_on():
-    import threading
-
+def test_the_next_batch_is_read_while_one_is_worked_on(monkeypatch):
     read, asked = threading.Event(), []
 
     def slow(rows):
@@ -236,15 +237,9 @@ def test_the_next_batch_is_read_while_one_is_worked_on():
         return BYTES[rows]
 
     data = ep.Dataset.from_arrays(BYTES, Y, (BYTES, Y))
-    source = StoredImages(slow, BYTES.shape, np.uint8)
-    object.__setattr__(data.train, "images", source)
-    batches = Loader.__new__(Loader)
-    loader_bytes, loader.RESIDENT_BYTES = loader.RESIDENT_BYTES, 0
-    try:
-        batches.__init__(data, "train", 10, "cpu", "float32")
-    finally:
-        loader.RESIDENT_BYTES = loader_bytes
-    iterator = iter(batches)
+    object.__setattr__(data.train, "images", StoredImages(slow, BYTES.shape, np.uint8))
+    monkeypatch.setattr(storing, "RESIDENT_BYTES", 0)
+    iterator = iter(Loader(data, "train", 10, "cpu", "float32"))
     next(iterator)
     assert read.wait(5), "the second batch is not read before it is asked for"
     iterator.close()

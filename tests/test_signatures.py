@@ -374,6 +374,7 @@ MEANINGFUL = (
     (r".*", "record|learned|nesterov|flip|augment|shuffle", "true", "a flag"),
     (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason|fingerprint", "text", "free text"),
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
+    (r"load_dataset", "test_fraction", "half", "a share"),
     (r"load_dataset", "data_dir", "text", "digits need no folder"),
 )
 ALIASES = {

@@ -18,7 +18,7 @@ from cupyep.backend.peak import peak_bytes
 from cupyep.batch import Batch
 from cupyep.data import ImageFormat
 from cupyep.data.dataset import image_shape
-from cupyep.data.sources import SOURCES
+from cupyep.data.sources import SOURCES, is_own
 from cupyep.errors import require
 from cupyep.files import replacing
 from cupyep.learning import Learner
@@ -26,7 +26,14 @@ from cupyep.learning.operations import Operations
 from cupyep.network import Network
 from cupyep.plan import plan
 from cupyep.signals import Augmenter
-from cupyep.training.build import build_learner, build_network, build_optimizer, make_signals, optimizer_slots
+from cupyep.training.build import (
+    build_dataset,
+    build_learner,
+    build_network,
+    build_optimizer,
+    make_signals,
+    optimizer_slots,
+)
 from cupyep.training.config import TrainConfig
 
 #: The options that a step's memory depends on.
@@ -217,9 +224,12 @@ def measured_step(config: TrainConfig, device: Device) -> int:
 
 def blank_learner(config: TrainConfig, device: Device) -> Learner:
     """Return the untrained network of `config` with its learner and signals, which need no files."""
-    source = SOURCES[config.dataset]
-    shape = image_shape(config.dataset, config.image_size)
-    images = ImageFormat(source.name, source.classes, shape, np.zeros(shape[2:]), np.ones(shape[2:]))
+    if is_own(config.dataset):
+        images = ImageFormat.of(build_dataset(config))
+    else:
+        source = SOURCES[config.dataset]
+        shape = image_shape(config.dataset, config.image_size)
+        images = ImageFormat(source.name, source.classes, shape, np.zeros(shape[2:]), np.ones(shape[2:]))
     network = build_network(config, images, device)
     return build_learner(config, network, _signals(config, network), np.random.default_rng(config.seed))
 

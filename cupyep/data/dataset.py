@@ -16,10 +16,10 @@ from cupyep.data.files import check_labels
 from cupyep.data.formats import Layout, layouts_found
 from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Source
+from cupyep.data.sources import DATASETS, SOURCES, Source, check_name, is_own
 from cupyep.data.stored import StoredImages, chosen
 from cupyep.data.verify import check_original
-from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, require, shown
+from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.files import expanded
 
 VIEWS = ("identity", "hflip")
@@ -219,20 +219,23 @@ def load_dataset(
     limit_test: int | None = None,
     validation: int | None = None,
     seed: int = 0,
+    test_fraction: float = 0.2,
 ) -> Dataset:
     """Load a data set from its original files, looking below `data_dir` and downloading what is not there.
+
+    A user's own are loaded by ``file:PATH`` and ``folder:PATH``; see `cupyep.data.own` and `cupyep.data.folder`.
 
     Parameters
     ----------
     name : str
-        One of `DATASETS`.
+        One of `DATASETS`, or a user's own.
     data_dir : path, optional
         See `data_directory`. Accepted: the extracted folders, the original archives, or such a folder itself.
     download : bool, default True
         Whether to fetch the original archives (with checksum) when none is there.
     image_size : int, optional
         Height and width of the images: theirs divided by an integer, by averaging areas, rounded half up; or theirs
-        times 2, 3 or 4, by repeating pixels.
+        times 2, 3 or 4, by repeating pixels. Of a folder of pictures any size, 32 by default.
     limit_train, limit_test : int, optional
         Keep so many samples only, the first ones of each class, equally many of each. `mean` and `std` stay those of
         the whole training part, so that a network can be evaluated with other limits than it was trained with.
@@ -240,6 +243,8 @@ def load_dataset(
         Hold so many training samples out, equally many of each class, before `limit_train` is applied.
     seed : int
         Which samples are held out.
+    test_fraction : float
+        Share of a user's own images that are for testing, drawn by `seed`, where none are set apart.
 
     Raises
     ------
@@ -248,11 +253,17 @@ def load_dataset(
     DataError
         If files are missing and cannot be downloaded, or are not what they should be.
     """
-    source = SOURCES[choose("data set", name, DATASETS)]
+    check_name(instance("data set", name, str, "a text"), "data set")
     flag("download", download)
     errors.seed("seed", seed)
     if data_dir is not None:
         errors.path("data_dir", data_dir)
+    number("test_fraction", test_fraction, above=0, below=1)
+    if is_own(name):
+        from cupyep.data.own import load_own  # here: it makes objects of this module
+
+        return load_own(name, image_size, limit_train, limit_test, validation, seed, test_fraction)
+    source = SOURCES[name]
     check_limits(name, source.train_count, source.test_count, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
     layout = _find(source, data_directory(data_dir), download)

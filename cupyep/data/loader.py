@@ -12,10 +12,10 @@ import numpy as np
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
+from cupyep.data.stored import StoredImages
 from cupyep.errors import flag, instance, integer, require, shown
 
 DTYPES = ("float32", "float64")
-RESIDENT_BYTES = 256 << 20  # stored images of so many bytes are read once, more of them batch by batch
 ROOM_SHARE = 0.5  # of the memory that a GPU has left; the network needs some, too
 
 
@@ -124,8 +124,8 @@ class Loader:
     def _has_room(self) -> bool:
         """Return whether all images are to be kept on the device."""
         images, free = self.split.images, self.device.free_bytes()
-        is_small = isinstance(images, np.ndarray) or images.nbytes <= RESIDENT_BYTES
-        return is_small and (free is None or images.nbytes <= ROOM_SHARE * free)
+        is_large = isinstance(images, StoredImages) and images.is_large
+        return not is_large and (free is None or images.nbytes <= ROOM_SHARE * free)
 
     def __len__(self) -> int:
         """Return the number of batches."""

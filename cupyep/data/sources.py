@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from cupyep.errors import choose, require
+from cupyep.files import expanded
 
 
 @dataclass(frozen=True)
@@ -217,3 +221,29 @@ _TABLE = (
 )
 SOURCES = {source.name: source for source in _TABLE}
 DATASETS = tuple(SOURCES)
+
+OWN = ("file", "folder")  # what the name of a user's own data set begins with, before a colon and a path
+
+
+def is_own(name: str) -> bool:
+    """Return whether a data set is a user's own: ``file:PATH`` or ``folder:PATH``."""
+    return name.partition(":")[0] in OWN and ":" in name
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise `ConfigurationError` unless `name` is that of a data set, or of a user's own with a path."""
+    if not is_own(name):
+        choose(what, name, (*DATASETS, *(f"{kind}:PATH" for kind in OWN)))
+    require(not is_own(name) or name.partition(":")[2].strip() != "", f"{what} {name} lacks a path behind the colon")
+
+
+def absolute_name(name: str) -> str:
+    """Return the name of a data set, of a user's own with the whole path: a run goes on from any working folder."""
+    kind, _, path = name.partition(":")
+    return f"{kind}:{os.path.abspath(expanded(path))}" if is_own(name) else name
+
+
+def short_name(name: str) -> str:
+    """Return the name of a data set without the folders on the way to it."""
+    kind, _, path = name.partition(":")
+    return f"{kind}:{os.path.basename(os.path.normpath(path))}" if is_own(name) else name

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+RESIDENT_BYTES = 256 << 20  # images of so many bytes are read as a whole, more of them batch by batch
+
 
 class StoredImages:
     """What an array of images looks like as long as only some are read at a time.
@@ -39,6 +41,11 @@ class StoredImages:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_large(self) -> bool:
+        """Whether they are better not read as a whole."""
+        return self.nbytes > RESIDENT_BYTES
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return the images of a slice or of an array of row numbers, in memory."""

@@ -34,6 +34,7 @@ SHARED = (
     "limit_train",
     "limit_test",
     "validation",
+    "test_fraction",
     "crop",
     "flip",
     "batch_size",

@@ -16,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cupyep._version import __version__
 from cupyep.backend import Device
 from cupyep.data import Dataset, cache_directory, data_directory
+from cupyep.data.images import add_to_digest
 from cupyep.errors import CheckpointError, Interrupted, TeacherError, reporting
 from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
 from cupyep.models import slug
@@ -31,7 +30,8 @@ from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions
 from cupyep.training.teacher import SHARED, TEACHER_SETTINGS, export_logits, feedforward, teacher_config, train_teacher
 
-NO_MATTER = {"device", "scratch_mb", "data_dir", "checkpoint_minutes", "on_divergence"}  # to what becomes of a teacher
+# To what becomes of a teacher, beside the images that it is trained on.
+NO_MATTER = {"device", "scratch_mb", "data_dir", "checkpoint_minutes", "on_divergence", "dataset", "test_fraction"}
 WAIT_S = 1.0
 KEPT, CHECKSUM = "teacher.h5", "teacher.sha256"  # in the folder of a run
 
@@ -45,7 +45,7 @@ def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
     """
     own = teacher_config(config)
     digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
-    name = Path("teachers") / f"{slug(own.arch)}-{own.dataset}-{digest}.h5"
+    name = Path("teachers") / f"{slug(own.arch)}-{slug(dataset.name)}-{digest}.h5"
     old = data_directory(config.data_dir) / name
     return old if old.is_file() else cache_directory() / name
 
@@ -192,9 +192,8 @@ def _export(
 
 def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
     options = config.take(*sorted({*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER))
-    digest = hashlib.sha256(json.dumps([__version__, options, features], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([__version__, dataset.name, options, features], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
         for array in (split.images, split.labels):
-            digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array))
+            add_to_digest(digest, array)
     return digest.hexdigest()[:12]
