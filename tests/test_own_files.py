@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import zipfile
 
 import h5py
@@ -341,3 +343,46 @@ def test_predictions_of_arrays(tmp_path, invoke):
     code, out, err = invoke("export", "run", "--format", "npz", "--output", "net.npz")
     assert code == 0, err
     assert "(pixel - mean) / std" in out
+
+
+MANY = 100_000
+READ_ALL = """
+import resource, sys
+import numpy as np
+from cupyep.data import Loader, load_dataset
+import zipfile, h5py, PIL.Image
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+begin = peak()
+data = load_dataset(sys.argv[1], validation=1000)
+batches = Loader(data, "train", 256, "cpu", "float32", augment=True, shuffle=True, generator=np.random.default_rng(0))
+assert sum(len(batch) for batch in batches) == len(data.train)
+print(peak() - begin)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["npz", "h5"])
+def test_many_images_take_little_memory(tmp_path, kind):
+    """100,000 images of 307 MB, read twice in order and once shuffled: at most a quarter of them is in memory."""
+    pytest.importorskip("resource")
+    block = RNG.integers(0, 256, (1000, 32, 32, 3), dtype=np.uint8)
+    labels, path = np.arange(MANY) % 10, tmp_path / f"many.{kind}"
+    if kind == "npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open("x.npy", "w", force_zip64=True) as file:
+                head = {"descr": "|u1", "fortran_order": False, "shape": (MANY, 32, 32, 3)}
+                np.lib.format.write_array_header_1_0(file, head)
+                for _ in range(MANY // 1000):
+                    file.write(block)
+            with archive.open("y.npy", "w") as file:
+                np.lib.format.write_array(file, labels)
+    else:
+        with h5py.File(path, "w") as file:
+            x = file.create_dataset("x", (MANY, 32, 32, 3), "u1")
+            for start in range(0, MANY, 1000):
+                x[start : start + 1000] = block
+            file["y"] = labels
+    command = [sys.executable, "-c", READ_ALL, f"file:{path}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) < 77e6, found.stdout

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import zipfile
 import zlib
@@ -157,7 +158,7 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
     if info.compress_type == zipfile.ZIP_STORED and not is_fortran and len(shape) in (3, 4):
         if head + math.prod(shape) * dtype.itemsize != info.file_size:
             raise DataError(f"{path}: {info.filename} is truncated or damaged; {MADE_BY}")
-        images = _mapped(path, _start(path, info) + head, shape, dtype)
+        images = _in_place(path, _start(path, info) + head, shape, dtype)
         if images.is_large:
             return images
     with archive.open(info) as file:
@@ -171,10 +172,26 @@ def _start(path: Path, info: zipfile.ZipInfo) -> int:
         return info.header_offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
 
 
-def _mapped(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> StoredImages:
+def _in_place(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> StoredImages:
+    """Return the images that begin at the byte `start` of a file.
+
+    They are read and not mapped: what a system maps around a page that is asked for counts as memory, too, and is many
+    times as much where images are asked for in random order.
+    """
+    size = math.prod(shape[1:]) * dtype.itemsize
+
     def read(rows: Any) -> np.ndarray:
-        # Mapped anew every time: the pages of all that was ever read would count as memory of this process.
-        return np.array(np.memmap(path, dtype, "r", start, shape)[rows])
+        numbers = np.arange(*rows.indices(shape[0])) if isinstance(rows, slice) else rows
+        found = np.empty((len(numbers), *shape[1:]), dtype)
+        flat = found.reshape(-1).view(np.uint8)
+        ends = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]  # of runs of neighbours
+        with open(path, "rb", buffering=0) as file:
+            for first, last in itertools.pairwise(ends if len(numbers) else []):
+                part = flat[first * size : last * size]
+                file.seek(start + int(numbers[first]) * size)
+                if file.readinto(part) != len(part):
+                    raise DataError(f"{path}: became shorter while it was read")
+        return found
 
     return StoredImages(read, _four(shape), _kept(dtype))
 

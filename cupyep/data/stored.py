@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-RESIDENT_BYTES = 256 << 20  # images of so many bytes are read as a whole, more of them batch by batch
+RESIDENT_BYTES = 64 << 20  # images of so many bytes are read as a whole, more of them batch by batch
 
 
 class StoredImages:
