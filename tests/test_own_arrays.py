@@ -246,6 +246,31 @@ def test_the_next_batch_is_read_while_one_is_worked_on(monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("cupyep-images")]
 
 
+def test_balanced_epochs():
+    """Of every class equally many; of a small one each image equally often; every batch of an epoch is as looked up."""
+    labels = np.repeat([0, 1, 2], [40, 7, 3])
+    x = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1).repeat(4, 1).repeat(4, 2)
+    data = ep.Dataset.from_arrays(x, labels, (x, labels))
+    generator = np.random.default_rng(0)
+    batches = Loader(data, "train", 8, "cpu", "float64", shuffle=True, balance=True, generator=generator)
+    seen = []
+    for _ in range(3):
+        epoch = list(batches)
+        index = np.concatenate([batch.index for batch in epoch])
+        assert sorted(np.bincount(labels[index])) == [16, 17, 17]
+        for c in (1, 2):
+            times = np.bincount(index, minlength=50)[labels == c]
+            assert times.max() - times.min() <= 1
+        pixels = np.concatenate([batch.images[:, 0, 0, 0] for batch in epoch])
+        np.testing.assert_allclose(pixels, (index - data.mean[0]) / data.std[0], rtol=1e-6)
+        np.testing.assert_array_equal(np.concatenate([batch.labels for batch in epoch]), labels[index])
+        seen.append(set(index[labels[index] == 0]))
+    assert len(seen[0]) == 16 or len(seen[0]) == 17
+    assert seen[0] != seen[1]
+    with pytest.raises(ConfigurationError, match="balance needs shuffle"):
+        Loader(data, "train", 8, "cpu", "float64", balance=True)
+
+
 def test_joined_images():
     both = joined(stored(X[:20]), X[20:])
     for rows in (slice(3, 25), np.array([29, 0, 20, 19]), slice(None)):

@@ -371,7 +371,7 @@ MEANINGFUL = (
     (r"Network.settle", "beta", "minus one", "the nudge away from the target"),
     (r".*", "kappa|progress|momentum|weight_decay|factor|padding|pad|view|start", "zero", "its range begins at 0"),
     (r".*", "signals|nudges", "empty list|empty array", "a sequence of none"),
-    (r".*", "record|learned|nesterov|flip|augment|shuffle", "true", "a flag"),
+    (r".*", "record|learned|nesterov|flip|augment|shuffle|balance", "true", "a flag"),
     (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason|fingerprint", "text", "free text"),
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
     (r"load_dataset", "test_fraction", "half", "a share"),

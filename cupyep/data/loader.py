@@ -12,6 +12,7 @@ import numpy as np
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
+from cupyep.data.selection import evened
 from cupyep.data.stored import StoredImages
 from cupyep.errors import flag, instance, integer, require, shown
 
@@ -57,7 +58,7 @@ class Normaliser:
 
 
 class Loader:
-    """Iterable of `Batch` over one split; every sample once, the last batch as small as it comes out.
+    """Iterable of `Batch` over one split; every sample once (or balanced), the last batch as small as it comes out.
 
     Parameters
     ----------
@@ -80,6 +81,8 @@ class Loader:
         pixels are zero after normalisation, that is, they have the mean colour.
     flip : bool, default True
         False forbids mirroring; True allows it only where ``dataset.flip`` does.
+    balance : bool, default False
+        In every epoch images of every class equally often: some several times, others not at all. Needs `shuffle`.
 
     Notes
     -----
@@ -103,10 +106,13 @@ class Loader:
         generator: np.random.Generator | None = None,
         pad: int | None = None,
         flip: bool = True,
+        balance: bool = False,
     ):
         instance("dataset", dataset, Dataset)
         self.batch_size = integer("batch_size", batch_size)
         self.augment, self.shuffle = flag("augment", augment), flag("shuffle", shuffle)
+        self.balance = flag("balance", balance)
+        require(self.shuffle or not self.balance, "balance needs shuffle")
         require(generator is not None or not (augment or shuffle), "shuffle and augment need a generator")
         if generator is not None:
             instance("generator", generator, np.random.Generator)
@@ -161,7 +167,8 @@ class Loader:
 
     def _draw(self) -> _Draws:
         count, rng = len(self.split), self.generator
-        order = rng.permutation(count) if self.shuffle else np.arange(count)
+        order = rng.permutation(count) if self.shuffle and not self.balance else np.arange(count)
+        order = evened(self.split.labels, rng) if self.balance else order
         dy, dx = rng.integers(0, 2 * self.pad, (2, count), endpoint=True) if self.augment else np.zeros((2, count), int)
         flip = rng.integers(0, 1, count, endpoint=True) if self.augment and self.flip else np.zeros(count, int)
         return _Draws(order, dy, dx, flip)

@@ -57,3 +57,20 @@ def stratified(labels: np.ndarray, count: int, seed: int, stream: int) -> np.nda
     is_last = turn == sizes[labels] - 1
     key = turn + 1 - exact[labels] + np.where(is_last, len(labels), 0)
     return np.sort(order[np.argsort(key[order], kind="stable")[:count]])
+
+
+def evened(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return as many rows as there are, in random order, of every class equally many.
+
+    A class with fewer images than its share gives each of them equally often, give or take one; of a larger one another
+    part is drawn every time. In the mean that is a loss in which a sample of class c weighs N / (classes * N_c).
+    """
+    present = np.unique(labels)
+    shares = np.full(len(present), len(labels) // len(present))
+    shares[generator.permutation(len(present))[: len(labels) % len(present)]] += 1
+    order = []
+    for label, share in zip(present, shares, strict=True):
+        rows = np.flatnonzero(labels == label)
+        turns = [generator.permutation(rows) for _ in range(-(-share // len(rows)))]
+        order += [row for turn in turns for row in turn][:share]
+    return generator.permutation(order)

@@ -155,6 +155,7 @@ def training_batches(config: TrainConfig, dataset: Dataset, network: Network, ge
         generator=generator,
         pad=None if config.crop else 0,
         flip=config.flip,
+        balance=config.class_weights == "balanced",
     )
 
 

@@ -99,6 +99,8 @@ class TrainConfig:
                                   low=1)
     test_fraction: float = DATA(0.2, float, "Share of your own images that is for testing, of each class alike, drawn "
                                 "by the seed, where none are set apart.", above=0, below=1, needs=("own data",))
+    class_weights: str = DATA("none", str, "balanced: classes of few images weigh as much as others, by being shown "
+                              "more often; every epoch draws anew.", choices=("none", "balanced"))
     crop: bool = DATA(True, bool, "Random crops of the padded training images.")
     flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).", needs=("mirrored",))
 

@@ -35,6 +35,7 @@ SHARED = (
     "limit_test",
     "validation",
     "test_fraction",
+    "class_weights",
     "crop",
     "flip",
     "batch_size",
