@@ -16,7 +16,7 @@ from cupyep.commands.confusion import confusion_of
 from cupyep.data import stored as storing
 from cupyep.data.pictures import read_picture
 from cupyep.data.sources import absolute_name, short_name
-from cupyep.errors import ConfigurationError
+from cupyep.errors import ConfigurationError, DataError
 from cupyep.training.run_directory import RunDirectory
 
 pytest.importorskip("PIL")
@@ -128,6 +128,30 @@ def test_a_folder_with_parts_and_grey_pictures(tmp_path):
     np.testing.assert_array_equal(data.test.images[..., 0], middle)
     with pytest.raises(ConfigurationError, match="has a validation part of its own; leave out --validation"):
         ep.load_dataset(f"folder:{tmp_path / 'pets'}", validation=2)
+
+
+def test_tiny_imagenet(tmp_path):
+    """Its own layout: pictures of a class below its folder; validation pictures in one folder, told by a table."""
+    from PIL import Image
+
+    root, lines = tmp_path / "tiny-imagenet-200", []
+    for folder in ("val/images", "test/images", "train/n1/images", "train/n2/images", "train/n3/images"):
+        (root / folder).mkdir(parents=True)
+    for n in range(6):
+        label = f"n{n % 3 + 1}"
+        Image.fromarray(X[n, :, :6]).save(root / "train" / label / "images" / f"{label}_{n}.png")
+        Image.fromarray(X[n + 6, :, :6]).save(root / "val" / "images" / f"val_{n}.png")
+        lines.append(f"val_{n}.png\t{label}\t0\t0\t5\t5\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "words.txt").write_text("n1\tgoldfish, Carassius auratus\nn2\tcrane\nn3\tcrane, bird\nn4\tother\n")
+    data = ep.load_dataset(f"folder:{root}", image_size=6)
+    assert data.classes == ("goldfish", "n2", "n3")
+    np.testing.assert_array_equal(data.train.images, X[[0, 3, 1, 4, 2, 5], :, :6])
+    np.testing.assert_array_equal(data.test.images, X[6:12, :, :6])
+    np.testing.assert_array_equal(data.test.labels, np.arange(6) % 3)
+    os.remove(root / "val" / "images" / "val_2.png")
+    with pytest.raises(DataError, match="val_2.png is missing"):
+        ep.load_dataset(f"folder:{root}", image_size=6)
 
 
 def test_names():

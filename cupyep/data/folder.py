@@ -2,7 +2,8 @@
 
 Either ``train``, ``test`` and, if there is one, ``val`` hold the folders of the classes, or the folder itself does. A
 picture belongs to the class in whose folder, or below it, it lies; hidden files and what is no picture by its name are
-passed over. How a picture becomes an image: `cupyep.data.pictures`. Where all of them are grey, so are the images.
+passed over. Tiny-ImageNet is read as it comes: its annotated part for validation, the only other one with labels, is
+for testing. How a picture becomes an image: `cupyep.data.pictures`. Where all of them are grey, so are the images.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import numpy as np
 from cupyep.data.dataset import cache_directory
 from cupyep.data.pictures import SUFFIXES, is_grey, read_picture
 from cupyep.errors import DataError, reporting
-from cupyep.files import can_write, replacing
+from cupyep.files import can_write, read_text, replacing
 
 DEFAULT_SIZE = 32  # pixels a side, as most recipes have them
 PARTS = {"": ("train", "training"), "_val": ("val", "valid", "validation"), "_test": ("test", "testing")}
+ANNOTATIONS = Path("val", "val_annotations.txt")  # of Tiny-ImageNet: a file's name, a tab, its class, a box
+TEXT_BYTES = 1 << 24
 MADE_AS = 1  # of how images are made of pictures; another number makes all of them anew
 LAYOUT = "a sub-folder a class, or train, val and test with such sub-folders"
 Listing = dict[str, list[tuple[Path, str]]]
@@ -72,8 +75,12 @@ def list_pictures(folder: Path) -> Listing:
     if not folder.is_dir():
         raise DataError(f"{folder} is a file: for arrays in a file, use --dataset file:{folder}")
     with reporting(DataError, f"cannot read {folder}"):
-        found = _parts(folder)
-        parts = {part: list(_of_classes(place)) for part, place in found.items()}
+        if (folder / ANNOTATIONS).is_file():
+            found = {"": folder / "train", "_test": folder / ANNOTATIONS.parent}
+            parts = _tiny_imagenet(folder)
+        else:
+            found = _parts(folder)
+            parts = {part: list(_of_classes(place)) for part, place in found.items()}
     classes = {label for _, label in parts[""]}
     for part, place in found.items():
         strange = sorted({label for _, label in parts[part]} - classes)
@@ -112,6 +119,29 @@ def _of_classes(folder: Path) -> Iterator[tuple[Path, str]]:
         if not inside:
             raise DataError(f"{place}: no pictures of class '{place.name}' in it; remove it, or fill it")
         yield from ((path, place.name) for path in sorted(inside))
+
+
+def _tiny_imagenet(folder: Path) -> Listing:
+    """Return the pictures of Tiny-ImageNet, its classes by their first name in words.txt, where no other has it."""
+    parts: Listing = {"": list(_of_classes(folder / "train")), "_test": []}
+    for line in _lines(folder / ANNOTATIONS):
+        name, _, rest = line.partition("\t")
+        path = folder / ANNOTATIONS.parent / "images" / Path(name).name
+        if not path.is_file():
+            raise DataError(f"{path} is missing, of which {ANNOTATIONS} tells; get the data set again")
+        parts["_test"].append((path, rest.split("\t")[0]))
+    pairs = [line.split("\t", 1) for line in (_lines(folder / "words.txt") if (folder / "words.txt").is_file() else [])]
+    known = {label for _, label in parts[""]}
+    words = {pair[0]: pair[1].split(",")[0] for pair in pairs if len(pair) == 2 and pair[0] in known}
+    unique = {label: word for label, word in words.items() if list(words.values()).count(word) == 1}
+    return {part: [(path, unique.get(label, label)) for path, label in inside] for part, inside in parts.items()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_text(path, TEXT_BYTES).splitlines()
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _is_picture(path: Path) -> bool:
