@@ -38,13 +38,17 @@ def cifar10(monkeypatch, tmp_path):
 
 
 def test_table():
-    assert DATASETS == ("cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "digits")
-    sizes = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion-mnist": 10, "svhn": 10, "digits": 10}
+    sizes = {"cifar10": 10, "cifar100": 100, "cifar100-coarse": 20, "mnist": 10, "fashion-mnist": 10, "kmnist": 10,
+             "emnist-letters": 26, "emnist-balanced": 47, "emnist-digits": 10, "svhn": 10, "svhn-extra": 10,
+             "digits": 10}  # fmt: skip
+    assert tuple(sizes) == DATASETS
     for name, source in sources.SOURCES.items():
         assert len(set(source.classes)) == sizes[name]
         assert all(len(remote.md5) == 32 for remote in source.remotes)
     assert sources.SOURCES["cifar100"].classes == tuple(sorted(sources.SOURCES["cifar100"].classes))
-    assert {name for name, source in sources.SOURCES.items() if source.flip} == {"cifar10", "cifar100", "fashion-mnist"}
+    assert {name for name, source in sources.SOURCES.items() if source.flip} == {
+        "cifar10", "cifar100", "cifar100-coarse", "fashion-mnist",
+    }  # fmt: skip
 
 
 def test_unknown_name_has_the_nearest():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 import sys
 import zlib
@@ -16,9 +15,8 @@ from cupyep.data.pictures import find_pictures, read_picture
 from cupyep.errors import ConfigurationError, DataError
 
 Image = pytest.importorskip("PIL.Image")
-COLOUR, GREY = sources.SOURCES["cifar10"], sources.SOURCES["mnist"]
-EIGHT = dataclasses.replace(COLOUR, shape=(8, 8, 3))
-EIGHT_GREY = dataclasses.replace(GREY, shape=(8, 8, 1))
+COLOUR, GREY = sources.SOURCES["cifar10"].shape, sources.SOURCES["mnist"].shape
+EIGHT, EIGHT_GREY = (8, 8, 3), (8, 8, 1)
 
 
 def pixels(shape=(8, 8, 3), seed=0):

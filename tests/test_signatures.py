@@ -275,6 +275,14 @@ VALID = {
         ep.Dataset.from_splits,
         {"name": "mine", "classes": ("a", "b", "c"), "train": w.split, "test": w.test},
     ),
+    "Dataset.from_arrays": lambda w: (
+        ep.Dataset.from_arrays,
+        {"x": np.zeros((6, 4, 4, 3), np.uint8), "y": np.arange(6) % 3},
+    ),
+    "Dataset.from_torch": lambda w: (
+        ep.Dataset.from_torch,
+        {"samples": [(np.zeros((4, 4, 3), np.uint8), n % 3) for n in range(6)]},
+    ),
     "Dataset.split": lambda w: (w.data.split, {"name": "train"}),
     "load_dataset": lambda w: (ep.load_dataset, {"name": "digits"}),
     "fit": lambda w: (
@@ -378,11 +386,12 @@ MEANINGFUL = (
         "its range begins at 0",
     ),
     (r".*", "signals|nudges", "empty list|empty array", "a sequence of none"),
-    (r".*", "record|learned|nesterov|flip|augment|shuffle", "true", "a flag"),
-    (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason", "text", "free text"),
+    (r".*", "record|learned|nesterov|flip|augment|shuffle|balance", "true", "a flag"),
+    (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason|fingerprint", "text", "free text"),
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
     (r"fit", "run_dir", "text", "a folder"),
     (r"fit", "resume|quiet", "true", "they may be"),
+    (r"load_dataset", "test_fraction", "half", "a share"),
     (r"load_dataset", "data_dir", "text", "digits need no folder"),
 )
 ALIASES = {

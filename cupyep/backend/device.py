@@ -22,6 +22,7 @@ from cupyep.backend.graphs import GraphCapture, graphs_wanted
 from cupyep.errors import DeviceError, instance, number, require, shown
 
 GPU_SCRATCH_SHARE = 0.8  # of L2; the rest is for weights and results passing by
+ON_GPU = (2, 13)  # kinds of memory in DLPack: CUDA's, and CUDA's managed one
 MOST_SCRATCH_MB = 1e6  # below that
 LEAST_GPU_SCRATCH = 16 << 20  # where L2 is small, large products matter more than where the columns lie
 
@@ -68,6 +69,27 @@ def array_module(array: Any) -> ModuleType:
             raise DeviceError(reason)
         return cupy
     raise TypeError(f"expected a NumPy or CuPy array, got {type(array).__name__}")
+
+
+def host_array(array: Any) -> np.ndarray:
+    """Return an array of NumPy, of CuPy or of anything with DLPack, or nested sequences, as one of NumPy.
+
+    What is on the host shares its memory. Whatever the library says that it belongs to is raised where it refuses.
+    """
+    if isinstance(array, np.ndarray):
+        return array
+    try:
+        return array_module(array).asnumpy(array)
+    except TypeError:
+        pass  # no array of a device
+    if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
+        return np.asarray(array)
+    if array.__dlpack_device__()[0] in ON_GPU:
+        cupy, reason = _import_cupy()
+        if cupy is None:
+            raise DeviceError(reason)
+        return cupy.asnumpy(cupy.from_dlpack(array))
+    return np.from_dlpack(array)
 
 
 class Device:
@@ -152,6 +174,13 @@ class Device:
     def to_numpy(self, array: Any) -> np.ndarray:
         """Return a host copy (or, on the CPU, the array itself)."""
         return self.xp.asnumpy(array) if self.is_gpu else np.asarray(array)
+
+    def free_bytes(self) -> int | None:
+        """Return the memory that is left on a GPU, what CuPy's pool holds in reserve included; None on the CPU."""
+        if not self.is_gpu:
+            return None
+        pool = self.xp.get_default_memory_pool()
+        return int(self.xp.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
 
     def launcher(self, source: Path) -> Launcher:
         """Return what compiles and launches the CUDA kernels of a file, the same one every time."""

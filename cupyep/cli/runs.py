@@ -72,12 +72,12 @@ Examples:
 @click.command(epilog=PREDICT_EXAMPLES)
 @click.argument("run", type=FilePath())
 @click.argument("pictures", nargs=-1, required=True, type=FilePath(), metavar="PICTURE|FOLDER...")
-@click.option("--top", type=int, default=3, show_default=True, help="Number of classes shown.")
+@click.option("--top", type=int, help="Number of classes shown.  [default: 3, or all of fewer]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture.")
 @checkpoint_option("best")
 @run_options("free_steps", "tolerance", "batch_size", "device")
 def predict(
-    run: Path, pictures: tuple[Path, ...], top: int, as_json: bool, checkpoint: str, given: dict[str, Any]
+    run: Path, pictures: tuple[Path, ...], top: int | None, as_json: bool, checkpoint: str, given: dict[str, Any]
 ) -> None:
     """Classify pictures with a trained run.
 

@@ -59,7 +59,8 @@ def export_run(path: str | Path, form: str, output: Path, which: str = "best", s
 
 def _normalisation(run: TrainedRun) -> str:
     mean, std = (", ".join(f"{v:.4f}" for v in values) for values in (run.images.mean, run.images.std))
-    return f"images: N x C x H x W, (pixel / 255 - mean) / std with mean {mean} and std {std}"
+    pixel = "pixel / 255" if run.images.unit == 255 else "pixel"
+    return f"images: N x C x H x W, ({pixel} - mean) / std with mean {mean} and std {std}"
 
 
 def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
@@ -135,9 +136,10 @@ def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
     phase = "feed-forward pass" if feedforward else f"free phase of {steps} steps, schedule {config.schedule}"
     phase += f", and {unrolled} synchronous steps" if unrolled else ""
     height, width, channels = images.image_shape
+    pixels = "pixels in [0, 1]" if images.unit == 255 else "in the units of the data set"
     lines = [
         f"{phase}, {len(model.graph.node)} nodes",
-        f"images: N x {channels} x {height} x {width} float32, pixels in [0, 1]; they are normalised in the graph",
+        f"images: N x {channels} x {height} x {width} float32, {pixels}; they are normalised in the graph",
         f"scores: N x {len(images.classes)}" + (", logits" if config.loss == "cross_entropy" else ", output units"),
     ]
     if config.tolerance is not None and not feedforward:

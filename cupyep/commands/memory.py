@@ -15,14 +15,21 @@ from cupyep.backend import Device, get_device
 from cupyep.batch import Batch
 from cupyep.data import ImageFormat
 from cupyep.data.dataset import image_shape
-from cupyep.data.sources import SOURCES
+from cupyep.data.sources import SOURCES, is_own
 from cupyep.errors import require
 from cupyep.files import write_json
 from cupyep.learning import Learner
 from cupyep.learning.operations import Operations
 from cupyep.memory.plan import BlankDevice, peak_bytes, plan
 from cupyep.network import Network
-from cupyep.training.build import build_learner, build_network, build_optimizer, make_signals, optimizer_slots
+from cupyep.training.build import (
+    build_dataset,
+    build_learner,
+    build_network,
+    build_optimizer,
+    make_signals,
+    optimizer_slots,
+)
 from cupyep.training.config import TrainConfig
 
 #: The options that a step's memory depends on.
@@ -200,9 +207,12 @@ def measured_step(config: TrainConfig, device: Device) -> int:
 
 def blank_learner(config: TrainConfig, device: Device) -> Learner:
     """Return the untrained network of `config` with its learner and signals, which need no files."""
-    source = SOURCES[config.dataset]
-    shape = image_shape(config.dataset, config.image_size)
-    images = ImageFormat(source.name, source.classes, shape, np.zeros(shape[2:]), np.ones(shape[2:]))
+    if is_own(config.dataset):
+        images = ImageFormat.of(build_dataset(config))
+    else:
+        source = SOURCES[config.dataset]
+        shape = image_shape(config.dataset, config.image_size)
+        images = ImageFormat(source.name, source.classes, shape, np.zeros(shape[2:]), np.ones(shape[2:]))
     network = build_network(config, images, device)
     require(not config.teacher_features, "the memory of --teacher-features depends on the teacher")
     signals = make_signals(config, network, _BlankTeacher(network.classes))

@@ -12,11 +12,12 @@ import numpy as np
 
 from cupyep.batch import Batch
 from cupyep.data.loader import Normaliser
-from cupyep.data.pictures import read_picture
+from cupyep.data.pictures import read_array, read_picture
 from cupyep.data.sources import SOURCES
 from cupyep.errors import ConvergenceWarning, DataError, require
 from cupyep.training.trained import TrainedRun
 
+TOP = 3
 NOT_FINITE = "the network does not settle on it, its states grow without bounds; lower --free-steps"
 
 
@@ -57,24 +58,25 @@ class Prediction:
         }
 
 
-def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int = 3) -> Iterator[Prediction]:
+def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int | None = None) -> Iterator[Prediction]:
     """Yield the prediction of each picture, a batch at a time; those without an answer have an `error`.
 
     Parameters
     ----------
     run : TrainedRun
     files : sequence of Path
-    top : int
-        Number of classes, from 1 to all.
+    top : int, optional
+        Number of classes, from 1 to all; default 3, or all of fewer.
     """
-    classes, size = run.images.classes, run.images.image_shape[0]
+    classes = run.images.classes
+    top = min(TOP, len(classes)) if top is None else top
     require(1 <= top <= len(classes), f"--top must be from 1 to {len(classes)}, the classes of {run.images.name}")
-    normalise = Normaliser(run.images.mean, run.images.std, run.network.device, run.network.dtype)
+    normalise = Normaliser(run.images.mean, run.images.std, run.network.device, run.network.dtype, run.images.unit)
     for start in range(0, len(files), run.config.batch_size):
         part, errors, pixels = files[start : start + run.config.batch_size], {}, []
         for file in part:
             try:
-                pixels.append(read_picture(file, SOURCES[run.config.dataset], size))
+                pixels.append(_read(file, run))
             except DataError as error:
                 errors[file] = str(error)
         answers = iter(_answers(run, normalise, pixels, top) if pixels else [])
@@ -84,6 +86,18 @@ def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int = 3) -> It
                 yield Prediction(file, [], error=errors.get(file, f"{file}: {NOT_FINITE}"))
             else:
                 yield Prediction(file, *answer)
+
+
+def _read(file: Path, run: TrainedRun) -> np.ndarray:
+    """Return a picture as the run's images are, or an image that is stored as an array."""
+    images = run.images
+    if file.suffix.lower() == ".npy":
+        return read_array(file, images.image_shape, np.dtype(np.uint8 if images.unit == 255 else np.float32))
+    if images.unit != 255:
+        raise DataError(f"{file}: the run's images are floats, of which a picture knows no unit; give a .npy file")
+    if run.config.dataset in SOURCES:
+        return read_picture(file, SOURCES[run.config.dataset].shape, images.image_shape[0])
+    return read_picture(file, images.image_shape)
 
 
 def _answers(run: TrainedRun, normalise: Normaliser, pixels: list[np.ndarray], top: int) -> Iterator[tuple | None]:

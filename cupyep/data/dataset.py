@@ -1,4 +1,4 @@
-"""Data sets in memory: images as uint8, labels, per-channel statistics."""
+"""Data sets: images as uint8 or floats, labels, per-channel statistics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,10 @@ from cupyep.data.files import check_labels
 from cupyep.data.formats import Layout, layouts_found
 from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Source
+from cupyep.data.sources import DATASETS, SOURCES, Source, check_name, is_own
+from cupyep.data.stored import StoredImages, chosen
 from cupyep.data.verify import check_original
-from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, require, shown
+from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.files import expanded
 
 VIEWS = ("identity", "hflip")
@@ -34,7 +36,7 @@ class Split:
     ----------
     name : {"train", "validation", "test"}
         The validation samples are taken out of the training part and keep their numbers there.
-    images : ndarray of uint8, shape (N, H, W, C)
+    images : ndarray or StoredImages of uint8 or float32, shape (N, H, W, C)
     labels : ndarray of int64, shape (N,)
     index : ndarray of int64, shape (N,), optional
         Canonical index: the number of each sample in the whole training or test part, increasing; default 0 .. N - 1.
@@ -50,8 +52,8 @@ class Split:
 
     def __post_init__(self) -> None:
         choose("split", self.name, SPLITS)
-        self._check_array("images", "u1", "uint8 (N, H, W, C)", 4)
-        self._check_array("labels", "i8", f"int64 {self.images.shape[:1]}", 1)
+        self._check_array("images", ("u1", "f4"), "uint8 or float32 (N, H, W, C)", 4)
+        self._check_array("labels", ("i8",), f"int64 {self.images.shape[:1]}", 1)
         if len(self.labels) != len(self):
             raise DataError(f"split {self.name}: {len(self)} images have {len(self.labels)} labels")
         rule = f"{len(self)} increasing numbers from 0 on"
@@ -64,12 +66,13 @@ class Split:
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "total", max(integer("total", self.total, 0), int(index[-1]) + 1))
 
-    def _check_array(self, what: str, kinds: str, rule: str, axes: int) -> None:
-        """Raise DataError unless an attribute is a NumPy array, not empty, of a dtype or of one of the kinds."""
+    def _check_array(self, what: str, kinds: str | tuple[str, ...], rule: str, axes: int) -> None:
+        """Raise DataError unless an attribute is a NumPy array, not empty, of one of the dtypes or kinds (a text)."""
         array = getattr(self, what)
-        right = isinstance(array, np.ndarray) and (array.dtype.kind in kinds if kinds == "iu" else array.dtype == kinds)
+        is_array = isinstance(array, (np.ndarray, StoredImages) if what == "images" else np.ndarray)
+        right = is_array and (array.dtype.kind if isinstance(kinds, str) else array.dtype) in kinds
         if not right or array.ndim != axes or 0 in array.shape:
-            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else shown(array)
+            found = f"{array.dtype} {array.shape}" if is_array else shown(array)
             raise DataError(f"split {self.name}: {what} should be {rule}, found {found}")
 
     def __len__(self) -> int:
@@ -83,7 +86,11 @@ class Split:
             f"rows must be increasing integers from 0 to {len(self) - 1}, not {shown(rows)} of {rows.dtype}",
         )
         return Split(
-            self.name if name is None else name, self.images[rows], self.labels[rows], self.index[rows], self.total
+            self.name if name is None else name,
+            chosen(self.images, rows),
+            self.labels[rows],
+            self.index[rows],
+            self.total,
         )
 
     def take(self, count: int) -> Split:
@@ -116,14 +123,16 @@ class Dataset:
     classes : tuple of str
     train, test : Split
     mean, std : ndarray of float32, shape (C,)
-        Statistics over all pixels of the whole training part (with the validation samples), of images divided by 255.
-        A channel without any variation has std 1.
+        Statistics over all pixels of the whole training part (with the validation samples), of images divided by
+        `unit`. A channel without any variation has std 1.
     flip : bool
         Whether a mirrored image keeps its class.
     pad : int
         Pixels by which a random crop may shift an image.
     validation : Split, optional
         Samples of the training part that are not in `train`, to choose epochs and options by.
+    fingerprint : str
+        Checksum of all images, labels and classes, where a run is to go on with just these; else empty.
     """
 
     name: str
@@ -135,14 +144,19 @@ class Dataset:
     flip: bool = False
     pad: int = 0
     validation: Split | None = None
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         instance("name", self.name, str, "a text")
         require(len(items("classes", self.classes, str)) > 0, "classes must not be empty")
         flag("flip", self.flip)
         integer("pad", self.pad, 0)
+        instance("fingerprint", self.fingerprint, str, "a text")
         for name in ("train", "test") if self.validation is None else SPLITS:
             split = instance(name, getattr(self, name), Split)
+            if split.images.dtype != self.train.images.dtype:
+                kinds = f"train images are {self.train.images.dtype}, {split.name} images {split.images.dtype}"
+                raise DataError(f"data set {self.name}: {kinds}; they must agree")
             if split.images.shape[1:] != self.image_shape:
                 raise DataError(
                     f"data set {self.name}: train images are {self.image_shape}, {split.name} images "
@@ -162,6 +176,27 @@ class Dataset:
         """Return a data set whose mean and std are those of `train`."""
         mean, std = channel_statistics(instance("train", train, Split).images)
         return cls(name, tuple(items("classes", classes, str)), train, test, mean, std, flip, pad)
+
+    @classmethod
+    def from_arrays(
+        cls, x: Any, y: Any, test: Any = None, classes: Any = None, validation: Any = None, **options: Any
+    ) -> Dataset:
+        """Return a data set of arrays of your own; see `cupyep.data.arrays.dataset_of_arrays` for all options."""
+        from cupyep.data.arrays import dataset_of_arrays  # here: it makes objects of this class
+
+        return dataset_of_arrays(x, y, test, classes, validation, **options)
+
+    @classmethod
+    def from_torch(cls, samples: Any, test: Any = None, **options: Any) -> Dataset:
+        """Return the samples of a map-style PyTorch data set; see `cupyep.data.arrays.dataset_of_samples`."""
+        from cupyep.data.arrays import dataset_of_samples
+
+        return dataset_of_samples(samples, test, **options)
+
+    @property
+    def unit(self) -> float:
+        """The pixel value that a network sees as 1 before mean and std: 255 of uint8 images, 1 of floats."""
+        return 255.0 if self.train.images.dtype == np.uint8 else 1.0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -184,20 +219,23 @@ def load_dataset(
     limit_test: int | None = None,
     validation: int | None = None,
     seed: int = 0,
+    test_fraction: float = 0.2,
 ) -> Dataset:
     """Load a data set from its original files, looking below `data_dir` and downloading what is not there.
+
+    A user's own are loaded by ``file:PATH`` and ``folder:PATH``; see `cupyep.data.own` and `cupyep.data.folder`.
 
     Parameters
     ----------
     name : str
-        One of `DATASETS`.
+        One of `DATASETS`, or a user's own.
     data_dir : path, optional
         See `data_directory`. Accepted: the extracted folders, the original archives, or such a folder itself.
     download : bool, default True
         Whether to fetch the original archives (with checksum) when none is there.
     image_size : int, optional
         Height and width of the images: theirs divided by an integer, by averaging areas, rounded half up; or theirs
-        times 2, 3 or 4, by repeating pixels.
+        times 2, 3 or 4, by repeating pixels. Of a folder of pictures any size, 32 by default.
     limit_train, limit_test : int, optional
         Keep so many samples only, the first ones of each class, equally many of each. `mean` and `std` stay those of
         the whole training part, so that a network can be evaluated with other limits than it was trained with.
@@ -205,6 +243,8 @@ def load_dataset(
         Hold so many training samples out, equally many of each class, before `limit_train` is applied.
     seed : int
         Which samples are held out.
+    test_fraction : float
+        Share of a user's own images that are for testing, drawn by `seed`, where none are set apart.
 
     Raises
     ------
@@ -213,12 +253,18 @@ def load_dataset(
     DataError
         If files are missing and cannot be downloaded, or are not what they should be.
     """
-    source = SOURCES[choose("data set", name, DATASETS)]
+    check_name(instance("data set", name, str, "a text"), "data set")
     flag("download", download)
     errors.seed("seed", seed)
     if data_dir is not None:
         errors.path("data_dir", data_dir)
-    _check_limits(source, limit_train, limit_test, validation)
+    number("test_fraction", test_fraction, above=0, below=1)
+    if is_own(name):
+        from cupyep.data.own import load_own  # here: it makes objects of this module
+
+        return load_own(name, image_size, limit_train, limit_test, validation, seed, test_fraction)
+    source = SOURCES[name]
+    check_limits(name, source.train_count, source.test_count, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)
     layout = _find(source, data_directory(data_dir), download)
     arrays = layout.read()
@@ -260,13 +306,21 @@ def _at_home(folder: str | Path, what: str, remedy: str) -> Path:
         raise errors.ConfigurationError(f"{what} {error}; by {remedy}") from error
 
 
-def _check_limits(source: Source, limit_train: int | None, limit_test: int | None, validation: int | None) -> None:
-    name, most = source.name, source.train_count - 1
+def check_limits(
+    name: str,
+    train_count: int,
+    test_count: int,
+    limit_train: int | None,
+    limit_test: int | None,
+    validation: int | None,
+) -> None:
+    """Raise `ConfigurationError` unless so many images can be held out and used of so many."""
+    most = train_count - 1
     require(
         validation is None or (is_integer(validation) and 1 <= validation <= most),
-        f"validation is {shown(validation)}: {name} has {source.train_count} train images, choose from 1 to {most}",
+        f"validation is {shown(validation)}: {name} has {train_count} train images, choose from 1 to {most}",
     )
-    limits = (("train", limit_train, source.train_count, validation or 0), ("test", limit_test, source.test_count, 0))
+    limits = (("train", limit_train, train_count, validation or 0), ("test", limit_test, test_count, 0))
     for what, limit, count, held in limits:
         note = f", {held} of them held out" if held else ""
         require(

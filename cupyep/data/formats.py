@@ -11,11 +11,14 @@ http://ufldl.stanford.edu/housenumbers/
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import pickle
 import struct
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.data.files import check_labels, check_length, check_sum, find_file, plain_name, read_bounded
-from cupyep.data.sources import IDX_FILES, SOURCES, Source
+from cupyep.data.sources import IDX_FILES, SOURCES, Source, emnist_file
 from cupyep.errors import DataError, one_line
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -63,20 +66,22 @@ def _bytes(source: Source, count: int) -> int:
     return math.prod(source.shape) * count
 
 
-# --- IDX: MNIST and Fashion-MNIST -----------------------------------------------------------------------------------
+# --- IDX: MNIST, Fashion-MNIST and KMNIST ---------------------------------------------------------------------------
 
 IDX_FOLDERS = {
     "mnist": ("mnist", "MNIST/raw", "MNIST"),
     "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "FashionMNIST", "fashion_mnist", "fashion", "fashionmnist"),
+    "kmnist": ("kmnist", "KMNIST/raw", "KMNIST"),
 }
+NAMED_AFTER = {"fashion-mnist": {"fashion-mnist", "FashionMNIST", "fashion_mnist"}, "kmnist": {"kmnist", "KMNIST"}}
 
 
 def _idx(source: Source, folder: Path) -> Iterator[Layout]:
-    """Both data sets use the same file names, so `folder` itself counts for Fashion-MNIST only when it is named so, and
-    for MNIST only when it is not."""
-    names = IDX_FOLDERS[source.name]
-    named_fashion = {"fashion-mnist", "FashionMNIST", "fashion_mnist"} & {folder.name, folder.parent.name}
-    for name in (*names, ".") if bool(named_fashion) == (source.name == "fashion-mnist") else names:
+    """All these data sets use the same file names, so `folder` itself counts for Fashion-MNIST and KMNIST only when it
+    is named so, and for MNIST only when it is not."""
+    names, called = IDX_FOLDERS[source.name], {folder.name, folder.parent.name}
+    named = next((name for name, known in NAMED_AFTER.items() if known & called), "mnist")
+    for name in (*names, ".") if named == source.name else names:
         files = tuple(find_file(folder / name, file) for file in IDX_FILES)
         yield Layout(folder / name, files, partial(_read_idx, source, files))
 
@@ -97,7 +102,12 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     header = 4 + 4 * len(shape)
     expected = header + math.prod(shape)
-    content = read_bounded(path, expected)
+    return _parsed_idx(read_bounded(path, expected), shape, path)
+
+
+def _parsed_idx(content: bytes, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
+    header = 4 + 4 * len(shape)
+    expected = header + math.prod(shape)
     if len(content) < header:
         raise DataError(f"{path}: ends within its header; it is truncated, get it again")
     if content[:4] != bytes((0, 0, 8, len(shape))):
@@ -109,18 +119,63 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
+# --- EMNIST: IDX files of every part, rows and columns of images exchanged, in a folder or in the original archive ---
+
+EMNIST_PLACES = ("emnist", "EMNIST/raw", "EMNIST/raw/gzip", "emnist/gzip", "EMNIST", "gzip", ".")
+
+
+def _emnist(source: Source, folder: Path) -> Iterator[Layout]:
+    names = tuple(emnist_file(source.name.removeprefix("emnist-"), file) for file in IDX_FILES)
+    for place in EMNIST_PLACES:
+        files = tuple(find_file(folder / place, name) for name in names)
+        yield Layout(folder / place, files, partial(_read_emnist, source, files, None))
+    for place in ("emnist/gzip.zip", "EMNIST/raw/gzip.zip", "EMNIST/gzip.zip", "gzip.zip"):
+        members = tuple(Path(f"gzip/{name}.gz") for name in names)
+        yield Layout(folder / place, (folder / place,), partial(_read_emnist, source, members, folder / place))
+
+
+def _read_emnist(source: Source, files: tuple[Path, ...], archive: Path | None) -> tuple[Arrays, Arrays]:
+    """Return the images in four files, or in members of an archive called so."""
+
+    def read(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+        return read_idx(file, shape) if archive is None else _idx_member(archive, file, shape)
+
+    def split(images: Path, labels: Path, count: int) -> Arrays:
+        first = 1 if source.name == "emnist-letters" else 0  # letters count from 1
+        classes = read(labels, (count,)).astype(np.int64) - first
+        check_labels(classes, len(source.classes), labels)
+        pixels = read(images, (count, *source.shape[:2])).transpose(0, 2, 1)
+        return np.ascontiguousarray(pixels)[..., None], classes
+
+    return split(*files[:2], source.train_count), split(*files[2:], source.test_count)
+
+
+def _idx_member(archive: Path, member: Path, shape: tuple[int, ...]) -> np.ndarray:
+    where, most = f"{archive}: {member.as_posix()}", 4 + 4 * len(shape) + math.prod(shape)
+    try:
+        with zipfile.ZipFile(archive) as file, file.open(member.as_posix()) as raw, gzip.open(raw) as content:
+            found = content.read(most + 1)
+    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"{where}: cannot be read ({one_line(error)}); get the archive again") from error
+    return _parsed_idx(found, shape, where)
+
+
 # --- CIFAR-10 and CIFAR-100: binary or python batches, in a folder or in the original archive -----------------------
 
 
 @dataclass(frozen=True)
 class Form:
-    """One of the two versions of a CIFAR data set; `labels` is the place of a byte or the key of a dictionary."""
+    """One of the two versions of a CIFAR data set; `labels` is the place of a byte or the key of a dictionary.
+
+    Of the binary version, `head` bytes lie before the pixels of an image.
+    """
 
     folder: str
     archive: str
     train: tuple[str, ...]
     test: tuple[str, ...]
     labels: int | str
+    head: int = 1
 
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")
@@ -130,8 +185,12 @@ FORMS = {
         Form("cifar-10-batches-py", "cifar-10-python", BATCHES, ("test_batch",), "labels"),
     ),
     "cifar100": (
-        Form("cifar-100-binary", "cifar-100-binary", ("train.bin",), ("test.bin",), 1),  # after the coarse label
+        Form("cifar-100-binary", "cifar-100-binary", ("train.bin",), ("test.bin",), 1, 2),  # after the coarse label
         Form("cifar-100-python", "cifar-100-python", ("train",), ("test",), "fine_labels"),
+    ),
+    "cifar100-coarse": (
+        Form("cifar-100-binary", "cifar-100-binary", ("train.bin",), ("test.bin",), 0, 2),
+        Form("cifar-100-python", "cifar-100-python", ("train",), ("test",), "coarse_labels"),
     ),
 }
 
@@ -165,7 +224,7 @@ def _read_cifar(source: Source, form: Form, place: Path) -> tuple[Arrays, Arrays
         images, labels = np.empty((count, *source.shape), np.uint8), np.empty(count, np.int64)
         size = count // len(names)
         height, width, channels = source.shape
-        decode = _decode_binary if isinstance(form.labels, int) else _decode_python
+        decode = partial(_decode_binary, form.head) if isinstance(form.labels, int) else _decode_python
         for k, name in enumerate(names):
             rows = slice(k * size, (k + 1) * size)
             pixels, labels[rows] = decode(source, form.labels, content(name), size, prefix + name)
@@ -199,8 +258,7 @@ def _tar_members(content: bytes, archive: Path, folder: str) -> dict[str, memory
     return members
 
 
-def _decode_binary(source: Source, labels: int, content: Content, count: int, where: str) -> Arrays:
-    head = 1 + labels
+def _decode_binary(head: int, source: Source, labels: int, content: Content, count: int, where: str) -> Arrays:
     record = head + _bytes(source, 1)
     check_length(content, count * record, where)
     records = np.frombuffer(content, np.uint8).reshape(count, record)
@@ -236,7 +294,8 @@ class BatchUnpickler(pickle.Unpickler):
 
 def _svhn(source: Source, folder: Path) -> Iterator[Layout]:
     for name in ("svhn", "SVHN", "."):
-        files = tuple(find_file(folder / name, file) for file in ("train_32x32.mat", "test_32x32.mat"))
+        parts = ("train", "extra", "test") if source.name == "svhn-extra" else ("train", "test")
+        files = tuple(find_file(folder / name, f"{part}_32x32.mat") for part in parts)
         yield Layout(folder / name, files, partial(_read_svhn, source, files))
 
 
@@ -250,7 +309,10 @@ def _read_svhn(source: Source, files: tuple[Path, ...]) -> tuple[Arrays, Arrays]
         arrays = loadmat(io.BytesIO(content), variable_names=("X", "y"))
         return np.ascontiguousarray(arrays["X"].transpose(3, 0, 1, 2)), arrays["y"].ravel().astype(np.int64) % 10
 
-    return split(files[0], source.train_count), split(files[1], source.test_count)
+    *train, (images, labels) = (split(file, max(source.train_count, source.test_count)) for file in files)
+    if len(train) == 1:
+        return train[0], (images, labels)
+    return tuple(np.concatenate(arrays) for arrays in zip(*train, strict=True)), (images, labels)
 
 
 # --- the 8 x 8 digits of scikit-learn: data for a first run on any machine, without network or files ----------------
@@ -276,8 +338,14 @@ def _read_digits(source: Source) -> tuple[Arrays, Arrays]:
 LAYOUTS = {
     "cifar10": _cifar,
     "cifar100": _cifar,
+    "cifar100-coarse": _cifar,
     "mnist": _idx,
     "fashion-mnist": _idx,
+    "kmnist": _idx,
+    "emnist-letters": _emnist,
+    "emnist-balanced": _emnist,
+    "emnist-digits": _emnist,
     "svhn": _svhn,
+    "svhn-extra": _svhn,
     "digits": _digits,
 }

@@ -21,6 +21,8 @@ class ImageFormat:
     classes : tuple of str
     image_shape : (H, W, C)
     mean, std : ndarray of float32, shape (C,)
+    unit : float
+    fingerprint : str
         See `Dataset`.
     """
 
@@ -29,26 +31,31 @@ class ImageFormat:
     image_shape: tuple[int, int, int]
     mean: np.ndarray
     std: np.ndarray
+    unit: float = 255.0
+    fingerprint: str = ""
 
     @classmethod
     def of(cls, dataset: Dataset) -> ImageFormat:
         """Return the format of the images of `dataset`."""
-        return cls(dataset.name, dataset.classes, dataset.image_shape, dataset.mean, dataset.std)
+        names = ("name", "classes", "image_shape", "mean", "std", "unit", "fingerprint")
+        return cls(*(getattr(dataset, name) for name in names))
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes; numbers come back bit for bit."""
         lists = {"classes": list(self.classes), "image_shape": list(self.image_shape)}
-        return {"name": self.name, **lists, "mean": self.mean.tolist(), "std": self.std.tolist()}
+        numbers = {"mean": self.mean.tolist(), "std": self.std.tolist(), "unit": self.unit}
+        return {"name": self.name, **lists, **numbers, "fingerprint": self.fingerprint}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ImageFormat:
         """Return the format that `to_json` described; `ValueError`, `TypeError` or `KeyError` for anything else."""
         name, classes, shape = values["name"], tuple(values["classes"]), tuple(values["image_shape"])
         mean, std = (np.array(values[key], np.float32) for key in ("mean", "std"))
-        texts = all(isinstance(text, str) for text in (name, *classes))
+        unit, fingerprint = values.get("unit", 255.0), values.get("fingerprint", "")  # not there in older files
+        texts = all(isinstance(text, str) for text in (name, *classes, fingerprint))
         numbers = len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
         if not texts or len(classes) < 2 or not numbers or mean.shape != shape[2:] or std.shape != shape[2:]:
             raise ValueError(f"'{name}' is not a description of images")
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        if unit not in (1, 255) or not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             raise ValueError(f"'{name}': mean and std of the images are not numbers that one can divide by")
-        return cls(name, classes, shape, mean, std)
+        return cls(name, classes, shape, mean, std, float(unit), fingerprint)

@@ -1,17 +1,21 @@
-"""Arithmetic on uint8 images (N, H, W, C): resizing by area, statistics per channel. Exact, in bounded memory."""
+"""Arithmetic on images (N, H, W, C) in bounded memory: resizing by area, statistics per channel, checksums."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-BLOCK = 2000  # images treated at a time
+BLOCK_BYTES = 8 << 20  # of images treated at a time
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    return (slice(start, start + BLOCK) for start in range(0, count, BLOCK))
+def blocks(images: Any) -> Iterator[slice]:
+    """Return the rows of an array, a moderate number of them at a time."""
+    size = max(1, images.dtype.itemsize * math.prod(images.shape[1:]))
+    step = max(1, BLOCK_BYTES // size)
+    return (slice(start, start + step) for start in range(0, len(images), step))
 
 
 def shrink(images: np.ndarray, factor: int) -> np.ndarray:
@@ -24,7 +28,7 @@ def shrink(images: np.ndarray, factor: int) -> np.ndarray:
     count, height, width, channels = images.shape
     small = np.empty((count, height // factor, width // factor, channels), np.uint8)
     area = factor * factor
-    for rows in _blocks(count):
+    for rows in blocks(images):
         total = np.full(small[rows].shape, area // 2, np.uint32)
         for dy in range(factor):
             for dx in range(factor):
@@ -42,18 +46,64 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     return images.repeat(size // old, axis=1).repeat(size // old, axis=2)
 
 
-def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of ``images / 255`` over all pixels, each float32 (C,).
+def channel_statistics(images: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation over all pixels, each float32 (C,).
 
-    The sums are exact integers. A channel without any variation gets std 1, so that it can be divided by.
+    They are those of ``images / 255`` where they are uint8, and of floats as they are. Sums of uint8 images are exact
+    integers; those of floats are taken block by block, each from its own mean, so that a large mean costs no digits. A
+    channel without any variation gets std 1, so that it can be divided by.
+
+    Parameters
+    ----------
+    images : ndarray or StoredImages of uint8 or float, shape (N, H, W, C)
     """
-    values, pixels = np.arange(256), images[..., 0].size
-    mean, std = np.empty((2, images.shape[-1]), np.float32)
-    for c in range(images.shape[-1]):
-        counts = sum(np.bincount(images[rows, ..., c].ravel(), minlength=256) for rows in _blocks(len(images)))
-        total, squares = int(counts @ values), int(counts @ values**2)
+    mean, std = _of_bytes(images) if images.dtype == np.uint8 else _of_floats(images)
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _of_bytes(images: Any) -> tuple[np.ndarray, np.ndarray]:
+    channels, pixels = images.shape[-1], math.prod(images.shape[:-1])
+    counts, values = np.zeros((channels, 256), np.int64), np.arange(256)
+    for rows in blocks(images):
+        block = images[rows]
+        for c in range(channels):
+            counts[c] += np.bincount(block[..., c].ravel(), minlength=256)
+    mean, std = np.empty((2, channels))
+    for c in range(channels):
+        total, squares = int(counts[c] @ values), int(counts[c] @ values**2)
         # In Python's unbounded integers: pixels**2 times the variance, exactly 0 for a constant channel.
         spread = pixels * squares - total**2
         mean[c] = total / (pixels * 255)
         std[c] = math.sqrt(spread) / (pixels * 255) if spread else 1.0
     return mean, std
+
+
+def _of_floats(images: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Combine the mean and the squares of every block with those before it (Chan, Golub and LeVeque 1983)."""
+    channels, count = images.shape[-1], 0
+    mean, squares = np.zeros((2, channels))
+    for rows in blocks(images):
+        block = images[rows].reshape(-1, channels).astype(np.float64)
+        own, more = block.mean(axis=0), len(block)
+        block -= own
+        squares += (block**2).sum(axis=0) + (own - mean) ** 2 * (count * more / (count + more))
+        mean += (own - mean) * (more / (count + more))
+        count += more
+    std = np.sqrt(squares / count)
+    return mean, np.where(std > 1e-12 * np.abs(mean), std, 1.0)
+
+
+def first_not_finite(images: Any) -> int | None:
+    """Return the number of the first image with a NaN or an infinite value, None if there is none."""
+    for rows in blocks(images) if images.dtype.kind == "f" else ():
+        wrong = ~np.isfinite(images[rows]).all(axis=(1, 2, 3))
+        if wrong.any():
+            return rows.start + int(wrong.argmax())
+    return None
+
+
+def add_to_digest(digest: Any, array: Any) -> None:
+    """Update a checksum of `hashlib` by the shape and the values of an array, a block at a time."""
+    digest.update(repr(array.shape).encode())
+    for rows in blocks(array):
+        digest.update(np.ascontiguousarray(array[rows]))

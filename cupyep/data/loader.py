@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,10 +12,13 @@ import numpy as np
 from cupyep.backend import Device, get_device, threads
 from cupyep.batch import Batch
 from cupyep.data.dataset import Dataset
+from cupyep.data.selection import evened
+from cupyep.data.stored import StoredImages
 from cupyep.errors import flag, instance, integer, items, number, require, shown
 from cupyep.ops.conv import chunked
 
 DTYPES = ("float32", "float64")
+ROOM_SHARE = 0.5  # of the memory that a GPU has left; the network needs some, too
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class _Draws:
 
 
 class Normaliser:
-    """Makes network inputs of pixels: a value x of channel c becomes (x / 255 - mean[c]) / std[c].
+    """Makes network inputs of pixels: a value x of channel c becomes (x / unit - mean[c]) / std[c].
 
     Parameters
     ----------
@@ -38,16 +42,18 @@ class Normaliser:
     device : Device
     dtype : dtype
         Of the result.
+    unit : float
+        255 for uint8 images, 1 for floats.
     """
 
-    def __init__(self, mean: np.ndarray, std: np.ndarray, device: Device, dtype: Any):
+    def __init__(self, mean: np.ndarray, std: np.ndarray, device: Device, dtype: Any, unit: float = 255.0):
         mean, std = mean.astype(np.float64), std.astype(np.float64)
         self.dtype = np.dtype(dtype)
-        self._scale = device.asarray(1 / (255 * std), self.dtype)
+        self._scale = device.asarray(1 / (unit * std), self.dtype)
         self._shift = device.asarray(-mean / std, self.dtype)
 
     def __call__(self, pixels: Any) -> Any:
-        """Return uint8 `pixels` (..., C) on the device as normalised numbers, a new array."""
+        """Return `pixels` (..., C) on the device as normalised numbers, a new array."""
         images = pixels.astype(self.dtype)
         images *= self._scale
         images += self._shift
@@ -55,7 +61,7 @@ class Normaliser:
 
 
 class Loader:
-    """Iterable of `Batch` over one split; every sample once, the last batch as small as it comes out.
+    """Iterable of `Batch` over one split; every sample once (or balanced), the last batch as small as it comes out.
 
     Parameters
     ----------
@@ -64,7 +70,7 @@ class Loader:
     batch_size : int
         At least 1.
     device : Device or str
-        The uint8 images are copied there once.
+        The images are copied there once, if they are in memory and there is room; otherwise batch by batch.
     dtype : dtype
         Of the batches: float32 or float64.
     augment : bool, default False
@@ -85,10 +91,13 @@ class Loader:
         Of the batches (`Batch`), in [0, 1).
     share : tuple of two ints, default (0, 1)
         Which part of how many nearly equal ones of each batch this process takes (`Batch.share`).
+    balance : bool, default False
+        In every epoch images of every class equally often: some several times, others not at all. Needs `shuffle`.
 
     Notes
     -----
-    Images are normalised by `Normaliser`.
+    Images are normalised by `Normaliser`. Those that are not kept on the device are read by a thread, one batch ahead
+    of the one that is worked on; the batches are the same.
 
     Iterating draws all random numbers of the epoch at once, on the host, by sample and not by batch: the order and
     augmentation of an epoch depend on nothing but the generator's state when it begins (not on device, batch size,
@@ -110,10 +119,13 @@ class Loader:
         cutout: int = 0,
         label_smoothing: float = 0.0,
         share: tuple[int, int] = (0, 1),
+        balance: bool = False,
     ):
         instance("dataset", dataset, Dataset)
         self.batch_size = integer("batch_size", batch_size)
         self.augment, self.shuffle = flag("augment", augment), flag("shuffle", shuffle)
+        self.balance = flag("balance", balance)
+        require(self.shuffle or not self.balance, "balance needs shuffle")
         require(generator is not None or not (augment or shuffle), "shuffle and augment need a generator")
         if generator is not None:
             instance("generator", generator, np.random.Generator)
@@ -133,8 +145,14 @@ class Loader:
         require(len(share) == 2, f"share must be two integers, not {shown(share)}")
         parts = integer("the second of share", share[1])
         self.share = (integer("the first of share", share[0], 0, parts - 1), parts)
-        self._images = self.device.asarray(self.split.images)
-        self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype)
+        self._images = self.device.asarray(self.split.images[:]) if self._has_room() else None
+        self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype, dataset.unit)
+
+    def _has_room(self) -> bool:
+        """Return whether all images are to be kept on the device."""
+        images, free = self.split.images, self.device.free_bytes()
+        is_large = isinstance(images, StoredImages) and images.is_large
+        return not is_large and (free is None or images.nbytes <= ROOM_SHARE * free)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -154,11 +172,24 @@ class Loader:
         if self.augment or self.shuffle:
             there = self.device.asarray(np.stack([getattr(draws, f.name) for f in fields(draws)]))  # once an epoch
         starts = range(first * self.batch_size, len(self.split), self.batch_size)
+        if self._images is None:
+            return self._streamed(draws, there, starts)
         return (self._batch(draws, there, start) for start in starts)
+
+    def _streamed(self, draws: _Draws, there: Any, starts: Sequence[int]) -> Iterator[Batch]:
+        """Yield batches whose images are read while the one before is worked on."""
+        rows = [draws.order[self._own(start)[0]] for start in starts]
+        with ThreadPoolExecutor(1, "cupyep-images") as reader:
+            coming = [reader.submit(self.split.images.__getitem__, places) for places in rows[:1]]
+            for number, start in enumerate(starts):
+                pixels = coming.pop().result()
+                coming += [reader.submit(self.split.images.__getitem__, places) for places in rows[number + 1 :][:1]]
+                yield self._batch(draws, there, start, self.device.asarray(pixels))
 
     def _draw(self) -> _Draws:
         count, rng = len(self.split), self.generator
-        order = rng.permutation(count) if self.shuffle else np.arange(count)
+        order = rng.permutation(count) if self.shuffle and not self.balance else np.arange(count)
+        order = evened(self.split.labels, rng) if self.balance else order
         dy, dx = rng.integers(0, 2 * self.pad, (2, count), endpoint=True) if self.augment else np.zeros((2, count), int)
         flip = rng.integers(0, 1, count, endpoint=True) if self.augment and self.flip else np.zeros(count, int)
         # Drawn last: whoever hides nothing draws what was drawn before there were squares.
@@ -171,11 +202,15 @@ class Loader:
         centres = self.generator.integers(0, [[height], [width]], (2, count))
         return centres - self.cutout // 2
 
-    def _batch(self, draws: _Draws, there: Any, start: int) -> Batch:
+    def _batch(self, draws: _Draws, there: Any, start: int, pixels: Any = None) -> Batch:
+        """Return a batch: of the images on the device, or of just its own `pixels`, which are there, too."""
         rows, share = self._own(start)
         places = draws.order[rows]
         if self.augment:
-            images = self._crops(there[:, rows])
+            chosen = there[0, rows] if pixels is None else self.device.xp.arange(len(pixels))
+            images = self._crops(self._images if pixels is None else pixels, chosen, there[1:, rows])
+        elif pixels is not None:
+            images = self._normalise(pixels)
         elif self.shuffle:
             images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
         else:
@@ -197,21 +232,26 @@ class Loader:
         """Return by what a teacher's logits are looked up."""
         return self.split.index[draws.order[rows]], draws.flip[rows].astype(np.uint8)
 
-    def _crops(self, draws: Any) -> Any:
+    def _crops(self, stored: Any, places: Any, draws: Any) -> Any:
         """Return what `_crop` does; on a CPU each thread takes a part of the images."""
         if self.device.is_gpu:
-            return self._crop(draws)
-        parts = [draws[:, rows] for rows, _ in chunked(draws.shape[1], threads.PART)]
-        return self.device.xp.concatenate(threads.run_parts(self, len(parts), lambda part, _: self._crop(parts[part])))
+            return self._crop(stored, places, draws)
+        rows = [part for part, _ in chunked(len(places), threads.PART)]
 
-    def _crop(self, draws: Any) -> Any:
+        def crop(part: int, turns: threads.Turns) -> Any:
+            return self._crop(stored, places[rows[part]], draws[:, rows[part]])
+
+        return self.device.xp.concatenate(threads.run_parts(self, len(rows), crop))
+
+    def _crop(self, stored: Any, places: Any, draws: Any) -> Any:
         """Gather crops of the padded images, mirrored where `flip` is 1, normalised, squares hidden; on the device.
 
-        `draws` (6, B) are those of `_Draws` there.
+        `places` (B,) are rows of `stored`, `draws` (5, B) the others of `_Draws` there.
         """
         xp = self.device.xp
-        count, height, width, channels = self._images.shape
-        places, dy, dx, flip, top, left = draws[:, :, None]
+        height, width, channels = stored.shape[1:]
+        places = places[:, None]
+        dy, dx, flip, top, left = draws[:, :, None]
         y = xp.arange(height) + dy - self.pad  # (B, H) row of the stored image, or outside of it
         x = xp.arange(width)
         x = xp.where(flip == 1, width - 1 - x, x) + dx - self.pad  # (B, W)
@@ -222,6 +262,6 @@ class Loader:
             inside &= ~(rows[:, :, None] & columns[:, None, :])
         y, x = y.clip(0, height - 1), x.clip(0, width - 1)
         pixel = ((places * height + y) * width)[:, :, None] + x[:, None, :]  # (B, H, W) row in the flat image list
-        images = self._normalise(xp.take(self._images.reshape(-1, channels), pixel, axis=0))
+        images = self._normalise(xp.take(stored.reshape(-1, channels), pixel, axis=0))
         images *= inside[..., None]
         return images

@@ -1,20 +1,22 @@
-"""Picture files of any size as images of a data set: colours, square, size. Needs Pillow (extra ``images``).
+"""Picture files of any size as images of a data set: colours, form, size. Needs Pillow (extra ``images``).
 
-A picture is made as the data set's own images are: turned upright, transparent parts white, to grey or colours as the
-data set is, cut to the largest square in the middle, brought to the data set's size by averaging areas (enlarged by
-repeating pixels), and from there, as all its images, to the size that the run asked for.
+A picture is made as the data set's own images are: turned upright as its EXIF data say, transparent parts white, 16
+bits to 8, to grey or colours as the data set is, cut to the largest part in the middle that has the data set's form (a
+square), brought to the data set's size by averaging areas (enlarged by repeating pixels), and from there, as all its
+images, to the size that the run asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupyep.data.images import resize
-from cupyep.data.sources import Source
 from cupyep.errors import ConfigurationError, DataError, one_line
 
 #: Formats that Pillow reads by itself; others, such as EPS, would start programs.
@@ -22,6 +24,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 50_000_000
 GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+GREY = ("1", "L", "LA", "I", "F", *GREY_16)
 COLOURS = {1: "L", 3: "RGB"}
 
 
@@ -39,7 +42,7 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-            if not any(file.suffix.lower() in SUFFIXES for file in inside):
+            if not any(file.suffix.lower() in (*SUFFIXES, ".npy") for file in inside):
                 raise DataError(f"no pictures in folder {path} (looked for {', '.join(SUFFIXES)})")
             found += inside
         elif path.is_file():
@@ -49,28 +52,51 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     return found
 
 
-def read_picture(path: Path, source: Source, size: int) -> np.ndarray:
-    """Return the picture at `path` as an image of the data set `source`.
+def read_picture(path: Path, shape: tuple[int, int, int], size: int | None = None) -> np.ndarray:
+    """Return the picture at `path` as an image of a data set.
 
     Parameters
     ----------
     path : Path
-    source : Source
-        Gives the colours (1 or 3 channels) and the size that the data set's images have.
-    size : int
-        Height and width of the result; `cupyep.data.images.resize` must be able to make it of the data set's size.
+    shape : (H, W, C)
+        That of the data set's images; 1 or 3 channels.
+    size : int, optional
+        Height and width of the result, where it is another one; `cupyep.data.images.resize` must be able to make it of
+        square images of `shape`.
 
     Returns
     -------
-    ndarray of uint8, shape (size, size, C)
+    ndarray of uint8, shape (H, W, C) or (size, size, C)
 
     Raises
     ------
     ConfigurationError
         If Pillow is not installed.
     DataError
-        If the file is no picture, is damaged, too large, or has pixels of more than 16 bits.
+        If the file is no picture, is damaged, too large, or has pixels of more than 16 bits; if no picture has so many
+        channels.
     """
+    height, width, channels = shape
+    if channels not in COLOURS:
+        raise DataError(f"{path}: a picture has 1 or 3 channels, the data set's images have {channels}")
+    with opened(path) as (picture, Image, ImageOps):  # noqa: N806
+        kind = picture.format  # which a transposed copy forgets
+        picture = ImageOps.exif_transpose(picture)
+        picture = _coloured(path, picture, kind, channels, Image)
+        part = ImageOps.fit(picture, (width, height), Image.Resampling.BOX)
+        pixels = np.asarray(part, np.uint8).reshape(1, height, width, channels)
+    return pixels[0] if size is None else resize(pixels, size)[0]
+
+
+def is_grey(path: Path) -> bool:
+    """Return whether the picture at `path` is stored without colours; raises as `read_picture` does."""
+    with opened(path) as (picture, *_):
+        return picture.mode in GREY
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield a picture, not yet decoded, and Pillow's modules; whatever goes wrong with it is a `DataError`."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -80,19 +106,33 @@ def read_picture(path: Path, source: Source, size: int) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
                 _check_size(path, picture)
-                kind = picture.format  # which a transposed copy forgets
-                picture = ImageOps.exif_transpose(picture)
-                picture = _coloured(path, picture, kind, source.shape[2], Image)
+                yield picture, Image, ImageOps
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: has more than {MAX_PIXELS // 10**6} million pixels; make it smaller") from error
     except Exception as error:  # a damaged picture can raise nearly any type; each becomes one line
         raise DataError(f"{path}: is not a readable picture ({one_line(error)})") from error
-    native = source.shape[0]
-    square = ImageOps.fit(picture, (native, native), Image.Resampling.BOX)
-    pixels = np.asarray(square, np.uint8).reshape(1, native, native, source.shape[2])
-    return resize(pixels, size)[0]
+
+
+def read_array(path: Path, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
+    """Return the one image of `shape` in a .npy file, for data sets that no picture can show.
+
+    Raises
+    ------
+    DataError
+        If the file is damaged, holds objects, or another shape or type.
+    """
+    try:
+        image = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise DataError(f"{path}: is not a readable .npy file ({one_line(error)})") from error
+    image = image[..., None] if image.ndim == 2 else image
+    kinds = "u" if dtype == np.uint8 else "uif"
+    right = image.shape == shape and image.dtype.kind in kinds and (kinds != "u" or image.dtype == dtype)
+    if not right or not np.isfinite(image).all():
+        raise DataError(f"{path}: should be one image, {dtype} {shape} and finite, but is {image.dtype} {image.shape}")
+    return image.astype(dtype, copy=False)
 
 
 def _check_size(path: Path, picture: Any) -> None:

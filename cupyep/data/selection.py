@@ -1,4 +1,7 @@
-"""Which samples of a split are used: as many of each class as of any other, the same ones on every machine."""
+"""Which samples of a split are used, the same ones on every machine.
+
+Of the named data sets as many of each class as of any other; of a user's own in the proportions that they have.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +38,39 @@ def held_out(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     # The second number keeps these draws apart from those of the weights, which come from the bare seed.
     order = np.random.default_rng([seed, 1]).permutation(len(labels))
     return balanced(labels, count, order)
+
+
+def stratified(labels: np.ndarray, count: int, seed: int, stream: int) -> np.ndarray:
+    """Return the rows of `count` samples drawn by `seed`, of every class its share, in increasing order.
+
+    Shares are rounded by the largest remainders; a class of two samples or more keeps at least one, as long as others
+    can give for it. Draws of different `stream` are independent.
+    """
+    order = np.random.default_rng([seed, stream]).permutation(len(labels))
+    sizes = np.bincount(labels)
+    exact = sizes * (count / len(labels))
+    # The place of a sample in its class, in terms of the class's share: what is below 1/2 more than the share is taken.
+    turn = np.empty(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    first = np.searchsorted(labels[by_class], labels[by_class], side="left")
+    turn[by_class] = np.arange(len(labels)) - first
+    is_last = turn == sizes[labels] - 1
+    key = turn + 1 - exact[labels] + np.where(is_last, len(labels), 0)
+    return np.sort(order[np.argsort(key[order], kind="stable")[:count]])
+
+
+def evened(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return as many rows as there are, in random order, of every class equally many.
+
+    A class with fewer images than its share gives each of them equally often, give or take one; of a larger one another
+    part is drawn every time. In the mean that is a loss in which a sample of class c weighs N / (classes * N_c).
+    """
+    present = np.unique(labels)
+    shares = np.full(len(present), len(labels) // len(present))
+    shares[generator.permutation(len(present))[: len(labels) % len(present)]] += 1
+    order = []
+    for label, share in zip(present, shares, strict=True):
+        rows = np.flatnonzero(labels == label)
+        turns = [generator.permutation(rows) for _ in range(-(-share // len(rows)))]
+        order += [row for turn in turns for row in turn][:share]
+    return generator.permutation(order)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from cupyep.errors import choose, require
+from cupyep.files import expanded
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,44 @@ def _idx(name: str, known_as: str, base: str, zipped: str, plain: str, prints: s
         pad=2,
         accepts=f"a folder {name} or {known_as}/raw with the four idx files ({IDX_FILES[0]}, ...)",
         remotes=_remotes(base, f"{name}/", _named((f"{file}.gz" for file in IDX_FILES), zipped)),
-        sums=_named(IDX_FILES, plain),
+        sums=_named(IDX_FILES, plain) if plain else {},
         fingerprints=tuple(prints.split()),
         **more,
     )
+
+
+_CIFAR100_COARSE = """
+aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices household_furniture
+insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes large_omnivores_and_herbivores
+medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehicles_1 vehicles_2
+"""
+_EMNIST_ZIP = Remote("https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip", "58c8d27c78d21e728a6bc7b3cc06412e",
+                     "emnist/gzip.zip")  # fmt: skip
+_SVHN_EXTRA = (45550, 90560, 74740, 60765, 50633, 53490, 41582, 43997, 35358, 34456)
+
+
+def _emnist(part: str, classes: str, train: int, test: int) -> Source:
+    """Return a part of EMNIST with so many images of each class."""
+    count, files = len(classes), tuple(emnist_file(part, file) for file in IDX_FILES)
+    return Source(
+        f"emnist-{part}",
+        tuple(classes),
+        (28, 28, 1),
+        train * count,
+        test * count,
+        flip=False,
+        pad=2,
+        per_class=((train,) * count, (test,) * count),
+        homepage="https://www.nist.gov/itl/products-and-services/emnist-dataset",
+        licence="none stated; cite Cohen, Afshar, Tapson, van Schaik, arXiv 1702.05373",
+        accepts=f"gzip.zip of EMNIST, or its files {files[0]}, ..., there or in a folder emnist or EMNIST/raw",
+        remotes=(_EMNIST_ZIP,),
+    )
+
+
+def emnist_file(part: str, file: str) -> str:
+    """Return what EMNIST calls the file of a part that MNIST calls `file`."""
+    return f"emnist-{part}-{file.replace('t10k', 'test')}"
 
 
 _TABLE = (
@@ -184,6 +223,23 @@ _TABLE = (
         homepage="https://github.com/zalandoresearch/fashion-mnist",
         licence="MIT; cite Xiao, Rasul, Vollgraf, arXiv 1708.07747",
     ),
+    _idx(
+        "kmnist",
+        "KMNIST",
+        "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+        "bdb82020997e1d708af4cf47b453dcf7 e144d726b3acfaa3e44228e80efcd344 "
+        "5c965bf0a639b31b8f53240b1b52f4d7 7320c461ea6c1c855c0b718fb2a4b134",
+        "",
+        prints="",
+        classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        flip=False,
+        per_class=((6000,) * 10, (1000,) * 10),
+        homepage="https://codh.rois.ac.jp/kmnist/",
+        licence="CC BY-SA 4.0; cite Clanuwat et al., arXiv 1812.01718",
+    ),
+    _emnist("letters", string.ascii_lowercase, 4800, 800),
+    _emnist("balanced", string.digits + string.ascii_uppercase + "abdefghnqrt", 2400, 400),
+    _emnist("digits", string.digits, 24000, 4000),
     Source(
         "svhn",
         _DIGITS,
@@ -215,5 +271,59 @@ _TABLE = (
         licence="CC BY 4.0; comes with scikit-learn, extra demo; cite E. Alpaydin, C. Kaynak 1998",
     ),
 )
-SOURCES = {source.name: source for source in _TABLE}
+
+
+def _variants() -> Iterable[Source]:
+    """Return the table, with what is made of the files of another data set behind that one."""
+    for source in _TABLE:
+        yield source
+        if source.name == "cifar100":
+            yield replace(
+                source,
+                name="cifar100-coarse",
+                classes=tuple(_CIFAR100_COARSE.split()),
+                per_class=((2500,) * 20, (500,) * 20),
+                fingerprints=("668bb0c817e698f8357f5ddf68508b89", "22e38980b33dab19493cf40b391847b3"),
+            )
+        if source.name == "svhn":
+            sums = {**_SVHN_SUMS, "extra_32x32.mat": "a93ce644f1a588dc4d68dda5feec44a7"}
+            train = tuple(a + b for a, b in zip(source.per_class[0], _SVHN_EXTRA, strict=True))
+            yield replace(
+                source,
+                name="svhn-extra",
+                train_count=source.train_count + sum(_SVHN_EXTRA),
+                per_class=(train, source.per_class[1]),
+                accepts="train_32x32.mat, extra_32x32.mat and test_32x32.mat, there or in a folder svhn",
+                remotes=_remotes(_NETZER, "svhn/", sums),
+                sums=sums,
+            )
+
+
+SOURCES = {source.name: source for source in _variants()}
 DATASETS = tuple(SOURCES)
+
+OWN = ("file", "folder")  # what the name of a user's own data set begins with, before a colon and a path
+
+
+def is_own(name: str) -> bool:
+    """Return whether a data set is a user's own: ``file:PATH`` or ``folder:PATH``."""
+    return name.partition(":")[0] in OWN and ":" in name
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise `ConfigurationError` unless `name` is that of a data set, or of a user's own with a path."""
+    if not is_own(name):
+        choose(what, name, (*DATASETS, *(f"{kind}:PATH" for kind in OWN)))
+    require(not is_own(name) or name.partition(":")[2].strip() != "", f"{what} {name} lacks a path behind the colon")
+
+
+def absolute_name(name: str) -> str:
+    """Return the name of a data set, of a user's own with the whole path: a run goes on from any working folder."""
+    kind, _, path = name.partition(":")
+    return f"{kind}:{os.path.abspath(expanded(path))}" if is_own(name) else name
+
+
+def short_name(name: str) -> str:
+    """Return the name of a data set without the folders on the way to it."""
+    kind, _, path = name.partition(":")
+    return f"{kind}:{os.path.basename(os.path.normpath(path))}" if is_own(name) else name

@@ -12,6 +12,7 @@ import numpy as np
 from cupyep.backend import Device
 from cupyep.batch import Batch
 from cupyep.data import Dataset, ImageFormat, Loader, TeacherFile, load_dataset
+from cupyep.data.sources import is_own
 from cupyep.diagnostics.checkup import PROBE_IMAGES, Checkup
 from cupyep.errors import require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
@@ -30,6 +31,7 @@ from cupyep.training.trainer import Trainer
 def build_dataset(config: TrainConfig) -> Dataset:
     """Load the data set; see `cupyep.data.load_dataset` for the errors."""
     sizes = config.take("image_size", "limit_train", "limit_test", "validation", "seed")
+    sizes |= config.take("test_fraction") if is_own(config.dataset) else {}
     return load_dataset(config.dataset, config.data_dir, **sizes)
 
 
@@ -165,6 +167,7 @@ def training_batches(
         cutout=config.cutout or 0,
         label_smoothing=config.label_smoothing,
         share=share,
+        balance=config.class_weights == "balanced",
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from cupyep.activations import ACTIVATIONS
 from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
+from cupyep.data.sources import absolute_name, check_name
 from cupyep.errors import ConfigurationError, nearest, require
 from cupyep.files import read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
@@ -86,9 +87,11 @@ class TrainConfig:
     feedback: float = NETWORK(0.1, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
                               "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 
-    dataset: str = DATA("cifar10", str, "Data set.", choices=DATASETS)
+    dataset: str = DATA("cifar10", str, "Data set, by name or of your own: file:PATH (.npz, .h5 with x and y) or "
+                        "folder:PATH (pictures, a sub-folder a class).", choices=DATASETS, check=check_name)
     data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
-    image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are.", low=1)
+    image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are, pictures of a "
+                                  "folder 32 x 32.", low=1, needs=("sizes",))
     limit_train: int | None = DATA(None, int, "Use N training images, the first of each class, equally many of each; "
                                    "unset: all.", low=1)
     limit_test: int | None = DATA(None, int, "Use N test images, the first of each class, equally many of each; "
@@ -96,6 +99,10 @@ class TrainConfig:
     validation: int | None = DATA(None, int, "Hold N training images out, equally many of each class, drawn by the "
                                   "seed, and choose best.h5 by them; unset: none, the test images choose it.",
                                   low=1)
+    test_fraction: float = DATA(0.2, float, "Share of your own images that is for testing, of each class alike, drawn "
+                                "by the seed, where none are set apart.", above=0, below=1, needs=("own data",))
+    class_weights: str = DATA("none", str, "balanced: classes of few images weigh as much as others, by being shown "
+                              "more often; every epoch draws anew.", choices=("none", "balanced"))
     crop: bool = DATA(True, bool, "Random crops of the padded training images.")
     flip: bool = DATA(True, bool, "Random horizontal flips (never for digits and house numbers).", needs=("mirrored",))
     cutout: int | None = DATA(None, int, "Hide a square of N x N pixels in every training image, anywhere (cutout); "
@@ -182,6 +189,7 @@ class TrainConfig:
     def __post_init__(self):
         for spec in fields(self):
             setattr(self, spec.name, checked(spec, getattr(self, spec.name), option_name(spec.name)))
+        self.dataset = absolute_name(self.dataset)
         own = architecture(self.arch)
         self.activation, self.weights = self.activation or own.activation, self.weights or own.weights
         if self.weight_decay is None:

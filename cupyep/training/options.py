@@ -12,7 +12,7 @@ import re
 from dataclasses import Field, field
 from typing import Any
 
-from cupyep.data.sources import SOURCES
+from cupyep.data.sources import SOURCES, is_own
 from cupyep.errors import choose, require
 
 LARGEST = 1 << 63  # of integers
@@ -33,7 +33,12 @@ RULES = {
 MIRRORED = tuple(name for name, source in SOURCES.items() if source.flip)
 #: Conditions: name -> the words of the refusal, and a test of all values by name.
 NEEDS = {
-    "mirrored": (f"--dataset {', '.join(MIRRORED[:-1])} or {MIRRORED[-1]}", lambda c: c["dataset"] in MIRRORED),
+    "mirrored": (
+        f"--dataset {', '.join(MIRRORED)} or one of your own",
+        lambda c: c["dataset"] in MIRRORED or is_own(c["dataset"]),
+    ),
+    "own data": ("--dataset file:PATH or folder:PATH", lambda c: is_own(c["dataset"])),
+    "sizes": ("a named data set or --dataset folder:PATH", lambda c: not c["dataset"].startswith("file:")),
     "readout": ("--loss cross_entropy", lambda c: c["loss"] == "cross_entropy"),
     "ep": ("--algorithm ep", lambda c: c["algorithm"] == "ep"),
     "settling": ("--algorithm ep or bptt", lambda c: c["algorithm"] != "bp"),

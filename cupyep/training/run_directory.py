@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cupyep._version import __version__
+from cupyep.data.sources import short_name
 from cupyep.diagnostics.checkup import check_trace
 from cupyep.errors import CheckpointError, ConfigurationError, choose, reporting
 from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
@@ -298,6 +299,6 @@ def _is_made(path: Path) -> bool:
 
 
 def _numbered(config: TrainConfig, root: str | Path) -> Iterator[Path]:
-    base = Path(root) / f"{slug(config.arch)}-{config.aug}-{config.dataset}-seed{config.seed}"
+    base = Path(root) / f"{slug(config.arch)}-{config.aug}-{slug(short_name(config.dataset))}-seed{config.seed}"
     yield base
     yield from (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend import Device, get_device
 from cupyep.data import Dataset
+from cupyep.data.sources import absolute_name
 from cupyep.errors import CheckpointError, ConfigurationError, require
 from cupyep.files import expanded
 from cupyep.models import unit_drives
@@ -33,6 +36,8 @@ from cupyep.training.sharing import check_same, run_directory
 from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
 from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
+
+SHOWN_CLASSES = 10
 
 
 def start_run(
@@ -135,6 +140,7 @@ def _change_options(directory: RunDirectory, given: Mapping[str, Any]) -> None:
     """Take the options `given` over those of a run, where that may be."""
     for name, value in given.items():
         old = getattr(directory.config, name)
+        value = absolute_name(value) if name == "dataset" else value
         same = value == old or name in RESUME_OPTIONS
         allowed = ", ".join(map(option_name, RESUME_OPTIONS))
         require(same, f"{option_name(name)} {value} is not the run's {old}; a resumed run may only change {allowed}")
@@ -198,9 +204,10 @@ def evaluate_run(
     """
     run = load_trained(path, which, given)
     config = run.config
-    batches = evaluation_batches(config, build_dataset(config), run.network, split)
+    dataset = build_dataset(config)
+    batches = evaluation_batches(config, dataset, run.network, split)
     loss, accuracy = evaluate(run.learner, (display or Display()).over(batches, f"{split} images"))
-    chosen = f"best, chosen by {'test' if config.validation is None else 'validation'} accuracy"
+    chosen = f"best, chosen by {'test' if dataset.validation is None else 'validation'} accuracy"
     lines = [
         f"{config.arch} on the {len(batches.split)} {split} images of {config.dataset}, epoch {run.epoch} "
         f"({chosen if which == 'best' else which})",
@@ -237,6 +244,8 @@ def prepare(
         elif config.lsuv and run is None:
             unit_drives(network, first_images(dataset, network, config.batch_size))
     display.show("note", _headline(config, dataset, network))
+    if counts := _unequal(dataset):
+        display.show("note", counts)
     several = f"{ranks.size} ranks, " if ranks.size > 1 else ""
     display.show("note", f"{several}device {device.name}" + (f": {device.reason}" if device.reason else ""))
     if config.aug == "kd":
@@ -271,3 +280,14 @@ def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:
         f"{config.arch}, {count:,} parameters, {config.algorithm}, signals {config.aug}; "
         f"{config.dataset} {size}, {len(dataset.train)} training{held} and {len(dataset.test)} test images"
     )
+
+
+def _unequal(dataset: Dataset) -> str:
+    """Return how many training images there are of each class, where some classes have far more than others."""
+    counts = np.bincount(dataset.train.labels, minlength=len(dataset.classes))
+    if counts.max() <= counts.min() + 1:
+        return ""
+    shown = [f"{dataset.classes[c]} {counts[c]}" for c in np.argsort(-counts, kind="stable")]
+    middle = ["..."] if len(shown) > SHOWN_CLASSES else []
+    shown = shown[: SHOWN_CLASSES // 2] + middle + shown[-SHOWN_CLASSES // 2 :] if middle else shown
+    return f"classes of unequal size: {', '.join(shown)} training images"

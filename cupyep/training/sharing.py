@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from cupyep._version import __version__
 from cupyep.batch import Batch, shared_out
 from cupyep.data import Dataset
+from cupyep.data.images import add_to_digest
 from cupyep.errors import require
 from cupyep.learning.learner import StepResult
 from cupyep.parallel import Communicator
@@ -79,8 +78,7 @@ def _fingerprint(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for split in (dataset.train, dataset.validation, dataset.test):
         for array in () if split is None else (split.images, split.labels):
-            digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array))
+            add_to_digest(digest, array)
     return digest.hexdigest()[:12]
 
 

@@ -84,6 +84,12 @@ def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
         old = saved.config.get(name, value)
         if old != value and name not in RESUME_OPTIONS:
             raise CheckpointError(f"checkpoint '{path}' belongs to a run with {option_name(name)} {old}, not {value}")
+    images = saved.images.get("fingerprint", "") if saved.images else ""
+    if trainer.images is not None and images not in ("", trainer.images.fingerprint):
+        raise CheckpointError(
+            f"checkpoint '{path}' belongs to a run on other images or labels: {trainer.images.name} has changed since "
+            "it began; bring back what was there, or start a new run"
+        )
     if set(saved.generators) != set(trainer.generators):
         raise CheckpointError(f"checkpoint '{path}' lacks the state of a random generator; it is of another version")
     try:

@@ -21,6 +21,7 @@ import numpy as np
 from cupyep._version import __version__
 from cupyep.backend import Device
 from cupyep.data import VIEWS, Dataset, Loader, TeacherWriter, cache_directory, data_directory
+from cupyep.data.images import add_to_digest
 from cupyep.errors import CheckpointError, ConfigurationError, Interrupted, TeacherError, reporting
 from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
 from cupyep.learning import Backpropagation
@@ -38,8 +39,8 @@ from cupyep.training.trainer import Trainer
 # What a teacher has in common with its student ...
 SHARED = (
     "arch", "width", "pooling", "weights", "readout_pool", "dataset", "data_dir", "image_size", "limit_train",
-    "limit_test", "validation", "crop", "flip", "cutout", "batch_size", "seed", "device", "scratch_mb",
-    "checkpoint_minutes", "on_divergence",
+    "limit_test", "validation", "test_fraction", "class_weights", "crop", "flip", "cutout", "batch_size", "seed",
+    "device", "scratch_mb", "checkpoint_minutes", "on_divergence",
 )  # fmt: skip
 # ... and what not: it is trained feed-forward. This project's own choice: of VGG-7 teachers at one
 # eighth width (5000 CIFAR-10 images, 10 epochs) those with ReLU or ReLU6 were 3 points better than with a hard sigmoid.
@@ -52,7 +53,8 @@ TEACHER_SETTINGS = {
     "learning_rate": 1e-3,
     "lr_schedule": "cosine",
 }
-NO_MATTER = {"device", "scratch_mb", "data_dir", "checkpoint_minutes", "on_divergence"}  # to what becomes of a teacher
+# To what becomes of a teacher, beside the images that it is trained on.
+NO_MATTER = {"device", "scratch_mb", "data_dir", "checkpoint_minutes", "on_divergence", "dataset", "test_fraction"}
 WAIT_S = 1.0
 KEPT, CHECKSUM = "teacher.h5", "teacher.sha256"  # in the folder of a run
 
@@ -214,7 +216,7 @@ def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
     """
     own = teacher_config(config)
     digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
-    name = Path("teachers") / f"{slug(own.arch)}-{own.dataset}-{digest}.h5"
+    name = Path("teachers") / f"{slug(own.arch)}-{slug(dataset.name)}-{digest}.h5"
     old = data_directory(config.data_dir) / name
     return old if old.is_file() else cache_directory() / name
 
@@ -373,9 +375,8 @@ def _export(
 
 def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
     options = config.take(*sorted({*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER))
-    digest = hashlib.sha256(json.dumps([__version__, options, features], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([__version__, dataset.name, options, features], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
         for array in (split.images, split.labels):
-            digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array))
+            add_to_digest(digest, array)
     return digest.hexdigest()[:12]

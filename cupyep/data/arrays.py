@@ -1,0 +1,286 @@
+"""Data sets of a user's own images: arrays of any library, images stored in files, samples of a PyTorch data set."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupyep import errors
+from cupyep.backend import host_array
+from cupyep.data.dataset import Dataset, Split, check_limits
+from cupyep.data.images import channel_statistics, first_not_finite
+from cupyep.data.selection import stratified
+from cupyep.data.stored import StoredImages, chosen, joined
+from cupyep.errors import ConfigurationError, DataError, flag, is_integer, items, number, one_line, require, shown
+
+PAD_SHARE = 8  # a crop may shift an image by this part of its side, as 4 of CIFAR's 32 pixels
+TEST, HELD = 2, 3  # streams of draws; see `stratified`
+KINDS = "uint8, other integers or floats"
+
+
+def dataset_of_arrays(
+    x: Any,
+    y: Any,
+    test: tuple[Any, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    validation: int | tuple[Any, Any] | None = None,
+    *,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    name: str = "arrays",
+    flip: bool = False,
+    pad: int | None = None,
+    channels_first: bool = False,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> Dataset:
+    """Return a data set of images of your own: ``Dataset.from_arrays``.
+
+    Parameters
+    ----------
+    x : array of shape (N, H, W, C) or (N, H, W)
+        Of NumPy, of CuPy or of anything with DLPack. uint8 images are kept as they are and divided by 255; others are
+        taken as float32 in whatever units they have. Either way networks see them minus the mean, divided by the
+        standard deviation of their channel, over the training part. A memory-mapped array is read batch by batch.
+    y : sequence of N labels
+        Integers that count from 0, or names of classes.
+    test : (x, y), optional
+        The test part; else `test_fraction` of the images are drawn by `seed`, of each class its share.
+    classes : sequence of str, optional
+        Names in the order of the labels; default the labels themselves, names sorted.
+    validation : int or (x, y), optional
+        The validation part, or how many training images to draw for it by `seed`, of each class its share.
+    name : str
+        Kept in checkpoints and teacher files.
+    flip : bool
+        Whether a mirrored image keeps its class.
+    pad : int, optional
+        Pixels by which a random crop may shift an image; default an eighth of the shorter side.
+    channels_first : bool
+        Whether x is (N, C, H, W), as in PyTorch.
+    limit_train, limit_test : int, optional
+        See `cupyep.data.load_dataset`.
+
+    Raises
+    ------
+    ConfigurationError, DataError
+        In one line, if an argument is no array, or arrays do not fit together.
+    """
+    errors.seed("seed", seed)
+    flag("channels_first", channels_first)
+    images, labels = [_images("x", x, channels_first)], [_labels("y", y)]
+    for what, pair in (("test", test), ("validation", None if is_integer(validation) else validation)):
+        if pair is not None:
+            require(isinstance(pair, (tuple, list)) and len(pair) == 2, f"{what} must be (x, y), not {shown(pair)}")
+            images.append(_images(f"x of {what}", pair[0], channels_first))
+            labels.append(_labels(f"y of {what}", pair[1]))
+    numbers, names = _numbered(labels, classes)
+    names_of = ["train", *(["test"] if test is not None else []), "validation"]
+    for what, pixels, own in zip(names_of, images, numbers, strict=False):
+        _check_part(name, what, pixels, own, images[0])
+    rest, held = list(zip(images, numbers, strict=True)), None
+    train, others = rest[0], rest[1:]
+    if test is None:
+        fraction = number("test_fraction", test_fraction, above=0, below=1)
+        train, tested = _divided(train, _share(name, len(train[1]), fraction), seed, TEST)
+    else:
+        tested, others = others[0], others[1:]
+    if others:
+        (pixels, own), count = others[0], len(train[1])
+        train = joined(train[0], pixels), np.concatenate([train[1], own])
+        held = np.arange(count, count + len(own))
+    counts = (len(train[1]), len(tested[1]))
+    check_limits(name, *counts, limit_train, limit_test, validation if held is None else len(held))
+    mean, std = channel_statistics(train[0])
+    whole = Split("train", *train)
+    if held is None and validation is not None:
+        held = stratified(whole.labels, int(validation), seed, HELD)
+    part = whole if held is None else whole.select(np.setdiff1d(np.arange(len(whole)), held, assume_unique=True))
+    ready = Split("test", *tested)
+    pad = max(1, min(whole.images.shape[1:3]) // PAD_SHARE) if pad is None else pad
+    return Dataset(
+        name,
+        names,
+        part.balanced(limit_train) if limit_train else part,
+        ready.balanced(limit_test) if limit_test else ready,
+        mean,
+        std,
+        flip,
+        pad,
+        None if held is None else whole.select(held, "validation"),
+    )
+
+
+def dataset_of_samples(samples: Any, test: Any = None, **options: Any) -> Dataset:
+    """Return the samples of map-style PyTorch data sets, all read once: ``Dataset.from_torch``.
+
+    Parameters
+    ----------
+    samples, test : torch.utils.data.Dataset, or anything with ``len`` and whole numbers as indices
+        Of pairs (image, label). An image is a PIL picture, a tensor (C, H, W) or (H, W), or a NumPy array (H, W, C);
+        all have one size. What a transformation draws at random is drawn once.
+    **options
+        Those of `dataset_of_arrays`. `classes` are by default those that the data set names, as torchvision's do.
+
+    Raises
+    ------
+    ConfigurationError, DataError
+        As `dataset_of_arrays`; also if a data set has no length.
+    """
+    named = getattr(samples, "classes", None)
+    if named is not None and not isinstance(named, (str, bytes)):
+        options.setdefault("classes", [str(item) for item in named])
+    if test is not None:
+        options["test"] = _gathered("test", test)
+    return dataset_of_arrays(*_gathered("samples", samples), **options)
+
+
+def _gathered(what: str, samples: Any) -> tuple[np.ndarray, np.ndarray]:
+    right = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
+    require(right, f"{what} must be a map-style data set, with a length and numbered samples, not {shown(samples)}")
+    require(len(samples) > 0, f"{what} holds no samples")
+    images, labels = None, []
+    for n in range(len(samples)):
+        try:
+            image, label = samples[n]
+        except (TypeError, ValueError, LookupError) as error:
+            raise DataError(f"sample {n} of {what} is no pair (image, label): {one_line(error)}") from error
+        pixels = _pixels(f"image {n} of {what}", image)
+        if images is None:
+            images = np.empty((len(samples), *pixels.shape), pixels.dtype)
+        if pixels.shape != images.shape[1:] or pixels.dtype != images.dtype:
+            raise DataError(
+                f"image {n} of {what} is {pixels.dtype} {pixels.shape}, image 0 {images.dtype} {images.shape[1:]}; "
+                "bring them to one size and type by a transformation"
+            )
+        images[n] = pixels
+        labels.append(label if isinstance(label, str) else _whole(f"label {n} of {what}", label))
+    return images, np.array(labels)
+
+
+def _whole(what: str, label: Any) -> int:
+    try:
+        return operator.index(label)  # an integer of Python, NumPy or a tensor of one
+    except TypeError:
+        raise DataError(f"{what} must be an integer or a name, not {shown(label)}") from None
+
+
+def _pixels(what: str, image: Any) -> np.ndarray:
+    if hasattr(image, "getbands") and image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    array, is_tensor = _array(what, image), hasattr(image, "__dlpack__") and not isinstance(image, np.ndarray)
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3:
+        raise DataError(f"{what} has shape {array.shape}; a picture, a tensor (C, H, W) or an array (H, W, C) is read")
+    return array.transpose(1, 2, 0) if is_tensor else array
+
+
+def _array(what: str, value: Any) -> np.ndarray:
+    try:
+        array = host_array(value)
+    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
+        raise ConfigurationError(f"{what} cannot be taken as an array: {one_line(error)}") from error
+    return array
+
+
+def _images(what: str, value: Any, channels_first: bool) -> Any:
+    """Return images (N, H, W, C) as uint8 or float32; a memory-mapped array is not read yet."""
+    if isinstance(value, StoredImages):
+        return value
+    array = _array(what, value)
+    if array.dtype.kind not in "uifb":
+        raise DataError(f"{what} holds {array.dtype}; images are {KINDS}")
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise DataError(f"{what} has shape {array.shape}; images are (N, H, W, C), or (N, H, W) without colours")
+    shape = (*array.shape, 1) if array.ndim == 3 else array.shape
+    if channels_first and array.ndim == 4:
+        array = array.transpose(0, 2, 3, 1)
+        shape = array.shape
+    elif array.ndim == 4 and shape[1] <= 4 < min(shape[2:]):
+        raise DataError(f"{what} has shape {shape}, which looks like (N, C, H, W); give channels_first=True")
+    dtype = np.uint8 if array.dtype == np.uint8 else np.float32
+    if isinstance(array, np.memmap):
+        return StoredImages(array.__getitem__, shape, dtype)
+    return StoredImages(array.__getitem__, shape, dtype)[:]
+
+
+def _labels(what: str, value: Any) -> np.ndarray:
+    """Return labels as a vector of int64 or of text."""
+    array = _array(what, value)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        hint = "; of one-hot rows take y.argmax(axis=1)" if array.ndim == 2 else ""
+        raise DataError(f"{what} has shape {array.shape}; labels are a vector{hint}")
+    if array.dtype.kind == "O" and all(isinstance(item, str) for item in array):
+        array = array.astype(str)
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "replace")
+    if array.dtype.kind not in "uibU":
+        raise DataError(f"{what} holds {array.dtype}; labels are integers from 0 on, or names of classes")
+    return array if array.dtype.kind == "U" else array.astype(np.int64)
+
+
+def _numbered(labels: list[np.ndarray], classes: Sequence[str] | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Return the labels of all parts as numbers, and the names of the classes."""
+    kinds = {array.dtype.kind for array in labels if len(array)}
+    if len(kinds) > 1:
+        raise DataError("some labels are names and some are numbers; give all of them as one or the other")
+    if kinds == {"U"}:
+        names = sorted(set(labels[0])) if classes is None else items("classes", classes, str)
+        number_of = {name: n for n, name in enumerate(names)}
+        unknown = next((name for array in labels for name in array if name not in number_of), None)
+        if unknown is not None:
+            raise DataError(f"label '{unknown}' is no class of the training images: {', '.join(names[:8])}")
+        numbers = [np.array([number_of[name] for name in array], np.int64) for array in labels]
+    else:
+        numbers, most = labels, max((int(array.max(initial=-1)) for array in labels), default=-1)
+        least = min((int(array.min(initial=0)) for array in labels), default=0)
+        if classes is None:
+            present = np.bincount(labels[0][labels[0] >= 0], minlength=1)[: most + 1] > 0 if most < 10**6 else [False]
+            if least < 0 or not all(present) or len(present) < most + 1:
+                raise DataError(
+                    f"labels run from {int(min(array.min() for array in labels))} to {most}, and not every class from "
+                    "0 on has a training image; count from 0, or give the names of all classes as classes"
+                )
+        names = [str(n) for n in range(most + 1)] if classes is None else items("classes", classes, str)
+        if least < 0 or most >= len(names):
+            raise DataError(f"labels run from {least} to {most}, but there are {len(names)} classes; count from 0")
+    if len(set(names)) < len(names):
+        raise DataError("two classes have the same name")
+    if len(names) < 2:
+        raise DataError(f"there is only one class, {', '.join(names) or 'or none'}; a network needs two to tell apart")
+    return numbers, tuple(map(str, names))
+
+
+def _check_part(name: str, what: str, images: Any, labels: np.ndarray, like: Any) -> None:
+    if len(images) != len(labels):
+        raise DataError(f"data set {name}, {what}: {len(images)} images, but {len(labels)} labels")
+    if images.shape[1:] != like.shape[1:] or images.dtype != like.dtype:
+        raise DataError(
+            f"data set {name}: {what} images are {images.dtype} {images.shape[1:]}, train images {like.dtype} "
+            f"{like.shape[1:]}; they must agree"
+        )
+    wrong = first_not_finite(images)
+    if wrong is not None:
+        raise DataError(f"data set {name}, {what}: image {wrong} has values that are NaN or infinite; leave it out")
+
+
+def _share(name: str, count: int, fraction: float) -> int:
+    if count < 2:
+        raise DataError(f"data set {name} has one image; it takes two for a training and a test part")
+    return min(max(1, round(count * fraction)), count - 1)
+
+
+def _divided(
+    part: tuple[Any, np.ndarray], count: int, seed: int, stream: int
+) -> tuple[tuple[Any, np.ndarray], tuple[Any, np.ndarray]]:
+    """Return (the rest, `count` samples) of images and labels."""
+    images, labels = part
+    rows = stratified(labels, count, seed, stream)
+    rest = np.setdiff1d(np.arange(len(labels)), rows, assume_unique=True)
+    return (chosen(images, rest), labels[rest]), (chosen(images, rows), labels[rows])
