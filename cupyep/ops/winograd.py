@@ -127,8 +127,8 @@ class WinogradOps:
         gradient = (((m + 2) ** 2 + 9) * min(channels, GRADIENT_CHANNELS) * outputs,)
         self.requests = [*self._map_requests(self.chunks[0][1]), (gradient, dtype)]
         self.nbytes = Arena.size(self.requests)
-        self.derived = [(((m + 2) ** 2, *pair), dtype) for pair in ((channels, outputs), (outputs, channels))]
-        self._weights: list[Any] = [None, None]
+        self.derived = [(((m + 2) ** 2, channels, outputs), dtype)]
+        self._weight: Any = None
         self._to_y, self._to_u, self._to_v = (xp.asarray(each, dtype) for each in self._transforms())
 
     def _transforms(self) -> list[Any]:
@@ -153,24 +153,19 @@ class WinogradOps:
 
     def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
         """Take views of the arena, and the array of `derived`."""
-        self._u = derived
+        (self._u,) = derived
         self._one, self._two, self._mask, self._winners, self._gradient = arena.views(self.requests)
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (3, 3, C, K), transformed when it is first needed: gradients never do."""
-        weight = weight.reshape(9, *weight.shape[2:])
-        self._weights = [weight, weight.transpose(0, 2, 1)]
+        self._weight = weight
 
-    def _transformed(self, number: int) -> Any:
-        """Return ``U = G w G^T`` of the weight taken up last (0), or the same with channels exchanged (1).
-
-        The top-down product with the transpose of the first would take a fifth more time.
-        """
-        u, weight = self._u[number], self._weights[number]
-        if weight is not None:
-            self._transform(self._to_u, weight, u.reshape(-1))
-            self._weights[number] = None
-        return u
+    def _transformed(self) -> Any:
+        """Return ``U = G w G^T`` of the weight taken up last."""
+        if self._weight is not None:
+            self._transform(self._to_u, self._weight.reshape(9, *self._u.shape[1:]), self._u.reshape(-1))
+            self._weight = None
+        return self._u
 
     def _tiled(self, block: Any, places: int, m: int, channels: int) -> Any:
         """Return an array (places, m * tiles, channels) at the start of a block."""
@@ -191,7 +186,7 @@ class WinogradOps:
         array of shape (m * m, tiles, K)
             Tiles in scratch, a quarter of the first axis for each place of a window.
         """
-        u = self._transformed(0)
+        u = self._transformed()
         v = self._inputs(s, self._two, self._one)
         products = self._tiled(self._one, len(u), m, u.shape[2])
         self._factors.product(v, u, products)
@@ -199,10 +194,10 @@ class WinogradOps:
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
-        u = self._transformed(1)
+        u = self._transformed()
         dm = self._transform(self._to_y.T, self._unpool(s, winners, m), self._one)
         dv = self._tiled(self._two, len(u), m, out.shape[3])
-        self._factors.product(dm, u, dv)
+        self._factors.product(dm, u.transpose(0, 2, 1), dv)
         dd = self._transform(self._to_v.T, dv, self._one)
         padded = self._padded(self._two, m, out.shape[3])
         padded[...] = 0
