@@ -58,9 +58,10 @@ def drive(edge, ops, s):
         ({"in_shape": (4, 4, 128), "channels": 128}, 31, 2, 16 * 4),  # larger tiles: 31 rows
         ({"in_shape": (4, 4, 128), "channels": 128}, 32, 4, 36),
         ({"in_shape": (4, 4, 128), "channels": 128}, 7, None, 9 * 16),  # 28 rows of smaller ones
-        ({"in_shape": (4, 4, 64)}, 15, None, 9 * 16),  # narrow products want more rows
-        ({"in_shape": (4, 4, 64)}, 16, 2, 16 * 4),
-        ({"in_shape": (4, 4, 64)}, 64, 4, 36),
+        ({"in_shape": (4, 4, 64)}, 31, None, 9 * 16),  # narrow products want more rows, the more the smaller the tiles
+        ({"in_shape": (4, 4, 64)}, 32, 4, 36),
+        ({"in_shape": (2, 2, 64)}, 127, None, 9 * 4),
+        ({"in_shape": (2, 2, 64)}, 128, 2, 16),
     ],
 )
 def test_where_it_is_chosen(change, samples, m, multiplications):

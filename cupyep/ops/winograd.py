@@ -32,11 +32,11 @@ from cupyep.ops.pooling import average_pool, average_scatter, max_gather, max_po
 # The finite points of F(m x m, 3 x 3), by m. Of four around zero these round least (docs/performance.md): a third of
 # what the usual ones do, 1 and 2.
 POINTS = {2: (0, 1, -1), 4: (0, 11 / 16, -11 / 16, 3 / 2, -3 / 2)}
-TIE_MARGINS = {2: 4, 4: 8}  # in margins of direct products, whose rounding errors are that much smaller
+TIE_MARGINS = {2: 1, 4: 4}  # in margins of direct products: what equal units differ by is below (docs/performance.md)
 PRECISIONS = ("float32",)  # who takes float64 wants direct sums
 LEAST_CHANNELS = 32  # in and out
 LEAST_ROWS = 32  # of a product: the tiles of a batch
-LEAST_WORK = 4096  # rows times channels
+LEAST_WORK = 1 << 15  # units of all tiles times channels
 ROWS = 128  # of a product, where the budget allows as many: with more, tiles and products leave the cache
 SMALL = 10**6  # multiplications of a product that OpenBLAS does without copying its factors
 GRADIENT_CHANNELS = 32  # input channels whose weight gradient is transformed back at once
@@ -56,7 +56,7 @@ def tile_size(geometry: ConvGeometry, batch: int, precision: Precision) -> int |
         return None
     for m in (4, 2) if multiplications(g, 4) < multiplications(g, 2) else (2,):
         rows = batch * math.prod(tiles(g, m))
-        if rows >= LEAST_ROWS and rows * channels >= LEAST_WORK:
+        if rows >= LEAST_ROWS and rows * m * m * channels >= LEAST_WORK:
             return m
     return None
 
