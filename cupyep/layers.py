@@ -184,8 +184,8 @@ class Conv2d(Edge):
         if device.is_gpu:
             launcher = device.launcher(SOURCE)
             return CudaConvOps(self.geometry, batch, nbytes, precision, device.xp, launcher, **topdown)
-        if winograd.possible(self.geometry, precision) and winograd.pays(self.geometry, batch):
-            return WinogradOps(self.geometry, batch, nbytes, precision, device.xp)
+        if m := winograd.tile_size(self.geometry, batch, precision):
+            return WinogradOps(self.geometry, batch, nbytes, precision, device.xp, m)
         return ConvOps(self.geometry, batch, nbytes, precision, device.xp, **topdown)
 
     def refresh(self, ops: ConvOps) -> None:

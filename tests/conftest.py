@@ -46,7 +46,8 @@ def rng():
 
 @pytest.fixture
 def winograd_everywhere(monkeypatch):
-    """Winograd's algorithm for every edge that allows it, however small."""
+    """Winograd's algorithm for every edge that allows it, however small, in float64 as well."""
+    monkeypatch.setattr(winograd, "PRECISIONS", ("float32", "float64"))
     for name in ("LEAST_CHANNELS", "LEAST_ROWS", "LEAST_WORK"):
         monkeypatch.setattr(winograd, name, 0)
 

@@ -1,5 +1,7 @@
 """Edges. Oracle: loops over single elements; <Ax, y> = <x, A'y>; the unchunked result."""
 
+import functools
+
 import numpy as np
 import pytest
 from oracle import relative_error
@@ -24,7 +26,7 @@ GEOMETRIES = [  # in_shape, channels, kernel, stride, padding, pooling, pool
     ((3, 3, 4), 5, 1, 1, 0, "none", 2),
     ((4, 4, 2), 3, 4, 1, 0, "none", 2),
 ]
-WINOGRAD = [  # the same, for WinogradOps: even and odd maps, dropped rows and columns, one tile
+WINOGRAD = [  # the same, for WinogradOps: maps of whole tiles and others, dropped rows and columns, one tile
     ((6, 6, 2), 3, 3, 1, 1, "none", 2),
     ((6, 4, 2), 3, 3, 1, 1, "max", 2),
     ((4, 6, 3), 2, 3, 1, 1, "average", 2),
@@ -35,9 +37,16 @@ WINOGRAD = [  # the same, for WinogradOps: even and odd maps, dropped rows and c
     ((5, 4, 3), 2, 3, 1, 0, "none", 2),
     ((3, 3, 4), 5, 3, 1, 0, "none", 2),
     ((2, 3, 2), 3, 3, 1, 1, "max", 2),
+    ((8, 12, 2), 3, 3, 1, 1, "none", 2),
+    ((9, 10, 3), 2, 3, 1, 1, "max", 2),
+    ((11, 8, 1), 1, 3, 1, 0, "average", 2),
 ]
 BOTH = [pytest.param(geometry, ConvOps, id=str(geometry)) for geometry in GEOMETRIES]
-BOTH += [pytest.param(geometry, WinogradOps, id=f"winograd {geometry}") for geometry in WINOGRAD]
+BOTH += [
+    pytest.param(geometry, functools.partial(WinogradOps, m=m), id=f"winograd {m} {geometry}")
+    for geometry in WINOGRAD
+    for m in (2, 4)
+]
 edges = pytest.mark.parametrize(("geometry", "operations"), BOTH)
 SAMPLES = 3
 
@@ -101,8 +110,8 @@ class Case:
         self.edge.bias = device.asarray(self.bias, self.precision.number)
         self.below = rng.standard_normal((samples, *in_shape))
         self.s = rng.standard_normal((samples, *self.edge.out_shape))
-        if operations is WinogradOps:  # whether it pays or not
-            self.ops = WinogradOps(self.edge.geometry, samples, budget, self.precision, device.xp)
+        if operations is not ConvOps:  # whether it pays or not
+            self.ops = operations(self.edge.geometry, samples, budget, self.precision, device.xp)
         else:
             self.ops = self.edge.prepare(samples, budget, self.precision, device)
         bind(self.ops, device.xp)

@@ -297,10 +297,10 @@ def check_truths(case):
         np.testing.assert_allclose(mine, slope, rtol=1e-5, atol=1e-6, err_msg=f"{learner} {case.text}")
 
 
-def check(seed, kind, monkeypatch):
+def check(seed, kind, request):
     case = case_of(seed, kind)
     if case.by_winograd:
-        monkeypatch.setattr(winograd, "pays", lambda geometry, batch: True)
+        request.getfixturevalue("winograd_everywhere")
     same = Comparison(case)
     check_phases(case, same)
     check_step(case, same, seed)
@@ -324,7 +324,7 @@ def check_draws(cases):
     rejected = Counter(why for case in found for why in case.rejected)
     edges = [edge for case in found for edge in case.net.layers if isinstance(edge, ep.Conv2d)]
     tried = [(edge, case) for case in found if case.by_winograd for edge in case.net.layers if edge in edges]
-    qualified = sum(winograd.possible(edge.geometry, case.net.precision) for edge, case in tried)
+    qualified = sum(winograd.tile_size(edge.geometry, SAMPLES, case.net.precision) is not None for edge, case in tried)
     kinds = Counter(type(signal).__name__ for case in found for signal in case.signals)
     pooled = sum(term.pool > 1 for case in found for term in case.terms.values())
     several = sum(len(signal.layers) > 1 for case in found for signal in case.signals)
@@ -349,12 +349,12 @@ def test_the_sweep_draws_kinked_and_smooth_activations():
 def test_equal_units_tie_in_both_precisions():
     for name, (_, tie) in NEAR.items():
         margin = get_precision(name).tie_margin
-        assert EQUAL <= margin / 2 < 4 * margin < tie  # Winograd's margin is four times as wide
+        assert EQUAL <= margin / 2 < max(winograd.TIE_MARGINS.values()) * margin < tie
 
 
 @pytest.mark.parametrize(("seed", "kind"), named(FAST))
-def test_random_network(seed, kind, monkeypatch):
-    check(seed, kind, monkeypatch)
+def test_random_network(seed, kind, request):
+    check(seed, kind, request)
 
 
 @pytest.mark.parametrize(("seed", "kind"), named(case for case in FAST if case[1] != "float32"))
@@ -362,14 +362,15 @@ def test_true_gradients_by_torch(seed, kind):
     check_by_torch(seed, kind)
 
 
+@pytest.mark.usefixtures("winograd_everywhere")
 def test_few_draws_are_rejected():
     check_draws(FAST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "kind"), named(SLOW))
-def test_many_random_networks(seed, kind, monkeypatch):
-    check(seed, kind, monkeypatch)
+def test_many_random_networks(seed, kind, request):
+    check(seed, kind, request)
 
 
 @pytest.mark.slow
@@ -379,5 +380,6 @@ def test_many_true_gradients_by_torch(seed, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("winograd_everywhere")
 def test_few_of_many_draws_are_rejected():
     check_draws(SLOW)

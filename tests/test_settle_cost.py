@@ -91,7 +91,7 @@ def test_a_step_computes_two_products_an_edge(monkeypatch, algorithm, schedule, 
     gemm, work = factors.gemm, []
 
     def counted(a, b, out, tf32):
-        work.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        work.append(2 * out.size * a.shape[-1])
         return gemm(a, b, out, tf32)
 
     monkeypatch.setattr(factors, "gemm", counted)
@@ -105,8 +105,8 @@ def test_a_step_computes_two_products_an_edge(monkeypatch, algorithm, schedule, 
     edges = [2 * 8 * 8 * 9 * 8 * 8, 2 * 8 * 8 * 9 * 8 * 16, 2 * 256 * 64]
     assert [edge.flops() for edge in net.layers[1:]] == edges
     first = 2 * 16 * 16 * 9 * 4 * 8
-    if algorithm == "winograd":  # 16 multiplications a tile of 2 x 2 instead of 36
-        first, edges[:2] = first * 4 // 9, [flops * 4 // 9 for flops in edges[:2]]
+    if algorithm == "winograd":  # 36 multiplications a tile of 4 x 4 instead of 144
+        first, edges[:2] = first // 4, [flops // 4 for flops in edges[:2]]
     assert totals[1] - totals[0] == 4 * 2 * sum(edges) * samples
     first *= 32  # once a phase, of N images even for 2N samples
     once = totals[0] - 3 * 2 * sum(edges) * samples

@@ -297,11 +297,12 @@ def workspace_for(array: Any) -> Any:
 def gemm(a: Any, b: Any, out: Any, tf32: bool = False) -> Any:
     """Matrix product ``out = a @ b`` of 2-D arrays into `out`; every large product of the package goes through here.
 
+    Arrays of more axes are stacks of matrices, as for ``matmul``.
     With `tf32` a GPU rounds float32 factors to TF32. NumPy multiplies float32 and float64 as they are: whoever wants
     fewer digits there rounds the factors before (`cupyep.ops.factors`).
     """
     xp = array_module(a)
-    if xp.__name__ == "cupy":
+    if xp.__name__ == "cupy" and a.ndim == 2:
         return _cublas(a).gemm(a, b, out, tf32=tf32)
     return xp.matmul(a, b, out=out)
 

@@ -1,13 +1,15 @@
-"""Convolution by Winograd's F(2x2, 3x3): a 3 x 3 product of stride one with 2.25 times fewer multiplications.
+"""Convolution by Winograd's F(m x m, 3 x 3): 3 x 3 products of stride one with fewer multiplications.
 
-A 2 x 2 tile of the map before pooling sees 4 x 4 inputs d. With ``V = B^T d B`` and ``U = G w G^T``, both 4 x 4, the
-tile is ``A^T (sum over channels of U V) A`` (Winograd 1980; Lavin and Gray 2016, arXiv 1509.09308): 16 matrix products,
-one a place (a, b), instead of 36. The transforms only add and subtract. All of it is linear, so the top-down map is the
-transpose, factor by factor, and the derivative by w is ``G^T (sum over tiles of V dM) G`` with ``dM = A dY A^T``.
+A tile of m x m units of the map before pooling sees (m + 2) x (m + 2) inputs d. With ``V = B^T d B`` and
+``U = G w G^T`` the tile is ``A^T (sum over channels of U V) A`` (Winograd 1980; Lavin and Gray 2016, arXiv 1509.09308):
+one matrix product a place of V, 16 for 2 x 2 units and 36 for 4 x 4, where the units themselves take 36 and 144. All
+of it is linear, so the top-down map is the transpose, factor by factor, and the derivative by w is
+``G^T (sum over tiles of V dM) G`` with ``dM = A dY A^T``.
 
-A tile is also a window of 2 x 2 pooling. So the four places of a window are four arrays, pooling compares them, and the
-map before pooling never exists as a map. Likewise inputs are kept apart by the parities of their row and column: what a
-transform adds are then long runs of memory. One row a of V at a time keeps the scratch small.
+On both axes at once the transforms are products with ``kron(B^T, B^T)`` and ``kron(A^T, A^T)``: few large operations,
+as fast as any other product, and free in the choice of the points that the matrices come from (`matrices`). The places
+of a tile are the first axis of an array, those of one pooling window a quarter of them each: pooling compares four long
+runs of memory, and the map before pooling never exists as a map.
 
 Plain array code for NumPy and CuPy alike; on a GPU the kernels of `cupyep.ops.cuda_conv` are used all the same.
 """
@@ -22,43 +24,66 @@ import numpy as np
 
 from cupyep.backend.precision import Precision
 from cupyep.ops.buffers import Arena
+from cupyep.ops.columns import inner_view
 from cupyep.ops.conv import ConvGeometry, chunked, part_of
 from cupyep.ops.factors import Factors
 from cupyep.ops.pooling import average_pool, average_scatter, max_gather, max_pool, max_scatter
 
+# The finite points of F(m x m, 3 x 3), by m. Of four around zero these round least (docs/performance.md): a third of
+# what the usual ones do, 1 and 2.
+POINTS = {2: (0, 1, -1), 4: (0, 11 / 16, -11 / 16, 3 / 2, -3 / 2)}
+TIE_MARGINS = {2: 1, 4: 4}  # in margins of direct products: what equal units differ by is below (docs/performance.md)
+PRECISIONS = ("float32",)  # who takes float64 wants direct sums
 LEAST_CHANNELS = 32  # in and out
-LEAST_ROWS = 64  # of a product: the tiles of a batch
-LEAST_WORK = 8192  # rows times channels
-
-G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-# Row a of B^T: INPUTS[a] = (i, j, sign) stands for input i plus or minus input j. The last row has the opposite sign of
-# the published one, and so has the last row of A, ((1, 0), (1, 1), (1, -1), (0, 1)): nothing then has to be negated.
-INPUTS = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (3, 1, -1))
+LEAST_ROWS = 32  # of a product: the tiles of a batch
+LEAST_WORK = 1 << 15  # units of all tiles times channels
+ROWS = 128  # of a product, where the budget allows as many: with more, tiles and products leave the cache
+SMALL = 10**6  # multiplications of a product that OpenBLAS does without copying its factors
+GRADIENT_CHANNELS = 32  # input channels whose weight gradient is transformed back at once
 
 
-def possible(geometry: ConvGeometry, precision: Precision) -> bool:
-    """Return whether `WinogradOps` can do a convolution.
+def tile_size(geometry: ConvGeometry, batch: int, precision: Precision) -> int | None:
+    """Return the edge m of the tiles with which `WinogradOps` is faster than `ConvOps`, None where none is possible.
 
-    Not where factors are rounded: a transform of them has more digits than they are to have.
+    By measurement (docs/performance.md): with few channels the transforms cost more than the products save; with few
+    rows each product is a small one, and the transformed weights, 36 / 9 times as large with ``m = 4``, are read for
+    little. Never where factors are rounded: a transform of them has more digits than they are to have.
     """
     g = geometry
-    return (
-        (g.kernel, g.stride) == (3, 1)
-        and g.padding <= 1
-        and (g.pooling == "none" or g.pool == 2)
-        and precision.name in ("float32", "float64")
-    )
+    possible = (g.kernel, g.stride) == (3, 1) and g.padding <= 1 and (g.pooling == "none" or g.pool == 2)
+    channels = min(g.in_shape[2], g.map_shape[2])
+    if not possible or precision.name not in PRECISIONS or channels < LEAST_CHANNELS:
+        return None
+    for m in (4, 2) if multiplications(g, 4) < multiplications(g, 2) else (2,):
+        rows = batch * math.prod(tiles(g, m))
+        if rows >= LEAST_ROWS and rows * m * m * channels >= LEAST_WORK:
+            return m
+    return None
 
 
-def pays(geometry: ConvGeometry, batch: int) -> bool:
-    """Return whether `WinogradOps` is faster than `ConvOps`, by measurement (docs/performance.md).
+def tiles(geometry: ConvGeometry, m: int) -> tuple[int, int]:
+    """Return the tiles down and across: enough for all units that are pooled, or for the whole map."""
+    apart = m // geometry.pool
+    return -(-geometry.out_shape[0] // apart), -(-geometry.out_shape[1] // apart)
 
-    With few channels the transforms cost more than the products save; with few rows each of the 16 products is a small
-    one, and the transformed weights, 16 / 9 times as large, are read for little.
+
+def multiplications(geometry: ConvGeometry, m: int) -> int:
+    """Return the multiplications of the products for one sample."""
+    return (m + 2) ** 2 * math.prod(tiles(geometry, m)) * geometry.in_shape[2] * geometry.map_shape[2]
+
+
+def matrices(m: int) -> tuple[Any, Any, Any]:
+    """Return A^T (m, m + 2), G (m + 2, 3) and B^T (m + 2, m + 2), by the construction of Toom and Cook.
+
+    A product of polynomials is that of their values at points and at infinity; a convolution is its transpose.
     """
-    channels = min(geometry.in_shape[2], geometry.map_shape[2])
-    rows = batch * math.prod(_tiles(geometry))
-    return channels >= LEAST_CHANNELS and rows >= LEAST_ROWS and rows * channels >= LEAST_WORK
+    points = POINTS[m]
+    others = [[q for q in points if q != p] for p in points]
+    at = np.hstack([np.vander(points, m, increasing=True).T, np.eye(m)[:, -1:]])
+    g = np.vstack([np.vander(points, 3, increasing=True), np.eye(3)[-1:]])
+    g[:-1] /= [[math.prod(p - q for q in rest)] for p, rest in zip(points, others, strict=True)]
+    bt = [[*np.polynomial.polynomial.polyfromroots(roots), 0][: m + 2] for roots in (*others, points)]
+    return at, g, np.array(bt)
 
 
 class WinogradOps:
@@ -67,7 +92,10 @@ class WinogradOps:
     Parameters
     ----------
     geometry, batch, nbytes, precision, xp
-        See `ConvOps`. The transformed gradient of the weight, ``16 C K`` numbers, comes on top of the budget.
+        See `ConvOps`. Scratch for the gradient of the weight, ``45 K`` numbers (with ``m = 2``: 25) for each of
+        `GRADIENT_CHANNELS`, comes on top of the budget.
+    m : {2, 4}
+        Edge of a tile.
 
     Attributes
     ----------
@@ -76,247 +104,221 @@ class WinogradOps:
 
     Notes
     -----
-    The rounding error is of the size of the direct product's, whose sums are nine times as long, but relative to the
-    largest unit of a tile: the margin within which pooled units are equal is four times as wide.
+    The rounding error is relative to the largest unit of a tile, and some times that of the direct product: the margin
+    within which pooled units are equal is wider by `TIE_MARGINS`.
     """
 
     derives = True
 
-    def __init__(self, geometry: ConvGeometry, batch: int, nbytes: int, precision: Precision, xp: Any):
-        self.geometry = geometry
+    def __init__(self, geometry: ConvGeometry, batch: int, nbytes: int, precision: Precision, xp: Any, m: int = 4):
+        self.geometry, self._m = geometry, m
         self._xp = xp
         self._dtype = dtype = precision.number
         self._factors = Factors(precision, native=False)
-        self._tie_margin = 4 * precision.tie_margin
-        self._tiles = _tiles(geometry)
-        axes = zip(geometry.in_shape[:2], self._tiles, strict=True)
-        self._places = [_places(size, geometry.padding, tiles) for size, tiles in axes]
-        self.chunks = chunked(batch, nbytes // Arena.size(self._map_requests(1)))
+        self._tie_margin = TIE_MARGINS[m] * precision.tie_margin
+        self._apart = m // geometry.pool  # units of the pooled map a tile has on an axis
+        self._tiles = tiles(geometry, m)
+        self._blocks = [
+            max(count + 1, -(-(size + 2 * geometry.padding) // m))
+            for count, size in zip(self._tiles, geometry.in_shape[:2], strict=True)
+        ]
+        most = -(-ROWS // math.prod(self._tiles))
+        self.chunks = chunked(batch, min(most, nbytes // Arena.size(self._map_requests(1))))
         channels, outputs = geometry.in_shape[2], geometry.map_shape[2]
-        self.flops = 2 * 16 * math.prod(self._tiles) * channels * outputs
-        weights = [((4, 4, channels, outputs), dtype), ((max(channels, 9) * outputs,), dtype)]
-        self.requests = self._map_requests(self.chunks[0][1]) + weights
+        self.flops = 2 * multiplications(geometry, m)
+        gradient = (((m + 2) ** 2 + 9) * min(channels, GRADIENT_CHANNELS) * outputs,)
+        self.requests = [*self._map_requests(self.chunks[0][1]), (gradient, dtype)]
         self.nbytes = Arena.size(self.requests)
-        self.derived = weights[:1]
-        transform = np.kron(G, G).astype(dtype)
-        self._to_u, self._from_u = xp.asarray(transform), xp.asarray(np.ascontiguousarray(transform.T))
+        self.derived = [(((m + 2) ** 2, channels, outputs), dtype)]
+        self._to_y, self._to_u, self._to_v = (xp.asarray(each, dtype) for each in self._transforms())
+
+    def _transforms(self) -> list[Any]:
+        """Return the three transforms on both axes; rows of Y that are one place of a pooling window come together."""
+        at, g, bt = matrices(self._m)
+        window, apart = self.geometry.pool, self._apart
+        units = np.kron(at, at).reshape(apart, window, apart, window, -1).transpose(1, 3, 0, 2, 4)
+        return [units.reshape(self._m**2, -1), np.kron(g, g), np.kron(bt, bt)]
 
     def _map_requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
-        (rows, columns), channels, outputs = self._tiles, self.geometry.in_shape[2], self.geometry.map_shape[2]
+        """Return two blocks in which padded inputs, tiles and products take turns, and bytes for pooling."""
+        g, places = self.geometry, (self._m + 2) ** 2
+        channels, outputs, count = g.in_shape[2], g.map_shape[2], math.prod(self._tiles)
+        padded, even = math.prod(self._blocks) * self._m**2, channels + channels % 2
+        pooled = self._apart**2 * count * outputs if g.pooling == "max" else 0
         return [
-            ((2, 2, samples, rows + 1, columns + 1, channels), self._dtype),
-            ((2, samples, rows, columns + 1, channels), self._dtype),
-            ((4, samples, rows, columns, channels), self._dtype),
-            ((4, samples, rows, columns, outputs), self._dtype),
-            ((2, 2, samples, rows, columns, outputs), self._dtype),
-            ((samples if self.geometry.pooling == "max" else 0, rows, columns, outputs), np.bool_),
+            ((samples * places * count * max(channels, outputs),), self._dtype),
+            ((samples * max(even * max(places * count, padded), self._m**2 * count * outputs),), self._dtype),
+            ((samples * pooled,), np.bool_),
+            ((samples * pooled,), np.uint8),
         ]
 
     def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
         """Take views of the arena, and the array of `derived`."""
         (self._u,) = derived
-        # inputs d by parities, a row of B^T d, a row of V, a row of the products M, tiles Y; dL/dU, less than that
-        self._d, self._r, self._v, self._m, self._y, self._mask, self._du, self._spare = arena.views(self.requests)
+        self._one, self._two, self._mask, self._winners, self._gradient = arena.views(self.requests)
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (3, 3, C, K): make ``U = G w G^T``."""
         if self.derives:
-            self._xp.matmul(self._to_u, weight.reshape(9, -1), out=self._u.reshape(16, -1))
+            self._transform(self._to_u, weight.reshape(9, *self._u.shape[1:]), self._u.reshape(-1))
+
+    def _tiled(self, block: Any, places: int, m: int, channels: int) -> Any:
+        """Return an array (places, m * tiles, channels) at the start of a block."""
+        rows = m * math.prod(self._tiles)
+        return block[: places * rows * channels].reshape(places, rows, channels)
+
+    def _transform(self, matrix: Any, tiled: Any, block: Any) -> Any:
+        """Return ``matrix @ tiled`` along the first axis, computed in a block: a small product a tile (see `SMALL`)."""
+        out = block[: len(matrix) * tiled[0].size].reshape(len(matrix), *tiled.shape[1:])
+        self._xp.matmul(matrix, tiled.transpose(1, 0, 2), out=out.transpose(1, 0, 2))
+        return out
 
     def product(self, s: Any, out: Any, m: int) -> Any:
         """Return ``w * s`` before pooling, for `pool` or `gather`.
 
         Returns
         -------
-        array of shape (2, 2, m, tiles down, tiles across, K)
-            Tiles in scratch; without pooling they are in `out` as well, put together.
+        array of shape (m * m, tiles, K)
+            Tiles in scratch, a quarter of the first axis for each place of a window.
         """
-        xp, products, y, u = self._xp, self._m[:, :m], self._y[:, :, :m], self._u
-        self._split(s, m)
-        for a in range(4):
-            v = self._row_of_v(a, m)
-            for b in range(4):
-                self._factors.product(_matrix(v[b]), u[a, b], _matrix(products[b]))
-            columns = y[a] if a < 2 else products[::3]  # of M A: in the place of the outer two products in the end
-            xp.add(products[0], products[1], out=columns[0])
-            columns[0] += products[2]
-            xp.subtract(products[3], products[2], out=columns[1])
-            columns[1] += products[1]
-            if a in (1, 2):
-                y[0] += columns
-            if a == 2:
-                y[1] -= columns
-            if a == 3:
-                y[1] += columns
-        if self.geometry.pooling == "none":
-            for tiles, units in self._pairs(y, out):
-                units[...] = tiles
-        return y
+        u = self._u
+        v = self._inputs(s, self._two, self._one)
+        products = self._tiled(self._one, len(u), m, u.shape[2])
+        self._factors.product(v, u, products)
+        return self._transform(self._to_y, products, self._two)
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
-        v, d, u = self._v[:, :m], self._d[:, :, :m], self._u
-        self._unpool(s, winners, m)
-        d[...] = 0
-        for a, (first, second, sign) in enumerate(INPUTS):
-            for b, product in enumerate(self._row_of_dm(a, m)):
-                self._factors.product(_matrix(product), u[a, b].T, _matrix(v[b]))
-            row = self._joined(m)
-            place = self._line(first, m)
-            place += row
-            place = self._line(second, m)
-            if sign > 0:
-                place += row
-            else:
-                place -= row
-        for axis, (even, odd) in enumerate(self._places):
-            last = max(even[1].stop, odd[1].stop) - 1  # what no tile sees has no part in anything
-            out[(slice(None),) * (axis + 1) + (slice(last, None),)] = 0
-        for inputs, here in self._by_parity(out, m):
-            here[...] = inputs
+        u = self._u
+        dm = self._transform(self._to_y.T, self._unpool(s, winners, m), self._one)
+        dv = self._tiled(self._two, len(u), m, out.shape[3])
+        self._factors.product(dm, u.transpose(0, 2, 1), dv)
+        dd = self._transform(self._to_v.T, dv, self._one)
+        padded = self._padded(self._two, m, out.shape[3])
+        padded[...] = 0
+        for place, inputs in self._overlapping(padded, dd):
+            place += inputs
+        height, width = out.shape[1:3]
+        start = self.geometry.padding
+        out[...] = padded[:, start : start + height, start : start + width]
 
     def add_gradient(self, below: Any, s: Any, winners: Any, gradient: Any) -> None:
         """Add ``corr(below, U(s))`` over all chunks to `gradient` (3, 3, C, K)."""
-        one = self._spare[: self._du[0, 0].size].reshape(self._du[0, 0].shape)  # of the 16
+        half, size = -(-below.shape[3] // 2), len(self._two) // 2  # so that there is room for one more array
         for part, m in self.chunks:
-            self._split(below[part], m)
-            self._unpool(s[part], part_of(winners, part), m)
-            for a in range(4):
-                v = self._row_of_v(a, m)
-                for b, product in enumerate(self._row_of_dm(a, m)):
-                    out = self._du[a, b] if part.start == 0 else one
-                    self._factors.product(_matrix(v[b]).T, _matrix(product), out)
-                    if part.start > 0:
-                        self._du[a, b] += out
-        self._add_transformed(gradient.reshape(9, -1))
+            dm = self._transform(self._to_y.T, self._unpool(s[part], part_of(winners, part), m), self._one)
+            for start in range(0, below.shape[3], half):
+                channels = slice(start, start + half)
+                v = self._inputs(below[part][..., channels], self._two[:size], self._two[size:])
+                self._add_product(v, dm, gradient[:, :, channels])
 
-    def _add_transformed(self, gradient: Any) -> None:
-        """Add ``G^T dU G`` to `gradient` (9, C * K), as many columns at once as there is scratch for."""
-        du, size = self._du.reshape(16, -1), len(self._spare) // 9
-        for start in range(0, gradient.shape[1], size):
-            columns = du[:, start : start + size]
-            out = self._spare[: 9 * columns.shape[1]].reshape(9, -1)
-            gradient[:, start : start + size] += self._xp.matmul(self._from_u, columns, out=out)
+    def _add_product(self, v: Any, dm: Any, gradient: Any) -> None:
+        """Add ``G^T (V^T dM) G`` to `gradient`, some of its input channels at once."""
+        places, rows, width = dm.shape
+        while rows * GRADIENT_CHANNELS * width > SMALL and width % 2 == 0:
+            width //= 2
+        for start in range(0, v.shape[2], GRADIENT_CHANNELS):
+            channels = slice(start, start + GRADIENT_CHANNELS)
+            some, out = v[:, :, channels].transpose(0, 2, 1), gradient[:, :, channels]
+            size = some[:, :, 0].size * dm.shape[2]
+            du = self._gradient[:size].reshape(places, -1, dm.shape[2])
+            self._factors.product(some[:, None], _split(dm, width), _split(du, width))
+            out += self._transform(self._to_u.T, du, self._gradient[size:]).reshape(out.shape)
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; `u` is what `product` returned."""
+        units, pooled = self._units(u), self._pooled(m)
         if self.geometry.pooling == "max":
-            max_pool(_units(u), out, winners, self._mask[:m], self._tie_margin)
+            of_tiles = self._winners[: pooled.size].reshape(pooled.shape)
+            max_pool(units, pooled, of_tiles, self._masked(pooled), self._tie_margin)
+            self._put_together(of_tiles, winners)
         elif self.geometry.pooling == "average":
-            average_pool(_units(u), out)
-        out += bias
+            average_pool(units, pooled)
+        else:
+            pooled = units[0]
+        pooled += bias
+        self._put_together(pooled, out)
 
     def gather(self, u: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``G(u)`` into `out`: max-pooling replaced by reading `u` at `winners`; `u` is overwritten."""
+        units, pooled = self._units(u), self._pooled(m)
         if self.geometry.pooling == "max":
-            max_gather(_units(u), winners, out, self._mask[:m])
+            max_gather(units, self._taken_apart(winners, self._winners, m), pooled, self._masked(pooled))
         elif self.geometry.pooling == "average":
-            average_pool(_units(u), out)
+            average_pool(units, pooled)
+        else:
+            pooled = units[0]
+        self._put_together(pooled, out)
 
-    def _unpool(self, s: Any, winners: Any, m: int) -> None:
-        """Write the tiles dY of ``U(s)``."""
-        y = self._y[:, :, :m]
+    def _unpool(self, s: Any, winners: Any, m: int) -> Any:
+        """Return the tiles dY of ``U(s)``, as `product` returns them."""
+        if self.geometry.pooling == "none":
+            return self._taken_apart(s, self._two, m)
+        pooled = self._taken_apart(s, self._one, m)
+        y = self._tiled(self._two, self._m**2, m, s.shape[3])
         if self.geometry.pooling == "max":
-            max_scatter(s, winners, _units(y), self._mask[:m])
-        elif self.geometry.pooling == "average":
-            average_scatter(s, _units(y))
+            max_scatter(pooled, self._taken_apart(winners, self._winners, m), self._units(y), self._masked(pooled))
         else:
-            y[:, :, :, -1] = 0  # half a tile, perhaps
-            y[:, :, :, :, -1] = 0
-            for tiles, units in self._pairs(y, s):
-                tiles[...] = units
+            average_scatter(pooled, self._units(y))
+        return y
 
-    def _pairs(self, y: Any, whole: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield pairs of views: one place in all tiles, and the same units in a map (m, Ho, Wo, K)."""
-        for dy in (0, 1):
-            for dx in (0, 1):
-                units = whole[:, dy::2, dx::2]
-                yield y[dy, dx][:, : units.shape[1], : units.shape[2]], units
+    def _units(self, y: Any) -> list[Any]:
+        """Return the units at each offset of the windows, arrays (places of the pooled tile, tiles, K)."""
+        return list(y.reshape(self.geometry.pool**2, self._apart**2, *y.shape[1:]))
 
-    def _split(self, s: Any, m: int) -> None:
-        """Write the padded `s` (m, H, W, C), divided by the parities of row and column."""
-        self._d[:, :, :m] = 0
-        for inputs, here in self._by_parity(s, m):
-            inputs[...] = here
+    def _pooled(self, m: int) -> Any:
+        """Return scratch for pooled tiles, (places of the pooled tile, tiles, K)."""
+        return self._tiled(self._one, self._apart**2, m, self.geometry.map_shape[2])
 
-    def _by_parity(self, s: Any, m: int) -> Iterator[tuple[Any, Any]]:
-        """Yield pairs of views: inputs of one parity in scratch, and the same in a map (m, H, W, C)."""
-        for i, rows in enumerate(self._places[0]):
-            for j, columns in enumerate(self._places[1]):
-                yield self._d[i, j, :m, rows[0], columns[0]], s[:, rows[1], columns[1]]
+    def _masked(self, pooled: Any) -> Any:
+        return self._mask[: pooled.size].reshape(pooled.shape)
 
-    def _line(self, number: int, m: int) -> Any:
-        """Return row `number` (0 to 3) of what every tile sees, shape (2, m, tiles down, tiles across + 1, C)."""
-        start = number // 2
-        return self._d[number % 2, :, :m, start : start + self._tiles[0]]
+    def _pairs(self, pooled: Any, whole: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield pairs of views: one place in all pooled tiles, and the same units in a map (m, Ho, Wo, K)."""
+        by_place = pooled.reshape(self._apart, self._apart, len(whole), *self._tiles, -1)
+        for y, x in np.ndindex(self._apart, self._apart):
+            units = whole[:, y :: self._apart, x :: self._apart]
+            yield by_place[y, x, :, : units.shape[1], : units.shape[2]], units
 
-    def _row_of_v(self, a: int, m: int) -> Any:
-        """Return row a of ``V = B^T d B``, shape (4, m, tiles down, tiles across, C)."""
-        row, v, width = self._r[:, :m], self._v[:, :m], self._tiles[1]
-        first, second, sign = INPUTS[a]
-        self._sum(self._line(first, m), self._line(second, m), sign, row)
-        for b, (first, second, sign) in enumerate(INPUTS):
-            x, y = (row[i % 2, :, :, i // 2 : i // 2 + width] for i in (first, second))
-            self._sum(x, y, sign, v[b])
-        return v
+    def _put_together(self, pooled: Any, out: Any) -> None:
+        for tiled, units in self._pairs(pooled, out):
+            units[...] = tiled
 
-    def _sum(self, x: Any, y: Any, sign: int, out: Any) -> None:
-        if sign > 0:
-            self._xp.add(x, y, out=out)
-        else:
-            self._xp.subtract(x, y, out=out)
+    def _taken_apart(self, whole: Any, block: Any, m: int) -> Any:
+        """Return a map as pooled tiles, in a block; zeros where a tile reaches beyond the map."""
+        pooled = self._tiled(block, self._apart**2, m, whole.shape[3])
+        if any(size % self._apart for size in whole.shape[1:3]):
+            pooled[...] = 0
+        for tiled, units in self._pairs(pooled, whole):
+            tiled[...] = units
+        return pooled
 
-    def _row_of_dm(self, a: int, m: int) -> list[Any]:
-        """Return row a of ``dM = A dY A^T``, four arrays (m, tiles down, tiles across, K)."""
-        y, products = self._y[:, :, :m], self._m[:, :m]
-        if a in (0, 3):
-            first, last = y[a // 3]
-        else:
-            first, last = products[0], products[3]
-            self._sum(y[0], y[1], 1 if a == 1 else -1, products[::3])
-        self._sum(first, last, 1, products[1])
-        self._sum(first, last, -1, products[2])
-        return [first, products[1], products[2], last]
+    def _inputs(self, s: Any, first: Any, second: Any) -> Any:
+        """Return ``V = B^T d B`` of the padded `s`, shape (places, tiles, channels), in the first of two blocks."""
+        m, channels = len(s), s.shape[3]
+        padded, d = self._padded(first, m, channels), self._tiled(second, len(self._to_v), m, channels)
+        inner_view(padded, s.shape[1:3], self.geometry.padding)[...] = s
+        for place, inputs in self._overlapping(padded, d):
+            inputs[...] = place
+        return self._transform(self._to_v, d, first)
 
-    def _joined(self, m: int) -> Any:
-        """Return the transpose of the columns of B applied to the row of V in scratch, which is overwritten."""
-        row, v = self._r[:, :m], self._v[:, :m]
-        near, far = row[:, :, :, :-1], row[:, :, :, 1:]
-        row[:, :, :, -1] = 0
-        self._sum(v[1], v[2], -1, near[1])
-        near[1] -= v[3]
-        v[1] += v[2]
-        v[1] -= v[0]
-        near[0] = v[0]
-        far[0] += v[1]
-        far[1] += v[3]
-        return row
+    def _padded(self, block: Any, m: int, channels: int) -> Any:
+        """Return scratch for padded maps, as high and wide as some tiles together: a block more than there are."""
+        height, width = (count * self._m for count in self._blocks)
+        return block[: m * height * width * channels].reshape(m, height, width, channels)
+
+    def _overlapping(self, padded: Any, d: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield four pairs of views: places of padded maps, none twice in one view, and the same in tiles' inputs."""
+        m, (samples, _, _, channels) = self._m, padded.shape
+        down, across = self._tiles
+        blocks = padded.reshape(samples, self._blocks[0], m, self._blocks[1], m, channels).transpose(2, 4, 0, 1, 3, 5)
+        d = d.reshape(m + 2, m + 2, samples, down, across, channels)
+        for i, j in np.ndindex(2, 2):  # the m inputs of a tile's own block, and the first two of the next one
+            rows, columns = m if i == 0 else 2, m if j == 0 else 2
+            place = blocks[:rows, :columns, :, i : i + down, j : j + across]
+            yield place, d[i * m : i * m + rows, j * m : j * m + columns]
 
 
-def _tiles(geometry: ConvGeometry) -> tuple[int, int]:
-    """Return the tiles down and across: the windows, or without pooling enough for the whole map."""
-    odd = 1 if geometry.pooling == "none" else 0
-    return (geometry.map_shape[0] + odd) // 2, (geometry.map_shape[1] + odd) // 2
-
-
-def _units(y: Any) -> list[Any]:
-    """Return the units at each offset of the windows."""
-    return [y[0, 0], y[0, 1], y[1, 0], y[1, 1]]
-
-
-def _matrix(array: Any) -> Any:
-    return array.reshape(-1, array.shape[-1])
-
-
-def _places(size: int, padding: int, tiles: int) -> list[tuple[slice, slice]]:
-    """Return for both parities of padded places where an axis of `size` is among them, and where on the axis itself.
-
-    `tiles` tiles see ``2 * tiles + 2`` padded places.
-    """
-    pairs = []
-    for parity in (0, 1):
-        first = (parity - padding) % 2
-        start = (first + padding) // 2
-        count = min(len(range(first, size, 2)), tiles + 1 - start)
-        pairs.append((slice(start, start + count), slice(first, first + 2 * count, 2)))
-    return pairs
+def _split(stack: Any, width: int) -> Any:
+    """Return matrices (n, rows, columns) as views (n, columns / width, rows, width)."""
+    return stack.reshape(*stack.shape[:2], -1, width).transpose(0, 2, 1, 3)
