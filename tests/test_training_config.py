@@ -211,7 +211,7 @@ VALUES = {
     "dataset": ("cifar10", "mnist"), "data_dir": ("a", "b"), "image_size": (8, 16), "limit_train": (5, 6),
     "limit_test": (5, 6), "validation": (5, 6), "crop": (True, False), "flip": (True, False),
     "cutout": (None, 4), "ema": (None, 0.5),
-    "warmup": (0.0, 0.5), "label_smoothing": (0.0, 0.2), "clip_unit_norm": (None, 1e-3), "patience": (None, 2),
+    "warmup": (0.0, 1.0), "label_smoothing": (0.0, 0.2), "clip_unit_norm": (None, 1e-3), "patience": (None, 2),
     "init_from": (None, "net.h5"),
     "algorithm": ("ep", "bp"), "beta": (0.2, 0.3), "free_steps": (1, 2), "nudged_steps": (1, 2),
     "schedule": ("sweeps", "evenodd"), "relaxation": (0.6, 0.7), "tolerance": (6.0, 1e-12),
