@@ -143,6 +143,7 @@ def build(
     weights: str | None = None,
     readout_pool: int | str | None = None,
     lsuv: Any = None,
+    exact: bool = False,
 ) -> Network:
     """Build a network by the name of an architecture or a text of one's own (see this module).
 
@@ -160,7 +161,7 @@ def build(
         Of the layers with a ``p``.
     gain : float or sequence, optional
         `default_gain` of the architecture if not given.
-    loss, feedback, seed, device, precision
+    loss, feedback, seed, device, precision, exact
         See `Network`.
     lsuv : array of shape (N, H, W, C), optional
         Normalised images: the weights start from data, see `unit_drives`.
@@ -187,6 +188,7 @@ def build(
         precision=precision,
         weights=weights,
         readout_pool=readout_pool,
+        exact=exact,
     )
     network.config = {
         "arch": arch,

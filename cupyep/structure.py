@@ -15,7 +15,7 @@ from cupyep.activations import Activation, get_activation
 from cupyep.backend import PRECISIONS, Device, get_device, get_precision
 from cupyep.backend.threads import one_blas_thread, works_for
 from cupyep.energy import HopfieldEnergy
-from cupyep.errors import choose, instance, integer, is_number, items, number, require
+from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.graph import Connection, Graph
 from cupyep.heads import Head, readout_window
 from cupyep.layers import Edge
@@ -42,7 +42,7 @@ class Structure:
 
     Parameters
     ----------
-    layers, classes, activation, loss, feedback, gain, weights, seed, device, precision, readout_pool
+    layers, classes, activation, loss, feedback, gain, weights, seed, device, precision, readout_pool, exact
         See `Network`.
     """
 
@@ -60,6 +60,7 @@ class Structure:
         device: str | Device = "auto",
         precision: str = "float32",
         readout_pool: int | str | None = None,
+        exact: bool = False,
     ):
         self.lock = threading.RLock()
         self._energy: HopfieldEnergy | None = None
@@ -68,7 +69,7 @@ class Structure:
         self.activation = get_activation(activation)
         self.device = get_device(device)
         self.device.use()  # another GPU may be the current one
-        self.precision = get_precision(choose("precision", precision, PRECISIONS))
+        self.precision = get_precision(choose("precision", precision, PRECISIONS), flag("exact", exact))
         self.dtype = self.precision.number
         self.feedback = self._checked_feedback(feedback)
         for edge, below in zip(self.layers, self.graph.below, strict=True):

@@ -521,9 +521,9 @@ DEFECTS = [
     Defect("a hidden square from its centre on", "data/loader.py",
            "return centres - self.cutout // 2", "return centres", "test_data_loader"),
     Defect("hidden squares drawn before the crops", "data/loader.py",
-           "        order = rng.permutation(count) if self.shuffle else np.arange(count)\n",
-           "        self.cutout and self._squares(count)\n"
-           "        order = rng.permutation(count) if self.shuffle else np.arange(count)\n", "test_data_loader"),
+           "        order = evened(self.split.labels, rng) if self.balance else order\n",
+           "        order = evened(self.split.labels, rng) if self.balance else order\n"
+           "        self.cutout and self._squares(count)\n", "test_data_loader"),
     Defect("Adam: the mean is not corrected", "optim.py",
            "rate / (1.0 - self.betas[0] ** self.steps), 1.0", "rate, 1.0", "test_optim"),
     Defect("a piece of a parameter is updated twice", "ops/optimizer.py",

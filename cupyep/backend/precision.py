@@ -29,12 +29,15 @@ class Precision:
         Of states, deviations, drives and images, and of the factors of products.
     digits : int
         Binary digits of a factor of a product, the leading one included.
+    exact : bool
+        Whether every unit is a direct sum of products, with none of the rounding of Winograd's transforms.
     """
 
     name: str
     number: np.dtype
     stored: np.dtype
     digits: int
+    exact: bool = False
 
     @property
     def tf32(self) -> bool:
@@ -73,12 +76,14 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "float64")
 
 
 @functools.cache
-def get_precision(name: str) -> Precision:
+def get_precision(name: str, exact: bool = False) -> Precision:
     """Return the precision of the given name.
 
     Parameters
     ----------
     name : {"float32", "tf32", "float16", "bfloat16", "float64"}
+    exact : bool
+        See `Precision`.
 
     Raises
     ------
@@ -88,12 +93,12 @@ def get_precision(name: str) -> Precision:
     choose("precision", name, PRECISIONS)
     single, double = np.dtype(np.float32), np.dtype(np.float64)
     if name == "float64":
-        return Precision(name, double, double, 53)
+        return Precision(name, double, double, 53, exact)
     if name == "float16":
-        return Precision(name, single, np.dtype(np.float16), 11)
+        return Precision(name, single, np.dtype(np.float16), 11, exact)
     if name == "bfloat16":
-        return Precision(name, single, _bfloat16(), 8)
-    return Precision(name, single, single, 11 if name == "tf32" else 24)
+        return Precision(name, single, _bfloat16(), 8, exact)
+    return Precision(name, single, single, 11 if name == "tf32" else 24, exact)
 
 
 def _bfloat16() -> np.dtype:

@@ -47,12 +47,13 @@ def tile_size(geometry: ConvGeometry, batch: int, precision: Precision) -> int |
 
     By measurement (docs/performance.md): with few channels the transforms cost more than the products save; with few
     rows each product is a small one, and the transformed weights, 36 / 9 times as large with ``m = 4``, are read for
-    little. Never where factors are rounded: a transform of them has more digits than they are to have.
+    little. Never where factors are rounded, a transform of them has more digits than they are to have, nor where
+    units are to be exact.
     """
     g = geometry
     possible = (g.kernel, g.stride) == (3, 1) and g.padding <= 1 and (g.pooling == "none" or g.pool == 2)
     channels = min(g.in_shape[2], g.map_shape[2])
-    if not possible or precision.name not in PRECISIONS or channels < LEAST_CHANNELS:
+    if not possible or precision.name not in PRECISIONS or precision.exact or channels < LEAST_CHANNELS:
         return None
     for m in (4, 2) if multiplications(g, 4) < multiplications(g, 2) else (2,):
         rows = batch * math.prod(tiles(g, m))

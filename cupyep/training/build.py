@@ -38,7 +38,7 @@ def build_dataset(config: TrainConfig) -> Dataset:
 def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: Device | str) -> Network:
     """Return the untrained network for images and classes like those of `images`."""
     pool = config.readout_pool if config.loss == "cross_entropy" else None
-    names = ("width", "activation", "pooling", "loss", "feedback", "gain", "seed", "precision", "weights")
+    names = ("width", "activation", "pooling", "loss", "feedback", "gain", "seed", "precision", "weights", "exact")
     return build(
         config.arch,
         classes=len(images.classes),

@@ -25,9 +25,9 @@ from cupyep.training.runs import prepare, show_start
 from cupyep.training.teacher import keep_teacher
 
 OF_THE_NETWORK = {name for name, spec in OPTIONS.items() if spec.metadata["group"] == "Network"}
-OF_THE_NETWORK |= {"device", "scratch_mb", "precision"}
+OF_THE_NETWORK |= {"device", "scratch_mb", "precision", "exact"}
 OWN = "own"  # a network that no builder made
-OF_THE_DATA = {"dataset", "data_dir", "image_size", "limit_train", "limit_test", "validation"}
+OF_THE_DATA = {"dataset", "data_dir", "image_size", "limit_train", "limit_test", "validation", "test_fraction"}
 
 
 @dataclass
@@ -79,8 +79,8 @@ def fit(
     ----------
     net : Network
         Trained in place; layers, activation and energy may be of your own.
-    data : Dataset
-        Its validation split, where there is one, chooses the best epoch.
+    data : Dataset, or tuple of images and labels
+        A pair becomes ``Dataset.from_arrays(images, labels)``. Its validation split, where there is one, chooses the best epoch.
     run_dir : path, optional
         A new folder for config.toml, metrics, checkpoints; without one nothing is written.
     resume : bool, default False
@@ -107,7 +107,8 @@ def fit(
         As `Trainer.run`; `CheckpointError` if the folder holds another run.
     """
     instance("net", net, Network)
-    instance("data", data, Dataset)
+    data = Dataset.from_arrays(*data) if isinstance(data, tuple) and len(data) == 2 else data
+    instance("data", data, Dataset, "a Dataset, or a pair of arrays (images, labels)")
     for name, call in (("on_epoch", on_epoch), ("on_batch", on_batch)):
         require(call is None or callable(call), f"{name} must be a function, not {shown(call)}")
     signals = items("signals", signals, Augmenter, "Augmenters")
