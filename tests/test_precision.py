@@ -8,8 +8,11 @@ from small import bind
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS, get_precision
+from cupyep.data import ImageFormat
 from cupyep.ops.factors import ROUNDED_AT_ONCE, Factors, round_to_tf32
 from cupyep.ops.linear import LinearOps
+from cupyep.training.build import build_network
+from cupyep.training.config import make_config
 
 DIGITS = {"float32": 24, "tf32": 11, "float16": 11, "bfloat16": 8, "float64": 53}
 ROUNDED = ["tf32", "float16", "bfloat16"]
@@ -211,3 +214,18 @@ def test_a_dense_edge_in_float32_copies_nothing():
     weight = np.ones((6, 4), np.float32)
     ops.refresh(weight)
     assert ops.matrix is weight
+
+
+def test_the_classical_form_is_not_left_to_the_rounding_of_large_tiles():
+    """Small responses of states are lost in it: a run takes direct sums, a network of one's own is warned of."""
+    layers = [ep.Conv2d((16, 16, 3), 32), ep.Conv2d((16, 16, 32), 32, pooling="max")]
+    net = ep.Network(layers, 3, device="cpu", feedback=1.0)
+    with pytest.warns(ep.PrecisionWarning, match="build the network with exact=True"):
+        ep.EquilibriumPropagation(net, nudge="classical")
+    ep.EquilibriumPropagation(net, nudge="deviation")
+    for quiet in ({"exact": True}, {"precision": "float64"}):
+        ep.EquilibriumPropagation(ep.Network(layers, 3, device="cpu", feedback=1.0, **quiet), nudge="classical")
+    images = ImageFormat("noise", tuple("abc"), (32, 32, 3), np.zeros(3), np.ones(3))
+    for options, exact in (({}, False), ({"nudge": "classical"}, True), ({"exact": True}, True)):
+        config = make_config({"arch": "vgg5", "width": 0.1, "algorithm": "ep"}, options)
+        assert build_network(config, images, "cpu").precision.exact == exact

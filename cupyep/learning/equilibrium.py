@@ -16,13 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.backend import threads
 from cupyep.batch import Batch
 from cupyep.energy import Change
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
+from cupyep.layers import Conv2d
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
+from cupyep.ops.winograd import tile_size
 from cupyep.phases import Nudge, State
 from cupyep.settling import check_settling
 from cupyep.signals import Augmenter
@@ -324,6 +327,11 @@ def precision_risks(learner: EquilibriumPropagation) -> list[str]:
             f"{name} with nudge 'classical': states near 1/2 are stored {spacing} apart, smaller responses are lost, "
             "and the gradient turns away from the true one as beta falls; use nudge 'deviation', or precision float32"
         )
+    elif learner.form == "classical" and not learner.network.device.is_gpu and _takes_large_tiles(learner.network):
+        risks.append(
+            f"{name} with nudge 'classical': Winograd's products round ten times more than direct sums, and small "
+            "responses are lost; build the network with exact=True (--exact), or use nudge 'deviation'"
+        )
     if tolerance is not None and tolerance < precision.spacing:
         never = f"may never reach a tolerance of {tolerance:g}: rounded states can go on changing by {spacing}"
         if learner.schedule == "synchronous":
@@ -342,3 +350,8 @@ def precision_risks(learner: EquilibriumPropagation) -> list[str]:
             "use precision bfloat16, or an activation with one"
         )
     return risks
+
+
+def _takes_large_tiles(network: Network) -> bool:
+    geometries = [edge.geometry for edge in network.layers if isinstance(edge, Conv2d)]
+    return any(tile_size(geometry, threads.PART, network.precision) == 4 for geometry in geometries)

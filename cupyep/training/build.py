@@ -38,14 +38,14 @@ def build_dataset(config: TrainConfig) -> Dataset:
 def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: Device | str) -> Network:
     """Return the untrained network for images and classes like those of `images`."""
     pool = config.readout_pool if config.loss == "cross_entropy" else None
-    names = ("width", "activation", "pooling", "loss", "feedback", "gain", "seed", "precision", "weights", "exact")
+    names = ("width", "activation", "pooling", "loss", "feedback", "gain", "seed", "precision", "weights")
     return build(
         config.arch,
         classes=len(images.classes),
         input_shape=images.image_shape,
         device=device,
         readout_pool=int(pool) if pool and pool.isdecimal() else pool,
-        **config.take(*names),
+        **config.take(*names) | {"exact": config.exact or (config.algorithm == "ep" and config.nudge == "classical")},
     )
 
 

@@ -180,7 +180,7 @@ class TrainConfig:
     precision: str = RUN("float32", str, "Number format; parameters and optimizer are float32 in all but float64.",
                          choices=PRECISIONS)
     exact: bool = RUN(False, bool, "Direct sums in place of Winograd's products, which a CPU takes in float32: slower, "
-                      "with a tenth of the rounding.")
+                      "with a tenth of the rounding; always so with --nudge classical.")
     checkpoint_minutes: float = RUN(10.0, float, "Save the run every so many minutes, besides after every epoch; 0 is "
                                     "after every batch.", low=0)
     on_divergence: str = RUN("stop", str, "When numbers stop being finite or the loss stays far above its start: stop, "
