@@ -230,3 +230,13 @@ def test_plan_is_what_a_gpu_takes():
         options = {**SWEEPS, "precision": precision, "signals": "le"}
         total = sum(plan(learner_on(blank, "ep", **options), 128, ep.Adam.SLOTS).values())
         assert measured(device, "ep", 128, **options) == pytest.approx(total, rel=0.1)
+
+
+def test_parts_of_two_lengths_may_derive_two_things_of_a_weight():
+    """63 samples are parts of 32, whose tiles are large, and of 31, too few rows for them (but two phases are not)."""
+    net = ep.Network([ep.Conv2d((8, 8, 3), 32), ep.Conv2d((8, 8, 32), 32)], 3, device="cpu", feedback=0.5)
+    learner = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, schedule="sweeps")
+    batch = ep.Batch(np.zeros((63, 8, 8, 3), np.float32), np.arange(63) % 3)
+    learner.step(batch)
+    made = sum(array.nbytes for arrays in net.effective.derived.values() for array in arrays)
+    assert plan(learner, 63)["derived weights"] == made == (36 + 16) * 32 * 32 * 4
