@@ -46,3 +46,26 @@ def test_the_tool_plans_from_a_given_step(scaling):
     assert lines[3].split()[1] == f"{1e-3 / (1e-3 + seconds):.1%}"
     wrong = CliRunner().invoke(scaling.main, ["--link", "0"])
     assert wrong.exit_code == 2
+
+
+def test_threads_are_measured_in_turn(scaling, monkeypatch):
+    """Work that takes a second, and half of it with two threads; the first, slow round does not count."""
+    clock, threads, took = [0.0], [0], []
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(scaling, "set_threads", lambda count: threads.__setitem__(0, count))
+
+    def work():
+        took.append(threads[0])
+        clock[0] += 1 / threads[0] + (9 if len(took) == 1 else 0)
+
+    lines = scaling.thread_table({"ep": work}, [1, 2], 10)
+    assert took == [1] + [1, 2] * scaling.ROUNDS
+    assert [line.split() for line in lines[1:]] == [["1", "10.0", "100.0%"], ["2", "20.0", "100.0%"]]
+
+
+def test_the_tool_measures_threads(scaling):
+    words = ["--arch", "mlp:16", "--dataset", "digits", "--batch-size", "40", "--device", "cpu"]
+    result = CliRunner().invoke(scaling.main, [*words, "--each-threads", "1,2"])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.output.splitlines()[1:]] == ["threads", "1", "2"]
+    assert CliRunner().invoke(scaling.main, ["--each-threads", "0"]).exit_code == 2

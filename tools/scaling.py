@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""How much of N cards, or machines, would a training use? From the time of a step and the bytes that it sends."""
+"""How much of N cores, cards or machines does a training use?
+
+Threads of one process are measured; ranks are planned, from the time of a step and the bytes that it sends.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import click
 import numpy as np
 
 from cupyep.backend import Device, get_device
+from cupyep.backend.threads import set_threads
 from cupyep.cli.shared import Numbers, OneLineErrors, chosen_config, config_options
 from cupyep.commands.memory import MEMORY_OPTIONS, blank_learner, noise
 from cupyep.errors import require
@@ -21,11 +25,13 @@ EXAMPLES = """\b
 Examples:
   scaling.py --arch vgg7 --batch-size 128 --step-ms 12 --link 50,10     a step that was measured on a card
   scaling.py --arch vgg5 --width 0.25 --batch-size 16                   measured here, in one process
+  scaling.py --arch vgg7 --width 0.5 --batch-size 128 --each-threads 1,2,4    threads, in turn
   mpirun -n 2 python tools/scaling.py --arch vgg5 --width 0.25 --batch-size 16    and the sum over two
 """
 MOST = 1024
 ENOUGH = 0.8
 REPEATS = 7
+ROUNDS = 4
 OPTIONS = ("algorithm", "beta", "free_steps", "gain", *MEMORY_OPTIONS)
 
 
@@ -80,12 +86,41 @@ def median_s(work: Callable[[], Any], ranks: Communicator, device: Device) -> fl
     return float(np.median(times[1:]))
 
 
+def thread_table(works: dict[str, Callable[[], Any]], threads: Sequence[int], samples: int) -> list[str]:
+    """Return lines: images/s and efficiency of each work by numbers of threads, the best of rounds taken in turn."""
+    best = {name: dict.fromkeys(threads, math.inf) for name in works}
+    for name, work in works.items():
+        for count in [*threads[:1], *threads * ROUNDS]:  # the first one warms up
+            set_threads(count)
+            begin = time.perf_counter()
+            work()
+            best[name][count] = min(best[name][count], time.perf_counter() - begin)
+    lines = [f"{'threads':>8}" + "".join(f"{name + ', images/s':>26}{'efficiency':>12}" for name in works)]
+    for count in threads:
+        line = f"{count:>8}"
+        for name in works:
+            speed = samples / best[name][count]
+            share = best[name][threads[0]] * threads[0] / best[name][count] / count
+            line += f"{speed:>26.1f}{share:>12.1%}"
+        lines.append(line)
+    return lines
+
+
 @click.command(cls=OneLineErrors, epilog=EXAMPLES)
 @config_options(OPTIONS)
 @click.option("--step-ms", type=float, help="Time of a step of one rank; measured here unless given.")
 @click.option("--link", type=Numbers(), default="50", show_default=True, help="GB/s of the slowest link, each way.")
+@click.option(
+    "--each-threads", type=Numbers(), help="Measure with these numbers of threads in place of planning ranks."
+)
 @click.option("--latency-us", type=float, default=5.0, show_default=True, help="Time of an empty message.")
-def main(step_ms: float | None, link: list[float], latency_us: float, given: dict[str, Any]) -> None:
+def main(
+    step_ms: float | None,
+    link: list[float],
+    latency_us: float,
+    each_threads: list[float] | None,
+    given: dict[str, Any],
+) -> None:
     """Measure a step and the sum of its gradients, and plan up to 1,024 ranks.
 
     --batch-size is what one rank takes. Each efficiency is that of a step whose reduction is hidden behind nothing:
@@ -99,6 +134,12 @@ def main(step_ms: float | None, link: list[float], latency_us: float, given: dic
     ranks.use(device)
     learner = blank_learner(config, device)
     batch = noise(learner.network, config.batch_size)
+    if each_threads is not None:
+        require(all(count >= 1 and count == int(count) for count in each_threads), "--each-threads are integers from 1")
+        works = {config.algorithm: lambda: learner.step(batch), "evaluation": lambda: learner.evaluate(batch)}
+        click.echo(f"{config.arch}, width {config.width:g}, batch {config.batch_size}, {device.name}")
+        click.echo("\n".join(thread_table(works, [int(count) for count in each_threads], config.batch_size)))
+        return
     packed = learner.step(batch).gradients.packed
     text = f"{config.arch}, width {config.width:g}, {config.algorithm}, batch {config.batch_size} a rank, {device.name}"
     click.echo(f"{text}: {packed.nbytes / 1e6:.2f} MB of gradients a step")
