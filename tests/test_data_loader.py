@@ -275,7 +275,7 @@ def fake_xp():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_host_and_device_arrays_never_meet(augment, shuffle):
     device = Device("cpu")
-    device.xp, device.is_gpu = fake_xp(), True
+    device.xp, device.is_gpu, device.free_bytes = fake_xp(), True, lambda: None
     options = {"augment": augment, "shuffle": shuffle, "generator": np.random.default_rng(3)}
     dataset = make_dataset()
     on_host = make_loader(dataset, augment=augment, shuffle=shuffle)

@@ -156,7 +156,7 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(ConfigurationError, match=message):
             ep.fit(net, data, quiet=True, **options)
     with pytest.raises(ConfigurationError, match="data must be"):
-        ep.fit(net, (data.train.images, data.train.labels))
+        ep.fit(net, data.train.images)
     (tmp_path / "other").write_text("")
     with pytest.raises(CheckpointError, match="not an empty folder"):
         ep.fit(net, data, run_dir=tmp_path, **OPTIONS)

@@ -386,7 +386,7 @@ MEANINGFUL = (
         "its range begins at 0",
     ),
     (r".*", "signals|nudges", "empty list|empty array", "a sequence of none"),
-    (r".*", "record|learned|nesterov|flip|augment|shuffle|balance", "true", "a flag"),
+    (r".*", "record|learned|nesterov|flip|augment|shuffle|balance|exact", "true", "a flag"),
     (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason|fingerprint", "text", "free text"),
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
     (r"fit", "run_dir", "text", "a folder"),

@@ -204,7 +204,7 @@ GRID = [
 ]  # fmt: skip
 #: Two values of every option, one of them other than a configuration has; a new option belongs here.
 VALUES = {
-    "scratch_mb": (1.0, 2.0), "lsuv": (False, True),
+    "scratch_mb": (1.0, 2.0), "lsuv": (False, True), "exact": (False, True),
     "weights": ("plain", "standardized"), "readout_pool": ("2", "global"),
     "arch": ("vgg5", "vgg7"), "width": (0.02, 0.03), "activation": ("sigmoid", "tanh"), "pooling": ("max", "average"),
     "loss": ("cross_entropy", "squared_error"), "gain": (0.7, 0.9), "feedback": (1.0, 0.1),

@@ -353,5 +353,7 @@ def precision_risks(learner: EquilibriumPropagation) -> list[str]:
 
 
 def _takes_large_tiles(network: Network) -> bool:
+    if network.precision.name != "float32":
+        return False
     geometries = [edge.geometry for edge in network.layers if isinstance(edge, Conv2d)]
     return any(tile_size(geometry, threads.PART, network.precision) == 4 for geometry in geometries)
