@@ -251,14 +251,6 @@ def test_an_unfinished_run_shows_what_there_is(run, tmp_path):
     assert "run: no picture of units: no epoch is done yet" in lines
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    from cupyep.commands.plots import _names
-
-    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other", tmp_path / "other"]
-    folder = tmp_path.name
-    assert _names(paths) == ["a-run", "b-run", f"{folder}-other-3", f"{folder}-other-4"]
-
-
 def test_without_matplotlib_one_line_names_the_command(invoke, run, tmp_path, monkeypatch):
     path = run()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.commands.compare import run_names
 from cupyep.commands.confusion import confusion_of
 from cupyep.commands.plots import curves, maps
 from cupyep.commands.plots.style import matplotlib_figure, save
@@ -49,12 +50,11 @@ def draw_runs(
         If there is no run at a path or its records are damaged.
     """
     matplotlib_figure()
-    runs = {name: RunDirectory.open(path) for name, path in zip(_names(paths), paths, strict=True)}
+    runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}
     records = {name: run.metrics() for name, run in runs.items()}
     out = out or (paths[0] / "plots" if len(paths) == 1 else Path("plots"))
     out.mkdir(parents=True, exist_ok=True)
-    figure = curves.learning(records, [run.config.loss for run in runs.values()])
-    yield from map(str, save(figure, out / "learning", formats))
+    yield from map(str, save(learning_of(paths), out / "learning", formats))
     for name, run in runs.items():
         prefix = "" if len(runs) == 1 else f"{name}-"
         for kind, made in _figures(name, run, records[name], given or {}, display or Display()):
@@ -64,12 +64,10 @@ def draw_runs(
                 yield from map(str, save(made, out / f"{prefix}{kind}", formats))
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return a short name a run, different ones for different paths."""
-    names = [path.resolve().name for path in paths]
-    longer = [f"{path.resolve().parent.name}-{path.resolve().name}" for path in paths]
-    names = [longer[k] if names.count(name) > 1 else name for k, name in enumerate(names)]
-    return [name if names.count(name) == 1 else f"{name}-{k + 1}" for k, name in enumerate(names)]
+def learning_of(paths: Sequence[Path]) -> Any:
+    """Return the figure of loss and accuracy of the runs in some directories."""
+    runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}
+    return curves.learning({name: run.metrics() for name, run in runs.items()}, [r.config.loss for r in runs.values()])
 
 
 def _figures(

@@ -17,6 +17,7 @@ from cupyep.files import write_file
 
 # Okabe & Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MOST_CURVES = len(COLOURS)  # in one picture: each has a colour of its own
 MARKERS = "osD^vP*X"
 LAYERS = "viridis"  # layers have an order, and so have its colours, in grey as well
 LAYER = "layer (1 sees the image)"  # an axis of layers
