@@ -40,6 +40,7 @@ ORDER = [
     "export",
     "training",
     "commands",
+    "plots",
     "recipes",
     "experiments",
     "cli",
