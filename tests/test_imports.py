@@ -12,6 +12,7 @@ PACKAGE = Path(cupyep.__file__).parent
 ORDER = [
     "_version",
     "errors",
+    "showing",
     "files",
     "backend",
     "batch",
