@@ -78,7 +78,7 @@ Examples:
     multiple=True,
     metavar="OPTION=VALUE,VALUE...",
     help="Train a run for each of these values, in folders named by them below --run-dir; several: for every "
-    "combination. Values with commas in them are divided by ;.",
+    "combination. Values with commas in them are divided by ;.  [default: one run]",
 )
 @click.option(
     "--jobs",
