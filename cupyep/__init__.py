@@ -1,5 +1,6 @@
 """cupyep: Equilibrium Propagation with intermediate learning signals for deep convolutional convergent RNNs."""
 
+from cupyep import plots
 from cupyep._version import __version__
 from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh, get_activation
 from cupyep.backend import Device, array_module, get_device, gpu_status
@@ -104,6 +105,7 @@ __all__ = [
     "get_threads",
     "gpu_status",
     "load_dataset",
+    "plots",
     "set_threads",
     "vgg",
 ]

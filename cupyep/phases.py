@@ -23,6 +23,7 @@ from cupyep.memory.layout import PhaseBuffers
 from cupyep.memory.workspace import Workspace
 from cupyep.program import Drive, Instruction, Program, TopDown, Update, Value
 from cupyep.settling import SettleStats
+from cupyep.showing import Shown
 
 
 class Nudge(NamedTuple):
@@ -33,8 +34,8 @@ class Nudge(NamedTuple):
     target: Any
 
 
-@dataclass
-class State:
+@dataclass(repr=False)
+class State(Shown):
     """States of a settled phase.
 
     Attributes
@@ -61,6 +62,12 @@ class State:
     deviations: list[Any] | None = None
     scales: list[float] | None = None
     buffers: PhaseBuffers | None = None
+
+    def facts(self) -> dict[str, str]:
+        states = ", ".join("x".join(map(str, s.shape[1:])) for s in self.layers)
+        ended = {} if self.stats is None else self.stats.facts()
+        form = {} if self.deviations is None else {"form": "deviations from the free state"}
+        return {"samples": str(len(self.layers[0])), "layers": states, **form, **ended}
 
     @property
     def end(self) -> int:

@@ -22,10 +22,11 @@ import numpy as np
 from cupyep.backend import array_module
 from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, require
 from cupyep.program import SCHEDULES
+from cupyep.showing import Shown
 
 
-@dataclass
-class SettleStats:
+@dataclass(repr=False)
+class SettleStats(Shown):
     """How a phase ended.
 
     Attributes
@@ -66,6 +67,11 @@ class SettleStats:
     @property
     def residual(self) -> np.ndarray:
         return self.per_sample.mean(axis=1)
+
+    def facts(self) -> dict[str, str]:
+        word = {None: "", True: ", settled", False: ", not settled"}[self.converged]
+        worst = self.per_sample.mean(axis=1).max(initial=0.0)
+        return {"steps": str(self.steps), "residual": f"{worst:.1e}{word}{', swings' if self.oscillating else ''}"}
 
     def worst_layer(self) -> int:
         """Return the layer, counted from 1, with the largest residual of any sample."""

@@ -281,7 +281,8 @@ def test_help_names_one_default_only():
 def test_train_has_every_option_of_the_configuration():
     names = {param.name for param in main.commands["train"].params}
     assert names == set(OPTIONS) | {
-        "recipe", "run_dir", "resume", "stretch_schedule", "quiet", "log_format", "tensorboard", "threads"}  # fmt: skip
+        "recipe", "run_dir", "resume", "stretch_schedule", "quiet", "log_format", "tensorboard", "threads",
+        "sweeps", "jobs"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("number", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -564,7 +564,7 @@ def test_a_row_that_failed_is_the_last_of_all():
 
 def test_workers_end_with_the_process_that_started_them():
     """Killed, it cannot stop them; they must not train on for hours."""
-    worker = "import os, time; from cupyep.experiments.runner import end_with; end_with(os.getppid()); "
+    worker = "import os, time; from cupyep.experiments.processes import end_with; end_with(os.getppid()); "
     worker += "print(os.getpid(), flush=True); time.sleep(60)"
     starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
     with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:

@@ -12,6 +12,7 @@ PACKAGE = Path(cupyep.__file__).parent
 ORDER = [
     "_version",
     "errors",
+    "showing",
     "files",
     "backend",
     "parallel",
@@ -41,6 +42,7 @@ ORDER = [
     "export",
     "training",
     "commands",
+    "plots",
     "recipes",
     "experiments",
     "cli",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from quadrants import quadrant_data
 
+import cupyep as ep
 from cupyep.commands import confusion
 from cupyep.errors import ConfigurationError
 from cupyep.training import build, runs
@@ -21,9 +23,10 @@ from cupyep.training.trained import load_trained
 pytest.importorskip("matplotlib")
 
 from cupyep.commands.plots import curves, draw_runs, maps, style
+from cupyep.commands.plots.overview import overview
 
 SMALL = {"arch": "vgg5", "width": 0.06, "batch_size": 16, "device": "cpu", "epochs": 1}
-KINDS = ["learning", "response", "gradient", "distance", "units", "settling", "filters", "confusion"]
+KINDS = ["learning", "overview", "response", "gradient", "distance", "units", "settling", "filters", "confusion"]
 
 
 def records(epochs, offset=0.0):
@@ -169,6 +172,62 @@ def test_few_colours_make_a_small_file_and_many_stay_true(count, mode, tmp_path)
         assert min(np.abs(np.array(colour) - 255 * pixel).max() for colour in shown) <= 2
 
 
+UNSETTLED = [{"signature": "convergence", "layers": [1], "message": ""}]
+
+
+def settled_records(*findings):
+    """Records of a run with two layers, one for each of some findings."""
+    return [
+        {**record, "free_residual": 0.5**k, "nudged_residual": 0.0, "nudge_response": [0.25**k, 0.5], "findings": found,
+         "free_distance": [0.25, 0.5], "nudged_distance": [0.5, 1.0], "saturated": [0.125, 0.5], "dead": [0.0, 1.0]}
+        for k, (record, found) in enumerate(zip(records(len(findings)), findings, strict=True))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("findings", "title", "crosses"),
+    [(([], []), "a, epoch 2: settled", []), (([], UNSETTLED), "a, epoch 2: not settled", [2]),
+     ((UNSETTLED, []), "a, epoch 2: settled", [1])],
+)  # fmt: skip
+def test_the_overview_has_it_all_and_says_what_settled(findings, title, crosses):
+    figure = overview("a", settled_records(*findings), 0.5)
+    loss, accuracy, residual, responses, _ = figure.axes
+    assert figure.get_suptitle() == title
+    np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), [2, 1])
+    np.testing.assert_allclose(accuracy.get_lines()[0].get_ydata(), [50, 200 / 3])
+    assert accuracy.get_ylabel() == "accuracy, %"
+    lines = {line.get_label(): line for line in residual.get_lines()}
+    np.testing.assert_allclose(lines["free phase"].get_ydata(), [1, 0.5])
+    assert "nudged phase" not in lines, "what never moves is not on a logarithmic scale"
+    assert list(lines["not settled"].get_xdata() if crosses else []) == crosses
+    np.testing.assert_allclose(responses.get_images()[0].get_array(), [[2, 0.5], [0.5, 0.5]])
+    figure.canvas.draw()
+
+
+def test_the_overview_of_a_run_without_phases():
+    figure = overview("a", records(1), 0.1)
+    assert figure.get_suptitle() == "a, epoch 1"
+    assert [axis.texts[0].get_text() for axis in figure.axes[2:]] == ["nothing settles", "no responses are recorded"]
+
+
+def test_what_is_a_share_is_drawn_in_percent():
+    result = SimpleNamespace(
+        history=settled_records([]),
+        network=SimpleNamespace(feedback=0.5, readout=SimpleNamespace(criterion=SimpleNamespace(name="x"))),
+    )
+    for figure, label, values in (
+        (ep.plots.units(result), "% of the units", [[12.5, 50], [0, 100]]),
+        (ep.plots.distance(result), "left to go, % of the layer's size", [[25, 50], [50, 100]]),
+    ):
+        assert figure.axes[-1].get_ylabel() == label
+        shown = [axis.get_images()[0] for axis in figure.axes[:2]]
+        np.testing.assert_allclose([np.ravel(image.get_array()) for image in shown], values)
+        assert shown[0].get_clim() == (0, 100)
+    assert ep.plots.overview(result).get_suptitle() == "run, epoch 1: settled"
+    with pytest.raises(ConfigurationError, match="no picture of settling: it needs a run directory"):
+        ep.plots.settling(result)
+
+
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +258,20 @@ def test_a_run_is_drawn_and_classified_once(run, tmp_path, monkeypatch):
     monkeypatch.setattr(confusion, "load_trained", None)
     matrix, classes = confusion.confusion_of(RunDirectory.open(path))
     assert (matrix.tolist(), classes) == (kept["matrix"], ["up", "down"])
+
+
+def test_figures_of_a_run_from_its_folder(run, tmp_path):
+    path = run()
+    for kind in KINDS:
+        assert getattr(ep.plots, kind)(str(path)).axes, kind
+    assert set(ep.plots.__all__) == set(KINDS)
+    assert len(ep.plots.learning(path, path).legends) == 1
+    with pytest.raises(ep.CheckpointError, match="is not a run directory"):
+        ep.plots.overview(tmp_path)
+    with pytest.raises(ConfigurationError, match="run must be a run directory, or a result with records, not 3"):
+        ep.plots.overview(3)
+    with pytest.raises(ConfigurationError, match="learning needs a run"):
+        ep.plots.learning()
 
 
 def test_rows_are_the_true_classes(run, monkeypatch):
@@ -233,8 +306,9 @@ def test_several_runs_of_different_depth_and_kind(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = list(draw_runs([deep, plain], formats=("svg",)))
     written = {p.name for p in (tmp_path / "plots").iterdir()}
+    plain_kinds = ("overview", "gradient", "units", "filters", "confusion")
     assert written == {"learning.svg", *(f"deep-{kind}.svg" for kind in KINDS[1:]),
-                       *(f"plain-{kind}.svg" for kind in ("gradient", "units", "filters", "confusion"))}  # fmt: skip
+                       *(f"plain-{kind}.svg" for kind in plain_kinds)}  # fmt: skip
     assert "plain: no picture of settling: no phases are recorded" in lines
     assert "plain: no picture of response: nothing is recorded" in lines
 
@@ -249,14 +323,6 @@ def test_an_unfinished_run_shows_what_there_is(run, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"learning.png", "filters.png"}
     assert "run: no picture of confusion: no epoch is done yet" in lines
     assert "run: no picture of units: no epoch is done yet" in lines
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    from cupyep.commands.plots import _names
-
-    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other", tmp_path / "other"]
-    folder = tmp_path.name
-    assert _names(paths) == ["a-run", "b-run", f"{folder}-other-3", f"{folder}-other-4"]
 
 
 def test_without_matplotlib_one_line_names_the_command(invoke, run, tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ INNER = {
     r"\w+\.(bind|make_term|target|loss|gradient|nudges|term|targets)": "how networks and signals work together",
     r"Network\.(free_shape|nudged_shape|parts|run_parts|outputs|wide|check_start)": "learners call it",
     r"\w+\.(parts|needs|settled|betas)": "how learners and memory work together",
+    r"\w+\.facts": "without arguments",
     r"(State|StepResult|SettleStats|Nudge|FitResult)(\.\w+)?": "a record that the package makes",
     r"HopfieldEnergy\.(states|deviations|correlate|add_\w+|winners_at|send_\w+)": "phases and learners call it",
     r"Graph\.(weights|feedback|label|describe|apart|\w*depths)": "what follows from a graph that was looked at",

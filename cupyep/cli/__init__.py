@@ -17,6 +17,7 @@ Examples:
   cupyep evaluate runs/mine                        test accuracy of its best epoch
   cupyep diagnose runs/mine                        does it settle? does the nudge reach every layer?
   cupyep plot runs/mine                            pictures of the run
+  cupyep compare runs/mine runs/other              options that differ, accuracies, losses
   cupyep predict runs/mine cat.png                 what is in a picture?
   cupyep export runs/mine --format onnx --output mine.onnx
   cupyep data list                                 data sets: classes, sizes, which are here
@@ -40,7 +41,8 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-COMMANDS = (train.train, runs.evaluate, runs.predict, runs.export, runs.diagnose, runs.plot, reports.check) + (
+COMMANDS = (train.train, runs.evaluate, runs.predict, runs.export, runs.diagnose, runs.plot, runs.compare) + (
+    reports.check,
     data.data,
     reports.recipes,
     reproduce.reproduce,

@@ -1,4 +1,4 @@
-"""The commands that look at a trained run: evaluate, predict, export, diagnose, plot."""
+"""The commands that look at trained runs: evaluate, predict, export, diagnose, plot, compare."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from cupyep.cli.shared import (
     run_options,
     write_json,
 )
+from cupyep.commands import compare as comparing
 from cupyep.commands import diagnose as diagnosing
 from cupyep.commands.export import FORMS, export_run
-from cupyep.commands.plots import draw_runs
+from cupyep.commands.plots import draw_runs, learning_of
 from cupyep.commands.plots.diagnosis import diagnosis
 from cupyep.commands.plots.style import FORMATS, matplotlib_figure, save
 from cupyep.commands.predict import Prediction, predict_pictures
@@ -171,15 +172,20 @@ def diagnose(
     comparable), norm of the gradient, units at the end of their range, dead channels. Verdicts follow in words. The
     exit code is 0 for an unhealthy network, too.
     """
-    if plot_path is not None:
-        require(plot_path.suffix in (".png", ".svg"), f"--plot must end in .png or .svg (got '{plot_path}')")
-        matplotlib_figure()
+    check_picture(plot_path)
     report = diagnosing.diagnose(path, checkpoint, given, bptt)
     for line in report.lines():
         click.echo(line)
     write_json(report, json_path)
     for file in _draw(report, path, plot_path):
         click.echo(f"drawn in {file}")
+
+
+def check_picture(path: Path | None) -> None:
+    """Raise `ConfigurationError` if the picture that --plot asks for could not be written at the end."""
+    if path is not None:
+        require(path.suffix in (".png", ".svg"), f"--plot must end in .png or .svg (got '{path}')")
+        matplotlib_figure()
 
 
 def _draw(report: diagnosing.Diagnosis, path: Path, plot_path: Path | None) -> list[Path]:
@@ -220,11 +226,60 @@ Examples:
 def plot(run: tuple[Path, ...], out: Path | None, form: str, quiet: bool, given: dict[str, Any]) -> None:
     """Draw runs, finished or not.
 
-    Pictures: learning (loss and accuracy, all runs in one), response and gradient (what reaches each layer, over the
-    epochs), distance (how far from rest the phases end), units (saturated and dead ones), settling (residuals step by
-    step), filters (of the first layer), confusion (which class is taken for which; settles the test images once).
+    Pictures: learning (loss and accuracy, up to eight runs in one), overview (of a run: loss, accuracy, residuals,
+    responses, and whether it settles), response and gradient (what reaches each layer, over the epochs), distance (how
+    far from rest the phases end), units (saturated and dead ones), settling (residuals step by step), filters (of the
+    first layer), confusion (which class is taken for which; settles the test images once).
 
     Needs the extra plot: pip install "cupyep[plot]".
     """
     for line in draw_runs(run, out, FORMATS[form], given, Display(quiet)):
         click.echo(line)
+
+
+COMPARE_EXAMPLES = """\b
+Examples:
+  cupyep compare runs/ep runs/bp                          what differs, and what came of it
+  cupyep compare runs/* --sort best_accuracy              the best first
+  cupyep compare runs/* --csv runs.csv --plot runs.png    for a spreadsheet, and as curves
+"""
+
+
+@click.command(epilog=COMPARE_EXAMPLES)
+@click.argument("runs", nargs=-1, required=True, type=FilePath(), metavar="RUN...")
+@click.option(
+    "--sort",
+    "column",
+    type=Names("--sort", comparing.COLUMNS),
+    metavar="COLUMN",
+    help="Order by a column or an option: accuracies from the highest, all else from the lowest.  [default: as given]",
+)
+@click.option("--csv", "csv_path", type=NewFile(), help="Also write the table to this file, with all digits.")
+@click.option(
+    "--plot", "plot_path", type=NewFile(), help="Also draw loss and accuracy of the first eight, .png or .svg."
+)
+def compare(runs: tuple[Path, ...], column: str | None, csv_path: Path | None, plot_path: Path | None) -> None:
+    """Compare runs, finished or not.
+
+    A line a run: the options in which the runs differ, epochs done, test accuracy after the best epoch (chosen by the
+    validation images where there are some) and after the last one, losses after the last one, minutes, and whether its
+    phases settled.
+    """
+    check_picture(plot_path)
+    show_comparison(comparing.compare(runs), column, csv_path, plot_path)
+
+
+def show_comparison(
+    table: comparing.Comparison, column: str | None = None, csv_path: Path | None = None, plot_path: Path | None = None
+) -> None:
+    """Print the table, and write and draw it where it was asked for."""
+    table = table if column is None else table.sorted(column)
+    for line in table.lines():
+        click.echo(line)
+    if csv_path is not None:
+        table.write_csv(csv_path)
+        click.echo(f"written to {csv_path}")
+    if plot_path is not None:
+        figure = learning_of([Path(row["path"]) for row in table.rows])
+        for file in save(figure, plot_path.with_suffix(""), (plot_path.suffix[1:],)):
+            click.echo(f"drawn in {file}")

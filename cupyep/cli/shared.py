@@ -335,12 +335,19 @@ def _config_option(name: str, default: Any) -> Any:
     if kind is bool:
         text = f"{rule['text']}  [default: {flag if default else flag.replace('--', '--no-', 1)}]"
         return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", name, default=None, help=text)
-    types = {int: click.INT, float: click.FLOAT, list: Numbers(), str: click.STRING}
-    value_type = Names(flag, rule["choices"], rule.get("check")) if "choices" in rule else types[kind]
     text = rule["text"]
     if default is not None:  # then what happens when it is unset says nothing
         text = f"{text.partition('; unset:')[0].rstrip('.')}.  [default: {default}]"
-    return click.option(flag, *ALIASES.get(name, ()), name, type=value_type, default=None, help=text)
+    return click.option(flag, *ALIASES.get(name, ()), name, type=value_type(name), default=None, help=text)
+
+
+def value_type(name: str) -> click.ParamType:
+    """Return the type of the values of an option of `TrainConfig`."""
+    rule = OPTIONS[name].metadata
+    if "choices" in rule:
+        return Names(option_name(name), rule["choices"], rule.get("check"))
+    types = {int: click.INT, float: click.FLOAT, bool: click.BOOL, list: Numbers(), str: click.STRING}
+    return types[rule["kind"]]
 
 
 def chosen_config(

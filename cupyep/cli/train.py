@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cupyep.cli.runs import show_comparison
 from cupyep.cli.shared import (
+    ALIASES,
     FilePath,
     SectionedCommand,
     choice,
@@ -19,12 +21,18 @@ from cupyep.cli.shared import (
     config_options,
     recipe_option,
     show_once,
+    value_type,
 )
-from cupyep.errors import CupyepError, Interrupted, require
+from cupyep.commands.compare import compare
+from cupyep.errors import ConfigurationError, CupyepError, Interrupted, require
+from cupyep.experiments.sweep import grid, sweep
 from cupyep.parallel import join
+from cupyep.recipes import find_recipe
 from cupyep.training import runs
-from cupyep.training.config import OPTIONS
+from cupyep.training.config import OPTIONS, check_name, option_name, read_toml
 from cupyep.training.display import DISPLAYS, Display
+from cupyep.training.options import checked
+from cupyep.training.run_directory import CONFIG
 from cupyep.training.tensorboard import FOLDER, EventLog, writer_class
 
 EXAMPLES = """\b
@@ -32,6 +40,7 @@ Examples:
   cupyep train --recipe digits-kd                  a first run, on bundled images
   cupyep train --arch vgg7 --aug kd                CIFAR-10, teacher included
   cupyep train --run-dir runs/mine --resume        go on where a run stopped
+  cupyep train --sweep kappa=0.1,0.3 --sweep seed=0,1 --aug le --run-dir runs/kappa --jobs 2
 """
 
 
@@ -64,6 +73,19 @@ Examples:
     is_flag=True,
     help="Also write event files to the folder tensorboard of the run; with --resume give it again.",
 )
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="OPTION=VALUE,VALUE...",
+    help="Train a run for each of these values, in folders named by them below --run-dir; several: for every "
+    "combination. Values with commas in them are divided by ;.  [default: one run]",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    help="Runs of a --sweep at the same time, with one thread each; on a CPU as many as it has cores.  [default: 1]",
+)
 def train(
     recipe: str | None,
     run_dir: Path | None,
@@ -72,6 +94,8 @@ def train(
     quiet: bool,
     log_format: str,
     tensorboard: bool,
+    sweeps: tuple[str, ...],
+    jobs: int | None,
     given: dict[str, Any],
 ) -> None:
     """Train a network in a new run directory.
@@ -88,6 +112,22 @@ def train(
             writer_class()  # its absence is said before anything is made
         stretches = not stretch_schedule or (resume and "epochs" in given)
         require(stretches, "--stretch-schedule needs --resume and --epochs")
+        require(jobs is None or sweeps, "--jobs needs --sweep")
+        if sweeps:
+            require(
+                log_format == "text", "--sweep writes no --log-format json; the runs' metrics.jsonl is for programs"
+            )
+            require(run_dir is not None, "--sweep needs --run-dir, the folder of its runs")
+            points = grid(
+                swept_values(sweeps, given), run_dir, given, {} if recipe is None else read_toml(find_recipe(recipe))
+            )
+            how = {"stretch": stretch_schedule, "tensorboard": tensorboard}
+            failed = sweep(points, jobs or 1, resume, display, how)
+            show_comparison(compare([p.folder for p in points if (p.folder / CONFIG).is_file()]))
+            if failed:
+                again = "see above; the same command with --resume goes on"
+                raise CupyepError(f"{failed} of {len(points)} runs failed, {again}")
+            return
         if resume:
             given_right = run_dir is not None and recipe is None
             require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
@@ -105,6 +145,35 @@ def train(
             if run.events is not None:
                 run.events.close()
         display.show("end", str(summary), status="done", **summary.values())
+
+
+def swept_values(texts: Iterable[str], given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the values by option of ``--sweep kappa=0.1,0.3``, one text an option; ``unset`` where it may be unset."""
+    also = {flag.strip("-"): name for name, flags in ALIASES.items() for flag in flags}
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        word, equals, values = text.partition("=")
+        word = word.strip().removeprefix("--")
+        name = also.get(word, word.replace("-", "_"))
+        require(bool(equals and values), f"--sweep must be like kappa=0.1,0.3 (got '{text}')")
+        check_name(name)
+        require(name not in found, f"--sweep names {name} twice; give all its values at once")
+        require(name not in given, f"{option_name(name)} is swept, leave it out; or leave out its --sweep")
+        parts = [part.strip() for part in values.split(";" if ";" in values else ",")]
+        found[name] = [_swept_value(name, part) for part in parts]
+        double = next((part for k, part in enumerate(parts) if found[name][k] in found[name][:k]), None)
+        require(double is None, f"--sweep {name} holds {double} twice")
+    return found
+
+
+def _swept_value(name: str, text: str) -> Any:
+    if text == "unset" and OPTIONS[name].default is None:
+        return None
+    try:
+        value = value_type(name).convert(text, None, None)
+        return checked(OPTIONS[name], value, option_name(name))
+    except click.BadParameter as error:
+        raise ConfigurationError(f"--sweep {name}: {error.message}") from error
 
 
 @contextlib.contextmanager

@@ -21,15 +21,17 @@ from cupyep.data.stored import StoredImages, chosen
 from cupyep.data.verify import check_original
 from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.files import expanded
+from cupyep.showing import Shown
 
 VIEWS = ("identity", "hflip")
 """The views of an image; a batch and a teacher file number them by their place here."""
 SPLITS = ("train", "validation", "test")
 SHOWN = 8  # names in a message
+CLASSES_SHOWN = 10  # of a data set that is printed
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
+@dataclass(frozen=True, eq=False, repr=False)
+class Split(Shown):
     """One part of a data set, or some of its samples.
 
     Parameters
@@ -78,6 +80,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def facts(self) -> dict[str, str]:
+        return {self.name: f"{len(self)} images", "size": "x".join(map(str, self.images.shape[1:]))}
+
     def select(self, rows: np.ndarray, name: str | None = None) -> Split:
         """Return the samples in the increasing `rows`, with their canonical indices; the rest can be freed."""
         rows = np.asarray(rows) if isinstance(rows, (list, tuple)) else instance("rows", rows, np.ndarray)
@@ -113,8 +118,8 @@ class Split:
         return int(count)
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset(Shown):
     """Images, labels and what is needed to prepare them for a network.
 
     Attributes
@@ -145,6 +150,16 @@ class Dataset:
     pad: int = 0
     validation: Split | None = None
     fingerprint: str = ""
+
+    def facts(self) -> dict[str, str]:
+        names = ", ".join(self.classes[:CLASSES_SHOWN]) + (", ..." if len(self.classes) > CLASSES_SHOWN else "")
+        splits = (split for split in (self.train, self.validation, self.test) if split is not None)
+        return {
+            "name": self.name,
+            "images": "x".join(map(str, self.image_shape)),
+            **{split.name: str(len(split)) for split in splits},
+            "classes": f"{len(self.classes)} ({names})",
+        }
 
     def __post_init__(self) -> None:
         instance("name", self.name, str, "a text")

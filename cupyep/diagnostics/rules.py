@@ -131,6 +131,13 @@ def shares_of_last(record: Record, setting: Setting) -> tuple[np.ndarray, np.nda
     return response / (response[-1] or 1), gradient / (gradient[-1] or 1)
 
 
+def is_settled(record: Record) -> bool | None:
+    """Return whether the phases of an epoch came to rest; None where nothing settles, or nobody has looked."""
+    if not record.get("free_distance"):
+        return None
+    return all(finding.get("signature") != "convergence" for finding in record.get("findings") or ())
+
+
 def unsettled_layers(fractions: Sequence[float]) -> tuple[int, ...]:
     """Return the layers, counted from 1, in which too large a fraction of the samples is unsettled."""
     return _above(np.asarray(fractions), LIMITS["unsettled samples"].value)

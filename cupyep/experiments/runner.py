@@ -10,23 +10,19 @@ import contextlib
 import datetime
 import json
 import math
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cupyep.commands.system import THREAD_VARIABLES, system_report
+from cupyep.commands.system import system_report
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, reporting, require
 from cupyep.experiments.design import Cell, Experiment, Results, cell_name
+from cupyep.experiments.processes import check_stop, side_by_side
 from cupyep.files import FolderLock, is_leftover, read_text, write_json
-from cupyep.training.interruption import NAMES, Interruptions
+from cupyep.training.interruption import Interruptions
 
 CELLS, RESULTS = "cells", "results.json"
 JSON_BYTES = 1 << 28  # at most
@@ -112,7 +108,8 @@ def reproduce(
 
 
 def _in_time(end: float) -> None:
-    if time.monotonic() > end or (_stop is not None and _stop.is_set()):
+    check_stop()
+    if time.monotonic() > end:
         raise OutOfTime
 
 
@@ -127,20 +124,9 @@ def _in_turn(experiment: Experiment, cells: Sequence[Cell]) -> Iterator[tuple[st
 
 def _side_by_side(experiment: Experiment, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """As `_in_turn`, in `jobs` processes, in the order in which they end; a signal stops them all."""
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    ends = {"initializer": end_with, "initargs": (os.getpid(), stop)}
-    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context, **ends) as pool:
-        told = (replace(cell, report=partial(_print, cell.place)) for cell in cells)
-        waiting = [pool.submit(_measure_alone, experiment.name, cell) for cell in told]
-        try:
-            for future in as_completed(waiting):
-                if future.result() is not None:
-                    yield future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for what they save
-            raise
+    told = [(experiment.name, replace(cell, report=partial(_print, cell.place))) for cell in cells]
+    with contextlib.closing(side_by_side(_measure_alone, told, jobs)) as found:
+        yield from (pair for pair in found if pair is not None)
 
 
 def _measure_alone(name: str, cell: Cell) -> tuple[str, dict[str, Any]] | None:
@@ -152,41 +138,6 @@ def _measure_alone(name: str, cell: Cell) -> tuple[str, dict[str, Any]] | None:
 
 def _print(place: str, text: str) -> None:
     print(f"[{place}] {text}", flush=True)
-
-
-_stop: Any = None  # in a process of `_side_by_side`: the event that tells it to stop
-
-
-def end_with(parent: int, stop: Any = None) -> None:
-    """Let this process end within a second of the process `parent`, which, when killed, cannot tell it.
-
-    With the event `stop`, signals are left to the parent, which sets it: a terminal sends them to both.
-    """
-    global _stop
-    _stop = stop
-    if stop is not None:
-        for name in NAMES:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Let processes that start now use one thread for matrix products."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict[str, Any]]:

@@ -17,6 +17,7 @@ from cupyep.network import Network
 from cupyep.ops.reduction import levels
 from cupyep.phases import Nudge, State
 from cupyep.settling import SettleStats
+from cupyep.showing import Shown
 from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 
@@ -24,8 +25,8 @@ SATURATED = 0.99  # of the largest absolute value that the activation can take
 DEAD = 1e-3
 
 
-@dataclass
-class StepResult:
+@dataclass(repr=False)
+class StepResult(Shown):
     """Gradients and statistics of one batch.
 
     Attributes
@@ -59,8 +60,15 @@ class StepResult:
     nudged: SettleStats | None = None
     nudge_response: Any = None
 
+    def facts(self) -> dict[str, str]:
+        phases = {"free": self.free, "nudged": self.nudged}
+        ended = {f"{name} phase": ", ".join(f"{key} {text}" for key, text in stats.facts().items())
+                 for name, stats in phases.items() if stats is not None}  # fmt: skip
+        right = {"correct": f"{int(self.correct)} of {self.count}"}
+        return {"loss": f"{float(self.loss):.4f}", **right, **ended, "gradients": f"{len(self.gradients)} arrays"}
 
-class Learner:
+
+class Learner(Shown):
     """Base of the three algorithms.
 
     Parameters
@@ -86,6 +94,14 @@ class Learner:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_gradients": {}}
+
+    def facts(self) -> dict[str, str]:
+        size = f"{len(self.network.layers)} layers, {sum(p.size for p in self.parameters().values()):,} parameters"
+        names = ("beta", "scheme", "nudge", "schedule", "free_steps", "unrolled_steps", "nudged_steps", "tolerance")
+        values = {name: getattr(self, name, None) for name in names}
+        signals = [type(signal).__name__ for signal in self.signals]
+        shown = {name.replace("_", " "): str(value) for name, value in values.items() if value is not None}
+        return {"network": size, **shown, **({"signals": ", ".join(signals)} if signals else {})}
 
     def parameters(self) -> dict[str, Any]:
         """Return all trained arrays by path: the network's, and learned maps as ``signals.0.layer3.weight``."""

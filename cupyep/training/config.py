@@ -293,7 +293,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigurationError(f"'{path}' is not valid TOML: {error}") from error
     for name, value in values.items():
         try:
-            _check_name(name)
+            check_name(name)
             checked(OPTIONS[name], value, name)
         except ConfigurationError as error:
             raise ConfigurationError(f"'{path}': {error}") from error
@@ -306,7 +306,7 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     for layer in layers:
         merged.update(layer)
     for name in merged:
-        _check_name(name)
+        check_name(name)
     return TrainConfig(**merged)
 
 
@@ -324,7 +324,8 @@ def require_used(given: Mapping[str, Any], *settings: Mapping[str, Any], where: 
         require(not all(missing), f"{where}{flag} needs {(missing[0] or [''])[0]}")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise `ConfigurationError` if there is no option of that name."""
     if name not in OPTIONS:
         raise ConfigurationError(f"unknown option '{name}'{nearest(name, OPTIONS)}")
 

@@ -13,18 +13,22 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from cupyep.batch import shared_out
 from cupyep.errors import Interrupted
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of a notebook without ipywidgets, which gets lines in place of bars
+    from tqdm.auto import tqdm
 
 DETAILS = ("note", "start", "progress", "checkpoint", "epoch")  # not shown when quiet
 # New numbers come this often, because the device is waited for each time: on a bar, and as lines of a log.
 BAR_S, LINE_S = 0.5, 30.0
 SIGPIPE = 13
+NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)  # where bars are widgets
 
 
 def write_line(text: str, file: Any = None) -> None:
@@ -116,7 +120,7 @@ class Display:
             self.write(text)
 
     def _has_bars(self) -> bool:
-        return not self.quiet and sys.stderr is not None and sys.stderr.isatty()
+        return not self.quiet and (NOTEBOOK or (sys.stderr is not None and sys.stderr.isatty()))
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, done: int = 0, **values: Any) -> Iterator[Progress]:

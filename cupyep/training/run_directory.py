@@ -18,7 +18,7 @@ from typing import Any
 from cupyep._version import __version__
 from cupyep.data.sources import short_name
 from cupyep.diagnostics.checkup import check_trace
-from cupyep.errors import CheckpointError, ConfigurationError, choose, reporting
+from cupyep.errors import CheckpointError, ConfigurationError, choose, is_number, reporting
 from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
 from cupyep.models import slug
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -26,6 +26,10 @@ from cupyep.training.config import TrainConfig, make_config, read_toml
 
 CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
 METRICS_BYTES = 1 << 28  # at most
+COURSES = (
+    *(f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")),
+    "elapsed_s",
+)
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.h5", "checkpoint.previous.h5", "best.h5"
 CHECKPOINT_FILES = {"last": CHECKPOINT, "previous": PREVIOUS, "best": BEST}
 
@@ -267,6 +271,8 @@ def _record(line: str) -> dict[str, Any]:
     record = json.loads(line)
     if type(record["epoch"]) is not int:
         raise TypeError("an epoch is an integer")
+    if not all(is_number(record[name]) for name in COURSES if record.get(name) is not None):
+        raise TypeError("courses are numbers")
     return record
 
 

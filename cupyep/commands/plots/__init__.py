@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.commands.compare import run_names
 from cupyep.commands.confusion import confusion_of
 from cupyep.commands.plots import curves, maps
+from cupyep.commands.plots.overview import layer_course, overview, scaled_responses
 from cupyep.commands.plots.style import matplotlib_figure, save
 from cupyep.diagnostics.rules import LIMITS
 from cupyep.errors import CheckpointError, CupyepError
-from cupyep.graph import node_weights
 from cupyep.training.display import Display
 from cupyep.training.run_directory import BEST, RunDirectory
 
 Record = dict[str, Any]
-DISTANCE = "left to go, of the layer's size"
+NO_EPOCH = "no epoch is done yet"
 
 
 def draw_runs(
@@ -49,12 +50,11 @@ def draw_runs(
         If there is no run at a path or its records are damaged.
     """
     matplotlib_figure()
-    runs = {name: RunDirectory.open(path) for name, path in zip(_names(paths), paths, strict=True)}
+    runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}
     records = {name: run.metrics() for name, run in runs.items()}
     out = out or (paths[0] / "plots" if len(paths) == 1 else Path("plots"))
     out.mkdir(parents=True, exist_ok=True)
-    figure = curves.learning(records, [run.config.loss for run in runs.values()])
-    yield from map(str, save(figure, out / "learning", formats))
+    yield from map(str, save(learning_of(paths), out / "learning", formats))
     for name, run in runs.items():
         prefix = "" if len(runs) == 1 else f"{name}-"
         for kind, made in _figures(name, run, records[name], given or {}, display or Display()):
@@ -64,75 +64,91 @@ def draw_runs(
                 yield from map(str, save(made, out / f"{prefix}{kind}", formats))
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return a short name a run, different ones for different paths."""
-    names = [path.resolve().name for path in paths]
-    longer = [f"{path.resolve().parent.name}-{path.resolve().name}" for path in paths]
-    names = [longer[k] if names.count(name) > 1 else name for k, name in enumerate(names)]
-    return [name if names.count(name) == 1 else f"{name}-{k + 1}" for k, name in enumerate(names)]
+def learning_of(paths: Sequence[Path]) -> Any:
+    """Return the figure of loss and accuracy of the runs in some directories."""
+    runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}
+    return curves.learning({name: run.metrics() for name, run in runs.items()}, [r.config.loss for r in runs.values()])
 
 
 def _figures(
     name: str, run: RunDirectory, records: list[Record], given: Mapping[str, Any], display: Display
 ) -> Iterator[tuple[str, Any]]:
     """Yield (kind, figure, or why there is none) of one run."""
-    yield from _maps(name, run, records)
+    yield "overview", overview_of(name, records, run.config.feedback)
+    for kind in MAPS:
+        yield kind, map_of(kind, name, records, run.config.feedback)
+    yield "settling", settling_of(name, run)
+    yield "filters", filters_of(name, run, records)
+    yield "confusion", confusion_figure(name, run, given, display)
+
+
+def overview_of(name: str, records: Sequence[Record], feedback: float) -> Any:
+    """Return the overview of a run, or why there is none."""
+    return overview(name, records, feedback) if records else NO_EPOCH
+
+
+def settling_of(name: str, run: RunDirectory) -> Any:
+    """Return the figure of how the phases of the last epoch settled, or why there is none."""
     trace = run.settling()
-    if trace and "free" in trace:
-        title = f"{name}: settling of {trace['images']} training images, epoch {trace['epoch']}"
-        yield "settling", curves.settling(trace, title)
-    else:
-        yield "settling", "no phases are recorded"
+    if not (trace and "free" in trace):
+        return "no phases are recorded"
+    return curves.settling(trace, f"{name}: settling of {trace['images']} training images, epoch {trace['epoch']}")
+
+
+def filters_of(name: str, run: RunDirectory, records: Sequence[Record]) -> Any:
+    """Return the figure of the first layer's filters in the best epoch, or why there is none."""
     try:
-        which = "best" if (run.path / BEST).exists() else "last"
-        saved = run.load(which)
+        saved = run.load("best" if (run.path / BEST).exists() else "last")
     except CheckpointError as error:
-        yield "filters", str(error)
-        yield "confusion", str(error)
-        return
+        return str(error)
     first = next(iter(records[-1].get("nodes", ())), "1") if records else "1"
     weight = saved.weights().get(f"layers.{first}.weight")
     title = f"{name}: filters of the first layer, epoch {saved.epoch}"
-    yield "filters", maps.filters(weight, title) if np.ndim(weight) == 4 else "the first layer is not a convolution"
-    if which == "last":
-        yield "confusion", "no epoch is done yet"
-        return
+    return maps.filters(weight, title) if np.ndim(weight) == 4 else "the first layer is not a convolution"
+
+
+def confusion_figure(name: str, run: RunDirectory, given: Mapping[str, Any], display: Display) -> Any:
+    """Return the figure of which class the best epoch takes for which, or why there is none."""
+    if not (run.path / BEST).exists():
+        return NO_EPOCH
     try:
         matrix, classes = confusion_of(run, given, display)
     except CupyepError as error:
-        yield "confusion", str(error)
-    else:
-        title = f"{name}: {matrix.sum()} test images, epoch {saved.epoch}, {np.trace(matrix) / matrix.sum():.1%} right"
-        yield "confusion", maps.confusion(matrix, classes, title)
+        return str(error)
+    share = np.trace(matrix) / matrix.sum()
+    return maps.confusion(
+        matrix, classes, f"{name}: {matrix.sum()} test images, epoch {run.load('best').epoch}, {share:.1%} right"
+    )
 
 
 def _limited(phase: str) -> str:
     """Return the title of a panel that says which distances are too far."""
-    return f"{phase} phase (too far: above {LIMITS[f'{phase} distance'].value:g})"
+    return f"{phase} phase (too far: above {LIMITS[f'{phase} distance'].value:.0%})"
 
 
-def _maps(name: str, run: RunDirectory, records: list[Record]) -> Iterator[tuple[str, Any]]:
-    """Yield the maps of values a layer over the epochs."""
-    feedback, nodes = run.config.feedback, records[-1].get("nodes") if records else None
-    scale = "" if feedback == 1 else r"$a_n\,$"
-    wanted = {
-        "response": ({"": "nudge_response"}, f"{scale}mean $|s_+-s_-|$", "response of the layers to the nudge", True),
-        "gradient": ({"": "gradient_norm"}, "norm of the gradient", "gradient of the layers", True),
-        "distance": ({_limited(phase): f"{phase}_distance" for phase in ("free", "nudged")}, DISTANCE,
-                     "how far from rest the phases end", False),
-        "units": ({"saturated": "saturated", "in dead channels": "dead"}, "fraction of the units",
-                  "units that do not respond", False),
-    }  # fmt: skip
-    for kind, (keys, label, title, log) in wanted.items():
-        panels = {panel: key for panel, key in keys.items() if records and records[-1].get(key)}
-        if not panels:
-            yield kind, "nothing is recorded" if records else "no epoch is done yet"
-            continue
-        shown = [record for record in records if all(record.get(key) for key in panels.values())]
-        values = {panel: np.array([record[key] for record in shown], float) for panel, key in panels.items()}
-        if kind == "response":
-            depths = [*nodes.values()] if nodes else range(1, values[""].shape[1] + 1)
-            values[""] *= node_weights(depths, feedback)
-        readout = kind == "gradient" and len(shown[-1][kind + "_norm"]) > len(shown[-1]["activity"])
-        epochs = [record["epoch"] for record in shown]
-        yield kind, maps.over_epochs(values, epochs, label, f"{name}: {title}", log, readout, list(nodes or ()))
+#: Kind of a map -> its panels (title -> what a record calls it), label with unit, title, whether it is logarithmic.
+MAPS = {
+    "response": ({"": "nudge_response"}, "mean $|s_+-s_-|$", "response of the layers to the nudge", True),
+    "gradient": ({"": "gradient_norm"}, "norm of the gradient", "gradient of the layers", True),
+    "distance": ({_limited(phase): f"{phase}_distance" for phase in ("free", "nudged")},
+                 "left to go, % of the layer's size", "how far from rest the phases end", False),
+    "units": ({"saturated": "saturated", "in dead channels": "dead"}, "% of the units",
+              "units that do not respond", False),
+}  # fmt: skip
+
+
+def map_of(kind: str, name: str, records: Sequence[Record], feedback: float) -> Any:
+    """Return a figure of `MAPS`, values a layer over the epochs, or why there is none."""
+    keys, label, title, log = MAPS[kind]
+    nodes = records[-1].get("nodes") if records else None
+    panels = {panel: key for panel, key in keys.items() if records and records[-1].get(key)}
+    if not panels:
+        return "nothing is recorded" if records else NO_EPOCH
+    shown = [record for record in records if all(record.get(key) for key in panels.values())]
+    values = {panel: (1 if log else 100) * layer_course(shown, key) for panel, key in panels.items()}
+    if kind == "response":
+        values[""] = scaled_responses(shown, feedback)
+        label = label if feedback == 1 else rf"$a_n\,$ {label}"
+    readout = kind == "gradient" and len(shown[-1]["gradient_norm"]) > len(shown[-1]["activity"])
+    epochs = [record["epoch"] for record in shown]
+    return maps.over_epochs(values, epochs, label, f"{name}: {title}", log, readout, list(nodes or ()))

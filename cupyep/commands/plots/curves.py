@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from cupyep.commands.plots.style import (
     KEY,
     LAYER,
     LAYERS,
+    MOST_CURVES,
     integer_ticks,
     label_decades,
     line_style,
@@ -24,7 +26,7 @@ FEW = 30  # so many epochs are still drawn with a mark each
 
 
 def learning(runs: Mapping[str, Sequence[Record]], losses: Sequence[str]) -> Any:
-    """Return the figure of loss and accuracy over the epochs.
+    """Return the figure of loss and accuracy over the epochs, of the first eight runs.
 
     Parameters
     ----------
@@ -34,6 +36,7 @@ def learning(runs: Mapping[str, Sequence[Record]], losses: Sequence[str]) -> Any
         Loss of each run; cross-entropies are in nats.
     """
     figure, axes = plain_axes(2)
+    count, runs = len(runs), dict(itertools.islice(runs.items(), MOST_CURVES))
     unit = ", nats" if set(losses) == {"cross_entropy"} else ""
     for axis, name, factor, label in zip(
         axes, ("loss", "accuracy"), (1, 100), (f"loss{unit}", "accuracy, %"), strict=True
@@ -42,7 +45,7 @@ def learning(runs: Mapping[str, Sequence[Record]], losses: Sequence[str]) -> Any
             style = line_style(number)
             epochs = [record["epoch"] for record in records]
             mark = {"marker": "o", "markersize": 3} if len(epochs) <= FEW else {}
-            test, train = ([factor * record[f"{split}_{name}"] for record in records] for split in ("test", "train"))
+            test, train = (factor * course(records, f"{split}_{name}") for split in ("test", "train"))
             axis.plot(epochs, test, label=run, **style, **mark)
             axis.plot(epochs, train, **{**style, "linestyle": ":"}, linewidth=1.2, markerfacecolor="w", **mark)
         axis.set(xlabel="epoch", ylabel=label)
@@ -58,9 +61,15 @@ def learning(runs: Mapping[str, Sequence[Record]], losses: Sequence[str]) -> Any
     axes[0].legend(lines, ["test", "training"], loc="best", **KEY)
     if len(runs) > 1:
         figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", **KEY)
-    else:
-        figure.suptitle(next(iter(runs), ""), fontsize="medium")
+    title = next(iter(runs), "") if count == 1 else "" if count == len(runs) else f"{len(runs)} of {count} runs"
+    if title:
+        figure.suptitle(title, fontsize="medium")
     return figure
+
+
+def course(records: Sequence[Record], name: str) -> np.ndarray:
+    """Return a number an epoch, NaN where a record has none."""
+    return np.array([record.get(name) for record in records], float)
 
 
 def settling(trace: Record, title: str) -> Any:

@@ -34,16 +34,16 @@ def over_epochs(
 ) -> Any:
     """Return the figure of values a layer over the epochs, a panel a map: its title -> array (epochs, layers).
 
-    The colours go from 0 to 1, or with `log` from the largest value down to at most six decades below it; `label` says
-    what they are, with its unit. The last row may be the `readout`'s; `nodes` are the rows' names where these are no
-    layers of a chain.
+    The colours go from 0 to 100 percent, or with `log` from the largest value down to at most six decades below it;
+    `label` says what they are, with its unit. The last row may be the `readout`'s; `nodes` are the rows' names where
+    these are no layers of a chain.
     """
     layers = max(values.shape[1] for values in maps.values())
     figure = new_figure(5.2 * len(maps) + 0.6, 1.5 + 0.24 * max(layers, 5))
     axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
-    scale = _log_scale(np.concatenate([v.ravel() for v in maps.values()])) if log else {"vmin": 0.0, "vmax": 1.0}
+    scale = log_scale(np.concatenate([v.ravel() for v in maps.values()])) if log else {"vmin": 0.0, "vmax": 100.0}
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
-        image = _draw_map(axis, values, epochs, log, scale)
+        image = draw_map(axis, values, epochs, log, scale)
         axis.set(xlabel="epoch", title=name)
     axes[0].set_ylabel("node" if nodes else LAYER)
     if nodes:
@@ -61,14 +61,16 @@ def over_epochs(
     return figure
 
 
-def _log_scale(values: np.ndarray) -> dict[str, Any]:
+def log_scale(values: np.ndarray) -> dict[str, Any]:
+    """Return the logarithmic colours of `values`, whole decades, as `draw_map` takes them."""
     from matplotlib.colors import LogNorm
 
     low, high = whole_decades(values)
     return {"norm": LogNorm(max(low, high * 10.0**-DECADES), high)}
 
 
-def _draw_map(axis: Any, values: np.ndarray, epochs: Sequence[int], log: bool, scale: dict[str, Any]) -> Any:
+def draw_map(axis: Any, values: np.ndarray, epochs: Sequence[int], log: bool, scale: dict[str, Any]) -> Any:
+    """Draw values, (epochs, layers), into an axis, layer 1 at the bottom; return the image."""
     first, last, layers = epochs[0], epochs[-1], values.shape[1]
     shown = np.ma.masked_invalid(values.T)
     extent = (first - 0.5, last + 0.5, 0.5, layers + 0.5)
@@ -82,7 +84,7 @@ def _draw_map(axis: Any, values: np.ndarray, epochs: Sequence[int], log: bool, s
         for (epoch, layer), value in np.ndenumerate(values):
             if np.isfinite(value):
                 dark = image.norm(value) < 0.6
-                text = f"{value:.2g}" if log else f"{value:.2f}"
+                text = f"{value:.2g}" if log else f"{value:.0f}"
                 axis.text(
                     epochs[epoch], layer + 1, text, ha="center", va="center", fontsize=7, color="w" if dark else "k"
                 )

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cupyep.files import write_file
 
 # Okabe & Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MOST_CURVES = len(COLOURS)  # in one picture: each has a colour of its own
 MARKERS = "osD^vP*X"
 LAYERS = "viridis"  # layers have an order, and so have its colours, in grey as well
 LAYER = "layer (1 sees the image)"  # an axis of layers
@@ -51,8 +53,17 @@ def matplotlib_figure() -> Any:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return a figure of that size in inches."""
-    return matplotlib_figure()(figsize=(width, height), layout="constrained")
+    """Return a figure of that size in inches, which a notebook shows though no backend draws it."""
+    figure = matplotlib_figure()(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = partial(png, figure)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    content = io.BytesIO()
+    _save_png(figure, content)
+    return content.getvalue()
 
 
 def plain_axes(count: int, width: float = 4.9, height: float = 3.6) -> tuple[Any, list[Any]]:
