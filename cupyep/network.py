@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,19 @@ from cupyep import errors
 from cupyep.backend import Device, get_device, threads
 from cupyep.backend.threads import Turns, number_for, run_parts
 from cupyep.batch import Batch, checked_images, checked_labels
-from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
+from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_number, items, number, require
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.memory.workspace import Effective, Memory
 from cupyep.ops.conv import chunked
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge, State, joined
-from cupyep.settling import check_settling, settle, watched
+from cupyep.program import SCHEDULES
+from cupyep.settling import check_settling, default_relaxation, default_steps, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
 
 NUDGES = ("classical", "deviation", "tangent")
+SETTLING = ("steps", "schedule", "relaxation")
 RETAINED = ("states", "drives", "both")
 
 
@@ -191,16 +193,47 @@ class Network(Structure):
             signal.network = self
         return signal
 
+    @property
+    def settling(self) -> dict[str, Any]:
+        """How this network settles unless it is told otherwise: ``steps``, ``schedule``, ``relaxation``."""
+        return dict(self._settling)
+
+    @settling.setter
+    def settling(self, values: Mapping[str, Any]) -> None:
+        for name in instance("settling", values, Mapping, "a mapping of steps, schedule, relaxation"):
+            choose("settling", name, SETTLING)
+        before, self._settling = self._settling, dict(values)
+        try:
+            steps, schedule, relaxation = self.settles()
+            check_settling(choose("schedule", schedule, SCHEDULES), {"steps": steps}, relaxation=relaxation)
+        except ConfigurationError:
+            self._settling = before
+            raise
+
+    def settles(
+        self, steps: int | None = None, schedule: str | None = None, relaxation: float | None = None
+    ) -> tuple[int, str, float]:
+        """Return steps, schedule and relaxation of the free phase, those that are None as this network settles.
+
+        Where `settling` says nothing, or of another schedule: sweeps, and the defaults of `cupyep.settling` for the
+        feedback.
+        """
+        own = self._settling if schedule in (None, self._settling.get("schedule", "sweeps")) else {}
+        schedule = own.get("schedule", "sweeps") if schedule is None else choose("schedule", schedule, SCHEDULES)
+        steps = own.get("steps", default_steps(schedule, self.feedback)[0]) if steps is None else steps
+        fallback = own.get("relaxation", default_relaxation(schedule, self.feedback))
+        return steps, schedule, fallback if relaxation is None else relaxation
+
     @exclusive
     def settle(
         self,
         x: Any,
         start: State | None = None,
         *,
-        steps: int = 60,
-        schedule: str = "synchronous",
+        steps: int | None = None,
+        schedule: str | None = None,
         tolerance: float | None = None,
-        relaxation: float = 1.0,
+        relaxation: float | None = None,
         check_every: int = 10,
         targets: Any = None,
         beta: float | Sequence[float] = 0.0,
@@ -217,7 +250,8 @@ class Network(Structure):
         start : State, optional
             Where to start, zeros otherwise. Nudged phases start at the free state.
         steps, schedule, tolerance, relaxation, check_every, record
-            See `cupyep.settling.settle`.
+            See `cupyep.settling.settle`. By default as this network settles: `settling`, where it says nothing sweeps,
+            as many as `cupyep.settling.default_steps` of its feedback.
         targets : array of shape (N,) or Batch, optional
             Labels. With them the phase is nudged.
         beta : float or sequence of float
@@ -241,6 +275,7 @@ class Network(Structure):
         ConvergenceWarning
             If a tolerance was given and not reached.
         """
+        steps, schedule, relaxation = self.settles(steps, schedule, relaxation)
         how = {
             "steps": steps,
             "schedule": schedule,
@@ -407,7 +442,8 @@ class Network(Structure):
     @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
         """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`."""
-        batch, how = self.batch(x), {"steps": 60, "schedule": "synchronous"} | how
+        batch, names = self.batch(x), ("steps", "schedule", "relaxation")
+        how = how | dict(zip(names, self.settles(*(how.get(name) for name in names)), strict=True))
         if start is not None:
             return self._scores(batch, start, **how)
         return self.device.xp.concatenate(self.run_parts(batch, lambda part, *_: self._scores(part, None, **how)))
