@@ -92,7 +92,7 @@ def test_a_network_of_convolutions(rng, device):
         ep.Conv2d((4, 4, 6), 8, pooling="average"),
         ep.Linear((2, 2, 8), 10),
     ]
-    net = ep.Network(edges, classes=4, activation="relu", gain=[0.1, 4.0, 0.5], seed=3, device=device)
+    net = ep.Network(edges, classes=4, activation="relu", gain=[0.1, 4.0, 0.5], seed=3, device=device, feedback=1.0)
     images, learner = rng.standard_normal((64, 8, 8, 3)), ep.Backpropagation(net)
     layers = {f"layers.{n}": edge for n, edge in enumerate(edges, 1)}
 

@@ -88,7 +88,7 @@ def test_all_parts_are_nudged_to_the_same_side(device, monkeypatch):
     signs = []
     settle = net.settle_nudged
     monkeypatch.setattr(net, "settle_nudged", lambda *a, **k: signs.append(a[2]) or settle(*a, **k))
-    learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, scheme="random", micro_batch=2)
+    learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, scheme="random", micro_batch=2, schedule="synchronous")
     for _ in range(8):
         learner.step(batch_of(net, 6))
     signs = np.array(signs).reshape(8, 3)

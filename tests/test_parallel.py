@@ -220,9 +220,11 @@ def test_shares_put_together_are_the_batches_of_one_process(size, shuffle):
 
 
 LEARNERS = {
-    "ep": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, signals=[ep.LocalError("all")]),
-    "ep, classical": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, nudge="classical", tolerance=0.002),
-    "bptt": lambda net: ep.BackpropagationThroughTime(net, 6, 4),
+    "ep": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, signals=[ep.LocalError("all")], schedule="synchronous"),
+    "ep, classical": lambda net: ep.EquilibriumPropagation(
+        net, 0.4, 6, 4, nudge="classical", tolerance=0.002, schedule="synchronous"
+    ),
+    "bptt": lambda net: ep.BackpropagationThroughTime(net, 6, 4, schedule="synchronous"),
     "bp": ep.Backpropagation,
 }
 

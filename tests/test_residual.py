@@ -197,7 +197,7 @@ def test_ep_tends_to_the_gradient_of_the_equilibrium(device, pooling, feedback):
             assert errors[0].max() < 0.1
     tangent = ep.EquilibriumPropagation(net, scheme="tangent", **how).step_from(batch, free).gradients
     assert error_of(net, on_host(net, tangent), truth).max() < 1e-9
-    bptt = ep.BackpropagationThroughTime(net, 1, steps, signals=signals)
+    bptt = ep.BackpropagationThroughTime(net, 1, steps, signals=signals, schedule="synchronous")
     assert error_of(net, on_host(net, bptt.step_from(batch, free).gradients), truth).max() < 1e-9
     limit, rest = bptt.step_from_equilibrium(batch, free)
     assert rest < 1e-5
@@ -280,7 +280,9 @@ def test_signals_by_name_are_those_by_number(device, kind):
     found = []
     for layers in (["top", "stem"], [3, 1], ["top", 1]):
         net = residual(device)
-        learner = ep.EquilibriumPropagation(net, free_steps=3, nudged_steps=3, signals=[signal(layers)])
+        learner = ep.EquilibriumPropagation(
+            net, free_steps=3, nudged_steps=3, signals=[signal(layers)], schedule="synchronous"
+        )
         found.append(on_host(net, learner.step(batch_of(net)).gradients))
     for other in found[1:]:
         assert other.keys() == found[0].keys()
@@ -490,7 +492,7 @@ def test_an_iteration_has_one_drive_and_one_top_down_product_a_connection(schedu
 def test_products_that_are_computed(monkeypatch, schedule, form):
     """Two a connection and iteration, none of them from the image, whatever adds up where."""
     net = residual(pooling="max", feedback=0.5)
-    batch, free, counts = batch_of(net), net.settle(batch_of(net), steps=1), Counter()
+    batch, free, counts = batch_of(net), net.settle(batch_of(net), steps=1, schedule="synchronous"), Counter()
     names = {id(c.edge): (c.below, c.above) for c in net.graph.connections}
 
     def counting(inner, kind):
@@ -523,7 +525,7 @@ def test_an_iteration_allocates_nothing(monkeypatch, schedule, form):
     """After the first: tracemalloc's peak within each, views and small objects aside; a state of mid takes 18 KiB."""
     net = residual(pooling="max", feedback=0.5, activation="hard_sigmoid")
     batch, inner, peaks = batch_of(net, 64), settling._iterate, []
-    free = net.settle(batch, steps=1)
+    free = net.settle(batch, steps=1, schedule="synchronous")
 
     def watched(phase, measure):
         tracemalloc.reset_peak()
@@ -562,7 +564,7 @@ def everything(net, batch, schedule):
         result = learner.step(batch)
         found += [*(g.copy() for g in result.gradients.values()), np.array(result.nudge_response)]
     for learner in (
-        ep.BackpropagationThroughTime(net, 2, 3, schedule=schedule, signals=signals),
+        ep.BackpropagationThroughTime(net, 2, 3, schedule=schedule, signals=signals, relaxation=1.0),
         ep.Backpropagation(net, signals=signals),
     ):
         found += [g.copy() for g in learner.step(batch).gradients.values()]
@@ -605,9 +607,9 @@ def test_nudged_phases_leave_the_free_state_alone_and_use_nothing_beyond(schedul
     net = residual(pooling="max", feedback=0.5)
     batch = batch_of(net)
     how = {"targets": batch, "beta": 1.0 if nudge == "tangent" else [0.3, -0.3], "steps": 3, "schedule": schedule}
-    kept = net.settle(batch, steps=4, schedule=schedule)
+    kept = net.settle(batch, steps=4, schedule=schedule, relaxation=1.0)
     wanted = net.settle(batch, kept, nudge=nudge, **how)
-    free = net.settle(batch, steps=4, schedule=schedule, copy=False)
+    free = net.settle(batch, steps=4, schedule=schedule, copy=False, relaxation=1.0)
     net.memory._block[free.end :] = 255
     found = net.settle(batch, free, nudge=nudge, copy=False, **how)
     for a, b in zip(found.deviations or found.layers, wanted.deviations or wanted.layers, strict=True):

@@ -70,9 +70,9 @@ def test_options_of_the_signals(quadrants, tmp_path):
 
 def test_rates_of_layers_and_of_learned_maps():
     """One number a layer for weight and bias, the last for the readout; learned maps take that one, too."""
-    network = ep.Network([ep.Linear((4,), 3), ep.Linear((3,), 2)], 2, device="cpu", precision="float64")
+    network = ep.Network([ep.Linear((4,), 3), ep.Linear((3,), 2)], 2, device="cpu", precision="float64", feedback=1.0)
     signal = ep.Distillation(Teacher(), [1], learned=True)
-    parameters = ep.EquilibriumPropagation(network, signals=[signal]).parameters()
+    parameters = ep.EquilibriumPropagation(network, signals=[signal], schedule="synchronous").parameters()
     for optimizer in ("sgd", "adam"):
         rates = [0.5, 0.25, 0.125]
         made = build.build_optimizer(
@@ -216,7 +216,7 @@ def test_activations_of_the_teacher(quadrants, tmp_path):
     np.testing.assert_allclose(found, states[2], rtol=1e-4, atol=1e-5)
     (signal,) = build.build_signals(student, trained, quadrants, path)
     assert (signal.layers, signal.kappa) == ([2, 3], student.kappa)
-    ep.EquilibriumPropagation(trained, signals=[signal])
+    ep.EquilibriumPropagation(trained, signals=[signal], schedule="synchronous")
     batch = ep.Batch(mirrored, quadrants.train.labels[:3], np.arange(3), np.ones(3, np.uint8))
     nudges = {nudge.term.layer: nudge for nudge in signal.nudges(batch)}
     np.testing.assert_allclose(nudges[3].target, states[2], rtol=1e-4, atol=1e-5)

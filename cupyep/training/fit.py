@@ -80,7 +80,8 @@ def fit(
     net : Network
         Trained in place; layers, activation and energy may be of your own.
     data : Dataset, or tuple of images and labels
-        A pair becomes ``Dataset.from_arrays(images, labels)``. Its validation split, where there is one, chooses the best epoch.
+        A pair becomes ``Dataset.from_arrays(images, labels)``. Its validation split, where there is one, chooses the
+        best epoch.
     run_dir : path, optional
         A new folder for config.toml, metrics, checkpoints; without one nothing is written.
     resume : bool, default False
