@@ -28,7 +28,8 @@ def truth(net, batch, free, signals=(), unrolled=STEPS):
 
 
 def estimate(net, batch, free, signals=(), steps=STEPS, **options):
-    learner = ep.EquilibriumPropagation(net, nudged_steps=steps, signals=signals, **options)
+    options = {"schedule": "synchronous", "relaxation": 1.0, **options}
+    learner = ep.EquilibriumPropagation(net, 0.5, 60, steps, signals=signals, **options)
     return on_host(net, learner.step_from(batch, free).gradients)
 
 
@@ -72,7 +73,7 @@ def test_classical_estimate_is_the_difference_of_two_energies(device, scheme, fe
     second_beta = {"centered": -beta, "onesided": 0.0}[scheme]
     phases, winners = [], []
     for b in (beta, second_beta):
-        nudge = {"targets": batch, "beta": b, "signals": signals, "steps": STEPS}
+        nudge = {"targets": batch, "beta": b, "signals": signals, "steps": STEPS, "schedule": "synchronous"}
         state = net.settle(batch, free, **nudge) if b else free
         assert state.stats.residual.max() < 1e-12
         layers, its_winners = host_states(net, state)
@@ -410,4 +411,4 @@ def test_relaxation_that_cannot_settle_is_refused(learner):
     with pytest.raises(
         ep.ConfigurationError, match=r"relaxation 1.5 with synchronous updates .* use schedule 'evenodd'"
     ):
-        learner(network("dense"), relaxation=1.5)
+        learner(network("dense"), schedule="synchronous", relaxation=1.5)

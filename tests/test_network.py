@@ -226,19 +226,90 @@ def test_gain_a_layer(device):
     assert float(net.layers[1].weight.std()) == pytest.approx(0.2, rel=0.02)
 
 
-def test_defaults_are_what_the_documentation_says(device):
-    """Gain 1; scores and settles of 60 synchronous steps."""
-    net = ep.Network([ep.Linear((400,), 100)], 2, device=device, feedback=1.0)
+@pytest.mark.parametrize(
+    ("feedback", "schedule", "steps", "nudged", "relaxation"),
+    [
+        (None, None, 2, 2, 1.0),
+        (0.3, None, 2, 2, 1.0),
+        (0.31, None, 6, 4, 1.0),
+        (1.0, "sweeps", 6, 4, 1.0),
+        (1.0, "synchronous", 60, 20, 1.0),
+        (0.1, "evenodd", 60, 20, 1.0),
+        (1.0, "evenodd", 60, 20, 1.6),
+    ],
+)
+def test_defaults_are_what_the_documentation_says(device, feedback, schedule, steps, nudged, relaxation):
+    """Gain 1, feedback 0.1; all settle by 2 + 2 sweeps, 6 + 4 above feedback 0.3, or 60 + 20 steps."""
+    given = {} if feedback is None else {"feedback": feedback}
+    net = ep.Network([ep.Linear((400,), 100), ep.Linear((100,), 7)], 2, device=device, **given)
+    assert net.feedback == (feedback or 0.1)
     assert float(net.layers[0].weight.std()) == pytest.approx(1 / 20, rel=0.02)
+    images = np.random.default_rng(0).uniform(0, 1, (3, 400))
+    told = {} if schedule is None else {"schedule": schedule}
+    said = {"steps": steps, "schedule": schedule or "sweeps", "relaxation": relaxation}
+    assert net.settles(schedule=schedule) == tuple(said.values())
+    assert net.settle(images, **told).stats.steps == steps
+    for method in (net.scores, net.predict, lambda x, **how: net.settle(x, **how).layers[0]):
+        np.testing.assert_array_equal(*on_host(net, {1: method(images, **told), 2: method(images, **said)}).values())
+    learner, bptt = ep.EquilibriumPropagation(net, **told), ep.BackpropagationThroughTime(net, **told)
+    for each in (learner, bptt):
+        assert (each.free_steps, each.schedule, each.relaxation) == tuple(said.values())
+    assert (learner.nudged_steps, bptt.unrolled_steps) == (nudged, 20)
+
+
+def test_a_network_settles_as_its_settling_says(device):
+    """What is given goes first, then `settling`; that of another schedule has nothing of it."""
     net = network("conv", device)
     images = batch_of(net).images
-    np.testing.assert_array_equal(
-        *on_host(
-            net,
-            {1: net.scores(images, schedule="synchronous"), 2: net.scores(images, steps=60, schedule="synchronous")},
-        ).values()
-    )
-    assert net.settle(images, schedule="synchronous").stats.steps == 60
+    assert net.settling == {}
+    net.settling = {"steps": 7, "schedule": "evenodd", "relaxation": 1.2}
+    net.settling["steps"] = 9  # a copy
+    assert net.settling == {"steps": 7, "schedule": "evenodd", "relaxation": 1.2}
+    for given, expected in (
+        ({}, (7, "evenodd", 1.2)),
+        ({"schedule": "evenodd"}, (7, "evenodd", 1.2)),
+        ({"steps": 3, "relaxation": 0.9}, (3, "evenodd", 0.9)),
+        ({"schedule": "sweeps"}, (6, "sweeps", 1.0)),
+        ({"schedule": "synchronous", "steps": 5}, (5, "synchronous", 1.0)),
+    ):
+        said = dict(zip(("steps", "schedule", "relaxation"), expected, strict=True))
+        assert net.settles(**given) == expected
+        np.testing.assert_array_equal(
+            *on_host(net, {1: net.scores(images, **given), 2: net.scores(images, **said)}).values()
+        )
+        assert net.settle(images, **given).stats.steps == expected[0]
+    learner = ep.EquilibriumPropagation(net)
+    assert (learner.free_steps, learner.nudged_steps, learner.schedule, learner.relaxation) == (7, 20, "evenodd", 1.2)
+    net.settling = {"steps": 3}
+    assert net.settles() == (3, "sweeps", 1.0)
+    net.settling = {}
+    assert net.settles() == (6, "sweeps", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"free_steps": 4}, ["unknown settling 'free_steps'"]),
+        ({"step": 4}, ["unknown settling 'step'", "did you mean 'steps'"]),
+        ({"steps": 0}, ["steps", "0"]),
+        ({"steps": 2.5}, ["steps", "2.5"]),
+        ({"steps": None}, ["steps", "None"]),
+        ({"schedule": "sweep"}, ["did you mean 'sweeps'"]),
+        ({"schedule": None}, ["schedule", "None"]),
+        ({"relaxation": 2.0}, ["relaxation", "below 2"]),
+        ({"relaxation": None}, ["relaxation", "None"]),
+        ({"schedule": "synchronous", "relaxation": 1.5}, ["relaxation 1.5 with synchronous updates"]),
+        ([("steps", 4)], ["settling", "a mapping of steps, schedule, relaxation"]),
+        (None, ["settling", "a mapping of steps, schedule, relaxation"]),
+    ],
+)
+def test_wrong_settling_is_one_line_and_changes_nothing(values, parts):
+    net = network("conv")
+    net.settling = {"steps": 5}
+    with pytest.raises(ep.ConfigurationError) as error:
+        net.settling = values
+    one_line(error, *parts)
+    assert net.settling == {"steps": 5}
 
 
 def test_workspaces_of_the_last_few_batch_sizes_are_kept(device, monkeypatch):

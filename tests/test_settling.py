@@ -222,7 +222,7 @@ def test_programs_of_a_chain(schedule, warm, expected, start):
         ({"relaxation": 0.0}, "above 0 and below 2"),
         ({"relaxation": 2.0, "schedule": "evenodd"}, "above 0 and below 2"),
         ({"relaxation": float("nan")}, "above 0 and below 2"),
-        ({"relaxation": 1.1}, "relaxation 1.1 with synchronous updates"),
+        ({"relaxation": 1.1, "schedule": "synchronous"}, "relaxation 1.1 with synchronous updates"),
     ],
 )
 def test_wrong_arguments_are_one_line(options, word):

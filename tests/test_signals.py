@@ -144,7 +144,8 @@ def test_distillation_from_a_certain_teacher_is_the_local_error(device, loss, le
             "kd": [ep.Distillation(LabelTeacher(labels, certainty), **options)],
             "plain": [],
         }[kind]
-        steps = {"free_steps": 10, "nudged_steps": 6} if learner_class is ep.EquilibriumPropagation else {}
+        steps = {"free_steps": 10, "nudged_steps": 6, "schedule": "synchronous"}
+        steps = steps if learner_class is ep.EquilibriumPropagation else {}
         gradients.append(on_host(net, learner_class(net, signals=signals, **steps).step(batch).gradients))
     for path in gradients[0]:
         np.testing.assert_allclose(gradients[1][path], gradients[0][path], rtol=1e-11, atol=1e-13)

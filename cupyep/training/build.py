@@ -47,7 +47,7 @@ def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: De
         readout_pool=int(pool) if pool and pool.isdecimal() else pool,
         **config.take(*names),
     )
-    network.settling = {"steps": config.free_steps, **config.take("schedule", "relaxation")}
+    network.settling = config.settling
     return network
 
 

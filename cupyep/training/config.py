@@ -215,6 +215,11 @@ class TrainConfig:
         """Return the options of some names, for whatever takes arguments called like them."""
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def settling(self) -> dict[str, Any]:
+        """What `Network.settling` is of a network that is trained so."""
+        return {"steps": self.free_steps, **self.take("schedule", "relaxation")}
+
     def to_toml(self) -> str:
         """Return the options as TOML, grouped by comments; options that are unset (None) are left out."""
         lines, group = [], None
