@@ -218,8 +218,9 @@ class Network(Structure):
         Where `settling` says nothing, or of another schedule: sweeps, and the defaults of `cupyep.settling` for the
         feedback.
         """
-        own = self._settling if schedule in (None, self._settling.get("schedule", "sweeps")) else {}
-        schedule = own.get("schedule", "sweeps") if schedule is None else choose("schedule", schedule, SCHEDULES)
+        usual = self._settling.get("schedule", "sweeps")
+        schedule = usual if schedule is None else choose("schedule", schedule, SCHEDULES)
+        own = self._settling if schedule == usual else {}
         steps = own.get("steps", default_steps(schedule, self.feedback)[0]) if steps is None else steps
         fallback = own.get("relaxation", default_relaxation(schedule, self.feedback))
         return steps, schedule, fallback if relaxation is None else relaxation

@@ -135,17 +135,17 @@ def test_lean_phases_have_the_bits_of_lavish_ones(loss, schedule, parts):
         net.memory.layout.part_bytes = 900
     assert_same_if_whole = assert_close if parts else assert_same_bits
     signals = [net.bind(signal) for signal in signals_of("le") + signals_of("kd")]
-    how = {"steps": STEPS, "schedule": schedule}
+    how = {"steps": STEPS, "schedule": schedule, "relaxation": 1.0}
     free = net.settle(batch, **how)
     lavish = Lavish(net, batch)
-    assert_same_bits(free.layers, lavish.settle(schedule, False, schedule="synchronous"))
+    assert_same_bits(free.layers, lavish.settle(schedule, False))
     assert_same_bits(free.drives, lavish.g)
     assert_same_bits(free.stats.per_sample, np.sqrt(lavish.residual))
     start = net.settle(batch_of(net, 4, seed=1), steps=2, schedule="synchronous")
     lavish = Lavish(net, batch)
     for own, given in zip(lavish.s, start.layers, strict=True):
         own[...] = given
-    assert_same_bits(net.settle(batch, start, **how).layers, lavish.settle(schedule, True, schedule="synchronous"))
+    assert_same_bits(net.settle(batch, start, **how).layers, lavish.settle(schedule, True))
     nudges = net.nudges(batch, signals)
     for form in ("classical", "deviation"):
         nudged = net.settle(batch, free, targets=batch, beta=[0.4, -0.3], nudge=form, signals=signals, **how)
@@ -153,7 +153,7 @@ def test_lean_phases_have_the_bits_of_lavish_ones(loss, schedule, parts):
         if form == "classical":
             for own, given in zip(lavish.s, free.layers, strict=True):
                 own[...] = np.concatenate([given] * 2)
-        assert_same_if_whole(nudged.deviations or nudged.layers, lavish.settle(schedule, True, schedule="synchronous"))
+        assert_same_if_whole(nudged.deviations or nudged.layers, lavish.settle(schedule, True))
         assert_same_if_whole(nudged.stats.per_sample, np.sqrt(lavish.residual))
     phases = [found for found in net.memory._laid_out.values() if hasattr(found, "parts")]
     assert (max(len(layer) for phase in phases for layer in phase.parts) > 4) is parts
@@ -210,7 +210,7 @@ def test_a_free_state_outlasts_the_nudged_phases_that_start_at_it(nudge):
     net, batch = case()
     free = net.settle(batch, steps=4, copy=False, schedule="synchronous")
     kept = free.copy()
-    how = {"targets": batch, "beta": [0.3, -0.3], "steps": 3}
+    how = {"targets": batch, "beta": [0.3, -0.3], "steps": 3, "schedule": "synchronous"}
     ends = {}
     for form in (nudge, "tangent", "deviation", "classical", nudge):
         beta = 1.0 if form == "tangent" else [0.3, -0.3]
@@ -288,7 +288,11 @@ def learner_of(net, form, how):
     scheme = form if form in ("onesided", "tangent") else "centered"
     nudge = "classical" if form == "classical" else "deviation"
     return ep.EquilibriumPropagation(
-        net, scheme=scheme, nudge=nudge, signals=signals, **{"free_steps": 4, "nudged_steps": 3} | how
+        net,
+        scheme=scheme,
+        nudge=nudge,
+        signals=signals,
+        **{"free_steps": 4, "nudged_steps": 3, "schedule": "synchronous", "relaxation": 1.0} | how,
     )
 
 

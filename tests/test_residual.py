@@ -42,7 +42,7 @@ def residual(device="cpu", *, pooling="average", seed=0, gain=0.3, identity=True
     rng = np.random.default_rng([seed, 5])
     order = rng.permutation(len(connections))
     layers = [ep.Connection(*connections[n]) for n in order]
-    options = {"activation": "sigmoid", "precision": "float64"} | options
+    options = {"activation": "sigmoid", "precision": "float64", "feedback": 1.0} | options
     net = ep.Network(layers, CLASSES, gain=gain, seed=seed, device=device, **options)
     for path, array in net.parameters().items():
         if path.endswith(".bias"):
@@ -149,7 +149,7 @@ def test_a_linear_residual_network_is_one_linear_solve(device, schedule, feedbac
     terms, oracle = named_terms(net, batch, signals), GraphOracle(net)
     x = net.device.to_numpy(batch.images)
     dense = Dense(oracle, x, [None] * len(oracle.links))
-    how = {"steps": 120, "schedule": schedule}
+    how = {"steps": 120, "schedule": schedule, "relaxation": 1.0}
     free = net.settle(batch, **how)
     for found, s in zip(hosts(net, free.layers), in_package_order(oracle, dense.rest()), strict=True):
         np.testing.assert_allclose(found, s, rtol=1e-9, atol=1e-11)
@@ -511,7 +511,7 @@ def test_products_that_are_computed(monkeypatch, schedule, form):
         counts.clear()
         beta = 1.0 if form == "tangent" else [0.3, -0.3]
         how = {} if form == "free" else {"targets": batch, "beta": beta, "nudge": form, "start": free}
-        net.settle(batch, steps=steps, schedule=schedule, **how)
+        net.settle(batch, steps=steps, schedule=schedule, relaxation=1.0, **how)
         return Counter(counts)
 
     few, many = counted_in(2), counted_in(5)
@@ -539,7 +539,7 @@ def test_an_iteration_allocates_nothing(monkeypatch, schedule, form):
     buffer_size = np.setbufsize(16)
     tracemalloc.start()
     try:
-        net.settle(batch, steps=4, schedule=schedule, **how)
+        net.settle(batch, steps=4, schedule=schedule, relaxation=1.0, copy=False, **how)  # in one part
     finally:
         tracemalloc.stop()
         np.setbufsize(buffer_size)
@@ -549,7 +549,7 @@ def test_an_iteration_allocates_nothing(monkeypatch, schedule, form):
 
 def everything(net, batch, schedule):
     """Return arrays of phases of all forms, free from zero and from a state, and of all learners."""
-    how, found = {"schedule": schedule, "steps": 3}, []
+    how, found = {"schedule": schedule, "steps": 3, "relaxation": 1.0}, []
     signals = [net.bind(ep.LocalError(["mid", "top"], kappa=0.5, seed=3))]
     free = net.settle(batch, **how)
     warm = net.settle(batch, free, **how)
@@ -557,7 +557,7 @@ def everything(net, batch, schedule):
     for nudge, beta in (("classical", [0.4, -0.3]), ("deviation", [0.4, -0.3]), ("tangent", 1.0)):
         nudged = net.settle(batch, free, targets=batch, beta=beta, nudge=nudge, signals=signals, **how)
         found += [*nudged.layers, *(nudged.deviations or []), nudged.stats.per_sample]
-    steps = {"free_steps": 3, "nudged_steps": 3, "schedule": schedule, "signals": signals}
+    steps = {"free_steps": 3, "nudged_steps": 3, "schedule": schedule, "relaxation": 1.0, "signals": signals}
     for scheme, nudge in (("centered", "classical"), ("onesided", "classical"), ("centered", "deviation"),
                           ("onesided", "deviation"), ("tangent", "deviation")):  # fmt: skip
         learner = ep.EquilibriumPropagation(net, scheme=scheme, nudge=nudge, **steps)
@@ -606,7 +606,8 @@ def test_nudged_phases_leave_the_free_state_alone_and_use_nothing_beyond(schedul
     """What lies behind the free state is spoilt before the nudged phase starts: it is not used."""
     net = residual(pooling="max", feedback=0.5)
     batch = batch_of(net)
-    how = {"targets": batch, "beta": 1.0 if nudge == "tangent" else [0.3, -0.3], "steps": 3, "schedule": schedule}
+    how = {"targets": batch, "beta": 1.0 if nudge == "tangent" else [0.3, -0.3]}
+    how |= {"steps": 3, "schedule": schedule, "relaxation": 1.0}
     kept = net.settle(batch, steps=4, schedule=schedule, relaxation=1.0)
     wanted = net.settle(batch, kept, nudge=nudge, **how)
     free = net.settle(batch, steps=4, schedule=schedule, copy=False, relaxation=1.0)

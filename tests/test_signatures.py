@@ -101,7 +101,9 @@ class World:
         return self.folder / f"{self.files}.h5"
 
     def ep(self, **options):
-        return ep.EquilibriumPropagation(self.net, free_steps=2, nudged_steps=2, **options)
+        return ep.EquilibriumPropagation(
+            self.net, free_steps=2, nudged_steps=2, **{"schedule": "synchronous", **options}
+        )
 
     def bptt(self):
         return ep.BackpropagationThroughTime(self.net, free_steps=2, unrolled_steps=2, schedule="synchronous")
@@ -386,7 +388,7 @@ MEANINGFUL = (
         "its range begins at 0",
     ),
     (r".*", "signals|nudges", "empty list|empty array", "a sequence of none"),
-    (r".*", "record|learned|nesterov|flip|augment|shuffle|balance", "true", "a flag"),
+    (r".*", "record|exact|learned|nesterov|flip|augment|shuffle|balance", "true", "a flag"),
     (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason|fingerprint", "text", "free text"),
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
     (r"fit", "run_dir", "text", "a folder"),
