@@ -211,7 +211,7 @@ def test_reference_and_cupyep_agree(torch, load, loss, pooling, activation):
     generator = np.random.default_rng(2)
     x, labels = generator.standard_normal((3, 16, 16, 3)), np.array([0, 3, 1])
     reference = load("torch_reference").TorchReference(net, dtype="float64")
-    theirs = reference.settle(reference.images(x), reference.zeros(3), 6, schedule="synchronous")
+    theirs = reference.settle(reference.images(x), reference.zeros(3), 6)
     for own, their in zip(net.settle(x, steps=6, schedule="synchronous").layers, theirs, strict=True):
         np.testing.assert_allclose(reference.state_channels_last(their), own, rtol=0, atol=1e-13)
     steps = (80, 40)  # settled, so that no pooling winner changes with the last update
@@ -230,12 +230,15 @@ def test_reference_multiplies_as_precisely_as_the_network(torch, load, precision
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
     try:
-        make, options = load("torch_reference").TorchReference, {"input_shape": (16, 16, 1), "width": 1 / 64}
+        make, options = (
+            load("torch_reference").TorchReference,
+            {"input_shape": (16, 16, 1), "width": 1 / 64, "feedback": 1.0},
+        )
         reference = make(ep.vgg(5, 4, device="cpu", precision=precision, **options))
         other = make(ep.vgg(5, 4, device="cpu", precision="float32" if precision == "tf32" else "tf32", **options))
         x = np.zeros((1, 16, 16, 1), np.float32)
         for each in (reference, other, reference):
-            each.settle(each.images(x), each.zeros(1), 1, schedule="synchronous")
+            each.settle(each.images(x), each.zeros(1), 1)
         assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
     finally:
         for backend, allowed in zip(backends, before, strict=True):
@@ -344,7 +347,7 @@ GRAPH_CASES = [
 def test_operations_of_a_residual_network_are_those_done(work, algorithm, how):
     """Counted from the program, and where all products pass."""
     net = residual()
-    learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, **how)
+    learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, relaxation=1.0, **how)
     counted = Operations(net, 2, done=True)
     learner.step(np.zeros((2, 8, 8, 3)), np.array([0, 1]))
     assert sum(work) == counted.step(learner)
@@ -357,7 +360,7 @@ def test_operations_of_a_residual_network_are_those_done(work, algorithm, how):
 def test_operations_of_other_algorithms_on_a_residual_network(work, algorithm, schedule):
     net, x = residual(), np.zeros((2, 8, 8, 3))
     counted = Operations(net, 2, done=True)
-    for learner in (ep.Backpropagation(net), ep.BackpropagationThroughTime(net, 4, 3, schedule)):
+    for learner in (ep.Backpropagation(net), ep.BackpropagationThroughTime(net, 4, 3, schedule, relaxation=1.0)):
         work.clear()
         learner.step(x, np.array([0, 1]))
         assert sum(work) == counted.step(learner)

@@ -52,7 +52,8 @@ def case(loss, with_signal):
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_every_form_is_backpropagation(schedule, form, loss, with_signal, micro_batch):
     net, batch, signals = case(loss, with_signal)
-    how = {"free_steps": 2, "nudged_steps": 25, "schedule": schedule, "signals": signals, "micro_batch": micro_batch}
+    how = {"free_steps": 2, "nudged_steps": 25, "schedule": schedule, "relaxation": 1.0}
+    how |= {"signals": signals, "micro_batch": micro_batch}
     result = ep.EquilibriumPropagation(net, beta=1e-3, **how, **FORMS[form]).step(batch)
     value, _, expected = feed_forward(net, batch, signals[0] if signals else None)
     np.testing.assert_allclose(result.loss, value, rtol=1e-12)

@@ -363,7 +363,7 @@ def test_operations_of_replayed_graphs_count(request, rng, kind, form, schedule)
     edges = [ep.Conv2d((6, 6, 2), 3), ep.Conv2d((6, 6, 3), 4, pooling="max"), ep.Linear((3, 3, 4), 5)]
     net = ep.Network(edges, classes=4, device=device, feedback=1.0)
     how = {"scheme": "tangent"} if form == "tangent" else {"nudge": form}
-    learner = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3, schedule=schedule, **how)
+    learner = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3, schedule=schedule, relaxation=1.0, **how)
     images, labels = rng.uniform(0, 1, (5, 6, 6, 2)), np.arange(5) % 4
     flops = np.array([2 * 36 * 9 * 2 * 3, 2 * 36 * 9 * 3 * 4, 2 * 36 * 5])
     counter, counts = OperationCounter(learner), []

@@ -20,7 +20,7 @@ def net():
 
 def entries(net):
     """Everything that takes images and labels, by name."""
-    steps = {"free_steps": 3, "nudged_steps": 2}
+    steps = {"free_steps": 3, "nudged_steps": 2, "schedule": "synchronous"}
     learner = ep.EquilibriumPropagation(net, **steps)
     free = net.settle(X, steps=3, schedule="synchronous")
     return {

@@ -30,7 +30,8 @@ def learner_of(net, form, schedule="sweeps", **options):
     how = {"scheme": "tangent", "nudge": "deviation"} if form == "tangent" else {"nudge": form}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ep.PrecisionWarning)  # of the classical form
-        return ep.EquilibriumPropagation(net, schedule=schedule, **{"beta": 0.3, **how, **options})
+        steps = {"free_steps": 60, "nudged_steps": 20, "relaxation": 1.0}
+        return ep.EquilibriumPropagation(net, schedule=schedule, **{"beta": 0.3, **steps, **how, **options})
 
 
 def all_signals():
@@ -262,7 +263,7 @@ def test_the_scale_changes_nothing_but_what_is_stored(monkeypatch, schedule, for
         result = learner.step(batch)
         free = net.settle(batch, steps=5, schedule=schedule, relaxation=1.0)
         beta = 1.0 if form == "tangent" else [0.3, -0.3]
-        how = {"targets": batch, "nudge": form, "schedule": schedule, "signals": signals}
+        how = {"targets": batch, "nudge": form, "schedule": schedule, "relaxation": 1.0, "signals": signals}
         nudged = net.settle(batch, free, beta=beta, steps=4, **how)
         assert nudged.scales == [scale * a for a in (16.0, 4.0, 1.0)]
         found = [*result.gradients.values(), result.nudge_response, result.nudged.per_sample, *nudged.layers]

@@ -115,7 +115,14 @@ def test_a_network_of_convolutions(rng, device):
 def test_a_builder_starts_from_data(rng, weights):
     """Every node of a residual graph but the one that an identity leads into; two connections scaled alike."""
     images = rng.standard_normal((32, 8, 8, 3)).astype(np.float32)
-    options = {"input_shape": (8, 8, 3), "activation": "relu", "weights": weights, "device": "cpu", "seed": 1}
+    options = {
+        "input_shape": (8, 8, 3),
+        "activation": "relu",
+        "weights": weights,
+        "feedback": 1.0,
+        "device": "cpu",
+        "seed": 1,
+    }
     plain, net = (ep.build("8 8+8 16s+16", 5, **options, lsuv=given) for given in (None, images))
     drives = dict(zip(net.graph.names, ep.Backpropagation(net).settled(net.batch(images)).drives, strict=True))
     for name in ("conv1", "block1_1", "block2_1", "block2_2"):

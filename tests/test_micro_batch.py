@@ -9,16 +9,17 @@ from cupyep.ops import factors
 from cupyep.settling import SettleStats
 
 SAMPLES = 7
-STEPS = {"free_steps": 6, "nudged_steps": 4}
+STEPS = {"free_steps": 6, "nudged_steps": 4, "relaxation": 1.0}
+OTHERWISE = {"schedule": "synchronous"}
 LEARNERS = {
     f"EP {scheme} {nudge}": lambda net, scheme=scheme, nudge=nudge, **options: ep.EquilibriumPropagation(
-        net, 0.3, scheme=scheme, nudge=nudge, generator=np.random.default_rng(5), **STEPS, **options
+        net, 0.3, scheme=scheme, nudge=nudge, generator=np.random.default_rng(5), **STEPS, **OTHERWISE | options
     )
     for scheme in ("centered", "onesided", "random", "tangent")
     for nudge in ("classical", "deviation")
     if (scheme, nudge) != ("tangent", "classical")
 } | {
-    "BPTT": lambda net, **options: ep.BackpropagationThroughTime(net, 6, 4, **options),
+    "BPTT": lambda net, **options: ep.BackpropagationThroughTime(net, 6, 4, **OTHERWISE | options),
     "BP": ep.Backpropagation,
 }
 
@@ -125,7 +126,7 @@ def test_what_parts_say_of_their_settling_is_joined():
 def test_a_tolerance_ends_each_part_by_itself(device):
     net = network("conv", device, feedback=0.5)
     batch = batch_of(net, 4)
-    options = {"schedule": "evenodd", "tolerance": 1e-6}
+    options = {"schedule": "evenodd", "relaxation": 1.0, "tolerance": 1e-6}
     result = ep.EquilibriumPropagation(net, 0.3, 60, 60, micro_batch=2, **options).step(batch)
     assert result.free.converged
     assert result.nudged.converged

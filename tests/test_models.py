@@ -98,7 +98,7 @@ def test_the_smallest_size_named_is_enough(depth):
 )
 def test_config_rebuilds_the_network(options):
     """The same parameters, shapes and settled states, from the configuration alone."""
-    net = ep.build("vgg5", **({"width": 0.03, "device": "cpu"} | options))
+    net = ep.build("vgg5", **({"width": 0.03, "feedback": 1.0, "device": "cpu"} | options))
     again = ep.build(**net.config, device="cpu")
     assert again.config == net.config
     assert again.parameters().keys() == net.parameters().keys()
@@ -192,7 +192,7 @@ RESNET13 = {
     "layers.block4_2.block3_2.weight": (1, 1, 512, 512),
 }
 RESNET13_BIASES = {f"layers.block{n}_{k}.bias": (c,) for n, c in enumerate((128, 256, 512, 512), 1) for k in (1, 2)}
-PLAIN = {"weights": "plain", "width": 1 / 32, "device": "cpu"}
+PLAIN = {"weights": "plain", "width": 1 / 32, "feedback": 1.0, "device": "cpu"}
 EVERY = [*TABLE, "4 4p 8s", "4+4 4+8s+8p", "mlp:8,4"]
 
 

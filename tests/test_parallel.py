@@ -234,7 +234,7 @@ LEARNERS = {
 @pytest.mark.parametrize("samples", [7, 2])
 def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
     """With 2 samples a rank has none."""
-    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1}
+    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
     data = quadrant_data()
 
     def batch(share):
@@ -258,7 +258,7 @@ def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
 def test_an_evaluation_of_three_ranks_is_that_of_one_process():
     """Of 7 test images in batches of 3 the last batch has one, and two ranks have none of it."""
     data = quadrant_data(test=7)
-    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1}
+    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
 
     def batches(share):
         return Loader(data, "test", 3, "cpu", "float64", share=share)

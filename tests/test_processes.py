@@ -121,7 +121,7 @@ def test_a_copied_view_of_memory_is_no_view(how):
     net.settle(batch_of(net, seed=4), steps=5, schedule="synchronous")
     for s, right in zip(other.layers, kept, strict=True):
         np.testing.assert_array_equal(s, right)
-    nudge = {"targets": batch, "beta": 0.1, "nudge": "deviation", "steps": 3}
+    nudge = {"targets": batch, "beta": 0.1, "nudge": "deviation", "steps": 3, "schedule": "synchronous"}
     one = net.settle(batch, net.settle(batch, steps=5, schedule="synchronous"), **nudge)
     for s, right in zip(net.settle(batch, other, **nudge).layers, one.layers, strict=True):
         np.testing.assert_array_equal(s, right)

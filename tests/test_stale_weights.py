@@ -9,7 +9,7 @@ from small import batch_of, hosts, network, on_host
 import cupyep as ep
 from cupyep.memory.workspace import Workspace
 
-STEPS = {"free_steps": 3, "nudged_steps": 2}
+STEPS = {"free_steps": 3, "nudged_steps": 2, "schedule": "synchronous"}
 
 
 def nudged(net, batch, form, betas):

@@ -119,7 +119,10 @@ def test_settling_gives_the_state_of_the_whole_batch(monkeypatch, nudge, toleran
     """Two phases in one batch, too: phase by phase, not part by part. With a tolerance parts end by themselves."""
     monkeypatch.setattr("cupyep.backend.threads.PART", SAMPLES)
     net = network("conv", pooling="max", activation="hard_sigmoid")
-    batch, how = batch_of(net, SAMPLES), {"steps": 200 if tolerance else 5, "tolerance": tolerance}
+    batch, how = (
+        batch_of(net, SAMPLES),
+        {"steps": 200 if tolerance else 5, "schedule": "synchronous", "tolerance": tolerance},
+    )
     free = net.settle(batch, **how)
     nudged = {"start": free, "targets": batch, "beta": (0.3, -0.3), "nudge": nudge, "signals": signals_of("le")}
     more = {"free": {}, "tangent": {**nudged, "beta": 1.0}}.get(nudge, nudged)
