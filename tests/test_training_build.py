@@ -14,6 +14,7 @@ from quadrants import SILENT, TINY, Recorder, quadrant_data
 from small import Teacher
 
 import cupyep as ep
+from cupyep.commands.gradient_check import CHECK_DEFAULTS
 from cupyep.errors import TeacherError
 from cupyep.training import build, runs, teacher
 from cupyep.training.config import TrainConfig, make_config
@@ -48,6 +49,31 @@ def test_options_of_network_and_learner(quadrants):
     through_time = dataclasses.replace(settings, algorithm="bptt")
     learner = build.build_learner(through_time, network, [], np.random.default_rng(0))
     assert (learner.free_steps, learner.unrolled_steps, learner.schedule) == (7, 5, "evenodd")
+
+
+@pytest.mark.parametrize("told", [{}, {"feedback": 1.0}, {"schedule": "evenodd"}, {"schedule": "synchronous"}])
+@pytest.mark.parametrize("algorithm", ["ep", "bptt"])
+def test_library_training_and_check_agree_on_their_defaults(quadrants, algorithm, told):
+    """The same options left out give the same network, settled by the same phases, whichever door they come through."""
+    settings = TrainConfig(algorithm=algorithm, device="cpu", **told)
+    network = build.build_network(settings, quadrants, "cpu")
+    feedback = {name: told[name] for name in ("feedback",) if name in told}
+    schedule = {name: told[name] for name in ("schedule",) if name in told}
+    own = ep.vgg(5, classes=2, input_shape=quadrants.image_shape, device="cpu", **feedback)
+    assert (own.describe(), own.config) == (network.describe(), network.config)
+    for path, p in own.parameters().items():
+        np.testing.assert_array_equal(p, network.parameters()[path])
+    assert ep.Network([ep.Linear((2,), 2)], 2, device="cpu").feedback == TrainConfig().feedback == 0.1
+    assert network.settling == dict(zip(("steps", "schedule", "relaxation"), own.settles(**schedule), strict=True))
+    made = {"ep": ep.EquilibriumPropagation, "bptt": ep.BackpropagationThroughTime}[algorithm](own, **schedule)
+    trained = build.build_learner(settings, network, [], np.random.default_rng(0))
+    plain = (int, float, str, type(None))
+    values = [{k: v for k, v in vars(each).items() if isinstance(v, plain)} for each in (made, trained)]
+    assert values[0] == values[1]
+    assert set(values[0]) >= {"free_steps", "schedule", "relaxation", "tolerance", "micro_batch"}
+    checked = make_config(CHECK_DEFAULTS, told)
+    plain_network = dataclasses.replace(checked, exact=False)
+    assert build.build_network(plain_network, quadrants, "cpu").describe() == network.describe()
 
 
 def test_options_of_the_signals(quadrants, tmp_path):
