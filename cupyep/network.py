@@ -14,14 +14,14 @@ from cupyep import errors
 from cupyep.backend import Device, get_device, threads
 from cupyep.backend.threads import Turns, number_for, run_parts
 from cupyep.batch import Batch, checked_images, checked_labels
-from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_number, items, number, require
+from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.memory.workspace import Effective, Memory
 from cupyep.ops.conv import chunked
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge, State, joined
 from cupyep.program import SCHEDULES
-from cupyep.settling import check_settling, default_relaxation, default_steps, settle, watched
+from cupyep.settling import check_relaxation, check_settling, default_relaxation, default_steps, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
 
@@ -202,13 +202,11 @@ class Network(Structure):
     def settling(self, values: Mapping[str, Any]) -> None:
         for name in instance("settling", values, Mapping, "a mapping of steps, schedule, relaxation"):
             choose("settling", name, SETTLING)
-        before, self._settling = self._settling, dict(values)
-        try:
-            steps, schedule, relaxation = self.settles()
-            check_settling(choose("schedule", schedule, SCHEDULES), {"steps": steps}, relaxation=relaxation)
-        except ConfigurationError:
-            self._settling = before
-            raise
+        schedule = choose("schedule", values.get("schedule", "sweeps"), SCHEDULES)
+        relaxation = number("relaxation", values.get("relaxation", 1.0))
+        check_relaxation(relaxation, schedule)
+        checked = {"steps": integer("steps", values.get("steps", 1)), "schedule": schedule, "relaxation": relaxation}
+        self._settling = {name: checked[name] for name in values}
 
     def settles(
         self, steps: int | None = None, schedule: str | None = None, relaxation: float | None = None

@@ -280,6 +280,8 @@ def test_a_network_settles_as_its_settling_says(device):
         assert net.settle(images, **given).stats.steps == expected[0]
     learner = ep.EquilibriumPropagation(net)
     assert (learner.free_steps, learner.nudged_steps, learner.schedule, learner.relaxation) == (7, 20, "evenodd", 1.2)
+    net.settling = {"steps": np.int64(3), "relaxation": np.float32(0.5)}
+    assert [type(value) for value in net.settling.values()] == [int, float]  # as files have them
     net.settling = {"steps": 3}
     assert net.settles() == (3, "sweeps", 1.0)
     net.settling = {}
