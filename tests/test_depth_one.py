@@ -68,10 +68,12 @@ def test_every_form_is_backpropagation(schedule, form, loss, with_signal, micro_
 
 @pytest.mark.parametrize("with_signal", [False, True])
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
-@pytest.mark.parametrize("learner", [ep.Backpropagation, ep.BackpropagationThroughTime])
-def test_other_algorithms(learner, loss, with_signal):
+@pytest.mark.parametrize(
+    ("learner", "how"), [(ep.Backpropagation, {}), (ep.BackpropagationThroughTime, {"schedule": "synchronous"})]
+)
+def test_other_algorithms(learner, how, loss, with_signal):
     net, batch, signals = case(loss, with_signal)
-    result = learner(net, signals=signals).step(batch)
+    result = learner(net, signals=signals, **how).step(batch)
     for path, gradient in feed_forward(net, batch, signals[0] if signals else None)[2].items():
         np.testing.assert_allclose(result.gradients[path], gradient, rtol=1e-11, atol=1e-14)
 

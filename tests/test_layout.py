@@ -284,7 +284,7 @@ def learner_of(net, form, how):
     signals = signals_of("le")
     if form in ("BPTT", "BP"):
         made = {"BPTT": ep.BackpropagationThroughTime, "BP": ep.Backpropagation}[form]
-        return made(net, signals=signals, **how)
+        return made(net, signals=signals, **({"schedule": "synchronous"} if form == "BPTT" else {}) | how)
     scheme = form if form in ("onesided", "tangent") else "centered"
     nudge = "classical" if form == "classical" else "deviation"
     return ep.EquilibriumPropagation(
