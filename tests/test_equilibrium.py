@@ -28,8 +28,8 @@ def truth(net, batch, free, signals=(), unrolled=STEPS):
 
 
 def estimate(net, batch, free, signals=(), steps=STEPS, **options):
-    options = {"schedule": "synchronous", "relaxation": 1.0, **options}
-    learner = ep.EquilibriumPropagation(net, 0.5, 60, steps, signals=signals, **options)
+    options = {"free_steps": 60, "nudged_steps": steps, "schedule": "synchronous", "relaxation": 1.0, **options}
+    learner = ep.EquilibriumPropagation(net, signals=signals, **options)
     return on_host(net, learner.step_from(batch, free).gradients)
 
 
