@@ -229,7 +229,8 @@ def test_without_a_tolerance_a_step_reads_nothing(algorithm, micro_batch, monkey
     ends = []
     for device in PAIR:
         net = network("conv", device, pooling="max", feedback=0.5, precision="float32")
-        learner = make(net, *phases, signals=signals(), micro_batch=micro_batch)
+        how = {} if algorithm == "bp" else {"schedule": "synchronous"}
+        learner = make(net, *phases, signals=signals(), micro_batch=micro_batch, **how)
         statistics = EpochStatistics(net.device, 1, layer_names(learner.parameters()))
         batches = [net.batch(batch_of(net, seed=seed)) for seed in range(2)]
         read.clear()

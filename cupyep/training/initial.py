@@ -56,7 +56,7 @@ def _read_h5(path: Path) -> Mapping[str, Any]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise CheckpointError(f"'{path}' is not readable ({hdf5.blame(error)}): {one_line(error)}") from error
-    if isinstance(form, str) and form == network_file.FORMAT:
+    if isinstance(form, str) and form == f"cupyep-{network_file.KIND}":
         return dict(Network.load(path, device="cpu").parameters())
     return {name: a for name, a in load_checkpoint(path).weights().items() if not name.startswith("signals.")}
 
