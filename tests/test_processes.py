@@ -87,7 +87,7 @@ def test_a_copied_learner_goes_on_bit_for_bit(kind, how):
     assert other.network is not net
     for path, array in learner.parameters().items():
         np.testing.assert_array_equal(other.parameters()[path], array, err_msg=path)
-    np.testing.assert_array_equal(other.scores(batch, schedule="synchronous"), learner.scores(batch))
+    np.testing.assert_array_equal(other.scores(batch), learner.scores(batch))
 
 
 @pytest.mark.parametrize("how", COPIES)
