@@ -135,7 +135,7 @@ def build(
     activation: str | Activation | None = None,
     pooling: str = "max",
     loss: str = "cross_entropy",
-    feedback: float = 1.0,
+    feedback: float = 0.1,
     gain: float | Sequence[float] | None = None,
     seed: int = 0,
     device: str | Device = "auto",

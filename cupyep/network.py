@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from cupyep.memory.workspace import Effective, Memory
 from cupyep.ops.conv import chunked
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge, State, joined
-from cupyep.settling import check_settling, settle, watched
+from cupyep.program import SCHEDULES
+from cupyep.settling import check_relaxation, check_settling, default_relaxation, default_steps, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.structure import Structure, exclusive
 
 NUDGES = ("classical", "deviation", "tangent")
+SETTLING = ("steps", "schedule", "relaxation")
 RETAINED = ("states", "drives", "both")
 
 
@@ -191,16 +193,46 @@ class Network(Structure):
             signal.network = self
         return signal
 
+    @property
+    def settling(self) -> dict[str, Any]:
+        """How this network settles unless it is told otherwise: ``steps``, ``schedule``, ``relaxation``."""
+        return dict(self._settling)
+
+    @settling.setter
+    def settling(self, values: Mapping[str, Any]) -> None:
+        for name in instance("settling", values, Mapping, "a mapping of steps, schedule, relaxation"):
+            choose("settling", name, SETTLING)
+        schedule = choose("schedule", values.get("schedule", "sweeps"), SCHEDULES)
+        relaxation = number("relaxation", values.get("relaxation", 1.0))
+        check_relaxation(relaxation, schedule)
+        checked = {"steps": integer("steps", values.get("steps", 1)), "schedule": schedule, "relaxation": relaxation}
+        self._settling = {name: checked[name] for name in values}
+
+    def settles(
+        self, steps: int | None = None, schedule: str | None = None, relaxation: float | None = None
+    ) -> tuple[int, str, float]:
+        """Return steps, schedule and relaxation of the free phase, those that are None as this network settles.
+
+        Where `settling` says nothing, or of another schedule: sweeps, and the defaults of `cupyep.settling` for the
+        feedback.
+        """
+        usual = self._settling.get("schedule", "sweeps")
+        schedule = usual if schedule is None else choose("schedule", schedule, SCHEDULES)
+        own = self._settling if schedule == usual else {}
+        steps = own.get("steps", default_steps(schedule, self.feedback)[0]) if steps is None else steps
+        fallback = own.get("relaxation", default_relaxation(schedule, self.feedback))
+        return steps, schedule, fallback if relaxation is None else relaxation
+
     @exclusive
     def settle(
         self,
         x: Any,
         start: State | None = None,
         *,
-        steps: int = 60,
-        schedule: str = "synchronous",
+        steps: int | None = None,
+        schedule: str | None = None,
         tolerance: float | None = None,
-        relaxation: float = 1.0,
+        relaxation: float | None = None,
         check_every: int = 10,
         targets: Any = None,
         beta: float | Sequence[float] = 0.0,
@@ -217,7 +249,8 @@ class Network(Structure):
         start : State, optional
             Where to start, zeros otherwise. Nudged phases start at the free state.
         steps, schedule, tolerance, relaxation, check_every, record
-            See `cupyep.settling.settle`.
+            See `cupyep.settling.settle`. By default as this network settles: `settling`, where it says nothing sweeps,
+            as many as `cupyep.settling.default_steps` of its feedback.
         targets : array of shape (N,) or Batch, optional
             Labels. With them the phase is nudged.
         beta : float or sequence of float
@@ -241,6 +274,7 @@ class Network(Structure):
         ConvergenceWarning
             If a tolerance was given and not reached.
         """
+        steps, schedule, relaxation = self.settles(steps, schedule, relaxation)
         how = {
             "steps": steps,
             "schedule": schedule,
@@ -407,7 +441,8 @@ class Network(Structure):
     @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
         """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`."""
-        batch, how = self.batch(x), {"steps": 60, "schedule": "synchronous"} | how
+        batch, names = self.batch(x), ("steps", "schedule", "relaxation")
+        how = how | dict(zip(names, self.settles(*(how.get(name) for name in names)), strict=True))
         if start is not None:
             return self._scores(batch, start, **how)
         return self.device.xp.concatenate(self.run_parts(batch, lambda part, *_: self._scores(part, None, **how)))

@@ -118,6 +118,29 @@ def watched(schedule: str, steps: int, tolerance: float | None) -> bool:
     return tolerance is not None and schedule == "synchronous" and steps >= 2
 
 
+STRONG = 0.3  # feedback above this makes what a sweep leaves come back
+OVER_RELAXATION = 1.6  # docs/performance.md: VGG-5 at lambda 1 settles in a quarter of the iterations
+
+
+def default_steps(schedule: str, feedback: float) -> tuple[int, int]:
+    """Return the numbers of free and nudged steps for a schedule and feedback weight.
+
+    A sweep crosses the whole network up and down, and little is left to settle where the feedback is weak; in the other
+    schedules news moves on by one layer a step.
+    """
+    if schedule != "sweeps":
+        return 60, UNROLLED_STEPS
+    return (2, 2) if feedback <= STRONG else (6, 4)
+
+
+UNROLLED_STEPS = 20  # of BPTT, which are synchronous
+
+
+def default_relaxation(schedule: str, feedback: float) -> float:
+    """Return how far an update goes: over-relaxation shortens even/odd settling, the more the stronger the feedback."""
+    return OVER_RELAXATION if schedule == "evenodd" and feedback > STRONG else 1.0
+
+
 def check_relaxation(relaxation: float, schedule: str) -> None:
     """Raise ConfigurationError for a relaxation with which the schedule could not settle."""
     number("relaxation", relaxation, above=0, below=2)

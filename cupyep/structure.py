@@ -53,7 +53,7 @@ class Structure:
         *,
         activation: str | Activation = "hard_sigmoid",
         loss: str = "cross_entropy",
-        feedback: float = 1.0,
+        feedback: float = 0.1,
         gain: float | Sequence[float] = 1.0,
         weights: str = "plain",
         seed: int = 0,
@@ -78,6 +78,7 @@ class Structure:
         self.weights = choose("parametrisation of weights", weights, PARAMETRISATIONS)
         self._initialize(gain, seed)
         self.config: dict[str, Any] = {}
+        self._settling: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name not in ("lock", "_memories", "effective")}

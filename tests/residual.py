@@ -26,7 +26,9 @@ def connections(shape=(8, 8, 3), classes=3, loss="cross_entropy", pooling="max")
 
 def residual(shape=(8, 8, 3), classes=3, *, loss="cross_entropy", pooling="max", **options):
     """Return the network, with `options` as `cupyep.Network` takes them."""
-    return ep.Network(connections(shape, classes, loss, pooling), classes, loss=loss, device="cpu", **options)
+    return ep.Network(
+        connections(shape, classes, loss, pooling), classes, loss=loss, device="cpu", **{"feedback": 1.0, **options}
+    )
 
 
 def build(arch, classes, input_shape, device, loss="cross_entropy", pooling="max", gain=None, width=1.0, **options):

@@ -212,11 +212,11 @@ def test_reference_and_cupyep_agree(torch, load, loss, pooling, activation):
     x, labels = generator.standard_normal((3, 16, 16, 3)), np.array([0, 3, 1])
     reference = load("torch_reference").TorchReference(net, dtype="float64")
     theirs = reference.settle(reference.images(x), reference.zeros(3), 6)
-    for own, their in zip(net.settle(x, steps=6).layers, theirs, strict=True):
+    for own, their in zip(net.settle(x, steps=6, schedule="synchronous").layers, theirs, strict=True):
         np.testing.assert_allclose(reference.state_channels_last(their), own, rtol=0, atol=1e-13)
     steps = (80, 40)  # settled, so that no pooling winner changes with the last update
     gradients = reference.ep_step(reference.images(x), reference.labels(labels), 0.3, *steps)
-    learner = ep.EquilibriumPropagation(net, 0.3, *steps, nudge="classical")
+    learner = ep.EquilibriumPropagation(net, 0.3, *steps, nudge="classical", schedule="synchronous")
     expected = learner.step(x, labels).gradients
     assert gradients.keys() == expected.keys()
     for path, gradient in expected.items():
@@ -230,7 +230,10 @@ def test_reference_multiplies_as_precisely_as_the_network(torch, load, precision
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
     try:
-        make, options = load("torch_reference").TorchReference, {"input_shape": (16, 16, 1), "width": 1 / 64}
+        make, options = (
+            load("torch_reference").TorchReference,
+            {"input_shape": (16, 16, 1), "width": 1 / 64, "feedback": 1.0},
+        )
         reference = make(ep.vgg(5, 4, device="cpu", precision=precision, **options))
         other = make(ep.vgg(5, 4, device="cpu", precision="float32" if precision == "tf32" else "tf32", **options))
         x = np.zeros((1, 16, 16, 1), np.float32)
@@ -245,17 +248,17 @@ def test_reference_multiplies_as_precisely_as_the_network(torch, load, precision
 def test_reference_takes_images_in_halves(torch, load):
     """PyTorch does not know NumPy's bfloat16."""
     pytest.importorskip("ml_dtypes")
-    net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, device="cpu", precision="bfloat16")
+    net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, device="cpu", precision="bfloat16", feedback=1.0)
     images = net.batch(np.full((1, 16, 16, 1), 0.3)).images
     found = load("torch_reference").TorchReference(net).images(images)
     np.testing.assert_array_equal(found.numpy(), images.astype(np.float32).transpose(0, 3, 1, 2))
 
 
 def test_reference_refuses_what_it_has_not(torch, load):
-    net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, activation="tanh", device="cpu")
+    net = ep.vgg(5, 4, (16, 16, 1), 1 / 64, activation="tanh", device="cpu", feedback=1.0)
     with pytest.raises(ep.ConfigurationError, match="no activation 'tanh'"):
         load("torch_reference").TorchReference(net)
-    for other in (residual(), ep.Network([ep.Linear((4,), 3)], 2, weights="standardized", device="cpu")):
+    for other in (residual(), ep.Network([ep.Linear((4,), 3)], 2, weights="standardized", device="cpu", feedback=1.0)):
         with pytest.raises(ep.ConfigurationError, match="takes chains with plain weights"):
             load("torch_reference").TorchReference(other)
 
@@ -265,7 +268,7 @@ def test_reference_refuses_what_it_has_not(torch, load):
 
 def test_operations_of_vgg5_counted_by_hand(load):
     """Products on maps of 16 x 16, 8 x 8 and (unpadded) 2 x 2, batch 128: 82 GFLOP a step."""
-    count = Operations(ep.vgg(5, device="cpu"), 128)
+    count = Operations(ep.vgg(5, device="cpu", feedback=1.0), 128)
     first = 2 * 32 * 32 * 27 * 128 * 128
     second, third, fourth = 2 * 16**2 * 1152 * 256 * 128, 2 * 8**2 * 2304 * 512 * 128, 2 * 2**2 * 4608 * 512 * 128
     assert count.edges == [first, second, third, fourth]
@@ -295,7 +298,7 @@ def work(monkeypatch):
 @pytest.mark.parametrize("form", ["classical", "deviation", "tangent"])
 def test_operations_are_those_done(load, work, algorithm, form, schedule):
     """Padded edges: their products in both directions are of one size, as in the count."""
-    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
+    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu", feedback=1.0)
     direct, done = (Operations(net, 2, each).ep_step(3, 2, form, schedule) for each in (False, True))
     load("benchmark").learner(net, 3, 2, form, schedule).step(np.zeros((2, 16, 16, 3)), np.array([0, 1]))
     assert sum(work) == done
@@ -309,7 +312,7 @@ def test_operations_depend_on_the_batch(load, work, monkeypatch):
     monkeypatch.setattr(winograd, "LEAST_WORK", 0)
     # Four samples have as many tiles of 4 x 4 in 16 x 16 maps, edges 1 and 2, or of 2 x 2 in 8 x 8 maps, edges 3 and 4.
     monkeypatch.setattr(winograd, "LEAST_ROWS", 4 * 16)
-    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
+    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu", feedback=1.0)
     count = Operations(net, 2, done=True)
     same = [2 * one == pair for one, pair in zip(count.edges, count.pairs, strict=True)]
     assert same == [False, False, False, False, True, True]
@@ -320,13 +323,13 @@ def test_operations_depend_on_the_batch(load, work, monkeypatch):
 
 
 def test_operations_of_bp_and_bptt_are_those_done(load, work, algorithm):
-    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu")
+    net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu", feedback=1.0)
     count = Operations(net, 2, done=True)
     x, y = np.zeros((2, 16, 16, 3)), np.array([0, 1])
     ep.Backpropagation(net).step(x, y)
     assert sum(work) == count.bp_step()
     work.clear()
-    ep.BackpropagationThroughTime(net, 4, 3).step(x, y)
+    ep.BackpropagationThroughTime(net, 4, 3, schedule="synchronous").step(x, y)
     assert sum(work) == count.bptt_step(4, 3)
 
 
@@ -344,7 +347,7 @@ GRAPH_CASES = [
 def test_operations_of_a_residual_network_are_those_done(work, algorithm, how):
     """Counted from the program, and where all products pass."""
     net = residual()
-    learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, **how)
+    learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, relaxation=1.0, **how)
     counted = Operations(net, 2, done=True)
     learner.step(np.zeros((2, 8, 8, 3)), np.array([0, 1]))
     assert sum(work) == counted.step(learner)
@@ -357,7 +360,7 @@ def test_operations_of_a_residual_network_are_those_done(work, algorithm, how):
 def test_operations_of_other_algorithms_on_a_residual_network(work, algorithm, schedule):
     net, x = residual(), np.zeros((2, 8, 8, 3))
     counted = Operations(net, 2, done=True)
-    for learner in (ep.Backpropagation(net), ep.BackpropagationThroughTime(net, 4, 3, schedule)):
+    for learner in (ep.Backpropagation(net), ep.BackpropagationThroughTime(net, 4, 3, schedule, relaxation=1.0)):
         work.clear()
         learner.step(x, np.array([0, 1]))
         assert sum(work) == counted.step(learner)
@@ -370,7 +373,9 @@ def test_operations_of_other_algorithms_on_a_residual_network(work, algorithm, s
 def test_a_counter_follows_steps_in_parts_and_predictions(work, tolerance):
     """As long as phases really are, of every part of a batch; direct convolutions do what is counted."""
     net = residual()
-    learner = ep.EquilibriumPropagation(net, 0.3, 40, 2, schedule="evenodd", tolerance=tolerance, micro_batch=2)
+    learner = ep.EquilibriumPropagation(
+        net, 0.3, 40, 2, schedule="evenodd", tolerance=tolerance, micro_batch=2, relaxation=1.0
+    )
     counter, x, y = OperationCounter(learner), np.zeros((3, 8, 8, 3)), np.array([0, 1, 2])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ep.ConvergenceWarning)  # of the nudged phases
@@ -407,7 +412,7 @@ def test_stopwatch_measures_every_case_in_every_round(load):
 
 def test_on_a_gpu_replays_are_timed_beside_plain_launches(load, fake_gpu):
     """By events; a stand-in for a GPU gives times that mean nothing."""
-    net = ep.vgg(5, 4, (16, 16, 3), 1 / 32, device=fake_gpu)
+    net = ep.vgg(5, 4, (16, 16, 3), 1 / 32, device=fake_gpu, feedback=1.0)
     watch = load("measuring").Stopwatch(fake_gpu, net.precision, 8, repeats=1, shortest=0)
     tool = load("benchmark")
     run = tool.Run({}, net, tool.random_batch(net, 2), watch)

@@ -30,7 +30,7 @@ def numeric_gradients(net, batch, signals, learner):
 
 def assert_gradients(net, signals=()):
     batch = batch_of(net)
-    learner = ep.BackpropagationThroughTime(net, FREE, UNROLLED, signals=signals)
+    learner = ep.BackpropagationThroughTime(net, FREE, UNROLLED, signals=signals, schedule="synchronous")
     found = on_host(net, learner.step(batch).gradients)
     expected = numeric_gradients(net, batch, signals, learner)
     assert found.keys() == expected.keys()
@@ -64,7 +64,9 @@ def test_gradients_with_squared_error(device, kind):
 def test_loss_and_hits_are_those_of_the_last_state(device):
     net = network("dense", device)
     batch = batch_of(net, samples=5)
-    result = ep.BackpropagationThroughTime(net, FREE, UNROLLED, signals=signals_of("le")).step(batch)
+    result = ep.BackpropagationThroughTime(net, FREE, UNROLLED, signals=signals_of("le"), schedule="synchronous").step(
+        batch
+    )
     oracle = Oracle(net)
     top = oracle.settle(net.device.to_numpy(batch.images), FREE + UNROLLED)[-1]
     term = oracle.readout_term(batch.labels)
@@ -77,9 +79,9 @@ def test_unrolling_starts_where_it_is_told(device):
     """`step_from` uses the given state and leaves it as it was."""
     net = network("dense", device)
     batch = batch_of(net)
-    start = net.settle(batch, steps=FREE)
+    start = net.settle(batch, steps=FREE, schedule="synchronous")
     before = [net.device.to_numpy(s).copy() for s in start.layers]
-    learner = ep.BackpropagationThroughTime(net, 50, UNROLLED)
+    learner = ep.BackpropagationThroughTime(net, 50, UNROLLED, schedule="synchronous")
     top = Oracle(net).settle(net.device.to_numpy(batch.images), UNROLLED, before)[-1]
     expected = Oracle(net).readout_term(batch.labels).value(top).mean()
     assert float(learner.step_from(batch, start).loss) == pytest.approx(expected, rel=1e-12)
@@ -101,8 +103,8 @@ def test_gradients_at_an_equilibrium(device, kind, signal):
     net = network(kind, device, pooling="max", activation="tanh")
     batch, signals = batch_of(net), signals_of(signal)
     images = device.to_numpy(batch.images)
-    free = net.settle(batch, steps=300)
-    learner = ep.BackpropagationThroughTime(net, signals=signals)
+    free = net.settle(batch, steps=300, schedule="synchronous")
+    learner = ep.BackpropagationThroughTime(net, signals=signals, schedule="synchronous")
     result, residual = learner.step_from_equilibrium(batch, free)
     assert residual <= 1e-5
     found, parameters = on_host(net, result.gradients), on_host(net, learner.parameters())
@@ -124,11 +126,15 @@ def test_gradients_at_an_equilibrium(device, kind, signal):
 def test_many_steps_come_to_the_gradient_at_the_equilibrium(device):
     net = network("conv", device, pooling="max", activation="hard_sigmoid", gain=1.0, bias=0.1)
     batch = batch_of(net)
-    free = net.settle(batch, steps=300)
-    limit = on_host(net, ep.BackpropagationThroughTime(net).step_from_equilibrium(batch, free)[0].gradients)
+    free = net.settle(batch, steps=300, schedule="synchronous")
+    limit = on_host(
+        net, ep.BackpropagationThroughTime(net, schedule="synchronous").step_from_equilibrium(batch, free)[0].gradients
+    )
     distance = {}
     for steps in (5, 200):
-        found = on_host(net, ep.BackpropagationThroughTime(net, 1, steps).step_from(batch, free).gradients)
+        found = on_host(
+            net, ep.BackpropagationThroughTime(net, 1, steps, schedule="synchronous").step_from(batch, free).gradients
+        )
         distance[steps] = max(np.abs(found[path] - limit[path]).max() / np.abs(limit[path]).max() for path in limit)
     assert distance[5] > 1e-2
     assert distance[200] < 1e-4
@@ -143,10 +149,12 @@ def test_the_equation_is_solved_in_a_deep_network(device, feedback):
     generator = np.random.default_rng(2)
     batch = ep.Batch(generator.random((5, 6), np.float32), np.arange(5) % 4)
     free = net.settle(batch, steps=200, schedule="sweeps")
-    limit, residual = ep.BackpropagationThroughTime(net).step_from_equilibrium(batch, free, 60)
+    limit, residual = ep.BackpropagationThroughTime(net, schedule="synchronous").step_from_equilibrium(batch, free, 60)
     assert residual <= 1e-5
     limit = on_host(net, limit.gradients)
-    found = on_host(net, ep.BackpropagationThroughTime(net, 1, 400).step_from(batch, free).gradients)
+    found = on_host(
+        net, ep.BackpropagationThroughTime(net, 1, 400, schedule="synchronous").step_from(batch, free).gradients
+    )
     for path, g in found.items():
         np.testing.assert_allclose(limit[path], g, rtol=1e-3, atol=1e-3 * np.abs(g).max(), err_msg=path)
 
@@ -155,8 +163,8 @@ def test_an_equation_without_a_solution_is_seen(device):
     """At states of zero tanh is steep, and feedback through large weights grows from step to step."""
     net = network("conv", device, activation="tanh", gain=8.0)
     batch = batch_of(net)
-    zero = net.settle(batch, steps=1)
+    zero = net.settle(batch, steps=1, schedule="synchronous")
     for s in zero.layers:
         s[...] = 0
-    _, residual = ep.BackpropagationThroughTime(net).step_from_equilibrium(batch, zero)
+    _, residual = ep.BackpropagationThroughTime(net, schedule="synchronous").step_from_equilibrium(batch, zero)
     assert not residual <= 1e-2

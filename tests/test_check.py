@@ -48,7 +48,7 @@ def test_rows_compare_ep_with_bptt_from_one_free_state(device, signal, schedule)
         net, batch, beta=0.2, free_steps=60, nudged_steps=7, schedule=schedule, signals=signals, nudge="classical"
     )
     how = {"signals": signals, "schedule": schedule}
-    free = net.settle(batch, steps=60, schedule=schedule)
+    free = net.settle(batch, steps=60, schedule=schedule, relaxation=1.0)
     found = ep.EquilibriumPropagation(net, 0.2, 30, 7, nudge="classical", **how).step_from(batch, free)
     # The same number of synchronous steps, or so many that more change nothing.
     unrolled, rel = (7, 1e-9) if schedule == "synchronous" else (200, 2e-5)
@@ -77,7 +77,7 @@ def test_a_truth_that_does_not_converge_is_said():
 def deep(precision):
     """A network of nine dense layers that has several equilibria."""
     layers = [ep.Linear((6, 6, 2), 16), *(ep.Linear((16,), 16) for _ in range(8))]
-    net = ep.Network(layers, 4, activation="hard_sigmoid", gain=0.55, precision=precision, device="cpu")
+    net = ep.Network(layers, 4, activation="hard_sigmoid", gain=0.55, precision=precision, device="cpu", feedback=1.0)
     for path, array in net.parameters().items():
         if path.endswith("bias"):
             array[...] = 0.3
@@ -122,7 +122,7 @@ def test_a_precision_is_compared_where_it_holds_the_free_state_and_where_it_find
         return nets[name].settle_free(batches[name], start, **how).copy()
 
     def gradients(name, free):
-        learner = ep.EquilibriumPropagation(nets[name], 0.1, 60, 10, schedule="evenodd")
+        learner = ep.EquilibriumPropagation(nets[name], 0.1, 60, 10, schedule="evenodd", relaxation=1.0)
         return learner.step_from(batches[name], free).gradients
 
     def cosines(a, b):

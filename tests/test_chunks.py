@@ -47,7 +47,7 @@ def test_the_edge_of_the_image_plans_no_topdown_product(fake_gpu, kind, stride, 
     device = fake_gpu if kind == "cuda" else ep.get_device("cpu")
     first, alone = (ep.Conv2d((8, 8, 3), 32, stride=stride, pooling=pooling) for _ in range(2))
     edges = [first, ep.Linear(first.out_shape, 5)]
-    net = ep.Network(edges, 3, device=device, precision="float32")
+    net = ep.Network(edges, 3, device=device, precision="float32", feedback=1.0)
     assert [edge.reads_image for edge in edges] == [True, False]
     budget, samples = 256 << 10, 64
     ops, full = (edge.prepare(samples, budget, net.precision, device) for edge in (first, alone))
@@ -67,8 +67,8 @@ def test_the_edge_of_the_image_plans_no_topdown_product(fake_gpu, kind, stride, 
 def test_an_edge_is_checked_whole_wherever_it_is():
     """`check_edge` of a network's first edge asks it for a top-down product; another network may have it higher up."""
     edges = [ep.Conv2d((4, 4, 3), 3), ep.Conv2d((4, 4, 3), 3)]
-    ep.Network(edges, 3, device="cpu")
+    ep.Network(edges, 3, device="cpu", feedback=1.0)
     ep.learning.check_edge(edges[0], "cpu")
     assert edges[0].reads_image
-    ep.Network(edges[::-1], 3, device="cpu")
+    ep.Network(edges[::-1], 3, device="cpu", feedback=1.0)
     assert [edge.reads_image for edge in edges] == [False, True]

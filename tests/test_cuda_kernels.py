@@ -335,7 +335,7 @@ def test_topdown_by_columns_and_product_first(rng, name, product_first):
 @pytest.mark.parametrize("pooling", ["max", "average"])
 def test_a_whole_step_is_the_same_through_the_kernels(monkeypatch, pooling, nudge):
     """Free and nudged phases and the gradient of a convolutional network, all its chunks and scratch included."""
-    options = {"beta": 0.1, "free_steps": 8, "nudged_steps": 4, "nudge": nudge}
+    options = {"beta": 0.1, "free_steps": 8, "nudged_steps": 4, "nudge": nudge, "schedule": "synchronous"}
     results = []
     for kernels in (False, True):
         if kernels:

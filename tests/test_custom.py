@@ -200,7 +200,9 @@ def test_check_gradients_looks_at_signals_that_ep_and_bptt_would_agree_on():
 
 def test_a_gradient_of_another_shape_is_refused_in_training():
     net = network()
-    learner = ep.EquilibriumPropagation(net, signals=[Narrow([1])], free_steps=3, nudged_steps=3)
+    learner = ep.EquilibriumPropagation(
+        net, signals=[Narrow([1])], free_steps=3, nudged_steps=3, schedule="synchronous"
+    )
     with pytest.raises(ep.ConfigurationError, match="the gradient has shape"):
         learner.step(batch_of(net))
 
@@ -355,8 +357,10 @@ def test_check_gradients_looks_at_own_edges_and_activations():
     edge = Faulty((6, 6, 2), 3)
     edge.fault = "gradient"
     with pytest.raises(ep.ConfigurationError, match="Faulty: the gradient of 'weight' is 2 times"):
-        ep.check_gradients(ep.Network([edge], 3, device="cpu", precision="float64"), batch)
-    soft = ep.Network([ep.Conv2d((6, 6, 2), 3)], 3, activation=Soft("slope"), device="cpu", precision="float64")
+        ep.check_gradients(ep.Network([edge], 3, device="cpu", precision="float64", feedback=1.0), batch)
+    soft = ep.Network(
+        [ep.Conv2d((6, 6, 2), 3)], 3, activation=Soft("slope"), device="cpu", precision="float64", feedback=1.0
+    )
     with pytest.raises(ep.ConfigurationError, match="slope is 2 times"):
         ep.check_gradients(soft, batch)
 

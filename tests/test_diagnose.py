@@ -41,7 +41,7 @@ def run(monkeypatch, tmp_path, capsys):
 def test_rows_are_those_of_the_step_and_of_the_gradient_check(device, schedule):
     net = network("conv", device, feedback=0.5)
     batch = batch_of(net)
-    learner = ep.EquilibriumPropagation(net, 0.05, 30, 10, schedule=schedule)
+    learner = ep.EquilibriumPropagation(net, 0.05, 30, 10, schedule=schedule, relaxation=1.0)
     report = examine(learner, batch, bptt=True)
     result = learner.step(batch)
     assert [row["name"] for row in report.rows] == ["1", "2", "3", "readout"]
@@ -66,7 +66,7 @@ def test_rows_are_those_of_the_step_and_of_the_gradient_check(device, schedule):
 
 def test_the_table_has_a_line_a_layer_and_only_columns_with_content():
     net = network("conv")
-    learner = ep.EquilibriumPropagation(net, 0.05, 30, 10)
+    learner = ep.EquilibriumPropagation(net, 0.05, 30, 10, schedule="synchronous")
     lines = examine(learner, batch_of(net), "what").lines()
     assert lines[0] == "what"
     assert "free phase" in lines[1]
@@ -79,11 +79,11 @@ def test_the_table_has_a_line_a_layer_and_only_columns_with_content():
 
 
 def test_an_oscillating_network_is_seen_and_said():
-    net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, device="cpu", precision="float64")
+    net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, device="cpu", precision="float64", feedback=1.0)
     for path, value in {"layers.1.weight": 1.0, "layers.2.weight": -5.0, "layers.2.bias": 1.0}.items():
         net.parameters()[path][...] = value
     batch = ep.Batch(np.ones((20, 1)), np.arange(20) % 2)
-    report = examine(ep.EquilibriumPropagation(net, 0.5, 11, 4), batch)
+    report = examine(ep.EquilibriumPropagation(net, 0.5, 11, 4, schedule="synchronous"), batch)
     assert [row["free_oscillating"] for row in report.rows[:2]] == [True, True]
     assert "swings" in report.lines()[2]
     assert any("it swings between two states: use --schedule evenodd or sweeps" in line for line in report.lines())

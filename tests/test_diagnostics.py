@@ -243,12 +243,20 @@ def test_a_falling_accuracy():
 def test_the_setting_of_a_learner():
     net = ep.vgg(5, input_shape=(16, 16, 3), width=0.03, feedback=0.5, device="cpu")
     learner = ep.EquilibriumPropagation(
-        net, 0.3, 7, 5, nudge="classical", schedule="evenodd", tolerance=1e-3, signals=[ep.LocalError([1])]
+        net,
+        0.3,
+        7,
+        5,
+        nudge="classical",
+        schedule="evenodd",
+        tolerance=1e-3,
+        signals=[ep.LocalError([1])],
+        relaxation=1.0,
     )
     units = tuple(int(np.prod(shape)) for shape in net.state_shapes)
     expected = Setting((8, 4, 2, 1), units, 50, "classical", 2.0**-23, "evenodd", 1e-3, 7, 5, True)
     assert Setting.of(learner, 50) == expected
-    assert Setting.of(ep.EquilibriumPropagation(net, scheme="tangent"), 50).form == "tangent"
+    assert Setting.of(ep.EquilibriumPropagation(net, scheme="tangent", schedule="synchronous"), 50).form == "tangent"
     assert Setting.of(ep.Backpropagation(net), 50).form is None
 
 

@@ -184,17 +184,6 @@ def test_a_run_in_json(cifar, invoke, tmp_path, monkeypatch):
     names = [o["event"] for o in own]
     epoch = ["progress", "progress", "epoch"]
     wanted = [*["note"] * 3, "start", "checkpoint", *epoch[:2], "checkpoint", "epoch", *epoch[:2], "checkpoint"]
-        "note",
-        "note",
-        "note",
-        "start",
-        "checkpoint",
-        *epoch[:2],
-        "checkpoint",
-        "epoch",
-        *epoch[:2],
-        "checkpoint",
-    ]
     assert names == [*wanted, "epoch", "end"]
     assert [o["event"] for o in found if "subject" in o] == [
         *("note", "checkpoint", *epoch[:2], "checkpoint", "epoch", "note", "note")

@@ -107,7 +107,7 @@ def batches_until_noticed(start, loss):
 def test_a_small_nudge_is_no_remedy_for_a_network_that_never_rests(gain, free_steps, knob, beta):
     """ReLU and a high gain: the nudged phase overflows first, with any beta; the free one grows all the same."""
     net = small.network("dense", activation="relu", gain=gain, precision="float32")
-    learner = ep.EquilibriumPropagation(net, beta, free_steps=free_steps, nudged_steps=300)
+    learner = ep.EquilibriumPropagation(net, beta, free_steps=free_steps, nudged_steps=300, schedule="synchronous")
     statistics = EpochStatistics(net.device, 1, layer_names(learner.parameters()))
     with np.errstate(all="ignore"):
         step = learner.step(small.batch_of(net))

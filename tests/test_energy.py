@@ -126,9 +126,9 @@ def test_the_equilibrium_is_a_stationary_point(device, options, beta):
     """Settling and the energy agree on what rest is: the force balances the potential there."""
     net, batch, nudges, _ = case(options[0], device, *options[1:])
     signals = signals_of(options[4])
-    state = net.settle(batch, steps=100)
+    state = net.settle(batch, steps=100, schedule="synchronous")
     if beta:
-        state = net.settle(batch, state, targets=batch, beta=beta, steps=100, signals=signals)
+        state = net.settle(batch, state, targets=batch, beta=beta, steps=100, signals=signals, schedule="synchronous")
     forces = net.energy.force(batch.images, state.layers, nudges, beta)
     for n, (s, force) in enumerate(zip(state.layers, forces, strict=True), 1):
         a = options[3] ** -(net.depth - n)

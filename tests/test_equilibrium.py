@@ -16,19 +16,20 @@ STEPS = 100
 
 
 def settled(net, batch, schedule="synchronous", steps=STEPS):
-    free = net.settle(batch, steps=steps, schedule=schedule)
+    free = net.settle(batch, steps=steps, schedule=schedule, relaxation=1.0)
     assert free.stats.residual.max() < 1e-12, "the case must settle: BPTT and EP agree at an equilibrium"
     return free
 
 
 def truth(net, batch, free, signals=(), unrolled=STEPS):
     """Return BPTT's gradients, unrolled from the free state."""
-    learner = ep.BackpropagationThroughTime(net, 1, unrolled, signals=signals)
+    learner = ep.BackpropagationThroughTime(net, 1, unrolled, signals=signals, schedule="synchronous")
     return on_host(net, learner.step_from(batch, free).gradients)
 
 
 def estimate(net, batch, free, signals=(), steps=STEPS, **options):
-    learner = ep.EquilibriumPropagation(net, nudged_steps=steps, signals=signals, **options)
+    options = {"free_steps": 60, "nudged_steps": steps, "schedule": "synchronous", "relaxation": 1.0, **options}
+    learner = ep.EquilibriumPropagation(net, signals=signals, **options)
     return on_host(net, learner.step_from(batch, free).gradients)
 
 
@@ -72,7 +73,7 @@ def test_classical_estimate_is_the_difference_of_two_energies(device, scheme, fe
     second_beta = {"centered": -beta, "onesided": 0.0}[scheme]
     phases, winners = [], []
     for b in (beta, second_beta):
-        nudge = {"targets": batch, "beta": b, "signals": signals, "steps": STEPS}
+        nudge = {"targets": batch, "beta": b, "signals": signals, "steps": STEPS, "schedule": "synchronous"}
         state = net.settle(batch, free, **nudge) if b else free
         assert state.stats.residual.max() < 1e-12
         layers, its_winners = host_states(net, state)
@@ -135,7 +136,9 @@ def assert_same_branch(net, batch, signals, beta, clipping=True):
     layers, winners = host_states(net, free)
     clipped = [np.stack([s == 0, s == 1]) for s in layers]
     for sign in (1, -1):
-        nudged = net.settle(batch, free, targets=batch, beta=sign * beta, steps=STEPS, signals=signals)
+        nudged = net.settle(
+            batch, free, targets=batch, beta=sign * beta, steps=STEPS, signals=signals, schedule="synchronous"
+        )
         nudged_layers, nudged_winners = host_states(net, nudged)
         for before, s in zip(clipped, nudged_layers, strict=True):
             np.testing.assert_array_equal(np.stack([s == 0, s == 1]), before)
@@ -215,7 +218,13 @@ def test_random_scheme_draws_both_signs(device):
     true = truth(net, batch, free, signals)[path]
     plus = estimate(net, batch, free, signals, beta=0.02, scheme="onesided")[path]
     learner = ep.EquilibriumPropagation(
-        net, 0.02, nudged_steps=STEPS, scheme="random", signals=signals, generator=np.random.default_rng(3)
+        net,
+        0.02,
+        nudged_steps=STEPS,
+        scheme="random",
+        signals=signals,
+        generator=np.random.default_rng(3),
+        schedule="synchronous",
     )
     drawn = [on_host(net, learner.step_from(batch, free).gradients)[path] for _ in range(12)]
     is_plus = [relative_error(g, plus) < 1e-9 for g in drawn]
@@ -241,7 +250,9 @@ def test_learned_map_gradient(device, nudge):
 
 def test_fixed_maps_get_no_gradient(device):
     net = network("conv", device)
-    learner = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, signals=signals_of("le"))
+    learner = ep.EquilibriumPropagation(
+        net, free_steps=2, nudged_steps=2, signals=signals_of("le"), schedule="synchronous"
+    )
     assert sorted(learner.step(batch_of(net)).gradients) == sorted(net.parameters())
 
 
@@ -255,7 +266,7 @@ def test_readout_gradient_is_the_mean_over_the_nudged_states(device, nudge):
     oracle, target = Oracle(net), np.eye(CLASSES)[batch.labels]
     expected, expected_bias = np.zeros((5, 3)), np.zeros(3)
     for beta in (0.1, -0.1):
-        nudged = net.settle(batch, free, targets=batch, beta=beta, steps=STEPS)
+        nudged = net.settle(batch, free, targets=batch, beta=beta, steps=STEPS, schedule="synchronous")
         top = net.device.to_numpy(nudged.layers[-1])
         z = top @ oracle.parameters["readout.weight"] + oracle.parameters["readout.bias"]
         error = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) - target
@@ -314,7 +325,9 @@ def test_tiny_responses_survive_float32(device, activation, pooling, scheme):
 def test_step_reports_loss_hits_activity_and_response(device, scheme, nudge):
     net = network("dense", device)
     batch = batch_of(net, samples=5)
-    result = ep.EquilibriumPropagation(net, 0.05, STEPS, STEPS, scheme=scheme, nudge=nudge).step(batch)
+    result = ep.EquilibriumPropagation(
+        net, 0.05, STEPS, STEPS, scheme=scheme, nudge=nudge, schedule="synchronous"
+    ).step(batch)
     oracle = Oracle(net)
     layers = oracle.settle(net.device.to_numpy(batch.images), STEPS)
     term = oracle.readout_term(batch.labels)
@@ -323,7 +336,9 @@ def test_step_reports_loss_hits_activity_and_response(device, scheme, nudge):
     assert result.count == 5
     np.testing.assert_allclose(net.device.to_numpy(result.activity), [np.abs(s).mean() for s in layers], rtol=1e-9)
     free = settled(net, batch)
-    plus, minus = (net.settle(batch, free, targets=batch, beta=b, steps=STEPS) for b in (0.05, -0.05))
+    plus, minus = (
+        net.settle(batch, free, targets=batch, beta=b, steps=STEPS, schedule="synchronous") for b in (0.05, -0.05)
+    )
     other = minus if scheme == "centered" else free
     response = [float(abs(p - m).mean()) for p, m in zip(plus.layers, other.layers, strict=True)]
     np.testing.assert_allclose(net.device.to_numpy(result.nudge_response), response, rtol=1e-6)
@@ -358,12 +373,14 @@ def test_classical_gradient_uses_the_winners_of_the_nudged_states():
         ep.Conv2d((4, 4, 5), 6, pooling="max"),
         ep.Conv2d((2, 2, 6), 4),
     ]
-    net = ep.Network(layers, 3, device="cpu", precision="float64", gain=3.0, seed=2)
+    net = ep.Network(layers, 3, device="cpu", precision="float64", gain=3.0, seed=2, feedback=1.0)
     x, y = np.random.default_rng(0).random((4, 8, 8, 2)), np.array([0, 1, 2, 0])
-    learner = ep.EquilibriumPropagation(net, beta=0.5, free_steps=2, nudged_steps=2, nudge="classical")
-    free = net.settle(x, steps=2)
+    learner = ep.EquilibriumPropagation(
+        net, beta=0.5, free_steps=2, nudged_steps=2, nudge="classical", schedule="synchronous"
+    )
+    free = net.settle(x, steps=2, schedule="synchronous")
     found = learner.step_from(net.batch(x, y), free).gradients
-    nudged = net.settle(x, free, targets=y, beta=[0.5, -0.5], steps=2)
+    nudged = net.settle(x, free, targets=y, beta=[0.5, -0.5], steps=2, schedule="synchronous")
     plus, minus = (net.energy.parameter_gradient(net.batch(x).images, [s[part] for s in nudged.layers])
                    for part in (slice(4), slice(4, 8)))  # fmt: skip
     for path, gradient in plus.items():
@@ -394,4 +411,4 @@ def test_relaxation_that_cannot_settle_is_refused(learner):
     with pytest.raises(
         ep.ConfigurationError, match=r"relaxation 1.5 with synchronous updates .* use schedule 'evenodd'"
     ):
-        learner(network("dense"), relaxation=1.5)
+        learner(network("dense"), schedule="synchronous", relaxation=1.5)

@@ -79,7 +79,9 @@ def test_every_row_is_a_valid_run(experiment, scale):
         assert set(row.key) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_")
         assert not row.published or row.source
         config = make_config(row.options)
-        ep.build(config.arch, input_shape=(32, 32, 3), width=0.01, activation=config.activation, device="cpu")
+        ep.build(
+            config.arch, input_shape=(32, 32, 3), width=0.01, activation=config.activation, device="cpu", feedback=1.0
+        )
     assert plan.seeds >= 1
     assert plan.setting
 
@@ -359,9 +361,9 @@ def test_operations_of_replayed_graphs_count(request, rng, kind, form, schedule)
     """Step by step the same, whether a product is launched by the host or by a graph."""
     device = request.getfixturevalue("fake_gpu") if kind == "graphs" else "cpu"
     edges = [ep.Conv2d((6, 6, 2), 3), ep.Conv2d((6, 6, 3), 4, pooling="max"), ep.Linear((3, 3, 4), 5)]
-    net = ep.Network(edges, classes=4, device=device)
+    net = ep.Network(edges, classes=4, device=device, feedback=1.0)
     how = {"scheme": "tangent"} if form == "tangent" else {"nudge": form}
-    learner = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3, schedule=schedule, **how)
+    learner = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3, schedule=schedule, relaxation=1.0, **how)
     images, labels = rng.uniform(0, 1, (5, 6, 6, 2)), np.arange(5) % 4
     flops = np.array([2 * 36 * 9 * 2 * 3, 2 * 36 * 9 * 3 * 4, 2 * 36 * 5])
     counter, counts = OperationCounter(learner), []
@@ -375,14 +377,14 @@ def test_operations_of_replayed_graphs_count(request, rng, kind, form, schedule)
 @pytest.mark.parametrize("kind", ["cpu", "graphs"])
 def test_operations_of_other_algorithms(request, rng, kind):
     device = request.getfixturevalue("fake_gpu") if kind == "graphs" else "cpu"
-    net = ep.Network([ep.Linear((6,), 4), ep.Linear((4,), 5)], classes=3, device=device)
+    net = ep.Network([ep.Linear((6,), 4), ep.Linear((4,), 5)], classes=3, device=device, feedback=1.0)
     first, second, samples = 2 * 6 * 4, 2 * 4 * 5, 7
     images, labels = rng.uniform(0, 1, (samples, 6)), np.arange(samples) % 3
     free, unrolled = 3, 4
     bptt = first + free * 2 * second + first + unrolled * 2 * second + unrolled * (first + 4 * second)
     cases = {
         ep.Backpropagation(net): 2 * first + 3 * second,
-        ep.BackpropagationThroughTime(net, free, unrolled): bptt,
+        ep.BackpropagationThroughTime(net, free, unrolled, schedule="synchronous"): bptt,
     }
     for learner, expected in cases.items():
         counter = OperationCounter(learner)

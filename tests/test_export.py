@@ -126,11 +126,11 @@ def test_own_layers_and_activations_are_refused():
         pass
 
     with pytest.raises(ConfigurationError, match="layer 2 is a Halved; only Conv2d and Linear can be exported"):
-        torch_layout(ep.Network([ep.Linear((4,), 3), Halved((3,), 2)], 2, device="cpu"))
+        torch_layout(ep.Network([ep.Linear((4,), 3), Halved((3,), 2)], 2, device="cpu", feedback=1.0))
     pytest.importorskip("onnx")
     for activation, message in ((Own("own", 1, 0, 1), "Own has no counter"), (ep.Clip("up", 1, 1, 2), "start at 0")):
         with pytest.raises(ConfigurationError, match=message):
-            onnx_model(ep.Network([ep.Linear((4,), 3)], 2, activation=activation, device="cpu"), 2)
+            onnx_model(ep.Network([ep.Linear((4,), 3)], 2, activation=activation, device="cpu", feedback=1.0), 2)
 
 
 # --- ONNX ----------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_vgg(depth):
 
 def test_a_dense_network_on_flat_inputs():
     pytest.importorskip("onnx")
-    net = ep.Network([ep.Linear((6,), 5), ep.Linear((5,), 4)], 3, device="cpu")
+    net = ep.Network([ep.Linear((6,), 5), ep.Linear((5,), 4)], 3, device="cpu", feedback=1.0)
     x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
     scores = check_and_run(onnx_model(net, 5, "sweeps"), x)
     np.testing.assert_allclose(scores, net.scores(x, steps=5, schedule="sweeps"), atol=1e-5)

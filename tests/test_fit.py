@@ -122,6 +122,30 @@ def test_a_callback_ends_a_run_of_ones_own_parts_and_it_goes_on(stop, where, tmp
             np.testing.assert_array_equal(p, other[path])
 
 
+def test_it_settles_as_the_network_does_and_leaves_it_so(tmp_path):
+    """What options say goes first; the network then judges without options as the training did."""
+    data, net = quadrant_data(), own_network()
+    net.settling = {"steps": 5, "schedule": "evenodd", "relaxation": 0.9}
+    for n, (options, free_steps, schedule, relaxation) in enumerate(
+        [
+            ({}, 5, "evenodd", 0.9),
+            ({"free_steps": 3}, 3, "evenodd", 0.9),
+            ({"schedule": "sweeps"}, 2, "sweeps", 1.0),
+            ({"algorithm": "bp"}, 2, "sweeps", 1.0),
+            ({"schedule": "synchronous", "free_steps": 4, "algorithm": "bptt"}, 4, "synchronous", 1.0),
+        ]
+    ):
+        result = ep.fit(net, data, run_dir=tmp_path / f"{n}", epochs=1, batch_size=16, quiet=True, **options)
+        assert net.settling == {"steps": free_steps, "schedule": schedule, "relaxation": relaxation}
+        if "algorithm" not in options:
+            lines = (tmp_path / f"{n}" / "config.toml").read_text().splitlines()
+            said = f"free_steps = {free_steps}", f'schedule = "{schedule}"', f"relaxation = {relaxation}"
+            assert set(said) <= set(lines)
+            batch = next(iter(ep.Loader(data, "test", 20, net.device, net.dtype)))
+            assert (net.predict(batch) == data.test.labels).mean() == result.summary.test_accuracy
+            assert result.best.settling == net.settling
+
+
 def test_without_a_folder_nothing_is_written_and_the_best_epoch_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, weights = quadrant_data(), {}
@@ -156,7 +180,7 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(ConfigurationError, match=message):
             ep.fit(net, data, quiet=True, **options)
     with pytest.raises(ConfigurationError, match="data must be"):
-        ep.fit(net, data.train.images)
+        ep.fit(net, (data.train.images, data.train.labels, data.test.images))
     (tmp_path / "other").write_text("")
     with pytest.raises(CheckpointError, match="not an empty folder"):
         ep.fit(net, data, run_dir=tmp_path, **OPTIONS)

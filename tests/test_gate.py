@@ -15,19 +15,19 @@ NAN[1, 2, 3, 0], INF[1, 0, 0, 0] = np.nan, -np.inf
 @pytest.fixture(scope="module")
 def net():
     edges = [ep.Conv2d((4, 5, 3), 4, pooling="max"), ep.Linear((2, 2, 4), 6)]
-    return ep.Network(edges, 3, device="cpu")
+    return ep.Network(edges, 3, device="cpu", feedback=1.0)
 
 
 def entries(net):
     """Everything that takes images and labels, by name."""
-    steps = {"free_steps": 3, "nudged_steps": 2}
+    steps = {"free_steps": 3, "nudged_steps": 2, "schedule": "synchronous"}
     learner = ep.EquilibriumPropagation(net, **steps)
-    free = net.settle(X, steps=3)
+    free = net.settle(X, steps=3, schedule="synchronous")
     return {
         "step": learner.step,
         "evaluate": learner.evaluate,
-        "bptt": ep.BackpropagationThroughTime(net, free_steps=3, unrolled_steps=2).step,
-        "settle": lambda x, y: net.settle(x, free, targets=y, beta=0.5, steps=2),
+        "bptt": ep.BackpropagationThroughTime(net, free_steps=3, unrolled_steps=2, schedule="synchronous").step,
+        "settle": lambda x, y: net.settle(x, free, targets=y, beta=0.5, steps=2, schedule="synchronous"),
         "check_gradients": lambda x, y: ep.check_gradients(net, x, y, **steps),
         "batch of the user": lambda x, y: learner.step(ep.Batch(x, y)),
     }
@@ -120,7 +120,7 @@ def test_the_energy_has_the_same_gate(net, call, images, says):
 @pytest.mark.parametrize(("precision", "largest"), [("float16", 65504.0), ("float32", 3.4028234e38)])
 def test_images_stay_finite_as_they_are_stored(precision, largest):
     """The largest float16 is 65504, the largest float32 (2 - 2^-23) 2^127; beyond, conversion gives infinity."""
-    net = ep.Network([ep.Linear((4, 5, 3), 6)], 3, device="cpu", precision=precision)
+    net = ep.Network([ep.Linear((4, 5, 3), 6)], 3, device="cpu", precision=precision, feedback=1.0)
     x = X.astype(np.float64)
     x[1, 0, 0, 0] = largest
     assert np.isfinite(net.batch(x).images).all()
@@ -133,8 +133,11 @@ def test_what_is_right_is_not_described(monkeypatch):
     """A message is made when something is wrong: the text of a batch would wait for a GPU at every step."""
     monkeypatch.setattr(ep.errors, "shown", lambda value: pytest.fail(f"described a {type(value).__name__}"))
     net = small.network("conv")
-    learner, batch = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2), small.batch_of(net)
+    learner, batch = (
+        ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, schedule="synchronous"),
+        small.batch_of(net),
+    )
     learner.step(batch)
     learner.evaluate(batch)
-    free = net.settle(batch, steps=2)
-    net.settle(batch, free, steps=2, targets=batch, beta=0.5)
+    free = net.settle(batch, steps=2, schedule="synchronous")
+    net.settle(batch, free, steps=2, targets=batch, beta=0.5, schedule="synchronous")

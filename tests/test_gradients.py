@@ -60,7 +60,7 @@ def test_a_learner_packs_the_gradients_of_its_parameters(device, algorithm):
     """Of layers, readout and learned maps; again, after a parameter has got another shape."""
     net = network("conv", device, precision="float32")
     signals = [ep.LocalError([1, 2])]
-    learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=signals)
+    learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=signals, schedule="synchronous")
     result = learner.step(batch_of(net))
     assert list(result.gradients) == list(learner.parameters())
     assert result.gradients.packed.dtype == np.float32
@@ -76,7 +76,7 @@ def test_a_learner_packs_the_gradients_of_its_parameters(device, algorithm):
 
 def test_norms_of_all_layers_are_two_launches(fake_gpu, rng):
     edges = [ep.Conv2d((6, 6, 3), 8), ep.Linear((6, 6, 8), 5)]
-    net = ep.Network(edges, classes=4, device=fake_gpu)
+    net = ep.Network(edges, classes=4, device=fake_gpu, feedback=1.0)
     gradients = ep.Backpropagation(net).step(rng.standard_normal((5, 6, 6, 3)), rng.integers(0, 4, 5)).gradients
     launched = fake_gpu.launcher(SOURCE).launched
     del launched[:]

@@ -30,7 +30,8 @@ def learner_of(net, form, schedule="sweeps", **options):
     how = {"scheme": "tangent", "nudge": "deviation"} if form == "tangent" else {"nudge": form}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ep.PrecisionWarning)  # of the classical form
-        return ep.EquilibriumPropagation(net, schedule=schedule, **{"beta": 0.3, **how, **options})
+        steps = {"free_steps": 60, "nudged_steps": 20, "relaxation": 1.0}
+        return ep.EquilibriumPropagation(net, schedule=schedule, **{"beta": 0.3, **steps, **how, **options})
 
 
 def all_signals():
@@ -78,7 +79,7 @@ def test_type_of_every_array(name, form):
     narrow = [*parameters.values(), *result.gradients.values(), result.loss, result.activity, result.nudge_response]
     assert {array.dtype for array in narrow} == {single}
     assert {a.dtype for key, a in optimizer.state_dict().items() if np.ndim(a)} == {single}
-    assert learner.scores(batch).dtype == net.settle(batch, steps=2).drives[0].dtype == single
+    assert learner.scores(batch).dtype == net.settle(batch, steps=2, schedule="synchronous").drives[0].dtype == single
 
 
 @pytest.mark.parametrize("name", ["float32", *NARROW])
@@ -86,7 +87,7 @@ def test_no_array_of_a_step_is_float64(monkeypatch, name):
     """On the strict device every result of every operation is seen."""
     net = network("conv", StrictDevice(), precision=name, **CLIP)
     learners = [learner_of(net, form, signals=all_signals()) for form in FORMS]
-    learners += [ep.BackpropagationThroughTime(net, 3, 3), ep.Backpropagation(net)]
+    learners += [ep.BackpropagationThroughTime(net, 3, 3, schedule="synchronous"), ep.Backpropagation(net)]
     batch, seen, inner = batch_of(net), set(), strict._wrap
 
     def watched(value):
@@ -118,9 +119,11 @@ def test_masters_take_up_steps_that_a_half_would_lose(name):
         sgd.step(gradients)
     np.testing.assert_allclose(weight, 0.5 - 100 * 1e-5, rtol=1e-5)
     batch = batch_of(net)
-    before = net.settle(batch, steps=2).drives[0].copy()
+    before = net.settle(batch, steps=2, schedule="synchronous").drives[0].copy()
     weight[...] = 0.25
-    assert np.abs(net.settle(batch, steps=2).drives[0] - before).max() > 0.1, "new weights are taken up"
+    assert np.abs(net.settle(batch, steps=2, schedule="synchronous").drives[0] - before).max() > 0.1, (
+        "new weights are taken up"
+    )
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -162,7 +165,7 @@ def test_the_kernels_compute_what_numpy_emulates(fake_gpu, name, schedule, form)
 def test_the_kernels_compute_the_other_algorithms(fake_gpu, name, algorithm):
     make = {
         "onesided": lambda net: learner_of(net, "classical", scheme="onesided", free_steps=5, nudged_steps=3),
-        "bptt": lambda net: ep.BackpropagationThroughTime(net, 5, 4, signals=all_signals()),
+        "bptt": lambda net: ep.BackpropagationThroughTime(net, 5, 4, signals=all_signals(), schedule="synchronous"),
         "bp": lambda net: ep.Backpropagation(net, all_signals()),
     }
     assert_same_on_both(name, make[algorithm], fake_gpu)
@@ -192,7 +195,7 @@ def cosines_to_float64_bptt(name, feedback, gain, form="deviation", beta=0.02, s
     free = learner.settle_free(batch)
     start = ep.State([s.astype(np.float64) for s in free.layers])
     gradients = on_host(net, learner.step_from(batch, free).gradients)
-    truth = ep.BackpropagationThroughTime(exact, 100, 40, signals=signals_of(signal))
+    truth = ep.BackpropagationThroughTime(exact, 100, 40, signals=signals_of(signal), schedule="synchronous")
     true = truth.step_from(exact.batch(x, y), exact.settle(exact.batch(x, y), start, steps=100, schedule="sweeps"))
     return {path: compare(gradients[path], true.gradients[path])["cosine"] for path in gradients if "weight" in path}
 
@@ -258,14 +261,18 @@ def test_the_scale_changes_nothing_but_what_is_stored(monkeypatch, schedule, for
         batch, signals = batch_of(net), all_signals()
         learner = learner_of(net, form, schedule, free_steps=5, nudged_steps=4, signals=signals)
         result = learner.step(batch)
-        free = net.settle(batch, steps=5, schedule=schedule)
+        free = net.settle(batch, steps=5, schedule=schedule, relaxation=1.0)
         beta = 1.0 if form == "tangent" else [0.3, -0.3]
-        how = {"targets": batch, "nudge": form, "schedule": schedule, "signals": signals}
+        how = {"targets": batch, "nudge": form, "schedule": schedule, "relaxation": 1.0, "signals": signals}
         nudged = net.settle(batch, free, beta=beta, steps=4, **how)
         assert nudged.scales == [scale * a for a in (16.0, 4.0, 1.0)]
         found = [*result.gradients.values(), result.nudge_response, result.nudged.per_sample, *nudged.layers]
         found += ep.Backpropagation(net, signals).step(batch).gradients.values()
-        found += ep.BackpropagationThroughTime(net, 3, 3, signals=signals).step(batch).gradients.values()
+        found += (
+            ep.BackpropagationThroughTime(net, 3, 3, signals=signals, schedule="synchronous")
+            .step(batch)
+            .gradients.values()
+        )
         ends.append([np.array(array) for array in found])
     for other in ends[1:]:
         for a, b in zip(ends[0], other, strict=True):
@@ -281,7 +288,9 @@ def test_the_other_algorithms(name, algorithm):
         signals = signals_of("le")
         learner = {
             "bp": lambda net=net, own=signals: ep.Backpropagation(net, own),
-            "bptt": lambda net=net, own=signals: ep.BackpropagationThroughTime(net, 20, 8, signals=own),
+            "bptt": lambda net=net, own=signals: ep.BackpropagationThroughTime(
+                net, 20, 8, signals=own, schedule="synchronous"
+            ),
         }[algorithm]()
         x, y = images_and_labels()
         result = learner.step(x, y)
@@ -301,8 +310,17 @@ def test_residuals_are_those_of_the_true_scale(name):
     for precision in (name, "float32"):
         net = deep(precision, 0.3, 0.9)
         batch = net.batch(*images_and_labels())
-        free = net.settle(batch, steps=30, schedule="evenodd")
-        nudged = net.settle(batch, free, targets=batch, beta=[0.3, -0.3], nudge="deviation", steps=2, record=True)
+        free = net.settle(batch, steps=30, schedule="evenodd", relaxation=1.0)
+        nudged = net.settle(
+            batch,
+            free,
+            targets=batch,
+            beta=[0.3, -0.3],
+            nudge="deviation",
+            steps=2,
+            record=True,
+            schedule="synchronous",
+        )
         ends.append([nudged.stats.residual, nudged.stats.trace[0]])
     for a, b in zip(*ends, strict=True):
         np.testing.assert_allclose(a, b, rtol=0.05)
@@ -320,7 +338,7 @@ def test_the_oscillation_test_is_done_in_float32():
     """Squares of distances of 1e-4 are no numbers of float16: a phase that merely creeps is not taken for a cycle."""
     net = network("dense", "cpu", precision="float16", gain=0.9)
     with pytest.warns(ep.ConvergenceWarning):
-        stats = net.settle(batch_of(net), steps=6, tolerance=1e-9).stats
+        stats = net.settle(batch_of(net), steps=6, tolerance=1e-9, schedule="synchronous").stats
     assert not stats.oscillating
 
 
@@ -329,7 +347,7 @@ def test_energy_is_that_of_the_states_in_float32(name):
     net, exact = deep(name, 0.5, 0.9), deep("float64", 0.5, 0.9)
     exact.load_parameters({path: p.astype(np.float64) for path, p in net.parameters().items()})
     x, y = images_and_labels()
-    free = net.settle(x, steps=20)
+    free = net.settle(x, steps=20, schedule="synchronous")
     layers = hosts(net, free.layers)
     found = net.energy.value(x, free.layers, net.nudges(net.batch(x, y)), 0.1)
     expected = exact.energy.value(x, layers, exact.nudges(exact.batch(x, y)), 0.1)
@@ -374,7 +392,7 @@ def test_every_precision_is_offered_by_config_and_network():
 
     assert OPTIONS["precision"].metadata["choices"] == backend.PRECISIONS
     for name in backend.PRECISIONS:
-        assert ep.vgg(5, width=0.02, device="cpu", precision=name).config["precision"] == name
+        assert ep.vgg(5, width=0.02, device="cpu", precision=name, feedback=1.0).config["precision"] == name
 
 
 # --- Heads in nudged phases --------------------------------------------------------------------------------------
@@ -412,8 +430,17 @@ def test_changed_maps_are_taken_up(name, kind):
         for moment in ("before", "after"):
             if change == moment:
                 weight[...] = weight[::-1].copy()
-            free = net.settle(batch, steps=3)
-            end = net.settle(batch, free, targets=batch, beta=0.1, nudge="deviation", steps=3, signals=[signal])
+            free = net.settle(batch, steps=3, schedule="synchronous")
+            end = net.settle(
+                batch,
+                free,
+                targets=batch,
+                beta=0.1,
+                nudge="deviation",
+                steps=3,
+                signals=[signal],
+                schedule="synchronous",
+            )
         deviations.append([np.array(eps) for eps in end.deviations])
     for before, after in zip(*deviations[:2], strict=True):
         np.testing.assert_array_equal(after, before)

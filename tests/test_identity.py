@@ -52,12 +52,12 @@ class Bare(ep.Edge):
 
 
 def bare(strength=1.0):
-    return ep.Network([Bare(6, 5, strength), Bare(5, 4)], 3, seed=3, activation="sigmoid", device="cpu")
+    return ep.Network([Bare(6, 5, strength), Bare(5, 4)], 3, seed=3, activation="sigmoid", device="cpu", feedback=1.0)
 
 
 def dense(bias):
     layers = [ep.Linear((6,), 5, bias=bias), ep.Linear((5,), 4, bias=bias)]
-    return ep.Network(layers, 3, seed=3, activation="sigmoid", device="cpu")
+    return ep.Network(layers, 3, seed=3, activation="sigmoid", device="cpu", feedback=1.0)
 
 
 def conv(bias, pooling="max"):
@@ -73,12 +73,12 @@ def images_of(net):
 
 LEARNERS = {
     f"{scheme} {nudge}": lambda net, scheme=scheme, nudge=nudge: ep.EquilibriumPropagation(
-        net, free_steps=20, nudged_steps=10, scheme=scheme, nudge=nudge
+        net, free_steps=20, nudged_steps=10, scheme=scheme, nudge=nudge, schedule="synchronous"
     )
     for scheme in ("centered", "onesided", "random", "tangent")
     for nudge in ("classical", "deviation")
     if (scheme, nudge) != ("tangent", "classical")
-} | {"bptt": lambda net: ep.BackpropagationThroughTime(net, 20, 10), "bp": ep.Backpropagation}
+} | {"bptt": lambda net: ep.BackpropagationThroughTime(net, 20, 10, schedule="synchronous"), "bp": ep.Backpropagation}
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -122,7 +122,7 @@ def test_files_and_exports_without_a_bias(tmp_path):
     loaded = ep.Network.load(tmp_path / "net.h5", device="cpu")
     x, _ = images_of(net)
     assert loaded.describe() == net.describe() != conv(True).describe()
-    np.testing.assert_array_equal(loaded.scores(x), net.scores(x))
+    np.testing.assert_array_equal(loaded.scores(x, schedule="synchronous"), net.scores(x, schedule="synchronous"))
     assert sorted(torch_layout(net)) == [*(f"layers.{n}.weight" for n in range(3)), "readout.bias", "readout.weight"]
     assert "no bias" in repr(net)
 
@@ -136,7 +136,9 @@ def test_onnx_without_a_bias(pooling):
     model = onnx_model(net, 4)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     planes = np.ascontiguousarray(np.moveaxis(x, 3, 1), np.float32)
-    np.testing.assert_allclose(session.run(None, {"images": planes})[0], net.scores(x, steps=4), atol=1e-5)
+    np.testing.assert_allclose(
+        session.run(None, {"images": planes})[0], net.scores(x, steps=4, schedule="synchronous"), atol=1e-5
+    )
     kept = {p.key: p.value for p in model.metadata_props}
     assert json.loads(kept["network"]) == net.describe()
 
@@ -171,7 +173,7 @@ CHANGES = [
 def test_another_network_made_by_hand_is_not_resumed(tmp_path, change, message):
     def trainer(directory, **options):
         net = network(**{"activation": "hard_sigmoid", **options})
-        learner = ep.EquilibriumPropagation(net, free_steps=3, nudged_steps=2)
+        learner = ep.EquilibriumPropagation(net, free_steps=3, nudged_steps=2, schedule="synchronous")
         batches = BatchList([batch_of(net)])
         return Trainer(learner, ep.SGD(learner.parameters(), 0.1), batches, batches, epochs=2, directory=directory)
 
@@ -202,5 +204,5 @@ def test_own_edges_are_told_apart_by_their_plain_attributes():
     found = difference(bare(1.0).describe(), bare(2.0).describe())
     assert found == "layers 1 strength: saved 1.0, this network 2.0"
     assert difference(bare().describe(), bare().describe()) == ""
-    deeper = ep.Network([ep.Linear((6,), 5)], 3, device="cpu")
+    deeper = ep.Network([ep.Linear((6,), 5)], 3, device="cpu", feedback=1.0)
     assert difference(bare().describe(), deeper.describe()) == "number of layers: saved 2, this network 1"

@@ -26,7 +26,7 @@ KINDS = {
 
 
 def make(values, seed=0, shape=(16, 16, 3)):
-    how = {"width": 0.05, "classes": 3, "input_shape": shape, "device": "cpu"} | values
+    how = {"width": 0.05, "classes": 3, "input_shape": shape, "device": "cpu", "feedback": 1.0} | values
     net = ep.build(**how, seed=seed)
     rng = np.random.default_rng([seed, 1])
     for path, p in net.parameters().items():

@@ -92,7 +92,7 @@ def test_a_network_of_convolutions(rng, device):
         ep.Conv2d((4, 4, 6), 8, pooling="average"),
         ep.Linear((2, 2, 8), 10),
     ]
-    net = ep.Network(edges, classes=4, activation="relu", gain=[0.1, 4.0, 0.5], seed=3, device=device)
+    net = ep.Network(edges, classes=4, activation="relu", gain=[0.1, 4.0, 0.5], seed=3, device=device, feedback=1.0)
     images, learner = rng.standard_normal((64, 8, 8, 3)), ep.Backpropagation(net)
     layers = {f"layers.{n}": edge for n, edge in enumerate(edges, 1)}
 
@@ -115,7 +115,14 @@ def test_a_network_of_convolutions(rng, device):
 def test_a_builder_starts_from_data(rng, weights):
     """Every node of a residual graph but the one that an identity leads into; two connections scaled alike."""
     images = rng.standard_normal((32, 8, 8, 3)).astype(np.float32)
-    options = {"input_shape": (8, 8, 3), "activation": "relu", "weights": weights, "device": "cpu", "seed": 1}
+    options = {
+        "input_shape": (8, 8, 3),
+        "activation": "relu",
+        "weights": weights,
+        "feedback": 1.0,
+        "device": "cpu",
+        "seed": 1,
+    }
     plain, net = (ep.build("8 8+8 16s+16", 5, **options, lsuv=given) for given in (None, images))
     drives = dict(zip(net.graph.names, ep.Backpropagation(net).settled(net.batch(images)).drives, strict=True))
     for name in ("conv1", "block1_1", "block2_1", "block2_2"):

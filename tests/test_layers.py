@@ -341,4 +341,4 @@ def test_wrong_units_and_gain_are_one_line():
     with pytest.raises(ep.ConfigurationError, match="units must be a positive integer, not 0"):
         ep.Linear((3,), 0)
     with pytest.raises(ep.ConfigurationError, match="gain must be above 0, not 0"):
-        ep.Network([ep.Linear((3,), 2)], 2, gain=0)
+        ep.Network([ep.Linear((3,), 2)], 2, gain=0, feedback=1.0)

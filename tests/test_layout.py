@@ -135,13 +135,13 @@ def test_lean_phases_have_the_bits_of_lavish_ones(loss, schedule, parts):
         net.memory.layout.part_bytes = 900
     assert_same_if_whole = assert_close if parts else assert_same_bits
     signals = [net.bind(signal) for signal in signals_of("le") + signals_of("kd")]
-    how = {"steps": STEPS, "schedule": schedule}
+    how = {"steps": STEPS, "schedule": schedule, "relaxation": 1.0}
     free = net.settle(batch, **how)
     lavish = Lavish(net, batch)
     assert_same_bits(free.layers, lavish.settle(schedule, False))
     assert_same_bits(free.drives, lavish.g)
     assert_same_bits(free.stats.per_sample, np.sqrt(lavish.residual))
-    start = net.settle(batch_of(net, 4, seed=1), steps=2)
+    start = net.settle(batch_of(net, 4, seed=1), steps=2, schedule="synchronous")
     lavish = Lavish(net, batch)
     for own, given in zip(lavish.s, start.layers, strict=True):
         own[...] = given
@@ -193,7 +193,7 @@ def test_drives_and_feedback_take_what_a_schedule_needs(schedule, form, expected
         ep.Conv2d((4, 4, 8), 8, pooling="max"),
         ep.Linear((2, 2, 8), 10),
     ]
-    net = ep.Network(edges, 10, device="cpu")
+    net = ep.Network(edges, 10, device="cpu", feedback=1.0)
     stack, phases = Stack(), 1 if form == "free" else 2
     Layout(net.graph, net.precision, False).lay_out(stack, PhaseShape(form, 64, schedule, phases))
     sizes = stack.at_peak
@@ -208,9 +208,9 @@ def test_drives_and_feedback_take_what_a_schedule_needs(schedule, form, expected
 def test_a_free_state_outlasts_the_nudged_phases_that_start_at_it(nudge):
     """Also where it is in the network's own memory, and whichever form comes first."""
     net, batch = case()
-    free = net.settle(batch, steps=4, copy=False)
+    free = net.settle(batch, steps=4, copy=False, schedule="synchronous")
     kept = free.copy()
-    how = {"targets": batch, "beta": [0.3, -0.3], "steps": 3}
+    how = {"targets": batch, "beta": [0.3, -0.3], "steps": 3, "schedule": "synchronous"}
     ends = {}
     for form in (nudge, "tangent", "deviation", "classical", nudge):
         beta = 1.0 if form == "tangent" else [0.3, -0.3]
@@ -218,7 +218,7 @@ def test_a_free_state_outlasts_the_nudged_phases_that_start_at_it(nudge):
         expected = net.settle(batch, copy.deepcopy(kept), nudge=form, **how | {"beta": beta})
         assert_same_bits(state.layers, expected.layers)
         assert_same_bits(ends.setdefault(form, state.layers), state.layers)
-        free = net.settle(batch, steps=4, copy=False)
+        free = net.settle(batch, steps=4, copy=False, schedule="synchronous")
         assert_same_bits(free.layers + free.drives, kept.layers + kept.drives)
 
 
@@ -226,15 +226,15 @@ def test_a_free_state_outlasts_the_nudged_phases_that_start_at_it(nudge):
 def test_a_start_in_the_networks_memory_is_not_laid_over(base):
     """A free phase may start at any state, the network's own too."""
     net, batch = case()
-    start = net.settle(batch, steps=2, copy=False)
+    start = net.settle(batch, steps=2, copy=False, schedule="synchronous")
     if base == "nudged":
-        start = net.settle(batch, start, targets=batch, beta=0.3, steps=2, copy=False)
-    expected = net.settle(batch, start.copy(), steps=3).copy()
-    start = net.settle(batch, steps=2, copy=False)
+        start = net.settle(batch, start, targets=batch, beta=0.3, steps=2, copy=False, schedule="synchronous")
+    expected = net.settle(batch, start.copy(), steps=3, schedule="synchronous").copy()
+    start = net.settle(batch, steps=2, copy=False, schedule="synchronous")
     if base == "nudged":
-        start = net.settle(batch, start, targets=batch, beta=0.3, steps=2, copy=False)
+        start = net.settle(batch, start, targets=batch, beta=0.3, steps=2, copy=False, schedule="synchronous")
     kept = start.copy()
-    assert_same_bits(net.settle(batch, start, steps=3).layers, expected.layers)
+    assert_same_bits(net.settle(batch, start, steps=3, schedule="synchronous").layers, expected.layers)
     if base == "nudged":  # a free state is settled on in its place
         assert_same_bits(start.layers, kept.layers)
 
@@ -250,7 +250,7 @@ def test_batch_sizes_and_phases_share_one_block():
     learner.evaluate(ragged)
     learner.evaluate(batch)
     ep.Backpropagation(net).step(ragged)
-    net.predict(batch.images[:1])
+    net.predict(batch.images[:1], schedule="synchronous")
     again = learner.step(batch).gradients
     for path, gradient in first.items():
         np.testing.assert_array_equal(again[path], gradient)
@@ -260,9 +260,9 @@ def test_batch_sizes_and_phases_share_one_block():
 
 def test_arrays_handed_out_before_the_block_grew_keep_their_values():
     net, batch = case()
-    small = net.settle(ep.Batch(batch.images[:1], batch.labels[:1]), steps=3, copy=False)
+    small = net.settle(ep.Batch(batch.images[:1], batch.labels[:1]), steps=3, copy=False, schedule="synchronous")
     kept = small.copy()
-    net.settle(batch, steps=3)
+    net.settle(batch, steps=3, schedule="synchronous")
     assert_same_bits(small.layers, kept.layers)
 
 
@@ -284,11 +284,15 @@ def learner_of(net, form, how):
     signals = signals_of("le")
     if form in ("BPTT", "BP"):
         made = {"BPTT": ep.BackpropagationThroughTime, "BP": ep.Backpropagation}[form]
-        return made(net, signals=signals, **how)
+        return made(net, signals=signals, **({"schedule": "synchronous"} if form == "BPTT" else {}) | how)
     scheme = form if form in ("onesided", "tangent") else "centered"
     nudge = "classical" if form == "classical" else "deviation"
     return ep.EquilibriumPropagation(
-        net, scheme=scheme, nudge=nudge, signals=signals, **{"free_steps": 4, "nudged_steps": 3} | how
+        net,
+        scheme=scheme,
+        nudge=nudge,
+        signals=signals,
+        **{"free_steps": 4, "nudged_steps": 3, "schedule": "synchronous", "relaxation": 1.0} | how,
     )
 
 

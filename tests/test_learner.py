@@ -28,18 +28,18 @@ def test_activity_saturated_and_dead(device, activation, top):
 
 
 def test_half_a_permille_is_still_dead_and_two_are_not():
-    net = ep.Network([ep.Linear((1,), 4)], 2, device="cpu", precision="float64")
+    net = ep.Network([ep.Linear((1,), 4)], 2, device="cpu", precision="float64", feedback=1.0)
     net.parameters()["layers.1.weight"][...] = [[0.0005, 0.002, 0.985, 0.995]]
     result = ep.Backpropagation(net).step(np.ones((3, 1)), np.array([0, 1, 0]))
     assert (float(result.dead[0]), float(result.saturated[0])) == (0.25, 0.25)
 
 
 LEARNERS = {
-    "ep": lambda net, signals: ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=signals),
+    "ep": lambda net, signals: ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=signals, schedule="synchronous"),
     "tangent": lambda net, signals: ep.EquilibriumPropagation(
         net, 0.3, 3, 2, "tangent", schedule="sweeps", signals=signals
     ),
-    "bptt": lambda net, signals: ep.BackpropagationThroughTime(net, 3, 4, signals=signals),
+    "bptt": lambda net, signals: ep.BackpropagationThroughTime(net, 3, 4, signals=signals, schedule="synchronous"),
     "bptt, sweeps": lambda net, signals: ep.BackpropagationThroughTime(net, 1, 4, "sweeps", signals=signals),
     "bp": lambda net, signals: ep.Backpropagation(net, signals=signals),
 }

@@ -19,7 +19,7 @@ def digits():
 
 def last_loss(data, make_learner, epochs, rate, seed=0, **network):
     """Return the mean training loss of the last epoch of VGG-11 at one eighth width."""
-    net = ep.vgg(11, input_shape=data.image_shape, width=0.125, seed=seed, device="cpu", **network)
+    net = ep.vgg(11, input_shape=data.image_shape, width=0.125, seed=seed, device="cpu", **{"feedback": 1.0, **network})
     learner = make_learner(net)
     optimizer = ep.Adam(learner.parameters(), learning_rate=rate)
     loader = ep.Loader(data, "train", 32, net.device, net.dtype, shuffle=True, generator=np.random.default_rng(seed))

@@ -9,16 +9,17 @@ from cupyep.ops import factors
 from cupyep.settling import SettleStats
 
 SAMPLES = 7
-STEPS = {"free_steps": 6, "nudged_steps": 4}
+STEPS = {"free_steps": 6, "nudged_steps": 4, "relaxation": 1.0}
+OTHERWISE = {"schedule": "synchronous"}
 LEARNERS = {
     f"EP {scheme} {nudge}": lambda net, scheme=scheme, nudge=nudge, **options: ep.EquilibriumPropagation(
-        net, 0.3, scheme=scheme, nudge=nudge, generator=np.random.default_rng(5), **STEPS, **options
+        net, 0.3, scheme=scheme, nudge=nudge, generator=np.random.default_rng(5), **STEPS, **OTHERWISE | options
     )
     for scheme in ("centered", "onesided", "random", "tangent")
     for nudge in ("classical", "deviation")
     if (scheme, nudge) != ("tangent", "classical")
 } | {
-    "BPTT": lambda net, **options: ep.BackpropagationThroughTime(net, 6, 4, **options),
+    "BPTT": lambda net, **options: ep.BackpropagationThroughTime(net, 6, 4, **OTHERWISE | options),
     "BP": ep.Backpropagation,
 }
 
@@ -88,7 +89,7 @@ def test_all_parts_are_nudged_to_the_same_side(device, monkeypatch):
     signs = []
     settle = net.settle_nudged
     monkeypatch.setattr(net, "settle_nudged", lambda *a, **k: signs.append(a[2]) or settle(*a, **k))
-    learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, scheme="random", micro_batch=2)
+    learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, scheme="random", micro_batch=2, schedule="synchronous")
     for _ in range(8):
         learner.step(batch_of(net, 6))
     signs = np.array(signs).reshape(8, 3)
@@ -125,7 +126,7 @@ def test_what_parts_say_of_their_settling_is_joined():
 def test_a_tolerance_ends_each_part_by_itself(device):
     net = network("conv", device, feedback=0.5)
     batch = batch_of(net, 4)
-    options = {"schedule": "evenodd", "tolerance": 1e-6}
+    options = {"schedule": "evenodd", "relaxation": 1.0, "tolerance": 1e-6}
     result = ep.EquilibriumPropagation(net, 0.3, 60, 60, micro_batch=2, **options).step(batch)
     assert result.free.converged
     assert result.nudged.converged

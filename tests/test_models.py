@@ -26,13 +26,13 @@ SIZES = {  # sides of the state maps for 32 x 32 images, by hand: 3 x 3 with pad
 def test_vgg_n_has_n_weight_layers(depth):
     """Readout included, whether it is a softmax or the last state."""
     for loss in ("cross_entropy", "squared_error"):
-        net = ep.vgg(depth, width=0.03, loss=loss, device="cpu")
+        net = ep.vgg(depth, width=0.03, loss=loss, device="cpu", feedback=1.0)
         assert sum(path.endswith(".weight") for path in net.parameters()) == depth
 
 
 @pytest.mark.parametrize("depth", SIZES)
 def test_sizes_and_channels(depth):
-    net = ep.vgg(depth, width=1 / 64, device="cpu")
+    net = ep.vgg(depth, width=1 / 64, device="cpu", feedback=1.0)
     assert [shape[0] for shape in net.state_shapes] == SIZES[depth]
     assert [shape[1] for shape in net.state_shapes] == SIZES[depth]
     # 128, 256 and 512 channels at a 64th of the width; the number doubles after the first pools and stops at 512
@@ -44,7 +44,7 @@ def test_sizes_and_channels(depth):
 
 def test_published_vgg5():
     """Laborieux et al. (2021): 128, 256, 512, 512 channels, four pools, 10 outputs."""
-    net = ep.vgg(5, width=1.0, device="cpu", input_shape=(32, 32, 3))
+    net = ep.vgg(5, width=1.0, device="cpu", input_shape=(32, 32, 3), feedback=1.0)
     assert net.state_shapes == [(16, 16, 128), (8, 8, 256), (4, 4, 512), (1, 1, 512)]
     assert net.parameters()["layers.1.weight"].shape == (3, 3, 3, 128)
     assert net.parameters()["readout.weight"].shape == (512, 10)
@@ -55,12 +55,12 @@ def test_published_vgg5():
 )
 @pytest.mark.parametrize("pooling", ["max", "average"])
 def test_other_image_sizes_settle_and_learn(depth, size, channels, pooling):
-    net = ep.vgg(depth, input_shape=(size, size, channels), width=0.02, pooling=pooling, device="cpu")
+    net = ep.vgg(depth, input_shape=(size, size, channels), width=0.02, pooling=pooling, device="cpu", feedback=1.0)
     images = np.random.default_rng(0).uniform(0, 1, (2, size, size, channels))
-    result = ep.EquilibriumPropagation(net, free_steps=3, nudged_steps=2).step(images, [3, 7])
+    result = ep.EquilibriumPropagation(net, free_steps=3, nudged_steps=2, schedule="synchronous").step(images, [3, 7])
     assert set(result.gradients) == set(net.parameters())
     assert float(abs(result.gradients["readout.weight"]).max()) > 0
-    assert net.predict(images, steps=3).shape == (2,)
+    assert net.predict(images, steps=3, schedule="synchronous").shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_other_image_sizes_settle_and_learn(depth, size, channels, pooling):
 )
 def test_too_small_images_are_one_line(depth, shape, parts):
     with pytest.raises(ep.ConfigurationError) as error:
-        ep.vgg(depth, input_shape=shape, device="cpu")
+        ep.vgg(depth, input_shape=shape, device="cpu", feedback=1.0)
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
@@ -84,7 +84,7 @@ def test_too_small_images_are_one_line(depth, shape, parts):
 @pytest.mark.parametrize("depth", SIZES)
 def test_the_smallest_size_named_is_enough(depth):
     size = 2 ** TABLE[f"vgg{depth}"].layers.count("p")
-    assert ep.vgg(depth, input_shape=(size, size, 3), width=0.01, device="cpu").state_shapes[-1][0] == 1
+    assert ep.vgg(depth, input_shape=(size, size, 3), width=0.01, device="cpu", feedback=1.0).state_shapes[-1][0] == 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_smallest_size_named_is_enough(depth):
 )
 def test_config_rebuilds_the_network(options):
     """The same parameters, shapes and settled states, from the configuration alone."""
-    net = ep.build("vgg5", **({"width": 0.03, "device": "cpu"} | options))
+    net = ep.build("vgg5", **({"width": 0.03, "feedback": 1.0, "device": "cpu"} | options))
     again = ep.build(**net.config, device="cpu")
     assert again.config == net.config
     assert again.parameters().keys() == net.parameters().keys()
@@ -106,14 +106,18 @@ def test_config_rebuilds_the_network(options):
         np.testing.assert_array_equal(p, again.parameters()[path])
         assert p.dtype == again.parameters()[path].dtype
     x = np.random.default_rng(0).uniform(0, 1, (2, *net.input_shape))
-    for a, b in zip(net.settle(x, steps=3).layers, again.settle(x, steps=3).layers, strict=True):
+    for a, b in zip(
+        net.settle(x, steps=3, schedule="synchronous").layers,
+        again.settle(x, steps=3, schedule="synchronous").layers,
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_seed_and_width_matter():
-    a, b = (ep.vgg(5, width=0.03, seed=seed, device="cpu") for seed in (0, 1))
+    a, b = (ep.vgg(5, width=0.03, seed=seed, device="cpu", feedback=1.0) for seed in (0, 1))
     assert not np.array_equal(a.parameters()["layers.1.weight"], b.parameters()["layers.1.weight"])
-    assert ep.vgg(5, width=1e-6, device="cpu").state_shapes[0] == (16, 16, 1)
+    assert ep.vgg(5, width=1e-6, device="cpu", feedback=1.0).state_shapes[0] == (16, 16, 1)
 
 
 def test_default_gain_by_activation_and_feedback():
@@ -126,33 +130,42 @@ def test_default_gain_by_activation_and_feedback():
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: ep.build("vgg6"), "did you mean 'vgg"),
-        (lambda: ep.build("resnet"), "choose from vgg5, vgg7"),
-        (lambda: ep.vgg(6), "there is no VGG of depth 6"),
-        (lambda: ep.build(""), "unknown architecture ''"),
-        (lambda: ep.build(7), "unknown architecture '7'"),
-        (lambda: ep.build("hopfieldresnet13"), "did you mean 'hopfield-resnet13'"),
-        (lambda: ep.build("mlp"), "or 'mlp:512,512'"),
-        (lambda: ep.build("mlp:"), "'' in 'mlp:' is no number of units"),
-        (lambda: ep.build("mlp:64,x"), "'x' in 'mlp:64,x' is no number of units"),
-        (lambda: ep.build("32 64x"), "'64x' is no layer or block"),
-        (lambda: ep.build("32 64ps"), "'64ps' is no layer or block"),
-        (lambda: ep.build("32 64+"), "'64[+]' is no layer or block"),
-        (lambda: ep.build("+ 64 32"), "'[+]64' is no layer or block"),
-        (lambda: ep.build("64++64"), "is no layer or block; write layers as in"),
-        (lambda: ep.build("0"), "'0' is no layer or block"),
-        (lambda: ep.build("32\n64"), r"'32\\n64' is no layer or block"),
-        (lambda: ep.build("8 " * 257), "at most 256 layers, not 257"),
-        (lambda: ep.build("8p+8s", input_shape=(6, 6, 3)), r"block 1 makes \(2, 2\) of \(6, 6\), its skip \(1, 1\)"),
-        (lambda: ep.build("8p 8p", readout_pool=9), "readout_pool must be 'global', None or an integer from 1 to 8"),
-        (lambda: ep.build("8p", input_shape=(8, 6, 3), readout_pool="global"), "needs a square last map, not 4x3"),
-        (lambda: ep.build("mlp:8", readout_pool="global"), "needs a map as the last state"),
-        (lambda: ep.build("8p", loss="squared_error", readout_pool=2), "there is no readout to pool for"),
-        (lambda: ep.vgg(5, width=0), "width must be above 0"),
-        (lambda: ep.vgg(5, classes=1), "classes must be an integer of at least 2"),
-        (lambda: ep.vgg(5, input_shape=(32, 32)), "input_shape"),
-        (lambda: ep.vgg(5, pooling="none"), "unknown pooling 'none'"),
-        (lambda: ep.vgg(5, loss="cross-entropy"), "did you mean 'cross_entropy'"),
+        (lambda: ep.build("vgg6", feedback=1.0), "did you mean 'vgg"),
+        (lambda: ep.build("resnet", feedback=1.0), "choose from vgg5, vgg7"),
+        (lambda: ep.vgg(6, feedback=1.0), "there is no VGG of depth 6"),
+        (lambda: ep.build("", feedback=1.0), "unknown architecture ''"),
+        (lambda: ep.build(7, feedback=1.0), "unknown architecture '7'"),
+        (lambda: ep.build("hopfieldresnet13", feedback=1.0), "did you mean 'hopfield-resnet13'"),
+        (lambda: ep.build("mlp", feedback=1.0), "or 'mlp:512,512'"),
+        (lambda: ep.build("mlp:", feedback=1.0), "'' in 'mlp:' is no number of units"),
+        (lambda: ep.build("mlp:64,x", feedback=1.0), "'x' in 'mlp:64,x' is no number of units"),
+        (lambda: ep.build("32 64x", feedback=1.0), "'64x' is no layer or block"),
+        (lambda: ep.build("32 64ps", feedback=1.0), "'64ps' is no layer or block"),
+        (lambda: ep.build("32 64+", feedback=1.0), "'64[+]' is no layer or block"),
+        (lambda: ep.build("+ 64 32", feedback=1.0), "'[+]64' is no layer or block"),
+        (lambda: ep.build("64++64", feedback=1.0), "is no layer or block; write layers as in"),
+        (lambda: ep.build("0", feedback=1.0), "'0' is no layer or block"),
+        (lambda: ep.build("32\n64", feedback=1.0), r"'32\\n64' is no layer or block"),
+        (lambda: ep.build("8 " * 257, feedback=1.0), "at most 256 layers, not 257"),
+        (
+            lambda: ep.build("8p+8s", input_shape=(6, 6, 3), feedback=1.0),
+            r"block 1 makes \(2, 2\) of \(6, 6\), its skip \(1, 1\)",
+        ),
+        (
+            lambda: ep.build("8p 8p", readout_pool=9, feedback=1.0),
+            "readout_pool must be 'global', None or an integer from 1 to 8",
+        ),
+        (
+            lambda: ep.build("8p", input_shape=(8, 6, 3), readout_pool="global", feedback=1.0),
+            "needs a square last map, not 4x3",
+        ),
+        (lambda: ep.build("mlp:8", readout_pool="global", feedback=1.0), "needs a map as the last state"),
+        (lambda: ep.build("8p", loss="squared_error", readout_pool=2, feedback=1.0), "there is no readout to pool for"),
+        (lambda: ep.vgg(5, width=0, feedback=1.0), "width must be above 0"),
+        (lambda: ep.vgg(5, classes=1, feedback=1.0), "classes must be an integer of at least 2"),
+        (lambda: ep.vgg(5, input_shape=(32, 32), feedback=1.0), "input_shape"),
+        (lambda: ep.vgg(5, pooling="none", feedback=1.0), "unknown pooling 'none'"),
+        (lambda: ep.vgg(5, loss="cross-entropy", feedback=1.0), "did you mean 'cross_entropy'"),
     ],
 )
 def test_wrong_arguments_are_one_line(make, word):
@@ -179,7 +192,7 @@ RESNET13 = {
     "layers.block4_2.block3_2.weight": (1, 1, 512, 512),
 }
 RESNET13_BIASES = {f"layers.block{n}_{k}.bias": (c,) for n, c in enumerate((128, 256, 512, 512), 1) for k in (1, 2)}
-PLAIN = {"weights": "plain", "width": 1 / 32, "device": "cpu"}
+PLAIN = {"weights": "plain", "width": 1 / 32, "feedback": 1.0, "device": "cpu"}
 EVERY = [*TABLE, "4 4p 8s", "4+4 4+8s+8p", "mlp:8,4"]
 
 
@@ -189,7 +202,7 @@ def shapes(net):
 
 def test_hopfield_resnet13_is_the_published_one():
     """13 weights, the readout of all of the last map included, on the classes or as their state."""
-    net = ep.build("hopfield-resnet13", device="cpu")
+    net = ep.build("hopfield-resnet13", device="cpu", feedback=1.0)
     assert shapes(net) == RESNET13 | RESNET13_BIASES | {"readout.weight": (2048, 10), "readout.bias": (10,)}
     assert sum(path.endswith("weight") for path in net.parameters()) == 13
     sides = dict(zip(net.graph.names, net.state_shapes, strict=True))
@@ -202,7 +215,7 @@ def test_hopfield_resnet13_is_the_published_one():
 
 
 def test_hopfield_resnet13_with_squared_error():
-    net = ep.build("hopfield-resnet13", loss="squared_error", width=1 / 64, device="cpu")
+    net = ep.build("hopfield-resnet13", loss="squared_error", width=1 / 64, device="cpu", feedback=1.0)
     assert net.graph.names[-1] == "output"
     assert net.parameters()["layers.output.weight"].shape == (32, 10)
     assert net.readout.identity
@@ -227,15 +240,17 @@ def residual_by_hand():
 
 @pytest.mark.parametrize("text", ["4 8p 8+8 12+12s 6", "  4  8p 8 + 8 12+ 12s 6 "])
 def test_a_residual_text_is_the_graph_written_by_hand(text):
-    net = ep.build(text, input_shape=(16, 16, 3), gain=0.8, seed=3, device="cpu")
-    own = ep.Network(residual_by_hand(), 10, gain=0.8, seed=3, device="cpu")
+    net = ep.build(text, input_shape=(16, 16, 3), gain=0.8, seed=3, device="cpu", feedback=1.0)
+    own = ep.Network(residual_by_hand(), 10, gain=0.8, seed=3, device="cpu", feedback=1.0)
     assert net.describe() == own.describe()
     x = np.random.default_rng(0).uniform(0, 1, (2, 16, 16, 3))
-    np.testing.assert_array_equal(net.scores(x, steps=4), own.scores(x, steps=4))
+    np.testing.assert_array_equal(
+        net.scores(x, steps=4, schedule="synchronous"), own.scores(x, steps=4, schedule="synchronous")
+    )
 
 
 def test_the_skip_of_a_block_has_its_strides_and_pools():
-    net = ep.build("4+6s+6p", input_shape=(16, 16, 3), pooling="average", device="cpu")
+    net = ep.build("4+6s+6p", input_shape=(16, 16, 3), pooling="average", device="cpu", feedback=1.0)
     skip = net.layers[-1]
     assert net.graph.paths[-1] == "layers.block1_3.image"
     assert net.graph.depths == [1, 2, 3]
@@ -246,21 +261,21 @@ def test_the_skip_of_a_block_has_its_strides_and_pools():
 
 def test_a_text_without_blocks_is_a_chain():
     """The parameters of VGG-7, by its own row as a text."""
-    text = ep.build(TABLE["vgg7"].layers, width=1 / 32, device="cpu")
+    text = ep.build(TABLE["vgg7"].layers, width=1 / 32, device="cpu", feedback=1.0)
     assert text.graph.is_chain
-    assert text.describe() == ep.vgg(7, width=1 / 32, device="cpu").describe()
-    assert shapes(text) == shapes(ep.vgg(7, width=1 / 32, device="cpu"))
+    assert text.describe() == ep.vgg(7, width=1 / 32, device="cpu", feedback=1.0).describe()
+    assert shapes(text) == shapes(ep.vgg(7, width=1 / 32, device="cpu", feedback=1.0))
 
 
 def test_mlp():
-    net = ep.build("mlp:12,8", input_shape=(4, 4, 3), classes=5, width=0.5, device="cpu")
-    own = ep.Network([Linear((4, 4, 3), 6), Linear((6,), 4)], 5, gain=0.6, device="cpu")
+    net = ep.build("mlp:12,8", input_shape=(4, 4, 3), classes=5, width=0.5, device="cpu", feedback=1.0)
+    own = ep.Network([Linear((4, 4, 3), 6), Linear((6,), 4)], 5, gain=0.6, device="cpu", feedback=1.0)
     assert net.describe() == own.describe()
     assert shapes(net) == {
         "layers.1.weight": (48, 6), "layers.1.bias": (6,), "layers.2.weight": (6, 4), "layers.2.bias": (4,),
         "readout.weight": (4, 5), "readout.bias": (5,),
     }  # fmt: skip
-    squared = ep.build("mlp:12", input_shape=(4, 4, 3), loss="squared_error", device="cpu")
+    squared = ep.build("mlp:12", input_shape=(4, 4, 3), loss="squared_error", device="cpu", feedback=1.0)
     assert squared.state_shapes == [(12,), (10,)]
 
 
@@ -288,23 +303,23 @@ def test_every_architecture_learns_and_is_saved(arch, loss, tmp_path):
     assert set(gradients) == set(net.parameters())
     assert all(np.isfinite(g).all() for g in gradients.values())
     net.save(tmp_path / "net.h5")
-    scores = net.scores(images, steps=3)
+    scores = net.scores(images, steps=3, schedule="synchronous")
     loaded = ep.Network.load(tmp_path / "net.h5", device="cpu")
     for again in (loaded, ep.build(**net.config, device="cpu")):
         assert again.config | {"input_shape": (32, 32, 3)} == net.config
         assert again.describe() == net.describe()
-        np.testing.assert_array_equal(again.scores(images, steps=3), scores)
+        np.testing.assert_array_equal(again.scores(images, steps=3, schedule="synchronous"), scores)
 
 
 def test_a_pooled_readout_sees_averages():
     """By plain means, whole and in windows that leave a column out."""
     state = np.random.default_rng(1).uniform(0, 1, (2, 5, 5, 4)).astype(np.float32)
     for pool, seen in (("global", state.mean((1, 2))), (2, state[:, :4, :4].reshape(2, 2, 2, 2, 2, 4).mean((2, 4)))):
-        net = ep.build("4", input_shape=(5, 5, 3), readout_pool=pool, device="cpu")
+        net = ep.build("4", input_shape=(5, 5, 3), readout_pool=pool, device="cpu", feedback=1.0)
         by_hand = seen.reshape(2, -1) @ net.readout.weight + net.readout.bias
         np.testing.assert_allclose(net.readout.output(state), by_hand, rtol=1e-5)
     for pool in (None, 1):
-        assert ep.build("4", input_shape=(5, 5, 3), readout_pool=pool, device="cpu").readout.pool is None
+        assert ep.build("4", input_shape=(5, 5, 3), readout_pool=pool, device="cpu", feedback=1.0).readout.pool is None
 
 
 def test_options_of_the_command_line_reach_the_network(quadrants_like):

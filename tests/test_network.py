@@ -34,7 +34,11 @@ def test_load_parameters(device):
     batch = batch_of(a)
     for path, p in a.parameters().items():
         p[...] = b.parameters()[path]
-    for s, t in zip(a.settle(batch, steps=4).layers, b.settle(batch, steps=4).layers, strict=True):
+    for s, t in zip(
+        a.settle(batch, steps=4, schedule="synchronous").layers,
+        b.settle(batch, steps=4, schedule="synchronous").layers,
+        strict=True,
+    ):
         np.testing.assert_array_equal(a.device.to_numpy(s), b.device.to_numpy(t))
 
 
@@ -66,9 +70,9 @@ def test_scores_are_the_readout_of_the_settled_state(device, loss):
     oracle = Oracle(net)
     top = oracle.settle(net.device.to_numpy(batch.images), 6)[-1]
     expected = oracle.readout_term(batch.labels).output(top)
-    scores = net.scores(batch.images, steps=6)
+    scores = net.scores(batch.images, steps=6, schedule="synchronous")
     np.testing.assert_allclose(net.device.to_numpy(scores), expected, rtol=1e-11)
-    net.scores(batch_of(net, samples=5, seed=9).images, steps=6)
+    net.scores(batch_of(net, samples=5, seed=9).images, steps=6, schedule="synchronous")
     np.testing.assert_allclose(net.device.to_numpy(scores), expected, rtol=1e-11, err_msg="scores were overwritten")
 
 
@@ -79,13 +83,13 @@ def test_predict_top_k(device):
     z = oracle.readout_term(np.zeros(6, int)).output(oracle.settle(images, 6)[-1])
     ranked = [sorted(range(CLASSES), key=lambda c, row=row: -row[c]) for row in z]
     for k in (2, 3):
-        found = net.predict(images, k=k, steps=6)
+        found = net.predict(images, k=k, steps=6, schedule="synchronous")
         assert type(found) is np.ndarray
         assert found.tolist() == [row[:k] for row in ranked]
-    assert net.predict(images, steps=6).tolist() == [row[0] for row in ranked]
+    assert net.predict(images, steps=6, schedule="synchronous").tolist() == [row[0] for row in ranked]
     for k in (0, 4):
         with pytest.raises(ep.ConfigurationError) as error:
-            net.predict(images, k=k)
+            net.predict(images, k=k, schedule="synchronous")
         one_line(error, "k must be an integer from 1 to 3")
 
 
@@ -94,9 +98,9 @@ def test_learners_evaluate_by_the_same_scores(device):
     batch = batch_of(net, samples=5)
     oracle = Oracle(net)
     term = oracle.readout_term(batch.labels)
-    bptt = ep.BackpropagationThroughTime(net, free_steps=4, unrolled_steps=2)
+    bptt = ep.BackpropagationThroughTime(net, free_steps=4, unrolled_steps=2, schedule="synchronous")
     top = oracle.settle(net.device.to_numpy(batch.images), 6)[-1]
-    for learner in (ep.EquilibriumPropagation(net, free_steps=6), bptt):
+    for learner in (ep.EquilibriumPropagation(net, free_steps=6, schedule="synchronous"), bptt):
         loss, correct = learner.evaluate(batch.images, batch.labels)
         assert float(loss) == pytest.approx(term.value(top).sum(), rel=1e-11)
         assert int(correct) == (term.output(top).argmax(axis=1) == batch.labels).sum()
@@ -117,33 +121,51 @@ X = np.zeros((2, 6, 6, 2))
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
-        (lambda net, free: net.settle(X, targets=[0, 1]), ["beta that is not 0"]),
-        (lambda net, free: net.settle(X, beta=0.5), ["needs targets"]),
-        (lambda net, free: net.settle(X, targets=[0, 1], beta=0.5), ["starts at a free state"]),
-        (lambda net, free: net.settle(X, free, targets=[0, 1, 2], beta=0.5), ["2 images need 2 labels"]),
-        (lambda net, free: net.settle(X, free, targets=[0, 3], beta=0.5), ["from 0 to 2"]),
-        (lambda net, free: net.settle(X, free, targets=[0, 1], beta=[0.5, 0.0]), ["other than 0"]),
+        (lambda net, free: net.settle(X, targets=[0, 1], schedule="synchronous"), ["beta that is not 0"]),
+        (lambda net, free: net.settle(X, beta=0.5, schedule="synchronous"), ["needs targets"]),
+        (lambda net, free: net.settle(X, targets=[0, 1], beta=0.5, schedule="synchronous"), ["starts at a free state"]),
         (
-            lambda net, free: net.settle(X, free, targets=[0, 1], beta=float("nan")),
+            lambda net, free: net.settle(X, free, targets=[0, 1, 2], beta=0.5, schedule="synchronous"),
+            ["2 images need 2 labels"],
+        ),
+        (lambda net, free: net.settle(X, free, targets=[0, 3], beta=0.5, schedule="synchronous"), ["from 0 to 2"]),
+        (
+            lambda net, free: net.settle(X, free, targets=[0, 1], beta=[0.5, 0.0], schedule="synchronous"),
+            ["other than 0"],
+        ),
+        (
+            lambda net, free: net.settle(X, free, targets=[0, 1], beta=float("nan"), schedule="synchronous"),
             ["beta must be a finite number, not nan"],
         ),
-        (lambda net, free: net.settle(X, free, targets=[0, 1], beta=1, nudge="tangents"), ["did you mean 'tangent'"]),
-        (lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free), ["2 samples", "3"]),
-        (lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free, targets=[0, 1, 2], beta=1), ["2 samples", "3"]),
         (
-            lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free, targets=[0, 1, 2], beta=1, nudge="deviation"),
+            lambda net, free: net.settle(X, free, targets=[0, 1], beta=1, nudge="tangents", schedule="synchronous"),
+            ["did you mean 'tangent'"],
+        ),
+        (lambda net, free: net.settle(np.zeros((3, 6, 6, 2)), free, schedule="synchronous"), ["2 samples", "3"]),
+        (
+            lambda net, free: net.settle(
+                np.zeros((3, 6, 6, 2)), free, targets=[0, 1, 2], beta=1, schedule="synchronous"
+            ),
             ["2 samples", "3"],
         ),
-        (lambda net, free: net.settle(X, ep.State(free.layers[:2])), ["2 layers", "3"]),
         (
-            lambda net, free: net.settle(X, ep.State(free.layers), targets=[0, 1], beta=1, nudge="deviation"),
+            lambda net, free: net.settle(
+                np.zeros((3, 6, 6, 2)), free, targets=[0, 1, 2], beta=1, nudge="deviation", schedule="synchronous"
+            ),
+            ["2 samples", "3"],
+        ),
+        (lambda net, free: net.settle(X, ep.State(free.layers[:2]), schedule="synchronous"), ["2 layers", "3"]),
+        (
+            lambda net, free: net.settle(
+                X, ep.State(free.layers), targets=[0, 1], beta=1, nudge="deviation", schedule="synchronous"
+            ),
             ["drives"],
         ),
     ],
 )
 def test_wrong_settles_are_one_line(call, parts):
     net = network("conv")
-    free = net.settle(X, steps=2)
+    free = net.settle(X, steps=2, schedule="synchronous")
     with pytest.raises(ep.ConfigurationError) as error:
         call(net, free)
     one_line(error, *parts)
@@ -152,24 +174,27 @@ def test_wrong_settles_are_one_line(call, parts):
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (lambda: ep.Network([], 3), ["at least one layer"]),
-        (lambda: ep.Network([ep.Linear((4,), 5), ep.Linear((6,), 3)], 3), ["layer 2 takes (6,)", "layer 1 gives (5,)"]),
+        (lambda: ep.Network([], 3, feedback=1.0), ["at least one layer"]),
         (
-            lambda: ep.Network([ep.Conv2d((4, 4, 1), 2), ep.Conv2d((2, 8, 2), 2)], 3),
+            lambda: ep.Network([ep.Linear((4,), 5), ep.Linear((6,), 3)], 3, feedback=1.0),
+            ["layer 2 takes (6,)", "layer 1 gives (5,)"],
+        ),
+        (
+            lambda: ep.Network([ep.Conv2d((4, 4, 1), 2), ep.Conv2d((2, 8, 2), 2)], 3, feedback=1.0),
             ["layer 2 takes (2, 8, 2)", "layer 1 gives (4, 4, 2)"],
         ),
-        (lambda: ep.Network([ep.Linear((4,), 5)], 3, loss="squared_error"), ["(3,)", "(5,)"]),
-        (lambda: ep.Network([ep.Linear((4,), 3)], 3, loss="mse"), ["unknown loss 'mse'"]),
-        (lambda: ep.Network([ep.Linear((4,), 3)], 3, activation="relu7"), ["did you mean 'relu"]),
-        (lambda: ep.Network([ep.Linear((4,), 3)], 3, precision="float23"), ["did you mean 'float32'"]),
+        (lambda: ep.Network([ep.Linear((4,), 5)], 3, loss="squared_error", feedback=1.0), ["(3,)", "(5,)"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, loss="mse", feedback=1.0), ["unknown loss 'mse'"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, activation="relu7", feedback=1.0), ["did you mean 'relu"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, precision="float23", feedback=1.0), ["did you mean 'float32'"]),
         (lambda: ep.Network([ep.Linear((4,), 3)], 3, feedback=0), ["feedback", "not 0"]),
         (lambda: ep.Network([ep.Linear((4,), 3)], 3, feedback=1.5), ["feedback", "not 1.5"]),
         (
             lambda: ep.Network([ep.Linear((3,), 3) for _ in range(12)], 3, feedback=1e-3),
             ["feedback 0.001", "float32", "float64"],
         ),
-        (lambda: ep.Network([ep.Linear((4,), 3)], 3, gain=[1.0, 2.0]), ["one gain or 1", "not 2"]),
-        (lambda: ep.Network([ep.Linear((4,), 3)], 3, device="gpu"), ["unknown device 'gpu'"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, gain=[1.0, 2.0], feedback=1.0), ["one gain or 1", "not 2"]),
+        (lambda: ep.Network([ep.Linear((4,), 3)], 3, device="gpu", feedback=1.0), ["unknown device 'gpu'"]),
     ],
 )
 def test_wrong_networks_are_one_line(make, parts):
@@ -184,8 +209,10 @@ def test_a_dense_edge_may_flatten_a_map(device):
     ends = []
     for shape in [(3, 3, 4), (36,)]:
         edges = [ep.Conv2d((3, 3, 2), 4), ep.Linear(shape, 5)]
-        net = ep.Network(edges, CLASSES, activation="sigmoid", device=device, precision="float64")
-        result = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=4).step(images, [0, 2])
+        net = ep.Network(edges, CLASSES, activation="sigmoid", device=device, precision="float64", feedback=1.0)
+        result = ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=4, schedule="synchronous").step(
+            images, [0, 2]
+        )
         ends.append(on_host(net, result.gradients))
     for path in ends[0]:
         np.testing.assert_array_equal(*(gradients[path] for gradients in ends))
@@ -193,20 +220,98 @@ def test_a_dense_edge_may_flatten_a_map(device):
 
 def test_gain_a_layer(device):
     edges = [ep.Linear((400,), 100), ep.Linear((100,), 400)]
-    net = ep.Network(edges, 2, gain=[0.5, 2.0], device=device)
+    net = ep.Network(edges, 2, gain=[0.5, 2.0], device=device, feedback=1.0)
     # N(0, gain^2 / fan_in): 0.5 / 20 and 2 / 10; 40000 draws each
     assert float(net.layers[0].weight.std()) == pytest.approx(0.025, rel=0.02)
     assert float(net.layers[1].weight.std()) == pytest.approx(0.2, rel=0.02)
 
 
-def test_defaults_are_what_the_documentation_says(device):
-    """Gain 1; scores and settles of 60 synchronous steps."""
-    net = ep.Network([ep.Linear((400,), 100)], 2, device=device)
+@pytest.mark.parametrize(
+    ("feedback", "schedule", "steps", "nudged", "relaxation"),
+    [
+        (None, None, 2, 2, 1.0),
+        (0.3, None, 2, 2, 1.0),
+        (0.31, None, 6, 4, 1.0),
+        (1.0, "sweeps", 6, 4, 1.0),
+        (1.0, "synchronous", 60, 20, 1.0),
+        (0.1, "evenodd", 60, 20, 1.0),
+        (1.0, "evenodd", 60, 20, 1.6),
+    ],
+)
+def test_defaults_are_what_the_documentation_says(device, feedback, schedule, steps, nudged, relaxation):
+    """Gain 1, feedback 0.1; all settle by 2 + 2 sweeps, 6 + 4 above feedback 0.3, or 60 + 20 steps."""
+    given = {} if feedback is None else {"feedback": feedback}
+    net = ep.Network([ep.Linear((400,), 100), ep.Linear((100,), 7)], 2, device=device, **given)
+    assert net.feedback == (feedback or 0.1)
     assert float(net.layers[0].weight.std()) == pytest.approx(1 / 20, rel=0.02)
+    images = np.random.default_rng(0).uniform(0, 1, (3, 400))
+    told = {} if schedule is None else {"schedule": schedule}
+    said = {"steps": steps, "schedule": schedule or "sweeps", "relaxation": relaxation}
+    assert net.settles(schedule=schedule) == tuple(said.values())
+    assert net.settle(images, **told).stats.steps == steps
+    for method in (net.scores, net.predict, lambda x, **how: net.settle(x, **how).layers[0]):
+        np.testing.assert_array_equal(*on_host(net, {1: method(images, **told), 2: method(images, **said)}).values())
+    learner, bptt = ep.EquilibriumPropagation(net, **told), ep.BackpropagationThroughTime(net, **told)
+    for each in (learner, bptt):
+        assert (each.free_steps, each.schedule, each.relaxation) == tuple(said.values())
+    assert (learner.nudged_steps, bptt.unrolled_steps) == (nudged, 20)
+
+
+def test_a_network_settles_as_its_settling_says(device):
+    """What is given goes first, then `settling`; that of another schedule has nothing of it."""
     net = network("conv", device)
     images = batch_of(net).images
-    np.testing.assert_array_equal(*on_host(net, {1: net.scores(images), 2: net.scores(images, steps=60)}).values())
-    assert net.settle(images).stats.steps == 60
+    assert net.settling == {}
+    net.settling = {"steps": 7, "schedule": "evenodd", "relaxation": 1.2}
+    net.settling["steps"] = 9  # a copy
+    assert net.settling == {"steps": 7, "schedule": "evenodd", "relaxation": 1.2}
+    for given, expected in (
+        ({}, (7, "evenodd", 1.2)),
+        ({"schedule": "evenodd"}, (7, "evenodd", 1.2)),
+        ({"steps": 3, "relaxation": 0.9}, (3, "evenodd", 0.9)),
+        ({"schedule": "sweeps"}, (6, "sweeps", 1.0)),
+        ({"schedule": "synchronous", "steps": 5}, (5, "synchronous", 1.0)),
+    ):
+        said = dict(zip(("steps", "schedule", "relaxation"), expected, strict=True))
+        assert net.settles(**given) == expected
+        np.testing.assert_array_equal(
+            *on_host(net, {1: net.scores(images, **given), 2: net.scores(images, **said)}).values()
+        )
+        assert net.settle(images, **given).stats.steps == expected[0]
+    learner = ep.EquilibriumPropagation(net)
+    assert (learner.free_steps, learner.nudged_steps, learner.schedule, learner.relaxation) == (7, 20, "evenodd", 1.2)
+    net.settling = {"steps": np.int64(3), "relaxation": np.float32(0.5)}
+    assert [type(value) for value in net.settling.values()] == [int, float]  # as files have them
+    net.settling = {"steps": 3}
+    assert net.settles() == (3, "sweeps", 1.0)
+    net.settling = {}
+    assert net.settles() == (6, "sweeps", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"free_steps": 4}, ["unknown settling 'free_steps'"]),
+        ({"step": 4}, ["unknown settling 'step'", "did you mean 'steps'"]),
+        ({"steps": 0}, ["steps", "0"]),
+        ({"steps": 2.5}, ["steps", "2.5"]),
+        ({"steps": None}, ["steps", "None"]),
+        ({"schedule": "sweep"}, ["did you mean 'sweeps'"]),
+        ({"schedule": None}, ["schedule", "None"]),
+        ({"relaxation": 2.0}, ["relaxation", "below 2"]),
+        ({"relaxation": None}, ["relaxation", "None"]),
+        ({"schedule": "synchronous", "relaxation": 1.5}, ["relaxation 1.5 with synchronous updates"]),
+        ([("steps", 4)], ["settling", "a mapping of steps, schedule, relaxation"]),
+        (None, ["settling", "a mapping of steps, schedule, relaxation"]),
+    ],
+)
+def test_wrong_settling_is_one_line_and_changes_nothing(values, parts):
+    net = network("conv")
+    net.settling = {"steps": 5}
+    with pytest.raises(ep.ConfigurationError) as error:
+        net.settling = values
+    one_line(error, *parts)
+    assert net.settling == {"steps": 5}
 
 
 def test_workspaces_of_the_last_few_batch_sizes_are_kept(device, monkeypatch):
@@ -214,18 +319,18 @@ def test_workspaces_of_the_last_few_batch_sizes_are_kept(device, monkeypatch):
     net = network("conv", device)
     monkeypatch.setattr(net.memory, "WORKSPACES_KEPT", 4)
     batch = batch_of(net, samples=8)
-    first = net.device.to_numpy(net.settle(batch.images[:2], steps=3).layers[0]).copy()
+    first = net.device.to_numpy(net.settle(batch.images[:2], steps=3, schedule="synchronous").layers[0]).copy()
     for samples in range(8, 2, -1):
-        net.settle(batch.images[:samples], steps=3)
+        net.settle(batch.images[:samples], steps=3, schedule="synchronous")
     assert len(net.memory._workspaces) == net.memory.WORKSPACES_KEPT
-    again = net.device.to_numpy(net.settle(batch.images[:2], steps=3).layers[0])
+    again = net.device.to_numpy(net.settle(batch.images[:2], steps=3, schedule="synchronous").layers[0])
     np.testing.assert_array_equal(again, first)
 
 
 def test_state_copies_are_independent(device):
     net = network("conv", device, pooling="max")
     batch = batch_of(net)
-    state = net.settle(batch, steps=3)
+    state = net.settle(batch, steps=3, schedule="synchronous")
     copy = state.copy()
     copy.layers[0][...] = 0
     copy.winners[0][...] = 9
@@ -248,7 +353,10 @@ def test_calls_run_on_the_networks_own_device():
             used.append(self.name)
 
     net = network("conv", Noted())
-    for call in (lambda: net.settle(batch_of(net), steps=1), lambda: net.predict(batch_of(net).images, steps=1)):
+    for call in (
+        lambda: net.settle(batch_of(net), steps=1, schedule="synchronous"),
+        lambda: net.predict(batch_of(net).images, steps=1, schedule="synchronous"),
+    ):
         used.clear()
         call()
         assert used

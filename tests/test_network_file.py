@@ -44,12 +44,37 @@ def test_a_loaded_network_is_the_saved_one(tmp_path, options):
     for path, array in net.parameters().items():
         np.testing.assert_array_equal(loaded.parameters()[path], array, err_msg=path)
         assert loaded.parameters()[path].dtype == array.dtype
-    np.testing.assert_array_equal(loaded.scores(IMAGES, steps=9), net.scores(IMAGES, steps=9))
+    np.testing.assert_array_equal(
+        loaded.scores(IMAGES, steps=9, schedule="synchronous"), net.scores(IMAGES, steps=9, schedule="synchronous")
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["net.h5"]
 
 
+def test_how_a_network_settles_is_saved_with_it(tmp_path):
+    net = make_network()
+    net.settling = {"steps": 5, "schedule": "evenodd", "relaxation": 1.3}
+    net.save(tmp_path / "net.h5")
+    loaded = ep.Network.load(tmp_path / "net.h5", device="cpu")
+    assert loaded.settling == net.settling
+    same = {"steps": 5, "schedule": "evenodd", "relaxation": 1.3}
+    np.testing.assert_array_equal(loaded.scores(IMAGES), net.scores(IMAGES, **same))
+
+
+def test_a_file_from_before_settling_was_saved(tmp_path):
+    net = make_network()
+    net.settling = {"steps": 5, "schedule": "evenodd"}
+    net.save(tmp_path / "net.h5")
+    with h5py.File(tmp_path / "net.h5", "r+") as file:
+        edited(lambda structure: structure.pop("settling"))(file)
+    hdf5.seal(tmp_path / "net.h5")
+    loaded = ep.Network.load(tmp_path / "net.h5", device="cpu")
+    assert loaded.settling == {}
+    same = {"steps": 2, "schedule": "sweeps", "relaxation": 1.0}
+    np.testing.assert_array_equal(loaded.scores(IMAGES), net.scores(IMAGES, **same))
+
+
 def test_built_networks_keep_their_configuration(tmp_path):
-    net = ep.vgg(5, width=0.05, input_shape=(16, 16, 1), pooling="average", device="cpu")
+    net = ep.vgg(5, width=0.05, input_shape=(16, 16, 1), pooling="average", device="cpu", feedback=1.0)
     net.save(tmp_path / "net.h5")
     loaded = ep.Network.load(str(tmp_path / "net.h5"))
     assert json.loads(json.dumps(loaded.config)) == json.loads(json.dumps(net.config))
@@ -67,9 +92,12 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         pass
 
     path = tmp_path / "net.h5"
-    own = [ep.Network([Halved((4,), 3)], 2, device="cpu"), "layer 1 is a Halved, which a file cannot hold; keep the"]
+    own = [
+        ep.Network([Halved((4,), 3)], 2, device="cpu", feedback=1.0),
+        "layer 1 is a Halved, which a file cannot hold; keep the",
+    ]
     other = [
-        ep.Network([ep.Linear((4,), 3)], 2, activation=ep.Clip("relu", 1, 0, 9), device="cpu"),
+        ep.Network([ep.Linear((4,), 3)], 2, activation=ep.Clip("relu", 1, 0, 9), device="cpu", feedback=1.0),
         "activation 'relu'",
     ]
     for net, message in (own, other):
@@ -149,6 +177,9 @@ DAMAGE = {
     "unknown loss": (edited(lambda s: s["options"].update(loss="hinge")), "does not fit together: unknown"),
     "feedback": (edited(lambda s: s["options"].update(feedback=2)), "does not fit together: feedback"),
     "feedback text": (edited(lambda s: s["options"].update(feedback="x")), "does not fit together: feedback"),
+    "settling": (edited(lambda s: s["settling"].update(steps=0)), "does not fit together: steps"),
+    "unknown settling": (edited(lambda s: s["settling"].update(beta=1)), "does not fit together: unknown settling"),
+    "settling text": (edited(lambda s: s.update(settling="x")), "does not fit together: settling"),
     "layers that do not fit": (
         edited(lambda s: s["layers"][3].update(in_shape=[3, 2])),
         "does not fit together: layer 4",

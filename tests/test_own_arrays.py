@@ -43,7 +43,7 @@ def test_networks_see_floats_minus_the_mean_over_the_deviation():
     wanted = ((X[:6] + 1).astype(np.float32) - x.mean((0, 1, 2), np.float64)) / x.std((0, 1, 2), np.float64)
     np.testing.assert_allclose(batch.images, wanted, atol=1e-5)
     net = ep.models.build("8p 8", classes=3, input_shape=data.image_shape, device="cpu")
-    learner = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2)
+    learner = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, schedule="synchronous")
     assert np.isfinite(learner.step(next(iter(Loader(data, "train", 6, "cpu", "float32")))).loss)
 
 

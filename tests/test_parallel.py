@@ -220,9 +220,11 @@ def test_shares_put_together_are_the_batches_of_one_process(size, shuffle):
 
 
 LEARNERS = {
-    "ep": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, signals=[ep.LocalError("all")]),
-    "ep, classical": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, nudge="classical", tolerance=0.002),
-    "bptt": lambda net: ep.BackpropagationThroughTime(net, 6, 4),
+    "ep": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, signals=[ep.LocalError("all")], schedule="synchronous"),
+    "ep, classical": lambda net: ep.EquilibriumPropagation(
+        net, 0.4, 6, 4, nudge="classical", tolerance=0.002, schedule="synchronous"
+    ),
+    "bptt": lambda net: ep.BackpropagationThroughTime(net, 6, 4, schedule="synchronous"),
     "bp": ep.Backpropagation,
 }
 
@@ -232,7 +234,7 @@ LEARNERS = {
 @pytest.mark.parametrize("samples", [7, 2])
 def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
     """With 2 samples a rank has none."""
-    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1}
+    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
     data = quadrant_data()
 
     def batch(share):
@@ -256,7 +258,7 @@ def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
 def test_an_evaluation_of_three_ranks_is_that_of_one_process():
     """Of 7 test images in batches of 3 the last batch has one, and two ranks have none of it."""
     data = quadrant_data(test=7)
-    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1}
+    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
 
     def batches(share):
         return Loader(data, "test", 3, "cpu", "float64", share=share)

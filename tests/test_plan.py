@@ -42,7 +42,8 @@ def learner_on(device, algorithm, precision="float32", signals=None, network=Non
         device=device,
         precision=precision,
     )
-    return LEARNERS[algorithm](net, signals=SIGNALS[signals](), **options)
+    how = {} if algorithm == "bp" else {"schedule": "synchronous"}
+    return LEARNERS[algorithm](net, signals=SIGNALS[signals](), **how | options)
 
 
 def planned(algorithm, samples, kind="cpu", **options):
@@ -196,7 +197,8 @@ def test_a_real_learner_can_be_planned_too():
 @pytest.mark.parametrize("algorithm", LEARNERS)
 def test_what_a_gpu_allocates_was_planned(fake_gpu, algorithm):
     """To the byte, on the stand-in: block, arena, what is made of the weights, and all that is beside the network."""
-    steps = {"ep": SWEEPS, "bptt": {"free_steps": 2, "unrolled_steps": 2}, "bp": {}}[algorithm]
+    unrolled = {"free_steps": 2, "unrolled_steps": 2, "schedule": "synchronous"}
+    steps = {"ep": SWEEPS, "bptt": unrolled, "bp": {}}[algorithm]
 
     net = small.network("conv", fake_gpu, pooling="max", activation="hard_sigmoid", precision="float32")
     learner = LEARNERS[algorithm](net, signals=[*small.signals_of("le"), *small.signals_of("kd")], **steps)

@@ -28,7 +28,7 @@ def residual_network():
         ep.Connection("c", "out", ep.Linear((3, 3, 3), 4)),
         ep.Connection("b", "out", ep.Linear((3, 3, 3), 4, bias=False)),
     ]
-    return ep.Network(edges, 3, activation="sigmoid", gain=0.5, seed=0, device="cpu", precision="float64")
+    return ep.Network(edges, 3, activation="sigmoid", gain=0.5, seed=0, device="cpu", precision="float64", feedback=1.0)
 
 
 # With other seeds max-pooling can rest on a kink, where the winner changes: the update then jumps to and fro for ever.

@@ -22,7 +22,7 @@ def relative(after, before):
 def test_distance_and_residuals_of_the_free_phase(device, schedule):
     net = network("conv", device, gain=0.7)
     batch = batch_of(net)
-    probe = probe_settling(ep.EquilibriumPropagation(net, 0.3, 3, 2, schedule=schedule), batch)["free"]
+    probe = probe_settling(ep.EquilibriumPropagation(net, 0.3, 3, 2, schedule=schedule, relaxation=1.0), batch)["free"]
     oracle, total = Oracle(net), 3 + MORE_STEPS
     path = iterate(oracle, device.to_numpy(batch.images), oracle.zeros(3), schedule, total, False)
     path = path[::2] if schedule == "sweeps" else path
@@ -43,7 +43,7 @@ def test_distance_of_the_nudged_phase(device, form, scheme, betas):
     """Synchronous phases from a free state at rest, without pooling winners: both forms follow the nudged energy."""
     net = network("dense", device, gain=0.7)
     batch = batch_of(net)
-    learner = ep.EquilibriumPropagation(net, 0.3, 300, 2, scheme=scheme, nudge=form)
+    learner = ep.EquilibriumPropagation(net, 0.3, 300, 2, scheme=scheme, nudge=form, schedule="synchronous")
     probes = probe_settling(learner, batch)
     rest = Oracle(net).settle(device.to_numpy(batch.images), 300)
     early, late = ([nudged_states(net, batch, rest, beta, steps) for beta in betas] for steps in (2, 2 + MORE_STEPS))
@@ -74,25 +74,25 @@ def nudged_states(net, batch, rest, beta, steps):
 
 def test_an_oscillation_is_seen_and_no_rest_is_claimed(device):
     """Two units that inhibit each other jump between (0, 0) and (1, 1); after any number of steps they are as far."""
-    net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, device=device, precision="float64")
+    net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, device=device, precision="float64", feedback=1.0)
     for path, value in {"layers.1.weight": 1.0, "layers.2.weight": -5.0, "layers.2.bias": 1.0}.items():
         net.parameters()[path][...] = value
     batch = ep.Batch(net.device.asarray(np.ones((2, 1))), np.array([0, 1]))
     for steps in (10, 11):
-        free = probe_settling(ep.EquilibriumPropagation(net, 0.5, steps, 2), batch)["free"]
+        free = probe_settling(ep.EquilibriumPropagation(net, 0.5, steps, 2, schedule="synchronous"), batch)["free"]
         assert free.oscillating.all()
         np.testing.assert_array_equal(free.distance, 1.0)
-    free = probe_settling(ep.EquilibriumPropagation(net, 0.5, 11, 2, schedule="evenodd"), batch)["free"]
+    free = probe_settling(ep.EquilibriumPropagation(net, 0.5, 11, 2, schedule="evenodd", relaxation=1.0), batch)["free"]
     assert not free.oscillating.any()
     np.testing.assert_array_equal(free.distance, 0.0)
 
 
 def test_a_state_without_bounds_is_far_from_rest_and_grows():
-    net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, activation="relu", device="cpu")
+    net = ep.Network([ep.Linear((1,), 1), ep.Linear((1,), 1)], 2, activation="relu", device="cpu", feedback=1.0)
     net.parameters()["layers.1.weight"][...] = 1.0
     net.parameters()["layers.2.weight"][...] = 1e20  # overflows in the steps beyond
     batch = ep.Batch(np.ones((2, 1), np.float32), np.array([0, 1]))
-    free = probe_settling(ep.BackpropagationThroughTime(net, 2, 1), batch)["free"]
+    free = probe_settling(ep.BackpropagationThroughTime(net, 2, 1, schedule="synchronous"), batch)["free"]
     np.testing.assert_array_equal(free.distance, 1.0)
 
 
@@ -114,7 +114,7 @@ def test_what_grows(residual, growing):
 
 def test_the_tolerance_ends_the_own_phase_only():
     net = network("conv", gain=0.3)
-    learner = ep.EquilibriumPropagation(net, 0.3, 60, 60, tolerance=1e-3)
+    learner = ep.EquilibriumPropagation(net, 0.3, 60, 60, tolerance=1e-3, schedule="synchronous")
     free = probe_settling(learner, batch_of(net))["free"]
     assert (free.steps, len(free.residual)) == (10, 60 + 61)
     assert free.per_sample.max() <= 1e-3
@@ -124,15 +124,19 @@ def test_the_tolerance_ends_the_own_phase_only():
 def test_which_phases_there_are(device):
     net, batch = network("conv", device), batch_of(network("conv", device))
     assert probe_settling(ep.Backpropagation(net), batch) == {}
-    assert set(probe_settling(ep.BackpropagationThroughTime(net, 3, 3), batch)) == {"free"}
-    assert set(probe_settling(ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="tangent"), batch)) == {"free", "nudged"}
+    assert set(probe_settling(ep.BackpropagationThroughTime(net, 3, 3, schedule="synchronous"), batch)) == {"free"}
+    assert set(
+        probe_settling(ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="tangent", schedule="synchronous"), batch)
+    ) == {"free", "nudged"}
 
 
 def test_nothing_is_drawn_nor_changed():
     net = network("conv", pooling="max")
     signals = [ep.Distillation(Teacher(), [2], learned=True)]
     generator = np.random.default_rng(4)
-    learner = ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="random", signals=signals, generator=generator)
+    learner = ep.EquilibriumPropagation(
+        net, 0.3, 3, 3, scheme="random", signals=signals, generator=generator, schedule="synchronous"
+    )
     batch = batch_of(net)
     draws, weights = generator.bit_generator.state, copy.deepcopy(learner.parameters())
     first = learner.step(batch).gradients

@@ -41,10 +41,10 @@ def in_threads(*calls, repeats=30):
 def test_threads_that_share_a_network_take_turns(nervous):
     net = network("dense")
     batches = [batch_of(net, samples, seed) for seed, samples in enumerate((3, 3, 5))]
-    learner = ep.EquilibriumPropagation(net, free_steps=8, nudged_steps=4)
+    learner = ep.EquilibriumPropagation(net, free_steps=8, nudged_steps=4, schedule="synchronous")
     calls = [
-        lambda: net.scores(batches[0], steps=8),
-        lambda: net.settle(batches[1], steps=8).layers[0],
+        lambda: net.scores(batches[0], steps=8, schedule="synchronous"),
+        lambda: net.settle(batches[1], steps=8, schedule="synchronous").layers[0],
         lambda: float(learner.step(batches[2]).loss),
         lambda: float(learner.evaluate(batches[1])[0]),
     ]
@@ -56,8 +56,10 @@ def test_threads_that_share_a_network_take_turns(nervous):
 
 COPIES = {"pickle": lambda value: pickle.loads(pickle.dumps(value)), "deepcopy": copy.deepcopy}
 LEARNERS = {
-    "ep": lambda net, signals: ep.EquilibriumPropagation(net, signals=signals, free_steps=6, nudged_steps=4),
-    "bptt": lambda net, signals: ep.BackpropagationThroughTime(net, 6, 4, signals=signals),
+    "ep": lambda net, signals: ep.EquilibriumPropagation(
+        net, signals=signals, free_steps=6, nudged_steps=4, schedule="synchronous"
+    ),
+    "bptt": lambda net, signals: ep.BackpropagationThroughTime(net, 6, 4, signals=signals, schedule="synchronous"),
     "bp": lambda net, signals: ep.Backpropagation(net, signals=signals),
 }
 
@@ -92,19 +94,19 @@ def test_a_copied_learner_goes_on_bit_for_bit(kind, how):
 def test_a_copied_network_is_the_same_and_another(how, tmp_path):
     net = network(activation="tanh")
     batch = batch_of(net)
-    before = net.scores(batch)
+    before = net.scores(batch, schedule="synchronous")
     other = COPIES[how](net)
-    np.testing.assert_array_equal(other.scores(batch), before)
+    np.testing.assert_array_equal(other.scores(batch, schedule="synchronous"), before)
     assert other.describe() == net.describe()
     other.save(tmp_path / "net.h5")  # its activation is one of cupyep's
     other.parameters()["layers.1.weight"][...] = 0
-    np.testing.assert_array_equal(net.scores(batch), before)
+    np.testing.assert_array_equal(net.scores(batch, schedule="synchronous"), before)
 
 
 def test_memory_is_left_behind():
     net = network()
     small = len(pickle.dumps(net))
-    net.settle(batch_of(net, 64), steps=2)
+    net.settle(batch_of(net, 64), steps=2, schedule="synchronous")
     assert len(pickle.dumps(net)) == small
 
 
@@ -112,15 +114,15 @@ def test_memory_is_left_behind():
 def test_a_copied_view_of_memory_is_no_view(how):
     net = network(pooling="max")
     batch = batch_of(net)
-    free = net.settle(batch, steps=5, copy=False)
+    free = net.settle(batch, steps=5, copy=False, schedule="synchronous")
     other = COPIES[how](free)
     kept = [s.copy() for s in free.layers]
     assert other.buffers is None
-    net.settle(batch_of(net, seed=4), steps=5)
+    net.settle(batch_of(net, seed=4), steps=5, schedule="synchronous")
     for s, right in zip(other.layers, kept, strict=True):
         np.testing.assert_array_equal(s, right)
-    nudge = {"targets": batch, "beta": 0.1, "nudge": "deviation", "steps": 3}
-    one = net.settle(batch, net.settle(batch, steps=5), **nudge)
+    nudge = {"targets": batch, "beta": 0.1, "nudge": "deviation", "steps": 3, "schedule": "synchronous"}
+    one = net.settle(batch, net.settle(batch, steps=5, schedule="synchronous"), **nudge)
     for s, right in zip(net.settle(batch, other, **nudge).layers, one.layers, strict=True):
         np.testing.assert_array_equal(s, right)
 

@@ -260,7 +260,7 @@ def check_step(case, same, seed, state):
 def check_bptt(case, same, state):
     """BPTT from the free state, against the oracle's."""
     net, batch, terms = case.net, case.batch, case.terms
-    learner = ep.BackpropagationThroughTime(net, 1, UNROLLED, signals=case.signals)
+    learner = ep.BackpropagationThroughTime(net, 1, UNROLLED, signals=case.signals, schedule="synchronous")
     found = learner.step_from(batch, state).gradients
     wanted = bptt_gradients(case.oracle, batch.images, case.free.states, UNROLLED, list(terms.values()))
     assert wanted.keys() <= found.keys(), case.text
@@ -280,7 +280,7 @@ def check_by_torch(seed, kind):
     """BPTT from the free state, and BP: all gradients by reverse mode."""
     gradients, case = pytest.importorskip("torch_oracle").graph_gradients, case_of(seed, kind)
     same, (state, _) = Comparison(case), settled(case)
-    bptt = ep.BackpropagationThroughTime(case.net, 1, UNROLLED, signals=case.signals)
+    bptt = ep.BackpropagationThroughTime(case.net, 1, UNROLLED, signals=case.signals, schedule="synchronous")
     bp = ep.Backpropagation(case.net, signals=case.signals)
     ways = {"BPTT": (lambda: bptt.step_from(case.batch, state), {"steps": UNROLLED, "start": case.free.states})}
     for name, (step, how) in (ways | {"BP": (lambda: bp.step(case.batch), {})}).items():

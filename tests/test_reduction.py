@@ -114,8 +114,8 @@ def test_blocks_fill_a_card():
 def test_bias_gradients_and_figures_go_through_the_kernels(fake_gpu, rng):
     """No reduction over rows is left to CuPy in a step: one sum an edge, one of levels a layer."""
     edges = [ep.Conv2d((6, 6, 3), 8, pooling="max"), ep.Linear((3, 3, 8), 5)]
-    net = ep.Network(edges, classes=4, device=fake_gpu)
-    learner = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2)
+    net = ep.Network(edges, classes=4, device=fake_gpu, feedback=1.0)
+    learner = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, schedule="synchronous")
     learner.step(rng.standard_normal((5, 6, 6, 3)), rng.integers(0, 4, 5))
     launched = fake_gpu.launcher(SOURCE).launched
     assert sum(name.startswith("column_levels") for name in launched) == 2

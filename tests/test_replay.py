@@ -85,6 +85,7 @@ def train(device, form, schedule, batches=4, **options):
         nudge="deviation" if form == "tangent" else form,
         schedule=schedule,
         signals=own,
+        relaxation=1.0,
     )
     optimizer = ep.SGD(learner.parameters(), 0.1)
     for number in range(batches):
@@ -95,7 +96,11 @@ def train(device, form, schedule, batches=4, **options):
         batch.labels[0] = number % net.classes
         result = learner.step(batch)
         found += [result.free.per_sample, result.nudged.per_sample, *result.gradients.values()]
-        found += [result.loss, result.nudge_response, *net.settle(batch, steps=3, schedule=schedule).layers]
+        found += [
+            result.loss,
+            result.nudge_response,
+            *net.settle(batch, steps=3, schedule=schedule, relaxation=1.0).layers,
+        ]
         optimizer.step(result.gradients)
     return net, [np.array(device.to_numpy(array)) for array in found]
 
@@ -162,7 +167,9 @@ def test_other_streams(gpu):
         device.synchronize()
         with stream:
             batch = batch_of(net) if batch is None else batch
-            states.append([np.array(device.to_numpy(s)) for s in net.settle(batch, steps=6).layers])
+            states.append(
+                [np.array(device.to_numpy(s)) for s in net.settle(batch, steps=6, schedule="synchronous").layers]
+            )
     assert_same_bits(states[1], states[0])
     assert_same_bits(states[2], states[0])
 
@@ -241,7 +248,7 @@ def test_a_free_state_elsewhere_is_not_taken_for_the_networks_own(gpu, form):
     for graphs in (True, False):
         net, arrays = make(gpu.device(graphs)), []
         batches = [batch_of(net, seed=seed) for seed in range(3)]
-        kept = [net.settle(batch, steps=6).copy() for batch in batches]
+        kept = [net.settle(batch, steps=6, schedule="synchronous").copy() for batch in batches]
         for _ in range(2):
             for batch, free in zip(batches, kept, strict=True):
                 own = net.settle_free(batch, steps=5, schedule="synchronous")
@@ -295,8 +302,10 @@ def test_a_users_own_parts_are_launched_plainly(gpu, kind):
         own = [Quartic([1, 3])] if kind == "signal" else [ep.LocalError([1])]
         batch, arrays = batch_of(net), []
         for _ in range(3):
-            free = net.settle(batch, steps=4)
-            nudged = net.settle(batch, free, targets=batch, beta=[0.3, -0.3], signals=own, steps=4)
+            free = net.settle(batch, steps=4, schedule="synchronous")
+            nudged = net.settle(
+                batch, free, targets=batch, beta=[0.3, -0.3], signals=own, steps=4, schedule="synchronous"
+            )
             arrays += [np.array(net.device.to_numpy(a)) for a in nudged.layers]
         ends.append(arrays)
         assert len(captured(net)) == (2 if graphs and kind == "signal" else 0), "the free phase knows no signals"
@@ -312,7 +321,9 @@ def test_a_users_edge_may_ask_to_be_captured(gpu):
         for number in range(4):
             if number == 2:
                 net.layers[1].weight = net.layers[1].weight * 0.5
-            arrays += [np.array(net.device.to_numpy(s)) for s in net.settle(batch, steps=3).layers]
+            arrays += [
+                np.array(net.device.to_numpy(s)) for s in net.settle(batch, steps=3, schedule="synchronous").layers
+            ]
         ends.append(arrays)
         assert len(captured(net)) == (4 if graphs else 0)
     assert_same_bits(*ends)
@@ -402,7 +413,7 @@ def test_a_network_in_halves_takes_batches_of_float32(fake_gpu, name):
     assert (raw.images.dtype, fit.images.dtype) == (np.float32, net.precision.stored)
     phases = {"free_steps": 3, "nudged_steps": 2, "schedule": "sweeps"}
     learner = ep.EquilibriumPropagation(net, 0.3, **phases)
-    unrolled = ep.BackpropagationThroughTime(net, 3, unrolled_steps=2)
+    unrolled = ep.BackpropagationThroughTime(net, 3, unrolled_steps=2, schedule="synchronous")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ep.PrecisionWarning)
         classical = ep.EquilibriumPropagation(net, 0.3, nudge="classical", **phases)
@@ -420,7 +431,7 @@ def test_a_network_in_halves_takes_batches_of_float32(fake_gpu, name):
         gradients(unrolled.step_from),
         gradients(lambda *arguments: unrolled.step_from_equilibrium(*arguments, max_iterations=3)[0]),
         lambda batch: dict(enumerate(hosts(net, ep.Backpropagation(net).settled(batch).layers))),
-        lambda batch: {0: hosts(net, [net.scores(batch, steps=2)])[0]},
+        lambda batch: {0: hosts(net, [net.scores(batch, steps=2, schedule="synchronous")])[0]},
         lambda batch: dict(enumerate(predict._settle(learner, batch)[:2])),
     ):
         found, expected = call(raw), call(fit)

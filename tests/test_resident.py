@@ -32,7 +32,7 @@ def sent(monkeypatch):
 
 
 def network(device):
-    return ep.Network([ep.Conv2d((2, 2, 1), 4)], len(CLASSES), device=device, precision="float32")
+    return ep.Network([ep.Conv2d((2, 2, 1), 4)], len(CLASSES), device=device, precision="float32", feedback=1.0)
 
 
 def batch_on(net):
@@ -63,7 +63,10 @@ def test_a_step_sends_labels_and_places(tmp_path, sent):
     write_file(tmp_path / "t.h5", make_dataset())
     net = network(StrictDevice())
     signals = [ep.Distillation.from_file(tmp_path / "t.h5", [1], temperature=2.0), ep.LocalError([1])]
-    learner, batch = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, signals=signals), batch_on(net)
+    learner, batch = (
+        ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, signals=signals, schedule="synchronous"),
+        batch_on(net),
+    )
     learner.step(batch)
     del sent[:]
     learner.step(batch)
@@ -84,7 +87,7 @@ def test_draws_are_sent_once_an_epoch(sent):
 def test_labels_of_the_device_follow_those_of_the_host(placed):
     """Whoever changes a batch's labels, in place or by another batch, is not answered with the old ones."""
     net = network(StrictDevice())
-    learner, batch = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2), batch_on(net)
+    learner, batch = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2, schedule="synchronous"), batch_on(net)
     before = float(net.device.to_numpy(learner.step(batch).loss))
     other = np.array([2, 2, 2, 2, 2])
     if placed:
@@ -133,9 +136,11 @@ def test_one_hot_rows_are_made_once_a_part(monkeypatch, algorithm, micro_batch):
     monkeypatch.setattr(cupyep.batch, "one_hot", lambda labels, *how: made.append(len(labels)) or one_hot(labels, *how))
     signals = [ep.LocalError([1]), ep.LocalError("all")]
     learner = {
-        "ep": lambda: ep.EquilibriumPropagation(net, signals=signals, micro_batch=micro_batch),
+        "ep": lambda: ep.EquilibriumPropagation(net, signals=signals, micro_batch=micro_batch, schedule="synchronous"),
         "bp": lambda: ep.Backpropagation(net, signals, micro_batch),
-        "bptt": lambda: ep.BackpropagationThroughTime(net, 3, 2, signals=signals, micro_batch=micro_batch),
+        "bptt": lambda: ep.BackpropagationThroughTime(
+            net, 3, 2, signals=signals, micro_batch=micro_batch, schedule="synchronous"
+        ),
     }[algorithm]()
     batch = batch_on(net)
     losses = []

@@ -42,7 +42,7 @@ def residual(device="cpu", *, pooling="average", seed=0, gain=0.3, identity=True
     rng = np.random.default_rng([seed, 5])
     order = rng.permutation(len(connections))
     layers = [ep.Connection(*connections[n]) for n in order]
-    options = {"activation": "sigmoid", "precision": "float64"} | options
+    options = {"activation": "sigmoid", "precision": "float64", "feedback": 1.0} | options
     net = ep.Network(layers, CLASSES, gain=gain, seed=seed, device=device, **options)
     for path, array in net.parameters().items():
         if path.endswith(".bias"):
@@ -149,7 +149,7 @@ def test_a_linear_residual_network_is_one_linear_solve(device, schedule, feedbac
     terms, oracle = named_terms(net, batch, signals), GraphOracle(net)
     x = net.device.to_numpy(batch.images)
     dense = Dense(oracle, x, [None] * len(oracle.links))
-    how = {"steps": 120, "schedule": schedule}
+    how = {"steps": 120, "schedule": schedule, "relaxation": 1.0}
     free = net.settle(batch, **how)
     for found, s in zip(hosts(net, free.layers), in_package_order(oracle, dense.rest()), strict=True):
         np.testing.assert_allclose(found, s, rtol=1e-9, atol=1e-11)
@@ -197,7 +197,7 @@ def test_ep_tends_to_the_gradient_of_the_equilibrium(device, pooling, feedback):
             assert errors[0].max() < 0.1
     tangent = ep.EquilibriumPropagation(net, scheme="tangent", **how).step_from(batch, free).gradients
     assert error_of(net, on_host(net, tangent), truth).max() < 1e-9
-    bptt = ep.BackpropagationThroughTime(net, 1, steps, signals=signals)
+    bptt = ep.BackpropagationThroughTime(net, 1, steps, signals=signals, schedule="synchronous")
     assert error_of(net, on_host(net, bptt.step_from(batch, free).gradients), truth).max() < 1e-9
     limit, rest = bptt.step_from_equilibrium(batch, free)
     assert rest < 1e-5
@@ -280,7 +280,9 @@ def test_signals_by_name_are_those_by_number(device, kind):
     found = []
     for layers in (["top", "stem"], [3, 1], ["top", 1]):
         net = residual(device)
-        learner = ep.EquilibriumPropagation(net, free_steps=3, nudged_steps=3, signals=[signal(layers)])
+        learner = ep.EquilibriumPropagation(
+            net, free_steps=3, nudged_steps=3, signals=[signal(layers)], schedule="synchronous"
+        )
         found.append(on_host(net, learner.step(batch_of(net)).gradients))
     for other in found[1:]:
         assert other.keys() == found[0].keys()
@@ -490,7 +492,7 @@ def test_an_iteration_has_one_drive_and_one_top_down_product_a_connection(schedu
 def test_products_that_are_computed(monkeypatch, schedule, form):
     """Two a connection and iteration, none of them from the image, whatever adds up where."""
     net = residual(pooling="max", feedback=0.5)
-    batch, free, counts = batch_of(net), net.settle(batch_of(net), steps=1), Counter()
+    batch, free, counts = batch_of(net), net.settle(batch_of(net), steps=1, schedule="synchronous"), Counter()
     names = {id(c.edge): (c.below, c.above) for c in net.graph.connections}
 
     def counting(inner, kind):
@@ -509,7 +511,7 @@ def test_products_that_are_computed(monkeypatch, schedule, form):
         counts.clear()
         beta = 1.0 if form == "tangent" else [0.3, -0.3]
         how = {} if form == "free" else {"targets": batch, "beta": beta, "nudge": form, "start": free}
-        net.settle(batch, steps=steps, schedule=schedule, **how)
+        net.settle(batch, steps=steps, schedule=schedule, relaxation=1.0, **how)
         return Counter(counts)
 
     few, many = counted_in(2), counted_in(5)
@@ -524,7 +526,7 @@ def test_an_iteration_allocates_nothing(monkeypatch, schedule, form):
     net = residual(pooling="max", feedback=0.5, activation="hard_sigmoid")
     monkeypatch.setattr("cupyep.backend.threads.PART", 64)  # other threads would be counted, too
     batch, inner, peaks = batch_of(net, 64), settling._iterate, []
-    free = net.settle(batch, steps=1)
+    free = net.settle(batch, steps=1, schedule="synchronous")
 
     def watched(phase, measure):
         tracemalloc.reset_peak()
@@ -538,7 +540,7 @@ def test_an_iteration_allocates_nothing(monkeypatch, schedule, form):
     buffer_size = np.setbufsize(16)
     tracemalloc.start()
     try:
-        net.settle(batch, steps=4, schedule=schedule, **how)
+        net.settle(batch, steps=4, schedule=schedule, relaxation=1.0, copy=False, **how)  # in one part
     finally:
         tracemalloc.stop()
         np.setbufsize(buffer_size)
@@ -548,7 +550,7 @@ def test_an_iteration_allocates_nothing(monkeypatch, schedule, form):
 
 def everything(net, batch, schedule):
     """Return arrays of phases of all forms, free from zero and from a state, and of all learners."""
-    how, found = {"schedule": schedule, "steps": 3}, []
+    how, found = {"schedule": schedule, "steps": 3, "relaxation": 1.0}, []
     signals = [net.bind(ep.LocalError(["mid", "top"], kappa=0.5, seed=3))]
     free = net.settle(batch, **how)
     warm = net.settle(batch, free, **how)
@@ -556,14 +558,14 @@ def everything(net, batch, schedule):
     for nudge, beta in (("classical", [0.4, -0.3]), ("deviation", [0.4, -0.3]), ("tangent", 1.0)):
         nudged = net.settle(batch, free, targets=batch, beta=beta, nudge=nudge, signals=signals, **how)
         found += [*nudged.layers, *(nudged.deviations or []), nudged.stats.per_sample]
-    steps = {"free_steps": 3, "nudged_steps": 3, "schedule": schedule, "signals": signals}
+    steps = {"free_steps": 3, "nudged_steps": 3, "schedule": schedule, "relaxation": 1.0, "signals": signals}
     for scheme, nudge in (("centered", "classical"), ("onesided", "classical"), ("centered", "deviation"),
                           ("onesided", "deviation"), ("tangent", "deviation")):  # fmt: skip
         learner = ep.EquilibriumPropagation(net, scheme=scheme, nudge=nudge, **steps)
         result = learner.step(batch)
         found += [*(g.copy() for g in result.gradients.values()), np.array(result.nudge_response)]
     for learner in (
-        ep.BackpropagationThroughTime(net, 2, 3, schedule=schedule, signals=signals),
+        ep.BackpropagationThroughTime(net, 2, 3, schedule=schedule, signals=signals, relaxation=1.0),
         ep.Backpropagation(net, signals=signals),
     ):
         found += [g.copy() for g in learner.step(batch).gradients.values()]
@@ -605,10 +607,11 @@ def test_nudged_phases_leave_the_free_state_alone_and_use_nothing_beyond(schedul
     """What lies behind the free state is spoilt before the nudged phase starts: it is not used."""
     net = residual(pooling="max", feedback=0.5)
     batch = batch_of(net)
-    how = {"targets": batch, "beta": 1.0 if nudge == "tangent" else [0.3, -0.3], "steps": 3, "schedule": schedule}
-    kept = net.settle(batch, steps=4, schedule=schedule)
+    how = {"targets": batch, "beta": 1.0 if nudge == "tangent" else [0.3, -0.3]}
+    how |= {"steps": 3, "schedule": schedule, "relaxation": 1.0}
+    kept = net.settle(batch, steps=4, schedule=schedule, relaxation=1.0)
     wanted = net.settle(batch, kept, nudge=nudge, **how)
-    free = net.settle(batch, steps=4, schedule=schedule, copy=False)
+    free = net.settle(batch, steps=4, schedule=schedule, copy=False, relaxation=1.0)
     net.memory._block[free.end :] = 255
     found = net.settle(batch, free, nudge=nudge, copy=False, **how)
     for a, b in zip(found.deviations or found.layers, wanted.deviations or wanted.layers, strict=True):

@@ -83,7 +83,7 @@ def test_a_loaded_network_is_the_saved_one(tmp_path, loss, weights):
     assert loaded.graph.names == net.graph.names
     assert list(loaded.parameters()) == list(net.parameters())
     for schedule, _ in SCHEDULES:
-        how = {"steps": 7, "schedule": schedule}
+        how = {"steps": 7, "schedule": schedule, "relaxation": 1.0}
         np.testing.assert_array_equal(loaded.scores(images(), **how), net.scores(images(), **how))
 
 
@@ -117,7 +117,7 @@ def test_an_edge_that_a_file_cannot_hold_is_named_by_its_node(tmp_path):
 
     layers = [*small.connections(), ep.Connection("d", "last", Own((2, 2, 6), 4))]
     with pytest.raises(ConfigurationError, match="^node last is a Own, which a file cannot hold"):
-        ep.Network(layers, 3, device="cpu").save(tmp_path / "net.h5")
+        ep.Network(layers, 3, device="cpu", feedback=1.0).save(tmp_path / "net.h5")
 
 
 @pytest.mark.parametrize("lsuv", [False, True])
@@ -348,7 +348,7 @@ class Half(ep.Conv2d):
 def test_an_edge_of_ones_own_in_a_graph_is_checked(weights):
     layers = small.connections(pooling="average")
     layers[2] = ep.Connection("a", "b", Half((4, 4, 4), 4))
-    net = ep.Network(layers, 3, gain=0.4, weights=weights, device="cpu", precision="float64")
+    net = ep.Network(layers, 3, gain=0.4, weights=weights, device="cpu", precision="float64", feedback=1.0)
     batch = net.batch(images(2).astype(np.float64), np.arange(2))
     trained = {path: array.copy() for path, array in net.parameters().items()}
     how = {"free_steps": 30, "nudged_steps": 20}

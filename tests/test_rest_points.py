@@ -92,8 +92,8 @@ def test_linear_network_is_one_linear_solve(device, kind, feedback, schedule, re
 def test_two_phases_in_one_batch_are_two_phases(device, schedule, nudge):
     net = network("conv", device, pooling="max", feedback=0.5)
     batch, signals = batch_of(net), signals_of("kd")
-    free = net.settle(batch, steps=20, schedule=schedule)
-    how = {"targets": batch, "nudge": nudge, "signals": signals, "steps": 4, "schedule": schedule}
+    free = net.settle(batch, steps=20, schedule=schedule, relaxation=1.0)
+    how = {"targets": batch, "nudge": nudge, "signals": signals, "steps": 4, "schedule": schedule, "relaxation": 1.0}
     both = net.settle(batch, free, beta=[0.5, -0.5], **how)
     for phase, beta in enumerate((0.5, -0.5)):
         one = net.settle(batch, free, beta=beta, **how)
@@ -113,8 +113,8 @@ def test_deviation_form_is_the_classical_form(device, pooling, activation, seed,
     options = {"pooling": pooling, "feedback": feedback, "activation": activation, "seed": seed}
     net = network("conv", device, gain=0.4, bias=0.2, **options)
     batch, signals = batch_of(net), signals_of("le")
-    free = net.settle(batch, steps=120)
-    how = {"targets": batch, "beta": [0.02, -0.02], "signals": signals, "steps": 120}
+    free = net.settle(batch, steps=120, schedule="synchronous")
+    how = {"targets": batch, "beta": [0.02, -0.02], "signals": signals, "steps": 120, "schedule": "synchronous"}
     classical = net.settle(batch, free, **how)
     deviation = net.settle(batch, free, nudge="deviation", **how)
     for winners, at_rest in zip(classical.winners, free.winners, strict=True):
@@ -135,8 +135,8 @@ def test_deviation_form_is_the_classical_form(device, pooling, activation, seed,
 def test_deviation_residual_is_of_the_scaled_deviation(device):
     net = network("conv", device, feedback=0.5)
     batch = batch_of(net)
-    free = net.settle(batch, steps=100)
-    how = {"targets": batch, "beta": 0.3, "nudge": "deviation"}
+    free = net.settle(batch, steps=100, schedule="synchronous")
+    how = {"targets": batch, "beta": 0.3, "nudge": "deviation", "schedule": "synchronous"}
     before, after = (net.settle(batch, free, steps=steps, **how) for steps in (3, 4))
     expected = [
         np.sqrt(((b - a) ** 2).reshape(3, -1).mean(axis=1))
@@ -150,8 +150,8 @@ def test_tangent_is_the_limit_of_the_deviation(device, schedule):
     """[eps(beta) - eps(-beta)] / (2 beta) tends to the tangent as beta^2, after any number of steps."""
     net = network("conv", device, pooling="max", feedback=0.5)
     batch, signals = batch_of(net), signals_of("kd")
-    free = net.settle(batch, steps=100)
-    how = {"targets": batch, "signals": signals, "steps": 3, "schedule": schedule}
+    free = net.settle(batch, steps=100, schedule="synchronous")
+    how = {"targets": batch, "signals": signals, "steps": 3, "schedule": schedule, "relaxation": 1.0}
     tangent = hosts(net, net.settle(batch, free, beta=1.0, nudge="tangent", **how).deviations)
     errors = []
     for beta in (0.02, 0.01):
@@ -163,8 +163,8 @@ def test_tangent_is_the_limit_of_the_deviation(device, schedule):
 
 def test_returned_states_are_kept(device):
     net = network("dense", device)
-    state = net.settle(batch_of(net, seed=1), steps=3)
+    state = net.settle(batch_of(net, seed=1), steps=3, schedule="synchronous")
     before = hosts(net, state.layers)
-    net.settle(batch_of(net, seed=2), steps=5)
+    net.settle(batch_of(net, seed=2), steps=5, schedule="synchronous")
     for a, b in zip(before, hosts(net, state.layers), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -58,9 +58,17 @@ def test_schedules_reach_one_fixed_point(device, signal, feedback, nudge):
     batch, signals = batch_of(net), signals_of(signal)
     ends = []
     for schedule in SCHEDULES:
-        free = net.settle(batch, steps=100, schedule=schedule)
+        free = net.settle(batch, steps=100, schedule=schedule, relaxation=1.0)
         nudged = net.settle(
-            batch, free, targets=batch, beta=0.05, nudge=nudge, signals=signals, steps=100, schedule=schedule
+            batch,
+            free,
+            targets=batch,
+            beta=0.05,
+            nudge=nudge,
+            signals=signals,
+            steps=100,
+            schedule=schedule,
+            relaxation=1.0,
         )
         ends.append(hosts(net, free.layers) + hosts(net, nudged.layers))
     for other in ends[1:]:
@@ -72,9 +80,9 @@ def test_schedules_reach_one_fixed_point(device, signal, feedback, nudge):
 def test_a_warm_start_goes_on_where_it_stopped(device, schedule):
     net = network("conv", device, pooling="max", activation="hard_sigmoid")
     batch = batch_of(net)
-    straight = net.settle(batch, steps=9, schedule=schedule)
-    first = net.settle(batch, steps=4, schedule=schedule)
-    second = net.settle(batch, first, steps=5, schedule=schedule)
+    straight = net.settle(batch, steps=9, schedule=schedule, relaxation=1.0)
+    first = net.settle(batch, steps=4, schedule=schedule, relaxation=1.0)
+    second = net.settle(batch, first, steps=5, schedule=schedule, relaxation=1.0)
     for a, b in zip(hosts(net, straight.layers), hosts(net, second.layers), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -85,7 +93,7 @@ def test_nothing_depends_on_what_buffers_held(device, schedule, activation):
     """Buffers are reused: full of NaN and impossible winners, they must give the states that fresh ones give."""
     net = network("conv", device, pooling="max", activation=activation)
     batch, signals = batch_of(net), signals_of("le")
-    how = {"steps": 3, "schedule": schedule}
+    how = {"steps": 3, "schedule": schedule, "relaxation": 1.0}
 
     def run(poisoned):
         def poison():
@@ -111,10 +119,10 @@ def test_the_first_step_reads_no_winners_of_the_phase_before(device, schedule):
     """From states that are not zero feedback flows at once, along winners that nothing has found yet."""
     net = network("conv", device, pooling="max", activation=ep.Clip("never zero", 1.0, 0.2, 1.0), precision="float32")
     batch, ends = batch_of(net), []
-    net.settle(batch, steps=1, schedule=schedule)  # makes the buffers
+    net.settle(batch, steps=1, schedule=schedule, relaxation=1.0)  # makes the buffers
     for content in (0, 1, 2, 255):
         net.memory._block[...] = content
-        ends.append(hosts(net, net.settle(batch, steps=1, schedule=schedule).layers))
+        ends.append(hosts(net, net.settle(batch, steps=1, schedule=schedule, relaxation=1.0).layers))
     for other in ends[1:]:
         for a, b in zip(ends[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -123,9 +131,9 @@ def test_the_first_step_reads_no_winners_of_the_phase_before(device, schedule):
 def test_samples_do_not_see_each_other(device):
     net = network("conv", device, pooling="max")
     batch = batch_of(net)
-    together = hosts(net, net.settle(batch, steps=7).layers)
+    together = hosts(net, net.settle(batch, steps=7, schedule="synchronous").layers)
     for i in range(3):
-        alone = net.settle(batch.images[i : i + 1], steps=7)
+        alone = net.settle(batch.images[i : i + 1], steps=7, schedule="synchronous")
         for a, b in zip(together, hosts(net, alone.layers), strict=True):
             np.testing.assert_allclose(a[i : i + 1], b, rtol=1e-12)
 

@@ -31,11 +31,19 @@ def costly_case(pooling, precision="float32", activation="hard_sigmoid"):
 
 def settle_phase(net, batch, signals, phase, schedule, steps, free=None):
     if phase == "free":
-        return net.settle(batch, steps=steps, schedule=schedule)
-    free = free or net.settle(batch, steps=1, schedule=schedule)
+        return net.settle(batch, steps=steps, schedule=schedule, relaxation=1.0)
+    free = free or net.settle(batch, steps=1, schedule=schedule, relaxation=1.0)
     beta = 1.0 if phase == "tangent" else [0.5, -0.5]
     return net.settle(
-        batch, free, targets=batch, beta=beta, nudge=phase, signals=signals, steps=steps, schedule=schedule
+        batch,
+        free,
+        targets=batch,
+        beta=beta,
+        nudge=phase,
+        signals=signals,
+        steps=steps,
+        schedule=schedule,
+        relaxation=1.0,
     )
 
 
@@ -61,7 +69,7 @@ def test_a_step_allocates_nothing_after_the_first(
     if precision == "bfloat16":
         pytest.importorskip("ml_dtypes")
     net, batch, signals = costly_case(pooling, precision, activation)
-    free = net.settle(batch, steps=1, schedule=schedule)
+    free = net.settle(batch, steps=1, schedule=schedule, relaxation=1.0)
     inner, peaks = settling._iterate, []
 
     def watched(phase, measure):
@@ -87,7 +95,7 @@ def test_a_step_allocates_nothing_after_the_first(
 def test_a_step_computes_two_products_an_edge(monkeypatch, algorithm, schedule, phase):
     """Multiply-adds are counted where all large products pass. The first edge sees only the input, before the loop."""
     net, batch, signals = costly_case("max")
-    free = net.settle(batch, steps=1, schedule=schedule)
+    free = net.settle(batch, steps=1, schedule=schedule, relaxation=1.0)
     gemm, work = factors.gemm, []
 
     def counted(a, b, out, tf32):

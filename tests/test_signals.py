@@ -73,7 +73,7 @@ def test_own_signal_and_features_against_finite_differences(device, kind):
     net, signal = network("conv", device), make()
     batch = batch_of(net)
     images = net.device.to_numpy(batch.images)
-    learner = ep.BackpropagationThroughTime(net, 2, 3, signals=[signal])
+    learner = ep.BackpropagationThroughTime(net, 2, 3, signals=[signal], schedule="synchronous")
     found = on_host(net, learner.step(batch).gradients)
     start, parameters = Oracle(net).settle(images, 2), on_host(net, net.parameters())
     terms = make_terms(net, batch, signal)[1:]
@@ -96,16 +96,18 @@ def test_own_signal_and_features_in_settle_and_ep(device, kind):
     make, make_terms = OWN_SIGNALS[kind]
     net, signal = network("conv", device, feedback=0.5), make()
     batch = batch_of(net)
-    free = net.settle(batch, steps=80)
-    nudged = net.settle(batch, free, targets=batch, beta=0.1, steps=80, signals=[signal])
+    free = net.settle(batch, steps=80, schedule="synchronous")
+    nudged = net.settle(batch, free, targets=batch, beta=0.1, steps=80, signals=[signal], schedule="synchronous")
     host = [np.array(net.device.to_numpy(s)) for s in nudged.layers]
     oracle, images, terms = Oracle(net), net.device.to_numpy(batch.images), make_terms(net, batch, signal)
     for n, s in enumerate(host):
         entries = np.random.default_rng(0).choice(s.size, 6, replace=False)
         slope = finite_difference(lambda: oracle.energy(images, host, terms, 0.1).sum(), s, 1e-5, entries)
         np.testing.assert_allclose(slope.ravel()[entries], 0, atol=1e-8 * oracle.scales[n])
-    ep_learner = ep.EquilibriumPropagation(net, 1.0, nudged_steps=80, scheme="tangent", signals=[signal])
-    bptt = ep.BackpropagationThroughTime(net, 1, 80, signals=[signal])
+    ep_learner = ep.EquilibriumPropagation(
+        net, 1.0, nudged_steps=80, scheme="tangent", signals=[signal], schedule="synchronous"
+    )
+    bptt = ep.BackpropagationThroughTime(net, 1, 80, signals=[signal], schedule="synchronous")
     found, true = (on_host(net, learner.step_from(batch, free).gradients) for learner in (ep_learner, bptt))
     for path in true:
         assert relative_error(found[path], true[path]) < 1e-9, path
@@ -142,7 +144,8 @@ def test_distillation_from_a_certain_teacher_is_the_local_error(device, loss, le
             "kd": [ep.Distillation(LabelTeacher(labels, certainty), **options)],
             "plain": [],
         }[kind]
-        steps = {"free_steps": 10, "nudged_steps": 6} if learner_class is ep.EquilibriumPropagation else {}
+        steps = {"free_steps": 10, "nudged_steps": 6, "schedule": "synchronous"}
+        steps = steps if learner_class is ep.EquilibriumPropagation else {}
         gradients.append(on_host(net, learner_class(net, signals=signals, **steps).step(batch).gradients))
     for path in gradients[0]:
         np.testing.assert_allclose(gradients[1][path], gradients[0][path], rtol=1e-11, atol=1e-13)
@@ -232,11 +235,11 @@ def test_learned_maps_are_parameters_and_survive_a_second_binding(device):
     """Learners of one network share its signals: binding again must not draw the maps anew."""
     net = network("conv", device)
     signals = [ep.LocalError([1]), ep.Distillation(Teacher(), [2, 3], learned=True)]
-    learner = ep.EquilibriumPropagation(net, signals=signals)
+    learner = ep.EquilibriumPropagation(net, signals=signals, schedule="synchronous")
     assert list(learner.parameters())[-2:] == ["signals.1.layer2.weight", "signals.1.layer3.weight"]
     learned = learner.parameters()["signals.1.layer2.weight"]
     learned[...] = 0.25
-    other = ep.BackpropagationThroughTime(net, signals=signals)
+    other = ep.BackpropagationThroughTime(net, signals=signals, schedule="synchronous")
     assert other.parameters()["signals.1.layer2.weight"] is learned
     assert float(learned[0, 0]) == 0.25
     assert sorted(other.step(batch_of(net)).gradients) == sorted(learner.parameters())
@@ -282,7 +285,7 @@ def test_wrong_arguments_are_one_line(make, word):
 def test_distillation_needs_index_and_view():
     net = network()
     for signal in (ep.Distillation(Teacher(), [1]), ep.FeatureDistillation(Teacher(), {2: "middle"})):
-        learner = ep.EquilibriumPropagation(net, signals=[signal])
+        learner = ep.EquilibriumPropagation(net, signals=[signal], schedule="synchronous")
         with pytest.raises(ep.ConfigurationError, match="give a Batch with index and view") as error:
             learner.step(np.zeros((2, 6, 6, 2)), [0, 1])
         assert "\n" not in str(error.value)
@@ -294,7 +297,7 @@ def test_teacher_of_other_classes_is_refused():
             return np.zeros((len(index), 7))
 
     net = network()
-    learner = ep.EquilibriumPropagation(net, signals=[ep.Distillation(Wide(), [1])])
+    learner = ep.EquilibriumPropagation(net, signals=[ep.Distillation(Wide(), [1])], schedule="synchronous")
     with pytest.raises(ep.ConfigurationError, match="the teacher has 7 classes, the network 3"):
         learner.step(batch_of(net))
 

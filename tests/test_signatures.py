@@ -83,7 +83,7 @@ class World:
                 writer.write(split, "identity", 0, rng.standard_normal((N, CLASSES)), {"f": np.ones((N, 2, 2, 4))})
         self.teacher = ep.TeacherFile(self.file)
         self.energy, self.states = self.net.energy, [np.full((N, *s), 0.5, np.float32) for s in self.net.state_shapes]
-        self.free = self.net.settle(self.x, steps=2)
+        self.free = self.net.settle(self.x, steps=2, schedule="synchronous")
         self.model = folder / "network.h5"
         self.net.save(self.model)
         self.theta = {"w": np.ones((2, 3), np.float32)}
@@ -91,7 +91,7 @@ class World:
     @staticmethod
     def network():
         edges = [ep.Conv2d(SHAPE, 4, pooling="max"), ep.Linear((2, 2, 4), 6)]
-        return ep.Network(edges, CLASSES, device="cpu")
+        return ep.Network(edges, CLASSES, device="cpu", feedback=1.0)
 
     def writer(self, path):
         return ep.TeacherWriter(path, self.data, "a teacher", ["identity"], {"f": (2, 2, 4)})
@@ -102,10 +102,12 @@ class World:
         return self.folder / f"{self.files}.h5"
 
     def ep(self, **options):
-        return ep.EquilibriumPropagation(self.net, free_steps=2, nudged_steps=2, **options)
+        return ep.EquilibriumPropagation(
+            self.net, free_steps=2, nudged_steps=2, **{"schedule": "synchronous", **options}
+        )
 
     def bptt(self):
-        return ep.BackpropagationThroughTime(self.net, free_steps=2, unrolled_steps=2)
+        return ep.BackpropagationThroughTime(self.net, free_steps=2, unrolled_steps=2, schedule="synchronous")
 
     def signal(self):
         return ep.LocalError([1])

@@ -9,12 +9,12 @@ from small import batch_of, hosts, network, on_host
 import cupyep as ep
 from cupyep.memory.workspace import Workspace
 
-STEPS = {"free_steps": 3, "nudged_steps": 2}
+STEPS = {"free_steps": 3, "nudged_steps": 2, "schedule": "synchronous"}
 
 
 def nudged(net, batch, form, betas):
-    free = net.settle(batch, steps=2)
-    return net.settle(batch, free, targets=batch, beta=betas, nudge=form, steps=2)
+    free = net.settle(batch, steps=2, schedule="synchronous")
+    return net.settle(batch, free, targets=batch, beta=betas, nudge=form, steps=2, schedule="synchronous")
 
 
 def gradients(make):
@@ -22,8 +22,12 @@ def gradients(make):
 
 
 USES = {
-    "free": lambda net, batch: net.settle(batch, steps=3).layers,
-    "warm": lambda net, batch: net.settle(batch, net.settle(batch, steps=1), steps=2, schedule="evenodd").layers,
+    "free": lambda net, batch: net.settle(batch, steps=3, schedule="synchronous").layers,
+    "warm": lambda net, batch: (
+        net.settle(
+            batch, net.settle(batch, steps=1, schedule="synchronous"), steps=2, schedule="evenodd", relaxation=1.0
+        ).layers
+    ),
     "classical": lambda net, batch: nudged(net, batch, "classical", [0.3, -0.3]).layers,
     "deviation": lambda net, batch: nudged(net, batch, "deviation", [0.3, -0.3]).deviations,
     "tangent": lambda net, batch: nudged(net, batch, "tangent", 1.0).deviations,
@@ -32,9 +36,9 @@ USES = {
     "one-sided EP": gradients(
         lambda net: ep.EquilibriumPropagation(net, 0.3, **STEPS, nudge="classical", scheme="onesided")
     ),
-    "BPTT": gradients(lambda net: ep.BackpropagationThroughTime(net, 2, 3)),
+    "BPTT": gradients(lambda net: ep.BackpropagationThroughTime(net, 2, 3, schedule="synchronous")),
     "BP": gradients(ep.Backpropagation),
-    "scores": lambda net, batch: [net.scores(batch, steps=3)],
+    "scores": lambda net, batch: [net.scores(batch, steps=3, schedule="synchronous")],
     "energy": lambda net, batch: net.energy.force(batch.images, states(net)),
 }
 
@@ -106,5 +110,5 @@ def test_a_step_takes_weights_up_once_a_size(kind, micro_batch, monkeypatch):
         assert set(taken_up.values()) == {1}
     taken_up.clear()
     for _ in range(2):
-        net.settle(batch, steps=1)
+        net.settle(batch, steps=1, schedule="synchronous")
     assert min(taken_up.values()) >= 2, "outside of a step weights may change between two calls"

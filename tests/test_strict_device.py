@@ -83,7 +83,7 @@ def test_settle(schedule, activation, pooling):
     for device in PAIR:
         net = network("conv", device, pooling=pooling, activation=activation, feedback=0.5, precision="float32")
         batch, own = batch_of(net), signals()
-        how = {"steps": 3, "schedule": schedule}
+        how = {"steps": 3, "schedule": schedule, "relaxation": 1.0}
         free = net.settle(batch, **how)
         arrays = [*free.layers, *free.drives, *free.winners]
         warm = net.settle(batch, free, **how)
@@ -99,13 +99,15 @@ def test_settle(schedule, activation, pooling):
 
 
 def learners(net, own):
-    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, signals=own)
-    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, nudge="classical", schedule="evenodd", signals=own)
+    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, signals=own, schedule="synchronous")
+    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, nudge="classical", schedule="evenodd", signals=own, relaxation=1.0)
     yield ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="onesided", schedule="sweeps", signals=own)
-    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="onesided", nudge="classical", signals=own)
-    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="random", signals=own)
-    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="tangent", signals=own)
-    yield ep.BackpropagationThroughTime(net, 3, 3, signals=own)
+    yield ep.EquilibriumPropagation(
+        net, 0.3, 3, 3, scheme="onesided", nudge="classical", signals=own, schedule="synchronous"
+    )
+    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="random", signals=own, schedule="synchronous")
+    yield ep.EquilibriumPropagation(net, 0.3, 3, 3, scheme="tangent", signals=own, schedule="synchronous")
+    yield ep.BackpropagationThroughTime(net, 3, 3, signals=own, schedule="synchronous")
     yield ep.Backpropagation(net, own)
 
 
@@ -137,14 +139,14 @@ def test_tolerance_checks_and_predictions():
     for device in PAIR:
         net = network("conv", device)
         batch = batch_of(net)
-        state = net.settle(batch, steps=50, tolerance=1e-6, check_every=5, record=True)
+        state = net.settle(batch, steps=50, tolerance=1e-6, check_every=5, record=True, schedule="synchronous")
         assert state.stats.converged
         rows = ep.check_gradients(net, batch, free_steps=20, nudged_steps=5, signals=signals())
         table = np.array([[row["cosine"], row["relative_error"], row["gradient_norm"]] for row in rows])
         energy = net.energy.value(batch.images, state.layers, net.nudges(batch), 0.2)
         forces = net.energy.force(batch.images, state.layers, net.nudges(batch), 0.2)
         gradients = net.energy.parameter_gradient(batch.images, state.layers).values()
-        ends.append([np.array(state.stats.trace), net.predict(batch, k=2), table])
+        ends.append([np.array(state.stats.trace), net.predict(batch, k=2, schedule="synchronous"), table])
         ends[-1] += hosts(net, [energy, *forces, *gradients])
     assert_same(*ends)
 
@@ -172,7 +174,10 @@ def test_loader(options):
         assert [len(batch) for batch in batches] == [4, 4, 2]
         for batch in batches:
             assert {type(batch.labels), type(batch.index), type(batch.view)} == {np.ndarray}
-        results = [ep.EquilibriumPropagation(net, 0.3, 2, 2, signals=signals()).step(batch) for batch in batches]
+        results = [
+            ep.EquilibriumPropagation(net, 0.3, 2, 2, signals=signals(), schedule="synchronous").step(batch)
+            for batch in batches
+        ]
         arrays = [batch.images for batch in batches] + [g for result in results for g in result.gradients.values()]
         ends.append(hosts(net, arrays))
     assert_same(*ends)
@@ -186,7 +191,7 @@ def test_the_loop_reads_nothing_back(monkeypatch, schedule, nudge):
 
     net = network("conv", PAIR[1], pooling="max", feedback=0.5, activation="hard_sigmoid")
     batch, own = batch_of(net), signals()
-    free = net.settle(batch, steps=2, schedule=schedule)
+    free = net.settle(batch, steps=2, schedule=schedule, relaxation=1.0)
     inner, calls = settling._iterate, []
 
     def watched(phase, measure):
@@ -196,10 +201,12 @@ def test_the_loop_reads_nothing_back(monkeypatch, schedule, nudge):
 
     monkeypatch.setattr(settling, "_iterate", watched)
     if nudge == "free":
-        net.settle(batch, steps=4, schedule=schedule)
+        net.settle(batch, steps=4, schedule=schedule, relaxation=1.0)
     else:
         beta = 1.0 if nudge == "tangent" else [0.3, -0.3]
-        net.settle(batch, free, targets=batch, beta=beta, nudge=nudge, signals=own, steps=4, schedule=schedule)
+        net.settle(
+            batch, free, targets=batch, beta=beta, nudge=nudge, signals=own, steps=4, schedule=schedule, relaxation=1.0
+        )
     assert calls == [False, False, False, True]
 
 
@@ -222,7 +229,8 @@ def test_without_a_tolerance_a_step_reads_nothing(algorithm, micro_batch, monkey
     ends = []
     for device in PAIR:
         net = network("conv", device, pooling="max", feedback=0.5, precision="float32")
-        learner = make(net, *phases, signals=signals(), micro_batch=micro_batch)
+        how = {} if algorithm == "bp" else {"schedule": "synchronous"}
+        learner = make(net, *phases, signals=signals(), micro_batch=micro_batch, **how)
         statistics = EpochStatistics(net.device, 1, layer_names(learner.parameters()))
         batches = [net.batch(batch_of(net, seed=seed)) for seed in range(2)]
         read.clear()

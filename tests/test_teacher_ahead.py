@@ -57,7 +57,7 @@ def test_a_batch_tells_what_comes():
             np.testing.assert_array_equal(batch.coming[0], found[number + 1].index)
             np.testing.assert_array_equal(batch.coming[1], found[number + 1].view)
     assert batch.part(slice(1, 2)).coming is batch.coming
-    network = ep.Network([ep.Conv2d((2, 2, 1), 4)], len(CLASSES), device="cpu")
+    network = ep.Network([ep.Conv2d((2, 2, 1), 4)], len(CLASSES), device="cpu", feedback=1.0)
     plain = replace(found[0], index=None, view=None, coming=None)
     assert network.batch(plain, found[0]).coming is found[0].coming
 
@@ -68,7 +68,7 @@ def test_only_the_first_batch_of_an_epoch_is_waited_for(tmp_path, read, kind, mi
     """All others are read by another thread, once each, however many signals and parts ask for them."""
     logits, features = write_file(tmp_path / "t.h5", make_dataset())
     teacher = TeacherFile(tmp_path / "t.h5")
-    net = ep.Network([ep.Conv2d((2, 3, 1), 4)], len(CLASSES), device="cpu")
+    net = ep.Network([ep.Conv2d((2, 3, 1), 4)], len(CLASSES), device="cpu", feedback=1.0)
     made = {
         "logits": lambda: ep.Distillation(teacher, [1], loss="squared_error"),
         "features": lambda: ep.FeatureDistillation(teacher, {1: LAYER}),

@@ -60,6 +60,7 @@ def test_a_step_gives_the_same_bits_for_any_number_of_threads(name, precision, w
             weights=weights,
             precision=precision,
             activation="hard_sigmoid",
+            feedback=1.0,
         )
         learner, batch = LEARNERS[name](net, signals=every_signal()), batch_of(net, SAMPLES)
         optimizer, contents = ep.SGD(learner.parameters(), learning_rate=0.5), []
@@ -67,7 +68,11 @@ def test_a_step_gives_the_same_bits_for_any_number_of_threads(name, precision, w
             result = learner.step(batch)
             contents += content(net, result)
             optimizer.step(result.gradients)
-        contents += [learner.scores(batch), net.scores(batch, steps=3), *map(np.asarray, learner.evaluate(batch))]
+        contents += [
+            learner.scores(batch),
+            net.scores(batch, steps=3, schedule="synchronous"),
+            *map(np.asarray, learner.evaluate(batch)),
+        ]
         found.append(contents)
     assert np.abs(found[0][0] - found[0][len(found[0]) // 3]).max() > 0, "the weights have changed"
     for contents in found[1:]:
@@ -76,7 +81,7 @@ def test_a_step_gives_the_same_bits_for_any_number_of_threads(name, precision, w
 
 def test_parts_are_the_whole_batch_to_rounding(monkeypatch):
     net = network("conv")
-    learner, batch = ep.EquilibriumPropagation(net, 0.3, 6, 4), batch_of(net, SAMPLES)
+    learner, batch = ep.EquilibriumPropagation(net, 0.3, 6, 4, schedule="synchronous"), batch_of(net, SAMPLES)
     ep.set_threads(3)
     parts = content(net, learner.step(batch))
     monkeypatch.setattr("cupyep.backend.threads.PART", SAMPLES)
@@ -114,7 +119,10 @@ def test_settling_gives_the_state_of_the_whole_batch(monkeypatch, nudge, toleran
     """Two phases in one batch, too: phase by phase, not part by part. With a tolerance parts end by themselves."""
     monkeypatch.setattr("cupyep.backend.threads.PART", SAMPLES)
     net = network("conv", pooling="max", activation="hard_sigmoid")
-    batch, how = batch_of(net, SAMPLES), {"steps": 200 if tolerance else 5, "tolerance": tolerance}
+    batch, how = (
+        batch_of(net, SAMPLES),
+        {"steps": 200 if tolerance else 5, "schedule": "synchronous", "tolerance": tolerance},
+    )
     free = net.settle(batch, **how)
     nudged = {"start": free, "targets": batch, "beta": (0.3, -0.3), "nudge": nudge, "signals": signals_of("le")}
     more = {"free": {}, "tangent": {**nudged, "beta": 1.0}}.get(nudge, nudged)
@@ -196,7 +204,7 @@ def test_ctrl_c_while_others_work_waits_for_them(monkeypatch):
 
 def test_a_network_works_on_after_a_part_has_failed(monkeypatch):
     net = network("conv")
-    learner, batch = ep.EquilibriumPropagation(net, 0.3, 3, 2), batch_of(net, SAMPLES)
+    learner, batch = ep.EquilibriumPropagation(net, 0.3, 3, 2, schedule="synchronous"), batch_of(net, SAMPLES)
     ep.set_threads(3)
     expected = content(net, learner.step(batch))
     with monkeypatch.context() as patch:
@@ -215,7 +223,7 @@ class Watcher(ep.Augmenter):
         self.other = other
 
     def target(self, layer, batch):
-        return self.other.scores(batch.images, steps=2).sum(axis=1)
+        return self.other.scores(batch.images, steps=2, schedule="synchronous").sum(axis=1)
 
     def loss(self, layer, state, target):
         return 0.5 * ((state - target[:, None, None, None]) ** 2).reshape(len(state), -1).sum(axis=1)
@@ -229,14 +237,16 @@ def test_a_signal_may_ask_another_network():
     for count in (1, 3):
         ep.set_threads(count)
         net = network("conv")
-        learner = ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=[Watcher(network("conv", seed=1))])
+        learner = ep.EquilibriumPropagation(
+            net, 0.3, 3, 2, signals=[Watcher(network("conv", seed=1))], schedule="synchronous"
+        )
         found.append(content(net, learner.step(batch_of(net, SAMPLES))))
     assert_same_bits(*found)
 
 
 def test_warnings_as_errors_and_error_states_of_numpy_hold_in_every_thread():
     net = network("conv")
-    learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, tolerance=1e-15)
+    learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, tolerance=1e-15, schedule="synchronous")
     ep.set_threads(3)
     with pytest.warns(ep.ConvergenceWarning):
         learner.step(batch_of(net, SAMPLES))

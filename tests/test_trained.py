@@ -80,6 +80,23 @@ def test_predictions_are_those_of_the_test_images(trained, invoke, tmp_path, opt
         assert answer["settled"] is (answer["residual"] <= 0.5 if "--tolerance" in options else None)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--feedback", "0.5", "--schedule", "evenodd"), ("--schedule", "synchronous"), ("--relaxation", "0.8")],
+)
+def test_a_network_alone_predicts_what_its_run_did(trained, tmp_path, options):
+    """Taken from the run, and saved and loaded on its own: as it was trained, with nothing said."""
+    path, data = trained(*options)
+    run, scores = scores_of(path, data)
+    batch = next(iter(ep.Loader(data, "test", 10, "cpu", run.network.dtype)))
+    run.network.save(tmp_path / "net.h5")
+    for network in (run.network, ep.Network.load(tmp_path / "net.h5", device="cpu")):
+        np.testing.assert_array_equal(network.scores(batch), scores)
+        np.testing.assert_array_equal(network.predict(batch), np.argmax(scores, axis=1))
+        correct = (network.predict(batch.images) == data.test.labels).sum()
+        assert correct == run.learner.evaluate(batch)[1]
+
+
 def test_predictions_as_text(trained, invoke, tmp_path):
     path, data = trained("--loss", "squared_error")
     save_pictures(tmp_path / "photos", data.test.images[:2])
@@ -154,7 +171,7 @@ def test_steps_of_the_graph_and_the_note_about_a_tolerance(trained, invoke, tmp_
     batch = next(iter(ep.Loader(data, "test", 10, "cpu", np.float32)))
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     scores = session.run(None, {"images": planes(data.test.images).astype(np.float32) / 255})[0]
-    wanted = run.network.scores(batch.images, steps=3, schedule=run.config.schedule)
+    wanted = run.network.scores(batch.images, steps=3, schedule=run.config.schedule, relaxation=1.0)
     np.testing.assert_allclose(scores, wanted, atol=1e-4)
 
 

@@ -14,6 +14,7 @@ from quadrants import SILENT, TINY, Recorder, quadrant_data
 from small import Teacher
 
 import cupyep as ep
+from cupyep.commands.gradient_check import CHECK_DEFAULTS
 from cupyep.errors import TeacherError
 from cupyep.training import build, runs, teacher
 from cupyep.training.config import TrainConfig, make_config
@@ -50,6 +51,31 @@ def test_options_of_network_and_learner(quadrants):
     assert (learner.free_steps, learner.unrolled_steps, learner.schedule) == (7, 5, "evenodd")
 
 
+@pytest.mark.parametrize("told", [{}, {"feedback": 1.0}, {"schedule": "evenodd"}, {"schedule": "synchronous"}])
+@pytest.mark.parametrize("algorithm", ["ep", "bptt"])
+def test_library_training_and_check_agree_on_their_defaults(quadrants, algorithm, told):
+    """The same options left out give the same network, settled by the same phases, whichever door they come through."""
+    settings = TrainConfig(algorithm=algorithm, device="cpu", **told)
+    network = build.build_network(settings, quadrants, "cpu")
+    feedback = {name: told[name] for name in ("feedback",) if name in told}
+    schedule = {name: told[name] for name in ("schedule",) if name in told}
+    own = ep.vgg(5, classes=2, input_shape=quadrants.image_shape, device="cpu", **feedback)
+    assert (own.describe(), own.config) == (network.describe(), network.config)
+    for path, p in own.parameters().items():
+        np.testing.assert_array_equal(p, network.parameters()[path])
+    assert ep.Network([ep.Linear((2,), 2)], 2, device="cpu").feedback == TrainConfig().feedback == 0.1
+    assert network.settling == dict(zip(("steps", "schedule", "relaxation"), own.settles(**schedule), strict=True))
+    made = {"ep": ep.EquilibriumPropagation, "bptt": ep.BackpropagationThroughTime}[algorithm](own, **schedule)
+    trained = build.build_learner(settings, network, [], np.random.default_rng(0))
+    plain = (int, float, str, type(None))
+    values = [{k: v for k, v in vars(each).items() if isinstance(v, plain)} for each in (made, trained)]
+    assert values[0] == values[1]
+    assert set(values[0]) >= {"free_steps", "schedule", "relaxation", "tolerance", "micro_batch"}
+    checked = make_config(CHECK_DEFAULTS, told)
+    plain_network = dataclasses.replace(checked, exact=False)
+    assert build.build_network(plain_network, quadrants, "cpu").describe() == network.describe()
+
+
 def test_options_of_the_signals(quadrants, tmp_path):
     values = {"aug": "le", "signal_layers": "2-3", "kappa": 0.3, "kappa_annealing": "constant", "seed": 9,
               "signal_loss": "squared_error", "signal_pool": 2, "device": "cpu"}  # fmt: skip
@@ -70,9 +96,9 @@ def test_options_of_the_signals(quadrants, tmp_path):
 
 def test_rates_of_layers_and_of_learned_maps():
     """One number a layer for weight and bias, the last for the readout; learned maps take that one, too."""
-    network = ep.Network([ep.Linear((4,), 3), ep.Linear((3,), 2)], 2, device="cpu", precision="float64")
+    network = ep.Network([ep.Linear((4,), 3), ep.Linear((3,), 2)], 2, device="cpu", precision="float64", feedback=1.0)
     signal = ep.Distillation(Teacher(), [1], learned=True)
-    parameters = ep.EquilibriumPropagation(network, signals=[signal]).parameters()
+    parameters = ep.EquilibriumPropagation(network, signals=[signal], schedule="synchronous").parameters()
     for optimizer in ("sgd", "adam"):
         rates = [0.5, 0.25, 0.125]
         made = build.build_optimizer(
@@ -216,7 +242,7 @@ def test_activations_of_the_teacher(quadrants, tmp_path):
     np.testing.assert_allclose(found, states[2], rtol=1e-4, atol=1e-5)
     (signal,) = build.build_signals(student, trained, quadrants, path)
     assert (signal.layers, signal.kappa) == ([2, 3], student.kappa)
-    ep.EquilibriumPropagation(trained, signals=[signal])
+    ep.EquilibriumPropagation(trained, signals=[signal], schedule="synchronous")
     batch = ep.Batch(mirrored, quadrants.train.labels[:3], np.arange(3), np.ones(3, np.uint8))
     nudges = {nudge.term.layer: nudge for nudge in signal.nudges(batch)}
     np.testing.assert_allclose(nudges[3].target, states[2], rtol=1e-4, atol=1e-5)

@@ -158,7 +158,7 @@ def test_gradients_are_those_of_a_loss(ops, rng, shape, kind):
 def test_a_network_whose_optimizer_owns_v(rng):
     """The way of a step: forward, gradients of w by the learner, pullback in place; against differences of its loss."""
     edges = [ep.Conv2d((6, 6, 3), 4, pooling="average"), ep.Linear((3, 3, 4), 5)]
-    net = ep.Network(edges, classes=3, activation="tanh", precision="float64", seed=1)
+    net = ep.Network(edges, classes=3, activation="tanh", precision="float64", seed=1, feedback=1.0)
     images, labels = rng.standard_normal((7, 6, 6, 3)), rng.integers(0, 3, 7)
     learner, hows = ep.Backpropagation(net), [Standardized(0.8) for _ in edges]
     owned = [how.parameters(edge.weight.copy()) for how, edge in zip(hows, edges, strict=True)]

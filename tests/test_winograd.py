@@ -160,11 +160,15 @@ def test_chunks_change_nothing(rng, pooling, m, kilobytes, chunks):
 
 
 LEARNERS = {
-    "deviation": lambda net: ep.EquilibriumPropagation(net, 0.3, 30, 10),
-    "classical": lambda net: ep.EquilibriumPropagation(net, 0.3, 30, 10, nudge="classical", schedule="evenodd"),
-    "one-sided": lambda net: ep.EquilibriumPropagation(net, 0.3, 30, 10, nudge="classical", scheme="onesided"),
+    "deviation": lambda net: ep.EquilibriumPropagation(net, 0.3, 30, 10, schedule="synchronous"),
+    "classical": lambda net: ep.EquilibriumPropagation(
+        net, 0.3, 30, 10, nudge="classical", schedule="evenodd", relaxation=1.0
+    ),
+    "one-sided": lambda net: ep.EquilibriumPropagation(
+        net, 0.3, 30, 10, nudge="classical", scheme="onesided", schedule="synchronous"
+    ),
     "tangent": lambda net: ep.EquilibriumPropagation(net, 0.3, 5, 5, scheme="tangent", schedule="sweeps"),
-    "BPTT": lambda net: ep.BackpropagationThroughTime(net, 10, 5),
+    "BPTT": lambda net: ep.BackpropagationThroughTime(net, 10, 5, schedule="synchronous"),
     "BP": ep.Backpropagation,
 }
 

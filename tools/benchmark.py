@@ -104,7 +104,7 @@ def time_edges(run: Run) -> dict[str, Timing]:
     """Time the products of every edge with all that belongs to them: columns, bias, pooling and its adjoint."""
     network = run.network
     workspace = network.memory.workspace(len(run.batch))
-    state = network.settle(run.batch.images, steps=3)
+    state = network.settle(run.batch.images, steps=3, schedule="synchronous")
     up, down = ([network.device.xp.empty_like(s) for s in state.layers] for _ in range(2))
     cases = {}
     graph, nodes = network.graph, [run.batch.images, *state.layers]
@@ -194,7 +194,7 @@ def time_learning(run: Run) -> dict[str, Timing]:
         )
         for form in ("classical", "deviation")
     }
-    bptt = ep.BackpropagationThroughTime(network, free, nudged, schedule=schedule)
+    bptt = ep.BackpropagationThroughTime(network, free, nudged, schedule=schedule, relaxation=1.0)
     cases["BPTT step"] = Case(
         functools.partial(bptt.step, batch), *run.counts(lambda count: count.bptt_step(free, nudged))
     )
@@ -305,7 +305,7 @@ def measure_memory(run: Run) -> list[tuple[str, int, int]]:
     rows = []
     for name, make in (
         ("EP, T", lambda network, steps: learner(network, steps, 2, "deviation")),
-        ("BPTT, K", lambda network, steps: ep.BackpropagationThroughTime(network, 2, steps)),
+        ("BPTT, K", lambda network, steps: ep.BackpropagationThroughTime(network, 2, steps, schedule="synchronous")),
     ):
         for steps in MEMORY_STEPS:
 

@@ -48,7 +48,9 @@ def check_results(device: ep.Device, reference: Any = None) -> None:
         If not; then there is nothing worth timing.
     """
     for precision, state_limit, gradient_limit in (("float32", 1e-5, 1e-2), ("float64", 1e-13, 1e-9)):
-        network = ep.vgg(5, input_shape=(16, 16, 3), width=1 / 16, gain=0.9, device=device, precision=precision)
+        network = ep.vgg(
+            5, input_shape=(16, 16, 3), width=1 / 16, feedback=1.0, gain=0.9, device=device, precision=precision
+        )
         batch = random_batch(network, 4)
         rows = ep.check_gradients(network, batch, free_steps=60, nudged_steps=20)
         worst = min(rows, key=lambda row: row["cosine"])
@@ -63,7 +65,8 @@ def check_results(device: ep.Device, reference: Any = None) -> None:
 
 def _check_states(network: ep.Network, batch: ep.Batch, reference: Any, limit: float) -> None:
     theirs = reference.settle(reference.images(batch.images), reference.zeros(len(batch)), 5)
-    for n, (own, their) in enumerate(zip(network.settle(batch.images, steps=5).layers, theirs, strict=True), 1):
+    ours = network.settle(batch.images, steps=5, schedule="synchronous").layers
+    for n, (own, their) in enumerate(zip(ours, theirs, strict=True), 1):
         difference = np.abs(network.device.to_numpy(own) - reference.state_channels_last(their)).max()
         if not difference < limit:
             told = f"state {n} of the reference differs by {difference:.1e} after 5 steps in {network.dtype}"
@@ -85,4 +88,4 @@ def _check_gradient(network: ep.Network, batch: ep.Batch, reference: Any, limit:
 def learner(network: ep.Network, free_steps: int, nudged_steps: int, form: str, schedule: str = "synchronous"):
     """Return the EP learner of a form: classical or deviation, both centered, or tangent."""
     how = {"scheme": "tangent"} if form == "tangent" else {"scheme": "centered", "nudge": form}
-    return ep.EquilibriumPropagation(network, BETA, free_steps, nudged_steps, schedule=schedule, **how)
+    return ep.EquilibriumPropagation(network, BETA, free_steps, nudged_steps, schedule=schedule, relaxation=1.0, **how)

@@ -300,7 +300,7 @@ def run_options(*names: str) -> Any:
 
 
 #: Other spellings: of PyTorch's scripts, and of the papers.
-ALIASES = {"learning_rate": ("--lr",), "feedback": ("--lambda",)}
+ALIASES = {"learning_rate": ("--lr",), "feedback": ("--lambda",), "aug": ("--signal",)}
 
 #: What options of PyTorch's scripts are called here.
 FAMILIAR = {

@@ -31,9 +31,8 @@ CHECK_OPTIONS = (
 )  # fmt: skip
 # How well the phases settle is the check's own business, whatever a recipe trains with.
 SETTLING = ("free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "batch_size")
-# The network of the papers, well settled: EP's theorem is about equilibria.
+# The network that `cupyep train` trains, well settled: EP's theorem is about equilibria.
 CHECK_DEFAULTS = {
-    "feedback": 1.0,
     "schedule": "evenodd",
     "free_steps": 500,
     "nudged_steps": 40,

@@ -21,8 +21,9 @@ from cupyep.learning import Backpropagation, EquilibriumPropagation, Learner
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
 from cupyep.learning.operations import OperationCounter
 from cupyep.network import Network
+from cupyep.settling import default_relaxation
 from cupyep.training.build import build_dataset, build_network, build_signals
-from cupyep.training.config import TrainConfig, default_relaxation, make_config
+from cupyep.training.config import TrainConfig, make_config
 from cupyep.training.display import Display
 from cupyep.training.interruption import stopped_by
 from cupyep.training.run_directory import CONFIG, RunDirectory
@@ -149,7 +150,7 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     batch = _first_images(replace(config, limit_test=1), network)
     how = config.take("beta", "free_steps", "nudged_steps", "scheme", "nudge", "schedule", "relaxation")
     ep = EquilibriumPropagation(network, **how)
-    well = {"schedule": "evenodd", "relaxation": default_relaxation(replace(config, schedule="evenodd"))}
+    well = {"schedule": "evenodd", "relaxation": default_relaxation("evenodd", config.feedback)}
     free = ep.settle_free(batch, steps=SETTLE, tolerance=None, **well).copy()
     to_numpy = network.device.to_numpy
     estimate = {path: to_numpy(g).copy() for path, g in ep.step_from(batch, free).gradients.items()}

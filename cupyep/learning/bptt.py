@@ -23,13 +23,12 @@ from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.phases import Nudge, State
-from cupyep.settling import SettleStats, check_settling, iterate, stats_of
+from cupyep.settling import STRONG, UNROLLED_STEPS, SettleStats, check_settling, iterate, stats_of
 from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 
 ADJOINT_TOLERANCE = 1e-5
 ADJOINT_RELAXATION = 1.6  # of strong feedback: weak feedback needs few passes, and too large a step only adds to them
-STRONG_FEEDBACK = 0.3
 
 
 class BackpropagationThroughTime(Learner):
@@ -38,7 +37,7 @@ class BackpropagationThroughTime(Learner):
     Parameters
     ----------
     network : Network
-    free_steps : int
+    free_steps : int, optional
         Iterations before the unrolled ones, by `schedule`.
     unrolled_steps : int
         K, synchronous.
@@ -53,15 +52,16 @@ class BackpropagationThroughTime(Learner):
     def __init__(
         self,
         network: Network,
-        free_steps: int = 60,
-        unrolled_steps: int = 20,
-        schedule: str = "synchronous",
+        free_steps: int | None = None,
+        unrolled_steps: int = UNROLLED_STEPS,
+        schedule: str | None = None,
         tolerance: float | None = None,
         signals: Sequence[Augmenter] = (),
         micro_batch: int | None = None,
-        relaxation: float = 1.0,
+        relaxation: float | None = None,
     ):
         super().__init__(network, signals, micro_batch)
+        free_steps, schedule, relaxation = network.settles(free_steps, schedule, relaxation)
         self.free_steps, self.unrolled_steps = free_steps, unrolled_steps
         steps = {"free_steps": free_steps, "unrolled_steps": unrolled_steps}
         check_settling(schedule, steps, tolerance, relaxation)
@@ -167,7 +167,7 @@ class BackpropagationThroughTime(Learner):
                     change += self._up(c, q[graph.below[c] - 1], state, unrolled, ops)
             size = abs(change).max()
             residuals.append(size / xp.maximum(xp.maximum(abs(here).max(), size), np.finfo(here.dtype).tiny))
-            if network.feedback > STRONG_FEEDBACK:
+            if network.feedback > STRONG:
                 change *= ADJOINT_RELAXATION
             here += change
             xp.multiply(here, state.drives[n - 1], out=q[n - 1])

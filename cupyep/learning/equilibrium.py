@@ -27,7 +27,7 @@ from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.winograd import tile_size
 from cupyep.phases import Nudge, State
-from cupyep.settling import check_settling
+from cupyep.settling import check_settling, default_steps
 from cupyep.signals import Augmenter
 from cupyep.structure import exclusive
 
@@ -43,18 +43,20 @@ class EquilibriumPropagation(Learner):
     network : Network
     beta : float
         Strength of the nudge, positive; unused by the tangent scheme.
-    free_steps, nudged_steps : int
-        Iterations of each phase (the maximum, where a tolerance is given).
+    free_steps, nudged_steps : int, optional
+        Iterations of each phase (the maximum, where a tolerance is given); by default as many as the network settles
+        with (`Network.settling`), and `cupyep.settling.default_steps` of the nudged ones.
     scheme : {"centered", "onesided", "random", "tangent"}
         Nudged with +beta and -beta as one batch of 2N; with +beta alone; with a sign drawn for every batch; or the
         limit beta -> 0 in one linear phase (recurrent backpropagation).
     nudge : {"classical", "deviation"}
         How nudged phases are represented: as states, or as scaled deviations from the free state at its pooling
         winners (`cupyep.phases.Deviation`). The tangent scheme is a deviation.
-    schedule : {"synchronous", "evenodd", "sweeps"}
+    schedule : {"synchronous", "evenodd", "sweeps"}, optional
+        That of the network by default.
     tolerance : float, optional
         Stop a phase at this residual (see `cupyep.settling.SettleStats`).
-    relaxation : float
+    relaxation : float, optional
         omega of both phases, see `cupyep.settling.settle`.
     signals : sequence of Augmenter
     generator : numpy.random.Generator, optional
@@ -79,19 +81,21 @@ class EquilibriumPropagation(Learner):
         self,
         network: Network,
         beta: float = 0.5,
-        free_steps: int = 60,
-        nudged_steps: int = 20,
+        free_steps: int | None = None,
+        nudged_steps: int | None = None,
         scheme: str = "centered",
         nudge: str = "deviation",
-        schedule: str = "synchronous",
+        schedule: str | None = None,
         tolerance: float | None = None,
         signals: Sequence[Augmenter] = (),
         generator: np.random.Generator | None = None,
         micro_batch: int | None = None,
-        relaxation: float = 1.0,
+        relaxation: float | None = None,
     ):
         super().__init__(network, signals, micro_batch)
         self.beta = number("beta, the strength of the nudge,", beta, above=0)
+        free_steps, schedule, relaxation = network.settles(free_steps, schedule, relaxation)
+        nudged_steps = default_steps(schedule, network.feedback)[1] if nudged_steps is None else nudged_steps
         self.free_steps, self.nudged_steps = free_steps, nudged_steps
         self.scheme = choose("scheme", scheme, SCHEMES)
         self.nudge = choose("nudge", nudge, FORMS)

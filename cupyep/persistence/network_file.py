@@ -122,6 +122,7 @@ def write_network(path: str | Path, network: Any) -> None:
     structure = {
         **{name: description[name] for name in ("layers", "connections") if name in description},
         "options": {key: description[key] for key in OPTIONS} | {"activation": name},
+        "settling": network.settling,
         "config": {key: value for key, value in network.config.items() if key != "device"},
     }
 
@@ -163,6 +164,7 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
         network = build(graph, **options)
         network.load_parameters(parameters)
         network.config = dict(structure["config"])
+        network.settling = structure.get("settling", {})
     except CheckpointError:
         raise
     except ConfigurationError as error:

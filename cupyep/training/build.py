@@ -39,7 +39,7 @@ def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: De
     """Return the untrained network for images and classes like those of `images`."""
     pool = config.readout_pool if config.loss == "cross_entropy" else None
     names = ("width", "activation", "pooling", "loss", "feedback", "gain", "seed", "precision", "weights")
-    return build(
+    network = build(
         config.arch,
         classes=len(images.classes),
         input_shape=images.image_shape,
@@ -47,6 +47,8 @@ def build_network(config: TrainConfig, images: Dataset | ImageFormat, device: De
         readout_pool=int(pool) if pool and pool.isdecimal() else pool,
         **config.take(*names) | {"exact": config.exact or (config.algorithm == "ep" and config.nudge == "classical")},
     )
+    network.settling = config.settling
+    return network
 
 
 def build_signals(

@@ -24,7 +24,7 @@ from cupyep.files import read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
-from cupyep.settling import SCHEDULES, check_relaxation
+from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_relaxation, default_relaxation, default_steps
 from cupyep.signals import ANNEALINGS
 from cupyep.training.options import NEEDS, checked, option
 from cupyep.weights import PARAMETRISATIONS
@@ -205,14 +205,20 @@ class TrainConfig:
             "--teacher-features needs --no-crop and no --cutout: a teacher's activations belong to the image as it is",
         )
         parse_layers(self.signal_layers, sys.maxsize, None)
-        free, nudged = default_steps(self)
+        free, nudged = default_steps(self.schedule, self.feedback)
+        nudged = UNROLLED_STEPS if self.algorithm == "bptt" else nudged
         self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged
-        self.relaxation = self.relaxation or default_relaxation(self)
+        self.relaxation = self.relaxation or default_relaxation(self.schedule, self.feedback)
         check_relaxation(self.relaxation, self.schedule)
 
     def take(self, *names: str) -> dict[str, Any]:
         """Return the options of some names, for whatever takes arguments called like them."""
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def settling(self) -> dict[str, Any]:
+        """What `Network.settling` is of a network that is trained so."""
+        return {"steps": self.free_steps, **self.take("schedule", "relaxation")}
 
     def to_toml(self) -> str:
         """Return the options as TOML, grouped by comments; options that are unset (None) are left out."""
@@ -225,26 +231,6 @@ class TrainConfig:
             if value is not None:
                 lines.append(f"{spec.name} = {_toml_value(value)}")
         return "\n".join(lines[1:]) + "\n"
-
-
-def default_steps(config: TrainConfig) -> tuple[int, int]:
-    """Return the numbers of free and nudged steps for a schedule and feedback weight.
-
-    A sweep crosses the whole network up and down, and little is left to settle where the feedback is weak; in the other
-    schedules news moves on by one layer a step, and so it does in the unrolled steps of BPTT.
-    """
-    if config.schedule != "sweeps":
-        return 60, 20
-    free, nudged = (2, 2) if config.feedback <= 0.3 else (6, 4)
-    return free, 20 if config.algorithm == "bptt" else nudged
-
-
-OVER_RELAXATION = 1.6  # docs/performance.md: VGG-5 at lambda 1 settles in a quarter of the iterations
-
-
-def default_relaxation(config: TrainConfig) -> float:
-    """Return how far an update goes: over-relaxation shortens even/odd settling, the more the stronger the feedback."""
-    return OVER_RELAXATION if config.schedule == "evenodd" and config.feedback > 0.3 else 1.0
 
 
 # What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.

@@ -78,7 +78,8 @@ def fit(
     Parameters
     ----------
     net : Network
-        Trained in place; layers, activation and energy may be of your own.
+        Trained in place; layers, activation and energy may be of your own. It settles as its `settling` says, unless
+        options say otherwise, and from then on as it was trained.
     data : Dataset, or tuple of images and labels
         A pair becomes ``Dataset.from_arrays(images, labels)``. The validation split, where there is one, chooses the
         best epoch.
@@ -118,6 +119,8 @@ def fit(
     require(not flag("resume", resume) or run_dir is not None, "resume needs run_dir")
     path, display = None if run_dir is None else checked_path("run_dir", run_dir), Display(flag("quiet", quiet))
     going_on = resume and path.exists()
+    if config.algorithm != "bp":
+        net.settling = config.settling
     if path is not None and not going_on:
         check_free(path)
     trainer, teacher = prepare(config, display, Communicator(), path if going_on else None, data, net, signals)
@@ -158,6 +161,9 @@ def _config(net: Network, data: Dataset, options: dict[str, Any]) -> TrainConfig
     pool = net.readout.pool
     own |= {"readout_pool": None if pool is None else str(pool)}
     own |= {"activation": net.activation.name} if net.activation.name in ACTIVATIONS else {}
+    schedule = net.settling.get("schedule", "sweeps")
+    if options.get("schedule", schedule) == schedule:
+        own |= {"free_steps" if name == "steps" else name: value for name, value in net.settling.items()}
     config = make_config(built, own, options)
     used = {name: value for name, value in options.items() if name != "flip"}
     require_used(used, vars(config))
