@@ -39,6 +39,7 @@ ORDER = [
     "diagnostics",
     "models",
     "export",
+    "plugins",
     "training",
     "commands",
     "recipes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import data, reports, reproduce, runs, train
+from cupyep.cli import data, reports, reproduce, runs, teacher, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -19,6 +19,7 @@ Examples:
   cupyep plot runs/mine                            pictures of the run
   cupyep predict runs/mine cat.png                 what is in a picture?
   cupyep export runs/mine --format onnx --output mine.onnx
+  cupyep teacher --onnx resnet.onnx --output t.h5  a model of yours as a teacher
   cupyep data list                                 data sets: classes, sizes, which are here
   cupyep recipes                                   settings of the papers, ready to train
   cupyep reproduce --list                          experiments, each with its report
@@ -41,6 +42,7 @@ def main(context: click.Context) -> None:
 
 
 COMMANDS = (train.train, runs.evaluate, runs.predict, runs.export, runs.diagnose, runs.plot, reports.check) + (
+    teacher.teacher,
     data.data,
     reports.recipes,
     reproduce.reproduce,
