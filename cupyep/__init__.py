@@ -37,6 +37,7 @@ from cupyep.models import ARCHITECTURES, build, vgg
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, AdamW
 from cupyep.phases import Nudge, State
+from cupyep.plugins import register_activation, register_architecture, register_signal
 from cupyep.settling import SettleStats
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.fit import FitResult, fit
@@ -104,6 +105,9 @@ __all__ = [
     "get_threads",
     "gpu_status",
     "load_dataset",
+    "register_activation",
+    "register_architecture",
+    "register_signal",
     "set_threads",
     "vgg",
 ]
