@@ -84,32 +84,13 @@ COMMANDS = (
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
-    """A working folder with a plugin and a data set; what is registered is forgotten behind the test."""
+    """A working folder with a plugin and a data set."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(PLUGIN)
     rng, labels = np.random.default_rng(0), np.arange(40) % 2
     images = (rng.integers(0, 100, (40, 4, 4, 1)) + 100 * labels[:, None, None, None]).astype(np.uint8)
     np.savez("own.npz", x=images, y=labels)
-    yield tmp_path
-    forget()
-
-
-def forget():
-    """Make the process one that has imported no plugin."""
-    for table, kept in zip((models.TABLE, activations.ACTIVATIONS, plugins.SIGNALS), built_in(), strict=True):
-        table.clear()
-        table.update(kept)
-    for name in [name for name in sys.modules if name == "mine" or name.startswith("cupyep_plugin_")]:
-        del sys.modules[name]
-
-
-def built_in():
-    """Return the tables as they are without a plugin."""
-    return [
-        {name: models.TABLE[name] for name in models.ARCHITECTURES},
-        {name: activations.ACTIVATIONS[name] for name in activations.BUILT_IN},
-        {name: plugins.SIGNALS[name] for name in plugins.BUILT_IN},
-    ]
+    return tmp_path
 
 
 TRAIN = ["train", "--dataset", "file:own.npz", "--epochs", 1, "--free-steps", 3, "--nudged-steps", 3, "--device", "cpu",
@@ -137,7 +118,7 @@ def test_a_run_of_a_plugin_is_a_run_like_others(invoke, work):
     assert "layer 2 is a Halved; only Conv2d and Linear can be exported" in err
 
 
-def test_no_command_imports_what_a_run_names(invoke):
+def test_no_command_imports_what_a_run_names(invoke, forget):
     """Neither the run's folder nor a checkpoint, a recipe, or the options of a network."""
     assert invoke(*TRAIN, "--plugin", "mine.py", *OWN)[0] == 0
     forget()
@@ -159,7 +140,7 @@ def test_no_command_imports_what_a_run_names(invoke):
 
 
 @pytest.mark.parametrize("name", ["arch", "activation", "aug"])
-def test_each_registered_name_asks_for_the_plugin(name, invoke):
+def test_each_registered_name_asks_for_the_plugin(name, invoke, forget):
     options = dict(zip(OWN[0::2], OWN[1::2], strict=True))
     given = [f"--{name}", options[f"--{name}"], *(["--arch", "mlp:6"] if name != "arch" else [])]
     assert invoke(*TRAIN, "--plugin", "mine.py", *given)[0] == 0
@@ -186,7 +167,7 @@ def test_a_wrong_name_without_a_plugin_is_answered_as_before(invoke):
     assert (code, "unknown --arch 'halfed'; did you mean 'halved'" in err) == (2, True)
 
 
-def test_a_plugin_that_is_a_module_and_one_that_python_imported(invoke, monkeypatch):
+def test_a_plugin_that_is_a_module_and_one_that_python_imported(invoke, monkeypatch, forget):
     assert invoke(*TRAIN, "--plugin", "mine", "--arch", "short")[0] == 0
     config = read_toml("run/config.toml")
     assert (config["plugin"], config["activation"]) == ("mine", "two-sided"), "the architecture's own activation"
@@ -195,7 +176,7 @@ def test_a_plugin_that_is_a_module_and_one_that_python_imported(invoke, monkeypa
     assert invoke("evaluate", "run")[0] == 0, "names that are known need no option"
 
 
-def test_fit_leaves_a_run_that_the_commands_take(invoke):
+def test_fit_leaves_a_run_that_the_commands_take(invoke, forget):
     plugins.load_plugin("mine.py")
     data = ep.load_dataset("file:own.npz")
     net = ep.build("skipping", 2, (4, 4, 1), device="cpu")
@@ -252,7 +233,7 @@ def test_an_activation_of_a_plugin_is_still_checked_and_not_saved():
         net.save("net.h5")
 
 
-def test_another_network_under_the_same_name_is_refused(invoke):
+def test_another_network_under_the_same_name_is_refused(invoke, forget):
     assert invoke(*TRAIN, "--plugin", "mine.py", *OWN)[0] == 0
     assert load_checkpoint("run/best.h5").epoch == 1
     forget()
@@ -330,11 +311,11 @@ def test_what_a_plugin_registers_may_be_wrong(options, message, invoke):
     ],
 )
 def test_wrong_registrations(call, message):
-    before = built_in()
     with pytest.raises(ep.ConfigurationError, match=message):
         call()
-    assert built_in() == before
-    assert len(models.TABLE) == len(models.ARCHITECTURES)
+    assert tuple(models.TABLE) == models.ARCHITECTURES
+    assert tuple(activations.ACTIVATIONS) == activations.BUILT_IN
+    assert tuple(plugins.SIGNALS) == plugins.BUILT_IN
 
 
 def test_a_shell_that_completes_runs_no_code(monkeypatch, capsys):
