@@ -375,7 +375,7 @@ FRACTIONS = "beta|gain|feedback|tolerance|relaxation|temperature|width|kappa|pro
 MEANINGFUL = (
     (r"set_threads", "threads", "none", "the default"),
     (r"register_(architecture|signal)", "name", "text", "a name"),
-    (r"register_architecture", "layers", "text", "a layer, by its number of channels"),
+    (r"register_architecture", "layers", "text", "registered just before, as a name"),
     (r".*", FRACTIONS + "|weight_decay|factor|ema|clip_unit_norm|label_smoothing", "half", "a real number"),
     (r"Device|get_device", "scratch_mb", "half", "a real number"),
     (r"Clip|Tanh", "slope|low|high|center|height|rate", "half", "a real number"),
