@@ -38,6 +38,7 @@ from cupyep.models import ARCHITECTURES, build, vgg
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, AdamW
 from cupyep.phases import Nudge, State
+from cupyep.plugins import register_activation, register_architecture, register_signal
 from cupyep.settling import SettleStats
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.fit import FitResult, fit
@@ -106,6 +107,9 @@ __all__ = [
     "gpu_status",
     "load_dataset",
     "plots",
+    "register_activation",
+    "register_architecture",
+    "register_signal",
     "set_threads",
     "vgg",
 ]

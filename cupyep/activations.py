@@ -267,6 +267,9 @@ ACTIVATIONS = {
 }
 
 
+BUILT_IN = tuple(ACTIVATIONS)  # others are of plugins
+
+
 def get_activation(activation: str | Activation) -> Activation:
     """Return the activation of the given name: ``hard_sigmoid`` clip(g, 0, 1), ``half_hard_sigmoid`` clip(g / 2, 0, 1)
     (Laborieux et al. 2021), ``relu6``, ``relu``, ``gelu``, ``sigmoid`` (logistic of 4 g - 2) or ``tanh``.

@@ -16,7 +16,7 @@ of blocks), ``block1_1``, ``block1_2`` (the layers of the first block), ``output
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,9 @@ class Architecture:
 
     Attributes
     ----------
-    layers : str
-        In the grammar of this module.
+    layers : str or callable
+        In the grammar of this module; or a function of `input_shape`, `width` and `pooling` that returns what `Network`
+        takes, the readout aside (`cupyep.plugins.register_architecture`).
     activation, weights, readout_pool
         See `Network`; `readout_pool` is that of a softmax readout.
     gains : (float, float)
@@ -51,7 +52,7 @@ class Architecture:
         Whether the last convolution has no padding, where that leaves enough to pool.
     """
 
-    layers: str
+    layers: str | Callable[[tuple[int, ...], float, str], Sequence[Any]]
     activation: str = "hard_sigmoid"
     weights: str = "plain"
     readout_pool: int | str | None = None
@@ -77,7 +78,7 @@ TABLE = {
     "resnet9": _resnet("64 128s 128+128 256s 512s 512+512"),
     "resnet18": _resnet("64 64+64 64+64 128s+128 128+128 256s+256 256+256 512s+512 512+512"),
 }
-ARCHITECTURES = tuple(TABLE)
+ARCHITECTURES = tuple(TABLE)  # others in the table are of plugins
 
 
 def architecture(arch: str, what: str = "architecture") -> Architecture:
@@ -275,6 +276,8 @@ def _layers(
     own, width = architecture(arch), number("width", width, above=0, below=MOST_WIDTH)
     choose("pooling", pooling, ("max", "average"))
     tower = _Tower(shape("input_shape", input_shape, "H, W, C"), width, pooling)
+    if callable(own.layers):
+        return _custom_layers(arch, list(own.layers(tower.shape, width, pooling)), classes, loss)
     if own.layers.startswith("mlp:"):
         for n, units in enumerate(_units(own.layers), 1):
             tower.add(str(n), Linear(tower.shape, tower.scaled(units)))
@@ -287,6 +290,18 @@ def _layers(
         tower.add("output", Linear(tower.shape, classes))
     edges = [connection.edge for connection in tower.connections]
     return tower.connections if tower.blocks else edges
+
+
+def _custom_layers(arch: str, found: list[Any], classes: int, loss: str) -> list[Edge] | list[Connection]:
+    """Return the layers that a builder made, with those of squared error on top."""
+    connected = all(isinstance(layer, Connection) for layer in found)
+    right = found and (connected or all(isinstance(layer, Edge) for layer in found))
+    require(bool(right), f"the builder of {arch} must return Edges, or Connections, as Network takes them")
+    if loss == "squared_error":
+        top = found[-1].edge if connected else found[-1]
+        edge = Linear(top.out_shape, classes)
+        found.append(Connection(found[-1].above, "output", edge) if connected else edge)
+    return found
 
 
 def _check_size(arch: str, blocks: list[list[tuple[int, bool, bool]]], images: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from data_files import cifar_binary_files, random_arrays, shrink_source, write_f
 from fake_gpu import fake_gpu  # noqa: F401
 from quadrants import quadrant_data
 
-from cupyep import get_device, gpu_status
+from cupyep import activations, get_device, gpu_status, models, plugins
 from cupyep.cli import main
 from cupyep.ops import winograd
 from cupyep.training import build
@@ -24,6 +25,22 @@ def cache(tmp_path, monkeypatch):
     """Teachers are kept in a folder of the test's own."""
     monkeypatch.setenv("CUPYEP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Call it to make the process one that has imported no plugin; it is called behind every test."""
+
+    def run():
+        built_in = ((models.TABLE, models.ARCHITECTURES), (activations.ACTIVATIONS, activations.BUILT_IN))
+        for table, names in (*built_in, (plugins.SIGNALS, plugins.BUILT_IN)):
+            for name in [name for name in table if name not in names]:
+                del table[name]
+        for name in [name for name in sys.modules if name == "mine" or name.startswith("cupyep_plugin_")]:
+            del sys.modules[name]
+
+    yield run
+    run()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -48,6 +48,22 @@ GRAPH = "test_residual"
 RANDOM = "test_random_graphs"
 RANKS = "test_parallel"
 DEFECTS = [
+    Defect("a file of weights is given to a PyTorch that would run its code", "commands/teacher.py",
+           "SAFE_TORCH = (2, 6)", "SAFE_TORCH = (1, 13)", "test_teacher_command"),
+    Defect("a run's folder imports the plugin that it names", "training/config.py",
+           'checked(OPTIONS[name], value, name, values.get("plugin"))',
+           '(name == "plugin" and __import__("cupyep.plugins").plugins.load_plugin(value)); '
+           'checked(OPTIONS[name], value, name, values.get("plugin"))', "test_plugins"),
+    Defect("an activation of a plugin passes as the package's own: unchecked", "learning/custom.py",
+           "for name in BUILT_IN)", "for name in ACTIVATIONS)", "test_plugins"),
+    Defect("an activation of a plugin passes as the package's own: saved by its name", "persistence/network_file.py",
+           "known = name in BUILT_IN and", "known = name in ACTIVATIONS and", "test_plugins"),
+    Defect("a shell that completes imports a plugin", "cli/shared.py",
+           "value is not None and not context.resilient_parsing", "value is not None", "test_plugins"),
+    Defect("images for a teacher shifted by half a pixel", "data/images.py",
+           "(np.arange(new) + 0.5) * scale - 0.5", "np.arange(new) * scale", "test_data_dataset"),
+    Defect("a teacher gets pixels of the data set's statistics for its own", "commands/teacher.py",
+           "(dataset.std / std).astype", "(std / dataset.std).astype", "test_teacher_command"),
     Defect("drop the 1/2 of 2 beta", "learning/equilibrium.py",
            "self.betas[0] - (self.betas[1] if self.phases == 2 else 0.0)", "self.betas[0]", EP),
     Defect("both phases nudged with +beta", "phases.py",

@@ -55,7 +55,7 @@ def test_train_leaves_a_complete_run_directory(aug, cifar, cache, invoke, tmp_pa
     assert set(settings) | {"gain", "data_dir", "image_size", "limit_train", "limit_test", "validation", "tolerance",
                             "signal_pool", "teacher", "micro_batch", "scratch_mb",
                             "readout_pool", "init_from", "cutout", "ema", "clip_unit_norm",
-                            "patience"} == set(OPTIONS)  # fmt: skip
+                            "patience", "plugin"} == set(OPTIONS)  # fmt: skip
     lines = records(path)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert set(lines[0]) == METRICS

@@ -24,7 +24,7 @@ from data_files import (
 )
 
 from cupyep.data import DATASETS, Dataset, Split, data_directory, load_dataset, sources
-from cupyep.data.images import channel_statistics, resize, shrink
+from cupyep.data.images import bilinear, channel_statistics, resize, shrink
 from cupyep.errors import ConfigurationError, DataError
 
 
@@ -157,6 +157,27 @@ def test_statistics_of_a_nearly_constant_channel():
     assert channel_statistics(images)[1] == 1
     images[5] = 254
     assert channel_statistics(images)[1] == pytest.approx(1 / 255 / 20000**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 12, 40])
+@pytest.mark.parametrize("shape", [(12, 12), (5, 9)])
+def test_bilinear_is_that_of_pytorch(shape, size):
+    functional = pytest.importorskip("torch.nn.functional")
+    torch = pytest.importorskip("torch")
+    images = np.random.default_rng(1).standard_normal((2, *shape, 3))
+    wanted = functional.interpolate(
+        torch.from_numpy(images.transpose(0, 3, 1, 2)), (size, size), mode="bilinear", antialias=True
+    )
+    np.testing.assert_allclose(bilinear(images, size), wanted.numpy().transpose(0, 2, 3, 1), atol=1e-12)
+    assert bilinear(images.astype(np.float32), size).dtype == np.float32
+
+
+def test_bilinear_of_a_ramp():
+    """Twice as large: new pixels lie a quarter of an old one beside its middle; at the edge there is nobody else."""
+    ramp = np.arange(4.0).reshape(1, 1, 4, 1).repeat(4, axis=1)
+    wanted = [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    np.testing.assert_allclose(bilinear(ramp, 8)[0, :, :, 0], np.tile(wanted, (8, 1)), atol=1e-15)
+    np.testing.assert_allclose(bilinear(ramp, 4), ramp)
 
 
 @pytest.mark.parametrize(("count", "factor"), [(2, 2), (2, 4), (2003, 2)])

@@ -39,6 +39,7 @@ ORDER = [
     "learning",
     "diagnostics",
     "models",
+    "plugins",
     "export",
     "training",
     "commands",

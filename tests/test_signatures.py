@@ -135,6 +135,9 @@ VALID = {
     "get_device": lambda w: (ep.get_device, {"device": "cpu"}),
     "get_threads": lambda w: (ep.get_threads, {}),
     "set_threads": lambda w: (ep.set_threads, {"threads": None}),
+    "register_activation": lambda w: (ep.register_activation, {"activation": ep.Clip("mine", 1.0, 0.0, 2.0)}),
+    "register_architecture": lambda w: (ep.register_architecture, {"name": "mine", "layers": "4 4"}),
+    "register_signal": lambda w: (ep.register_signal, {"name": "mine", "maker": ep.LocalError}),
     "gpu_status": lambda w: (ep.gpu_status, {}),
     "Device": lambda w: (ep.Device, {"name": "cpu"}),
     "Clip": lambda w: (ep.Clip, {"name": "clip", "slope": 1.0, "low": 0.0, "high": 1.0}),
@@ -374,6 +377,8 @@ def arguments(function):
 FRACTIONS = "beta|gain|feedback|tolerance|relaxation|temperature|width|kappa|progress|learning_rate|momentum|epsilon"
 MEANINGFUL = (
     (r"set_threads", "threads", "none", "the default"),
+    (r"register_(architecture|signal)", "name", "text", "a name"),
+    (r"register_architecture", "layers", "text", "registered just before, as a name"),
     (r".*", FRACTIONS + "|weight_decay|factor|ema|clip_unit_norm|label_smoothing", "half", "a real number"),
     (r"Device|get_device", "scratch_mb", "half", "a real number"),
     (r"Clip|Tanh", "slope|low|high|center|height|rate", "half", "a real number"),

@@ -265,7 +265,7 @@ def test_folder_that_does_not_exist(tmp_path, dataset):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(TeacherError, match="does not exist; make it with tools/export_teacher_logits.py"):
+    with pytest.raises(TeacherError, match="does not exist; make it with cupyep teacher"):
         TeacherFile(tmp_path / "t.h5")
 
 
@@ -381,7 +381,7 @@ def test_files_that_do_not_belong_to_the_data(path, dataset, monkeypatch, edit, 
         edit(file)
     with TeacherFile(path) as teacher, pytest.raises(TeacherError, match=message) as error:
         teacher.check(dataset)
-    assert_one_line(error, path, "tools/export_teacher_logits.py")
+    assert_one_line(error, path, "cupyep teacher")
 
 
 def test_other_number_of_classes(path):

@@ -373,4 +373,4 @@ def test_a_stored_accuracy_that_its_logits_contradict_is_refused(tmp_path):
         pytest.raises(TeacherError, match=r"train accuracy is 90.00%, but its logits have 1\d.00% on its labels") as e,
     ):
         file.check(dataset)
-    assert_one_line(e, tmp_path / "t.h5", "another order", "tools/export_teacher_logits.py")
+    assert_one_line(e, tmp_path / "t.h5", "another order", "cupyep teacher")

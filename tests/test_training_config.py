@@ -224,7 +224,7 @@ VALUES = {
     "momentum": (0.4, 0.5), "nesterov": (True, False), "weight_decay": (0.01, 0.02), "seed": (0, 1),
     "device": ("cpu", "auto"), "precision": ("float32", "float64"), "checkpoint_minutes": (1.0, 2.0),
     "on_divergence": ("stop", "halve-lr"), "test_fraction": (0.1, 0.3),
-    "class_weights": ("none", "balanced"),
+    "class_weights": ("none", "balanced"), "plugin": (None, "mine.py"),
 }  # fmt: skip
 SMALL = {"width": 0.02, "epochs": 1, "batch_size": 4, "device": "cpu", "activation": "sigmoid", "learning_rate": 0.01,
          "free_steps": 2, "nudged_steps": 2}  # fmt: skip

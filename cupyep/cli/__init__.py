@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cupyep._version import __version__
-from cupyep.cli import data, reports, reproduce, runs, train
+from cupyep.cli import data, reports, reproduce, runs, teacher, train
 from cupyep.cli.shared import Commands
 
 EXAMPLES = """\b
@@ -20,6 +20,7 @@ Examples:
   cupyep compare runs/mine runs/other              options that differ, accuracies, losses
   cupyep predict runs/mine cat.png                 what is in a picture?
   cupyep export runs/mine --format onnx --output mine.onnx
+  cupyep teacher --onnx resnet.onnx --output t.h5  a model of yours as a teacher
   cupyep data list                                 data sets: classes, sizes, which are here
   cupyep recipes                                   settings of the papers, ready to train
   cupyep reproduce --list                          experiments, each with its report
@@ -43,6 +44,7 @@ def main(context: click.Context) -> None:
 
 COMMANDS = (train.train, runs.evaluate, runs.predict, runs.export, runs.diagnose, runs.plot, runs.compare) + (
     reports.check,
+    teacher.teacher,
     data.data,
     reports.recipes,
     reproduce.reproduce,

@@ -16,6 +16,7 @@ from cupyep.cli.shared import (
     checkpoint_option,
     choice,
     json_option,
+    plugin_option,
     run_options,
     write_json,
 )
@@ -51,6 +52,7 @@ Examples:
     text="Which images: validation needs a run with --validation; train are the training images, not augmented.",
 )
 @run_options("data_dir", "limit_test", "batch_size", "device")
+@plugin_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def evaluate(run: Path, checkpoint: str, split: str, quiet: bool, given: dict[str, Any]) -> None:
     """Show the accuracy of a run.
@@ -77,6 +79,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture.")
 @checkpoint_option("best")
 @run_options("free_steps", "tolerance", "batch_size", "device")
+@plugin_option
 def predict(
     run: Path, pictures: tuple[Path, ...], top: int | None, as_json: bool, checkpoint: str, given: dict[str, Any]
 ) -> None:
@@ -126,6 +129,7 @@ Examples:
 @click.option("--output", type=NewFile(), required=True, help="The file to write.")
 @checkpoint_option("best")
 @click.option("--steps", type=int, help="Settling steps written out (onnx).  [default: the run's --free-steps]")
+@plugin_option
 def export(run: Path, form: str, output: Path, checkpoint: str, steps: int | None) -> None:
     """Write a run's network for other programs.
 
@@ -159,6 +163,7 @@ Examples:
     "beta", "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "data_dir",
     "batch_size", "device",
 )  # fmt: skip
+@plugin_option
 def diagnose(
     path: Path, checkpoint: str, bptt: bool, plot_path: Path | None, json_path: Path | None, given: dict[str, Any]
 ) -> None:
@@ -222,6 +227,7 @@ Examples:
 )
 @choice("--format", "form", among=FORMATS, default="png", text="Kind of picture.")
 @run_options("data_dir", "batch_size", "device")
+@plugin_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def plot(run: tuple[Path, ...], out: Path | None, form: str, quiet: bool, given: dict[str, Any]) -> None:
     """Draw runs, finished or not.

@@ -30,10 +30,13 @@ from cupyep.errors import (
 )
 from cupyep.files import expanded
 from cupyep.parallel import join
+from cupyep.plugins import load_plugin
 from cupyep.recipes import find_recipe, recipe_names
 from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, read_toml, require_used
 from cupyep.training.display import SIGPIPE, silence
 from cupyep.training.run_directory import CHECKPOINT_FILES
+
+PLUGIN = "MODULE|FILE"
 
 
 class Names(click.ParamType):
@@ -247,6 +250,19 @@ def threads_option(command: Any) -> Any:
     return click.option("--threads", callback=lambda *values: set_threads(values[-1]), **how)(command)
 
 
+def _load(context: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not context.resilient_parsing:  # a shell that completes runs nobody's code
+        load_plugin(value)
+    return value
+
+
+def plugin_option(command: Any) -> Any:
+    """Add the option that imports the plugin of a run."""
+    text = "The plugin that the run was trained with: a module or file .py, whose code is run.  [default: none]"
+    how = {"is_eager": True, "expose_value": False, "callback": _load, "metavar": PLUGIN, "help": text}
+    return click.option("--plugin", **how)(command)
+
+
 def checkpoint_option(default: str, of: str = "the run's") -> Any:
     return choice("--checkpoint", among=sorted(CHECKPOINT_FILES), default=default, text=f"Which of {of} checkpoints.")
 
@@ -335,6 +351,8 @@ def _config_option(name: str, default: Any) -> Any:
     if kind is bool:
         text = f"{rule['text']}  [default: {flag if default else flag.replace('--', '--no-', 1)}]"
         return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", name, default=None, help=text)
+    if name == "plugin":  # before the options whose names it registers
+        return click.option(flag, is_eager=True, callback=_load, metavar=PLUGIN, help=rule["text"])
     text = rule["text"]
     if default is not None:  # then what happens when it is unset says nothing
         text = f"{text.partition('; unset:')[0].rstrip('.')}.  [default: {default}]"

@@ -140,6 +140,7 @@ def train(
             summary = run.run()
         except Interrupted as error:
             hint = f"{error}; go on with: cupyep train --run-dir {run.directory.path} --resume"
+            hint += f" --plugin {given['plugin']}" if "plugin" in given else ""
             raise Interrupted(hint, error.number) from None
         finally:
             if run.events is not None:

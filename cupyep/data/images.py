@@ -46,6 +46,26 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     return images.repeat(size // old, axis=1).repeat(size // old, axis=2)
 
 
+def bilinear(images: np.ndarray, size: int) -> np.ndarray:
+    """Return float `images` (N, H, W, C) as (N, `size`, `size`, C), bilinear, and averaged where they shrink.
+
+    As Pillow's BILINEAR, and PyTorch's ``interpolate(mode="bilinear", antialias=True)``: pixels are squares, and the
+    weights of a new pixel's neighbours fall linearly to zero a (larger) pixel away.
+    """
+    count, height, width, channels = images.shape
+    rows, columns = (_triangles(old, size).astype(images.dtype) for old in (height, width))
+    tall = rows @ images.reshape(count, height, width * channels)
+    return (columns @ tall.reshape(count * size, width, channels)).reshape(count, size, size, channels)
+
+
+def _triangles(old: int, new: int) -> np.ndarray:
+    """Return the weights (new, old) of old pixels in new ones."""
+    scale = old / new
+    places = (np.arange(new) + 0.5) * scale - 0.5
+    weights = np.maximum(0, 1 - abs(np.arange(old) - places[:, None]) / max(scale, 1.0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
 def channel_statistics(images: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation over all pixels, each float32 (C,).
 

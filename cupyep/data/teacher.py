@@ -37,7 +37,7 @@ MODELS = {
     ".onnx": "--onnx {}",
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".safetensors"), "--torch PACKAGE.MODULE:FACTORY --weights {}"),
 }
-AGAIN = "make the file again with tools/export_teacher_logits.py"
+AGAIN = "make the file again with cupyep teacher"
 
 
 def views_problem(views: Sequence[str]) -> str:
@@ -75,10 +75,10 @@ class TeacherFile:
         self._rows: dict[str, hdf5.Rows] = {}  # of arrays that are not
         self._index: dict[str, np.ndarray] = {}  # canonical index of each row, where that is not the row's number
         if not self.path.is_file():
-            raise TeacherError(f"teacher file {self.path} does not exist; make it with tools/export_teacher_logits.py")
+            raise TeacherError(f"teacher file {self.path} does not exist; make it with cupyep teacher")
         if option := MODELS.get(self.path.suffix.lower()):
             raise TeacherError(
-                f"'{self.path}' is a model, no teacher file; make one of it by: python tools/export_teacher_logits.py "
+                f"'{self.path}' is a model, no teacher file; make one of it by: cupyep teacher "
                 f"--dataset NAME {option.format(self.path)} --output teacher.h5"
             )
         with self._disk():
@@ -174,7 +174,7 @@ class TeacherFile:
         """
         instance("dataset", dataset, Dataset)
         mine, ours, theirs = f"data set {dataset.name}", dataset.classes, self.classes
-        remedy = f"make one for {dataset.name} with tools/export_teacher_logits.py"
+        remedy = f"make one for {dataset.name} with cupyep teacher"
         right = self.dataset == dataset.name
         self._check(right, f"is a teacher for data set {self.dataset}, not {dataset.name}", remedy)
         self._check(len(ours) == len(theirs), f"has {len(theirs)} classes, {mine} has {len(ours)}", remedy)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.activations import ACTIVATIONS, Activation, Clip, Tanh
+from cupyep.activations import ACTIVATIONS, BUILT_IN, Activation, Clip, Tanh
 from cupyep.backend import Device, get_device, get_precision
 from cupyep.batch import Batch
 from cupyep.errors import ConfigurationError, instance, require
@@ -31,7 +31,7 @@ EXACT = 1e-9  # of sums in another order
 
 def check_parts(network: Network, signals: Sequence[Augmenter] = (), batch: Batch | None = None) -> None:
     """Check whatever in `network` and `signals` is not the package's own; see `check_signal` for the errors."""
-    if type(network.activation) not in (Clip, Tanh, *map(type, ACTIVATIONS.values())):
+    if type(network.activation) not in (Clip, Tanh, *(type(ACTIVATIONS[name]) for name in BUILT_IN)):
         check_activation(network.activation)
     for edge in network.layers:
         if type(edge) not in (Conv2d, Identity, Linear):

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from cupyep._version import __version__
-from cupyep.activations import ACTIVATIONS
+from cupyep.activations import ACTIVATIONS, BUILT_IN
 from cupyep.errors import CheckpointError, ConfigurationError, one_line, reporting, require
 from cupyep.files import write_file
 from cupyep.graph import Connection, Graph
@@ -117,7 +117,7 @@ def write_network(path: str | Path, network: Any) -> None:
         what = f"{network.graph.label(above)} is a {type(edge).__name__}"
         require(type(edge) in LAYERS.values(), f"{what}, which a file cannot hold; {remedy}")
     name, description = network.activation.name, describe(network)
-    known = name in ACTIVATIONS and description["activation"] == _attributes(ACTIVATIONS[name], ("name", "low", "high"))
+    known = name in BUILT_IN and description["activation"] == _attributes(ACTIVATIONS[name], ("name", "low", "high"))
     require(known, f"activation '{name}' is not one of cupyep's; {remedy}")
     structure = {
         **{name: description[name] for name in ("layers", "connections") if name in description},

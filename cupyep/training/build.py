@@ -14,13 +14,14 @@ from cupyep.batch import Batch
 from cupyep.data import Dataset, ImageFormat, Loader, TeacherFile, load_dataset
 from cupyep.data.sources import is_own
 from cupyep.diagnostics.checkup import PROBE_IMAGES, Checkup
-from cupyep.errors import require
+from cupyep.errors import instance, require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
 from cupyep.learning.gradients import layer_of
 from cupyep.models import build
 from cupyep.network import Network
 from cupyep.optim import AVERAGE, OPTIMIZERS, SGD, Adam, Optimizer
 from cupyep.parallel import Communicator
+from cupyep.plugins import SIGNALS
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.config import TrainConfig, parse_layers
 from cupyep.training.display import Display
@@ -84,6 +85,9 @@ def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> 
     """Return the intermediate signals; `teacher` is what distillation asks, an open `TeacherFile`."""
     if config.aug == "none":
         return []
+    if maker := SIGNALS[config.aug]:
+        own = {"layers": signal_layers(config, network), "kappa": config.kappa, "annealing": config.kappa_annealing}
+        return [instance(f"what the maker of --aug {config.aug} returns", maker(**own), Augmenter)]
     common = {
         "layers": signal_layers(config, network),
         "kappa": config.kappa,

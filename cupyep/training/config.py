@@ -24,6 +24,7 @@ from cupyep.files import read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
+from cupyep.plugins import SIGNALS as AUGMENTERS
 from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_relaxation, default_relaxation, default_steps
 from cupyep.signals import ANNEALINGS
 from cupyep.training.options import NEEDS, checked, option
@@ -68,7 +69,7 @@ class TrainConfig:
     width: float = NETWORK(1.0, float, "Multiplies the number of channels of every layer.", above=0)
     activation: str | None = NETWORK(None, str, "Activation of the states; unset: that of the architecture, "
                                      "hard_sigmoid, but relu6 of hopfield-resnet13 and relu of resnet9, resnet18.",
-                                     choices=tuple(ACTIVATIONS))
+                                     choices=ACTIVATIONS)
     weights: str | None = NETWORK(None, str, "plain: weights are trained as they are; standardized: filter by filter "
                                   "of mean 0, with a gain a channel that is trained, or fixed; unset: plain, but "
                                   "standardized of resnet9, resnet18.", choices=tuple(PARAMETRISATIONS))
@@ -130,15 +131,15 @@ class TrainConfig:
                           choices=FORMS, needs=("ep",))
 
     aug: str = SIGNALS("none", str, "No signals, le (local error) or kd (knowledge distillation).",
-                       choices=("none", "le", "kd"))
+                       choices=AUGMENTERS)
     signal_layers: str = SIGNALS("all", str, "Layers with a signal, such as 2,3,4 or 2-5 or all; "
                                 "of a network with skips also names of nodes.", needs=("signal",))
     kappa: float = SIGNALS(0.1, float, "Weight of the signals at the start.", low=0, needs=("signal",))
     kappa_annealing: str = SIGNALS("cosine", str, "Course of kappa over the training.", choices=ANNEALINGS,
                                    needs=("signal",))
-    signal_loss: str = SIGNALS("cross_entropy", str, "Loss of the signals.", choices=LOSSES, needs=("signal", "maps"))
+    signal_loss: str = SIGNALS("cross_entropy", str, "Loss of the signals.", choices=LOSSES, needs=("mapped", "maps"))
     signal_pool: int | None = SIGNALS(None, int, "Average a state over N x N pixels before its signal's map.", low=1,
-                                      needs=("signal", "maps"))
+                                      needs=("mapped", "maps"))
     temperature: float = SIGNALS(1.0, float, "Temperature of the teacher's outputs (kd).", above=0,
                                  needs=("kd", "maps", "softmax"))
     learned_maps: bool = SIGNALS(True, bool, "Learn the maps of the signals (kd) instead of fixing them.",
@@ -186,11 +187,14 @@ class TrainConfig:
     on_divergence: str = RUN("stop", str, "When numbers stop being finite or the loss stays far above its start: stop, "
                              "or go back to the end of the last epoch and halve the learning rate (up to five times).",
                              choices=("stop", "halve-lr"))
+    plugin: str | None = RUN(None, str, "Python module, or file .py, that registers architectures, activations, "
+                             "signals of your own; imported because you name it here, never because a run or recipe "
+                             "does; unset: none.")
     # fmt: on
 
     def __post_init__(self):
         for spec in fields(self):
-            setattr(self, spec.name, checked(spec, getattr(self, spec.name), option_name(spec.name)))
+            setattr(self, spec.name, checked(spec, getattr(self, spec.name), option_name(spec.name), self.plugin))
         self.dataset = absolute_name(self.dataset)
         own = architecture(self.arch)
         self.activation, self.weights = self.activation or own.activation, self.weights or own.weights
@@ -243,6 +247,7 @@ RESUME_OPTIONS = (
     "checkpoint_minutes",
     "on_divergence",
     "patience",
+    "plugin",
 )
 
 #: The options by name, in the order of ``--help``.
@@ -280,7 +285,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     for name, value in values.items():
         try:
             check_name(name)
-            checked(OPTIONS[name], value, name)
+            checked(OPTIONS[name], value, name, values.get("plugin"))
         except ConfigurationError as error:
             raise ConfigurationError(f"'{path}': {error}") from error
     return values

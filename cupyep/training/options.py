@@ -13,7 +13,7 @@ from dataclasses import Field, field
 from typing import Any
 
 from cupyep.data.sources import SOURCES, is_own
-from cupyep.errors import choose, require
+from cupyep.errors import ConfigurationError, choose, printable, require
 
 LARGEST = 1 << 63  # of integers
 KIND_NAMES = {
@@ -31,6 +31,7 @@ RULES = {
     "below": ("below", operator.lt),
 }
 MIRRORED = tuple(name for name, source in SOURCES.items() if source.flip)
+REGISTERED = ("arch", "activation", "aug")  # options whose values a plugin may add to
 #: Conditions: name -> the words of the refusal, and a test of all values by name.
 NEEDS = {
     "mirrored": (
@@ -49,6 +50,7 @@ NEEDS = {
     "drawn": ("no --init-from", lambda c: c["init_from"] is None),
     "finite": ("--scheme centered, onesided or random", lambda c: c["scheme"] != "tangent"),
     "signal": ("--aug le or kd", lambda c: c["aug"] != "none"),
+    "mapped": ("--aug le or kd", lambda c: c["aug"] in ("le", "kd")),
     "kd": ("--aug kd", lambda c: c["aug"] == "kd"),
     "maps": ("--no-teacher-features", lambda c: c["aug"] != "kd" or not c["teacher_features"]),
     "softmax": ("--signal-loss cross_entropy", lambda c: c["signal_loss"] == "cross_entropy"),
@@ -76,8 +78,21 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
 
-def checked(spec: Field, value: Any, name: str) -> Any:
-    """Return `value` in the kind of the option `spec`, or raise ConfigurationError with its `name`, rule and value."""
+def checked(spec: Field, value: Any, name: str, plugin: Any = None) -> Any:
+    """Return `value` in the kind of the option `spec`, or raise ConfigurationError with its `name`, rule and value.
+
+    `plugin` is what stands beside it as the option of that name: the message says so of a text that it may know.
+    """
+    try:
+        return _checked(spec, value, name)
+    except ConfigurationError:
+        if spec.name not in REGISTERED or not isinstance(value, str) or not isinstance(plugin, str):
+            raise
+        told = f"{name} '{value}' is of a plugin, which is code; if you trust it, give --plugin {plugin}"
+        raise ConfigurationError(printable(told)) from None
+
+
+def _checked(spec: Field, value: Any, name: str) -> Any:
     kind = spec.metadata["kind"]
     if value is None:
         require(spec.default is None, f"{name} must be {KIND_NAMES[kind]}")

@@ -297,7 +297,7 @@ def cached_teacher(
         if not ranks.first(lambda: can_write(path.parent)):
             raise TeacherError(
                 f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; name another "
-                "folder by CUPYEP_CACHE, or give a --teacher made by tools/export_teacher_logits.py"
+                "folder by CUPYEP_CACHE, or give a --teacher made by cupyep teacher"
             )
         with _alone(folder, display, ranks):
             if ranks.first(path.is_file):

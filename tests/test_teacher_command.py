@@ -1,4 +1,4 @@
-"""tools/export_teacher_logits.py: teachers from ONNX, from PyTorch and from backpropagation, and every wrong use.
+"""cupyep teacher: teachers from ONNX, from PyTorch and from backpropagation, and every wrong use.
 
 Oracle: the teachers are one matrix product, computed here in NumPy from the raw pixels, for the image and its mirror
 image; the accuracies are counted from the logits in the file.
@@ -18,6 +18,9 @@ import pytest
 from data_files import random_arrays
 
 import cupyep as ep
+from cupyep.cli import main
+from cupyep.cli.teacher import teacher
+from cupyep.commands.teacher import unwrapped
 
 TOOL = Path(__file__).parents[1] / "tools" / "export_teacher_logits.py"
 SPLITS = dict(zip(("train", "test"), random_arrays((32, 32, 3), 10), strict=True))  # as the fixture cifar has
@@ -60,6 +63,22 @@ for name, form in FORMS.items():
 def build(size=3072):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(size, 10))
 
+class Takes(torch.nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        if x.dtype != self.dtype:
+            raise TypeError(f"{x.dtype}, not {self.dtype}")
+        return x.float()
+
+def bytes(): return torch.nn.Sequential(Takes(torch.uint8), build())
+def halves(): return torch.nn.Sequential(Takes(torch.float16), build())
+def pretrained():
+    module = build()
+    module.load_state_dict(torch.load("w.pt", weights_only=True))
+    return module
 def narrow(): return build(27)
 def deep(): return torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(9)])
 def number(): return 3
@@ -76,21 +95,13 @@ def work(cifar):
         del sys.modules[name]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("export_teacher_logits", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def export(tool, capsys):
-    """Run the tool; return (exit code, stdout, stderr)."""
+def export(capsys):
+    """Run the command; return (exit code, stdout, stderr)."""
 
     def run(*args):
         with pytest.raises(SystemExit) as end:
-            tool.main([str(a) for a in args], prog_name="export_teacher_logits.py")
+            main(["teacher", *map(str, args)], prog_name="cupyep")
         streams = capsys.readouterr()
         return end.value.code, streams.out, streams.err
 
@@ -99,7 +110,7 @@ def export(tool, capsys):
 
 @pytest.fixture
 def refused(export, work):
-    """Run the tool; assert that it gives one line, and changes no file; return (exit code, that line)."""
+    """Run the command; assert that it gives one line, and changes no file; return (exit code, that line)."""
 
     def run(*args):
         before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if "__pycache__" not in path.parts}
@@ -114,21 +125,33 @@ def refused(export, work):
     return run
 
 
-def onnx_model(path, batch="N", shape=(3, 32, 32), classes=10, inputs=1):
-    """Write flatten, then one dense map with WEIGHT and BIAS (or zeros, where they do not fit)."""
+def onnx_model(path, batch="N", shape=(3, 32, 32), classes=10, inputs=1, dtype="FLOAT", second="", weight=None):
+    """Write cast, flatten, then one dense map with WEIGHT and BIAS (or zeros, where they do not fit).
+
+    The images are of `dtype`; an output called `second` is minus the logits, and comes first.
+    """
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper, numpy_helper
 
     fits = (int(np.prod(shape)), classes) == WEIGHT.shape
-    weight = WEIGHT if fits else np.zeros((int(np.prod(shape)), classes), np.float32)
+    if weight is None:
+        weight = WEIGHT if fits else np.zeros((int(np.prod(shape)), classes), np.float32)
     names = [f"x{k}" for k in range(inputs)]
-    nodes = [helper.make_node("Flatten", ["x0"], ["flat"]), helper.make_node("Gemm", ["flat", "w", "b"], ["logits"])]
+    nodes = [
+        helper.make_node("Cast", ["x0"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["float"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["logits"]),
+    ]
+    nodes += [helper.make_node("Neg", ["logits"], [second])] if second else []
     graph = helper.make_graph(
         nodes,
         "teacher",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *shape]) for name in names],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, classes])],
+        [helper.make_tensor_value_info(name, getattr(TensorProto, dtype), [batch, *shape]) for name in names],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, classes])
+            for name in filter(None, (second, "logits"))
+        ],
         [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(BIAS[:classes], "b")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
@@ -146,14 +169,14 @@ def expected_logits(split, layout="nchw", mean=None, std=None):
     return views.reshape(2, len(images), -1) @ WEIGHT.astype(np.float64) + BIAS
 
 
-def check_file(path, out, **teacher):
+def check_file(path, out, atol=1e-4, **teacher):
     """Assert that the file holds the expected logits, and that the accuracies stored and printed are theirs."""
     words = []
     with h5py.File(path) as file:
         assert list(file.attrs["views"]) == ["identity", "hflip"]
         for split, (_, labels) in SPLITS.items():
             wanted = expected_logits(split, **teacher)
-            np.testing.assert_allclose(file[f"{split}/logits"], wanted, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(file[f"{split}/logits"], wanted, rtol=1e-4, atol=atol)
             np.testing.assert_array_equal(file[f"{split}/labels"], labels)
             accuracy = (wanted[0].argmax(axis=1) == labels).mean()
             assert file[split].attrs["accuracy"] == pytest.approx(accuracy)
@@ -294,9 +317,9 @@ def test_weights_in_a_checkpoint_are_found(case, export):
     check_file(Path("t.h5"), out)
 
 
-def test_a_name_that_the_module_has_itself_is_not_a_prefix(tool):
+def test_a_name_that_the_module_has_itself_is_not_a_prefix():
     state = {"module.weight": np.ones(2), "module.bias": np.ones(1)}
-    assert tool.unwrapped(state, state.keys(), Path("w.pt")) == state
+    assert unwrapped(state, state.keys(), Path("w.pt")) == state
 
 
 @pytest.mark.parametrize(
@@ -355,14 +378,14 @@ def test_logits_are_found_in_what_a_module_returns(factory, export):
 
 
 @pytest.mark.parametrize("name", ["net.pt", "net.PTH", "net.safetensors", "net.onnx"])
-def test_a_model_given_as_teacher_file_is_told_how_to_become_one(name, tool):
+def test_a_model_given_as_teacher_file_is_told_how_to_become_one(name):
     """The command that is named has options that there are."""
     Path(name).write_bytes(b"whatever")
     with pytest.raises(ep.TeacherError, match=f"'{name}' is a model, no teacher file; make one of it by: ") as error:
         ep.TeacherFile(name)
     command = str(error.value).partition("make one of it by: ")[2].split()
-    assert command[1] == "tools/export_teacher_logits.py"
-    known = {option for parameter in tool.main.params for option in parameter.opts}
+    assert command[:2] == ["cupyep", "teacher"]
+    known = {option for parameter in teacher.params for option in parameter.opts}
     assert {word for word in command if word.startswith("--")} < known
     assert name in command
 
@@ -421,6 +444,183 @@ def test_a_device_that_torch_has_not(device, code, refused, monkeypatch):
     )
 
 
+# --- which images, which output -------------------------------------------------------------------------------------
+
+
+def logits_in(path, split="train"):
+    with h5py.File(path) as file:
+        return file[f"{split}/logits"][...]
+
+
+def test_the_tool_is_the_command(capsys):
+    spec = importlib.util.spec_from_file_location("export_teacher_logits", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = onnx_model("model.onnx")
+    with pytest.raises(SystemExit) as end:
+        module.main(["--onnx", str(model), "--output", "t.h5"], prog_name="export_teacher_logits.py")
+    assert not end.value.code
+    check_file(Path("t.h5"), capsys.readouterr().out)
+
+
+def test_a_factory_that_loads_its_own_weights(export):
+    torch_model()
+    code, out, err = export("--torch", "model:pretrained", "--output", "t.h5")
+    assert (code, err) == (0, "")
+    check_file(Path("t.h5"), out)
+    with ep.TeacherFile("t.h5") as file:
+        assert file.teacher.startswith("model:pretrained with its own weights")
+
+
+@pytest.mark.parametrize("version", ["2.5.1+cpu", "1.13.0", "strange"])
+def test_a_file_is_not_given_to_a_torch_that_would_run_code_in_it(version, refused, export, monkeypatch):
+    torch = torch_model()
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the file was read"))
+    code, line = refused("--torch", "model:build", "--weights", "w.pt", "--output", "t.h5")
+    assert code == 2
+    assert line.startswith(f"Error: w.pt could run code in PyTorch {version} (CVE-2025-32434): update PyTorch to 2.6")
+    if not version.startswith("2"):  # safetensors reads the version, too
+        return
+    pytest.importorskip("safetensors.torch").save_file(own_state(torch), "w.safetensors")
+    code, out, _ = export("--torch", "model:build", "--weights", "w.safetensors", "--output", "t.h5")
+    assert code == 0
+    check_file(Path("t.h5"), out)
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx", "onnx asked"])
+def test_a_teacher_that_takes_pixels_as_bytes(kind, export):
+    """The logits are those of the stored pixels, from 0 to 255."""
+    if kind == "torch":
+        torch = pytest.importorskip("torch")
+        torch_model(weights=under("1.")(own_state(torch)))
+        options = ["--torch", "model:bytes", "--weights", "w.pt", "--input-dtype", "uint8"]
+    else:
+        options = ["--onnx", onnx_model("model.onnx", dtype="UINT8")]
+        options += ["--input-dtype", "uint8"] if kind == "onnx asked" else []
+    code, out, err = export(*options, "--output", "t.h5")
+    assert (code, err) == (0, "")
+    check_file(Path("t.h5"), out, atol=255e-4, mean=[0, 0, 0], std=[1 / 255] * 3)
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_teacher_that_takes_halves(kind, export):
+    if kind == "torch":
+        torch = pytest.importorskip("torch")
+        torch_model(weights=under("1.")(own_state(torch)))
+        options = ["--torch", "model:halves", "--weights", "w.pt", "--input-dtype", "float16"]
+    else:
+        options = ["--onnx", onnx_model("model.onnx", dtype="FLOAT16")]
+    assert export(*options, "--output", "t.h5")[0] == 0
+    # Pixels are off by 2^-11 of themselves, by less than that of 2 in the mean; the sum over 3072 is a random walk.
+    np.testing.assert_allclose(logits_in("t.h5"), expected_logits("train"), atol=2 * 2**-11 * 4)
+    assert abs(logits_in("t.h5") - expected_logits("train")).max() > 1e-5, "halves were asked for"
+
+
+def test_images_of_the_size_that_the_teacher_takes(export):
+    """Pillow makes them, channel by channel."""
+    image = pytest.importorskip("PIL.Image")
+    weight = RNG.standard_normal((3 * 20 * 20, 10)).astype(np.float32) / 20
+    model = onnx_model("model.onnx", shape=(3, 20, 20), weight=weight)
+    assert export("--onnx", model, "--resize", 20, "--output", "t.h5")[0] == 0
+    pixels = SPLITS["train"][0] / 255
+    pixels = ((pixels - pixels.mean(axis=(0, 1, 2))) / pixels.std(axis=(0, 1, 2))).astype(np.float32)
+    for k, view in enumerate((pixels, pixels[:, :, ::-1])):
+        planes = [
+            [image.fromarray(np.ascontiguousarray(one[..., c])).resize((20, 20), image.Resampling.BILINEAR)
+             for c in range(3)] for one in view
+        ]  # fmt: skip
+        small = np.array([[np.asarray(plane) for plane in one] for one in planes])
+        np.testing.assert_allclose(logits_in("t.h5")[k], small.reshape(50, -1) @ weight + BIAS, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, "logits", "1"])
+def test_an_onnx_output_by_name_or_number(name, export):
+    model = onnx_model("model.onnx", second="negative")
+    code, out, _ = export("--onnx", model, *(["--logits", name] if name else []), "--output", "t.h5")
+    assert code == 0
+    check_file(Path("t.h5"), out)
+
+
+@pytest.mark.parametrize("name", ["negative", "0"])
+def test_another_onnx_output(name, export):
+    model = onnx_model("model.onnx", second="negative")
+    assert export("--onnx", model, "--logits", name, "--output", "t.h5")[0] == 0
+    np.testing.assert_allclose(logits_in("t.h5"), -expected_logits("train"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "sign"),
+    [
+        ("two_outputs", "0", 1), ("two_outputs", "1", -1), ("mapping", "features", -1), ("mapping", "1", 1),
+        ("with_fields", "logits", 1), ("auxiliary", "aux_logits", -1), ("auxiliary", "1", -1),
+    ],
+)  # fmt: skip
+def test_an_output_of_a_module_by_name_or_number(factory, name, sign, export):
+    torch = pytest.importorskip("torch")
+    torch_model(weights=under("0.")(own_state(torch)))
+    options = ["--torch", f"model:{factory}", "--weights", "w.pt", "--logits", name]
+    assert export(*options, "--output", "t.h5")[0] == 0
+    np.testing.assert_allclose(logits_in("t.h5"), sign * expected_logits("train"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "message"),
+    [
+        ("two_outputs", "2", "returns tuple of 2; wanted: something with --logits 2"),
+        ("mapping", "scores", "returns dict with features, logits; wanted: something with --logits scores"),
+        ("with_fields", "loss", "returns Output; wanted: something with --logits loss"),
+    ],
+)
+def test_an_output_that_a_module_has_not(factory, name, message, refused):
+    torch = pytest.importorskip("torch")
+    torch_model(weights=under("0.")(own_state(torch)))
+    options = ["--torch", f"model:{factory}", "--weights", "w.pt", "--logits", name]
+    code, line = refused(*options, "--output", "t.h5")
+    assert (code, message in line) == (1, True), line
+
+
+def own_file(dtype=np.uint8):
+    """Write 60 images of 2 classes, 4 x 4, the second brighter; return the arrays."""
+    rng = np.random.default_rng(3)
+    labels = np.arange(60) % 2
+    images = (rng.integers(0, 100, (60, 4, 4, 3)) + 100 * labels[:, None, None, None]).astype(dtype)
+    np.savez("own.npz", x=images, y=labels)
+    return images, labels
+
+
+def test_a_teacher_of_own_data(export):
+    """The part for testing is the one that a run of the same options sets apart."""
+    images, _ = own_file()
+    stored = {image.tobytes() for image in images}
+    brightness = np.stack([-np.ones(48), np.ones(48)], axis=1).astype(np.float32)
+    model = onnx_model("model.onnx", shape=(3, 4, 4), classes=2, weight=brightness)
+    options = ["--dataset", "file:own.npz", "--test-fraction", 0.3, "--seed", 5]
+    code, out, err = export("--onnx", model, *options, "--output", "t.h5")
+    assert (code, err) == (0, "")
+    data = ep.load_dataset("file:own.npz", test_fraction=0.3, seed=5)
+    assert (len(data.train), len(data.test)) == (42, 18)
+    with ep.TeacherFile("t.h5") as file:
+        file.check(data)
+    assert {image.tobytes() for image in data.test.images} < stored
+    normal = (np.asarray(data.test.images) / 255 - data.mean) / data.std
+    total = normal.reshape(18, -1).sum(axis=1)
+    np.testing.assert_allclose(logits_in("t.h5", "test")[0][:, 1], total + BIAS[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_a_teacher_that_knows_nothing_is_warned_of(knows, export):
+    """One that says for all images the same is right by chance."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    means = np.stack([digits.images[digits.target == c].mean(axis=0).ravel() for c in range(10)], axis=1)
+    weight = (means - means.mean(axis=1, keepdims=True)) if knows else np.zeros((64, 10))
+    model = onnx_model("model.onnx", shape=(1, 8, 8), weight=weight.astype(np.float32))
+    code, out, err = export("--onnx", model, "--dataset", "digits", "--output", "t.h5")
+    assert code == 0
+    assert "test accuracy" in out
+    assert ("Warning: this teacher knows no more of the labels than chance" in err) is not knows
+
+
 # --- a teacher trained here -----------------------------------------------------------------------------------------
 
 
@@ -451,7 +651,6 @@ MODEL = ["--onnx", "model.onnx"]
 WRONG = {
     "no teacher": (OUT, 2, "name one teacher: --onnx FILE, or --torch"),
     "two teachers": ([*MODEL, "--train-bp", "vgg5", *OUT], 2, "name one teacher"),
-    "torch without weights": (["--torch", "a:b", *OUT], 2, "--torch needs --weights"),
     "weights without torch": ([*MODEL, "--weights", "w.pt", *OUT], 2, "--weights is for --torch, not for --onnx"),
     "epochs of an ONNX model": ([*MODEL, "--epochs", 3, *OUT], 2, "--epochs is for --train-bp, not for --onnx"),
     "own mean for --train-bp": (["--train-bp", "vgg5", "--mean", 0, *OUT], 2, "--mean is for --onnx and --torch"),
@@ -474,6 +673,19 @@ WRONG = {
     "std 0": ([*MODEL, "--std", "1,0,1", *OUT], 2, "--std must be above 0 (got [1.0, 0.0, 1.0])"),
     "unknown device": ([*MODEL, "--device", "gpu", *OUT], 2, "unknown device 'gpu'"),
     "unknown architecture": (["--train-bp", "vgg8", *OUT], 2, "unknown --train-bp 'vgg8'; did you mean 'vgg"),
+    "no such output": (
+        [*MODEL, "--logits", "scores", *OUT],
+        2,
+        "--logits: model.onnx has no output 'scores', but",
+    ),
+    "no such number": ([*MODEL, "--logits", 1, *OUT], 2, "--logits: model.onnx has no output '1', but logits"),
+    "dtype": ([*MODEL, "--input-dtype", "uint16", *OUT], 2, "unknown --input-dtype 'uint16'; did you mean 'uint8'"),
+    "other dtype": ([*MODEL, "--input-dtype", "uint8", *OUT], 1, "model.onnx cannot run on images of shape"),
+    "mean of bytes": ([*MODEL, "--input-dtype", "uint8", "--mean", "0,0,0", *OUT], 2, "no --mean, no --std"),
+    "size 0": ([*MODEL, "--resize", 0, *OUT], 2, "'--resize': 0 is not in the range"),
+    "resize --train-bp": (["--train-bp", "vgg5", "--resize", 64, *OUT], 2, "--resize is for --onnx and --torch, not"),
+    "floats as bytes": ([*MODEL, "--dataset", "file:own.npz", "--input-dtype", "uint8", *OUT], 2, "npz are floats"),
+    "fraction of a named set": ([*MODEL, "--test-fraction", 0.3, *OUT], 2, "--test-fraction needs --dataset file:PATH"),
     "no epochs": (["--train-bp", "vgg5", "--epochs", 0, *OUT], 2, "'--epochs': 0 is not in the range"),
     "width": (["--train-bp", "vgg5", "--width", "-1", *OUT], 2, "--width must be above 0 (got -1.0)"),
     "limit": ([*MODEL, "--limit-train", 51, *OUT], 2, "cifar10 has 50 train images"),
@@ -488,6 +700,7 @@ def test_wrong_use_is_one_line_and_leaves_nothing(case, refused, monkeypatch):
     onnx_model("seven.onnx", classes=7)
     onnx_model("two.onnx", inputs=2)
     Path("junk.onnx").write_bytes(b"junk")
+    own_file(np.float32)
     args, wanted, message = WRONG[case]
     code, line = refused(*args)
     assert message in line

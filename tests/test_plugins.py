@@ -1,0 +1,328 @@
+"""Plugins: what a module registers is a name like others, and no module is imported because a file says so.
+
+Oracle: the same networks and signals put together by hand, without a name; a plugin that leaves a file behind when it
+is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cupyep as ep
+from cupyep import activations, models, plugins
+from cupyep.cli import main
+from cupyep.errors import Interrupted
+from cupyep.persistence.checkpoint import load_checkpoint
+from cupyep.training.config import read_toml
+
+PLUGIN = """
+import pathlib
+
+import cupyep as ep
+
+pathlib.Path("imported").touch()
+
+
+class Halved(ep.Linear):
+    def linear_drive(self, s, out, winners, ops):
+        super().linear_drive(s, out, winners, ops)
+        out *= 0.5
+
+    def topdown(self, s, winners, out, ops):
+        super().topdown(s, winners, out, ops)
+        out *= 0.5
+
+    def add_gradient(self, s_below, s, winners, weight, bias, ops):
+        super().add_gradient(s_below, 0.5 * s, winners, weight, None, ops)
+        if bias is not None:
+            bias += s.sum(axis=0)
+
+
+class Sparsity(ep.Augmenter):
+    def loss(self, layer, state, target):
+        return abs(state).reshape(len(state), -1).sum(axis=1)
+
+    def gradient(self, layer, state, target):
+        return ep.array_module(state).sign(state)
+
+
+def halved(input_shape, width, pooling):
+    conv = ep.Conv2d(input_shape, round(8 * width), pooling=pooling)
+    return [conv, Halved(conv.out_shape, 6)]
+
+
+def skipping(input_shape, width, pooling):
+    first, second = ep.Conv2d(input_shape, 4), ep.Conv2d((4, 4, 4), 4)
+    joined = [ep.Connection("image", "a", first), ep.Connection("a", "b", second)]
+    return [*joined, ep.Connection("image", "b", ep.Conv2d(input_shape, 4, 1, 1, 0, bias=False))]
+
+
+def broken(input_shape, width, pooling):
+    raise RuntimeError("no such luck")
+
+
+ep.register_architecture("halved", halved)
+ep.register_architecture("skipping", skipping)
+ep.register_architecture("broken", broken)
+ep.register_architecture("nothing", lambda *_: [3])
+ep.register_architecture("short", "4p 6", activation="two-sided", gains=(0.5, 0.75))
+ep.register_activation(ep.Clip("two-sided", slope=1.0, low=-1.0, high=1.0))
+ep.register_signal("sparsity", Sparsity)
+ep.register_signal("no-signal", lambda **_: 3)
+"""
+COMMANDS = (
+    ("train", "--resume", "--run-dir"), ("evaluate",), ("diagnose",), ("plot",), ("predict", "own.npz"),
+    ("export", "--format", "npz", "--output", "w.npz"),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """A working folder with a plugin and a data set."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(PLUGIN)
+    rng, labels = np.random.default_rng(0), np.arange(40) % 2
+    images = (rng.integers(0, 100, (40, 4, 4, 1)) + 100 * labels[:, None, None, None]).astype(np.uint8)
+    np.savez("own.npz", x=images, y=labels)
+    return tmp_path
+
+
+TRAIN = ["train", "--dataset", "file:own.npz", "--epochs", 1, "--free-steps", 3, "--nudged-steps", 3, "--device", "cpu",
+         "--no-crop", "--no-flip", "--batch-size", 16, "--run-dir", "run", "--quiet"]  # fmt: skip
+OWN = ["--arch", "halved", "--activation", "two-sided", "--aug", "sparsity", "--kappa", 0.01]
+
+
+def test_a_run_of_a_plugin_is_a_run_like_others(invoke, work):
+    """Train, go on, look at it, export; every command with the plugin."""
+    code, out, err = invoke(*TRAIN, "--plugin", "mine.py", *OWN)
+    assert (code, err) == (0, "")
+    config = read_toml("run/config.toml")
+    assert [config[name] for name in ("plugin", "arch", "activation", "aug")] == [
+        "mine.py", "halved", "two-sided", "sparsity"]  # fmt: skip
+    going_on = ["train", "--resume", "--run-dir", "run", "--epochs", 2, "--stretch-schedule", "--quiet"]
+    assert invoke(*going_on, "--plugin", work / "mine.py")[0] == 0, "the same plugin by another path"
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
+    assert "halved on the 8 test images" in invoke("evaluate", "run", "--plugin", "mine.py")[1]
+    assert "halved, 16 training images" in invoke("diagnose", "run", "--plugin", "mine.py", "--json", "d.json")[1]
+    assert len(json.loads(Path("d.json").read_text())["layers"]) == 3
+    assert invoke("diagnose", "run/best.h5", "--plugin", "mine.py")[0] == 0
+    assert invoke("plot", "run", "--plugin", "mine.py")[0] == 0
+    assert invoke("predict", "run", "own.npz", "--plugin", "mine.py")[2].startswith("Error: 1 of 1 pictures")
+    code, _, err = invoke("export", "run", "--format", "npz", "--output", "w.npz", "--plugin", "mine.py")
+    assert "layer 2 is a Halved; only Conv2d and Linear can be exported" in err
+
+
+def test_no_command_imports_what_a_run_names(invoke, forget):
+    """Neither the run's folder nor a checkpoint, a recipe, or the options of a network."""
+    assert invoke(*TRAIN, "--plugin", "mine.py", *OWN)[0] == 0
+    forget()
+    Path("imported").unlink()
+    path = Path("run/config.toml")
+    path.write_text('plugin = "mine.py"\n' + path.read_text().replace('plugin = "mine.py"\n', ""))  # it comes first
+    shutil.copy("mine.py", "run/mine.py")
+    lines = [invoke(*command[:1], *command[1:2] * (command[0] == "train"), *command[2:] * (command[0] == "train"),
+                    "run", *command[1:] * (command[0] != "train")) for command in COMMANDS]  # fmt: skip
+    lines += [invoke("diagnose", "run/best.h5")]
+    shutil.copy("run/config.toml", "mine.toml")
+    lines += [invoke("train", "--recipe", "mine.toml", "--run-dir", "other"), invoke("recipes", "mine.toml")]
+    for code, out, err in lines:
+        assert (code, out) == (2, "")
+        assert err.startswith("Error: ")
+        assert err.endswith("'halved' is of a plugin, which is code; if you trust it, give --plugin mine.py\n")
+    assert not Path("imported").exists()
+    assert not any("mine" in name for name in sys.modules if name.startswith(("mine", "cupyep_plugin")))
+
+
+@pytest.mark.parametrize("name", ["arch", "activation", "aug"])
+def test_each_registered_name_asks_for_the_plugin(name, invoke, forget):
+    options = dict(zip(OWN[0::2], OWN[1::2], strict=True))
+    given = [f"--{name}", options[f"--{name}"], *(["--arch", "mlp:6"] if name != "arch" else [])]
+    assert invoke(*TRAIN, "--plugin", "mine.py", *given)[0] == 0
+    forget()
+    code, _, err = invoke("evaluate", "run")
+    assert code == 2
+    assert f"{name} '{options[f'--{name}']}' is of a plugin" in err
+
+
+def test_control_codes_in_a_name_do_not_reach_the_terminal(invoke):
+    Path("run").mkdir()
+    Path("run/config.toml").write_text('arch = "evil"\nplugin = "a\\u001b[2J\\nb.py"\n')
+    code, _, err = invoke("evaluate", "run")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.strip().isprintable()
+    assert "give --plugin a\\x1b[2J b.py" in err
+
+
+def test_a_wrong_name_without_a_plugin_is_answered_as_before(invoke):
+    code, _, err = invoke("train", "--arch", "vgg6")
+    assert (code, "unknown --arch 'vgg6'; did you mean" in err) == (2, True)
+    code, _, err = invoke("train", "--plugin", "mine.py", "--arch", "halfed")
+    assert (code, "unknown --arch 'halfed'; did you mean 'halved'" in err) == (2, True)
+
+
+def test_a_plugin_that_is_a_module_and_one_that_python_imported(invoke, monkeypatch, forget):
+    assert invoke(*TRAIN, "--plugin", "mine", "--arch", "short")[0] == 0
+    config = read_toml("run/config.toml")
+    assert (config["plugin"], config["activation"]) == ("mine", "two-sided"), "the architecture's own activation"
+    forget()
+    plugins.load_plugin("mine")  # as Python code does
+    assert invoke("evaluate", "run")[0] == 0, "names that are known need no option"
+
+
+def test_fit_leaves_a_run_that_the_commands_take(invoke, forget):
+    plugins.load_plugin("mine.py")
+    data = ep.load_dataset("file:own.npz")
+    net = ep.build("skipping", 2, (4, 4, 1), device="cpu")
+    ep.fit(net, data, run_dir="run", epochs=1, plugin="mine.py", aug="sparsity", quiet=True, flip=False)
+    forget()
+    assert "give --plugin mine.py" in invoke("evaluate", "run")[2]
+    assert not invoke("evaluate", "run", "--plugin", "mine.py")[0]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+@pytest.mark.parametrize("arch", ["halved", "skipping"])
+def test_a_built_network_is_the_one_put_together_by_hand(arch, loss):
+    plugins.load_plugin("mine.py")
+    module = sys.modules["cupyep_plugin_mine"]
+    layers = getattr(module, arch)((4, 4, 1), 1.0, "max")
+    if loss == "squared_error":
+        edge = ep.Linear((6,) if arch == "halved" else (4, 4, 4), 2)
+        layers.append(edge if arch == "halved" else ep.Connection("b", "output", edge))
+    options = {"feedback": 0.5, "gain": 0.7, "seed": 3, "loss": loss, "activation": "two-sided", "device": "cpu"}
+    wanted, found = ep.Network(layers, 2, **options), ep.build(arch, 2, (4, 4, 1), **options)
+    images = np.random.default_rng(1).random((5, 4, 4, 1)).astype(np.float32)
+    assert found.describe() == wanted.describe()
+    for path, array in wanted.parameters().items():
+        np.testing.assert_array_equal(found.parameters()[path], array)
+    learners = [ep.EquilibriumPropagation(net, free_steps=4, nudged_steps=3) for net in (wanted, found)]
+    states = [learner.settled(learner.network.batch(images)).layers for learner in learners]
+    for pair in zip(*states, strict=True):
+        np.testing.assert_array_equal(*pair)
+
+
+def test_gains_of_a_registered_architecture():
+    plugins.load_plugin("mine.py")
+    strong, weak = (ep.build("short", 2, (4, 4, 1), feedback=f, device="cpu") for f in (1.0, 0.1))
+    ratio = [np.abs(weak.parameters()[p]).max() / np.abs(strong.parameters()[p]).max()
+             for p in strong.parameters() if p.endswith("weight") and "readout" not in p]  # fmt: skip
+    np.testing.assert_allclose(ratio, 1.5, rtol=1e-5)
+
+
+def test_an_activation_of_a_plugin_is_still_checked_and_not_saved():
+    """It has a name now, and is as foreign as before."""
+
+    class Wrong(ep.Tanh):
+        def slope(self, g, out):
+            super().slope(g, out)
+            out *= 2
+
+    wrong = Wrong("wrong", 0.0, 1.0, 1.0)
+    ep.register_activation(wrong)
+    net = ep.Network([ep.Linear((4,), 3)], 2, activation="wrong", device="cpu", precision="float64")
+    assert net.activation is wrong
+    with pytest.raises(ep.ConfigurationError, match="slope"):
+        ep.check_gradients(net, np.ones((2, 4)), np.array([0, 1]), beta=0.01, free_steps=3, nudged_steps=3)
+    with pytest.raises(ep.ConfigurationError, match="activation 'wrong' is not one of cupyep's"):
+        net.save("net.h5")
+
+
+def test_another_network_under_the_same_name_is_refused(invoke, forget):
+    assert invoke(*TRAIN, "--plugin", "mine.py", *OWN)[0] == 0
+    assert load_checkpoint("run/best.h5").epoch == 1
+    forget()
+    Path("mine.py").write_text(PLUGIN.replace("Halved(conv.out_shape, 6)", "Halved(conv.out_shape, 7)"))
+    code, _, err = invoke("evaluate", "run", "--plugin", "mine.py")
+    assert (code, "belongs to another network" in err) == (1, True)
+
+
+def test_an_interrupted_run_says_how_it_goes_on(invoke, monkeypatch):
+    def interrupted(self):
+        raise Interrupted
+
+    monkeypatch.setattr("cupyep.training.trainer.Trainer.run", interrupted)
+    code, _, err = invoke(*TRAIN, "--plugin", "mine.py", "--arch", "short")
+    assert code == 130
+    assert "go on with: cupyep train --run-dir run --resume --plugin mine.py" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("gone.py", 2, "--plugin gone.py: there is no such file"),
+        ("gone", 2, "--plugin gone: ModuleNotFoundError: No module named 'gone'; run from the folder that holds gone"),
+        ("../mine", 2, "--plugin ../mine: neither a module (package.module) nor a file that ends in .py"),
+        ("raising.py", 1, "--plugin raising.py: ZeroDivisionError"),
+        ("unreadable.py", 1, "--plugin unreadable.py: SyntaxError"),
+        ("taking.py", 2, "'vgg5' is a name of the package's own; choose another"),
+    ],
+)
+def test_wrong_plugins(text, code, message, invoke):
+    Path("raising.py").write_text("1 / 0")
+    Path("unreadable.py").write_text("def")
+    Path("taking.py").write_text("import cupyep as ep\nep.register_architecture('vgg5', '4 4')\n")
+    for command in (TRAIN, ["evaluate", "run"]):
+        got, out, err = invoke(*command, "--plugin", text)
+        assert (got, out) == (code, "")
+        assert err.startswith("Error: ")
+        assert message in err
+        assert err.count("\n") == 1
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "broken"], "architecture broken: RuntimeError: no such luck"),
+        (["--arch", "nothing"], "the builder of nothing must return Edges, or Connections, as Network takes them"),
+        (["--arch", "4", "--aug", "no-signal"], "what the maker of --aug no-signal returns must be"),
+        (["--aug", "sparsity", "--signal-loss", "squared_error"], "--signal-loss needs --aug le or kd"),
+        (["--aug", "sparsity", "--temperature", 2], "--temperature needs --aug kd"),
+    ],
+)
+def test_what_a_plugin_registers_may_be_wrong(options, message, invoke):
+    code, out, err = invoke(*TRAIN, "--plugin", "mine.py", *options)
+    assert code in (1, 2)
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ep.register_architecture("resnet9", "4 4"), "'resnet9' is a name of the package's own"),
+        (lambda: ep.register_architecture("a b", "4 4"), "a name is up to 40 letters, digits, - and _"),
+        (lambda: ep.register_architecture("../a", "4 4"), "a name is up to 40 letters"),
+        (lambda: ep.register_architecture(3, "4 4"), "a name is up to 40 letters"),
+        (lambda: ep.register_architecture("mine", "4 x"), "'x' is no layer or block"),
+        (lambda: ep.register_architecture("mine", [4]), "layers must be a text or a function"),
+        (lambda: ep.register_architecture("mine", "4", gain=1), "an architecture has the defaults activation, weights"),
+        (lambda: ep.register_activation("relu"), "activation must be"),
+        (lambda: ep.register_activation(ep.Clip("relu", 1.0, 0.0, 9.0)), "'relu' is a name of the package's own"),
+        (lambda: ep.register_signal("kd", dict), "'kd' is a name of the package's own"),
+        (lambda: ep.register_signal("mine", 3), "maker must be a function or a class"),
+    ],
+)
+def test_wrong_registrations(call, message):
+    with pytest.raises(ep.ConfigurationError, match=message):
+        call()
+    assert tuple(models.TABLE) == models.ARCHITECTURES
+    assert tuple(activations.ACTIVATIONS) == activations.BUILT_IN
+    assert tuple(plugins.SIGNALS) == plugins.BUILT_IN
+
+
+def test_a_shell_that_completes_runs_no_code(monkeypatch, capsys):
+    monkeypatch.setenv("_CUPYEP_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "cupyep train --plugin mine.py --ar")
+    monkeypatch.setenv("COMP_CWORD", "4")
+    with pytest.raises(SystemExit):
+        main([], prog_name="cupyep")
+    assert "--arch" in capsys.readouterr().out
+    assert not Path("imported").exists()
