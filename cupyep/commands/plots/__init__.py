@@ -132,7 +132,7 @@ def _maps(name: str, run: RunDirectory, records: list[Record]) -> Iterator[tuple
         values = {panel: np.array([record[key] for record in shown], float) for panel, key in panels.items()}
         if kind == "response":
             depths = [*nodes.values()] if nodes else range(1, values[""].shape[1] + 1)
-            values[""] *= node_weights(depths, feedback)
+            values[""] *= np.array([node_weights(depths, record.get("feedback", feedback)) for record in shown])
         readout = kind == "gradient" and len(shown[-1][kind + "_norm"]) > len(shown[-1]["activity"])
         epochs = [record["epoch"] for record in shown]
         yield kind, maps.over_epochs(values, epochs, label, f"{name}: {title}", log, readout, list(nodes or ()))
