@@ -267,17 +267,16 @@ def test_lowered_feedback_is_resumed_bit_for_bit_and_judged_as_recorded(quadrant
     assert feedbacks[0] == 1.0
     assert feedbacks[1] < 1.0, "lowered after the first epoch"
     stopped = run({**WILD, "epochs": 3}, tmp_path / "stopped")
-    for after in (1, 4, 2):  # batches of 3 an epoch
+    for place, after in (("on_batch", 1), ("on_epoch", 1), ("on_batch", 2), ("on_epoch", 1)):  # 3 batches an epoch
         left = [after]
 
         def stop(_, left=left):
             left[0] -= 1
             return left[0] == 0
 
-        stopped.on_batch = stop
+        setattr(stopped, place, stop)
         stopped.run()
         stopped = runs.resume_run(tmp_path / "stopped", {}, SILENT)
-    stopped.on_batch = None
     stopped.run()
     assert numbers(stopped.directory) == numbers(straight.directory)
     one, two = straight.directory.load(), stopped.directory.load()
