@@ -71,7 +71,7 @@ class Structure:
         self.device.use()  # another GPU may be the current one
         self.precision = get_precision(choose("precision", precision, PRECISIONS), flag("exact", exact))
         self.dtype = self.precision.number
-        self.feedback = self._checked_feedback(feedback)
+        self.feedback = self.checked_feedback(feedback)
         for edge, below in zip(self.layers, self.graph.below, strict=True):
             edge.reads_image = below == 0
         self.readout = self._make_readout(loss, readout_pool)
@@ -87,7 +87,8 @@ class Structure:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
 
-    def _checked_feedback(self, feedback: float) -> float:
+    def checked_feedback(self, feedback: float) -> float:
+        """Return `feedback`, or raise ConfigurationError if it is not one, or too weak for so many layers."""
         feedback = number("feedback (lambda)", feedback, above=0, high=1)
         largest = max(self.graph.weights(feedback))
         limit = float(np.finfo(self.dtype).max) ** 0.75

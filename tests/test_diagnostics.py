@@ -48,7 +48,9 @@ def probe(steps, last, before=1.0, oscillating=False):
     residual = np.full((steps + 9, LAYERS), 1.0)
     residual[-4:-2], residual[-2:] = before, last
     flags = np.full(LAYERS, oscillating)
-    return PhaseProbe(steps, residual, np.ones((LAYERS, 2)), np.full((LAYERS, 2), 0.9), flags)
+    return PhaseProbe(
+        steps, residual, np.ones((LAYERS, 2)), np.full((LAYERS, 2), 0.9), flags, np.ones(LAYERS), np.zeros(LAYERS)
+    )
 
 
 def test_a_healthy_epoch_is_not_warned_about():
@@ -116,12 +118,16 @@ def test_with_a_tolerance_the_residual_counts():
 def test_unsettled_samples_are_counted_by_their_distance():
     """Limits 0.5 free, 0.75 nudged; a tolerance has its own count, of all samples of the epoch."""
     far = np.array([[0.4, 0.6, 0.8, 0.9], [0.1, 0.2, 0.3, 0.4]])
-    probes = {name: PhaseProbe(2, np.ones((11, 2)), far, far, np.zeros(2, bool)) for name in ("free", "nudged")}
+    probes = {
+        name: PhaseProbe(2, np.ones((11, 2)), far, far, np.zeros(2, bool), np.ones(2), np.zeros(2))
+        for name in ("free", "nudged")
+    }
     record = probe_record(probes, None)
     assert record["free_unsettled"] == [0.75, 0.0]
     assert record["nudged_unsettled"] == [0.5, 0.0]
     np.testing.assert_allclose(record["free_distance"], [0.675, 0.25])
-    assert set(probe_record(probes, 1e-3)) == {"free_distance", "nudged_distance"}
+    names = {f"{phase}_{name}" for phase in probes for name in ("contraction", "distance")}
+    assert set(probe_record(probes, 1e-3)) == names
     assert probe_record({}, None) == {}
 
 

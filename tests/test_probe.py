@@ -108,7 +108,7 @@ def test_a_state_without_bounds_is_far_from_rest_and_grows():
 )
 def test_what_grows(residual, growing):
     table = np.array(residual, float)[:, None]
-    probe = PhaseProbe(2, table, np.ones((1, 1)), np.ones((1, 1)), np.zeros(1, bool))
+    probe = PhaseProbe(2, table, np.ones((1, 1)), np.ones((1, 1)), np.zeros(1, bool), np.ones(1), np.zeros(1))
     assert probe.growing.tolist() == [growing]
 
 

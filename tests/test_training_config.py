@@ -223,7 +223,8 @@ VALUES = {
     "optimizer": ("adam", "sgd"), "learning_rate": (0.01, 0.02), "lr_schedule": ("cosine", "constant"),
     "momentum": (0.4, 0.5), "nesterov": (True, False), "weight_decay": (0.01, 0.02), "seed": (0, 1),
     "device": ("cpu", "auto"), "precision": ("float32", "float64"), "checkpoint_minutes": (1.0, 2.0),
-    "on_divergence": ("stop", "halve-lr"), "test_fraction": (0.1, 0.3),
+    "on_divergence": ("stop", "halve-lr"), "on_unsettled": ("warn", "stop"),
+    "test_fraction": (0.1, 0.3),
     "class_weights": ("none", "balanced"), "plugin": (None, "mine.py"),
 }  # fmt: skip
 SMALL = {"width": 0.02, "epochs": 1, "batch_size": 4, "device": "cpu", "activation": "sigmoid", "learning_rate": 0.01,
@@ -327,13 +328,13 @@ def test_options_that_are_refused(values, refused):
     assert set(VALUES) == set(OPTIONS)
     found = {name: refusal(name, values) for name in OPTIONS}
     assert all(re.fullmatch(r"--[a-z-]+ needs (no )?--[^;]+", text) for text in found.values() if text)
-    assert {name for name in found if found[name]} == refused | {"test_fraction"}
+    assert {name for name in found if found[name]} == refused | {"test_fraction", "on_unsettled"}
 
 
 def test_options_of_a_users_own_data():
     for kind, refused in (("file", {"image_size"}), ("folder", set())):
         values = {"dataset": f"{kind}:x.npz", "aug": "kd", "optimizer": "sgd"}
-        assert {name for name in OPTIONS if refusal(name, values)} == refused
+        assert {name for name in OPTIONS if refusal(name, values)} == refused | {"on_unsettled"}
 
 
 def test_an_option_of_a_recipe_must_have_an_effect_with_or_without_the_command_line(tmp_path):

@@ -76,6 +76,22 @@ class Numbers(click.ParamType):
             )
 
 
+class IntegerOr(click.ParamType):
+    """An integer, or a word that stands for one."""
+
+    def __init__(self, word: str):
+        self.name, self.word = f"integer or {word}", word
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"INTEGER|{self.word}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return value if value == self.word else click.INT.convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(self.word)] if self.word.startswith(incomplete) else []
+
+
 class FilePath(click.Path):
     """A path, as `Path`; ``~`` is the home also where no shell sees it (``--run-dir=~/x``, Windows)."""
 
@@ -304,7 +320,7 @@ def config_options(names: Iterable[str], defaults: Mapping[str, Any] | None = No
         if "device" in names:
             call = threads_option(call)
         for name in reversed(names):
-            call = _config_option(name, shown[name])(call)
+            call = _config_option(name, shown[name], names == list(OPTIONS))(call)
         return call
 
     return decorate
@@ -345,7 +361,7 @@ def _instead(option: str, known: Iterable[str]) -> str:
     return "" if words else nearest(option, known)
 
 
-def _config_option(name: str, default: Any) -> Any:
+def _config_option(name: str, default: Any, with_word: bool) -> Any:
     rule, flag = OPTIONS[name].metadata, option_name(name)
     kind = rule["kind"]
     if kind is bool:
@@ -356,12 +372,14 @@ def _config_option(name: str, default: Any) -> Any:
     text = rule["text"]
     if default is not None:  # then what happens when it is unset says nothing
         text = f"{text.partition('; unset:')[0].rstrip('.')}.  [default: {default}]"
-    return click.option(flag, *ALIASES.get(name, ()), name, type=value_type(name), default=None, help=text)
+    return click.option(flag, *ALIASES.get(name, ()), name, type=value_type(name, with_word), default=None, help=text)
 
 
-def value_type(name: str) -> click.ParamType:
-    """Return the type of the values of an option of `TrainConfig`."""
+def value_type(name: str, with_word: bool = True) -> click.ParamType:
+    """Return the type of the values of an option of `TrainConfig`; `with_word`, of a training, integers or a word."""
     rule = OPTIONS[name].metadata
+    if with_word and "word" in rule:  # other commands have no epochs to learn from
+        return IntegerOr(rule["word"])
     if "choices" in rule:
         return Names(option_name(name), rule["choices"], rule.get("check"))
     types = {int: click.INT, float: click.FLOAT, bool: click.BOOL, list: Numbers(), str: click.STRING}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 from cupyep.training.statistics import LEVELS
 from cupyep.training.teacher import KEPT, teacher_path
+from cupyep.training.trained import as_settled
 
 #: Columns of the table: key of a row -> title, format.
 COLUMNS = {
@@ -76,6 +76,7 @@ class Diagnosis:
     def _healthy(self) -> str:
         """Return what was measured and by which limit it is healthy; backpropagation has neither phases nor a nudge."""
         layers, tolerance, parts = [row for row in self.rows if "saturated" in row], self.trace.get("tolerance"), []
+        unit, rates = "sweep" if self.trace.get("schedule") == "sweeps" else "step", []
         for phase in ("free", "nudged"):
             if f"{phase}_distance" not in layers[0]:
                 continue
@@ -86,6 +87,8 @@ class Diagnosis:
             else:
                 what = f"is above --tolerance {tolerance:g} in {unsettled:.0%} of the samples"
             parts.append(f"the {phase} phase {what} (limit {most:.0%})")
+            rates += [f"{rho:.2g} {phase}"] if (rho := self.trace[phase].get("contraction")) is not None else []
+        parts += [f"a {unit} contracts by {' and '.join(rates)}"] if rates else []
         parts += ["the nudge reaches every layer"] if "nudge_response" in layers[0] else []
         return "healthy: " + ", ".join([*parts, "no layer has collapsed"])
 
@@ -146,7 +149,7 @@ def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | N
     file, saved, config = _open(Path(path), which)
     given = given or {}
     follows = {"relaxation": None} if "schedule" in given else {}  # that of the run belongs to the run's schedule
-    config = dataclasses.replace(config, **(follows | given))
+    config = as_settled(config, saved, follows | given)
     require_used(given, vars(config))
     dataset = build_dataset(config)
     network = build_network(config, dataset, get_device(config.device))

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from cupyep.batch import Batch
+from cupyep.diagnostics.contraction import contraction
+from cupyep.diagnostics.pace import Pace, settled_with
 from cupyep.diagnostics.probe import PhaseProbe, probe_settling
-from cupyep.diagnostics.rules import Record, Setting, find, probe_record
+from cupyep.diagnostics.rules import Record, Setting, find, finite, probe_record
+from cupyep.parallel import Communicator
 
 PROBE_IMAGES = 32
 DIGITS = 4
@@ -22,36 +25,57 @@ DIGITS = 4
 class Checkup:
     """Looks at a learner once an epoch: the images of `batch` are settled for a closer look.
 
-    `trace` is `trace_of` the last look, for settling.json.
+    `trace` is `trace_of` the last look, for settling.json. With a `pace` the learner follows what is seen.
     """
 
-    def __init__(self, learner: Any, batch: Batch, batch_size: int):
+    def __init__(self, learner: Any, batch: Batch, batch_size: int, pace: Pace | None = None):
         self.learner = learner
         self.batch = batch
-        self.setting = Setting.of(learner, batch_size)
+        self.batch_size = batch_size
+        self.pace = pace
         self.trace: dict[str, Any] = {}
 
-    def look(self, record: Record, records: Sequence[Record]) -> Record:
+    @property
+    def ends(self) -> bool:
+        """Whether the run is to end after what was seen last."""
+        return self.pace is not None and self.pace.ends
+
+    def begin(self) -> None:
+        """Let the learner follow what was seen last: an epoch begins."""
+        if self.pace is not None:
+            self.pace.begin()
+
+    def look(self, record: Record, records: Sequence[Record], ranks: Communicator | None = None) -> Record:
         """Return what is to be added to the `record` of an epoch, given the `records` of the epochs before.
 
-        That is `probe_record`, and ``findings``, a list of ``{"signature", "layers", "message"}``.
+        That is how the epoch settled (``free_steps``, ``nudged_steps``, ``feedback``), `probe_record`, with a pace
+        ``nonlinearity``, and ``findings``, a list of ``{"signature", "layers", "message"}``.
         """
+        setting = Setting.of(self.learner, self.batch_size)  # a pace changes it
         probes = probe_settling(self.learner, self.batch)
-        self.trace = trace_of(probes, self.setting, len(self.batch), record["epoch"])
-        seen = probe_record(probes, self.setting.tolerance)
-        findings = find(record | seen, self.setting, probes, records)
+        self.trace = trace_of(probes, setting, len(self.batch), record["epoch"])
+        seen = settled_with(self.learner) | probe_record(probes, setting.tolerance)
+        findings = find(record | seen, setting, probes, records)
+        if self.pace is not None:
+            more, found = self.pace.follow(probes, ranks or Communicator())
+            seen, findings = seen | more, [*findings, *found]
         return {**seen, "findings": [finding._asdict() for finding in findings]}
 
 
 def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, epoch: int) -> dict[str, Any]:
     """Return how the phases settled, as settling.json holds it.
 
-    ``epoch``, ``images``, ``schedule``, ``tolerance``, and of each phase there is ``steps``, the learner's own, and
+    ``epoch``, ``images``, ``schedule``, ``tolerance``, and of each phase there is ``steps``, the learner's own,
+    ``contraction``, and
     ``residual``: for every step, also those beyond, a number a layer (None where it is not finite). ``nodes``, their
     names, where the network is no chain.
     """
     phases = {
-        phase: {"steps": probe.steps, "residual": [[_rounded(r) for r in row] for row in probe.residual]}
+        phase: {
+            "steps": probe.steps,
+            "contraction": finite(contraction(probe)),
+            "residual": [[_rounded(r) for r in row] for row in probe.residual],
+        }
         for phase, probe in probes.items()
     }
     return {

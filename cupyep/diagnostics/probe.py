@@ -15,6 +15,7 @@ from cupyep.learning.learner import Learner
 from cupyep.phases import State
 
 MORE_STEPS = 9  # at least, beyond the learner's own
+ROUNDING = 8  # distances of a number to the next one: what a layer at rest still moves by, at most
 
 
 @dataclass
@@ -36,6 +37,11 @@ class PhaseProbe:
         0 is at rest; 1 is all or nothing of it there yet.
     oscillating : ndarray of bool, shape (L,)
         Whether the layer is back after two iterations though each moves it (seen for the synchronous schedule).
+    size : ndarray of shape (L,)
+        What a residual is to be compared with: the root mean square of the state, or of the response of a phase (as
+        scaled deviation), after all iterations, mean over the samples.
+    rounding : ndarray of shape (L,)
+        Residual by rounding alone, at most, as a part of the `size`.
     """
 
     steps: int
@@ -43,6 +49,8 @@ class PhaseProbe:
     per_sample: np.ndarray
     distance: np.ndarray
     oscillating: np.ndarray
+    size: np.ndarray
+    rounding: np.ndarray
 
     @property
     def growing(self) -> np.ndarray:
@@ -72,9 +80,14 @@ def probe_settling(learner: Learner, batch: Batch) -> dict[str, PhaseProbe]:
 
 def _probe(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]]]) -> tuple[PhaseProbe, State]:
     """Return what `settle`, called with its own and with more steps, shows, and the state after its own."""
-    total = steps + (max(MORE_STEPS, steps) | 1)  # odd: an oscillation of period two is not back where it was
+    more = max(MORE_STEPS, steps, 0 if learner.schedule == "sweeps" else 2 * learner.network.depth)  # news gets round
+    total = steps + (more | 1)  # odd: an oscillation of period two is not back where it was
     late, after = settle(steps=total, tolerance=None, record=True)
     residual = np.array(late.stats.trace)
+    phases = late.stats.per_sample.shape[1] // len(after[0])
+    size = np.array([_rms(a).mean() for a in after]) / phases
+    held = size if late.deviations is not None else [_rms(a).mean() for a in _hosts(learner, late.layers)]
+    rounding = _relative(ROUNDING * learner.network.precision.spacing * np.array(held), size)
     oscillating = np.zeros(residual.shape[1], bool)
     if learner.schedule == "synchronous":
         _, earlier = settle(steps=total - 2, tolerance=None)
@@ -84,7 +97,23 @@ def _probe(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any
     own, now = settle()
     distance = [_relative(_rms(a - b), np.maximum(_rms(a), _rms(b))) for a, b in zip(after, now, strict=True)]
     per_sample = own.stats.per_sample.reshape(len(now), -1, len(now[0])).max(axis=1)
-    return PhaseProbe(own.stats.steps, residual, per_sample, np.array(distance), oscillating), own
+    return PhaseProbe(own.stats.steps, residual, per_sample, np.array(distance), oscillating, size, rounding), own
+
+
+def nonlinearity(learner: Learner, batch: Batch) -> float | None:
+    """Return by how much the size of twice the response to half the nudge differs from that to the nudge, as a part.
+
+    Euclidean norms over the batch, in the worst layer: 0 of a linear response. None without finite nudges of a known
+    sign.
+    """
+    if getattr(learner, "scheme", None) not in ("centered", "onesided"):
+        return None
+    with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        state, _ = _free(learner, batch)
+        whole, half = (_nudged(learner, batch, state, share)[1] for share in (1.0, 0.5))
+        sizes = np.array([[np.linalg.norm(z) for z in response] for response in (whole, half)])
+        return float(_relative(abs(2 * sizes[1] - sizes[0]), 2 * sizes[1]).max())
 
 
 def _free(learner: Any, batch: Batch, **how: Any) -> tuple[State, list[np.ndarray]]:
@@ -92,12 +121,14 @@ def _free(learner: Any, batch: Batch, **how: Any) -> tuple[State, list[np.ndarra
     return state, _hosts(learner, state.layers)
 
 
-def _nudged(learner: Any, batch: Batch, free: State, **how: Any) -> tuple[State, list[np.ndarray]]:
-    """Return the nudged state and the response of each layer, (N, *shape)."""
+def _nudged(learner: Any, batch: Batch, free: State, share: float = 1.0, **how: Any) -> tuple[State, list[np.ndarray]]:
+    """Return the nudged state and the response of each layer, (N, *shape), to some `share` of the nudge."""
     betas = [learner.beta] if learner.scheme == "random" else learner.betas()  # no draw: training goes on as without
+    betas = [share * beta for beta in betas]
     state = learner.settle_nudged(batch, free, betas, learner.network.nudges(batch, learner.signals), **how)
-    if state.deviations is not None:
-        parts, rest = _hosts(learner, state.deviations), [0.0] * len(free.layers)
+    if state.deviations is not None:  # a of the last node is 1: what is left of its scale is that of the number format
+        parts = [eps / state.scales[-1] for eps in _hosts(learner, state.deviations)]
+        rest = [0.0] * len(free.layers)
     else:
         parts, rest = _hosts(learner, state.layers), _hosts(learner, free.layers)
     n = len(batch)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupyep.diagnostics.contraction import contraction
 from cupyep.diagnostics.probe import PhaseProbe
 
 Record = dict[str, Any]
@@ -44,6 +45,8 @@ LIMITS = {
                         "that no image moves; seen: up to 0.61 in the last layer of networks that learn, 0.77 to 1 in "
                         "collapsed ones"),
     "accuracy": Limit(0.75, "training accuracy against its best epoch"),
+    "nonlinearity": Limit(0.1, "part by which twice the response to half the nudge differs in size; seen: 0.02 to 0.07 "
+                               "at beta 0.5, 0.01 at beta 0.1, where EP trains well"),
     "kappa": Limit(1.0, "a signal that weighs as much as the readout"),
 }  # fmt: skip
 DEAD_IMAGES = 16  # in smaller batches many channels are still by chance
@@ -52,7 +55,7 @@ DEAD_IMAGES = 16  # in smaller batches many channels are still by chance
 class Finding(NamedTuple):
     """One of the three failures."""
 
-    signature: str  # "convergence", "vanishing", "collapse"
+    signature: str  # "convergence", "vanishing", "collapse"; of a pace "contraction" and "nonlinearity"
     layers: tuple[int, ...]  # where, counted from 1; empty for the whole network
     message: str  # one line: what is wrong, how badly, which option to turn and which way
 
@@ -90,18 +93,25 @@ class Setting:
 
 
 def probe_record(probes: Mapping[str, PhaseProbe], tolerance: float | None) -> Record:
-    """Return what an epoch's record takes from its probes, lists with a number a layer.
+    """Return what an epoch's record takes from its probes, but for contractions lists with a number a layer.
 
+    ``free_contraction`` and ``nudged_contraction`` (`cupyep.diagnostics.contraction`; None where there is none),
     ``free_distance`` and ``nudged_distance`` (means over the samples) and, without a tolerance, ``free_unsettled`` and
     ``nudged_unsettled``, the fractions of samples too far from rest.
     """
     record: Record = {}
     for phase, probe in probes.items():
+        record[f"{phase}_contraction"] = finite(contraction(probe))
         record[f"{phase}_distance"] = probe.distance.mean(axis=1).tolist()
         if tolerance is None:
             limit = LIMITS[f"{phase} distance"].value
             record[f"{phase}_unsettled"] = (probe.distance > limit).mean(axis=1).tolist()
     return record
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number as JSON can have it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def find(

@@ -4,7 +4,8 @@ Groups ``parameters`` (by path), ``optimizer`` (`Optimizer.state_dict` by name) 
 epoch under way). Root attributes: ``format="cupyep-checkpoint"``, ``version=2``; numbers, ``epoch`` (epochs done),
 ``batch`` (batches done of the epoch after), ``best_accuracy`` and ``best_epoch``, ``elapsed_s`` and ``epoch_s``,
 ``halvings``; JSON texts, ``network`` (`Network.describe`), ``generators`` (name -> bit generator
-state), ``config`` (options of the run), ``images`` (`ImageFormat`) and ``versions`` (of cupyep, Python and libraries).
+state), ``config`` (options of the run), ``images`` (`ImageFormat`), ``settling`` (steps and feedback of a run that
+chooses them) and ``versions`` (of cupyep, Python and libraries).
 The file begins with a checksum (`cupyep.persistence.hdf5`).
 """
 
@@ -30,7 +31,8 @@ from cupyep.persistence import hdf5
 KIND = "checkpoint"
 VERSION = 2
 GROUPS = ("parameters", "optimizer", "statistics")
-TEXTS = ("network", "generators", "config", "images", "versions")
+TEXTS = ("network", "generators", "config", "images", "versions", "settling")
+LATER = ("images", "settling")  # what files from before there was one lack
 
 
 def versions() -> dict[str, str]:
@@ -66,6 +68,9 @@ class Checkpoint:
     images : dict
         `ImageFormat.to_json` of the data set; empty where a trainer was not told it.
     versions : dict of str to str
+    settling : dict
+        Of a run that chooses its steps: ``free_steps``, ``nudged_steps``, ``feedback`` that it settles with, and the
+        same as ``next_free_steps`` and so on from the next epoch on. Empty for others.
     """
 
     parameters: dict[str, Any]
@@ -83,6 +88,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    settling: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Any]:
         """Return what the network is used with: the running average of the parameters, where the run kept one."""
@@ -169,11 +175,15 @@ def _read_number(file: h5py.File, name: str) -> int | float:
 
 def _read_text(file: h5py.File, name: str) -> dict[str, Any]:
     text = hdf5.attribute(file, name)
-    if text is None and name == "images":  # files from before there was one
+    if text is None and name in LATER:
         return {}
     value = json.loads(text)
     if not isinstance(value, dict):
         raise TypeError(f"'{name}' is not an object")
+    for key, number in value.items() if name == "settling" else ():
+        is_steps = key.endswith("_steps") and type(number) is int and number >= 1
+        if not (is_steps or (key.endswith("feedback") and type(number) is float and 0 < number <= 1)):
+            raise ValueError(f"'{name}' has {key} {number!r}")
     return value
 
 

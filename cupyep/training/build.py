@@ -14,6 +14,7 @@ from cupyep.batch import Batch
 from cupyep.data import Dataset, ImageFormat, Loader, TeacherFile, load_dataset
 from cupyep.data.sources import is_own
 from cupyep.diagnostics.checkup import PROBE_IMAGES, Checkup
+from cupyep.diagnostics.pace import Pace
 from cupyep.errors import instance, require
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
 from cupyep.learning.gradients import layer_of
@@ -23,7 +24,7 @@ from cupyep.optim import AVERAGE, OPTIMIZERS, SGD, Adam, Optimizer
 from cupyep.parallel import Communicator
 from cupyep.plugins import SIGNALS
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
-from cupyep.training.config import TrainConfig, parse_layers
+from cupyep.training.config import AUTO, TrainConfig, parse_layers
 from cupyep.training.display import Display
 from cupyep.training.statistics import layer_names
 from cupyep.training.trainer import Trainer
@@ -190,6 +191,13 @@ def first_images(dataset: Dataset, network: Network, count: int) -> Batch:
     return next(iter(Loader(few, "train", count, network.device, network.dtype)))
 
 
+def build_checkup(config: TrainConfig, learner: Any, batch: Batch) -> Checkup:
+    """Return what looks at the learner after every epoch, and chooses its steps where they are ``auto``."""
+    auto = [phase for phase in ("free", "nudged") if getattr(config, f"{phase}_steps") == AUTO]
+    pace = Pace(learner, batch, auto, config.on_unsettled) if auto and config.algorithm != "bp" else None
+    return Checkup(learner, batch, config.batch_size, pace)
+
+
 def build_trainer(
     config: TrainConfig,
     dataset: Dataset,
@@ -210,7 +218,7 @@ def build_trainer(
         validation=evaluation_batches(config, dataset, network, "validation", share) if dataset.validation else None,
         generators={"learner": signs},
         images=ImageFormat.of(dataset),
-        checkup=Checkup(learner, first_images(dataset, network, PROBE_IMAGES), config.batch_size),
+        checkup=build_checkup(config, learner, first_images(dataset, network, PROBE_IMAGES)),
         display=display,
         communicator=communicator,
         **config.take("epochs", "lr_schedule", "warmup", "patience", "checkpoint_minutes", "on_divergence"),

@@ -19,6 +19,7 @@ from cupyep.activations import ACTIVATIONS
 from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
 from cupyep.data.sources import absolute_name, check_name
+from cupyep.diagnostics.pace import ON_UNSETTLED
 from cupyep.errors import ConfigurationError, nearest, require
 from cupyep.files import read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
@@ -38,6 +39,7 @@ else:
 TOML_BYTES = 1 << 15  # of a recipe or config.toml, at most
 DOTS = 200  # in a line; the parser's memory grows with the square of the parts of a name
 MOST_LAYERS = 10000
+AUTO = "auto"  # steps that follow the settling
 LOSSES = ("cross_entropy", "squared_error")
 
 
@@ -112,12 +114,16 @@ class TrainConfig:
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
     beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0, needs=("ep", "finite"))
-    free_steps: int | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
-                                      "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
-                                      needs=("settling",))
-    nudged_steps: int | None = GRADIENT(None, int, "Steps of a nudged phase, for bptt the steps unrolled; unset: 2 "
-                                        "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1,
-                                        needs=("settling",))
+    free_steps: int | str | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance), or auto: "
+                                            "after every epoch as many as it was found to need; unset: 2 sweeps, 6 "
+                                            "with a feedback above 0.3, 60 of the other schedules.", low=1, word=AUTO,
+                                            needs=("settling",))
+    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase, or auto; for bptt the steps "
+                                              "unrolled; unset: 2 sweeps, 4 with a feedback above 0.3, 20 otherwise.",
+                                              low=1, word=AUTO, needs=("settling",))
+    on_unsettled: str = GRADIENT("warn", str, "With auto steps, when a phase does not contract or needs more than 8 "
+                                 "sweeps (200 other steps): say so, also halve the feedback, or also stop.",
+                                 choices=ON_UNSETTLED, needs=("auto",))
     schedule: str = GRADIENT("sweeps", str, "Order in which layers are updated.", choices=SCHEDULES,
                              needs=("settling",))
     relaxation: float | None = GRADIENT(None, float, "How far an update goes, in terms of what the rule says: above 1 "
@@ -212,17 +218,23 @@ class TrainConfig:
         free, nudged = default_steps(self.schedule, self.feedback)
         nudged = UNROLLED_STEPS if self.algorithm == "bptt" else nudged
         self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged
+        auto = AUTO in (self.free_steps, self.nudged_steps)
+        require(not auto or self.tolerance is None, "--tolerance ends every phase by itself: give it, or auto steps")
+        require(self.nudged_steps != AUTO or self.algorithm != "bptt", "--nudged-steps auto needs --algorithm ep")
         self.relaxation = self.relaxation or default_relaxation(self.schedule, self.feedback)
         check_relaxation(self.relaxation, self.schedule)
 
     def take(self, *names: str) -> dict[str, Any]:
-        """Return the options of some names, for whatever takes arguments called like them."""
-        return {name: getattr(self, name) for name in names}
+        """Return the options of some names, for whatever takes arguments called like them; auto steps as they begin."""
+        steps = default_steps(self.schedule, self.feedback)
+        begin = dict(zip(("free_steps", "nudged_steps"), steps, strict=True))
+        values = {name: getattr(self, name) for name in names}
+        return {name: begin[name] if name in begin and value == AUTO else value for name, value in values.items()}
 
     @property
     def settling(self) -> dict[str, Any]:
         """What `Network.settling` is of a network that is trained so."""
-        return {"steps": self.free_steps, **self.take("schedule", "relaxation")}
+        return {"steps": self.take("free_steps")["free_steps"], **self.take("schedule", "relaxation")}
 
     def to_toml(self) -> str:
         """Return the options as TOML, grouped by comments; options that are unset (None) are left out."""
@@ -246,6 +258,7 @@ RESUME_OPTIONS = (
     "teacher",
     "checkpoint_minutes",
     "on_divergence",
+    "on_unsettled",
     "patience",
     "plugin",
 )

@@ -146,6 +146,7 @@ def fit(
     best = copy.deepcopy(net) if kept else None
     if best is not None:
         best.load_parameters(kept)
+        best.feedback = trainer.records[trainer.best_epoch - 1].get("feedback", best.feedback)
     return FitResult(net, best, trainer.records, summary)
 
 

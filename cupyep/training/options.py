@@ -47,6 +47,7 @@ NEEDS = {
         "--algorithm ep or bptt, or no --gain and no --init-from",
         lambda c: c["algorithm"] != "bp" or (c["gain"], c["init_from"]) == (None, None),
     ),
+    "auto": ("--free-steps auto or --nudged-steps auto", lambda c: "auto" in (c["free_steps"], c["nudged_steps"])),
     "drawn": ("no --init-from", lambda c: c["init_from"] is None),
     "finite": ("--scheme centered, onesided or random", lambda c: c["scheme"] != "tangent"),
     "signal": ("--aug le or kd", lambda c: c["aug"] != "none"),
@@ -72,8 +73,8 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
         ``list`` is one number, or several (one a layer).
     **rule
         `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
-        `check` (of a text, a function of value and name that raises; its `choices` are suggestions then); `needs`
-        (names of `NEEDS`), without which the option has no effect.
+        `word`, which may stand for the number; `check` (of a text, a function of value and name that raises; its
+        `choices` are suggestions then); `needs` (names of `NEEDS`), without which the option has no effect.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
@@ -97,6 +98,8 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
     if value is None:
         require(spec.default is None, f"{name} must be {KIND_NAMES[kind]}")
         return None
+    if isinstance(value, str) and value == spec.metadata.get("word"):
+        return value
     if kind is list and isinstance(value, (list, tuple)):
         require(len(value) > 0, f"{name} must hold at least one number")
         numbers = [_number(spec, name, v, float) for v in value]
@@ -113,11 +116,16 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
     return value
 
 
+def _kind_name(spec: Field) -> str:
+    word = spec.metadata.get("word")
+    return KIND_NAMES[spec.metadata["kind"]] + (f" or {word}" if word else "")
+
+
 def _number(spec: Field, name: str, value: Any, kind: type) -> Any:
     accepted = (int, float) if kind is float else (int,)
     is_number = isinstance(value, accepted) and not isinstance(value, bool)
     is_number = is_number and (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value))
-    require(is_number, f"{name} must be {KIND_NAMES[spec.metadata['kind']]} (got {_shown(value)})")
+    require(is_number, f"{name} must be {_kind_name(spec)} (got {_shown(value)})")
     for key, (words, holds) in RULES.items():
         limit = spec.metadata.get(key)
         require(limit is None or holds(value, limit), f"{name} must be {words} {limit} (got {value})")

@@ -52,6 +52,7 @@ def take_snapshot(trainer: Any) -> Checkpoint:
         generators=generators,
         network=trainer.network.describe(),
         config={} if trainer.directory is None else dataclasses.asdict(trainer.directory.config),
+        settling={} if _pace(trainer) is None else _pace(trainer).state_dict(),
         images={} if trainer.images is None else trainer.images.to_json(),
         **{name: getattr(trainer, attribute) for name, attribute in PROGRESS.items()},
     )
@@ -72,14 +73,25 @@ def restore_snapshot(trainer: Any, path: Path, saved: Checkpoint) -> None:
     for name, attribute in PROGRESS.items():
         setattr(trainer, attribute, getattr(saved, name))
     trainer.watch.load_state_dict(_part(saved.statistics, "loss"))
+    if _pace(trainer) is not None:
+        _pace(trainer).load_state_dict(saved.settling)
     if saved.batch:
         trainer.begin_epoch()
         trainer.statistics.load_state_dict(_part(saved.statistics, "epoch"))
 
 
+def _pace(trainer: Any) -> Any:
+    """Return what chooses the steps of a trainer's phases (`cupyep.diagnostics.pace`); None if nothing does."""
+    return None if trainer.checkup is None else trainer.checkup.pace
+
+
 def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
     """Raise `CheckpointError` unless the checkpoint `saved`, read from `path`, is one that `trainer` can go on from."""
-    check_same_network(path, saved, trainer.network)
+    began = saved
+    if saved.settling:  # which may have lowered the feedback; what the run began with is compared as its option
+        feedback = saved.config.get("feedback", saved.network.get("feedback"))
+        began = dataclasses.replace(saved, network=saved.network | {"feedback": feedback})
+    check_same_network(path, began, trainer.network)
     for name, value in dataclasses.asdict(trainer.directory.config).items():
         old = saved.config.get(name, value)
         if old != value and name not in RESUME_OPTIONS:
@@ -103,6 +115,9 @@ def _try_state(trainer: Any, saved: Checkpoint) -> None:
     for name, generator in trainer.generators.items():
         type(generator.bit_generator)().state = saved.generators[name]
     LossWatch(trainer.device).load_state_dict(_part(saved.statistics, "loss"))
+    pace = _pace(trainer)
+    if pace is not None and saved.settling and saved.settling.keys() != pace.state_dict().keys():
+        raise ValueError("its settling is not that of such a run")
     statistics = EpochStatistics(trainer.device, saved.epoch + 1, layer_names(trainer.learner.parameters()))
     if saved.batch:
         statistics.load_state_dict(_part(saved.statistics, "epoch"))

@@ -16,7 +16,7 @@ from cupyep.errors import CheckpointError
 from cupyep.network import Network
 from cupyep.persistence.checkpoint import Checkpoint, restore_parameters
 from cupyep.training.build import build_dataset, build_learner, build_network
-from cupyep.training.config import TrainConfig, require_used
+from cupyep.training.config import OPTIONS, TrainConfig, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
 from cupyep.training.snapshot import check_same_network
 
@@ -69,7 +69,7 @@ def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any]
     saved = directory.load(which)
     file = directory.path / CHECKPOINT_FILES[which]
     plain = {"aug": "none", "teacher": None, "teacher_features": False, "learned_maps": False}
-    config = dataclasses.replace(directory.config, **plain, **(given or {}))
+    config = as_settled(dataclasses.replace(directory.config, **plain), saved, given or {})
     require_used(given or {}, vars(config))
     images = _image_format(file, saved, config)
     network = build_network(config, images, get_device(config.device))
@@ -78,6 +78,12 @@ def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any]
     restore_parameters(file, own, network.parameters(), network.device)
     learner = build_learner(config, network, [], np.random.default_rng(config.seed))
     return TrainedRun(config, saved.epoch, images, network, learner)
+
+
+def as_settled(config: TrainConfig, saved: Checkpoint, given: Mapping[str, Any]) -> TrainConfig:
+    """Return the options with those `given`, else with the steps and the feedback that a checkpoint settles with."""
+    own = {name: value for name, value in saved.settling.items() if name in OPTIONS}
+    return dataclasses.replace(config, **(own | dict(given)))
 
 
 def _image_format(file: Path, saved: Checkpoint, config: TrainConfig) -> ImageFormat:

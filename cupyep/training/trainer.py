@@ -290,7 +290,7 @@ class Trainer:
         }
         if self.checkup is not None:
             self.schedules.set(epoch - 1, self.epochs)  # kappa as recorded, wherever the epoch was taken up
-            record |= self.checkup.look(record, self.records)
+            record |= self.checkup.look(record, self.records, self.communicator)
         self.elapsed_s += self.epoch_s + time.monotonic() - begin
         record |= {
             "images_per_s": self.statistics.count / self.epoch_s,
@@ -304,6 +304,8 @@ class Trainer:
         """Step through the training batches that are left; return the epoch's means."""
         if self.batches_done == 0:
             self.begin_epoch()
+            if self.checkup is not None:
+                self.checkup.begin()
         title = f"epoch {epoch}/{self.epochs}"
         showing = self.display.progress(title, len(self.train.split), self.statistics.count, epoch=epoch)
         # What is not finite is found and named later.
@@ -367,11 +369,10 @@ class Trainer:
         left = self.elapsed_s / self.epochs_done * (self.epochs - self.epochs_done)
         self.display.show("epoch", epoch_text(record, self.epochs, left), **record, left_s=left)
         for finding in record.get("findings", ()):
-            self.display.show(
-                "warning", f"epoch {record['epoch']}: {finding['message']}", epoch=record["epoch"], **finding
-            )
-        if self.on_epoch is not None and self.on_epoch(record) in (True, "stop"):
-            self._stopped = True
+            text = f"epoch {record['epoch']}: {finding['message']}"
+            self.display.show("warning", text, epoch=record["epoch"], **finding)
+        called = self.on_epoch is not None and self.on_epoch(record) in (True, "stop")
+        self._stopped = called or (self.checkup is not None and self.checkup.ends)
 
     def _save(self) -> None:
         if self.batches_done:

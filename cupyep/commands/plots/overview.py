@@ -89,4 +89,4 @@ def scaled_responses(records: Sequence[Record], feedback: float) -> np.ndarray:
     """Return ``a_n`` times the mean responses, (epochs, layers)."""
     values, nodes = layer_course(records, "nudge_response"), records[-1].get("nodes")
     depths = [*nodes.values()] if nodes else range(1, values.shape[1] + 1)
-    return values * node_weights(depths, feedback)
+    return values * np.array([node_weights(depths, record.get("feedback", feedback)) for record in records])
