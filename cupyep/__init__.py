@@ -37,10 +37,11 @@ from cupyep.losses import CrossEntropy, SquaredError
 from cupyep.models import ARCHITECTURES, build, vgg
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, AdamW
-from cupyep.phases import Nudge, State
+from cupyep.phases import Nudge
 from cupyep.plugins import register_activation, register_architecture, register_signal
 from cupyep.settling import SettleStats
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
+from cupyep.state import State
 from cupyep.training.fit import FitResult, fit
 
 __all__ = [

@@ -24,7 +24,8 @@ from cupyep.layers import Edge
 from cupyep.memory.layout import PhaseBuffers, PhaseShape
 from cupyep.memory.workspace import Memory, Workspace, update_ops
 from cupyep.ops.update import UpdateOps
-from cupyep.phases import Classical, Deviation, Nudge, State
+from cupyep.phases import Classical, Deviation, Nudge
+from cupyep.state import State
 
 
 class Change:

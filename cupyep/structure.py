@@ -1,4 +1,5 @@
-"""What a network is before it settles: graph, activation, feedback weight, readout, and their parameters by path."""
+"""What a network is before it settles: graph, activation, feedback weight, readout, parameters by path, memory, and how
+it settles unless it is told otherwise."""
 
 from __future__ import annotations
 
@@ -12,15 +13,22 @@ import numpy as np
 
 from cupyep import errors
 from cupyep.activations import Activation, get_activation
-from cupyep.backend import PRECISIONS, Device, get_device, get_precision
-from cupyep.backend.threads import one_blas_thread, works_for
+from cupyep.backend import PRECISIONS, Device, get_device, get_precision, threads
+from cupyep.backend.threads import Turns, number_for, one_blas_thread, run_parts, works_for
+from cupyep.batch import Batch
 from cupyep.energy import HopfieldEnergy
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.graph import Connection, Graph
 from cupyep.heads import Head, readout_window
 from cupyep.layers import Edge
 from cupyep.losses import get_loss
+from cupyep.memory.workspace import Effective, Memory
+from cupyep.ops.conv import chunked
+from cupyep.program import SCHEDULES
+from cupyep.settling import check_relaxation, default_relaxation, default_steps
 from cupyep.weights import PARAMETRISATIONS
+
+SETTLING = ("steps", "schedule", "relaxation")
 
 
 def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,6 +167,75 @@ class Structure:
         for c in self.graph.connections:
             lines.append(f"  {c.above}: {c.edge!r}" if self.graph.is_chain else f"  {c.below} to {c.above}: {c.edge!r}")
         return "\n".join([*lines, f"  readout: {readout}, {self.readout.criterion.name})"])
+
+    @functools.cached_property
+    def _memories(self) -> dict[int, Memory]:
+        return {}
+
+    @functools.cached_property
+    def effective(self) -> Effective:
+        """What is made of the parameters, once while they are constant."""
+        return Effective(self.layers, self.device.xp)
+
+    @property
+    def memory(self) -> Memory:
+        """What settling and learning need beside the parameters, in this thread."""
+        number = number_for(self)
+        if number not in self._memories:
+            self._memories[number] = Memory(self.graph, self.device, self.precision, self.effective)
+        return self._memories[number]
+
+    def run_parts(self, batch: Batch, work: Callable[[Batch, int, Turns], Any], most: int | None = None) -> list[Any]:
+        """Return what `work` makes of each part of a batch: of the part, its number, and turns in their order.
+
+        On a CPU each is done by a thread with memory of its own (`cupyep.backend.threads`); on a GPU one after the
+        other. `most` is the largest part, see `parts`. Parameters must not change meanwhile.
+        """
+        parts = [batch.part(rows) for rows in self.parts(len(batch.images), most)]
+
+        def of(number: int, turns: Turns) -> Any:
+            return work(parts[number], number, turns)
+
+        _ = self.energy  # made before threads ask for it
+        with self.effective.constant():
+            return run_parts(self, len(parts), of)
+
+    def parts(self, samples: int, most: int | None = None) -> list[slice]:
+        """Return the rows of a batch that are processed together, nearly equally many each, the longest first.
+
+        At most `most`, by default `threads.PART` on a CPU and all on a GPU.
+        """
+        return [rows for rows, _ in chunked(samples, most or (samples if self.device.is_gpu else threads.PART))]
+
+    @property
+    def settling(self) -> dict[str, Any]:
+        """How this network settles unless it is told otherwise: ``steps``, ``schedule``, ``relaxation``."""
+        return dict(self._settling)
+
+    @settling.setter
+    def settling(self, values: Mapping[str, Any]) -> None:
+        for name in instance("settling", values, Mapping, "a mapping of steps, schedule, relaxation"):
+            choose("settling", name, SETTLING)
+        schedule = choose("schedule", values.get("schedule", "sweeps"), SCHEDULES)
+        relaxation = number("relaxation", values.get("relaxation", 1.0))
+        check_relaxation(relaxation, schedule)
+        checked = {"steps": integer("steps", values.get("steps", 1)), "schedule": schedule, "relaxation": relaxation}
+        self._settling = {name: checked[name] for name in values}
+
+    def settles(
+        self, steps: int | None = None, schedule: str | None = None, relaxation: float | None = None
+    ) -> tuple[int, str, float]:
+        """Return steps, schedule and relaxation of the free phase, those that are None as this network settles.
+
+        Where `settling` says nothing, or of another schedule: sweeps, and the defaults of `cupyep.settling` for the
+        feedback.
+        """
+        usual = self._settling.get("schedule", "sweeps")
+        schedule = usual if schedule is None else choose("schedule", schedule, SCHEDULES)
+        own = self._settling if schedule == usual else {}
+        steps = own.get("steps", default_steps(schedule, self.feedback)[0]) if steps is None else steps
+        fallback = own.get("relaxation", default_relaxation(schedule, self.feedback))
+        return steps, schedule, fallback if relaxation is None else relaxation
 
     def parameters(self) -> dict[str, Any]:
         """Return the trained arrays by path, ``layers.1.weight`` .. ``readout.bias``."""

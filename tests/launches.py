@@ -27,7 +27,7 @@ from strict import Tape
 
 import cupyep as ep
 from cupyep.backend.device import gpu_scratch
-from cupyep.cli.shared import Numbers
+from cupyep.cli.types import Numbers
 from cupyep.memory.plan import L2_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

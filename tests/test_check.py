@@ -8,7 +8,7 @@ from small import batch_of, network, on_host, signals_of
 
 import cupyep as ep
 from cupyep.learning.check import compare, compare_precisions
-from cupyep.phases import State
+from cupyep.state import State
 
 
 def test_compare_by_hand():

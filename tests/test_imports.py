@@ -31,6 +31,7 @@ ORDER = [
     "settling",
     "optim",
     "memory",
+    "state",
     "phases",
     "energy",
     "structure",

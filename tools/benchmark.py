@@ -33,7 +33,8 @@ from parts import (
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS
-from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors
+from cupyep.cli.shared import OneLineErrors
+from cupyep.cli.types import FilePath, Names, Numbers
 from cupyep.commands.system import system_report
 from cupyep.files import replacing
 from cupyep.learning.operations import Operations

@@ -16,7 +16,8 @@ import numpy as np
 
 from cupyep.backend import Device, get_device
 from cupyep.backend.threads import set_threads
-from cupyep.cli.shared import Numbers, OneLineErrors, chosen_config, config_options
+from cupyep.cli.shared import OneLineErrors, chosen_config, config_options
+from cupyep.cli.types import Numbers
 from cupyep.commands.memory import MEMORY_OPTIONS, blank_learner, noise
 from cupyep.errors import require
 from cupyep.parallel import Communicator, join

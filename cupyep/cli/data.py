@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from cupyep.cli.shared import Commands, Names, config_options
+from cupyep.cli.shared import Commands, config_options
+from cupyep.cli.types import Names
 from cupyep.data import DATASETS, data_directory
 from cupyep.data.download import fetch
 from cupyep.data.formats import layouts_found

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from cupyep.cli.shared import (
-    Numbers,
     SectionedCommand,
     choice,
     chosen_config,
@@ -19,6 +18,7 @@ from cupyep.cli.shared import (
     recipe_option,
     write_json,
 )
+from cupyep.cli.types import Numbers
 from cupyep.commands import gradient_check
 from cupyep.commands import memory as planning
 from cupyep.commands.system import rank_report, system_report

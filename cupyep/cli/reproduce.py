@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from cupyep.backend import PRECISIONS
-from cupyep.cli.shared import FilePath, Names, choice, threads_option
+from cupyep.cli.shared import choice, threads_option
+from cupyep.cli.types import FilePath, Names
 from cupyep.commands.plots.style import matplotlib_figure
 from cupyep.errors import Interrupted, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report

@@ -9,9 +9,6 @@ from typing import Any
 import click
 
 from cupyep.cli.shared import (
-    FilePath,
-    Names,
-    NewFile,
     SectionedCommand,
     checkpoint_option,
     choice,
@@ -20,6 +17,7 @@ from cupyep.cli.shared import (
     run_options,
     write_json,
 )
+from cupyep.cli.types import FilePath, Names, NewFile
 from cupyep.commands import compare as comparing
 from cupyep.commands import diagnose as diagnosing
 from cupyep.commands.export import FORMS, export_run

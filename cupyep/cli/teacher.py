@@ -11,7 +11,8 @@ from click.core import ParameterSource
 
 from cupyep._version import __version__
 from cupyep.backend import get_device
-from cupyep.cli.shared import FilePath, Names, Numbers, OneLineErrors, choice, config_options
+from cupyep.cli.shared import OneLineErrors, choice, config_options
+from cupyep.cli.types import FilePath, Names, Numbers
 from cupyep.commands.teacher import DTYPES, LAYOUTS, fed, onnx_teacher, torch_teacher
 from cupyep.data import Dataset, TeacherFile
 from cupyep.errors import require

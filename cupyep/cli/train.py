@@ -14,7 +14,6 @@ import click
 from cupyep.cli.runs import show_comparison
 from cupyep.cli.shared import (
     ALIASES,
-    FilePath,
     SectionedCommand,
     choice,
     chosen_config,
@@ -23,6 +22,7 @@ from cupyep.cli.shared import (
     show_once,
     value_type,
 )
+from cupyep.cli.types import FilePath
 from cupyep.commands.compare import compare
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, require
 from cupyep.experiments.sweep import grid, sweep

@@ -12,7 +12,7 @@ import numpy as np
 from cupyep.batch import Batch
 from cupyep.errors import ConvergenceWarning
 from cupyep.learning.learner import Learner
-from cupyep.phases import State
+from cupyep.state import State
 
 MORE_STEPS = 9  # at least, beyond the learner's own
 ROUNDING = 8  # distances of a number to the next one: what a layer at rest still moves by, at most

@@ -13,8 +13,9 @@ from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.layout import Layout, Stack
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
-from cupyep.phases import Nudge, State
+from cupyep.phases import Nudge
 from cupyep.signals import Augmenter
+from cupyep.state import State
 
 
 class Backpropagation(Learner):

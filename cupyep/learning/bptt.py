@@ -22,9 +22,10 @@ from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
-from cupyep.phases import Nudge, State
+from cupyep.phases import Nudge
 from cupyep.settling import STRONG, UNROLLED_STEPS, SettleStats, check_settling, iterate, stats_of
 from cupyep.signals import Augmenter
+from cupyep.state import State
 from cupyep.structure import exclusive
 
 ADJOINT_TOLERANCE = 1e-5

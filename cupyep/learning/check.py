@@ -18,8 +18,8 @@ from cupyep.learning.equilibrium import FORMS, EquilibriumPropagation
 from cupyep.learning.gradients import layer_of
 from cupyep.learning.learner import StepResult
 from cupyep.network import Network
-from cupyep.phases import State
 from cupyep.signals import Augmenter
+from cupyep.state import State
 
 Row = dict[str, Any]
 

@@ -26,9 +26,10 @@ from cupyep.learning.learner import Learner, StepResult
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.winograd import tile_size
-from cupyep.phases import Nudge, State
+from cupyep.phases import Nudge
 from cupyep.settling import check_settling, default_steps
 from cupyep.signals import Augmenter
+from cupyep.state import State
 from cupyep.structure import exclusive
 
 SCHEMES = ("centered", "onesided", "random", "tangent")

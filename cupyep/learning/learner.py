@@ -15,10 +15,11 @@ from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.reduction import levels
-from cupyep.phases import Nudge, State
+from cupyep.phases import Nudge
 from cupyep.settling import SettleStats
 from cupyep.showing import Shown
 from cupyep.signals import Augmenter
+from cupyep.state import State
 from cupyep.structure import exclusive
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take

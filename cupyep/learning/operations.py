@@ -15,8 +15,8 @@ from cupyep.learning.equilibrium import EquilibriumPropagation
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
-from cupyep.phases import State
 from cupyep.program import Instruction, Program, Update, make_program
+from cupyep.state import State
 
 
 class Operations:

@@ -1,0 +1,102 @@
+"""What a settled phase leaves: states, drives, winners of samples, as a whole and in parts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cupyep.backend import array_module
+from cupyep.memory.layout import PhaseBuffers
+from cupyep.settling import SettleStats
+from cupyep.showing import Shown
+
+
+@dataclass(repr=False)
+class State(Shown):
+    """States of a settled phase.
+
+    Attributes
+    ----------
+    layers : list of arrays (B, *shape)
+        s^1 .. s^L, of the nodes in topological order. With several phases in one batch, B = phases * N, phase-major.
+    drives : list of arrays or None
+        Total drive g^n of the last update, ``s^n = sigma(g^n)``.
+    winners : list of uint8 arrays or None
+        Max-pooling winners of the last drive of each connection, None for edges without.
+    stats : SettleStats or None
+    deviations : list of arrays or None
+        Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.
+    scales : list of float or None
+        The a_n that belong to them, times a power of two in float16.
+    buffers : PhaseBuffers or None
+        Where these arrays are in the network's memory; None for arrays of its own.
+    """
+
+    layers: list[Any]
+    drives: list[Any] | None = None
+    winners: list[Any] | None = None
+    stats: SettleStats | None = None
+    deviations: list[Any] | None = None
+    scales: list[float] | None = None
+    buffers: PhaseBuffers | None = None
+
+    def facts(self) -> dict[str, str]:
+        states = ", ".join("x".join(map(str, s.shape[1:])) for s in self.layers)
+        ended = {} if self.stats is None else self.stats.facts()
+        form = {} if self.deviations is None else {"form": "deviations from the free state"}
+        return {"samples": str(len(self.layers[0])), "layers": states, **form, **ended}
+
+    @property
+    def end(self) -> int:
+        """Bytes of the network's memory that the next phase must leave alone."""
+        return 0 if self.buffers is None else self.buffers.end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"buffers": None}  # a pickled state's arrays are its own
+
+    def copy(self) -> State:
+        """Return a state whose arrays are its own."""
+
+        def copied(arrays):
+            return None if arrays is None else [None if a is None else a.copy() for a in arrays]
+
+        return State(
+            copied(self.layers),
+            copied(self.drives),
+            copied(self.winners),
+            self.stats,
+            copied(self.deviations),
+            self.scales,
+        )
+
+    def part(self, rows: slice) -> State:
+        """Return the state of some of the samples, which shares its memory."""
+
+        def cut(arrays):
+            return None if arrays is None else [None if a is None else a[rows] for a in arrays]
+
+        return State(cut(self.layers), cut(self.drives), cut(self.winners), buffers=self.buffers)
+
+
+def joined(states: Sequence[State], samples: Sequence[int], phases: int) -> State:
+    """Return the state of all samples from those of parts of so many samples, each of some phases in one batch."""
+
+    def join(name):
+        arrays = [getattr(state, name) for state in states]
+        return None if arrays[0] is None else [_joined(parts, samples) for parts in zip(*arrays, strict=True)]
+
+    if len(states) == 1:
+        return states[0]
+    stats = functools.reduce(lambda one, other: one.joined(other, phases), (state.stats for state in states))
+    names = ("layers", "drives", "winners", "deviations")
+    return State(**{name: join(name) for name in names}, stats=stats, scales=states[0].scales)
+
+
+def _joined(parts: Sequence[Any], samples: Sequence[int]) -> Any:
+    if parts[0] is None:
+        return None
+    shape = parts[0].shape[1:]
+    by_phase = [part.reshape(-1, n, *shape) for part, n in zip(parts, samples, strict=True)]
+    return array_module(parts[0]).concatenate(by_phase, axis=1).reshape(-1, *shape)
