@@ -63,7 +63,7 @@ class Stack:
         self._block = block
         self._taken: list[tuple[int, int, str]] = []  # from, to, what for
         self.top = self.peak = base
-        self.at_peak: dict[str, int] = {}
+        self._at_peak: dict[str, int] | None = {}
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return an array whose content is whatever was last written there."""
@@ -79,7 +79,7 @@ class Stack:
         start, self.top = self.top, self.top + nbytes
         self._taken.append((start, self.top, purpose))
         if self.top > self.peak:
-            self.peak, self.at_peak = self.top, self._by_purpose()
+            self.peak, self._at_peak = self.top, None  # as things are now, until some are given back
         if self._block is None:
             return [None] * len(requests)
         return [
@@ -93,10 +93,15 @@ class Stack:
 
     def release(self, top: int) -> None:
         """Give back what was taken above `top`, a former value of the attribute."""
+        self._at_peak = self.at_peak
         self.top = top
         self._taken = [taken for taken in self._taken if taken[1] <= top]
 
-    def _by_purpose(self) -> dict[str, int]:
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by purpose when the top was highest."""
+        if self._at_peak is not None:
+            return self._at_peak
         sizes: dict[str, int] = {}
         for start, end, purpose in self._taken:
             sizes[purpose] = sizes.get(purpose, 0) + end - start
