@@ -16,7 +16,7 @@ import numpy as np
 
 from cupyep.backend.cuda import WORKSPACE_BYTES
 from cupyep.backend.device import Device, gemm, gpu_scratch
-from cupyep.backend.threads import get_threads
+from cupyep.backend.threads import get_threads, one_blas_thread
 from cupyep.batch import Batch
 from cupyep.errors import choose, require
 from cupyep.heads import Head
@@ -167,6 +167,8 @@ def peak_bytes(make: Callable[[], Callable[[], Any]], device: Device) -> int:
             work()
             device.synchronize()
         return WORKSPACE_BYTES + hook.peak
+    with one_blas_thread():  # what finds the libraries of BLAS is made once a process
+        pass
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
