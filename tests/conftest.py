@@ -12,6 +12,7 @@ from quadrants import quadrant_data
 
 from cupyep import activations, get_device, gpu_status, models, plugins
 from cupyep.cli import main
+from cupyep.learning import equilibrium
 from cupyep.ops import winograd
 from cupyep.training import build
 
@@ -67,6 +68,7 @@ def winograd_everywhere(monkeypatch):
     monkeypatch.setattr(winograd, "PRECISIONS", ("float32", "float64"))
     for name in ("LEAST_CHANNELS", "LEAST_ROWS", "LEAST_WORK"):
         monkeypatch.setattr(winograd, name, 0)
+    monkeypatch.setattr(equilibrium, "_takes_large_tiles", lambda network: False)  # of which the classical form warns
 
 
 @pytest.fixture(params=["columns", "winograd"])

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_info
 
 import cupyep as ep
 from cupyep.backend import get_precision
+from cupyep.learning import equilibrium
 from cupyep.learning.operations import OperationCounter, Operations
 from cupyep.ops import factors, winograd
 
@@ -312,6 +313,7 @@ def test_operations_depend_on_the_batch(load, work, monkeypatch):
     monkeypatch.setattr(winograd, "LEAST_WORK", 0)
     # Four samples have as many tiles of 4 x 4 in 16 x 16 maps, edges 1 and 2, or of 2 x 2 in 8 x 8 maps, edges 3 and 4.
     monkeypatch.setattr(winograd, "LEAST_ROWS", 4 * 16)
+    monkeypatch.setattr(equilibrium, "_takes_large_tiles", lambda network: False)  # of which the classical form warns
     net = ep.vgg(7, 4, (16, 16, 3), 1 / 32, device="cpu", feedback=1.0)
     count = Operations(net, 2, done=True)
     same = [2 * one == pair for one, pair in zip(count.edges, count.pairs, strict=True)]

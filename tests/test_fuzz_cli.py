@@ -60,7 +60,7 @@ def odd_values(param):
     if isinstance(param.type, click.Path):
         return st.sampled_from(PATHS)
     kind = OPTIONS[param.name].metadata["kind"] if param.name in OPTIONS else None
-    names = getattr(param.type, "names", ())
+    names = list(getattr(param.type, "names", ()))
     if names:
         return st.sampled_from(["", "x", names[0][:-1], *names])
     if kind is list or param.type.name.startswith("number["):

@@ -359,7 +359,7 @@ def risks(**options):
     net = network("dense", "cpu", **network_options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ep.EquilibriumPropagation(net, **options)
+        ep.EquilibriumPropagation(net, **{"schedule": "synchronous", "relaxation": 1.0} | options)
     assert {w.category for w in caught} <= {ep.PrecisionWarning}
     return [str(w.message) for w in caught]
 

@@ -192,7 +192,7 @@ def test_a_slow_phase_gets_the_most_and_is_told_of():
     (finding,) = findings
     assert finding.signature == "contraction"
     assert "more than the 8 that it is given: a sweep multiplies what is left to go by 0.941" in finding.message
-    pace, _, findings = follow(*pair(0.97), steps=60, schedule="evenodd")
+    pace, _, findings = follow(*pair(0.97), steps=60, schedule="evenodd", relaxation=1.0)
     assert 20 < pace.next["free_steps"] <= 200
     assert findings == []
 

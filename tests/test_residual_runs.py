@@ -316,7 +316,7 @@ def test_pictures_by_names(run, monkeypatch):
         assert [tick.get_text() for tick in axis.get_yticklabels()] == names
         assert axis.get_ylabel() == "node"
     scaled = np.array([np.array(r["nudge_response"]) * [16, 8, 4, 2, 1] for r in directory.metrics()])
-    np.testing.assert_allclose(seen[r"$a_n\,$mean $|s_+-s_-|$"][""], scaled)
+    np.testing.assert_allclose(seen[r"$a_n\,$ mean $|s_+-s_-|$"][""], scaled)
     bar = figures["settling"].axes[-1]
     assert [tick.get_text() for tick in bar.get_yticklabels()] == NODES
     report = diagnose(path)
