@@ -207,6 +207,8 @@ DEFECTS = [
     Defect("parts: who fails lets others wait", "backend/threads.py",
            "            errors[part] = error\n            turns.fail()\n", "            errors[part] = error\n",
            "test_threads"),
+    Defect("parts: threads that cannot be started leave others at work", "backend/threads.py",
+           "        errors[-1] = error\n        turns.fail()\n    while", "        raise\n    while", "test_threads"),
     Defect("parts: Ctrl-C leaves threads at work", "backend/threads.py",
            "while not_done :=", "if not_done :=", "test_threads"),
     Defect("parts: BLAS keeps its threads", "structure.py", "with network.lock, one_blas_thread():",

@@ -147,3 +147,28 @@ def on_host(net, mapping):
 def hosts(net, arrays):
     """Return arrays as float64 NumPy."""
     return [np.array(net.device.to_numpy(array), np.float64) for array in arrays]
+
+
+class Halved(ep.Linear):
+    """A dense map of half strength."""
+
+    def linear_drive(self, s, out, winners, ops):
+        super().linear_drive(s, out, winners, ops)
+        out *= 0.5
+
+    def topdown(self, s, winners, out, ops):
+        super().topdown(s, winners, out, ops)
+        out *= 0.5
+
+    def add_gradient(self, s_below, s, winners, weight, bias, ops):
+        super().add_gradient(s_below, 0.5 * s, winners, weight, None, ops)
+        if bias is not None:
+            bias += s.sum(axis=0)
+
+
+class Sparsity(ep.Augmenter):
+    def loss(self, layer, state, target):
+        return abs(state).reshape(len(state), -1).sum(axis=1)
+
+    def gradient(self, layer, state, target):
+        return ep.array_module(state).sign(state)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from quadrants import TIMES, TINY, assert_same_state, numbers, quadrant_data, run
+from small import Halved, Sparsity
 
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError
@@ -17,31 +18,6 @@ from cupyep.training.run_directory import RunDirectory
 from cupyep.training.runs import evaluate_run
 
 OPTIONS = {"free_steps": 6, "nudged_steps": 4, "batch_size": 16, "quiet": True}
-
-
-class Halved(ep.Linear):
-    """A dense map of half strength."""
-
-    def linear_drive(self, s, out, winners, ops):
-        super().linear_drive(s, out, winners, ops)
-        out *= 0.5
-
-    def topdown(self, s, winners, out, ops):
-        super().topdown(s, winners, out, ops)
-        out *= 0.5
-
-    def add_gradient(self, s_below, s, winners, weight, bias, ops):
-        super().add_gradient(s_below, 0.5 * s, winners, weight, None, ops)
-        if bias is not None:
-            bias += s.sum(axis=0)
-
-
-class Sparsity(ep.Augmenter):
-    def loss(self, layer, state, target):
-        return abs(state).reshape(len(state), -1).sum(axis=1)
-
-    def gradient(self, layer, state, target):
-        return ep.array_module(state).sign(state)
 
 
 def built(data, **more):

@@ -180,6 +180,7 @@ def test_a_sample_does_not_depend_on_its_batch(monkeypatch, rng, algorithm, kind
         on_host(net, ep.EquilibriumPropagation(net, micro_batch=size, **how).step(images, labels).gradients)
         for size in (None, 2)
     ]
-    limit = {"float64": 1e-12, "float32": 3e-4}.get(precision, 0.02)  # Winograd's transforms enlarge errors tenfold
+    enlarged = 3 if (algorithm, precision) == ("winograd", "float32") else 1  # by the transforms
+    limit = enlarged * {"float64": 1e-12, "float32": 1e-4}.get(precision, 0.02)
     for path, gradient in gradients[0].items():
         assert np.abs(gradients[1][path] - gradient).max() <= limit * np.abs(gradient).max()

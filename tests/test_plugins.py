@@ -6,6 +6,7 @@ is imported.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small import Halved, Sparsity
 
 import cupyep as ep
 from cupyep import activations, models, plugins
@@ -27,29 +29,9 @@ import pathlib
 import cupyep as ep
 
 pathlib.Path("imported").touch()
-
-
-class Halved(ep.Linear):
-    def linear_drive(self, s, out, winners, ops):
-        super().linear_drive(s, out, winners, ops)
-        out *= 0.5
-
-    def topdown(self, s, winners, out, ops):
-        super().topdown(s, winners, out, ops)
-        out *= 0.5
-
-    def add_gradient(self, s_below, s, winners, weight, bias, ops):
-        super().add_gradient(s_below, 0.5 * s, winners, weight, None, ops)
-        if bias is not None:
-            bias += s.sum(axis=0)
-
-
-class Sparsity(ep.Augmenter):
-    def loss(self, layer, state, target):
-        return abs(state).reshape(len(state), -1).sum(axis=1)
-
-    def gradient(self, layer, state, target):
-        return ep.array_module(state).sign(state)
+"""
+PLUGIN += f"\n\n{inspect.getsource(Halved)}\n\n{inspect.getsource(Sparsity)}"
+PLUGIN += """
 
 
 def halved(input_shape, width, pooling):

@@ -202,6 +202,29 @@ def test_ctrl_c_while_others_work_waits_for_them(monkeypatch):
     assert done.is_set()
 
 
+def test_threads_that_cannot_be_started_leave_none_at_work(monkeypatch):
+    ep.set_threads(4)
+    pool, begun, ended = threads._pool(), threading.Event(), []
+
+    class Exhausted:
+        def submit(self, *arguments):
+            if begun.is_set():
+                raise RuntimeError("can't start new thread")
+            begun.set()
+            return pool.submit(*arguments)
+
+    def work(part, turns):
+        time.sleep(0.05)
+        ended.append(part)
+
+    monkeypatch.setattr(threads, "_pool", Exhausted)
+    with pytest.raises(RuntimeError, match="can't start"):
+        run_parts(object(), 8, work)
+    seen = len(ended)
+    time.sleep(0.15)
+    assert len(ended) == seen, "nobody works on"
+
+
 def test_a_network_works_on_after_a_part_has_failed(monkeypatch):
     net = network("conv")
     learner, batch = ep.EquilibriumPropagation(net, 0.3, 3, 2, schedule="synchronous"), batch_of(net, SAMPLES)

@@ -185,9 +185,14 @@ def run_parts(owner: Any, count: int, work: Callable[[int, Turns], Any]) -> list
         finally:
             _here.owner, _here.number = None, 0
 
-    # Each in a context of its own, with the error states of NumPy that hold here.
-    others = [_pool().submit(contextvars.copy_context().run, take_parts, number) for number in range(1, threads)]
-    take_parts(0)
+    others = []
+    try:
+        for number in range(1, threads):  # in a context of its own, with the error states of NumPy that hold here
+            others.append(_pool().submit(contextvars.copy_context().run, take_parts, number))
+        take_parts(0)
+    except BaseException as error:  # no more threads can be started, or Ctrl-C: those that run must end first
+        errors[-1] = error
+        turns.fail()
     while not_done := [other for other in others if not other.done()]:
         try:
             wait(not_done)
