@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from threadpoolctl import threadpool_info
 import cupyep as ep
 from cupyep.backend import threads
 from cupyep.backend.threads import Turns, number_for, one_blas_thread, run_parts
+from cupyep.ops.factors import Factors
 from cupyep.persistence.checkpoint import load_checkpoint
 from cupyep.training import build, runs
 from cupyep.training.config import make_config
@@ -113,6 +115,26 @@ def test_every_thread_has_memory_of_its_own_and_weights_are_made_once(monkeypatc
     assert net.memory is net._memories[0], "this thread's"
 
 
+@pytest.mark.filterwarnings("ignore::cupyep.PrecisionWarning")
+def test_what_is_derived_of_a_weight_is_made_once_a_step_for_all_threads(monkeypatch):
+    """Another thread may be reading it when it is made a second time."""
+    made, take_up = Counter(), Factors.take_up
+
+    def counted(factors, weight, out):
+        made[out.ctypes.data] += 1
+        take_up(factors, weight, out)
+
+    monkeypatch.setattr(Factors, "take_up", counted)
+    net = network("conv", precision="float16")
+    learner, batch = ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=signals_of("le")), batch_of(net, SAMPLES)
+    ep.set_threads(3)
+    learner.step(batch)
+    made.clear()
+    learner.step(batch)
+    assert len(made) >= len(net.layers)
+    assert set(made.values()) == {1}
+
+
 @pytest.mark.parametrize("tolerance", [None, 1e-6])
 @pytest.mark.parametrize("nudge", ["free", "classical", "deviation", "tangent"])
 def test_settling_gives_the_state_of_the_whole_batch(monkeypatch, nudge, tolerance):
@@ -174,6 +196,33 @@ def test_the_first_part_that_fails_ends_it_and_nothing_waits(count, error):
     with pytest.raises(error, match="part 3"):
         run_parts(object(), 9, work)
     assert run_parts(object(), 3, lambda part, turns: part) == [0, 1, 2]
+
+
+def test_who_waits_for_the_turn_of_a_part_that_fails_is_sent_away():
+    ep.set_threads(2)
+    second = threading.Event()
+
+    def work(part, turns):
+        if part == 0:
+            assert second.wait(10)
+            time.sleep(0.05)  # the other has begun to wait
+            raise ZeroDivisionError
+        second.set()
+        with turns.turn(part):
+            raise AssertionError("it has no turn")
+
+    found = []
+    caller = threading.Thread(target=lambda: found.append(_error_of(lambda: run_parts(object(), 2, work))), daemon=True)
+    caller.start()
+    caller.join(20)
+    assert found == [ZeroDivisionError]
+
+
+def _error_of(call):
+    try:
+        call()
+    except Exception as error:
+        return type(error)
 
 
 def test_ctrl_c_while_others_work_waits_for_them(monkeypatch):
@@ -287,7 +336,7 @@ def blas_threads():
     return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
 
-def test_blas_has_one_thread_within_our_work_and_as_many_as_before_after_it():
+def test_blas_has_one_thread_within_our_work_and_as_many_as_before_after_it(monkeypatch):
     """Whichever of two threads ends first."""
     with threads._blas().limit(limits=2):
         before = blas_threads()
@@ -310,8 +359,12 @@ def test_blas_has_one_thread_within_our_work_and_as_many_as_before_after_it():
                     assert blas_threads() == {1}
             second.set(), worker.join()
             assert blas_threads() == before
-        net = network("conv")
-        ep.Backpropagation(net).step(batch_of(net, 6))
+        net, inside = network("conv"), []
+        learner = ep.Backpropagation(net)
+        judge = learner._judge
+        monkeypatch.setattr(learner, "_judge", lambda *given: inside.append(blas_threads()) or judge(*given))
+        learner.step(batch_of(net, 6))
+        assert inside == [{1}] * 2, "of two parts"
         assert blas_threads() == before
 
 
