@@ -200,9 +200,10 @@ def test_the_first_part_that_fails_ends_it_and_nothing_waits(count, error):
 
 def test_who_waits_for_the_turn_of_a_part_that_fails_is_sent_away():
     ep.set_threads(2)
-    second = threading.Event()
+    second, seen = threading.Event(), []
 
     def work(part, turns):
+        seen.append(turns)
         if part == 0:
             assert second.wait(10)
             time.sleep(0.05)  # the other has begun to wait
@@ -214,7 +215,8 @@ def test_who_waits_for_the_turn_of_a_part_that_fails_is_sent_away():
     found = []
     caller = threading.Thread(target=lambda: found.append(_error_of(lambda: run_parts(object(), 2, work))), daemon=True)
     caller.start()
-    caller.join(20)
+    caller.join(5)
+    seen[0].fail()  # or a defect would keep this process from ending
     assert found == [ZeroDivisionError]
 
 
