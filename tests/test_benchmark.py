@@ -309,7 +309,7 @@ def test_operations_are_those_done(load, work, algorithm, form, schedule):
 
 def test_operations_depend_on_the_batch(load, work, monkeypatch):
     """Two nudged phases in one are by Winograd, or by larger tiles, where the free phase of half their size is not."""
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 0)
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", {2: 0, 4: 0})
     monkeypatch.setattr(winograd, "LEAST_WORK", 0)
     # Four samples have as many tiles of 4 x 4 in 16 x 16 maps, edges 1 and 2, or of 2 x 2 in 8 x 8 maps, edges 3 and 4.
     monkeypatch.setattr(winograd, "LEAST_ROWS", 4 * 16)

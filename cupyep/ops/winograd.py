@@ -6,10 +6,9 @@ one matrix product a place of V, 16 for 2 x 2 units and 36 for 4 x 4, where the 
 of it is linear, so the top-down map is the transpose, factor by factor, and the derivative by w is
 ``G^T (sum over tiles of V dM) G`` with ``dM = A dY A^T``.
 
-On both axes at once the transforms are products with ``kron(B^T, B^T)`` and ``kron(A^T, A^T)``: few large operations,
-as fast as any other product, and free in the choice of the points that the matrices come from (`matrices`). The places
-of a tile are the first axis of an array, those of one pooling window a quarter of them each: pooling compares four long
-runs of memory, and the map before pooling never exists as a map.
+The transforms are two products with ``B^T`` or ``A^T``, one an axis: few large operations, and free in the choice of
+the points that the matrices come from (`matrices`). The places of a tile are the first axis of an array: pooling
+compares long runs of memory, and the map before pooling never exists as a map.
 
 Plain array code for NumPy and CuPy alike; on a GPU the kernels of `cupyep.ops.cuda_conv` are used all the same.
 """
@@ -34,11 +33,14 @@ from cupyep.ops.pooling import average_pool, average_scatter, max_gather, max_po
 POINTS = {2: (0, 1, -1), 4: (0, 11 / 16, -11 / 16, 3 / 2, -3 / 2)}
 TIE_MARGINS = {2: 1, 4: 4}  # in margins of direct products: what equal units differ by is below (docs/performance.md)
 PRECISIONS = ("float32",)  # who takes float64 wants direct sums
-LEAST_CHANNELS = 32  # in and out
+LEAST_CHANNELS = {2: 32, 4: 16}  # in and out
 LEAST_ROWS = 32  # of a product: the tiles of a batch
 LEAST_WORK = 1 << 15  # units of all tiles times channels
-ROWS = 128  # of a product, where the budget allows as many: with more, tiles and products leave the cache
+# Rows of a product, where the budget allows as many: at least the first; more where channels are few. Fewer are many
+# short operations, with which threads stand in each other's way, more leave the caches (docs/performance.md).
+ROWS, UNITS = 128, 1 << 15
 SMALL = 10**6  # multiplications of a product that OpenBLAS does without copying its factors
+TRANSFORMED = 250_000  # multiplications of a product of a transform: factor and product stay in the innermost caches
 GRADIENT_CHANNELS = 32  # input channels whose weight gradient is transformed back at once
 
 
@@ -53,11 +55,11 @@ def tile_size(geometry: ConvGeometry, batch: int, precision: Precision) -> int |
     g = geometry
     possible = (g.kernel, g.stride) == (3, 1) and g.padding <= 1 and (g.pooling == "none" or g.pool == 2)
     channels = min(g.in_shape[2], g.map_shape[2])
-    if not possible or precision.name not in PRECISIONS or precision.exact or channels < LEAST_CHANNELS:
+    if not possible or precision.name not in PRECISIONS or precision.exact:
         return None
     for m in (4, 2) if multiplications(g, 4) < multiplications(g, 2) else (2,):
         rows = batch * math.prod(tiles(g, m))
-        if rows >= LEAST_ROWS and rows * m * m * channels >= LEAST_WORK:
+        if channels >= LEAST_CHANNELS[m] and rows >= LEAST_ROWS and rows * m * m * channels >= LEAST_WORK:
             return m
     return None
 
@@ -123,7 +125,8 @@ class WinogradOps:
             max(count + 1, -(-(size + 2 * geometry.padding) // m))
             for count, size in zip(self._tiles, geometry.in_shape[:2], strict=True)
         ]
-        most = -(-ROWS // math.prod(self._tiles))
+        rows = max(ROWS, UNITS // max(geometry.in_shape[2], geometry.map_shape[2]))
+        most = -(-rows // math.prod(self._tiles))
         self.chunks = chunked(batch, min(most, nbytes // Arena.size(self._map_requests(1))))
         channels, outputs = geometry.in_shape[2], geometry.map_shape[2]
         self.flops = 2 * multiplications(geometry, m)
@@ -131,14 +134,8 @@ class WinogradOps:
         self.requests = [*self._map_requests(self.chunks[0][1]), (gradient, dtype)]
         self.nbytes = Arena.size(self.requests)
         self.derived = [(((m + 2) ** 2, channels, outputs), dtype)]
-        self._to_y, self._to_u, self._to_v = (xp.asarray(each, dtype) for each in self._transforms())
-
-    def _transforms(self) -> list[Any]:
-        """Return the three transforms on both axes; rows of Y that are one place of a pooling window come together."""
-        at, g, bt = matrices(self._m)
-        window, apart = self.geometry.pool, self._apart
-        units = np.kron(at, at).reshape(apart, window, apart, window, -1).transpose(1, 3, 0, 2, 4)
-        return [units.reshape(self._m**2, -1), np.kron(g, g), np.kron(bt, bt)]
+        at, g, bt = matrices(m)
+        self._to_y, self._to_v, self._to_u = (xp.asarray(each, dtype) for each in (at, bt, np.kron(g, g)))
 
     def _map_requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         """Return two blocks in which padded inputs, tiles and products take turns, and bytes for pooling."""
@@ -146,9 +143,10 @@ class WinogradOps:
         channels, outputs, count = g.in_shape[2], g.map_shape[2], math.prod(self._tiles)
         padded, even = math.prod(self._blocks) * self._m**2, channels + channels % 2
         pooled = self._apart**2 * count * outputs if g.pooling == "max" else 0
+        block = ((samples * max(even * max(places * count, padded), places * count * outputs),), self._dtype)
         return [
-            ((samples * places * count * max(channels, outputs),), self._dtype),
-            ((samples * max(even * max(places * count, padded), self._m**2 * count * outputs),), self._dtype),
+            block,
+            block,
             ((samples * pooled,), np.bool_),
             ((samples * pooled,), np.uint8),
         ]
@@ -161,17 +159,33 @@ class WinogradOps:
     def refresh(self, weight: Any) -> None:
         """Take up a weight (3, 3, C, K): make ``U = G w G^T``."""
         if self.derives:
-            self._transform(self._to_u, weight.reshape(9, *self._u.shape[1:]), self._u.reshape(-1))
+            self._transform_weight(self._to_u, weight.reshape(9, *self._u.shape[1:]), self._u.reshape(-1))
 
     def _tiled(self, block: Any, places: int, m: int, channels: int) -> Any:
         """Return an array (places, m * tiles, channels) at the start of a block."""
         rows = m * math.prod(self._tiles)
         return block[: places * rows * channels].reshape(places, rows, channels)
 
-    def _transform(self, matrix: Any, tiled: Any, block: Any) -> Any:
-        """Return ``matrix @ tiled`` along the first axis, computed in a block: a small product a tile (see `SMALL`)."""
-        out = block[: len(matrix) * tiled[0].size].reshape(len(matrix), *tiled.shape[1:])
-        self._xp.matmul(matrix, tiled.transpose(1, 0, 2), out=out.transpose(1, 0, 2))
+    def _transform(self, matrix: Any, tiled: Any, first: Any, second: Any) -> Any:
+        """Return ``matrix @ tile @ matrix^T`` of all tiles, in the second block; one axis is done in the first.
+
+        Shapes (places, tiles, channels), before and after. What is transformed may lie in the second block.
+        """
+        (after, before), channels = matrix.shape, tiled.shape[-1]
+        units = width = tiled.size // before**2
+        while after * before * width > TRANSFORMED and width % 2 == 0:
+            width //= 2
+        half = first[: after * before * units].reshape(after, before, units)
+        out = second[: after**2 * units].reshape(after, after, units)
+        whole = tiled.reshape(1, before, -1), half.reshape(1, after, -1)
+        for x, y in (whole, (half, out)):
+            self._xp.matmul(matrix, _split(x, width), out=_split(y, width))
+        return out.reshape(after**2, -1, channels)
+
+    def _transform_weight(self, matrix: Any, weight: Any, block: Any) -> Any:
+        """Return ``matrix @ weight`` along the first axis, in a block: a small product a channel (see `SMALL`)."""
+        out = block[: len(matrix) * weight[0].size].reshape(len(matrix), *weight.shape[1:])
+        self._xp.matmul(matrix, weight.transpose(1, 0, 2), out=out.transpose(1, 0, 2))
         return out
 
     def product(self, s: Any, out: Any, m: int) -> Any:
@@ -180,21 +194,21 @@ class WinogradOps:
         Returns
         -------
         array of shape (m * m, tiles, K)
-            Tiles in scratch, a quarter of the first axis for each place of a window.
+            Tiles in scratch.
         """
         u = self._u
         v = self._inputs(s, self._two, self._one)
-        products = self._tiled(self._one, len(u), m, u.shape[2])
+        products = self._tiled(self._two, len(u), m, u.shape[2])
         self._factors.product(v, u, products)
-        return self._transform(self._to_y, products, self._two)
+        return self._transform(self._to_y, products, self._one, self._two)
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
         u = self._u
-        dm = self._transform(self._to_y.T, self._unpool(s, winners, m), self._one)
-        dv = self._tiled(self._two, len(u), m, out.shape[3])
+        dm = self._transform(self._to_y.T, self._unpool(s, winners, m), self._one, self._two)
+        dv = self._tiled(self._one, len(u), m, out.shape[3])
         self._factors.product(dm, u.transpose(0, 2, 1), dv)
-        dd = self._transform(self._to_v.T, dv, self._one)
+        dd = self._transform(self._to_v.T, dv, self._two, self._one)
         padded = self._padded(self._two, m, out.shape[3])
         padded[...] = 0
         for place, inputs in self._overlapping(padded, dd):
@@ -205,12 +219,12 @@ class WinogradOps:
 
     def add_gradient(self, below: Any, s: Any, winners: Any, gradient: Any) -> None:
         """Add ``corr(below, U(s))`` over all chunks to `gradient` (3, 3, C, K)."""
-        half, size = -(-below.shape[3] // 2), len(self._two) // 2  # so that there is room for one more array
+        half, size = -(-below.shape[3] // 2), len(self._one) // 2  # so that there is room for one more array
         for part, m in self.chunks:
-            dm = self._transform(self._to_y.T, self._unpool(s[part], part_of(winners, part), m), self._one)
+            dm = self._transform(self._to_y.T, self._unpool(s[part], part_of(winners, part), m), self._one, self._two)
             for start in range(0, below.shape[3], half):
                 channels = slice(start, start + half)
-                v = self._inputs(below[part][..., channels], self._two[:size], self._two[size:])
+                v = self._inputs(below[part][..., channels], self._one[:size], self._one[size:])
                 self._add_product(v, dm, gradient[:, :, channels])
 
     def _add_product(self, v: Any, dm: Any, gradient: Any) -> None:
@@ -224,13 +238,13 @@ class WinogradOps:
             size = some[:, :, 0].size * dm.shape[2]
             du = self._gradient[:size].reshape(places, -1, dm.shape[2])
             self._factors.product(some[:, None], _split(dm, width), _split(du, width))
-            out += self._transform(self._to_u.T, du, self._gradient[size:]).reshape(out.shape)
+            out += self._transform_weight(self._to_u.T, du, self._gradient[size:]).reshape(out.shape)
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; `u` is what `product` returned."""
-        units, pooled = self._units(u), self._pooled(m)
+        units, pooled = self._units(u), self._pooled(self._one, m)
         if self.geometry.pooling == "max":
-            of_tiles = self._winners[: pooled.size].reshape(pooled.shape)
+            of_tiles = self._pooled(self._winners, m)
             max_pool(units, pooled, of_tiles, self._masked(pooled), self._tie_margin)
             self._put_together(of_tiles, winners)
         elif self.geometry.pooling == "average":
@@ -242,7 +256,7 @@ class WinogradOps:
 
     def gather(self, u: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``G(u)`` into `out`: max-pooling replaced by reading `u` at `winners`; `u` is overwritten."""
-        units, pooled = self._units(u), self._pooled(m)
+        units, pooled = self._units(u), self._pooled(self._one, m)
         if self.geometry.pooling == "max":
             max_gather(units, self._taken_apart(winners, self._winners, m), pooled, self._masked(pooled))
         elif self.geometry.pooling == "average":
@@ -264,19 +278,22 @@ class WinogradOps:
         return y
 
     def _units(self, y: Any) -> list[Any]:
-        """Return the units at each offset of the windows, arrays (places of the pooled tile, tiles, K)."""
-        return list(y.reshape(self.geometry.pool**2, self._apart**2, *y.shape[1:]))
+        """Return the units at each offset of the windows, arrays like `_pooled`."""
+        window, apart = self.geometry.pool, self._apart
+        places = y.reshape(apart, window, apart, window, *y.shape[1:])
+        return [places[:, row, :, column] for row, column in np.ndindex(window, window)]
 
-    def _pooled(self, m: int) -> Any:
-        """Return scratch for pooled tiles, (places of the pooled tile, tiles, K)."""
-        return self._tiled(self._one, self._apart**2, m, self.geometry.map_shape[2])
+    def _pooled(self, block: Any, m: int) -> Any:
+        """Return an array (rows, columns of the pooled tile, tiles, K) at the start of a block."""
+        tiled = self._tiled(block, self._apart**2, m, self.geometry.map_shape[2])
+        return tiled.reshape(self._apart, self._apart, *tiled.shape[1:])
 
     def _masked(self, pooled: Any) -> Any:
         return self._mask[: pooled.size].reshape(pooled.shape)
 
     def _pairs(self, pooled: Any, whole: Any) -> Iterator[tuple[Any, Any]]:
         """Yield pairs of views: one place in all pooled tiles, and the same units in a map (m, Ho, Wo, K)."""
-        by_place = pooled.reshape(self._apart, self._apart, len(whole), *self._tiles, -1)
+        by_place = pooled.reshape(*pooled.shape[:2], len(whole), *self._tiles, -1)
         for y, x in np.ndindex(self._apart, self._apart):
             units = whole[:, y :: self._apart, x :: self._apart]
             yield by_place[y, x, :, : units.shape[1], : units.shape[2]], units
@@ -287,7 +304,7 @@ class WinogradOps:
 
     def _taken_apart(self, whole: Any, block: Any, m: int) -> Any:
         """Return a map as pooled tiles, in a block; zeros where a tile reaches beyond the map."""
-        pooled = self._tiled(block, self._apart**2, m, whole.shape[3])
+        pooled = self._pooled(block, m)
         if any(size % self._apart for size in whole.shape[1:3]):
             pooled[...] = 0
         for tiled, units in self._pairs(pooled, whole):
@@ -295,13 +312,13 @@ class WinogradOps:
         return pooled
 
     def _inputs(self, s: Any, first: Any, second: Any) -> Any:
-        """Return ``V = B^T d B`` of the padded `s`, shape (places, tiles, channels), in the first of two blocks."""
+        """Return ``V = B^T d B`` of the padded `s`, shape (places, tiles, channels), in the second of two blocks."""
         m, channels = len(s), s.shape[3]
-        padded, d = self._padded(first, m, channels), self._tiled(second, len(self._to_v), m, channels)
+        padded, d = self._padded(first, m, channels), self._tiled(second, len(self._to_v) ** 2, m, channels)
         inner_view(padded, s.shape[1:3], self.geometry.padding)[...] = s
         for place, inputs in self._overlapping(padded, d):
             inputs[...] = place
-        return self._transform(self._to_v, d, first)
+        return self._transform(self._to_v, d, first, second)
 
     def _padded(self, block: Any, m: int, channels: int) -> Any:
         """Return scratch for padded maps, as high and wide as some tiles together: a block more than there are."""
