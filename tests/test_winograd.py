@@ -51,8 +51,10 @@ def drive(edge, ops, s):
         ({"padding": 2}, 8, None, 9 * 18 * 18),
         ({"pooling": "max", "pool": 3}, 8, None, 9 * 256),
         ({"pooling": "average", "pool": 1}, 8, None, 9 * 256),
-        ({"in_shape": (16, 16, 31)}, 8, None, 9 * 256),  # few channels on either side
-        ({"channels": 31}, 8, None, 9 * 256),
+        ({"in_shape": (16, 16, 15)}, 32, None, 9 * 256),  # few channels on either side
+        ({"channels": 15}, 32, None, 9 * 256),
+        ({"channels": 16}, 32, 4, 36 * 16),
+        ({"in_shape": (6, 6, 64), "channels": 31, "pooling": "none"}, 32, None, 9 * 36),  # with smaller tiles sooner
         ({"in_shape": (4, 4, 512), "channels": 512, "padding": 0}, 32, 2, 16),  # larger tiles: as many as by columns
         ({"in_shape": (6, 6, 64), "pooling": "none"}, 32, 2, 16 * 9),  # as many with larger tiles
         ({"in_shape": (4, 4, 128), "channels": 128}, 31, 2, 16 * 4),  # larger tiles: 31 rows

@@ -38,7 +38,7 @@ LEAST_ROWS = 32  # of a product: the tiles of a batch
 LEAST_WORK = 1 << 15  # units of all tiles times channels
 # Rows of a product, where the budget allows as many: at least the first; more where channels are few. Fewer are many
 # short operations, with which threads stand in each other's way, more leave the caches (docs/performance.md).
-ROWS, UNITS = 128, 1 << 15
+ROWS, UNITS = 128, 1 << 14
 SMALL = 10**6  # multiplications of a product that OpenBLAS does without copying its factors
 TRANSFORMED = 250_000  # multiplications of a product of a transform: factor and product stay in the innermost caches
 GRADIENT_CHANNELS = 32  # input channels whose weight gradient is transformed back at once
@@ -47,10 +47,10 @@ GRADIENT_CHANNELS = 32  # input channels whose weight gradient is transformed ba
 def tile_size(geometry: ConvGeometry, batch: int, precision: Precision) -> int | None:
     """Return the edge m of the tiles with which `WinogradOps` is faster than `ConvOps`, None where none is possible.
 
-    By measurement (docs/performance.md): with few channels the transforms cost more than the products save; with few
-    rows each product is a small one, and the transformed weights, 36 / 9 times as large with ``m = 4``, are read for
-    little. Never where factors are rounded, a transform of them has more digits than they are to have, nor where
-    units are to be exact.
+    By measurement (docs/performance.md): with few channels the transforms cost more than the products save, with
+    smaller tiles sooner; with few rows each product is a small one, and the transformed weights, 36 / 9 times as large
+    with ``m = 4``, are read for little. Never where factors are rounded, a transform of them has more digits than they
+    are to have, nor where units are to be exact.
     """
     g = geometry
     possible = (g.kernel, g.stride) == (3, 1) and g.padding <= 1 and (g.pooling == "none" or g.pool == 2)
