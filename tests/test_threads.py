@@ -412,18 +412,21 @@ def test_where_the_number_comes_from(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_process_that_forks_works_on():
-    """Its threads stay behind: a pool of them would wait for ever."""
+    """Its threads stay behind: a pool of them would wait for ever, for those that were idle when it forked."""
     code = """if True:
-        import os, cupyep as ep
+        import os, signal, threading, time, cupyep as ep
         from cupyep.backend.threads import run_parts
         ep.set_threads(3)
-        run_parts(object(), 6, lambda part, turns: part)
+        all_in = threading.Barrier(3)
+        run_parts(object(), 3, lambda part, turns: all_in.wait())
+        time.sleep(0.3)
         child = os.fork()
         if child == 0:
+            signal.alarm(60)
             os._exit(run_parts(object(), 6, lambda part, turns: part) != list(range(6)))
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120).returncode == 0
 
 
 def test_turns_without_threads_are_in_order():
