@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from oracle import INVERSE, Oracle, finite_difference
+from residual import residual
 from small import batch_of, network, oracle_terms, signals_of
 
 import cupyep as ep
@@ -134,3 +135,10 @@ def test_the_equilibrium_is_a_stationary_point(device, options, beta):
         a = options[3] ** -(net.depth - n)
         at_rest = a * INVERSE["sigmoid"](net.device.to_numpy(s))
         np.testing.assert_allclose(net.device.to_numpy(force), at_rest, rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_node_takes_is_weighted_once_but_for_the_shares_of_skips():
+    """By hand: lambda^2 of a skip over one node is lambda of what the node takes, and half of that is its share."""
+    energy, shares = residual(feedback=0.5).energy, [1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 0.5]  # stem to b and b to d skip
+    assert energy.topdown_scales == ([0.5, 0.5, 0.5, 0.5, 1.0], shares), "nothing is above d"
+    assert energy.drive_scales == ([1.0, 0.5, 0.5, 0.5, 0.5], shares), "images do not deviate"

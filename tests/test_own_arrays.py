@@ -241,7 +241,7 @@ def test_the_next_batch_is_read_while_one_is_worked_on(monkeypatch):
     monkeypatch.setattr(storing, "RESIDENT_BYTES", 0)
     iterator = iter(Loader(data, "train", 10, "cpu", "float32"))
     next(iterator)
-    assert read.wait(5), "the second batch is not read before it is asked for"
+    assert read.wait(60), "the second batch is not read before it is asked for"
     iterator.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("cupyep-images")]
 

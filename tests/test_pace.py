@@ -80,6 +80,12 @@ def test_what_does_not_contract(residual):
         assert steps_to_rest(probe_of(residual, size)) is None
 
 
+def test_no_more_than_wanted_is_enough():
+    """Of two moves of what may be left, the first leaves just that."""
+    for second, steps in ((WANTED, 1), (1.01 * WANTED, 2)):
+        assert steps_to_rest(probe_of([WANTED, second] + [0.0] * 10)) == steps
+
+
 def test_what_does_not_move():
     assert contraction(probe_of([0.0] * 11)) is None
     assert steps_to_rest(probe_of([0.0] * 11)) == 1
@@ -215,7 +221,11 @@ def test_what_does_not_contract_is_told_lowered_or_ended(on_unsettled):
         assert pace.learner.free_steps <= 8
     else:
         assert (net.feedback, pace.learner.free_steps) == (1.0, 2)
-        assert {"warn": "(or use --on-unsettled lower)", "stop": "the run ends here"}[on_unsettled] in finding.message
+        remedies = {
+            "warn": "; lower --feedback or --gain (or use --on-unsettled lower)",
+            "stop": "; the run ends here (--on-unsettled stop); lower --feedback or --gain",
+        }
+        assert finding.message.endswith(remedies[on_unsettled])
 
 
 def test_lowering_ends_and_says_so():
@@ -223,6 +233,19 @@ def test_lowering_ends_and_says_so():
     pace, _, (finding,) = follow(net, batch, "lower")
     assert pace.next["feedback"] == 0.5**5
     assert "which is not enough: the free phase does not contract" in finding.message
+
+
+def test_a_feedback_that_cannot_be_lowered_stays_and_the_remedy_is_told(monkeypatch):
+    """Weights of layers would be too large for the numbers."""
+    net, batch = pair(3.0)
+
+    def refuse(_):
+        raise ConfigurationError("too large")
+
+    monkeypatch.setattr(net, "checked_feedback", refuse)
+    pace, _, (finding,) = follow(net, batch, "lower")
+    assert pace.next["feedback"] == net.feedback == 1.0
+    assert finding.message.endswith("; lower --feedback or --gain")
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------

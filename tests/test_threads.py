@@ -102,7 +102,7 @@ def test_every_thread_has_memory_of_its_own_and_weights_are_made_once(monkeypatc
     def judge_together(*arguments):
         if number_for(net) not in inside:
             inside.append(number_for(net))
-            all_in.wait(20)
+            all_in.wait(60)
         return judge(*arguments)
 
     monkeypatch.setattr(learner, "_judge", judge_together)
@@ -205,7 +205,7 @@ def test_who_waits_for_the_turn_of_a_part_that_fails_is_sent_away():
     def work(part, turns):
         seen.append(turns)
         if part == 0:
-            assert second.wait(10)
+            assert second.wait(60)
             time.sleep(0.05)  # the other has begun to wait
             raise ZeroDivisionError
         second.set()
@@ -215,7 +215,7 @@ def test_who_waits_for_the_turn_of_a_part_that_fails_is_sent_away():
     found = []
     caller = threading.Thread(target=lambda: found.append(_error_of(lambda: run_parts(object(), 2, work))), daemon=True)
     caller.start()
-    caller.join(5)
+    caller.join(60)
     seen[0].fail()  # or a defect would keep this process from ending
     assert found == [ZeroDivisionError]
 
@@ -230,12 +230,12 @@ def _error_of(call):
 def test_ctrl_c_while_others_work_waits_for_them(monkeypatch):
     """They use the network's memory: it must not be free before they are done."""
     ep.set_threads(2)
-    done, calls = threading.Event(), []
+    done, waited = threading.Event(), threading.Event()
     wait = threads.wait
 
     def interrupted(futures):
-        calls.append(1)
-        if len(calls) == 1:
+        if not waited.is_set():
+            waited.set()
             raise KeyboardInterrupt
         return wait(futures)
 
@@ -243,8 +243,9 @@ def test_ctrl_c_while_others_work_waits_for_them(monkeypatch):
     both = threading.Barrier(2)
 
     def work(part, turns):
-        both.wait(10)
+        both.wait(60)
         if threading.current_thread() is not threading.main_thread():
+            waited.wait(60)  # whoever is done before is not waited for
             time.sleep(0.05)
             done.set()
 
@@ -347,14 +348,14 @@ def test_blas_has_one_thread_within_our_work_and_as_many_as_before_after_it(monk
         def other():
             with one_blas_thread():
                 first.set()
-                second.wait(10)
+                second.wait(60)
 
         for wait_for in ("the other", "this"):
             first.clear(), second.clear()
             worker = threading.Thread(target=other)
             with one_blas_thread():
                 worker.start()
-                first.wait(10)
+                first.wait(60)
                 assert blas_threads() == {1}
                 if wait_for == "this":
                     second.set(), worker.join()
@@ -412,18 +413,21 @@ def test_where_the_number_comes_from(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_process_that_forks_works_on():
-    """Its threads stay behind: a pool of them would wait for ever."""
+    """Its threads stay behind: a pool of them would wait for ever, for those that were idle when it forked."""
     code = """if True:
-        import os, cupyep as ep
+        import os, signal, threading, time, cupyep as ep
         from cupyep.backend.threads import run_parts
         ep.set_threads(3)
-        run_parts(object(), 6, lambda part, turns: part)
+        all_in = threading.Barrier(3)
+        run_parts(object(), 3, lambda part, turns: all_in.wait())
+        time.sleep(0.3)
         child = os.fork()
         if child == 0:
+            signal.alarm(60)
             os._exit(run_parts(object(), 6, lambda part, turns: part) != list(range(6)))
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120).returncode == 0
 
 
 def test_turns_without_threads_are_in_order():

@@ -270,6 +270,25 @@ def test_a_step_allocates_no_array(rng, trained):
     assert Standardized().numbers((3, 3, 512, 512)) < 2**16 + 6 * 512
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["plain", *KINDS])
+def test_parameters_have_the_shapes_that_are_told(kind, shape):
+    how = Plain() if kind == "plain" else fresh(kind)
+    assert how.shapes(shape) == {name: p.shape for name, p in how.parameters(np.ones(shape)).items()}
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-3, 0.5])
+def test_a_weight_that_is_assigned_is_what_is_made_of_it(rng, epsilon):
+    """However large epsilon is; v is as large as one that is drawn, the mean square of a filter 1 / fan_in."""
+    how, weight = Standardized(epsilon=epsilon), rng.standard_normal((3, 3, 4, 6))
+    weight -= weight.mean(axis=(0, 1, 2))
+    parameters, w = how.parameters(np.ones(weight.shape)), np.empty(weight.shape)
+    how.assign(parameters, weight)
+    how.forward(parameters, w)
+    np.testing.assert_allclose(w, weight, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose((parameters["weight"] ** 2).mean(axis=(0, 1, 2)), 1 / 36)
+
+
 def test_plain_is_the_parameter_itself(rng):
     how, v = Plain(), rng.standard_normal((3, 4))
     parameters = how.parameters(v)
