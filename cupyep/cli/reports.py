@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from cupyep.cli.help import SectionedCommand
 from cupyep.cli.shared import (
-    SectionedCommand,
     choice,
     chosen_config,
     complete_recipe,
@@ -36,7 +36,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=CHECK_EXAMPLES)
+CHECK_COMMON = ("recipe", "arch", "width", "dataset", "image_size", "feedback", "beta", "betas", "aug", "kappa")
+
+
+@click.command(cls=SectionedCommand, common=(*CHECK_COMMON, "device", "json_path"), epilog=CHECK_EXAMPLES)
 @config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
 @recipe_option(
     "Take network, data, nudge and signals that are not given from a recipe; the phases settle as said here."
@@ -76,7 +79,10 @@ Examples:
 MOST_NUMBERS = 20
 
 
-@click.command(cls=SectionedCommand, epilog=MEMORY_EXAMPLES)
+MEMORY_COMMON = ("arch", "width", "dataset", "batch_size", "micro_batch", "precision", "device")
+
+
+@click.command(cls=SectionedCommand, common=(*MEMORY_COMMON, "device_kind", "steps", "measure"), epilog=MEMORY_EXAMPLES)
 @config_options(planning.MEMORY_OPTIONS)
 @click.option(
     "--steps",
@@ -117,7 +123,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=INFO_EXAMPLES)
+INFO_COMMON = ("data_dir", "arch", "width", "dataset", "algorithm", "batch_size", "precision", "device")
+
+
+@click.command(cls=SectionedCommand, common=(*INFO_COMMON, "device_kind"), epilog=INFO_EXAMPLES)
 @config_options(("data_dir", "algorithm", *planning.MEMORY_OPTIONS))
 @choice("--device-kind", among=KINDS, text="Plan for a cpu or a gpu, there or not.  [default: that of --device]")
 def info(device_kind: str | None, given: dict[str, Any]) -> None:

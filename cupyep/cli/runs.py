@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from cupyep.cli.help import SectionedCommand
 from cupyep.cli.shared import (
-    SectionedCommand,
     checkpoint_option,
     choice,
     json_option,
@@ -150,7 +150,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=DIAGNOSE_EXAMPLES)
+DIAGNOSE_COMMON = ("checkpoint", "bptt", "plot_path", "json_path", "free_steps", "tolerance", "batch_size", "device")
+
+
+@click.command(cls=SectionedCommand, common=DIAGNOSE_COMMON, epilog=DIAGNOSE_EXAMPLES)
 @click.argument("path", metavar="RUN|CHECKPOINT", type=FilePath())
 @checkpoint_option("last", of="a run's")
 @click.option("--bptt", is_flag=True, help="Compare the gradient with backpropagation through time (slower).")

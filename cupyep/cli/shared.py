@@ -38,21 +38,6 @@ from cupyep.training.run_directory import CHECKPOINT_FILES
 PLUGIN = "MODULE|FILE"
 
 
-class SectionedCommand(click.Command):
-    """A command whose ``--help`` lists the options of `TrainConfig` under their groups."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {rule.metadata["group"]: [] for rule in OPTIONS.values()}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                sections[OPTIONS[param.name].metadata["group"] if param.name in OPTIONS else "Run"].append(record)
-        for group, records in sections.items():
-            if records:
-                with formatter.section(group):
-                    formatter.write_dl(records)
-
-
 class OneLineErrors(click.Command):
     """Reports every error that a user can make as one line on stderr.
 
@@ -108,7 +93,8 @@ class OneLineErrors(click.Command):
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoSuchOption as error:
-            known = [name for param in error.ctx.command.params for name in (*param.opts, *param.secondary_opts)]
+            params = error.ctx.command.get_params(error.ctx)
+            known = [name for param in params for name in (*param.opts, *param.secondary_opts)]
             return 2, f"no such option '{error.option_name}'{_instead(error.option_name, known)}"
         except click.ClickException as error:
             return error.exit_code, error.format_message()

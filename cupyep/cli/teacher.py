@@ -11,7 +11,8 @@ from click.core import ParameterSource
 
 from cupyep._version import __version__
 from cupyep.backend import get_device
-from cupyep.cli.shared import OneLineErrors, choice, config_options
+from cupyep.cli.help import LongCommand
+from cupyep.cli.shared import choice, config_options
 from cupyep.cli.types import FilePath, Names, Numbers
 from cupyep.commands.teacher import DTYPES, LAYOUTS, fed, onnx_teacher, torch_teacher
 from cupyep.data import Dataset, TeacherFile
@@ -39,7 +40,10 @@ ONLY_WITH = {
 DATA = ("dataset", "data_dir", "image_size", "limit_train", "limit_test", "test_fraction")
 
 
-@click.command(cls=OneLineErrors, epilog=EXAMPLES)
+COMMON = ("dataset", "onnx", "torch", "weights", "train_bp", "epochs", "resize", "mean", "std", "device", "output")
+
+
+@click.command(cls=LongCommand, common=COMMON, epilog=EXAMPLES)
 @config_options((*DATA, "batch_size", "seed", "device"))
 @click.option("--onnx", type=FilePath(), help="Teacher: an ONNX model, images in, logits out.")
 @click.option("--torch", metavar="PACKAGE.MODULE:FACTORY", help="Teacher: the PyTorch module that this returns.")

@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
+from cupyep.cli.help import SectionedCommand
 from cupyep.cli.runs import show_comparison
 from cupyep.cli.shared import (
     ALIASES,
-    SectionedCommand,
     choice,
     chosen_config,
     config_options,
@@ -44,7 +44,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=EXAMPLES)
+COMMON = ("recipe", "arch", "width", "dataset", "limit_train", "aug", "epochs", "batch_size", "learning_rate", "device")
+
+
+@click.command(cls=SectionedCommand, common=(*COMMON, "run_dir", "resume"), epilog=EXAMPLES)
 @config_options(OPTIONS)
 @recipe_option(
     "Take the options that are not given from a recipe (cupyep recipes lists them) or a TOML file of your own."
