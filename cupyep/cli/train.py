@@ -69,7 +69,7 @@ COMMON = ("recipe", "arch", "width", "dataset", "limit_train", "aug", "epochs", 
     "--log-format",
     among=DISPLAYS,
     default="text",
-    text="json: an object a line on stdout (start, progress, epoch, checkpoint, warning, end), for programs.",
+    text="json: an object a line on stdout (start, estimate, progress, epoch, checkpoint, warning, end), for programs.",
 )
 @click.option(
     "--tensorboard",
@@ -108,6 +108,7 @@ def train(
     first; stopped there, the same command goes on.
     """
     display = DISPLAYS[log_format](quiet)
+    display.advises = not resume  # a run that goes on is of one size
     warnings.showwarning = show_once(partial(display.show, "warning"))
     ranks = join()
     with _ending(display):
