@@ -14,7 +14,9 @@ from cupyep.cli.shared import (
     chosen_config,
     complete_recipe,
     config_options,
+    is_given,
     json_option,
+    plugin_option,
     recipe_option,
     write_json,
 )
@@ -142,6 +144,7 @@ def info(device_kind: str | None, given: dict[str, Any]) -> None:
         click.echo("\n".join(lines))
         return
     require("data_dir" not in given, "--data-dir says nothing of a network; give it alone")
+    require(given.keys() != {"plugin"}, "--plugin says nothing by itself; give --arch, too")
     config = chosen_config(given)
     click.echo(planning.network_report(config, device_kind))
 
@@ -161,6 +164,7 @@ Examples:
 
 @click.command(epilog=RECIPES_EXAMPLES)
 @click.argument("recipe", required=False, metavar="[NAME|FILE]", shell_complete=complete_recipe)
+@plugin_option("that registers what the recipe names")
 def recipes(recipe: str | None) -> None:
     """Show the recipes, or one of them.
 
@@ -168,6 +172,7 @@ def recipes(recipe: str | None) -> None:
     marked [paper], published in the source named at the top, or [own], this project's choice.
     """
     if recipe is None:
+        require(not is_given("plugin"), "--plugin is for one recipe: give its FILE, too")
         names = recipe_names()
         width = max(map(len, names))
         for name in names:

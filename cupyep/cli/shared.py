@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cupyep.backend.threads import set_threads
 from cupyep.cli.types import IntegerOr, Names, NewFile, Numbers
@@ -184,11 +185,19 @@ def _load(context: click.Context, param: click.Parameter, value: str | None) -> 
     return value
 
 
-def plugin_option(command: Any) -> Any:
-    """Add the option that imports the plugin of a run."""
-    text = "The plugin that the run was trained with: a module or file .py, whose code is run.  [default: none]"
+def plugin_option(of: str) -> Any:
+    """Return the decorator of an option that imports the plugin `of` a run, or of a file that names one."""
+    text = f"The plugin {of}: a module or file .py, whose code is run.  [default: none]"
     how = {"is_eager": True, "expose_value": False, "callback": _load, "metavar": PLUGIN, "help": text}
-    return click.option("--plugin", **how)(command)
+    return click.option("--plugin", **how)
+
+
+run_plugin_option = plugin_option("that the run was trained with")
+
+
+def is_given(name: str) -> bool:
+    """Return whether the parameter `name` of the command that is running stands on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def checkpoint_option(default: str, of: str = "the run's") -> Any:

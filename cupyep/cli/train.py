@@ -125,7 +125,7 @@ def train(
             points = grid(
                 swept_values(sweeps, given), run_dir, given, {} if recipe is None else read_toml(find_recipe(recipe))
             )
-            how = {"stretch": stretch_schedule, "tensorboard": tensorboard}
+            how = {"stretch": stretch_schedule, "tensorboard": tensorboard, "plugin": given.get("plugin")}
             failed = sweep(points, jobs or 1, resume, display, how)
             show_comparison(compare([p.folder for p in points if (p.folder / CONFIG).is_file()]))
             if failed:
