@@ -31,8 +31,8 @@ from cupyep.errors import (
 )
 from cupyep.parallel import join
 from cupyep.plugins import load_plugin
-from cupyep.recipes import find_recipe, recipe_names
-from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, read_toml, require_used
+from cupyep.recipes import find_recipe, read_recipe, recipe_names
+from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, require_used
 from cupyep.training.display import SIGPIPE, silence
 from cupyep.training.run_directory import CHECKPOINT_FILES
 
@@ -318,9 +318,9 @@ def chosen_config(
     `take` says which options of the recipe count. An option that would be ignored is refused; one of a recipe may have
     its effect in the recipe alone: the command line may switch off what it belongs to.
     """
-    defaults, file = defaults or {}, None if recipe is None else find_recipe(recipe)
-    taken = {} if file is None else take(read_toml(file))
+    defaults, taken = defaults or {}, {} if recipe is None else take(read_recipe(recipe))
     config = make_config(defaults, taken, given)
-    require_used(taken, {**defaults, **taken}, vars(config), where=f"'{file}': ")
+    if recipe is not None:
+        require_used(taken, {**defaults, **taken}, vars(config), where=f"'{find_recipe(recipe)}': ")
     require_used(given, vars(config))
     return config

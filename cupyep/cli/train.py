@@ -27,9 +27,9 @@ from cupyep.commands.compare import compare
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, require
 from cupyep.experiments.sweep import grid, sweep
 from cupyep.parallel import join
-from cupyep.recipes import find_recipe
+from cupyep.recipes import read_recipe
 from cupyep.training import runs
-from cupyep.training.config import OPTIONS, check_name, option_name, read_toml
+from cupyep.training.config import OPTIONS, check_name, option_name
 from cupyep.training.display import DISPLAYS, Display
 from cupyep.training.options import checked
 from cupyep.training.run_directory import CONFIG
@@ -122,9 +122,7 @@ def train(
                 log_format == "text", "--sweep writes no --log-format json; the runs' metrics.jsonl is for programs"
             )
             require(run_dir is not None, "--sweep needs --run-dir, the folder of its runs")
-            points = grid(
-                swept_values(sweeps, given), run_dir, given, {} if recipe is None else read_toml(find_recipe(recipe))
-            )
+            points = grid(swept_values(sweeps, given), run_dir, given, {} if recipe is None else read_recipe(recipe))
             how = {"stretch": stretch_schedule, "tensorboard": tensorboard, "plugin": given.get("plugin")}
             failed = sweep(points, jobs or 1, resume, display, how)
             show_comparison(compare([p.folder for p in points if (p.folder / CONFIG).is_file()]))
