@@ -22,7 +22,18 @@ from typing import Any
 
 from cupyep.activations import Activation, get_activation
 from cupyep.backend import Device
-from cupyep.errors import ConfigurationError, choose, integer, is_integer, nearest, number, require, shape, shown
+from cupyep.errors import (
+    ConfigurationError,
+    CupyepError,
+    choose,
+    integer,
+    is_integer,
+    nearest,
+    number,
+    require,
+    shape,
+    shown,
+)
 from cupyep.graph import IMAGE, Connection
 from cupyep.initialization import lsuv as lsuv_of
 from cupyep.layers import Conv2d, Edge, Identity, Linear
@@ -249,6 +260,15 @@ def unit_drives(network: Network, images: Any) -> dict[str, float]:
             edge.parametrisation.scale(edge.parameters(), factor)
 
     return lsuv_of(names, lambda name: feed_forward.settled(batch).drives[graph.node(name) - 1], scale)
+
+
+def takes(arch: str, input_shape: Sequence[int], width: float = 1.0, pooling: str = "max") -> bool:
+    """Return whether `build` makes a network of images of that shape: whether they are not too small for its pools."""
+    try:
+        _layers(arch, 2, input_shape, width, pooling, "cross_entropy")
+    except CupyepError:
+        return False
+    return True
 
 
 def _units(text: str) -> list[int]:

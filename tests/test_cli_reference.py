@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import click
 import pytest
 
+import cupyep as ep
 from cupyep.cli import main
 from cupyep.recipes import recipe_names
 
@@ -104,3 +106,67 @@ def test_the_script_for_the_shell(monkeypatch, capsys):
 def test_every_recipe_can_be_completed():
     completions = COMMANDS["recipes"].params[0].shell_complete(click.Context(COMMANDS["recipes"]), "")
     assert [item.value for item in completions] == recipe_names()
+
+
+def text_of(run, *args):
+    code, out, err = run(*args)
+    assert (code, err) == (0, "")
+    return out
+
+
+def options_in(text):
+    """Return the options that a help lists below its first heading: they stand at the margin."""
+    return re.findall(r"^  (--[a-z-]+)", re.split(r"(?m)^[A-Z][a-z ]+:$", text, maxsplit=1)[1], re.MULTILINE)
+
+
+LONG = {"train", "diagnose", "check", "memory", "info", "teacher"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_many_options_has_a_short_help(name, invoke):
+    """By hand: a dozen options or so, examples, and where the others are; the others are those of the command."""
+    command, words = COMMANDS[name], name.split()
+    flags = {param.opts[0] for param in command.params if param.param_type_name == "option"}
+    assert (len(flags) > 15) == (name in LONG)
+    short = text_of(invoke, *words, "--help")
+    if name not in LONG:
+        assert set(options_in(short)) == flags | {"--help"}
+        return
+    assert len(options_in(short)) == len(set(options_in(short)))
+    assert 6 <= len(options_in(short)) <= 14
+    assert set(options_in(short)) < flags
+    assert 2 <= len(re.findall(rf"^    cupyep {name} ", short, re.MULTILINE)) <= 3
+    assert short.rstrip().splitlines()[-1].strip() == f"All options: cupyep {name} --help-all"
+    whole = text_of(invoke, *words, "--help-all")
+    assert set(options_in(whole)) == flags | {"--help", "--help-all"}
+    assert set(re.findall(rf"^    cupyep {name} .*", short, re.M)) <= set(whole.splitlines())
+
+
+def test_the_help_of_a_training_is_for_a_newcomer(invoke):
+    """By hand: what one needs for a first run of one's own, in the groups' place; all groups in the long one."""
+    short = text_of(invoke, "train", "--help")
+    assert {"--recipe", "--arch", "--dataset", "--epochs", "--device", "--run-dir", "--resume"} <= set(
+        options_in(short)
+    )
+    assert len(short.splitlines()) < 60 < 200 < len(text_of(invoke, "train", "--help-all").splitlines())
+    for group in ("Network:", "Data:", "Gradient:", "Intermediate signals:", "Optimizer:", "Run:"):
+        assert f"\n{group}\n" not in short
+        assert f"\n{group}\n" in text_of(invoke, "train", "--help-all")
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [(["train", "--help-al"], "--help-all"), (["evaluate", "--help-all"], "--help"), (["--help-all"], "--help")],
+)
+def test_a_help_that_is_not_there_is_answered_with_the_one_that_is(words, instead, invoke):
+    wanted = f"Error: no such option '{words[-1]}'; did you mean '{instead}'?\n"
+    assert invoke(*words) == (2, "", wanted)
+
+
+@pytest.mark.parametrize("module", ["cupyep", "cupyep.cli"])
+def test_the_command_line_is_a_module_too(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"cupyep {ep.__version__}\n", "")
+    done = subprocess.run([sys.executable, "-m", module, "train", "--epochs", "0"], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.count(b"\n") == 1

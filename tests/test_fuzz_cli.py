@@ -87,7 +87,7 @@ def arguments(param):
 def command_lines(names, command):
     """Some options of a command in any order, now and then one that does not exist; else the work is small."""
     params = command.params
-    odd = st.sampled_from([["--nonsense"], ["-x"], ["extra"], ["--help"], ["--epoch", "3"]])
+    odd = st.sampled_from([["--nonsense"], ["-x"], ["extra"], ["--help"], ["--help-all"], ["--epoch", "3"]])
     given = st.lists(st.one_of(*map(arguments, params), *map(arguments, params), odd), max_size=4)
 
     def line(parts):

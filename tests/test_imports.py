@@ -48,6 +48,7 @@ ORDER = [
     "recipes",
     "experiments",
     "cli",
+    "__main__",
 ]
 
 

@@ -20,6 +20,7 @@ import cupyep as ep
 from cupyep import activations, models, plugins
 from cupyep.cli import main
 from cupyep.errors import Interrupted
+from cupyep.experiments.sweep import grid, train_point
 from cupyep.persistence.checkpoint import load_checkpoint
 from cupyep.training.config import read_toml
 
@@ -59,7 +60,7 @@ ep.register_signal("sparsity", Sparsity)
 ep.register_signal("no-signal", lambda **_: 3)
 """
 COMMANDS = (
-    ("train", "--resume", "--run-dir"), ("evaluate",), ("diagnose",), ("plot",), ("predict", "own.npz"),
+    ("train", "--resume", "--run-dir"), ("evaluate",), ("diagnose",), ("plot",), ("compare",), ("predict", "own.npz"),
     ("export", "--format", "npz", "--output", "w.npz"),
 )  # fmt: skip
 
@@ -113,12 +114,80 @@ def test_no_command_imports_what_a_run_names(invoke, forget):
     lines += [invoke("diagnose", "run/best.h5")]
     shutil.copy("run/config.toml", "mine.toml")
     lines += [invoke("train", "--recipe", "mine.toml", "--run-dir", "other"), invoke("recipes", "mine.toml")]
+    lines += [invoke("check", "--recipe", "mine.toml")]
     for code, out, err in lines:
         assert (code, out) == (2, "")
         assert err.startswith("Error: ")
         assert err.endswith("'halved' is of a plugin, which is code; if you trust it, give --plugin mine.py\n")
     assert not Path("imported").exists()
     assert not any("mine" in name for name in sys.modules if name.startswith(("mine", "cupyep_plugin")))
+
+
+REPORT = ["--dataset", "file:own.npz", "--device", "cpu", "--batch-size", 4]
+#: A recipe of the plugin, and what else it says.
+RECIPE = 'plugin = "mine.py"\narch = "halved"\nactivation = "two-sided"  # [own]\naug = "sparsity"\n'
+
+
+def test_commands_without_a_run_take_a_plugin(invoke, forget):
+    """By hand: 9 x 8 + 8, 32 x 6 + 6 and 6 x 2 + 2 parameters are 292, of four bytes; EP's gradient is BPTT's."""
+    Path("mine.toml").write_text(RECIPE)
+    code, out, err = invoke("info", "--plugin", "mine.py", "--arch", "halved", *REPORT)
+    assert (code, err) == (0, "")
+    assert "2: Halved" in out or "2: Linear((2, 2, 8) -> (6,))" in out
+    assert "parameters     292\n" in out
+    forget()
+    assert (
+        invoke("memory", "--plugin", "mine.py", "--arch", "halved", *REPORT, "--steps", 2, "--json", "m.json")[0] == 0
+    )
+    assert json.loads(Path("m.json").read_text())["steps"][0]["planned"]["parameters"] == 4 * 292
+    forget()
+    code, out, err = invoke("check", "--plugin", "mine.py", "--recipe", "mine.toml", *REPORT, "--json", "c.json")
+    assert (code, err) == (0, "")
+    found = json.loads(Path("c.json").read_text())
+    assert [row["name"] for row in found["layers"]] == ["layers.1", "layers.2", "readout"]
+    assert min(row["cosine"] for row in found["layers"]) > 0.999
+    assert (found["options"]["arch"], found["options"]["plugin"]) == ("halved", "mine.py")
+    forget()
+    assert invoke("recipes", "mine.toml", "--plugin", "mine.py") == (0, RECIPE, "")
+    forget()
+    options = ["--train-bp", "short", "--epochs", 1, "--output", "teacher.h5", "--quiet"]
+    assert invoke("teacher", "--plugin", "mine.py", *REPORT, *options)[0] == 0
+    assert ep.TeacherFile("teacher.h5").teacher.startswith("short trained by backpropagation, 1 epochs")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["info"], "--plugin says nothing by itself; give --arch, too"),
+        (["recipes"], "--plugin is for one recipe: give its FILE, too"),
+        (["teacher", "--onnx", "net.onnx", "--output", "t.h5"], "--plugin is for --train-bp, not for --onnx"),
+        (["reproduce", "signals"], "no such option '--plugin'"),  # the experiments are the package's own
+    ],
+)
+def test_a_plugin_that_changes_nothing_is_refused(words, message, invoke):
+    assert invoke(*words, "--plugin", "mine.py") == (2, "", f"Error: {message}\n")
+
+
+def test_runs_of_a_sweep_know_the_plugin_in_processes_of_their_own(invoke, forget):
+    """One of them is this process, made one that has imported nothing."""
+    options = {"dataset": "file:own.npz", "epochs": 1, "device": "cpu", "crop": False, "flip": False, "free_steps": 3}
+    plugins.load_plugin("mine.py")
+    (point,) = grid({"arch": ["halved"]}, Path("sweep"), options | {"plugin": "mine.py"})
+    forget()
+    name, right, text = train_point(point, {"plugin": "mine.py"})
+    assert (name, right) == ("arch=halved", True), text
+    forget()
+    code, out, err = invoke("compare", "sweep/arch=halved", "--plugin", "mine.py")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].startswith("arch=halved  1 ")
+
+
+@pytest.mark.slow
+def test_a_sweep_in_several_processes(invoke):
+    sweep = ["--sweep", "arch=halved,skipping", "--jobs", 2]
+    assert invoke(*TRAIN, "--plugin", "mine.py", *sweep)[0] == 0
+    assert {path.name for path in Path("run").glob("*/best.h5")} == {"best.h5"}
+    assert len(list(Path("run").glob("*/best.h5"))) == 2
 
 
 @pytest.mark.parametrize("name", ["arch", "activation", "aug"])

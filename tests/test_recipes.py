@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
 import pytest
+from quadrants import numbers
 
+from cupyep.cli.shared import chosen_config
 from cupyep.data import Dataset, Split, TeacherWriter
 from cupyep.data.sources import SOURCES
-from cupyep.recipes import FOLDER, find_recipe, recipe_names, recipe_summary, recipe_text
+from cupyep.errors import ConfigurationError
+from cupyep.recipes import FOLDER, find_recipe, read_recipe, recipe_names, recipe_summary, recipe_text
 from cupyep.training.build import build_learner, build_network, build_optimizer, build_signals
 from cupyep.training.config import OPTIONS, make_config, read_toml
+from cupyep.training.run_directory import RunDirectory
 
 SOURCES_CITED = ("arXiv 2508.15989", "arXiv 2101.05536", "arXiv 2312.15103", "this project's own")
 
@@ -169,3 +174,93 @@ def test_wrong_uses_are_one_line(case, invoke, monkeypatch, tmp_path):
     code, out, err = invoke(*args)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+def written(folder, **values):
+    """Return the config.toml of a run with these options."""
+    config = make_config(values)
+    folder.mkdir(exist_ok=True)
+    RunDirectory(folder, config).write_config()
+    return config, folder / "config.toml"
+
+
+CASES = {
+    "default": {},
+    "bp": {"algorithm": "bp", "gain": 1.4},
+    "bptt": {"algorithm": "bptt", "nudged_steps": 9},
+    "steps": {"free_steps": 2, "nudged_steps": "auto", "on_unsettled": "lower"},
+    "tangent": {"scheme": "tangent", "feedback": 1.0, "schedule": "evenodd"},
+    "signals": {"aug": "le", "kappa": 0.25, "signal_pool": 2, "signal_layers": "2-3"},
+    "own data": {"dataset": "folder:/gone", "test_fraction": 0.3, "image_size": 16},
+    "lists": {"gain": [0.4, 0.7, 0.6, 0.3, 0.4], "learning_rate": [1e-3, 1e-2, 1e-2, 1e-2, 1e-3]},
+    "optimizer": {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "arch": "resnet9", "activation": "gelu"},
+    **{name: read_toml(find_recipe(name)) for name in recipe_names()},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_options_of_a_run_are_a_recipe(name, tmp_path):
+    """The run again: every option that the run had, though nobody may give those that have no effect in it."""
+    config, path = written(tmp_path, **CASES[name])
+    assert chosen_config({}, path) == config
+    assert len(read_recipe(path)) < len(read_toml(path))
+    bare = tmp_path / "mine.toml"
+    bare.write_text(path.read_text().partition("\n")[2])
+    with pytest.raises(ConfigurationError, match=r"mine.toml': --[a-z-]+ needs "):
+        chosen_config({}, bare)
+
+
+def test_what_follows_from_options_follows_from_other_ones(tmp_path):
+    """By hand, from the documented defaults: steps and relaxation by schedule and feedback."""
+    _, path = written(tmp_path)
+    strong = chosen_config({"feedback": 1.0, "schedule": "evenodd"}, path)
+    assert (strong.free_steps, strong.nudged_steps, strong.relaxation) == (60, 20, 1.6)
+    residual = chosen_config({"arch": "resnet9", "optimizer": "adamw"}, path)
+    assert (residual.activation, residual.weights, residual.weight_decay) == ("relu", "standardized", 0.01)
+    assert chosen_config({"algorithm": "bptt"}, path).nudged_steps == make_config({"algorithm": "bptt"}).nudged_steps
+    _, path = written(tmp_path, free_steps=7, activation="gelu", weight_decay=1e-4)
+    kept = chosen_config({"feedback": 1.0, "arch": "resnet9", "optimizer": "adamw"}, path)
+    assert (kept.free_steps, kept.activation, kept.weight_decay) == (7, "gelu", 1e-4), "what was chosen stays"
+
+
+def test_what_had_no_effect_in_a_run_is_no_setting_of_it(tmp_path):
+    """A recipe's kappa whose signals the command line had switched off; its own rate stays."""
+    _, path = written(tmp_path, aug="none", kappa=0.25, learning_rate=0.01)
+    found = chosen_config({"aug": "le"}, path)
+    assert (found.kappa, found.learning_rate) == (0.1, 0.01)
+    with pytest.raises(ConfigurationError, match=r"^--kappa needs --aug le or kd$"):
+        chosen_config({"kappa": 0.5}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("epochs = 10", "epoch = 10"), r"config.toml': unknown option 'epoch'; did you mean 'epochs'\?"),
+        (("beta = 0.5", "beta = -1.0"), r"config.toml': beta must be above 0 \(got -1.0\)"),
+        (("free_steps = 2", 'free_steps = "auto"\ntolerance = 0.1'), "--tolerance ends every phase by itself"),
+        (("arch = ", "arch = = "), "config.toml' is not valid TOML"),
+    ],
+)
+def test_a_damaged_one_is_refused(change, message, tmp_path):
+    _, path = written(tmp_path)
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(ConfigurationError, match=message):
+        chosen_config({}, path)
+
+
+def test_a_run_by_the_options_of_a_run_is_that_run(cifar, invoke, tmp_path):
+    """Bit for bit, by train and by a sweep; check takes its nudge."""
+    tiny = ["--width", 0.06, "--batch-size", 25, "--device", "cpu", "--seed", 3, "--aug", "le", "--epochs", 1]
+    assert invoke("train", *tiny, "--run-dir", tmp_path / "run", "--quiet")[0] == 0
+    recipe = ["--recipe", tmp_path / "run" / "config.toml"]
+    code, _, err = invoke("train", *recipe, "--run-dir", tmp_path / "again", "--quiet")
+    assert (code, err) == (0, "")
+    code, _, err = invoke("train", *recipe, "--run-dir", tmp_path / "s", "--sweep", "kappa=0.1,0.2", "--quiet")
+    assert (code, err) == (0, "")
+    first, again, swept = (RunDirectory.open(tmp_path / name) for name in ("run", "again", "s/kappa=0.1"))
+    assert numbers(first) == numbers(again) == numbers(swept)
+    assert first.config == again.config == swept.config
+    json_path = tmp_path / "check.json"
+    assert invoke("check", *recipe, "--tolerance", 1e-3, "--json", json_path)[0] == 0
+    assert json.loads(json_path.read_text())["options"]["beta"] == 0.5, "the run's, not the check's own"
+    assert invoke("recipes", recipe[1]) == (0, recipe[1].read_text(), "")

@@ -750,7 +750,7 @@ def test_missing_libraries_are_named(refused, monkeypatch):
 
 
 def test_help_names_every_teacher(export):
-    code, out, _ = export("--help")
+    code, out, _ = export("--help-all")
     assert code == 0
     for word in ("--onnx", "--torch", "--train-bp", "--weights", "--layout", "--mean", "--std", "Examples:"):
         assert word in out

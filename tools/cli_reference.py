@@ -10,13 +10,15 @@ from pathlib import Path
 import click
 
 from cupyep.cli import main as cupyep
+from cupyep.cli.help import ALL
 from cupyep.files import write_file
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 WIDTH = 100
 HEAD = """# Command line
 
-Written by `python tools/cli_reference.py` from the commands themselves; `cupyep COMMAND --help` says the same.
+Written by `python tools/cli_reference.py` from the commands themselves; `cupyep COMMAND --help` says the same,
+`--help-all` where a command has many options.
 
 Exit codes: 0 done; 1 something failed (one line on stderr says what and what to do); 2 wrong usage; 130 interrupted
 (SIGINT), 143 terminated (SIGTERM).
@@ -55,7 +57,9 @@ def _context(command: click.Command, name: str, parent: click.Context | None = N
 def reference() -> str:
     """Return the page as Markdown."""
     parts = [HEAD]
-    for path, text in commands(cupyep, _context(cupyep, "cupyep")):
+    root = _context(cupyep, "cupyep")
+    root.meta[ALL] = True
+    for path, text in commands(cupyep, root):
         body = "\n".join(line.rstrip() for line in text.splitlines())
         parts.append(f"## {path}\n\n```text\n{body}\n```\n")
     return "\n".join(parts)

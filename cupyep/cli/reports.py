@@ -8,13 +8,15 @@ from typing import Any
 
 import click
 
+from cupyep.cli.help import SectionedCommand
 from cupyep.cli.shared import (
-    SectionedCommand,
     choice,
     chosen_config,
     complete_recipe,
     config_options,
+    is_given,
     json_option,
+    plugin_option,
     recipe_option,
     write_json,
 )
@@ -36,7 +38,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=CHECK_EXAMPLES)
+CHECK_COMMON = ("recipe", "arch", "width", "dataset", "image_size", "feedback", "beta", "betas", "aug", "kappa")
+
+
+@click.command(cls=SectionedCommand, common=(*CHECK_COMMON, "device", "json_path"), epilog=CHECK_EXAMPLES)
 @config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
 @recipe_option(
     "Take network, data, nudge and signals that are not given from a recipe; the phases settle as said here."
@@ -76,7 +81,10 @@ Examples:
 MOST_NUMBERS = 20
 
 
-@click.command(cls=SectionedCommand, epilog=MEMORY_EXAMPLES)
+MEMORY_COMMON = ("arch", "width", "dataset", "batch_size", "micro_batch", "precision", "device")
+
+
+@click.command(cls=SectionedCommand, common=(*MEMORY_COMMON, "device_kind", "steps", "measure"), epilog=MEMORY_EXAMPLES)
 @config_options(planning.MEMORY_OPTIONS)
 @click.option(
     "--steps",
@@ -117,7 +125,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=INFO_EXAMPLES)
+INFO_COMMON = ("data_dir", "arch", "width", "dataset", "algorithm", "batch_size", "precision", "device")
+
+
+@click.command(cls=SectionedCommand, common=(*INFO_COMMON, "device_kind"), epilog=INFO_EXAMPLES)
 @config_options(("data_dir", "algorithm", *planning.MEMORY_OPTIONS))
 @choice("--device-kind", among=KINDS, text="Plan for a cpu or a gpu, there or not.  [default: that of --device]")
 def info(device_kind: str | None, given: dict[str, Any]) -> None:
@@ -133,6 +144,7 @@ def info(device_kind: str | None, given: dict[str, Any]) -> None:
         click.echo("\n".join(lines))
         return
     require("data_dir" not in given, "--data-dir says nothing of a network; give it alone")
+    require(given.keys() != {"plugin"}, "--plugin says nothing by itself; give --arch, too")
     config = chosen_config(given)
     click.echo(planning.network_report(config, device_kind))
 
@@ -152,6 +164,7 @@ Examples:
 
 @click.command(epilog=RECIPES_EXAMPLES)
 @click.argument("recipe", required=False, metavar="[NAME|FILE]", shell_complete=complete_recipe)
+@plugin_option("that registers what the recipe names")
 def recipes(recipe: str | None) -> None:
     """Show the recipes, or one of them.
 
@@ -159,6 +172,7 @@ def recipes(recipe: str | None) -> None:
     marked [paper], published in the source named at the top, or [own], this project's choice.
     """
     if recipe is None:
+        require(not is_given("plugin"), "--plugin is for one recipe: give its FILE, too")
         names = recipe_names()
         width = max(map(len, names))
         for name in names:

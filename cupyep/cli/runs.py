@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
+from cupyep.cli.help import SectionedCommand
 from cupyep.cli.shared import (
-    SectionedCommand,
     checkpoint_option,
     choice,
     json_option,
-    plugin_option,
     run_options,
+    run_plugin_option,
     write_json,
 )
 from cupyep.cli.types import FilePath, Names, NewFile
@@ -50,7 +50,7 @@ Examples:
     text="Which images: validation needs a run with --validation; train are the training images, not augmented.",
 )
 @run_options("data_dir", "limit_test", "batch_size", "device")
-@plugin_option
+@run_plugin_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def evaluate(run: Path, checkpoint: str, split: str, quiet: bool, given: dict[str, Any]) -> None:
     """Show the accuracy of a run.
@@ -77,7 +77,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture.")
 @checkpoint_option("best")
 @run_options("free_steps", "tolerance", "batch_size", "device")
-@plugin_option
+@run_plugin_option
 def predict(
     run: Path, pictures: tuple[Path, ...], top: int | None, as_json: bool, checkpoint: str, given: dict[str, Any]
 ) -> None:
@@ -127,7 +127,7 @@ Examples:
 @click.option("--output", type=NewFile(), required=True, help="The file to write.")
 @checkpoint_option("best")
 @click.option("--steps", type=int, help="Settling steps written out (onnx).  [default: the run's --free-steps]")
-@plugin_option
+@run_plugin_option
 def export(run: Path, form: str, output: Path, checkpoint: str, steps: int | None) -> None:
     """Write a run's network for other programs.
 
@@ -150,7 +150,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=DIAGNOSE_EXAMPLES)
+DIAGNOSE_COMMON = ("checkpoint", "bptt", "plot_path", "json_path", "free_steps", "tolerance", "batch_size", "device")
+
+
+@click.command(cls=SectionedCommand, common=DIAGNOSE_COMMON, epilog=DIAGNOSE_EXAMPLES)
 @click.argument("path", metavar="RUN|CHECKPOINT", type=FilePath())
 @checkpoint_option("last", of="a run's")
 @click.option("--bptt", is_flag=True, help="Compare the gradient with backpropagation through time (slower).")
@@ -161,7 +164,7 @@ Examples:
     "beta", "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme", "nudge", "data_dir",
     "batch_size", "device",
 )  # fmt: skip
-@plugin_option
+@run_plugin_option
 def diagnose(
     path: Path, checkpoint: str, bptt: bool, plot_path: Path | None, json_path: Path | None, given: dict[str, Any]
 ) -> None:
@@ -225,7 +228,7 @@ Examples:
 )
 @choice("--format", "form", among=FORMATS, default="png", text="Kind of picture.")
 @run_options("data_dir", "batch_size", "device")
-@plugin_option
+@run_plugin_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def plot(run: tuple[Path, ...], out: Path | None, form: str, quiet: bool, given: dict[str, Any]) -> None:
     """Draw runs, finished or not.
@@ -262,6 +265,7 @@ Examples:
 @click.option(
     "--plot", "plot_path", type=NewFile(), help="Also draw loss and accuracy of the first eight, .png or .svg."
 )
+@run_plugin_option
 def compare(runs: tuple[Path, ...], column: str | None, csv_path: Path | None, plot_path: Path | None) -> None:
     """Compare runs, finished or not.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cupyep.backend.threads import set_threads
 from cupyep.cli.types import IntegerOr, Names, NewFile, Numbers
@@ -30,27 +31,12 @@ from cupyep.errors import (
 )
 from cupyep.parallel import join
 from cupyep.plugins import load_plugin
-from cupyep.recipes import find_recipe, recipe_names
-from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, read_toml, require_used
+from cupyep.recipes import find_recipe, read_recipe, recipe_names
+from cupyep.training.config import OPTIONS, TrainConfig, make_config, option_name, require_used
 from cupyep.training.display import SIGPIPE, silence
 from cupyep.training.run_directory import CHECKPOINT_FILES
 
 PLUGIN = "MODULE|FILE"
-
-
-class SectionedCommand(click.Command):
-    """A command whose ``--help`` lists the options of `TrainConfig` under their groups."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {rule.metadata["group"]: [] for rule in OPTIONS.values()}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                sections[OPTIONS[param.name].metadata["group"] if param.name in OPTIONS else "Run"].append(record)
-        for group, records in sections.items():
-            if records:
-                with formatter.section(group):
-                    formatter.write_dl(records)
 
 
 class OneLineErrors(click.Command):
@@ -108,7 +94,8 @@ class OneLineErrors(click.Command):
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoSuchOption as error:
-            known = [name for param in error.ctx.command.params for name in (*param.opts, *param.secondary_opts)]
+            params = error.ctx.command.get_params(error.ctx)
+            known = [name for param in params for name in (*param.opts, *param.secondary_opts)]
             return 2, f"no such option '{error.option_name}'{_instead(error.option_name, known)}"
         except click.ClickException as error:
             return error.exit_code, error.format_message()
@@ -198,11 +185,19 @@ def _load(context: click.Context, param: click.Parameter, value: str | None) -> 
     return value
 
 
-def plugin_option(command: Any) -> Any:
-    """Add the option that imports the plugin of a run."""
-    text = "The plugin that the run was trained with: a module or file .py, whose code is run.  [default: none]"
+def plugin_option(of: str) -> Any:
+    """Return the decorator of an option that imports the plugin `of` a run, or of a file that names one."""
+    text = f"The plugin {of}: a module or file .py, whose code is run.  [default: none]"
     how = {"is_eager": True, "expose_value": False, "callback": _load, "metavar": PLUGIN, "help": text}
-    return click.option("--plugin", **how)(command)
+    return click.option("--plugin", **how)
+
+
+run_plugin_option = plugin_option("that the run was trained with")
+
+
+def is_given(name: str) -> bool:
+    """Return whether the parameter `name` of the command that is running stands on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def checkpoint_option(default: str, of: str = "the run's") -> Any:
@@ -323,9 +318,9 @@ def chosen_config(
     `take` says which options of the recipe count. An option that would be ignored is refused; one of a recipe may have
     its effect in the recipe alone: the command line may switch off what it belongs to.
     """
-    defaults, file = defaults or {}, None if recipe is None else find_recipe(recipe)
-    taken = {} if file is None else take(read_toml(file))
+    defaults, taken = defaults or {}, {} if recipe is None else take(read_recipe(recipe))
     config = make_config(defaults, taken, given)
-    require_used(taken, {**defaults, **taken}, vars(config), where=f"'{file}': ")
+    if recipe is not None:
+        require_used(taken, {**defaults, **taken}, vars(config), where=f"'{find_recipe(recipe)}': ")
     require_used(given, vars(config))
     return config

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from cupyep._version import __version__
 from cupyep.backend import get_device
-from cupyep.cli.shared import OneLineErrors, choice, config_options
+from cupyep.cli.help import LongCommand
+from cupyep.cli.shared import choice, config_options, is_given
 from cupyep.cli.types import FilePath, Names, Numbers
 from cupyep.commands.teacher import DTYPES, LAYOUTS, fed, onnx_teacher, torch_teacher
 from cupyep.data import Dataset, TeacherFile
@@ -34,13 +34,16 @@ FOREIGN, OWN = ("--onnx", "--torch"), ("--train-bp",)
 ONLY_WITH = {
     **dict.fromkeys(("layout", "mean", "std", "resize", "input_dtype", "logits"), FOREIGN),
     "weights": ("--torch",),
-    **dict.fromkeys(("epochs", "width"), OWN),
+    **dict.fromkeys(("epochs", "width", "plugin"), OWN),
 }
 DATA = ("dataset", "data_dir", "image_size", "limit_train", "limit_test", "test_fraction")
 
 
-@click.command(cls=OneLineErrors, epilog=EXAMPLES)
-@config_options((*DATA, "batch_size", "seed", "device"))
+COMMON = ("dataset", "onnx", "torch", "weights", "train_bp", "epochs", "resize", "mean", "std", "device", "output")
+
+
+@click.command(cls=LongCommand, common=COMMON, epilog=EXAMPLES)
+@config_options((*DATA, "batch_size", "seed", "device", "plugin"))
 @click.option("--onnx", type=FilePath(), help="Teacher: an ONNX model, images in, logits out.")
 @click.option("--torch", metavar="PACKAGE.MODULE:FACTORY", help="Teacher: the PyTorch module that this returns.")
 @click.option(
@@ -142,8 +145,8 @@ def _check_usage(teachers: dict[str, Any], output: Path) -> None:
     kinds = [flag for flag, value in teachers.items() if value is not None]
     require(len(kinds) == 1, "name one teacher: --onnx FILE, or --torch PACKAGE.MODULE:FACTORY, or --train-bp ARCH")
     for name, flags in ONLY_WITH.items():
-        given = click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
-        require(not given or kinds[0] in flags, f"{option_name(name)} is for {' and '.join(flags)}, not for {kinds[0]}")
+        right = not is_given(name) or kinds[0] in flags
+        require(right, f"{option_name(name)} is for {' and '.join(flags)}, not for {kinds[0]}")
     require(output.parent.is_dir(), f"--output: there is no folder {output.parent}")
     require(not output.is_dir(), f"--output: {output} is a folder")
     require(os.access(output.parent, os.W_OK), f"--output: folder {output.parent} cannot be written")

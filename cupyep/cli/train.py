@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
+from cupyep.cli.help import SectionedCommand
 from cupyep.cli.runs import show_comparison
 from cupyep.cli.shared import (
     ALIASES,
-    SectionedCommand,
     choice,
     chosen_config,
     config_options,
@@ -27,9 +27,9 @@ from cupyep.commands.compare import compare
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, require
 from cupyep.experiments.sweep import grid, sweep
 from cupyep.parallel import join
-from cupyep.recipes import find_recipe
+from cupyep.recipes import read_recipe
 from cupyep.training import runs
-from cupyep.training.config import OPTIONS, check_name, option_name, read_toml
+from cupyep.training.config import OPTIONS, check_name, option_name
 from cupyep.training.display import DISPLAYS, Display
 from cupyep.training.options import checked
 from cupyep.training.run_directory import CONFIG
@@ -44,7 +44,10 @@ Examples:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=EXAMPLES)
+COMMON = ("recipe", "arch", "width", "dataset", "limit_train", "aug", "epochs", "batch_size", "learning_rate", "device")
+
+
+@click.command(cls=SectionedCommand, common=(*COMMON, "run_dir", "resume"), epilog=EXAMPLES)
 @config_options(OPTIONS)
 @recipe_option(
     "Take the options that are not given from a recipe (cupyep recipes lists them) or a TOML file of your own."
@@ -66,7 +69,7 @@ Examples:
     "--log-format",
     among=DISPLAYS,
     default="text",
-    text="json: an object a line on stdout (start, progress, epoch, checkpoint, warning, end), for programs.",
+    text="json: an object a line on stdout (start, estimate, progress, epoch, checkpoint, warning, end), for programs.",
 )
 @click.option(
     "--tensorboard",
@@ -105,6 +108,7 @@ def train(
     first; stopped there, the same command goes on.
     """
     display = DISPLAYS[log_format](quiet)
+    display.advises = not resume  # a run that goes on is of one size
     warnings.showwarning = show_once(partial(display.show, "warning"))
     ranks = join()
     with _ending(display):
@@ -118,10 +122,8 @@ def train(
                 log_format == "text", "--sweep writes no --log-format json; the runs' metrics.jsonl is for programs"
             )
             require(run_dir is not None, "--sweep needs --run-dir, the folder of its runs")
-            points = grid(
-                swept_values(sweeps, given), run_dir, given, {} if recipe is None else read_toml(find_recipe(recipe))
-            )
-            how = {"stretch": stretch_schedule, "tensorboard": tensorboard}
+            points = grid(swept_values(sweeps, given), run_dir, given, {} if recipe is None else read_recipe(recipe))
+            how = {"stretch": stretch_schedule, "tensorboard": tensorboard, "plugin": given.get("plugin")}
             failed = sweep(points, jobs or 1, resume, display, how)
             show_comparison(compare([p.folder for p in points if (p.folder / CONFIG).is_file()]))
             if failed:

@@ -40,7 +40,7 @@ class Comparison:
     Attributes
     ----------
     options : list of str
-        Options that differ between the runs, in the order of ``--help``.
+        Options that differ between the runs, in the order of ``--help-all``.
     rows : list of dict
         A run each: ``run`` (its name), ``path``, all options, and `MEASURES`, None where there is nothing to say.
     """

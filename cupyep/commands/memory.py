@@ -37,7 +37,7 @@ MEMORY_OPTIONS = (
     "arch", "width", "activation", "weights", "readout_pool", "pooling", "loss", "feedback", "dataset", "image_size",
     "nudged_steps", "schedule", "tolerance", "scheme", "nudge", "aug", "signal_layers", "kappa", "signal_loss",
     "signal_pool", "learned_maps", "batch_size", "micro_batch", "optimizer", "momentum", "device", "scratch_mb",
-    "precision", "exact",
+    "precision", "exact", "plugin",
 )  # fmt: skip
 NAMES = {"ep": "EP", "bptt": "BPTT", "bp": "BP"}
 MOST_STEPS, MOST_SAMPLES = 10_000, 1 << 16  # a plan lists every step unrolled and every chunk of a batch

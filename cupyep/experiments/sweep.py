@@ -15,6 +15,7 @@ from typing import Any
 from cupyep.commands.compare import best_record, measures
 from cupyep.errors import CheckpointError, ConfigurationError, CupyepError, Interrupted, require
 from cupyep.experiments.processes import check_stop, side_by_side
+from cupyep.plugins import load_plugin
 from cupyep.training.config import RESUME_OPTIONS, TrainConfig, make_config, option_name, require_used
 from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions, stopped_by
@@ -95,7 +96,7 @@ def sweep(
     jobs: int = 1,
     resume: bool = False,
     display: Display | None = None,
-    how: Mapping[str, bool] | None = None,
+    how: Mapping[str, Any] | None = None,
 ) -> int:
     """Train the runs of a sweep that are not finished, and show a line for each that ends.
 
@@ -109,7 +110,7 @@ def sweep(
         Go on with a sweep in the same folder: what is finished is left, what was begun goes on.
     display : Display, optional
     how : mapping, optional
-        ``stretch``: as `resume_run` has it; ``tensorboard``: write event files.
+        ``stretch``: as `resume_run` has it; ``tensorboard``: write event files; ``plugin``: what was given as that.
 
     Returns
     -------
@@ -162,7 +163,7 @@ def _differing(config: TrainConfig, old: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if value != before[name]}
 
 
-def train_point(point: Point, how: Mapping[str, bool]) -> tuple[str, bool, str]:
+def train_point(point: Point, how: Mapping[str, Any]) -> tuple[str, bool, str]:
     """Train one run of a sweep, or go on with it; return its name, whether it is finished, and what is to be said."""
     display = _Few(quiet=True, subject=point.name)
     with warnings.catch_warnings(), stopped_by(check_stop):
@@ -184,7 +185,11 @@ class _Few(Display):
             super().show(event, text, **values)
 
 
-def _trained(point: Point, display: Display, stretch: bool = False, tensorboard: bool = False) -> str:
+def _trained(
+    point: Point, display: Display, stretch: bool = False, tensorboard: bool = False, plugin: str | None = None
+) -> str:
+    if plugin is not None:  # a process of its own has not imported it yet
+        load_plugin(plugin)
     if not (point.folder / CONFIG).is_file():
         run = start_run(point.config, point.folder, display)
     else:

@@ -7,10 +7,15 @@ The first line of a file is a comment that says what it is and where it is from.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cupyep.errors import ConfigurationError, nearest
 from cupyep.files import expanded, read_text
+from cupyep.training.config import OPTIONS, make_config, read_toml
+from cupyep.training.options import NEEDS
+from cupyep.training.run_directory import WRITTEN
 
 FOLDER = Path(__file__).parent
 
@@ -36,6 +41,29 @@ def find_recipe(recipe: str | Path) -> Path:
     if path.is_file():
         return path
     raise ConfigurationError(f"no recipe and no file '{recipe}'{nearest(str(recipe), names)} (see cupyep recipes)")
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """Return the options of a recipe by name, their values checked one by one; see `find_recipe` for the errors.
+
+    The config.toml of a run holds every option. Those that had no effect in it are no settings, and those that have the
+    value which follows from the others will follow again.
+    """
+    values = read_toml(find_recipe(recipe))
+    if not recipe_text(recipe).startswith(WRITTEN):
+        return values
+    case = {name: spec.default for name, spec in OPTIONS.items()} | values
+    return {name: value for name, value in values.items() if _has_effect(name, case) and not _follows(name, values)}
+
+
+def _has_effect(name: str, case: Mapping[str, Any]) -> bool:
+    return all(NEEDS[need][1](case) for need in OPTIONS[name].metadata.get("needs", ()))
+
+
+def _follows(name: str, values: Mapping[str, Any]) -> bool:
+    """Return whether an option without a default of its own has the value that others give it."""
+    others = {other: value for other, value in values.items() if other != name}
+    return OPTIONS[name].default is None and getattr(make_config(others), name) == values[name]
 
 
 def recipe_text(recipe: str | Path) -> str:

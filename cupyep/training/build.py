@@ -26,6 +26,7 @@ from cupyep.plugins import SIGNALS
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError
 from cupyep.training.config import AUTO, TrainConfig, parse_layers
 from cupyep.training.display import Display
+from cupyep.training.outlook import smaller_settings
 from cupyep.training.statistics import layer_names
 from cupyep.training.trainer import Trainer
 
@@ -210,7 +211,7 @@ def build_trainer(
     share = (communicator.rank, communicator.size) if communicator else (0, 1)
     draws, signs = map(np.random.default_rng, np.random.SeedSequence(config.seed).spawn(2))
     learner = build_learner(config, network, signals, signs)
-    return Trainer(
+    trainer = Trainer(
         learner,
         build_optimizer(config, learner.parameters()),
         training_batches(config, dataset, network, draws, share),
@@ -223,3 +224,5 @@ def build_trainer(
         communicator=communicator,
         **config.take("epochs", "lr_schedule", "warmup", "patience", "checkpoint_minutes", "on_divergence"),
     )
+    trainer.outlook.smaller = smaller_settings(config, network)
+    return trainer

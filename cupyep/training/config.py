@@ -1,6 +1,6 @@
 """`TrainConfig`: every option of ``cupyep train`` in one table, and its TOML form (config.toml, recipes).
 
-One field is one option: its default, its help line, its group in ``--help`` and the rule that its values obey. The
+One field is one option: its default, its help line, its group in ``--help-all`` and the rule that its values obey. The
 command line is generated from this table, recipes and config.toml use the same names, one function writes all messages.
 What an option `needs` is in its field, too: given where it would change nothing, it is refused (`require_used`).
 """
@@ -56,7 +56,7 @@ NETWORK, DATA, GRADIENT, SIGNALS, OPTIMIZER, RUN = (
 
 @dataclass
 class TrainConfig:
-    """Every option of a training run; the fields are described by ``cupyep train --help``.
+    """Every option of a training run; the fields are described by ``cupyep train --help-all``.
 
     Raises
     ------
@@ -263,7 +263,7 @@ RESUME_OPTIONS = (
     "plugin",
 )
 
-#: The options by name, in the order of ``--help``.
+#: The options by name, in the order of ``--help-all``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}
 
 

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a notebook without ipywidgets, which gets lines in place of bars
     from tqdm.auto import tqdm
 
-DETAILS = ("note", "start", "progress", "checkpoint", "epoch")  # not shown when quiet
+DETAILS = ("note", "start", "estimate", "progress", "checkpoint", "epoch")  # not shown when quiet
 # New numbers come this often, because the device is waited for each time: on a bar, and as lines of a log.
 BAR_S, LINE_S = 0.5, 30.0
 SIGPIPE = 13
@@ -81,7 +81,14 @@ class Display:
         Takes each line that is not a warning.
     subject : str
         Whose events these are, where there are several; its text begins with it.
+
+    Attributes
+    ----------
+    advises : bool
+        Whether who reads it gave the options of `cupyep train`, and may be told to choose others.
     """
+
+    advises = False
 
     def __init__(self, quiet: bool = False, write: Callable[[str], None] = write_line, subject: str = ""):
         self.quiet = quiet
@@ -100,7 +107,7 @@ class Display:
         Parameters
         ----------
         event : str
-            ``note``, ``warning``, ``start``, ``progress``, ``checkpoint``, ``epoch``, ``end``.
+            ``note``, ``warning``, ``start``, ``estimate``, ``progress``, ``checkpoint``, ``epoch``, ``end``.
         text : str
             What a person reads; nothing if empty.
         **values

@@ -66,7 +66,7 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
     Parameters
     ----------
     group, text : str
-        Heading and line in ``--help``.
+        Heading and line in ``--help-all``.
     default : object
         None where the option may be left out.
     kind : {int, float, str, bool, list}

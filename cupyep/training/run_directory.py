@@ -25,6 +25,7 @@ from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_chec
 from cupyep.training.config import TrainConfig, make_config, read_toml
 
 CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
+WRITTEN = "# Written by cupyep"  # how config.toml begins
 METRICS_BYTES = 1 << 28  # at most
 COURSES = (
     *(f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")),
@@ -116,7 +117,7 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write config.toml."""
-        text = f"# Written by cupyep {__version__}: every option of this run.\n{self.config.to_toml()}"
+        text = f"{WRITTEN} {__version__}: every option of this run.\n{self.config.to_toml()}"
         self._write(CONFIG, text)
 
     def _write(self, name: str, text: str) -> None:

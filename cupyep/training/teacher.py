@@ -102,6 +102,8 @@ def train_teacher(
     trainer = build_trainer(config, dataset, network, display=display, communicator=communicator)
     if path is not None:
         _take_up(trainer, path, config)
+        names = trainer.outlook.smaller  # of the run that it is for
+        trainer.outlook.smaller = ["--teacher-epochs" if name == "--epochs" else name for name in names]
     if trainer.epochs_done < trainer.epochs:
         trainer.run()
     return network

@@ -22,6 +22,7 @@ from cupyep.training import sharing
 from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
+from cupyep.training.outlook import Outlook
 from cupyep.training.results import TrainSummary, evaluate
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.schedules import Schedules
@@ -112,13 +113,9 @@ class Trainer:
         communicator: Communicator | None = None,
     ):
         require(epochs >= 1, f"epochs must be at least 1 (got {epochs})")
-        self.learner = learner
-        self.network = learner.network
-        self.device = self.network.device
-        self.optimizer = optimizer
-        self.train = train
-        self.test = test
-        self.validation = validation
+        self.learner, self.optimizer = learner, optimizer
+        self.network, self.device = learner.network, learner.network.device
+        self.train, self.validation, self.test = train, validation, test
         self.best_split = "test" if validation is None else "validation"
         self.epochs = epochs
         self.schedules = Schedules(learner, optimizer, lr_schedule, warmup, len(train))
@@ -130,6 +127,7 @@ class Trainer:
         self.images = images
         self.checkup = checkup
         self.display = display or Display()
+        self.outlook = Outlook(self.display)
         self.on_epoch, self.on_batch, self._stopped = on_epoch, on_batch, False
         self.communicator = communicator or Communicator()
         self.events: EventLog | None = None  # made with the run directory
@@ -318,6 +316,7 @@ class Trainer:
                 if shows:
                     means = self._means(epoch)
                     progress.show(progress_text(means), **{name: means[name] for name in SHOWN})
+                self.outlook.after_batch(self, shows)
                 self.epoch_s, begin = self.epoch_s + time.monotonic() - begin, time.monotonic()
                 if saves:
                     self._save()
@@ -368,6 +367,7 @@ class Trainer:
             self.events.write(record)
         left = self.elapsed_s / self.epochs_done * (self.epochs - self.epochs_done)
         self.display.show("epoch", epoch_text(record, self.epochs, left), **record, left_s=left)
+        self.outlook.after_epoch(self, left)
         for finding in record.get("findings", ()):
             text = f"epoch {record['epoch']}: {finding['message']}"
             self.display.show("warning", text, epoch=record["epoch"], **finding)
