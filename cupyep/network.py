@@ -17,7 +17,7 @@ from cupyep.errors import choose, flag, instance, integer, is_number, items, num
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge
-from cupyep.settling import check_settling, settle, watched
+from cupyep.settling import check_settling, reads_start, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.state import State, joined
 from cupyep.structure import Structure, exclusive
@@ -260,7 +260,7 @@ class Network(Structure):
             if start.buffers is not None and start.buffers is not buffers:  # it lies where this phase would
                 shape = replace(shape, base=start.buffers.top)
                 buffers = self.memory.phase(shape)
-        self._fill(buffers, start, shape)
+        self._fill(buffers, start, shape, how)
         phase = self.energy.states(shape, self.memory, buffers, start is not None, batch.images)
         stats = settle(phase, **_loop(how), name="free")
         return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
@@ -291,7 +291,7 @@ class Network(Structure):
         shape = self.nudged_shape(form, samples, phases, nudges, retain, free.end, **how)
         buffers = self.memory.phase(shape)
         if form == "classical":
-            self._fill(buffers, free, shape)
+            self._fill(buffers, free, shape, how)
             phase = self.energy.states(shape, self.memory, buffers, True, batch.images, nudges, betas)
             state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
         else:
@@ -299,6 +299,7 @@ class Network(Structure):
                 free.drives is not None and free.winners is not None,
                 "deviations start at a settled state with its drives and winners: pass what settle() returned",
             )
+            self._fill(buffers, None, shape, how)
             phase = self.energy.deviations(shape, self.memory, buffers, free, nudges, betas)
             state = State([], None, free.winners, None, buffers.states, phase.weights, buffers)
         state.stats = settle(phase, **_loop(how), name="nudged")
@@ -351,13 +352,20 @@ class Network(Structure):
             f"the batch {samples} in {self.depth}, and their shapes must agree",
         )
 
-    def _fill(self, buffers: PhaseBuffers, start: State | None, shape: PhaseShape) -> None:
-        if start is None:
-            buffers.moving[...] = min(max(0.0, self.activation.low), self.activation.high)
+    def _fill(self, buffers: PhaseBuffers, start: State | None, shape: PhaseShape, how: dict[str, Any]) -> None:
+        """Write the start of a phase, zeros without one, as far as the phase reads it."""
+        if start is not None:
+            for s, first in zip(buffers.states, start.layers, strict=True):
+                if first is not s:
+                    s.reshape(shape.phases, *first.shape)[...] = first
             return
-        for s, first in zip(buffers.states, start.layers, strict=True):
-            if first is not s:
-                s.reshape(shape.phases, *first.shape)[...] = first
+        zero = min(max(0.0, self.activation.low), self.activation.high) if shape.has_images else 0.0
+        read = {*self.memory.layout.program(shape, not shape.has_images).unmoved, *(t.layer for t in shape.terms)}
+        if reads_start(**_loop(how)) or len(read) == self.depth:
+            buffers.moving[...] = zero
+            return
+        for node in read:
+            buffers.states[node - 1][...] = zero
 
     def _add_deviations(self, state: State, free: State) -> None:
         state.layers = []

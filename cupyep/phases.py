@@ -312,7 +312,6 @@ class Deviation(Phase):
         if tangent:
             for g, slope in zip(self.rest, buffers.slopes, strict=True):
                 self.activation.slope(g, slope)
-        buffers.moving[...] = 0
 
     def _arrays(self):
         return [*super()._arrays(), *self.winners, *self.rest]

@@ -81,6 +81,8 @@ class Program:
         What the body reads before anything has been written there: nothing, zeros.
     unfound : tuple of int
         Connections whose pooling winners are read before they are found.
+    unmoved : tuple of int
+        Nodes whose states products take before the body has updated them: the start.
     """
 
     schedule: str
@@ -88,6 +90,7 @@ class Program:
     start: tuple[Drive, ...]
     unwritten: tuple[Value, ...]
     unfound: tuple[int, ...]
+    unmoved: tuple[int, ...]
 
     def lifetimes(self) -> dict[Value, int]:
         """Return when each value is alive, as a set of bits: bit n for instruction n of an iteration that repeats."""
@@ -227,15 +230,16 @@ def make_program(graph: Graph, schedule: str, warm: bool, image: bool) -> Progra
     """
     body = tuple(_BODIES[choose("schedule", schedule, SCHEDULES)](_Writer(graph, image), warm))
     unwritten, unfound = _before(graph, body)
+    unmoved = _unmoved(graph, body)
     if not warm:
-        return Program(schedule, body, (), unwritten, unfound)
+        return Program(schedule, body, (), unwritten, unfound, unmoved)
     writer, start = _Writer(graph, image), []
     for node in writer.nodes:
         wanted = [value for value in unwritten if value.index == node and value.kind in ("drive", "kept")]
         if wanted or any(c in unfound for c in graph.into[node]):
             start += writer.drives(node, "kept" if wanted and wanted[0].kind == "kept" else "drive")
     done = {drive.out for drive in start}
-    return Program(schedule, body, tuple(start), tuple(v for v in unwritten if v not in done), ())
+    return Program(schedule, body, tuple(start), tuple(v for v in unwritten if v not in done), (), unmoved)
 
 
 def _before(graph: Graph, body: tuple[Instruction, ...]) -> tuple[tuple[Value, ...], tuple[int, ...]]:
@@ -254,3 +258,15 @@ def _before(graph: Graph, body: tuple[Instruction, ...]) -> tuple[tuple[Value, .
             unfound |= {instruction.connection: None} if graph.edges[instruction.connection].has_winners else {}
         written.update(_written(instruction))
     return tuple(unwritten), tuple(unfound)
+
+
+def _unmoved(graph: Graph, body: tuple[Instruction, ...]) -> tuple[int, ...]:
+    """Return the nodes, the image aside, whose states are read before they are updated."""
+    moved, found = {0}, set()
+    for instruction in body:
+        if isinstance(instruction, Update):
+            moved.add(instruction.node)
+            continue
+        source = graph.below if isinstance(instruction, Drive) else graph.above
+        found |= {source[instruction.connection]} - moved
+    return tuple(sorted(found))

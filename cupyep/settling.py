@@ -169,6 +169,13 @@ def check_settling(
     flag("record", record)
 
 
+def reads_start(
+    steps: int, tolerance: float | None = None, relaxation: float = 1.0, check_every: int = 10, record: bool = False
+) -> bool:
+    """Return whether the first iteration measures or goes on from the start, and so reads that of every node."""
+    return record or steps == 1 or relaxation != 1.0 or (tolerance is not None and check_every == 1)
+
+
 def settle(
     phase: Any,
     steps: int,

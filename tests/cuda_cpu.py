@@ -98,9 +98,8 @@ def _standardize_instances():
     return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
 
 
-def _standardize_instances():
-    kernels = ("standardize", "standardize_pullback")
-    return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
+def _crop_instances():
+    return [instance("crop", [stored, t]) for stored in ("unsigned char", "float") for t in ("float", "double")]
 
 
 _INSTANCES = {
@@ -110,6 +109,7 @@ _INSTANCES = {
     "optimizer.cu": _optimizer_instances,
     "reduction.cu": _reduction_instances,
     "standardize.cu": _standardize_instances,
+    "crop.cu": _crop_instances,
 }
 
 

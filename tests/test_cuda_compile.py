@@ -12,9 +12,9 @@ import pytest
 from cuda_cpu import instances
 
 from cupyep.backend.cuda import source_text
-from cupyep.ops import cuda_conv, head, optimizer, reduction, standardize, update
+from cupyep.ops import crop, cuda_conv, head, optimizer, reduction, standardize, update
 
-MODULES = (cuda_conv, update, head, optimizer, reduction, standardize)
+MODULES = (cuda_conv, update, head, optimizer, reduction, standardize, crop)
 SOURCES = {module.SOURCE.name: module.SOURCE for module in MODULES}
 
 

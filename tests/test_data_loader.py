@@ -233,6 +233,10 @@ def test_wrong_arguments(options, message):
 class FakeDeviceArray(np.ndarray):
     """Refuses, as CuPy does, to meet a host array in an operation or as an index."""
 
+    @property
+    def array_module(self):
+        return fake_xp()
+
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
         for value in (*inputs, *out):
             assert isinstance(value, (FakeDeviceArray, int, float)), f"host array in {ufunc.__name__}"
@@ -264,6 +268,7 @@ def fake_xp():
         return call
 
     return types.SimpleNamespace(
+        __name__="fake",
         asarray=lambda array, dtype=None: np.array(array, dtype=dtype).view(FakeDeviceArray),
         arange=on_device(np.arange),
         take=on_device(np.take),

@@ -273,6 +273,7 @@ STEPS_OF = {
         for schedule in SCHEDULES
     },
     "relaxed": ("deviation", {"schedule": "evenodd", "relaxation": 1.5}),
+    "relaxed sweeps": ("deviation", {"schedule": "sweeps", "relaxation": 1.5}),
     "one iteration": ("deviation", {"schedule": "sweeps", "free_steps": 1, "nudged_steps": 1}),
     "never zero": ("deviation", {"schedule": "evenodd"}),
     "BPTT": ("BPTT", {}),
@@ -316,3 +317,20 @@ def test_a_step_reads_nothing_that_it_has_not_written(request, name, where):
     assert all(np.isfinite(array).all() for array in found[0])
     for again in found[1:]:
         assert_same_bits(again, found[0])
+
+
+@pytest.mark.parametrize(
+    "how", [{"record": True}, {"steps": 1}, {"tolerance": 1e-9, "check_every": 1}, {"relaxation": 0.5}], ids=str
+)
+@pytest.mark.filterwarnings("ignore::cupyep.errors.ConvergenceWarning")
+def test_what_a_measured_first_sweep_compares_with_is_the_start(how):
+    """A plain sweep overwrites its start unread, so that nobody writes it; one that measures or relaxes reads it."""
+    net = network("conv", "cpu", precision="float64", feedback=0.5)
+    batch, how, found = batch_of(net, 4), {"steps": 3, "schedule": "sweeps"} | how, []
+    for _ in range(2):
+        free = net.settle(batch.images, **how)
+        nudged = net.settle(batch.images, free, targets=batch.labels, beta=0.1, nudge="deviation", **how)
+        found.append([*(np.array(s) for s in nudged.layers), free.stats.per_sample, nudged.stats.per_sample])
+        net.memory._block[...] = 255
+    assert all(np.isfinite(array).all() for array in found[0])
+    assert_same_bits(*found)

@@ -80,7 +80,7 @@ def test_draws_are_sent_once_an_epoch(sent):
     loader = ep.Loader(make_dataset(), "train", 5, StrictDevice(), np.float32, True, True, np.random.default_rng(0))
     del sent[:]
     assert [len(batch) for batch in loader] == [5, 5, 5, 5, 3]
-    assert sent == [(6, 23)]
+    assert sent == [(23, 6)]
 
 
 @pytest.mark.parametrize("placed", [False, True])

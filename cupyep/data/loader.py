@@ -16,6 +16,7 @@ from cupyep.data.selection import evened
 from cupyep.data.stored import StoredImages
 from cupyep.errors import flag, instance, integer, items, number, require, shown
 from cupyep.ops.conv import chunked
+from cupyep.ops.crop import crop
 
 DTYPES = ("float32", "float64")
 ROOM_SHARE = 0.5  # of the memory that a GPU has left; the network needs some, too
@@ -49,14 +50,14 @@ class Normaliser:
     def __init__(self, mean: np.ndarray, std: np.ndarray, device: Device, dtype: Any, unit: float = 255.0):
         mean, std = mean.astype(np.float64), std.astype(np.float64)
         self.dtype = np.dtype(dtype)
-        self._scale = device.asarray(1 / (unit * std), self.dtype)
-        self._shift = device.asarray(-mean / std, self.dtype)
+        self.scale = device.asarray(1 / (unit * std), self.dtype)
+        self.shift = device.asarray(-mean / std, self.dtype)
 
     def __call__(self, pixels: Any) -> Any:
         """Return `pixels` (..., C) on the device as normalised numbers, a new array."""
         images = pixels.astype(self.dtype)
-        images *= self._scale
-        images += self._shift
+        images *= self.scale
+        images += self.shift
         return images
 
 
@@ -170,7 +171,9 @@ class Loader:
         draws = self._draw()  # here, not in the generator below: an epoch's draws are made when it begins
         there = None
         if self.augment or self.shuffle:
-            there = self.device.asarray(np.stack([getattr(draws, f.name) for f in fields(draws)]))  # once an epoch
+            there = self.device.asarray(
+                np.stack([getattr(draws, f.name) for f in fields(draws)], axis=1)
+            )  # once an epoch
         starts = range(first * self.batch_size, len(self.split), self.batch_size)
         if self._images is None:
             return self._streamed(draws, there, starts)
@@ -207,12 +210,11 @@ class Loader:
         rows, share = self._own(start)
         places = draws.order[rows]
         if self.augment:
-            chosen = there[0, rows] if pixels is None else self.device.xp.arange(len(pixels))
-            images = self._crops(self._images if pixels is None else pixels, chosen, there[1:, rows])
+            images = self._crops(self._images if pixels is None else pixels, there[rows], own=pixels is not None)
         elif pixels is not None:
             images = self._normalise(pixels)
         elif self.shuffle:
-            images = self._normalise(self.device.xp.take(self._images, there[0, rows], axis=0))
+            images = self._normalise(self.device.xp.take(self._images, there[rows, 0], axis=0))
         else:
             images = self._normalise(self._images[rows])
         after, _ = self._own(start + self.batch_size)
@@ -232,36 +234,15 @@ class Loader:
         """Return by what a teacher's logits are looked up."""
         return self.split.index[draws.order[rows]], draws.flip[rows].astype(np.uint8)
 
-    def _crops(self, stored: Any, places: Any, draws: Any) -> Any:
-        """Return what `_crop` does; on a CPU each thread takes a part of the images."""
+    def _crops(self, stored: Any, draws: Any, own: bool) -> Any:
+        """Return crops of `stored` by `draws` (B, 6), which are there; on a CPU each thread takes a part of them."""
+        normalise = self._normalise
+        how = {"scale": normalise.scale, "shift": normalise.shift, "pad": self.pad, "side": self.cutout, "own": own}
         if self.device.is_gpu:
-            return self._crop(stored, places, draws)
-        rows = [part for part, _ in chunked(len(places), threads.PART)]
+            return crop(stored, draws, **how)
+        rows = [part for part, _ in chunked(len(draws), threads.PART)]
 
-        def crop(part: int, turns: threads.Turns) -> Any:
-            return self._crop(stored, places[rows[part]], draws[:, rows[part]])
+        def cropped(part: int, turns: threads.Turns) -> Any:
+            return crop(stored[rows[part]] if own else stored, draws[rows[part]], **how)
 
-        return self.device.xp.concatenate(threads.run_parts(self, len(rows), crop))
-
-    def _crop(self, stored: Any, places: Any, draws: Any) -> Any:
-        """Gather crops of the padded images, mirrored where `flip` is 1, normalised, squares hidden; on the device.
-
-        `places` (B,) are rows of `stored`, `draws` (5, B) the others of `_Draws` there.
-        """
-        xp = self.device.xp
-        height, width, channels = stored.shape[1:]
-        places = places[:, None]
-        dy, dx, flip, top, left = draws[:, :, None]
-        y = xp.arange(height) + dy - self.pad  # (B, H) row of the stored image, or outside of it
-        x = xp.arange(width)
-        x = xp.where(flip == 1, width - 1 - x, x) + dx - self.pad  # (B, W)
-        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-        if self.cutout:
-            down, right = xp.arange(height) - top, xp.arange(width) - left  # from the square's first corner
-            rows, columns = (down >= 0) & (down < self.cutout), (right >= 0) & (right < self.cutout)
-            inside &= ~(rows[:, :, None] & columns[:, None, :])
-        y, x = y.clip(0, height - 1), x.clip(0, width - 1)
-        pixel = ((places * height + y) * width)[:, :, None] + x[:, None, :]  # (B, H, W) row in the flat image list
-        images = self._normalise(xp.take(stored.reshape(-1, channels), pixel, axis=0))
-        images *= inside[..., None]
-        return images
+        return self.device.xp.concatenate(threads.run_parts(self, len(rows), cropped))

@@ -268,11 +268,10 @@ class EquilibriumPropagation(Learner):
 
     def _state_of_deviation(self, part: Part, free: State, nudged: State, n: int, phase: int) -> Any:
         """Return ``s* + eps / a`` of one phase, s* in the tangent limit."""
-        s, delta, *_ = (arrays[n - 1] for arrays in nudged.buffers.work)
-        self.network.activation.value(free.drives[n - 1], s)
-        if self.form != "tangent":
-            eps = nudged.deviations[n - 1][part.rows(phase)]
-            s += self.network.device.xp.multiply(eps, 1 / nudged.scales[n - 1], out=delta, dtype=delta.dtype)
+        s, work = (arrays[n - 1] for arrays in nudged.buffers.work)
+        eps = None if self.form == "tangent" else nudged.deviations[n - 1][part.rows(phase)]
+        updates, g = self.network.energy.updates, free.drives[n - 1]
+        updates.see(eps, 1 / nudged.scales[n - 1], g, None, s, work.reshape(-1))
         return s
 
     def _add_part_terms(self, part: Part, nudged: State, states: Callable[[int, int], Any]) -> None:

@@ -153,6 +153,16 @@ class UpdateOps:
         """
         step = len(out) if g is None else len(g)
         size = math.prod((s if g is None else g).shape)
+        if (
+            g is not None and pool is None and out.dtype == g.dtype
+        ):  # made where it goes: scratch of one phase is enough
+            moved = scratch[:size].reshape(g.shape)
+            for start in range(0, len(out), step):
+                rows = slice(start, start + step)
+                self.activation.value(g, out[rows])
+                if s is not None:
+                    out[rows] += self.xp.multiply(s[rows], scale, out=moved, dtype=moved.dtype)
+            return
         rest, moved = (scratch[start : start + size] for start in (0, size))
         if g is not None:
             rest, moved = rest.reshape(g.shape), moved.reshape(g.shape)
