@@ -107,8 +107,11 @@ def mpiexec():
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def launch(size, *arguments, fault="", **more):
-    """Start ``cupyep *arguments`` in so many processes of MPI, as a `subprocess.Popen`."""
+def launch(size, *arguments, fault="", blind="", **more):
+    """Start ``cupyep *arguments`` in so many processes of MPI, as a `subprocess.Popen`.
+
+    While there is a file `blind`, the launcher does not notice that one of them has ended.
+    """
     here = Path(__file__)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here.parent.parent), str(here.parent), os.environ.get("PYTHONPATH", "")]),
@@ -117,7 +120,10 @@ def launch(size, *arguments, fault="", **more):
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
-    command = [mpiexec(), "-n", str(size), sys.executable, str(here), fault, *map(str, arguments)]
+    command = [sys.executable, str(here), fault, *map(str, arguments)]
+    if blind:
+        command = ["sh", "-c", '"$@"; while test -e "$0"; do sleep 0.1; done', str(blind), *command]
+    command = [mpiexec(), "-n", str(size), *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(command, env=environment, **pipes, **more)
 

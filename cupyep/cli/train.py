@@ -136,14 +136,14 @@ def train(
             run = runs.resume_run(run_dir, given, display, stretch_schedule, ranks)
         else:
             run = runs.start_run(chosen_config(given, recipe), run_dir, display, ranks)
+        ranks.remedy = f"go on with: cupyep train --run-dir {run.directory.path} --resume"
+        ranks.remedy += f" --plugin {given['plugin']}" if "plugin" in given else ""
         if tensorboard and ranks.rank == 0:
             run.events = EventLog(run.directory.path / FOLDER, run.records)
         try:
             summary = run.run()
         except Interrupted as error:
-            hint = f"{error}; go on with: cupyep train --run-dir {run.directory.path} --resume"
-            hint += f" --plugin {given['plugin']}" if "plugin" in given else ""
-            raise Interrupted(hint, error.number) from None
+            raise Interrupted(f"{error}; {ranks.remedy}", error.number) from None
         finally:
             if run.events is not None:
                 run.events.close()

@@ -7,7 +7,9 @@ anything until it has been told to all.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import platform
 import sys
 import time
@@ -21,6 +23,7 @@ from cupyep.backend.device import gpu_of
 from cupyep.backend.nccl import NcclSum, gpu_identity, new_id
 from cupyep.backend.threads import share_cpus
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, require
+from cupyep.parallel.watch import BYE, TOLD, Watch, connect
 
 GRACE_S = 5.0  # a rank that fails waits so long for the others to come to the same end
 PAUSES_S = (0.0001, 0.01)  # between two looks of a rank that waits for others: at first, at most
@@ -33,9 +36,12 @@ class Communicator:
     ----------
     rank, size : int
         Which of how many this one is.
+    remedy : str
+        What is to be done if another one dies, in words.
     """
 
     rank, size = 0, 1
+    remedy = "start them again with the same command"
 
     def own_device(self, name: str) -> str:
         """Return the name of this rank's device, of several GPUs one of its own, unless `name` has a number."""
@@ -109,6 +115,29 @@ class Ranks(Communicator):
         share_cpus(self._here.size)
         self._stderr = sys.stderr
         self._nccl: NcclSum | None = None
+        self._watch: Watch | None = None
+
+    def watch(self) -> None:
+        """End this process, from now on, when another one dies. All ranks call this."""
+        node, connections = self.gather(platform.node())[0], connect(self, self._here.size == self.size)
+        self._speaks = self.rank == 0 or self._here.rank == int(
+            node == platform.node()
+        )  # one a machine, without rank 0
+        missed = self.size - 1 - len(connections)
+        if self.rank == 0 and missed:
+            told = f"Warning: {missed} ranks cannot reach rank 0 by TCP: should one die, it is left to the launcher to "
+            self._say(told + "end the others (srun --kill-on-bad-exit=1)")
+        self._watch = Watch(connections, self._end)
+        atexit.register(self._watch.say, BYE)
+
+    def _end(self, dead: int | None) -> None:
+        if dead is not None and self._speaks:
+            self._say(f"Error: rank {dead} has died; {self.remedy}")
+        os._exit(1)  # the main thread waits for the dead one; every file in the run directory is whole at any time
+
+    def _say(self, line: str) -> None:
+        self._stderr.write(f"{line}\n")
+        self._stderr.flush()
 
     def own_device(self, name: str) -> str:
         return gpu_of(name, self._here.rank)
@@ -212,8 +241,9 @@ class Ranks(Communicator):
 
     def leave(self, code: int, message: str) -> tuple[int, str]:
         if not self._wait(self._ends.Ibarrier(), GRACE_S if code else float("inf")):
-            self._stderr.write(f"Error: rank {self.rank}: {message}\n")
-            self._stderr.flush()
+            self._say(f"Error: rank {self.rank}: {message}")
+            if self._watch is not None:
+                self._watch.say(TOLD)
             self._world.Abort(code)
         ends = self._ends.allgather((code, message))
         rank, (code, message) = next(((r, end) for r, end in enumerate(ends) if end[0]), (0, ends[0]))

@@ -59,4 +59,8 @@ def join() -> Communicator:
             if rank == 0
             else ""  # rank 0 says it for all
         )
-    return Ranks(MPI) if MPI.COMM_WORLD.size > 1 else Communicator()
+    if MPI.COMM_WORLD.size == 1:
+        return Communicator()
+    ranks = Ranks(MPI)
+    ranks.watch()
+    return ranks
