@@ -17,7 +17,18 @@ from cupyep.errors import path as checked_path
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
 
-__all__ = ["confusion", "distance", "filters", "gradient", "learning", "overview", "response", "settling", "units"]
+__all__ = [
+    "confusion",
+    "distance",
+    "filters",
+    "filters_by_epoch",
+    "gradient",
+    "learning",
+    "overview",
+    "response",
+    "settling",
+    "units",
+]
 
 
 class _Run(NamedTuple):
@@ -88,6 +99,12 @@ def filters(run: Any) -> Any:
     """Return the figure of the first layer's filters in the best epoch; of a run directory."""
     known = _saved("filters", run)
     return _figure("filters", drawing.filters_of(known.name, known.directory, known.records))
+
+
+def filters_by_epoch(run: Any) -> Any:
+    """Return the figure of the first layer's filters at some epochs, a row each; of a run directory."""
+    known = _saved("filters_by_epoch", run)
+    return _figure("filters_by_epoch", drawing.filters_by_epoch_of(known.name, known.directory, known.records))
 
 
 def confusion(run: Any, **given: Any) -> Any:

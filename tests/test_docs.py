@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from cupyep.cli.shared import chosen_config
 from cupyep.training.config import OPTIONS
 
 LANGUAGES = {"python", "sh", "text", "toml", "json", "mermaid"}
-PROGRAMS = {"cupyep", "python", "pip", "python3", "mpirun", ".venv/bin/pip", ".venv/bin/python", "eval"}
+PROGRAMS = {"cupyep", "python", "pip", "python3", "mpirun", "eval", ".ci/run"}
 PROGRAMS |= {"CUPYEP_REQUIRE_GPU=1", "CUPYEP_REQUIRE_NVRTC=1"}
 IDS = [page.name for page in PAGES]
 
@@ -75,7 +76,8 @@ def test_commands_are_understood(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "sh"):
-        for words in block.commands():
+        for program, *rest in block.commands():
+            words = [program.removeprefix(".venv/bin/"), *rest]
             assert words[0] in PROGRAMS, f"{page.name}: what is '{words[0]}'?"
             understood(words)
 
@@ -128,3 +130,19 @@ def test_own_signal_activation_and_layer(tmp_path, monkeypatch):
     result = ep.EquilibriumPropagation(net, signals=[signal], schedule="synchronous").step(names["x"], names["y"])
     plain = ep.EquilibriumPropagation(net, schedule="synchronous").step(names["x"], names["y"])
     assert not np.allclose(result.gradients["layers.1.weight"], plain.gradients["layers.1.weight"], rtol=1e-3)
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "tests" / "README.md"], ids=[*IDS, "tests/README.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith(("http://", "https://")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"

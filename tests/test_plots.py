@@ -26,7 +26,8 @@ from cupyep.commands.plots import curves, draw_runs, maps, style
 from cupyep.commands.plots.overview import overview
 
 SMALL = {"arch": "vgg5", "width": 0.06, "batch_size": 16, "device": "cpu", "epochs": 1}
-KINDS = ["learning", "overview", "response", "gradient", "distance", "units", "settling", "filters", "confusion"]
+KINDS = ["learning", "overview", "response", "gradient", "distance", "units", "settling", "filters", "filters_by_epoch",
+         "confusion"]  # fmt: skip
 
 
 def records(epochs, offset=0.0):
@@ -131,6 +132,31 @@ def test_filters_are_grey_where_they_are_zero(channels):
     np.testing.assert_array_equal(tiles[0], expected)
     expected[0, 0], expected[1, 1] = 1.0, 0.0
     np.testing.assert_array_equal(tiles[2], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_filters_by_epoch_have_one_scale_and_say_how_far_they_moved(channels):
+    start = np.zeros((2, 3, channels, 40))
+    start[0, 1, :, [0, 39]] = 2.0
+    later = start.copy()
+    later[1, 2, :, 0] = -4.0
+    axis = maps.filters_by_epoch({0: start, 12: later}, "title").axes[0]
+    mosaic = np.asarray(axis.get_images()[0].get_array())
+    assert mosaic.shape == (2 * 2 + 1, 16 * 3 + 15, 3), "16 filters of 40, a line between"
+    grey = np.full((2, 3, 3), 0.5)
+    first, last = grey.copy(), grey.copy()
+    first[0, 1] = 0.75  # 2 of the 4 that are the largest in all epochs
+    last[0, 1] = 1.0
+    np.testing.assert_allclose(mosaic[:2, :3], first)
+    np.testing.assert_allclose(mosaic[:2, 4:7], grey)
+    np.testing.assert_allclose(mosaic[:2, -3:], last)
+    first[1, 2] = 0.0
+    np.testing.assert_allclose(mosaic[3:, :3], first)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "12"]
+    labels = [int(label.get_text()) for label in axis.get_xticklabels()]
+    assert (labels[0], labels[-1], len(labels)) == (1, 40, 16)
+    moved = np.sqrt(channels * 16 / (2 * channels * 4))
+    assert [text.get_text() for text in axis.texts] == [f"moved {moved:.1%}"]
 
 
 def test_confusion_is_in_percent_of_the_true_class():
@@ -274,6 +300,21 @@ def test_figures_of_a_run_from_its_folder(run, tmp_path):
         ep.plots.learning()
 
 
+def test_filters_of_the_epochs_a_run_keeps(run):
+    """Its own weights where each epoch ended, the last epoch among them though it is not one of those."""
+    path = run(epochs=9, algorithm="bp", learning_rate=0.01)
+    axis = ep.plots.filters_by_epoch(path).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "2", "4", "6", "8", "9"]
+    assert all(float(text.get_text().strip("moved %")) > 0 for text in axis.texts)
+
+
+def test_a_dense_first_layer_has_no_filters(run):
+    path = run(arch="mlp:8")
+    lines = list(draw_runs([path]))
+    for kind in ("filters", "filters_by_epoch"):
+        assert f"run: no picture of {kind}: the first layer is not a convolution" in lines
+
+
 def test_rows_are_the_true_classes(run, monkeypatch):
     """A learner that takes everything for the second class."""
     path = run()
@@ -306,7 +347,7 @@ def test_several_runs_of_different_depth_and_kind(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = list(draw_runs([deep, plain], formats=("svg",)))
     written = {p.name for p in (tmp_path / "plots").iterdir()}
-    plain_kinds = ("overview", "gradient", "units", "filters", "confusion")
+    plain_kinds = ("overview", "gradient", "units", "filters", "filters_by_epoch", "confusion")
     assert written == {"learning.svg", *(f"deep-{kind}.svg" for kind in KINDS[1:]),
                        *(f"plain-{kind}.svg" for kind in plain_kinds)}  # fmt: skip
     assert "plain: no picture of settling: no phases are recorded" in lines
@@ -320,7 +361,7 @@ def test_an_unfinished_run_shows_what_there_is(run, tmp_path):
         (path / name).unlink()
     (path / "metrics.jsonl").write_text("")
     lines = list(draw_runs([path], tmp_path / "out"))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"learning.png", "filters.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"learning.png", "filters.png", "filters_by_epoch.png"}
     assert "run: no picture of confusion: no epoch is done yet" in lines
     assert "run: no picture of units: no epoch is done yet" in lines
 

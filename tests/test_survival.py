@@ -6,6 +6,7 @@ Oracle: the straight run, bit for bit.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from cupyep.training import runs, trainer
 from cupyep.training.config import TrainConfig
 from cupyep.training.interruption import Interruptions
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
+from cupyep.training.snapshot import check_same_run, kept_filters, saved_filters
 
 RESUMED = {
     "ep with local error": {"aug": "le", "scheme": "random", "lr_schedule": "cosine", "nesterov": True},
@@ -83,6 +85,49 @@ def test_a_killed_run_ends_like_a_straight_one_bit_for_bit(case, quadrants, tmp_
         assert (resumed.epochs_done, resumed.batches_done) == (1, batches)
         resumed.run()
         assert_same_run(resumed.directory, straight.directory)
+
+
+def test_kept_filters_are_evenly_spaced_and_few():
+    """Epoch by epoch, each by its number alone: 8 at most, 5 at least from the fourth epoch on, from 0 on, evenly."""
+    filters = {}
+    for epoch in range(200):
+        filters = kept_filters(filters, epoch, np.full((1, 1, 1, 1), epoch))
+        assert {at: int(weight.item()) for at, weight in filters.items()} == {at: at for at in filters}
+        assert min(epoch + 1, 5 if epoch < 8 else 4) <= len(filters) <= 8
+        assert len({b - a for a, b in itertools.pairwise(filters)}) <= 1
+        assert min(filters) == 0
+    assert list(kept_filters(filters, 100, filters[0])) == [0, 32, 64, 96], "what a run that went back does again goes"
+    assert kept_filters(filters, 5, None) == {}
+
+
+def test_a_run_keeps_its_filters(quadrants, tmp_path):
+    """The weights that multiply after each epoch, of the running average where there is one."""
+    for name, options in (("plain", {}), ("average", {"ema": 0.9})):
+        trainer, seen = run({**QUICK, "epochs": 3, **options}, tmp_path / name), []
+        before = trainer.learner.parameters()["layers.1.weight"].copy()
+
+        def keep(record, trainer=trainer, seen=seen):
+            with trainer.optimizer.averaged():
+                seen.append(trainer.learner.parameters()["layers.1.weight"].copy())
+
+        trainer.on_epoch = keep
+        trainer.run()
+        kept = saved_filters(trainer.directory.load())
+        assert list(kept) == [0, 1, 2, 3]
+        for weight, expected in zip(kept.values(), [before, *seen], strict=True):
+            np.testing.assert_array_equal(weight, expected)
+        assert list(saved_filters(trainer.directory.load("previous"))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("broken", [{"x": (1, 1, 1, 2)}, {"0": (3, 4)}, {"0": (1, 1, 1, 2), "1": (1, 1, 1, 3)}])
+def test_damaged_filters_are_a_damaged_checkpoint(broken, quadrants, tmp_path):
+    trainer = run(QUICK, tmp_path / "run")
+    trainer.run()
+    path = trainer.directory.path / "checkpoint.h5"
+    saved = trainer.directory.load()
+    saved.statistics |= {f"filters.{epoch}": np.zeros(shape) for epoch, shape in broken.items()}
+    with pytest.raises(CheckpointError, match="is damaged: "):
+        check_same_run(trainer, path, saved)
 
 
 def test_a_signal_ends_the_batch_and_saves(quadrants, tmp_path):

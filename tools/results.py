@@ -50,7 +50,7 @@ def collect(folder: Path) -> dict[str, Found]:
 
 
 def readme_table(found: dict[str, Found]) -> str:
-    """Return both tables of README.md: the headline rows beside the published figures, and a verdict an experiment."""
+    """Return the table of README.md: the headline rows beside the published figures."""
     lines = [NOTE, "", "| test accuracy, % | published | full size | small scale |", "| --- | ---: | ---: | ---: |"]
     for name in HEADLINES:
         experiment = EXPERIMENTS[name]
@@ -61,10 +61,6 @@ def readme_table(found: dict[str, Found]) -> str:
             lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
     settings = [f"`{name}`: {EXPERIMENTS[name].at('small').setting}" for name in HEADLINES]
     lines += ["", "Small scale, " + " ".join(settings)]
-    lines += ["", "| experiment | scale | what was found |", "| --- | --- | --- |"]
-    for name, experiment in EXPERIMENTS.items():
-        if name not in HEADLINES:
-            lines += [_finding(experiment, scale, found[name].get(scale)) for scale in experiment.scales]
     return "\n".join(lines)
 
 
@@ -79,13 +75,22 @@ def _finding(experiment: Experiment, scale: str, measured: tuple[Results, dict[s
     if measured is None or not measured[0].complete:
         return f"| `{experiment.name}` | {scale} | {OPEN} |"
     return (
-        f"| [`{experiment.name}`](docs/results/{experiment.name}-{scale}/REPORT.md) | {scale} | "
+        f"| [`{experiment.name}`](results/{experiment.name}-{scale}/REPORT.md) | {scale} | "
         f"{experiment.verdict(measured[0])} |"
     )
 
 
+def _findings(found: dict[str, Found]) -> str:
+    """Return the table with a verdict an experiment and scale; the headlines' figures are README's."""
+    lines = ["| experiment | scale | what was found |", "| --- | --- | --- |"]
+    for name, experiment in EXPERIMENTS.items():
+        if name not in HEADLINES:
+            lines += [_finding(experiment, scale, found[name].get(scale)) for scale in experiment.scales]
+    return "\n".join(lines)
+
+
 def results_page(found: dict[str, Found]) -> str:
-    """Return docs/results.md: every experiment with its claim, tables and verdicts."""
+    """Return docs/results.md: what was found, then every experiment with its claim, tables and verdicts."""
     parts = [
         "# Results",
         NOTE,
@@ -97,6 +102,7 @@ def results_page(found: dict[str, Found]) -> str:
         f"the hours that they take at {RATE / 1e12:g} TFLOP/s; `python tools/benchmark.py --device cuda` tells the "
         "rate of a card (`gemm_gflops`) and which fraction of it is reached. Rates of that order ask for `--precision "
         "tf32` or `float16`.",
+        _findings(found),
     ]
     for name, experiment in EXPERIMENTS.items():
         parts += [f"## {name}: {experiment.title}", experiment.claim]

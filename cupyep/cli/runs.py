@@ -236,7 +236,8 @@ def plot(run: tuple[Path, ...], out: Path | None, form: str, quiet: bool, given:
     Pictures: learning (loss and accuracy, up to eight runs in one), overview (of a run: loss, accuracy, residuals,
     responses, and whether it settles), response and gradient (what reaches each layer, over the epochs), distance (how
     far from rest the phases end), units (saturated and dead ones), settling (residuals step by step), filters (of the
-    first layer), confusion (which class is taken for which; settles the test images once).
+    first layer), filters_by_epoch (of at most nine epochs), confusion (which class is taken for which; settles the test
+    images once).
 
     Needs the extra plot: pip install "cupyep[plot]".
     """

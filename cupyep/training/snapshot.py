@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ PROGRESS = {
     "halvings": "halvings",
 }
 
+KEPT_FILTERS = 8  # epochs at most, whose first layer a run keeps
+
 
 def take_snapshot(trainer: Any) -> Checkpoint:
-    """Return all that `trainer` needs to go on.
+    """Return all that `trainer` needs to go on; between epochs its first layer's filters join those it keeps.
 
     Raises
     ------
@@ -45,7 +47,7 @@ def take_snapshot(trainer: Any) -> Checkpoint:
     if trainer.batches_done:
         statistics |= _tagged("epoch", trainer.statistics.state_dict())
         generators["data"] = trainer.epoch_start
-    return Checkpoint(
+    checkpoint = Checkpoint(
         parameters=parameters,
         optimizer=optimizer,
         statistics=statistics,
@@ -56,6 +58,38 @@ def take_snapshot(trainer: Any) -> Checkpoint:
         images={} if trainer.images is None else trainer.images.to_json(),
         **{name: getattr(trainer, attribute) for name, attribute in PROGRESS.items()},
     )
+    if not trainer.batches_done:
+        weight = first_filters(checkpoint, trainer.network.graph.named_depths())
+        trainer.filters = kept_filters(trainer.filters, trainer.epochs_done, weight)
+    checkpoint.statistics |= _tagged("filters", {str(epoch): weight for epoch, weight in trainer.filters.items()})
+    return checkpoint
+
+
+def first_filters(checkpoint: Checkpoint, nodes: Iterable[str] | None) -> np.ndarray | None:
+    """Return the weight (kh, kw, C, K) of the first layer (of those `nodes`); None if it is no convolution."""
+    weight = checkpoint.weights().get(f"layers.{next(iter(nodes or ()), '1')}.weight")
+    return weight if np.ndim(weight) == 4 else None
+
+
+def kept_filters(filters: Mapping[int, np.ndarray], epoch: int, weight: np.ndarray | None) -> dict[int, np.ndarray]:
+    """Return what a run keeps of `filters` (by epoch), and of those of its new `epoch`: at most `KEPT_FILTERS`.
+
+    These are evenly spaced from epoch 0 and depend on `epoch` only: a resumed run keeps what a straight one does.
+    """
+    if weight is None:
+        return {}
+    stride = 1 << (epoch // KEPT_FILTERS).bit_length()
+    known = {**filters, epoch: weight.copy()}
+    return {at: known[at] for at in sorted(known) if at % stride == 0 and at <= epoch}
+
+
+def saved_filters(saved: Checkpoint) -> dict[int, np.ndarray]:
+    """Return the first layer's filters that a checkpoint keeps, by epoch; raise `ValueError` if they are none."""
+    filters = {int(epoch): weight for epoch, weight in _part(saved.statistics, "filters").items()}
+    shapes = {weight.shape for weight in filters.values()}
+    if len(shapes) > 1 or any(len(shape) != 4 for shape in shapes):
+        raise ValueError("the filters of its first layer are of several shapes")
+    return filters
 
 
 def restore_snapshot(trainer: Any, path: Path, saved: Checkpoint) -> None:
@@ -73,6 +107,7 @@ def restore_snapshot(trainer: Any, path: Path, saved: Checkpoint) -> None:
     for name, attribute in PROGRESS.items():
         setattr(trainer, attribute, getattr(saved, name))
     trainer.watch.load_state_dict(_part(saved.statistics, "loss"))
+    trainer.filters = saved_filters(saved)
     if _pace(trainer) is not None:
         _pace(trainer).load_state_dict(saved.settling)
     if saved.batch:
@@ -115,6 +150,7 @@ def _try_state(trainer: Any, saved: Checkpoint) -> None:
     for name, generator in trainer.generators.items():
         type(generator.bit_generator)().state = saved.generators[name]
     LossWatch(trainer.device).load_state_dict(_part(saved.statistics, "loss"))
+    saved_filters(saved)
     pace = _pace(trainer)
     if pace is not None and saved.settling and saved.settling.keys() != pace.state_dict().keys():
         raise ValueError("its settling is not that of such a run")

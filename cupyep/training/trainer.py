@@ -135,8 +135,8 @@ class Trainer:
         self.interruptions = Interruptions()
         self.epochs_done, self.batches_done = 0, 0
         self.best_accuracy, self.best_epoch = -math.inf, 0
-        self.elapsed_s, self.epoch_s = 0.0, 0.0
-        self.halvings = 0
+        self.elapsed_s, self.epoch_s, self.halvings = 0.0, 0.0, 0
+        self.filters: dict[int, np.ndarray] = {}  # of the first layer, by epoch
         self.watch = LossWatch(self.device)
         self._saved = time.monotonic()
 

@@ -17,9 +17,12 @@ from cupyep.diagnostics.rules import LIMITS
 from cupyep.errors import CheckpointError, CupyepError
 from cupyep.training.display import Display
 from cupyep.training.run_directory import BEST, RunDirectory
+from cupyep.training.snapshot import first_filters, saved_filters
 
 Record = dict[str, Any]
 NO_EPOCH = "no epoch is done yet"
+NO_FILTERS = "the first layer is not a convolution"
+FIRST = "filters of the first layer"
 
 
 def draw_runs(
@@ -79,6 +82,7 @@ def _figures(
         yield kind, map_of(kind, name, records, run.config.feedback)
     yield "settling", settling_of(name, run)
     yield "filters", filters_of(name, run, records)
+    yield "filters_by_epoch", filters_by_epoch_of(name, run, records)
     yield "confusion", confusion_figure(name, run, given, display)
 
 
@@ -101,10 +105,24 @@ def filters_of(name: str, run: RunDirectory, records: Sequence[Record]) -> Any:
         saved = run.load("best" if (run.path / BEST).exists() else "last")
     except CheckpointError as error:
         return str(error)
-    first = next(iter(records[-1].get("nodes", ())), "1") if records else "1"
-    weight = saved.weights().get(f"layers.{first}.weight")
-    title = f"{name}: filters of the first layer, epoch {saved.epoch}"
-    return maps.filters(weight, title) if np.ndim(weight) == 4 else "the first layer is not a convolution"
+    weight = first_filters(saved, records[-1].get("nodes") if records else None)
+    return NO_FILTERS if weight is None else maps.filters(weight, f"{name}: {FIRST}, epoch {saved.epoch}")
+
+
+def filters_by_epoch_of(name: str, run: RunDirectory, records: Sequence[Record]) -> Any:
+    """Return the figure of the first layer's filters at the epochs that a run keeps, or why there is none."""
+    try:
+        saved = run.load("last")
+        kept = saved_filters(saved)
+    except (CheckpointError, ValueError) as error:
+        return str(error)
+    weight = first_filters(saved, records[-1].get("nodes") if records else None)
+    if weight is None:
+        return NO_FILTERS
+    shown = {epoch: kept[epoch] for epoch in sorted(kept) if kept[epoch].shape == weight.shape}
+    if not saved.batch:
+        shown[saved.epoch] = weight
+    return maps.filters_by_epoch(shown, f"{name}: {FIRST} over the epochs") if shown else NO_EPOCH
 
 
 def confusion_figure(name: str, run: RunDirectory, given: Mapping[str, Any], display: Display) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from cupyep.commands.plots.style import (
 NUMBERED_EPOCHS = 8  # so many epochs leave room for a number in every cell
 DECADES = 6  # a logarithmic scale shows no more below its largest value
 NAMED_CLASSES = 20
+FILTERS = 16  # side by side over the epochs
+BETWEEN = (0.8, 0.87, 0.95)  # the colour between filters, which none of a grey one has
 
 
 def over_epochs(
@@ -106,6 +108,38 @@ def filters(weight: np.ndarray, title: str) -> Any:
         axis.set_axis_off()
         if number < count:
             axis.imshow(_tile(weight[..., number]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def filters_by_epoch(filters: Mapping[int, np.ndarray], title: str) -> Any:
+    """Return the figure of filters of the first layer, (kh, kw, C, K) by epoch: a row an epoch, a column a filter.
+
+    At most `FILTERS` of them, evenly chosen. A filter has one scale for all epochs, so that it is seen to grow; colours
+    as in `filters`. On the right, how far all filters have moved since the first row, relative to their norm there.
+    """
+    weights = np.stack(list(filters.values()))
+    epochs, height, width, _, count = weights.shape
+    chosen = np.unique(np.linspace(0, count - 1, min(count, FILTERS)).round().astype(int))
+    mosaic = np.empty((epochs * (height + 1) - 1, len(chosen) * (width + 1) - 1, 3))
+    mosaic[...] = BETWEEN
+    for column, number in enumerate(chosen):
+        strip = _tile(weights[..., number].reshape(epochs * height, width, -1)).reshape(epochs, height, width, -1)
+        for row, tile in enumerate(strip):
+            mosaic[row * (height + 1) :, column * (width + 1) :][:height, :width] = tile
+    figure = new_figure(1.0 + 0.5 * max(len(chosen), 8), 1.0 + 0.5 * epochs)
+    axis = figure.subplots()
+    axis.imshow(mosaic, interpolation="nearest", vmin=0, vmax=1)
+    rows = np.arange(epochs) * (height + 1) + (height - 1) / 2
+    axis.set_yticks(rows, map(str, filters))
+    start = np.linalg.norm(weights[0]) or 1.0
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        moved = np.linalg.norm(weight - weights[0]) / start
+        axis.text(mosaic.shape[1] + 0.5, row, f"moved {moved:.1%}", va="center", fontsize="small")
+    axis.set_xticks(np.arange(len(chosen)) * (width + 1) + (width - 1) / 2, map(str, chosen + 1))
+    axis.set(xlabel=f"filter (of {count})", ylabel="epoch")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     figure.suptitle(title, fontsize="medium")
     return figure
 
