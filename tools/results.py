@@ -13,6 +13,7 @@ from cupyep.cli.shared import OneLineErrors
 from cupyep.commands.memory import blank_learner
 from cupyep.errors import ConfigurationError, require
 from cupyep.experiments import EXPERIMENTS, Experiment, Results, load_results
+from cupyep.experiments.cells import UNTRAINED
 from cupyep.experiments.design import SEEN, seen
 from cupyep.experiments.findings import COLUMNS
 from cupyep.experiments.report import OPEN, table
@@ -25,7 +26,6 @@ from cupyep.training.config import TrainConfig, make_config
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTE = "<!-- Made by tools/results.py from docs/results; do not edit. -->"
 HEADLINES = ("vgg7-kd-cifar10", "vgg12-kd-cifar100")
-UNTRAINED = ("fidelity", "memory")  # experiments that train nothing
 IMAGES = 50_000  # training images of CIFAR-10 and CIFAR-100
 RATE = 100e12  # operations a second
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ def results_page(found: dict[str, Found]) -> str:
 
 
 def _cost(experiment: Experiment, scale: str) -> str:
-    if scale != "full" or experiment.name in UNTRAINED:
+    if scale != "full" or experiment.measure in UNTRAINED:
         return ""
     count = training_operations(experiment)
     return f"; {count / 1e15:.0f} PFLOP, {count / RATE / 3600:.1f} hours"
