@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from cupyep.data.sources import SOURCES
 from cupyep.experiments.design import SEEN, Results, Row, cell_name
 from cupyep.experiments.findings import COLUMNS
 from cupyep.models import architecture, default_gain
@@ -21,6 +23,7 @@ LAYERS = {
     "bp_trained": ("cosine with BP, as trained", ".3f"),
     "bp": ("cosine with BP, settled", ".3f"),
 }
+CHANCE = 1.5  # times chance: what has learnt nothing worth speaking of
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
@@ -30,7 +33,7 @@ def details(results: Results) -> list[str]:
         "How the learning rates were found": _rates(results.rows),
         "Beside BP of the same network": _beside(results),
         "Layer by layer after the last epoch": _layers(results),
-        "What did not settle, or collapsed": _findings(results),
+        "What collapsed, or did not settle": _findings(results),
         "Time": _times(results),
     }
     return [f"**{title}.** {text}" for title, text in sections.items() if text]
@@ -148,13 +151,23 @@ def _findings(results: Results) -> str:
     if not looked:
         return ""
     lines = [
-        f"- {row.label}, seed {cell['options']['seed']}: {found['signature']} in {found['epochs']} of "
-        f"{len(cell['test_accuracy'])} epochs, at last in epoch {found['last']}: {found['message']}"
+        f"- {row.label}, seed {cell['options']['seed']}: {text}"
         for row, cell in looked
-        for found in cell["findings"]
+        for text in (*_at_chance(cell), *map(partial(_finding, len(cell["test_accuracy"])), cell["findings"]))
     ]
-    told = "By the checkup after every epoch:\n\n" + "\n".join(lines)
-    return told if lines else "No checkup found anything."
+    return "\n\n" + "\n".join(lines) if lines else "Nothing: all are above chance, and no checkup found anything."
+
+
+def _at_chance(cell: Mapping[str, Any]) -> list[str]:
+    """Return that a cell ends at no more than `CHANCE` times chance, where that is known."""
+    accuracy, source = cell["test_accuracy"][-1], SOURCES.get(cell["options"]["dataset"])
+    at_chance = source is not None and accuracy <= CHANCE / len(source.classes)
+    return [f"ends near chance ({accuracy:.1%} of {len(source.classes)} classes)"] if at_chance else []
+
+
+def _finding(epochs: int, found: Mapping[str, Any]) -> str:
+    when = f"in {found['epochs']} of {epochs} epochs, at last in epoch {found['last']}"
+    return f"{found['signature']} {when}: {found['message']}"
 
 
 def _times(results: Results) -> str:

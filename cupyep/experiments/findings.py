@@ -217,9 +217,11 @@ def _beside(rows: Rows) -> str:
     parts = []
     for key, row in rows.items():
         bp = rows.get(row.row.beside)
-        text = f"{row.label} {row.accuracy:.2f} %"
+        text = f"{row.label}: {row.accuracy:.2f} %"
         if bp is not None and key != bp.row.key:
-            text += f" ({row.accuracy - bp.accuracy:+.2f} points, {row.minutes / bp.minutes:.1f} times the time of BP)"
+            text += (
+                f" ({row.accuracy - bp.accuracy:+.2f} points from BP, in {row.minutes / bp.minutes:.1f} times its time)"
+            )
         parts.append(text)
     return "; ".join(parts) + "."
 

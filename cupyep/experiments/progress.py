@@ -43,13 +43,13 @@ def status(cells: Sequence[Cell], estimate: bool = False, jobs: int = 1) -> Iter
         text, hours = _state(cell)
         if hours is None and estimate:
             hours, rate = hours_of(make_config(cell.options))
-            text += f", about {hours:.2g} hours by steps timed now ({rate:.0f} images/s)"
+            text += f", about {_time(hours)} by steps timed now ({rate:.0f} images/s)"
         left.append(hours)
         yield f"{cell.name:<{width}}  {text}"
     yield f"run directories: {cells[0].out / WORK}/ROW-seedK"
-    if None not in left:
+    if None not in left and any(left):
         told = "one after the other" if jobs == 1 else f"{jobs} at a time, each with one thread"
-        yield f"about {longest(left, jobs):.2g} hours are left, {told}"
+        yield f"left: {_time(longest(left, jobs))}, {told}"
 
 
 def longest(hours: Sequence[float], jobs: int) -> float:
@@ -76,16 +76,20 @@ def _state(cell: Cell) -> tuple[str, float | None]:
         return f"epoch 0 of {epochs}", None
     last = records[-1]
     hours = last["elapsed_s"] / 3600
-    text = f"epoch {last['epoch']} of {epochs}, accuracy {last['test_accuracy']:.1%}, {hours:.1f} hours so far"
+    text = f"epoch {last['epoch']} of {epochs}, accuracy {last['test_accuracy']:.2%}, {_time(hours)} so far"
     left = hours / last["epoch"] * (epochs - last["epoch"])
-    return (f"{text}, {left:.1f} left" if left else f"{text}, trained, to be measured"), left
+    return (f"{text}, {_time(left)} left" if left else f"{text}, to be measured"), left
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _measured(content: dict[str, Any]) -> str:
     if "failed" in content:
         return f"failed: {content['failed']}"
-    accuracy = f"accuracy {content['test_accuracy'][-1]:.1%}, " if content.get("test_accuracy") else ""
-    return f"{accuracy}{content['minutes'] / 60:.1f} hours"
+    accuracy = f"accuracy {content['test_accuracy'][-1]:.2%}, " if content.get("test_accuracy") else ""
+    return f"{accuracy}{_time(content['minutes'] / 60)}"
 
 
 def hours_of(config: TrainConfig) -> tuple[float, float]:
