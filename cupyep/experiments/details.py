@@ -155,7 +155,11 @@ def _findings(results: Results) -> str:
         for row, cell in looked
         for text in (*_at_chance(cell), *map(partial(_finding, len(cell["test_accuracy"])), cell["findings"]))
     ]
-    return "\n\n" + "\n".join(lines) if lines else "Nothing: all are above chance, and no checkup found anything."
+    return (
+        "By the last accuracy and the checkup after every epoch:\n\n" + "\n".join(lines)
+        if lines
+        else "Nothing: all are above chance, and no checkup found anything."
+    )
 
 
 def _at_chance(cell: Mapping[str, Any]) -> list[str]:
