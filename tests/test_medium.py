@@ -156,6 +156,7 @@ def test_options_without_effect_do_not_matter():
     assert differing(bp, make_config({"algorithm": "bp"})) == []
     assert differing(bp, make_config({"scheme": "tangent", "free_steps": 1})) == ["algorithm"]
     assert differing(make_config({"scheme": "tangent"}), make_config({"beta": 0.1})) == ["beta", "scheme"]
+    assert differing(bp, make_config({"free_steps": 1})) == ["algorithm", "scheme"]
 
 
 def test_a_probe_that_was_cut_off_is_made_up_for(mini, tmp_path, untrained):
@@ -247,13 +248,18 @@ def test_an_estimate_is_for_what_has_no_epoch(mini, tmp_path, monkeypatch):
     assert lines[-1] == "left: 12.5 hours, one after the other"
 
 
+def probed(quadrants, feedback, steps):
+    """Return what `cosines` finds of a small network with smooth units, trained with as many free as nudged sweeps."""
+    shared = {"activation": "tanh", "gain": 1.0, "feedback": feedback, "device": "cpu"}
+    how = {"scheme": "tangent", "free_steps": steps, "nudged_steps": steps}
+    config = make_config({"arch": "8 8s 8", **shared, **how})
+    shape, classes = quadrants.image_shape, len(quadrants.classes)
+    return cosines(ep.build("8 8s 8", input_shape=shape, classes=classes, **shared), config)
+
+
 @pytest.mark.parametrize("feedback", [1e-3, 0.3])
 def test_as_lambda_vanishes_what_training_follows_is_backpropagation(feedback, quadrants):
-    options = {"arch": "8 8s 8", "activation": "tanh", "width": 1.0, "scheme": "tangent", "gain": 1.0, "device": "cpu"}
-    config = make_config({**options, "feedback": feedback, "free_steps": 1, "nudged_steps": 1})
-    network = ep.build("8 8s 8", input_shape=quadrants.image_shape, classes=len(quadrants.classes),
-                       activation="tanh", gain=1.0, feedback=feedback, device="cpu")  # fmt: skip
-    found = cosines(network, config)
+    found = probed(quadrants, feedback, 1)
     assert found["weights"] == ["1", "2", "3", "readout"]
     lowest = min(found["bp_trained"])
     assert lowest > 0.9999 if feedback < 0.01 else lowest < 0.9999
@@ -262,6 +268,12 @@ def test_as_lambda_vanishes_what_training_follows_is_backpropagation(feedback, q
     ratios = np.array([first / second, second / third]) / feedback  # a layer down a response shrinks by about lambda
     assert (ratios > 0.1).all()
     assert (ratios < 10).all()
+
+
+def test_what_training_follows_is_taken_after_its_own_steps(quadrants):
+    few, many = probed(quadrants, 0.3, 1), probed(quadrants, 0.3, 200)
+    np.testing.assert_allclose(many["bp_trained"], many["bp"], rtol=1e-3)
+    assert abs(few["bp_trained"][0] - many["bp_trained"][0]) > 0.01
 
 
 def cell(accuracy, loss, minutes, rates, seed=0, **more):
