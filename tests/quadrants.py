@@ -15,7 +15,7 @@ from cupyep.training.config import make_config
 from cupyep.training.display import Display
 from cupyep.training.trainer import Trainer
 
-TIMES = {"images_per_s", "elapsed_s", "peak_memory_bytes"}
+TIMES = {"images_per_s", "threads", "elapsed_s", "peak_memory_bytes"}
 TINY = {"arch": "vgg5", "width": 0.02, "free_steps": 6, "nudged_steps": 4, "batch_size": 16, "device": "cpu"}
 
 

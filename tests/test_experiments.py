@@ -90,6 +90,7 @@ def test_every_row_is_a_valid_run(experiment, scale):
 def test_every_column_figure_and_verdict_knows_its_rows(experiment, scale):
     """A template that names a row or column that is not there would fail after hours of measuring."""
     course = {"train_loss": [2.0], "test_accuracy": [0.4], "nudge_response": [[1e-3, 1e-2]], "minutes": 1.0}
+    course["free_residual"] = 0.1
     probes = [{"operations": 1e12, "bptt": [0.9, None], "bp": [0.8]}]
     memory = {name: {kind: [1e6] * 3 for kind in ("ep", "bptt", "bp")} for name in ("planned", "measured")}
     forms = {form: {"cosine": [0.5, 0.9]} for form in ("classical", "deviation")}

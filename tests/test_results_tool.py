@@ -69,6 +69,34 @@ def test_open_and_measured_rows(tool, tmp_path):
     assert "**full**: open; `cupyep reproduce memory --scale full`\n" in page
 
 
+def test_medium_scale_takes_the_place_of_small(tool, tmp_path):
+    """Headlines never mix scales; what has no report of medium scale stands there as before."""
+    for name in ("vgg7-kd-cifar10", "signals", "graphs"):
+        write(tmp_path, name, "small", 0.3)
+    before = tool.readme_table(tool.collect(tmp_path))
+    assert "best-" not in before
+    assert "medium" not in before
+    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | open | 30.0 |" in before
+    write(tmp_path, "best-cifar10", "medium", 0.9134)
+    write(tmp_path, "best-svhn", "medium", 0.95)
+    lines = tool.readme_table(tool.collect(tmp_path)).splitlines()
+    assert "| test accuracy, % | published | full size | medium scale |" in lines
+    name = "a residual graph by weak feedback on CIFAR-10"
+    assert f"| {name}: EP, lambda = 0.03 | 89.67 | - | 91.3 |" in lines
+    assert f"| {name}: BP, same network | - | - | 91.3 |" in lines
+    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | open | open |" in lines
+    assert "| VGG-12 on CIFAR-100: EP, lambda = 1, KD | 64.75 | open | - |" in lines
+    assert not any("CIFAR-100: EP, lambda = 0.03 |" in line and "residual" in line for line in lines)
+    (settings,) = (line for line in lines if line.startswith("Medium scale, "))
+    assert "`best-cifar10`: Hopfield-ResNet13's graph" in settings
+    page = tool.results_page(tool.collect(tmp_path))
+    assert "[`best-svhn`](results/best-svhn-medium/REPORT.md) | medium | EP, lambda = 0.03: 95.00 %" in page
+    assert "[`graphs`](results/graphs-small/REPORT.md) | small |" in page
+    assert "**small** ([report](results/vgg7-kd-cifar10-small/REPORT.md)" in page
+    assert "**medium** ([report](results/best-cifar10-medium/REPORT.md)" in page
+    assert "**medium**: open; `cupyep reproduce best-cifar100 --scale medium`\n" in page
+
+
 def test_operations_of_open_trainings(tool):
     """VGG-5 by hand: 3 x 3 kernels, 128 to 512 channels on maps of 32, 16, 8 and, without padding, 2 pixels a side."""
     first, *rest = (

@@ -168,7 +168,7 @@ def test_records_best_epoch_and_summary(tmp_path):
         "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
         "learning_rate", "kappa", "halvings", "free_residual", "nudged_residual", "free_residual_per_layer",
         "nudged_residual_per_layer", "free_unsettled", "nudged_unsettled", "activity", "saturated", "dead",
-        "nudge_response", "gradient_norm", "images_per_s", "elapsed_s", "peak_memory_bytes",
+        "nudge_response", "gradient_norm", "images_per_s", "threads", "elapsed_s", "peak_memory_bytes",
     ]  # fmt: skip
     assert [r["test_accuracy"] for r in records] == [0.5, 0.75, 0.75]
     assert [r["test_loss"] for r in records] == [2.0, 2.0, 2.0]

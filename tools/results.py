@@ -13,6 +13,7 @@ from cupyep.cli.shared import OneLineErrors
 from cupyep.commands.memory import blank_learner
 from cupyep.errors import ConfigurationError, require
 from cupyep.experiments import EXPERIMENTS, Experiment, Results, load_results
+from cupyep.experiments.cells import UNTRAINED
 from cupyep.experiments.design import SEEN, seen
 from cupyep.experiments.findings import COLUMNS
 from cupyep.experiments.report import OPEN, table
@@ -25,7 +26,7 @@ from cupyep.training.config import TrainConfig, make_config
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTE = "<!-- Made by tools/results.py from docs/results; do not edit. -->"
 HEADLINES = ("vgg7-kd-cifar10", "vgg12-kd-cifar100")
-UNTRAINED = ("fidelity", "memory")  # experiments that train nothing
+BEST = ("best-cifar10", "best-cifar100")  # headlines of medium scale
 IMAGES = 50_000  # training images of CIFAR-10 and CIFAR-100
 RATE = 100e12  # operations a second
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,24 +51,30 @@ def collect(folder: Path) -> dict[str, Found]:
 
 
 def readme_table(found: dict[str, Found]) -> str:
-    """Return the table of README.md: the headline rows beside the published figures."""
-    lines = [NOTE, "", "| test accuracy, % | published | full size | small scale |", "| --- | ---: | ---: | ---: |"]
-    for name in HEADLINES:
+    """Return the table of README.md: the headline rows beside the published figures.
+
+    Beside full size it shows medium scale where there is a report of it, else small scale; never both.
+    """
+    best = [name for name in BEST if "medium" in found[name]]
+    size = "medium" if best or any("medium" in found[name] for name in HEADLINES) else "small"
+    names = [*best, *HEADLINES]
+    lines = [NOTE, "", f"| test accuracy, % | published | full size | {size} scale |", "| --- | ---: | ---: | ---: |"]
+    for name in names:
         experiment = EXPERIMENTS[name]
-        for row in experiment.at("full").rows:
+        for row in experiment.at("full" if "full" in experiment.scales else size).rows:
             published = row.published.get(COLUMNS["accuracy"].title)
-            ours = [_accuracy(found[name].get(scale), row.key) for scale in ("full", "small")]
+            ours = [_accuracy(experiment, scale, found[name], row.key) for scale in ("full", size)]
             label = f"{experiment.title.partition(',')[0]}: {row.label}"
             lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
-    settings = [f"`{name}`: {EXPERIMENTS[name].at('small').setting}" for name in HEADLINES]
-    lines += ["", "Small scale, " + " ".join(settings)]
+    settings = [f"`{name}`: {EXPERIMENTS[name].at(size).setting}" for name in names if size in EXPERIMENTS[name].scales]
+    lines += ["", f"{size.capitalize()} scale, " + " ".join(settings)]
     return "\n".join(lines)
 
 
-def _accuracy(measured: tuple[Results, dict[str, Any]] | None, key: str) -> str:
-    if measured is None:
-        return OPEN
-    values = measured[0].values(key, COLUMNS["accuracy"].value)
+def _accuracy(experiment: Experiment, scale: str, measured: Found, key: str) -> str:
+    if scale not in experiment.scales:
+        return "-"
+    values = measured[scale][0].values(key, COLUMNS["accuracy"].value) if scale in measured else ()
     return f"{values.mean():.1f}" if len(values) else OPEN
 
 
@@ -95,10 +102,10 @@ def results_page(found: dict[str, Found]) -> str:
         "# Results",
         NOTE,
         "Each section is an experiment; its command writes the report that the section links to. `small` runs for "
-        "minutes on "
-        "two CPU cores, with narrow networks and few images: it shows which setting is better, not how good it can "
-        "get. "
-        "`full` is the paper's size. What is open there names the operations of the products of all its trainings and "
+        "minutes on two CPU cores, with narrow networks and few images: it shows which setting is better, not how good "
+        "it can get. `medium` runs for hours there, with all images as they are (`--estimate` tells how many, "
+        "`--status` how far it is). `full` is the paper's size. What is open there names the operations of the "
+        "products of all its trainings and "
         f"the hours that they take at {RATE / 1e12:g} TFLOP/s; `python tools/benchmark.py --device cuda` tells the "
         "rate of a card (`gemm_gflops`) and which fraction of it is reached. Rates of that order ask for `--precision "
         "tf32` or `float16`.",
@@ -124,7 +131,7 @@ def results_page(found: dict[str, Found]) -> str:
 
 
 def _cost(experiment: Experiment, scale: str) -> str:
-    if scale != "full" or experiment.name in UNTRAINED:
+    if scale != "full" or experiment.measure in UNTRAINED:
         return ""
     count = training_operations(experiment)
     return f"; {count / 1e15:.0f} PFLOP, {count / RATE / 3600:.1f} hours"

@@ -8,19 +8,26 @@ from pathlib import Path
 import click
 
 from cupyep.backend import PRECISIONS
+from cupyep.backend.threads import set_threads
 from cupyep.cli.shared import choice, threads_option
 from cupyep.cli.types import FilePath, Names
 from cupyep.commands.plots.style import matplotlib_figure
 from cupyep.errors import Interrupted, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report
 from cupyep.experiments import reproduce as run_experiment
+from cupyep.experiments.cells import UNTRAINED
+from cupyep.experiments.progress import status
 from cupyep.experiments.report import open_text
+from cupyep.experiments.runner import cells_of
 
 EXAMPLES = """\b
 Examples:
   cupyep reproduce --list                          what there is
   cupyep reproduce signals                         minutes on two cores
   cupyep reproduce signals --max-minutes 10        ten of them; the same command goes on later
+  cupyep reproduce best-cifar10 --scale medium --estimate   how many hours here, by steps timed now
+  cupyep reproduce best-cifar10 --scale medium     hours; stopped, the same command goes on
+  cupyep reproduce best-cifar10 --scale medium --status     how far it is
   cupyep reproduce vgg7-kd-cifar10 --scale full    the paper's size, hours on a GPU
   cupyep reproduce baseline --precision float16    in halves
 """
@@ -59,6 +66,17 @@ Examples:
     show_default=True,
     help="Cells measured at the same time, with one BLAS thread each; on a CPU as many as it has cores.",
 )
+@click.option(
+    "--status",
+    "show_status",
+    is_flag=True,
+    help="Measure nothing; a line a cell: not started, or epoch, accuracy so far, hours left.",
+)
+@click.option(
+    "--estimate",
+    is_flag=True,
+    help="As --status; of cells without an epoch, time some steps and tell the hours that they will take, for --jobs.",
+)
 @click.option("--report-only", is_flag=True, help="Measure nothing; write the report anew from results.json.")
 @click.option("--quiet", is_flag=True, help="No line an epoch.")
 def reproduce(
@@ -72,6 +90,8 @@ def reproduce(
     device: str | None,
     precision: str | None,
     jobs: int,
+    show_status: bool,
+    estimate: bool,
     report_only: bool,
     quiet: bool,
 ) -> None:
@@ -80,6 +100,9 @@ def reproduce(
     The report folder holds REPORT.md (claim, setting, table beside the published figures, verdict), figures,
     results.json and, per cell of the table, what lets the same command go on where it was stopped. Stopped by
     --max-minutes (exit code 0) or a signal (128 + its number), it reports the cells that are finished.
+
+    A cell is a row with a seed; its run directory is work/ROW-seedK of the report folder, by the row's key. A run of
+    `cupyep train` with the same options may be put there, finished or not, and is taken as it is.
     """
     if show_list:
         for experiment in EXPERIMENTS.values():
@@ -89,14 +112,24 @@ def reproduce(
     experiment, folder = find(name), out or Path("reports") / f"{name}-{scale}"
     experiment.at(scale)
     chosen = {"--seeds": seeds, "--precision": precision}
+    place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}
+    defaults = {} if precision is None else {"precision": precision}
+    looks = [word for word, given in (("--status", show_status), ("--estimate", estimate)) if given]
     if report_only:
         idle = {**chosen, "--max-minutes": max_minutes, "--data-dir": data_dir, "--device": device}
         for option, value in idle.items():
             require(value is None, f"{option} is for measuring: leave it or --report-only out")
+    if looks:
+        for option, given in (("--max-minutes", max_minutes is not None), ("--report-only", report_only)):
+            require(not given, f"{looks[0]} measures nothing: leave it or {option} out")
+        require(not estimate or experiment.measure not in UNTRAINED, f"experiment '{name}' trains nothing to estimate")
+        if jobs > 1:
+            set_threads(1)
+        for line in status(cells_of(experiment, folder, scale, seeds, place, defaults), estimate, jobs):
+            click.echo(line)
+        return
     matplotlib_figure()  # said before hours of measuring
     if not report_only:
-        place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}
-        defaults = {} if precision is None else {"precision": precision}
         words = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         command = shlex.join(["cupyep", "reproduce", name, "--scale", scale, *words])
         how = {"command": command, "quiet": quiet, "report": click.echo, "jobs": jobs, "defaults": defaults}

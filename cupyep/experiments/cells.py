@@ -14,25 +14,31 @@ from cupyep.backend import get_device
 from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
 from cupyep.data import Loader
-from cupyep.errors import DivergenceError
+from cupyep.errors import CheckpointError, DivergenceError
 from cupyep.experiments.design import Cell
+from cupyep.experiments.sweep import is_finished
 from cupyep.files import read_text, write_json
 from cupyep.learning import Backpropagation, EquilibriumPropagation, Learner
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
+from cupyep.learning.gradients import layer_of
 from cupyep.learning.operations import OperationCounter
 from cupyep.network import Network
 from cupyep.settling import default_relaxation
 from cupyep.training.build import build_dataset, build_network, build_signals
-from cupyep.training.config import TrainConfig, make_config
+from cupyep.training.config import TrainConfig, differing, make_config, option_name
 from cupyep.training.display import Display
 from cupyep.training.interruption import stopped_by
 from cupyep.training.run_directory import CONFIG, RunDirectory
 from cupyep.training.runs import resume_run, start_run
+from cupyep.training.trained import load_trained
+from cupyep.training.trainer import Trainer
 
 COURSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 LAYER_COURSES = ("nudge_response", "gradient_norm", "activity")
 PROBES, PROBES_BYTES = "probes.json", 1 << 28
-PORTABLE = ("device", "scratch_mb", "data_dir", "teacher")  # may change when a training goes on
+MACHINE = ("device", "scratch_mb", "data_dir")
+PORTABLE = (*MACHINE, "teacher")  # may change when a training goes on
+NO_MATTER = (*PORTABLE, "checkpoint_minutes", "plugin")  # to what comes of a training
 FORMS = ("classical", "deviation")
 PROBE_IMAGES = 32
 SETTLE = 300  # iterations before gradients are compared
@@ -49,41 +55,77 @@ def train_cell(
 ) -> dict[str, Any]:
     """Train the cell's network in its folder, or go on with it there; return its courses.
 
+    A run of ``cupyep train`` with the same options that was put there is taken as it is, finished or not.
+
     Parameters
     ----------
     cell : Cell
     probe : callable, optional
         Takes the network and the run's configuration and returns plain numbers, texts and lists.
     every_epoch : bool
-        Probe after every epoch instead of after the last one.
+        Probe the network after every epoch, instead of that of the last checkpoint (with `ema` the running average).
     prepare : callable, optional
         Takes the learner before it is trained (further).
 
     Returns
     -------
     dict
-        ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``elapsed_minutes``: a number an epoch;
-        ``nudge_response``, ``gradient_norm``, ``activity``: a list an epoch with a number a layer; ``minutes``,
-        ``peak_memory_bytes``; ``probes``: what `probe` returned, and the ``epoch``.
+        ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``elapsed_minutes``, ``rates`` (images a
+        second): a number an epoch; ``nudge_response``, ``gradient_norm``, ``activity``: a list an epoch with a number a
+        layer; ``minutes``, ``threads`` (None where the run does not tell), ``peak_memory_bytes``; ``findings``: what
+        checkups found, see `_found`; ``probes``: what `probe` returned, and the ``epoch``.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds a run with other options, or one without what is measured after every epoch.
     """
-    display, trainer, folder = _Watch(cell.quiet, cell.report), None, cell.folder
-
-    def after(epoch: int) -> None:
-        if probe and (every_epoch or epoch == trainer.epochs):
-            _keep_probe(folder, {"epoch": epoch, **probe(trainer.network, trainer.directory.config)})
-
+    display, folder = _Watch(cell.quiet, cell.report), cell.folder
     with stopped_by(cell.deadline):
-        if not (folder / CONFIG).is_file():
-            trainer = start_run(make_config(cell.options), folder, display)
-        elif len((directory := RunDirectory.open(folder)).metrics()) < directory.config.epochs:
-            given = {name: cell.options[name] for name in PORTABLE if name in cell.options}
-            trainer = resume_run(folder, given, display)
+        trainer = _trainer(cell, display)
         if trainer is not None:
-            display.after = after
+            if probe and every_epoch:
+                config = trainer.directory.config
+                display.after = lambda epoch: _keep_probe(folder, epoch, probe(trainer.network, config))
             if prepare:
                 prepare(trainer.learner)
             trainer.run()
-    return _courses(RunDirectory.open(folder).metrics(), _probes(folder))
+    records = RunDirectory.open(folder).metrics()
+    if probe and not every_epoch:
+        _probe_kept(cell, probe, len(records))
+    if probe and every_epoch and len(_probes(folder)) < len(records):
+        told = "holds a run without what is measured after every epoch; remove it or give another --out"
+        raise CheckpointError(f"'{folder}' {told}")
+    return _courses(records, _probes(folder))
+
+
+def _trainer(cell: Cell, display: Display) -> Trainer | None:
+    """Return the trainer of a cell, begun or to go on; None where all epochs are done."""
+    folder, config = cell.folder, make_config(cell.options)
+    if not (folder / CONFIG).is_file():
+        return start_run(config, folder, display)
+    directory = RunDirectory.open(folder)
+    check_same(config, directory)
+    if is_finished(directory):
+        return None
+    return resume_run(folder, {name: cell.options[name] for name in PORTABLE if name in cell.options}, display)
+
+
+def check_same(config: TrainConfig, held: RunDirectory) -> None:
+    """Raise `CheckpointError` unless the run that a cell's folder holds is one of the cell's options."""
+    for name in differing(config, held.config):
+        if name not in NO_MATTER:
+            ours, theirs = (getattr(each, name) for each in (config, held.config))
+            told = f"holds a run with {option_name(name)} {theirs}, not {ours}; remove it or give another --out"
+            raise CheckpointError(f"'{held.path}' {told}")
+
+
+def _probe_kept(cell: Cell, probe: Probe, epoch: int) -> None:
+    """Probe the network of the last checkpoint, unless that was done."""
+    if all(kept["epoch"] != epoch for kept in _probes(cell.folder)):
+        given = {name: cell.options[name] for name in MACHINE if name in cell.options}
+        run = load_trained(cell.folder, "last", given)
+        _keep_probe(cell.folder, epoch, probe(run.network, run.config))
 
 
 class _Watch(Display):
@@ -107,6 +149,9 @@ def _courses(records: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dic
         "elapsed_minutes": [_short(record["elapsed_s"] / 60) for record in records],
         "minutes": _short(last["elapsed_s"] / 60),
         "images_per_s": _short(last["images_per_s"]),
+        "rates": [_short(record["images_per_s"]) for record in records],
+        "threads": last.get("threads"),
+        "findings": _found(records),
         "peak_memory_bytes": last["peak_memory_bytes"],
         "probes": probes,
     }
@@ -117,10 +162,20 @@ def _probes(folder: Path) -> list[dict[str, Any]]:
     return json.loads(read_text(path, PROBES_BYTES)) if path.is_file() else []
 
 
-def _keep_probe(folder: Path, record: dict[str, Any]) -> None:
+def _keep_probe(folder: Path, epoch: int, probed: dict[str, Any]) -> None:
     """Add a probe to those kept, in place of those of this epoch and later ones (of a run that went back)."""
-    kept = [probe for probe in _probes(folder) if probe["epoch"] < record["epoch"]]
-    write_json(folder / PROBES, [*kept, record])
+    kept = [probe for probe in _probes(folder) if probe["epoch"] < epoch]
+    write_json(folder / PROBES, [*kept, {"epoch": epoch, **probed}])
+
+
+def _found(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each signature that checkups found, in how many ``epochs``, with the ``last`` one and its ``message``."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, message in {f["signature"]: f["message"] for f in record.get("findings") or []}.items():
+            epochs = found.get(name, {}).get("epochs", 0) + 1
+            found[name] = {"signature": name, "epochs": epochs, "last": record["epoch"], "message": message}
+    return list(found.values())
 
 
 def _short(number: float | None) -> float | None:
@@ -144,6 +199,13 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     EP as `config` says, on the first training images, from a state that is settled well: a comparison of gradients
     where nothing is at rest says little. Where no stable equilibrium is found, there is no cosine with BPTT. Nothing
     for an algorithm other than EP.
+
+    Returns
+    -------
+    dict
+        ``weights``, their names; ``bptt`` and ``bp``, the cosines; ``bp_trained``, those with BP of the gradient that
+        training follows (no signals), after as many steps as it takes, and of that step ``response``, mean |s+ - s-| of
+        the layer that the weight leads to (None of the readout).
     """
     if config.algorithm != "ep":
         return {}
@@ -152,18 +214,31 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     ep = EquilibriumPropagation(network, **how)
     well = {"schedule": "evenodd", "relaxation": default_relaxation("evenodd", config.feedback)}
     free = ep.settle_free(batch, steps=SETTLE, tolerance=None, **well).copy()
-    to_numpy = network.device.to_numpy
-    estimate = {path: to_numpy(g).copy() for path, g in ep.step_from(batch, free).gradients.items()}
-
-    def beside(truth: Mapping[str, Any]) -> list[float | None]:
-        weights = (path for path in estimate if path.endswith(".weight"))
-        return [_short(compare(estimate[path], to_numpy(truth[path]))["cosine"]) for path in weights]
-
-    bp = beside(Backpropagation(network).step(batch).gradients)
+    estimate = _weights(network, ep.step_from(batch, free).gradients)
+    step = ep.step(batch)
+    as_trained, response = _weights(network, step.gradients), network.device.to_numpy(step.nudge_response).tolist()
+    bp = _weights(network, Backpropagation(network).step(batch).gradients)
+    of_layers = dict(zip((f"layers.{name}" for name in network.graph.names), response, strict=True))
+    found = {
+        "weights": [path.removeprefix("layers.").removesuffix(".weight") for path in bp],
+        "bp": _cosines(estimate, bp),
+        "bp_trained": _cosines(as_trained, bp),
+        "response": [_short(of_layers.get(layer_of(path))) for path in bp],
+    }
     try:
-        return {"bptt": beside(bptt_gradients(network, batch, free)), "bp": bp}
+        return {"bptt": _cosines(estimate, _weights(network, bptt_gradients(network, batch, free))), **found}
     except DivergenceError:
-        return {"bptt": [None] * len(bp), "bp": bp}
+        return {"bptt": [None] * len(bp), **found}
+
+
+def _weights(network: Network, gradients: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of the gradients of weights, on the host: the next step writes over them."""
+    host = network.device.to_numpy
+    return {path: host(gradient).copy() for path, gradient in gradients.items() if path.endswith(".weight")}
+
+
+def _cosines(estimate: Mapping[str, Any], truth: Mapping[str, Any]) -> list[float | None]:
+    return [_short(compare(estimate[path], truth[path])["cosine"]) for path in truth]
 
 
 def _first_images(config: TrainConfig, network: Network, count: int = PROBE_IMAGES) -> Batch:
@@ -199,6 +274,7 @@ def memory_cell(cell: Cell) -> dict[str, Any]:
     return found
 
 
+UNTRAINED = (fidelity_cell, memory_cell)  # measurements that train nothing
 #: What an experiment's file may name as its measurement.
 MEASURES: dict[str, Callable[[Cell], dict[str, Any]]] = {
     "training": train_cell,

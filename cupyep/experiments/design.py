@@ -15,7 +15,8 @@ from cupyep.training.config import TrainConfig
 
 SCALES = ("small", "medium", "full")
 #: Options that say which images are seen, how and how often: rows of one table share them.
-SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip")
+SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip", "cutout")
+WORK = "work"  # folder of a report folder with a folder a cell, of its run
 
 Value = Callable[[Mapping[str, Any]], float | None]  # of what a cell measured; None where it has none
 
@@ -25,7 +26,8 @@ class Row:
     """One line of a table: a setting that is measured once a seed.
 
     `key` names its folders and its entries in results.json, `label` is what a reader sees, `options` are those of
-    `TrainConfig` but for the seed, `published` holds figures by column, and `source` says where.
+    `TrainConfig` but for the seed, `published` holds figures by column, and `source` says where. `beside` is the key of
+    the row of BP that it is compared with, and `tuning` says how its learning rate was found.
     """
 
     key: str
@@ -33,6 +35,8 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
+    beside: str = ""
+    tuning: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,11 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where the measurement may keep what it needs to go on later; made when first used."""
-        return self.out / "work" / self.place
+        """Where the measurement keeps what it needs to go on later; made when first used.
+
+        Of a training it is the run directory; one of ``cupyep train`` with the same options may be put there.
+        """
+        return self.out / WORK / self.place
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ COLUMNS: dict[str, Column] = {
     "loss": Column("training loss", at("train_loss", -1)),
     "accuracy": Column("test accuracy, %", at("test_accuracy", -1, times=100), ".1f"),
     "minutes": Column("minutes", at("minutes"), ".1f"),
+    "free_residual": Column("free residual", at("free_residual"), ".1e"),
     "response": Column("response, first / last layer", first_over_last_layer, ".1e"),
     "cosine_bptt": Column("lowest cosine with BPTT", at("probes", -1, "bptt")),
     "cosine_bptt_trained": Column("lowest cosine with BPTT, trained", at("probes", -1, "bptt")),
@@ -211,12 +212,27 @@ def _cost_verdict(rows: Rows) -> str:
     return f"Minutes to {TARGET:.0%} test accuracy, fastest first: {order}{tail}."
 
 
+def _beside(rows: Rows) -> str:
+    """Return every row with its accuracy, and how that and the time are beside those of BP of the same network."""
+    parts = []
+    for key, row in rows.items():
+        bp = rows.get(row.row.beside)
+        text = f"{row.label}: {row.accuracy:.2f} %"
+        if bp is not None and key != bp.row.key:
+            text += (
+                f" ({row.accuracy - bp.accuracy:+.2f} points from BP, in {row.minutes / bp.minutes:.1f} times its time)"
+            )
+        parts.append(text)
+    return "; ".join(parts) + "."
+
+
 WORDS: dict[str, Callable[[Rows], str]] = {
     "converges": lambda rows: "converges" if rows["ep"].accuracy > 45 else "does not reach 45 %",
     "stuck": _stuck,
     "reaches": _reaches,
     "as_good": _as_good,
     "caution": _caution,
+    "beside": _beside,
     "fidelity": _fidelity_verdict,
     "memory": _memory_verdict,
     "cost": _cost_verdict,

@@ -9,6 +9,10 @@ A file holds the experiment's `title`, `claim`, `order` (its place in lists, els
 - ``[small]``, ``[medium]``, ``[full]``, one a scale that it has: `setting` (for the reader), `seeds`, options, and
   ``rows`` that add to those of the same keys; or `only`, the keys of the rows that this scale has.
 
+A scale or a row may name the row `beside` it, that of BP of the same network, with which reports compare it, and say
+under `tuning` how its learning rate was found, which they print: rates that pilot runs compared, over how many epochs.
+What a row does not say is its scale's.
+
 A scale or a row may `use` a table of ``shared.toml`` or a recipe. Of an option that is given more than once the last
 counts: used by the scale, shared by all rows, the scale's own, used by the row, the row's own. In `setting`, ``{text}``
 is the text of what the scale uses, ``{epochs}`` and the like are options.
@@ -33,7 +37,8 @@ from cupyep.training.config import read_toml, tomllib
 
 FOLDER, SHARED = Path(__file__).parent, "shared"
 KEYS = ("title", "claim", "order", "measure", "columns", "verdict", "remarks", "figures", "options", "rows", *SCALES)
-ABOUT = ("use", "text", "label", "published", "source", "setting", "seeds", "rows", "only")  # besides options
+OF_A_ROW = ("label", "published", "source", "beside", "tuning")  # besides options
+ABOUT = (*OF_A_ROW, "use", "text", "setting", "seeds", "rows", "only")
 
 
 def load_experiments(folder: Path = FOLDER) -> dict[str, Experiment]:
@@ -77,7 +82,10 @@ def _scale(content: Mapping[str, Any], scale: Mapping[str, Any]) -> Scale:
     base = {**_used(scale.get("use")), **_options(content.get("options", {})), **_own(scale)}
     shared, own = content.get("rows", {}), scale.get("rows", {})
     keys = scale.get("only", {**shared, **own})
-    rows = [_row(key, base, shared.get(key, {}), own.get(key, {})) for key in keys]
+    about = {name: scale[name] for name in ("beside", "tuning") if name in scale}
+    rows = [_row(key, base, about, shared.get(key, {}), own.get(key, {})) for key in keys]
+    for row in rows:
+        choose("row", row.beside or row.key, [row.key for row in rows])
     text = _shared().get(scale.get("use", ""), {}).get("text", "")
     return Scale(scale["setting"].replace("{text}", text).format(**base), rows, scale["seeds"])
 
@@ -86,7 +94,7 @@ def _row(key: str, base: Mapping[str, Any], *tables: Mapping[str, Any]) -> Row:
     options, about = dict(base), {}
     for table in tables:
         options.update(_options(table))
-        about.update({name: table[name] for name in ("label", "published", "source") if name in table})
+        about.update({name: table[name] for name in OF_A_ROW if name in table})
     return Row(key, about.pop("label"), options, **about)
 
 

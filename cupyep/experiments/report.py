@@ -9,6 +9,7 @@ from typing import Any
 
 from cupyep.commands.plots.style import save
 from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name
+from cupyep.experiments.details import details, markdown_table, mean_and_deviation
 from cupyep.files import replacing
 
 REPORT = "REPORT.md"
@@ -44,6 +45,7 @@ def report_text(experiment: Experiment, results: Results, about: Mapping[str, An
         f"**Verdict.** {verdict}",
         "\n\n".join(f"![{name}]({name}.png)" for name in experiment.figures) if results.cells else "",
         "\n".join(["Runs that ended early:", "", *failed]) if failed else "",
+        *(details(results) if scale != "small" and results.cells else ()),
         experiment.remarks,
         _circumstances(results, about),
     ]
@@ -62,14 +64,13 @@ def table(experiment: Experiment, results: Results) -> str:
     """Return the table of all rows: mean and standard deviation over the seeds, published figures beside them."""
     columns = list(experiment.columns)
     published = any(row.published for row in results.rows)
-    heads = ["", *(column.title for column in columns), *(["published"] if published else [])]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    heads, lines = ["", *(column.title for column in columns), *(["published"] if published else [])], []
     for row in results.rows:
         cells = [_mean_and_deviation(results, row, column) for column in columns]
         if published:
             cells.append(_published(row))
-        lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row.label, *cells])
+    return markdown_table(heads, lines)
 
 
 def _mean_and_deviation(results: Results, row: Row, column: Column) -> str:
@@ -77,8 +78,7 @@ def _mean_and_deviation(results: Results, row: Row, column: Column) -> str:
     if not len(values):
         cells = results.of(row.key)
         return "failed" if any("failed" in cell for cell in cells) else "-" if cells else OPEN
-    mean = format(float(values.mean()), column.form)
-    return mean if len(values) < 2 else f"{mean} ± {format(float(values.std(ddof=1)), column.form)}"
+    return mean_and_deviation(values, column.form)
 
 
 def _published(row: Row) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cupyep.commands.system import system_report
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, reporting, require
-from cupyep.experiments.design import Cell, Experiment, Results, cell_name
+from cupyep.experiments.design import WORK, Cell, Experiment, Results, cell_name
 from cupyep.experiments.processes import check_stop, side_by_side
 from cupyep.files import FolderLock, is_leftover, read_text, write_json
 from cupyep.training.interruption import Interruptions
@@ -76,21 +76,14 @@ def reproduce(
     CupyepError
         One clear line for whatever stands in the way.
     """
-    plan = experiment.at(scale)
-    count = plan.seeds if seeds is None else seeds
-    require(count >= 1, f"--seeds must be at least 1 (got {count})")
     require(jobs >= 1, f"--jobs must be at least 1 (got {jobs})")
     folder, header = Path(out), {"experiment": experiment.name, "scale": scale}
     end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-    before, after = defaults or {}, overrides or {}
-    cells = [  # all rows of a seed first: a first answer comes early
-        Cell(row, seed, {**before, **row.options, "seed": seed, **after}, folder, report, quiet, partial(_in_time, end))
-        for seed in range(count)
-        for row in plan.rows
-    ]
+    cells = cells_of(experiment, folder, scale, seeds, overrides, defaults, report, quiet, partial(_in_time, end))
+    plan, count = experiment.at(scale), cells[-1].seed + 1
     about = {**header, **_circumstances(command), "seeds": count}
     with _claimed(folder, header), Interruptions(at_once=True):
-        measured = {cell.name: content for cell in cells if (content := _kept(cell)) is not None}
+        measured = {cell.name: content for cell in cells if (content := kept(cell)) is not None}
         left = [cell for cell in cells if cell.name not in measured]
         new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, left, jobs)
         try:
@@ -105,6 +98,28 @@ def reproduce(
     if len(measured) < len(cells):
         report(f"{max_minutes:g} minutes are used up: {len(measured)} of {len(cells)} cells are measured")
     return Results(plan.rows, measured, count)
+
+
+def cells_of(
+    experiment: Experiment,
+    out: Path,
+    scale: str,
+    seeds: int | None = None,
+    overrides: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
+    report: Callable[[str], None] = print,
+    quiet: bool = False,
+    deadline: Callable[[], None] = lambda: None,
+) -> list[Cell]:
+    """Return the cells of a report folder, all rows of a seed first: a first answer comes early; see `reproduce`."""
+    plan, before, after = experiment.at(scale), defaults or {}, overrides or {}
+    count = plan.seeds if seeds is None else seeds
+    require(count >= 1, f"--seeds must be at least 1 (got {count})")
+    return [
+        Cell(row, seed, {**before, **row.options, "seed": seed, **after}, out, report, quiet, deadline)
+        for seed in range(count)
+        for row in plan.rows
+    ]
 
 
 def _in_time(end: float) -> None:
@@ -169,7 +184,9 @@ def _claimed(folder: Path, header: dict[str, Any]) -> Iterator[None]:
         told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
         _check(held == header, told)
     else:
-        ours = not folder.is_dir() or all(entry.name == CELLS or is_leftover(entry) for entry in folder.iterdir())
+        ours = not folder.is_dir() or all(
+            entry.name in (CELLS, WORK) or is_leftover(entry) for entry in folder.iterdir()
+        )
         _check(ours, f"'{folder}' holds other files; give another --out")
         with reporting(CheckpointError, f"cannot write report folder '{folder}'"):
             (folder / CELLS).mkdir(parents=True, exist_ok=True)
@@ -188,15 +205,15 @@ def _check(condition: bool, message: str) -> None:
         raise CheckpointError(message)
 
 
-def _kept(cell: Cell) -> dict[str, Any] | None:
+def kept(cell: Cell) -> dict[str, Any] | None:
     """Return what an earlier run with the same options has measured; None if there is none."""
     path = _file(cell)
     if not path.is_file():
         return None
-    kept = _read_json(path)
-    same = kept.get("options") == _options(cell)
+    content = _read_json(path)
+    same = content.get("options") == _options(cell)
     _check(same, f"'{path}' was measured with other options; remove it or give another --out")
-    return kept
+    return content
 
 
 def _file(cell: Cell) -> Path:

@@ -16,7 +16,7 @@ from cupyep.commands.compare import best_record, measures
 from cupyep.errors import CheckpointError, ConfigurationError, CupyepError, Interrupted, require
 from cupyep.experiments.processes import check_stop, side_by_side
 from cupyep.plugins import load_plugin
-from cupyep.training.config import RESUME_OPTIONS, TrainConfig, make_config, option_name, require_used
+from cupyep.training.config import RESUME_OPTIONS, TrainConfig, differing, make_config, option_name, require_used
 from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions, stopped_by
 from cupyep.training.run_directory import CONFIG, RunDirectory, check_free
@@ -151,16 +151,9 @@ def _check_folder(points: Sequence[Point], resume: bool) -> None:
     elif not folder.is_dir():
         raise CheckpointError(f"there is no sweep in '{folder}' to go on with; leave out --resume to start one")
     for point in there:
-        other = _differing(point.config, RunDirectory.open(point.folder).config)
-        for name in other:
+        for name in differing(point.config, RunDirectory.open(point.folder).config):
             require(name in RESUME_OPTIONS, f"'{point.folder}' was trained with another {option_name(name)}; choose "
                     "another --run-dir")  # fmt: skip
-
-
-def _differing(config: TrainConfig, old: TrainConfig) -> dict[str, Any]:
-    """Return the options of `config` that are not those of `old`."""
-    before = vars(old)
-    return {name: value for name, value in dataclasses.asdict(config).items() if value != before[name]}
 
 
 def train_point(point: Point, how: Mapping[str, Any]) -> tuple[str, bool, str]:
@@ -194,7 +187,7 @@ def _trained(
         run = start_run(point.config, point.folder, display)
     else:
         directory = RunDirectory.open(point.folder)
-        given = _differing(point.config, directory.config)
+        given = {name: getattr(point.config, name) for name in differing(point.config, directory.config)}
         directory.config = point.config
         if is_finished(directory):
             return f"finished before, test accuracy {measures(directory.metrics())['last_accuracy']:.2%}"

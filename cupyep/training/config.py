@@ -28,7 +28,7 @@ from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.plugins import SIGNALS as AUGMENTERS
 from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_relaxation, default_relaxation, default_steps
 from cupyep.signals import ANNEALINGS
-from cupyep.training.options import NEEDS, checked, option
+from cupyep.training.options import checked, missing, option
 from cupyep.weights import PARAMETRISATIONS
 
 if sys.version_info >= (3, 11):
@@ -322,10 +322,16 @@ def require_used(given: Mapping[str, Any], *settings: Mapping[str, Any], where: 
     """
     cases = [{name: spec.default for name, spec in OPTIONS.items()} | dict(values) for values in settings]
     for name, value in given.items():
-        needs = [NEEDS[need] for need in OPTIONS[name].metadata.get("needs", ())]
-        missing = [[words for words, holds in needs if not holds(case)] for case in cases]
+        lacking = [missing(OPTIONS[name], case) for case in cases]
         flag = option_name(f"no_{name}" if value is False else name)
-        require(not all(missing), f"{where}{flag} needs {(missing[0] or [''])[0]}")
+        require(not all(lacking), f"{where}{flag} needs {(lacking[0] or [''])[0]}")
+
+
+def differing(config: TrainConfig, other: TrainConfig) -> list[str]:
+    """Return the names of the options that are not the same in two runs, those that have no effect in both left out."""
+    ours, theirs = vars(config), vars(other)
+    other = [spec for spec in OPTIONS.values() if ours[spec.name] != theirs[spec.name]]
+    return [spec.name for spec in other if not (missing(spec, ours) and missing(spec, theirs))]
 
 
 def check_name(name: str) -> None:

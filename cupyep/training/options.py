@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections.abc import Mapping
 from dataclasses import Field, field
 from typing import Any
 
@@ -77,6 +78,12 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
         `choices` are suggestions then); `needs` (names of `NEEDS`), without which the option has no effect.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
+
+
+def missing(spec: Field, values: Mapping[str, Any]) -> list[str]:
+    """Return what the option `spec` lacks among the `values` of all to have an effect, in words."""
+    needs = [NEEDS[need] for need in spec.metadata.get("needs", ())]
+    return [words for words, holds in needs if not holds(values)]
 
 
 def checked(spec: Field, value: Any, name: str, plugin: Any = None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.backend.threads import get_threads
 from cupyep.batch import shared_out
 from cupyep.data import ImageFormat
 from cupyep.diagnostics.checkup import Checkup
@@ -290,11 +291,8 @@ class Trainer:
             self.schedules.set(epoch - 1, self.epochs)  # kappa as recorded, wherever the epoch was taken up
             record |= self.checkup.look(record, self.records, self.communicator)
         self.elapsed_s += self.epoch_s + time.monotonic() - begin
-        record |= {
-            "images_per_s": self.statistics.count / self.epoch_s,
-            "elapsed_s": self.elapsed_s,
-            "peak_memory_bytes": self.device.peak_memory_bytes(),
-        }
+        record |= {"images_per_s": self.statistics.count / self.epoch_s, "threads": get_threads()}
+        record |= {"elapsed_s": self.elapsed_s, "peak_memory_bytes": self.device.peak_memory_bytes()}
         self._end_epoch(record)
         return record
 
