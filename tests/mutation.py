@@ -618,7 +618,7 @@ DEFECTS = [
            "key = turn + 1 - exact[labels]", "key = turn + 1", "test_own_arrays"),
     Defect("streamed batches cropped from other images", "data/loader.py",
            "else self.device.xp.arange(len(pixels))", "else there[0, rows] % len(pixels)", "test_own_arrays"),
-    Defect("letters of EMNIST lie on their side", "data/formats.py",
+    Defect("letters of EMNIST lie on their side", "data/idx.py",
            ".transpose(0, 2, 1)", ".transpose(0, 1, 2)", "test_data_variants"),
     Defect("saved network forgets the feedback weight", "persistence/network_file.py",
            '"feedback": network.feedback', '"feedback": 1.0', "test_network_file"),

@@ -12,8 +12,8 @@ import numpy as np
 
 from cupyep import errors
 from cupyep.data.download import fetch
-from cupyep.data.files import check_labels
-from cupyep.data.formats import Layout, layouts_found
+from cupyep.data.files import Layout, check_labels
+from cupyep.data.formats import layouts_found
 from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Source, check_name, is_own

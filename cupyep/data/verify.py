@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import check_sum, plain_name, read_bounded
-from cupyep.data.formats import Arrays, Layout, layouts_found
+from cupyep.data.files import Arrays, Layout, check_sum, plain_name, read_bounded
+from cupyep.data.formats import layouts_found
 from cupyep.data.sources import SOURCES, Source
 from cupyep.errors import DataError
 
