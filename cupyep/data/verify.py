@@ -26,20 +26,12 @@ OWN = "for images of your own use --dataset file:PATH"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one data set in one place.
-
-    Attributes
-    ----------
-    name, place : str
-    good : bool
-    text : str
-        One line: what was right, or what is wrong and what to do.
-    """
+    """What was found of one data set in one place."""
 
     name: str
     place: str
     good: bool
-    text: str
+    text: str  # one line: what was right, or what is wrong and what to do
 
 
 def verify(name: str, folder: Path) -> Iterator[Finding]:

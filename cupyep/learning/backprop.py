@@ -105,27 +105,13 @@ class PassesShape:
 
 @dataclass
 class Passes:
-    """The memory of a pass up and one down.
+    """The memory of a pass up and one down."""
 
-    Attributes
-    ----------
-    state : State
-        Its drives are slopes after the pass down.
-    mu : list of arrays
-        dL/ds of each node, from the turn of the last node above to its own.
-    terms : list of arrays
-        A drive or top-down product that is about to be added, one node's at a time.
-    q : list of arrays
-        One layer's as a factor of products, where that is stored in halves.
-    scratch : array
-        For one term of the loss.
-    """
-
-    state: State
-    mu: list[Any]
-    terms: list[Any]
-    q: list[Any]
-    scratch: Any
+    state: State  # its drives are slopes after the pass down
+    mu: list[Any]  # dL/ds of each node, from the turn of the last node above to its own
+    terms: list[Any]  # a drive or top-down product that is about to be added, one node's at a time
+    q: list[Any]  # one layer's as a factor of products, where that is stored in halves
+    scratch: Any  # for one term of the loss
 
 
 def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:

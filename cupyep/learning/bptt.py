@@ -276,33 +276,18 @@ class UnrolledShape:
 
 @dataclass
 class Unrolled:
-    """The memory of the unrolled steps.
+    """The memory of the unrolled steps."""
 
-    Attributes
-    ----------
-    phase : PhaseBuffers
-        Of the step that is being done.
-    history : list of State
-        States before each step, drives and winners in it.
-    mu, other : list of arrays
-        dL/ds of two neighbouring steps.
-    down, up, scaled : list of arrays
-        What one edge sends down and up, and the adjoint state below times the feedback weight: one layer's at a time.
-    q : list of arrays
-        One layer's adjoint state as a factor of products, where that is stored in halves.
-    scratch : array
-        For one term of the loss.
-    """
-
-    phase: PhaseBuffers
-    history: list[State]
-    mu: list[Any]
+    phase: PhaseBuffers  # of the step that is being done
+    history: list[State]  # states before each step, drives and winners in it
+    mu: list[Any]  # dL/ds of two neighbouring steps
     other: list[Any]
+    # what one edge sends down and up, and the adjoint state below times the feedback weight: one layer's at a time
     down: list[Any]
     up: list[Any]
     scaled: list[Any]
-    q: list[Any]
-    scratch: Any
+    q: list[Any]  # one layer's adjoint state as a factor of products, where that is stored in halves
+    scratch: Any  # for one term of the loss
 
 
 def lay_out_unrolled(layout: Layout, stack: Stack, shape: UnrolledShape) -> Unrolled:

@@ -285,24 +285,12 @@ class EquilibriumPropagation(Learner):
 
 @dataclass
 class Part:
-    """A part of a batch on its way to gradients.
+    """A part of a batch on its way to gradients."""
 
-    Attributes
-    ----------
-    gradients : Gradients
-        By parameter path; what the part contributes is added.
-    batch : Batch
-    total : int
-        Samples of the whole batch.
-    betas : list of float
-        One a phase.
-    nudges : list of Nudge
-    """
-
-    gradients: Gradients
+    gradients: Gradients  # by parameter path; what the part contributes is added
     batch: Batch
-    total: int
-    betas: list[float]
+    total: int  # samples of the whole batch
+    betas: list[float]  # one a phase
     nudges: list[Nudge]
 
     @property

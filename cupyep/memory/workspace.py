@@ -234,24 +234,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a learning step needs of a network's memory.
+    """What a learning step needs of a network's memory."""
 
-    Attributes
-    ----------
-    free : PhaseShape or None
-        Its free phase, if it has one.
-    rows : int
-        Samples that are processed together afterwards.
-    key : hashable
-        Tells what follows from anything else.
-    lay_out : callable
-        Takes from a stack what is laid over all that the free phase does not leave.
-    """
-
-    free: PhaseShape | None
-    rows: int
-    key: Hashable
-    lay_out: Callable[[Stack], Any]
+    free: PhaseShape | None  # its free phase, if it has one
+    rows: int  # samples that are processed together afterwards
+    key: Hashable  # tells what follows from anything else
+    lay_out: Callable[[Stack], Any]  # takes from a stack what is laid over all that the free phase does not leave
 
     @property
     def batches(self) -> list[int]:

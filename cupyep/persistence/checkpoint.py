@@ -43,51 +43,30 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint file holds.
+    """What a checkpoint file holds."""
 
-    Attributes
-    ----------
-    parameters, optimizer, statistics : dict of str to host array
-        By path, by the names of `Optimizer.state_dict` and of `EpochStatistics.state_dict`.
-    network : dict
-        `Network.describe` of the network that the parameters belong to.
-    epoch, batch : int
-        Epochs done, and batches done of the epoch after; 0 between epochs.
-    best_accuracy, best_epoch : float, int
-        The best accuracy so far, in [0, 1], and the epoch that reached it; of the validation split where there is one,
-        else of the test split.
-    elapsed_s, epoch_s : float
-        Seconds that the finished epochs took, and training in the epoch under way.
-    halvings : int
-        How often the learning rates have been halved.
-    generators : dict of str to dict
-        States of the random generators, as ``Generator.bit_generator.state`` gives them; of the one that draws an
-        epoch's order and crops, the state at the beginning of that epoch.
-    config : dict
-        The options of the run.
-    images : dict
-        `ImageFormat.to_json` of the data set; empty where a trainer was not told it.
-    versions : dict of str to str
-    settling : dict
-        Of a run that chooses its steps: ``free_steps``, ``nudged_steps``, ``feedback`` that it settles with, and the
-        same as ``next_free_steps`` and so on from the next epoch on. Empty for others.
-    """
-
-    parameters: dict[str, Any]
-    optimizer: dict[str, Any]
-    network: dict[str, Any]
-    epoch: int = 0
-    batch: int = 0
+    parameters: dict[str, Any]  # by path; like all arrays here on the host
+    optimizer: dict[str, Any]  # by the names of `Optimizer.state_dict`
+    network: dict[str, Any]  # `Network.describe` of the network that the parameters belong to
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done of the epoch after; 0 between epochs
+    # the best accuracy so far, in [0, 1], and the epoch that reached it; of the validation split where there is one,
+    # else of the test split
     best_accuracy: float = 0.0
     best_epoch: int = 0
-    elapsed_s: float = 0.0
+    elapsed_s: float = 0.0  # seconds that the finished epochs took, and training in the epoch under way
     epoch_s: float = 0.0
-    halvings: int = 0
-    statistics: dict[str, Any] = field(default_factory=dict)
+    halvings: int = 0  # how often the learning rates have been halved
+    statistics: dict[str, Any] = field(default_factory=dict)  # by the names of `EpochStatistics.state_dict`
+    # states of the random generators, as ``Generator.bit_generator.state`` gives them; of the one that draws an epoch's
+    # order and crops, the state at the beginning of that epoch
     generators: dict[str, dict] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # the options of the run
+    # `ImageFormat.to_json` of the data set; empty where a trainer was not told it
     images: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    # of a run that chooses its steps: ``free_steps``, ``nudged_steps``, ``feedback`` that it settles with, and the same
+    # as ``next_free_steps`` and so on from the next epoch on. Empty for others
     settling: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Any]:

@@ -23,27 +23,13 @@ from cupyep.training.snapshot import check_same_network
 
 @dataclass
 class TrainedRun:
-    """What `load_trained` returns.
+    """What `load_trained` returns."""
 
-    Attributes
-    ----------
-    config : TrainConfig
-        Without intermediate signals.
-    epoch : int
-        Epochs that the checkpoint has done.
-    images : ImageFormat
-        Classes, size and normalisation of the images.
-    network : Network
-        With the checkpoint's parameters.
-    learner : Learner
-        Its `scores` are those that the run's accuracies come from.
-    """
-
-    config: TrainConfig
-    epoch: int
-    images: ImageFormat
-    network: Network
-    learner: Any
+    config: TrainConfig  # without intermediate signals
+    epoch: int  # epochs that the checkpoint has done
+    images: ImageFormat  # classes, size and normalisation of the images
+    network: Network  # with the checkpoint's parameters
+    learner: Any  # its `scores` are those that the run's accuracies come from
 
 
 def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any] | None = None) -> TrainedRun:
