@@ -40,8 +40,8 @@ class Backpropagation(Learner):
 
     def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
         layout = self.network.memory.layout
-        shape = PassesShape(samples, term_scratch_size(layout, nudges, samples))
-        return Needs(None, samples, shape, functools.partial(lay_out_passes, layout, shape=shape))
+        sizes = (samples, term_scratch_size(layout, nudges, samples))
+        return Needs(None, samples, ("passes", *sizes), functools.partial(lay_out_passes, layout, sizes=sizes))
 
     def _passes(self, batch: Batch, nudges: Sequence[Nudge] = ()) -> Passes:
         needs = self.needs(len(batch.images), nudges)
@@ -95,14 +95,6 @@ class Backpropagation(Learner):
                     passes.mu[below - 1] += out
 
 
-@dataclass(frozen=True)
-class PassesShape:
-    """What decides on the memory of a pass: samples, and scratch for a term of the loss."""
-
-    samples: int
-    scratch: int
-
-
 @dataclass
 class Passes:
     """The memory of a pass up and one down."""
@@ -114,9 +106,9 @@ class Passes:
     scratch: Any  # for one term of the loss
 
 
-def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:
-    """Take the memory of a pass up and one down from `stack`."""
-    samples = shape.samples
+def lay_out_passes(layout: Layout, stack: Stack, sizes: tuple[int, int]) -> Passes:
+    """Take the memory of a pass up and one down from `stack`; `sizes` are samples, and scratch for a term."""
+    samples, scratch = sizes
     batch = [(samples, *size) for size in layout.shapes]
     states = [stack.take("states", size, layout.stored) for size in batch]
     drives = [stack.take("drives", size, layout.number) for size in batch]
@@ -124,5 +116,5 @@ def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:
     mu = stack.take_all("adjoint states", layout.until_above(batch, layout.number))
     terms = stack.take_one_of("adjoint states", layout.with_several(batch), layout.number)
     q = layout.factors(stack, batch)
-    scratch = stack.take("update scratch", (shape.scratch,), layout.number)
+    scratch = stack.take("update scratch", (scratch,), layout.number)
     return Passes(State(states, drives, winners), mu, terms, q, scratch)

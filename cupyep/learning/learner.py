@@ -309,11 +309,8 @@ def _sum(parts: Sequence[StepResult]) -> StepResult:
 
 def term_scratch_size(layout: Layout, nudges: Sequence[Nudge], samples: int) -> int:
     """Return the elements of scratch for the force or the parameter gradient of one term at a time."""
-    return (
-        max(
-            layout.copied(term.layer, samples) + max(term.scratch_size(samples), term.gradient_scratch_size(samples))
-            for term, *_ in nudges
-        )
-        if nudges
-        else 0
+    sizes = (
+        layout.copied(term.layer, samples) + max(term.scratch_size(samples), term.gradient_scratch_size(samples))
+        for term, *_ in nudges
     )
+    return max(sizes, default=0)
