@@ -84,10 +84,7 @@ ARCHITECTURES = tuple(TABLE)  # others in the table are of plugins
 def architecture(arch: str, what: str = "architecture") -> Architecture:
     """Return the architecture of a name or text, which is called `what`.
 
-    Raises
-    ------
-    ConfigurationError
-        For an unknown name, with the nearest known one, or a text that breaks the grammar.
+    `ConfigurationError` for an unknown name, with the nearest known one, or a text that breaks the grammar.
     """
     if isinstance(arch, str) and arch in TABLE:
         return TABLE[arch]
@@ -212,27 +209,13 @@ def build(
 
 
 def unit_drives(network: Network, images: Any) -> dict[str, float]:
-    """Scale weights until the drive of each node, feed-forward, has unit variance on some images (LSUV).
+    """Scale weights until the drive of each node, feed-forward, has unit variance on `images`, or a `Batch` (LSUV).
 
-    Node by node in topological order, all connections into a node alike; a node that an identity leads into is left
-    as it is, for its drive is not that of its weights alone.
+    Node by node in topological order, all connections into a node alike; a node that an identity leads into is left as
+    it is, for its drive is not that of its weights alone. Returns the factor of each node that was scaled.
+    `ConfigurationError` if a drive is constant or does not come to unit variance, or gains are fixed: they are not
+    saved.
 
-    Parameters
-    ----------
-    images : array of shape (N, H, W, C), or Batch
-
-    Returns
-    -------
-    dict of str to float
-        The factor of each node that was scaled.
-
-    Raises
-    ------
-    ConfigurationError
-        If a drive is constant or does not come to unit variance, or gains are fixed: they are not saved.
-
-    References
-    ----------
     Mishkin & Matas, "All you need is a good init", arXiv 1511.06422.
     """
     require(network.weights != "standardized-fixed", "LSUV scales gains; fixed ones stay: use weights standardized")

@@ -105,12 +105,8 @@ def _fingerprint(arrays: dict[str, Any]) -> str:
 def read_arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of a data set in the file at `path` by their `NAMES`; large images as `StoredImages`.
 
-    Raises
-    ------
-    ConfigurationError
-        If the name ends neither in .npz nor in .h5.
-    DataError
-        If the file is missing, damaged, or holds objects.
+    `ConfigurationError` if the name ends neither in .npz nor in .h5; `DataError` if the file is missing, damaged, or
+    holds objects.
     """
     ending = path.suffix.lower()
     if path.is_dir():

@@ -112,24 +112,12 @@ class BackpropagationThroughTime(Learner):
     def step_from_equilibrium(self, batch: Batch, free: State, max_iterations: int = 1000) -> tuple[StepResult, float]:
         """Return the gradients of unrolling infinitely many steps from `free`, and what is left of their equation.
 
-        At an equilibrium all steps are the same step, so one is kept, and the sum of all adjoint states solves
-        ``mu = dL/ds + J^T mu``, J the derivative of the step (Almeida 1987, Pineda 1987): by even and odd layers in
-        turn, over-relaxed.
+        At an equilibrium (the nearer `free` is to one, the better) all steps are the same step, so one is kept, and the
+        sum of all adjoint states solves ``mu = dL/ds + J^T mu``, J the derivative of the step (Almeida 1987, Pineda
+        1987): by even and odd layers in turn, over-relaxed, in at most `max_iterations` passes.
 
-        Parameters
-        ----------
-        batch : Batch
-        free : State
-            An equilibrium; the nearer, the better.
-        max_iterations : int
-            End after so many passes over the layers in any case.
-
-        Returns
-        -------
-        StepResult
-        float
-            Largest residual of the equation in any layer, relative to its mu: above `ADJOINT_TOLERANCE` where the
-            sum does not converge, as at a state that is no stable equilibrium.
+        What is left is the largest residual of the equation in any layer, relative to its mu: above `ADJOINT_TOLERANCE`
+        where the sum does not converge, as at a state that is no stable equilibrium.
         """
         integer("max_iterations", max_iterations)
         batch, gradients = self.network.labelled(batch), self._zero_gradients()

@@ -151,10 +151,7 @@ class Learner(Shown):
     def _add(self, gradients: Gradients, part: Batch, total: int, draw: Any) -> StepResult:
         """Add the gradients of one of the parts that make a batch of `total` samples.
 
-        Returns
-        -------
-        StepResult
-            Whose loss, activity and response are what the part contributes to the batch's.
+        Loss, activity and response of the result are what the part contributes to the batch's.
         """
         raise NotImplementedError
 

@@ -83,17 +83,7 @@ NUMBERS = {
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, keep_as: Path | None = None) -> None:
     """Write `checkpoint` (arrays on the host) to `path`, atomically: the old file stays until the new one is complete.
 
-    Parameters
-    ----------
-    path : path
-    checkpoint : Checkpoint
-    keep_as : Path, optional
-        Where the file that is replaced goes.
-
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be written.
+    The file that is replaced goes to `keep_as`, if given. `CheckpointError` if the file cannot be written.
     """
     path = Path(path)
     with reporting(CheckpointError, f"cannot write checkpoint '{path}'"):
@@ -115,10 +105,7 @@ def _fill(file: h5py.File, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read the checkpoint at `path`.
 
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, truncated, of another format or version, or holds numbers that are not finite.
+    `CheckpointError` if the file is missing, truncated, of another format or version, or holds numbers not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -183,10 +170,7 @@ def _read_arrays(file: h5py.File, group_name: str) -> dict[str, np.ndarray]:
 def restore_parameters(path: str | Path, saved: Mapping[str, Any], parameters: Mapping[str, Any], device: Any) -> None:
     """Copy the arrays of the checkpoint at `path` into the live `parameters` (on `device`), in place.
 
-    Raises
-    ------
-    CheckpointError
-        If a name is missing or unknown or a shape differs; nothing is changed then.
+    `CheckpointError` if a name is missing or unknown or a shape differs; nothing is changed then.
     """
     for name, array in saved.items():
         if name not in parameters:

@@ -273,18 +273,10 @@ def option_name(name: str) -> str:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read options from a config.toml or recipe.
+    """Return the options in a config.toml or recipe by name, their values checked one by one.
 
-    Returns
-    -------
-    dict
-        Options by name, their values checked one by one.
-
-    Raises
-    ------
-    ConfigurationError
-        If the file is missing or not TOML, names an unknown option, or has a value that breaks the rule of its option;
-        the message names file and key.
+    `ConfigurationError`, whose message names file and key, if the file is missing or not TOML, names an unknown option,
+    or has a value that breaks the rule of its option.
     """
     try:
         text = read_text(path, TOML_BYTES)
@@ -337,18 +329,8 @@ def check_name(name: str) -> None:
 def parse_layers(text: str, depth: int, nodes: Sequence[str] | None = ()) -> list[int]:
     """Return the layer numbers that `text` names: ``"all"``, ``"2,3,4"``, ``"2-5"``, ``"1,3-5"``, or names of nodes.
 
-    Parameters
-    ----------
-    text : str
-    depth : int
-        Number of state layers; layers count from 1 to `depth`.
-    nodes : sequence of str, optional
-        Names of the layers, where they have any; None if that is not known yet: then every name will do.
-
-    Raises
-    ------
-    ConfigurationError
-        If the text is none of these forms or names a layer that does not exist.
+    Layers count from 1 to `depth`; `nodes` are their names, where they have any, None if that is not known yet: then
+    every name will do. `ConfigurationError` if the text is none of these forms or names a layer that does not exist.
     """
     if text == "all":
         return list(range(1, depth + 1)) if depth < sys.maxsize else []

@@ -35,13 +35,7 @@ CHECKPOINT_FILES = {"last": CHECKPOINT, "previous": PREVIOUS, "best": BEST}
 
 
 class RunDirectory:
-    """One run's files; made by `create` or `open`.
-
-    Attributes
-    ----------
-    path : Path
-    config : TrainConfig
-    """
+    """One run's files; made by `create` or `open`."""
 
     def __init__(self, path: Path, config: TrainConfig):
         self.path = path
@@ -51,13 +45,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunDirectory:
-        """Make the folder and write config.toml.
-
-        Raises
-        ------
-        CheckpointError
-            If the folder holds another run or other files, or cannot be written.
-        """
+        """Make the folder and write config.toml; `CheckpointError` if it holds other files, or cannot be written."""
         path = check_free(path)
         with reporting(CheckpointError, f"cannot write run directory '{path}'"):
             path.mkdir(parents=True, exist_ok=True)  # empty, it may be there; the lock decides between several
@@ -72,12 +60,7 @@ class RunDirectory:
     def open(cls, path: str | Path) -> RunDirectory:
         """Open the directory of an earlier run.
 
-        Raises
-        ------
-        CheckpointError
-            If there is no run at `path`.
-        ConfigurationError
-            If its config.toml is damaged.
+        `CheckpointError` if there is no run at `path`, `ConfigurationError` if its config.toml is damaged.
         """
         path = Path(path)
         if not (path / CONFIG).is_file():
@@ -100,10 +83,7 @@ class RunDirectory:
     def lock(self) -> None:
         """Keep other processes from writing here until `unlock`; nothing happens if this object holds the lock.
 
-        Raises
-        ------
-        CheckpointError
-            If another process writes here.
+        `CheckpointError` if another process writes here.
         """
         with reporting(CheckpointError, f"cannot write run directory '{self.path}'"):
             holder = self._lock.acquire()
@@ -126,10 +106,7 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of metrics.jsonl, one an epoch; a last line that was cut off is left out.
 
-        Raises
-        ------
-        CheckpointError
-            If another line is not a JSON object, or the file cannot be read.
+        `CheckpointError` if another line is not a JSON object, or the file cannot be read.
         """
         path, lines = self.path / METRICS, self._read_metrics().splitlines()
         records = []
@@ -152,10 +129,7 @@ class RunDirectory:
     def commit(self, record: dict[str, Any], checkpoint: Checkpoint, is_best: bool) -> None:
         """Write one finished epoch: its metrics, best.h5 if `is_best`, then checkpoint.h5.
 
-        Raises
-        ------
-        CheckpointError
-            If a file cannot be written (the disk is full, for example); the others are whole.
+        `CheckpointError` if a file cannot be written (the disk is full, for example); the others are whole.
         """
         self._write(METRICS, self._read_metrics() + _line(record))
         if is_best:
@@ -167,13 +141,7 @@ class RunDirectory:
         self._write(SETTLING, json.dumps(trace, allow_nan=False) + "\n")
 
     def settling(self) -> dict[str, Any] | None:
-        """Return what settling.json holds, None if there is none.
-
-        Raises
-        ------
-        CheckpointError
-            If it is damaged.
-        """
+        """Return what settling.json holds, None if there is none; `CheckpointError` if it is damaged."""
         path = self.path / SETTLING
         try:
             return check_trace(json.loads(read_text(path, METRICS_BYTES))) if path.is_file() else None
@@ -204,26 +172,13 @@ class RunDirectory:
     def rewind(self, check: Callable[[Path, Checkpoint], None]) -> tuple[Path, Checkpoint | None, str]:
         """Go back to the last checkpoint; the caller holds the lock.
 
-        Drops the metrics of epochs that it has not done, and what killed processes left behind.
+        Drops the metrics of epochs that it has not done, and what killed processes left behind. `check` takes path and
+        checkpoint, and raises `CheckpointError` if it does not belong to this run.
 
-        Parameters
-        ----------
-        check : callable
-            Takes path and checkpoint; raises `CheckpointError` if it does not belong to this run.
-
-        Returns
-        -------
-        path : Path
-            Of the checkpoint: checkpoint.previous.h5 if checkpoint.h5 is of no use.
-        checkpoint : Checkpoint or None
-            None if the run ended before its first checkpoint.
-        problem : str
-            What is wrong with checkpoint.h5, or empty.
-
-        Raises
-        ------
-        CheckpointError
-            If no checkpoint is of use, metrics.jsonl lacks epochs that it has done, or the folder cannot be written.
+        Returns the path of the checkpoint, checkpoint.previous.h5 if checkpoint.h5 is of no use; its content, None if
+        the run ended before its first checkpoint; and what is wrong with checkpoint.h5, or an empty text.
+        `CheckpointError` if no checkpoint is of use, metrics.jsonl lacks epochs that it has done, or the folder cannot
+        be written.
         """
         _require_writable(self.path)
         path, checkpoint, problem = self._last_of_use(check)

@@ -31,10 +31,7 @@ PROGRESS = {
 def take_snapshot(trainer: Any) -> Checkpoint:
     """Return all that `trainer` needs to go on.
 
-    Raises
-    ------
-    DivergenceError
-        If a parameter or a buffer of the optimizer is not finite.
+    `DivergenceError` if a parameter or a buffer of the optimizer is not finite.
     """
     host = trainer.device.to_numpy
     parameters = {path: host(array) for path, array in trainer.learner.parameters().items()}
@@ -61,10 +58,7 @@ def take_snapshot(trainer: Any) -> Checkpoint:
 def restore_snapshot(trainer: Any, path: Path, saved: Checkpoint) -> None:
     """Bring `trainer` to the state `saved`, which was read from `path`.
 
-    Raises
-    ------
-    CheckpointError
-        If parameters or the state of the optimizer do not fit.
+    `CheckpointError` if parameters or the state of the optimizer do not fit.
     """
     restore_parameters(path, saved.parameters, trainer.learner.parameters(), trainer.device)
     trainer.optimizer.load_state_dict(saved.optimizer)

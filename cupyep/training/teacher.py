@@ -81,22 +81,12 @@ def train_teacher(
 ) -> Network:
     """Train a teacher by backpropagation and return its network.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        Of the teacher itself, as `teacher_config` gives it.
-    dataset : Dataset
-    device, display, communicator
-        See `Trainer`.
-    path : Path, optional
-        Run directory; the training that was broken off there goes on. Without one nothing is written.
+    The `config` is of the teacher itself, as `teacher_config` gives it; `device`, `display` and `communicator` are as
+    in `Trainer`. With a run directory `path` the training that was broken off there goes on; without one nothing is
+    written.
 
-    Raises
-    ------
-    Interrupted
-        If a signal came; with a run directory, the training has been saved.
-    CheckpointError
-        If the run directory cannot be written, or what lies there is of no use.
+    `Interrupted` if a signal came; with a run directory, the training has been saved. `CheckpointError` if the run
+    directory cannot be written, or what lies there is of no use.
     """
     network = build_network(config, dataset, device)
     trainer = build_trainer(config, dataset, network, display=display, communicator=communicator)
@@ -279,14 +269,8 @@ def cached_teacher(
     The training is a run of its own, in the folder beside the file that is called like it. It survives like any run:
     whoever asks for the same teacher again goes on with it, and the folder goes when the file is there.
 
-    With a `communicator` all its ranks train it together, and rank 0 keeps it.
-
-    Raises
-    ------
-    Interrupted
-        If a signal came; the training has been saved.
-    TeacherError, CheckpointError
-        If no teacher can be kept there.
+    With a `communicator` all its ranks train it together, and rank 0 keeps it. `Interrupted` if a signal came; the
+    training has been saved. `TeacherError` or `CheckpointError` if no teacher can be kept there.
     """
     ranks, display = communicator or Communicator(), (display or Display()).about("teacher")
     path = ranks.first(lambda: teacher_path(config, dataset))

@@ -33,23 +33,10 @@ class TrainedRun:
 
 
 def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any] | None = None) -> TrainedRun:
-    """Load the network of the run in `path`; its data set need not be there.
+    """Load the network of the run in the directory `path`, at the checkpoint `which`; its data set need not be there.
 
-    Parameters
-    ----------
-    path : path
-        A run directory.
-    which : {"best", "last"}
-        The checkpoint.
-    given : mapping, optional
-        Options that differ from the run's.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such run or checkpoint, it is damaged, or its parts do not belong together.
-    ConfigurationError
-        If an option given has no effect on such a run.
+    Options `given` may differ from the run's. `CheckpointError` if there is no such run or checkpoint, it is damaged,
+    or its parts do not belong together; `ConfigurationError` if an option given has no effect on such a run.
     """
     directory = RunDirectory.open(path)
     saved = directory.load(which)
