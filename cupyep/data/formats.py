@@ -25,7 +25,7 @@ import numpy as np
 from cupyep.data import idx
 from cupyep.data.files import Arrays, Layout, check_labels, check_length, check_sum, find_file, plain_name, read_bounded
 from cupyep.data.sources import SOURCES, Source
-from cupyep.errors import DataError, one_line
+from cupyep.errors import DataError, needing, one_line
 
 Content = bytes | memoryview
 
@@ -214,10 +214,8 @@ def _digits(source: Source, _: Path) -> Iterator[Layout]:
 
 
 def _read_digits(source: Source) -> tuple[Arrays, Arrays]:
-    try:
+    with needing('data set digits comes with scikit-learn: pip install "cupyep[demo]"', DataError):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError('data set digits comes with scikit-learn: pip install "cupyep[demo]"') from error
     bundle, n = load_digits(), source.train_count
     if len(bundle.target) != n + source.test_count:
         raise DataError(f"scikit-learn's digits hold {len(bundle.target)} images, expected {n + source.test_count}")

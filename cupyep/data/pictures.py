@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.data.images import resize
-from cupyep.errors import ConfigurationError, DataError, one_line
+from cupyep.errors import DataError, needing, one_line
 
 #: Formats that Pillow reads by itself; others, such as EPS, would start programs.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -76,10 +76,8 @@ def is_grey(path: Path) -> bool:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, Any, Any]]:
     """Yield a picture, not yet decoded, and Pillow's modules; whatever goes wrong with it is a `DataError`."""
-    try:
+    with needing('pictures need Pillow: pip install "cupyep[images]"'):
         from PIL import Image, ImageOps
-    except ImportError:
-        raise ConfigurationError('pictures need Pillow: pip install "cupyep[images]"') from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.errors import CheckpointError, ConfigurationError, one_line, reporting
+from cupyep.errors import CheckpointError, ConfigurationError, needing, one_line, reporting
 from cupyep.export import load_torch_layout
 from cupyep.network import Network
 from cupyep.persistence import hdf5, load_checkpoint, network_file
@@ -62,11 +62,9 @@ def _read_npz(path: Path) -> Mapping[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    try:
+    with needing(f"'{path}' needs safetensors: pip install safetensors"):
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
-    except ImportError:
-        raise ConfigurationError(f"'{path}' needs safetensors: pip install safetensors") from None
     try:
         return load_file(path)
     except (SafetensorError, KeyError, TypeError) as error:  # types that NumPy has not
