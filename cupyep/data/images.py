@@ -118,8 +118,9 @@ def first_not_finite(images: Any) -> int | None:
     return None
 
 
-def add_to_digest(digest: Any, array: Any) -> None:
-    """Update a checksum of `hashlib` by the shape and the values of an array, a block at a time."""
-    digest.update(repr(array.shape).encode())
-    for rows in blocks(array):
-        digest.update(np.ascontiguousarray(array[rows]))
+def add_to_digest(digest: Any, *arrays: Any) -> None:
+    """Update a checksum of `hashlib` by the shapes and the values of arrays, a block at a time."""
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        for rows in blocks(array):
+            digest.update(np.ascontiguousarray(array[rows]))

@@ -70,9 +70,8 @@ def check_same(config: TrainConfig, dataset: Dataset, communicator: Communicator
 
 def _fingerprint(dataset: Dataset) -> str:
     digest = hashlib.sha256()
-    for split in (dataset.train, dataset.validation, dataset.test):
-        for array in () if split is None else (split.images, split.labels):
-            add_to_digest(digest, array)
+    for split in filter(None, (dataset.train, dataset.validation, dataset.test)):
+        add_to_digest(digest, split.images, split.labels)
     return digest.hexdigest()[:12]
 
 

@@ -361,6 +361,5 @@ def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
     options = config.take(*sorted({*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER))
     digest = hashlib.sha256(json.dumps([__version__, dataset.name, options, features], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
-        for array in (split.images, split.labels):
-            add_to_digest(digest, array)
+        add_to_digest(digest, split.images, split.labels)
     return digest.hexdigest()[:12]
