@@ -174,35 +174,13 @@ def build(
     weights = own.weights if weights is None else weights
     softmax = choose("loss", loss, LOSSES) == "cross_entropy"
     readout_pool = own.readout_pool if readout_pool is None and softmax else readout_pool
-    network = Network(
-        _layers(arch, integer("classes", classes, 2), input_shape, width, pooling, loss),
-        classes,
-        activation=activation,
-        loss=loss,
-        feedback=feedback,
-        gain=default_gain(activation, feedback, own.gains) if gain is None else gain,
-        seed=seed,
-        device=device,
-        precision=precision,
-        weights=weights,
-        readout_pool=readout_pool,
-        exact=exact,
-    )
-    network.config = {
-        "arch": arch,
-        "classes": classes,
-        "input_shape": tuple(input_shape),
-        "width": width,
-        "activation": network.activation.name,
-        "pooling": pooling,
-        "loss": loss,
-        "feedback": feedback,
-        "gain": gain,
-        "seed": seed,
-        "precision": precision,
-        "weights": weights,
-        "readout_pool": readout_pool,
-    }
+    options = {"loss": loss, "feedback": feedback, "seed": seed, "precision": precision}
+    options |= {"weights": weights, "readout_pool": readout_pool}
+    layers = _layers(arch, integer("classes", classes, 2), input_shape, width, pooling, loss)
+    drawn = default_gain(activation, feedback, own.gains) if gain is None else gain
+    network = Network(layers, classes, activation=activation, gain=drawn, device=device, exact=exact, **options)
+    built = {"arch": arch, "classes": classes, "input_shape": tuple(input_shape), "width": width, "pooling": pooling}
+    network.config = built | {"activation": network.activation.name, "gain": gain} | options
     if lsuv is not None:
         unit_drives(network, lsuv)
     return network

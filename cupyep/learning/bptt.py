@@ -62,28 +62,14 @@ class BackpropagationThroughTime(Learner):
         relaxation: float | None = None,
     ):
         super().__init__(network, signals, micro_batch)
-        free_steps, schedule, relaxation = network.settles(free_steps, schedule, relaxation)
-        self.free_steps, self.unrolled_steps = free_steps, unrolled_steps
-        steps = {"free_steps": free_steps, "unrolled_steps": unrolled_steps}
-        check_settling(schedule, steps, tolerance, relaxation)
-        self.schedule = schedule
-        self.tolerance = tolerance
-        self.relaxation = relaxation
-
-    @property
-    def _free(self) -> dict[str, Any]:
-        """How the free phase settles."""
-        return {
-            "retain": "states",
-            "steps": self.free_steps,
-            "schedule": self.schedule,
-            "tolerance": self.tolerance,
-            "relaxation": self.relaxation,
-        }
+        self._settle_by(free_steps, schedule, tolerance, relaxation)
+        self.unrolled_steps = unrolled_steps
+        steps = {"free_steps": self.free_steps, "unrolled_steps": unrolled_steps}
+        check_settling(self.schedule, steps, tolerance, self.relaxation)
 
     def settle_free(self, batch: Batch, **how: Any) -> State:
         """Return the state before the unrolled steps; `how` as in `EquilibriumPropagation.settle_free`."""
-        return self.network.settle_free(batch, **(self._free | how))
+        return self.network.settle_free(batch, **(self._how(self.free_steps) | how))
 
     def settled(self, batch: Batch) -> State:
         """Return the state after the unrolled steps, too: the loss of that one is lowered."""
@@ -97,7 +83,7 @@ class BackpropagationThroughTime(Learner):
     def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
         network, shape = self.network, self._shape(samples, nudges)
         lay_out = functools.partial(lay_out_unrolled, network.memory.layout, shape=shape)
-        return Needs(network.free_shape(samples, **self._free), samples, shape, lay_out)
+        return Needs(network.free_shape(samples, **self._how(self.free_steps)), samples, shape, lay_out)
 
     @exclusive
     def step_from(self, batch: Batch, start: State) -> StepResult:

@@ -96,6 +96,18 @@ class Learner(Shown):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_gradients": {}}
 
+    def _settle_by(
+        self, free_steps: int | None, schedule: str | None, tolerance: float | None, relaxation: float | None
+    ) -> None:
+        """Take up how phases settle, for algorithms that have some; as the network does where that is None."""
+        self.free_steps, self.schedule, self.relaxation = self.network.settles(free_steps, schedule, relaxation)
+        self.tolerance = tolerance
+
+    def _how(self, steps: int, retain: str = "states") -> dict[str, Any]:
+        """Return how a phase settles: the arguments of `Network.settle_free`."""
+        shared = {"schedule": self.schedule, "tolerance": self.tolerance, "relaxation": self.relaxation}
+        return {"steps": steps, "retain": retain, **shared}
+
     def facts(self) -> dict[str, str]:
         size = f"{len(self.network.layers)} layers, {sum(p.size for p in self.parameters().values()):,} parameters"
         names = ("beta", "scheme", "nudge", "schedule", "free_steps", "unrolled_steps", "nudged_steps", "tolerance")

@@ -251,17 +251,9 @@ class TrainConfig:
 
 # What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
 RESUME_OPTIONS = (
-    "epochs",
-    "device",
-    "scratch_mb",
-    "data_dir",
-    "teacher",
-    "checkpoint_minutes",
-    "on_divergence",
-    "on_unsettled",
-    "patience",
-    "plugin",
-)
+    "epochs", "device", "scratch_mb", "data_dir", "teacher", "checkpoint_minutes", "on_divergence", "on_unsettled",
+    "patience", "plugin",
+)  # fmt: skip
 
 #: The options by name, in the order of ``--help``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}
@@ -298,9 +290,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     """Return the configuration in which later `layers` (such as recipe, command line) override earlier ones."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged.update(layer)
+    merged = {name: value for layer in layers for name, value in layer.items()}
     for name in merged:
         check_name(name)
     return TrainConfig(**merged)

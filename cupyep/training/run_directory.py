@@ -26,10 +26,8 @@ from cupyep.training.config import TrainConfig, make_config, read_toml
 
 CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
 METRICS_BYTES = 1 << 28  # at most
-COURSES = (
-    *(f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")),
-    "elapsed_s",
-)
+COURSES = [f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")]
+COURSES += ["elapsed_s"]
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.h5", "checkpoint.previous.h5", "best.h5"
 CHECKPOINT_FILES = {"last": CHECKPOINT, "previous": PREVIOUS, "best": BEST}
 
@@ -247,16 +245,11 @@ def default_path(config: TrainConfig, root: str | Path = "runs") -> Path:
 
 def claim_path(config: TrainConfig, root: str | Path = "runs") -> Path:
     """Make the folder that `default_path` names and return it; of several processes each gets one of its own."""
-    return next(path for path in _numbered(config, root) if _is_made(path))
-
-
-def _is_made(path: Path) -> bool:
-    with reporting(CheckpointError, f"cannot write run directory '{path}'"):
-        try:
+    for path in _numbered(config, root):
+        with reporting(CheckpointError, f"cannot write run directory '{path}'"), contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
-        except FileExistsError:
-            return False
-    return True
+            break
+    return path
 
 
 def _numbered(config: TrainConfig, root: str | Path) -> Iterator[Path]:

@@ -275,19 +275,19 @@ def cached_teacher(
     ranks, display = communicator or Communicator(), (display or Display()).about("teacher")
     path = ranks.first(lambda: teacher_path(config, dataset))
     folder = path.with_suffix("")
-    if ranks.first(path.is_file):
-        display.show("note", f"{path} from an earlier run")
-    else:
+    there = ranks.first(path.is_file)
+    if not there:
         if not ranks.first(lambda: can_write(path.parent)):
             raise TeacherError(
                 f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; name another "
                 "folder by CUPYEP_CACHE, or give a --teacher made by cupyep teacher"
             )
         with _alone(folder, display, ranks):
-            if ranks.first(path.is_file):
-                display.show("note", f"{path} from an earlier run")
-            else:
+            there = ranks.first(path.is_file)
+            if not there:
                 _make_teacher(config, dataset, device, display, path, ranks)
+    if there:
+        display.show("note", f"{path} from an earlier run")
     # Nobody needs it now; another process may be removing it.
     ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
     return path
@@ -307,19 +307,17 @@ def _alone(folder: Path, display: Display, ranks: Communicator) -> Iterator[None
 def _wait_for(lock: FolderLock, folder: Path, display: Display) -> None:
     told = False
     with Interruptions() as interruptions:
-        while holder := _acquire(lock, folder):
+        while True:
+            with reporting(TeacherError, f"cannot keep a teacher in {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)  # whoever held it has removed it
+                holder = lock.acquire()
+            if not holder:
+                return
             if not told:
                 display.show("note", f"waiting for {holder}, which trains the same one")
                 told = True
             time.sleep(WAIT_S)
             interruptions.check()
-
-
-def _acquire(lock: FolderLock, folder: Path) -> str:
-    """Take `lock` in `folder`; return ``""``, or who else holds it."""
-    with reporting(TeacherError, f"cannot keep a teacher in {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)  # whoever held it has removed it
-        return lock.acquire()
 
 
 def _make_teacher(
