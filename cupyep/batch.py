@@ -95,18 +95,8 @@ def shared_out(batch: Any) -> tuple[int, int]:
 def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = True) -> Any:
     """Return images as an array, where they are, if they are floats (N, *shape), finite, N >= 1.
 
-    Parameters
-    ----------
-    x : array or nested sequence
-    shape : tuple of int
-    stored : dtype
-        What they become: their values must stay finite in it. bfloat16 is taken as well as the float types of NumPy.
-    values : bool, default True
-        Whether to look at the values; on a GPU that waits.
-
-    Raises
-    ------
-    ConfigurationError
+    `stored` is the type that they become, in which their values must stay finite. bfloat16 is taken as well as the
+    float types of NumPy. Whether to look at the `values`: on a GPU that waits. `ConfigurationError` if they are not so.
     """
     x = as_array("images", x)
     takes = f"this network takes (N, {', '.join(map(str, shape))}), channels last"
@@ -137,9 +127,7 @@ def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = T
 def checked_labels(labels: Any, samples: int, classes: int) -> np.ndarray:
     """Return labels as int64 (N,) on the host if they are `samples` integers from 0 to ``classes - 1``.
 
-    Raises
-    ------
-    ConfigurationError
+    `ConfigurationError` if they are not.
     """
     labels = as_array("labels", labels)
     labels = labels if isinstance(labels, np.ndarray) else array_module(labels).asnumpy(labels)

@@ -29,13 +29,7 @@ from cupyep.state import State
 
 
 class Change:
-    """The scaled difference of two states of a node, on its way into gradients.
-
-    Parameters
-    ----------
-    array : array
-        Multiplied in place.
-    """
+    """The scaled difference of two states of a node on its way into gradients: an array, multiplied in place."""
 
     def __init__(self, array: Any):
         self.array, self._factor = array, 1.0

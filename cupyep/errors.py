@@ -87,6 +87,15 @@ def reporting(kind: type[CupyepError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def needing(what: str, kind: type[CupyepError] = ConfigurationError) -> Iterator[None]:
+    """Turn an `ImportError` into an error of `kind` that says `what` is missing, and how to get it."""
+    try:
+        yield
+    except ImportError:
+        raise kind(what) from None
+
+
 def printable(text: str) -> str:
     """Return `text` on one line, cut at `MESSAGE_LENGTH`: names out of files may hold line ends and control codes."""
     text = " ".join(text.split())

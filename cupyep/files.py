@@ -41,10 +41,7 @@ MARKS = {
 def expanded(path: str | Path) -> Path:
     """Return `path` with ``~`` or ``~user`` at its beginning replaced by that home, as a shell does it.
 
-    Raises
-    ------
-    ConfigurationError
-        If nobody knows where the home is.
+    `ConfigurationError` if nobody knows where the home is.
     """
     try:
         return Path(path).expanduser() if str(path).startswith("~") else Path(path)
@@ -56,14 +53,8 @@ def expanded(path: str | Path) -> Path:
 def read_text(path: str | Path, limit: int, errors: str = "strict") -> str:
     """Return the text of a file of at most `limit` bytes; `errors` is that of `bytes.decode`.
 
-    It is UTF-8 unless a byte order mark, as Windows' programs write it, says UTF-16 or UTF-32.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read or is larger.
-    ValueError
-        If it is not text of that encoding.
+    It is UTF-8 unless a byte order mark, as Windows' programs write it, says UTF-16 or UTF-32. `OSError` if the file
+    cannot be read or is larger, `ValueError` if it is not text of that encoding.
     """
     with open(path, "rb") as file:
         # Asked for more than there is, Python would allocate it.
@@ -96,20 +87,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes, keep_as: Path | None = None) -> None:
-    """Write `content` to `path`, durably and as a whole.
+    """Write `content` to `path`, durably and as a whole; what `path` held before is then found at `keep_as`, if given.
 
-    Parameters
-    ----------
-    path : Path
-        Keeps what it held if anything fails.
-    content : bytes
-    keep_as : Path, optional
-        What `path` held before is found there afterwards.
-
-    Raises
-    ------
-    OSError
-        If the disk is full, for example.
+    `path` keeps what it held if anything fails; `OSError` if the disk is full, for example.
     """
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:

@@ -95,10 +95,7 @@ ARCHITECTURES = tuple(TABLE)  # others in the table are of plugins
 def architecture(arch: str, what: str = "architecture") -> Architecture:
     """Return the architecture of a name or text, which is called `what`.
 
-    Raises
-    ------
-    ConfigurationError
-        For an unknown name, with the nearest known one, or a text that breaks the grammar.
+    `ConfigurationError` for an unknown name, with the nearest known one, or a text that breaks the grammar.
     """
     if isinstance(arch, str) and arch in TABLE:
         return TABLE[arch]
@@ -188,62 +185,26 @@ def build(
     weights = own.weights if weights is None else weights
     softmax = choose("loss", loss, LOSSES) == "cross_entropy"
     readout_pool = own.readout_pool if readout_pool is None and softmax else readout_pool
-    network = Network(
-        _layers(arch, integer("classes", classes, 2), input_shape, width, pooling, loss),
-        classes,
-        activation=activation,
-        loss=loss,
-        feedback=feedback,
-        gain=default_gain(activation, feedback, own.gains) if gain is None else gain,
-        seed=seed,
-        device=device,
-        precision=precision,
-        weights=weights,
-        readout_pool=readout_pool,
-        exact=exact,
-    )
-    network.config = {
-        "arch": arch,
-        "classes": classes,
-        "input_shape": tuple(input_shape),
-        "width": width,
-        "activation": network.activation.name,
-        "pooling": pooling,
-        "loss": loss,
-        "feedback": feedback,
-        "gain": gain,
-        "seed": seed,
-        "precision": precision,
-        "weights": weights,
-        "readout_pool": readout_pool,
-    }
+    options = {"loss": loss, "feedback": feedback, "seed": seed, "precision": precision}
+    options |= {"weights": weights, "readout_pool": readout_pool}
+    layers = _layers(arch, integer("classes", classes, 2), input_shape, width, pooling, loss)
+    drawn = default_gain(activation, feedback, own.gains) if gain is None else gain
+    network = Network(layers, classes, activation=activation, gain=drawn, device=device, exact=exact, **options)
+    built = {"arch": arch, "classes": classes, "input_shape": tuple(input_shape), "width": width, "pooling": pooling}
+    network.config = built | {"activation": network.activation.name, "gain": gain} | options
     if lsuv is not None:
         unit_drives(network, lsuv)
     return network
 
 
 def unit_drives(network: Network, images: Any) -> dict[str, float]:
-    """Scale weights until the drive of each node, feed-forward, has unit variance on some images (LSUV).
+    """Scale weights until the drive of each node, feed-forward, has unit variance on `images`, or a `Batch` (LSUV).
 
-    Node by node in topological order, all connections into a node alike; a node that an identity leads into is left
-    as it is, for its drive is not that of its weights alone.
+    Node by node in topological order, all connections into a node alike; a node that an identity leads into is left as
+    it is, for its drive is not that of its weights alone. Returns the factor of each node that was scaled.
+    `ConfigurationError` if a drive is constant or does not come to unit variance, or gains are fixed: they are not
+    saved.
 
-    Parameters
-    ----------
-    images : array of shape (N, H, W, C), or Batch
-
-    Returns
-    -------
-    dict of str to float
-        The factor of each node that was scaled.
-
-    Raises
-    ------
-    ConfigurationError
-        If a drive is constant or does not come to unit variance, or gains are fixed: they are not saved.
-
-    References
-    ----------
     Mishkin & Matas, "All you need is a good init", arXiv 1511.06422.
     """
     require(network.weights != "standardized-fixed", "LSUV scales gains; fixed ones stay: use weights standardized")

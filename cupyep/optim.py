@@ -23,7 +23,7 @@ AVERAGE = "average"  # the buffers of the running average; "average.<path>" in `
 
 def constant(progress: float) -> float:
     """Return 1: the learning rate stays as it is."""
-    _check_progress(progress)
+    number("progress", progress, 0, 1)
     return 1.0
 
 
@@ -39,22 +39,18 @@ def cosine(progress: float) -> float:
     ----------
     Loshchilov & Hutter, "SGDR", arXiv 1608.03983 (one cycle, minimum 0).
     """
-    _check_progress(progress)
+    number("progress", progress, 0, 1)
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def step_decay(progress: float) -> float:
     """Return 1, then 0.1 from half of the training on, then 0.01 from three quarters on."""
-    _check_progress(progress)
+    number("progress", progress, 0, 1)
     return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
 
 
 #: The learning-rate schedules by name: each maps progress in [0, 1] to the factor of the learning rate.
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine, "step": step_decay}
-
-
-def _check_progress(progress: float) -> None:
-    number("progress", progress, 0, 1)
 
 
 class Optimizer:

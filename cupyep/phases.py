@@ -33,17 +33,8 @@ class Nudge(NamedTuple):
 class Phase:
     """What both kinds share: inputs of the nodes, nudges, the residual, captured iterations.
 
-    Parameters
-    ----------
-    energy : HopfieldEnergy
-    workspace : Workspace
-    buffers : PhaseBuffers
-    program : Program
-    nudges : sequence of Nudge
-    betas : sequence of float
-        One a phase; phases are settled as one batch of ``len(betas) * N``.
-    divisors : sequence of float
-        By what a force on each node is divided.
+    There is one of `betas` a phase; phases are settled as one batch of ``len(betas) * N``. By the `divisors` a force on
+    each node is divided.
     """
 
     form = ""  # as `Network.settle` names it
@@ -222,15 +213,9 @@ class Phase:
 class Classical(Phase):
     """States: ``s^j <- sigma(sum of drives + sum of (a_k / a_j) * top-down products - (beta / a_j) dL/ds^j)``.
 
-    Parameters
-    ----------
-    images : array of shape (N, H, W, C)
-    image_ops : sequence
-        Operations of the connections for N samples: those from the image are done once a phase.
-    buffers : PhaseBuffers
-        Its `states` are the start; they are overwritten, and so are `drives` (those of measured updates) and `winners`.
-    nudges, betas
-        None for a free phase.
+    The `states` of `buffers` are the start; they are overwritten, and so are `drives` (those of measured updates) and
+    `winners`. The connections from the `images` are done once a phase, by `image_ops` for N samples. A free phase has
+    no nudges.
     """
 
     form = "classical"
@@ -284,13 +269,8 @@ class Deviation(Phase):
     eps is of order beta however small lambda and however deep the network. Stored in float16 it is multiplied by a
     power of two, which the iteration does not see: only the a_j and the forces have it.
 
-    Parameters
-    ----------
-    free : State
-        With drives and winners, N samples. Nothing else of it is looked at: ``s* = sigma(g*)``.
-    tangent : bool
-        Take the limit beta -> 0, ``eps^j <- sigma'(g*^j) t^j`` with the loss gradient at s*: recurrent
-        backpropagation.
+    Of `free`, N samples with drives and winners, nothing else is looked at: ``s* = sigma(g*)``. The `tangent` is the
+    limit beta -> 0, ``eps^j <- sigma'(g*^j) t^j`` with the loss gradient at s*: recurrent backpropagation.
     """
 
     drives_current = True  # all zero, as at the free state

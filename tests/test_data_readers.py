@@ -27,7 +27,8 @@ from data_files import (
 )
 
 from cupyep.data import formats, load_dataset
-from cupyep.data.formats import layouts_found, read_idx
+from cupyep.data.formats import layouts_found
+from cupyep.data.idx import read_idx
 from cupyep.errors import DataError
 
 CIFAR = {

@@ -24,7 +24,7 @@ from fuzzing import amounts, damaged, explore, refused
 from hypothesis import strategies as st
 
 from cupyep.data import load_dataset
-from cupyep.data.formats import read_idx
+from cupyep.data.idx import read_idx
 from cupyep.errors import DataError
 
 IMAGES, LABELS = np.arange(10 * 4 * 5).reshape(10, 4, 5) % 251, np.arange(10)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cupyep.errors import ConfigurationError, choose
+from cupyep.errors import choose, needing
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,9 @@ def get_precision(name: str, exact: bool = False) -> Precision:
 
 
 def _bfloat16() -> np.dtype:
-    try:
+    with needing(
+        "precision bfloat16 needs the library ml_dtypes: pip install ml_dtypes (or cupyep[bfloat16]), "
+        "or take precision float16"
+    ):
         import ml_dtypes
-    except ImportError as error:
-        raise ConfigurationError(
-            "precision bfloat16 needs the library ml_dtypes: pip install ml_dtypes (or cupyep[bfloat16]), "
-            "or take precision float16"
-        ) from error
     return np.dtype(ml_dtypes.bfloat16)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyep._version import __version__
-from cupyep.errors import CheckpointError, ConfigurationError, choose, reporting, require
+from cupyep.errors import CheckpointError, choose, needing, reporting, require
 from cupyep.export import onnx_model, torch_layout
 from cupyep.files import replacing
 from cupyep.layers import Conv2d
@@ -93,11 +93,9 @@ def _geometry(edge: Any) -> dict[str, Any]:
 
 
 def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
-    try:
+    remedy = "install it (https://pytorch.org), or use --format npz: the same arrays without it"
+    with needing(f"--format torch needs PyTorch; {remedy}"):
         import torch
-    except ImportError:
-        remedy = "install it (https://pytorch.org), or use --format npz: the same arrays without it"
-        raise ConfigurationError(f"--format torch needs PyTorch; {remedy}") from None
     state = {name: torch.from_numpy(array) for name, array in torch_layout(run.network).items()}
     with replacing(output) as temporary:
         torch.save(state, temporary)
@@ -105,11 +103,8 @@ def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
 
 
 def _write_safetensors(run: TrainedRun, output: Path, steps: int) -> list[str]:
-    try:
+    with needing("--format safetensors needs safetensors; pip install safetensors, or use --format npz"):
         from safetensors.numpy import save_file
-    except ImportError:
-        remedy = "pip install safetensors, or use --format npz"
-        raise ConfigurationError(f"--format safetensors needs safetensors; {remedy}") from None
     arrays = torch_layout(run.network)
     with replacing(output) as temporary:
         save_file(arrays, temporary)

@@ -190,8 +190,7 @@ def _of(config: TrainConfig, algorithm: str, steps: int | None) -> TrainConfig:
 def planned_step(config: TrainConfig, device: Device) -> dict[str, int]:
     """Return the bytes of a step of ``config.algorithm`` by purpose, on a device like `device`."""
     require(config.batch_size <= MOST_SAMPLES, f"a plan is of at most {MOST_SAMPLES} images, not {config.batch_size}")
-    learner = blank_learner(config, device if isinstance(device, BlankDevice) else BlankDevice.like(device))
-    return plan(learner, config.batch_size, optimizer_slots(config))
+    return plan(blank_learner(config, BlankDevice.like(device)), config.batch_size, optimizer_slots(config))
 
 
 def measured_step(config: TrainConfig, device: Device) -> int:

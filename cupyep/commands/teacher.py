@@ -16,7 +16,7 @@ import numpy as np
 from cupyep import plugins
 from cupyep.data import Dataset
 from cupyep.data.images import bilinear
-from cupyep.errors import ConfigurationError, DeviceError, TeacherError, require
+from cupyep.errors import DeviceError, TeacherError, needing, require
 from cupyep.plugins import imported, is_module_name, working_folder
 
 SHOWN = 4  # names of a kind in a message
@@ -87,10 +87,8 @@ def onnx_teacher(path: Path, device: str = "auto", chosen: str | None = None) ->
     TeacherError
         If the file is no model that onnxruntime can run, with one image input.
     """
-    try:
+    with needing('--onnx needs onnxruntime: pip install "cupyep[teacher]"'):
         import onnxruntime
-    except ImportError:
-        raise ConfigurationError('--onnx needs onnxruntime: pip install "cupyep[teacher]"') from None
     require(path.is_file(), f"--onnx: there is no file {path}")
     usable = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     providers: list[Any] = ["CPUExecutionProvider"]
@@ -148,10 +146,8 @@ def torch_teacher(factory: str, weights: Path | None, device: str = "auto", chos
     TeacherError
         If the module cannot be made, or the file does not hold its weights, or holds more than weights.
     """
-    try:
+    with needing("--torch needs PyTorch, which is yours to install (https://pytorch.org)"):
         import torch
-    except ImportError:
-        raise ConfigurationError("--torch needs PyTorch, which is yours to install (https://pytorch.org)") from None
     require(weights is None or weights.is_file(), f"--weights: there is no file {weights}")
     on_gpu = gpu_chosen(device, torch.cuda.is_available(), "PyTorch finds no CUDA device")
     model = _call_factory(factory)
@@ -224,10 +220,8 @@ def read_weights(path: Path) -> Any:
     import torch
 
     if path.suffix == ".safetensors":
-        try:
+        with needing(f"{path} needs safetensors: pip install safetensors"):
             from safetensors.torch import load_file
-        except ImportError:
-            raise ConfigurationError(f"{path} needs safetensors: pip install safetensors") from None
         with foreign_code(f"{path} is not a readable safetensors file"):
             return load_file(path)
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)

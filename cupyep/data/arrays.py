@@ -99,19 +99,12 @@ def dataset_of_arrays(
     if held is None and validation is not None:
         held = stratified(whole.labels, int(validation), seed, HELD)
     part = whole if held is None else whole.select(np.setdiff1d(np.arange(len(whole)), held, assume_unique=True))
-    ready = Split("test", *tested)
+    train = part.balanced(limit_train) if limit_train else part
+    test = Split("test", *tested)
+    test = test.balanced(limit_test) if limit_test else test
     pad = max(1, min(whole.images.shape[1:3]) // PAD_SHARE) if pad is None else pad
-    return Dataset(
-        name,
-        names,
-        part.balanced(limit_train) if limit_train else part,
-        ready.balanced(limit_test) if limit_test else ready,
-        mean,
-        std,
-        flip,
-        pad,
-        None if held is None else whole.select(held, "validation"),
-    )
+    held = None if held is None else whole.select(held, "validation")
+    return Dataset(name, names, train, test, mean, std, flip, pad, held)
 
 
 def dataset_of_samples(samples: Any, test: Any = None, **options: Any) -> Dataset:
@@ -181,10 +174,9 @@ def _pixels(what: str, image: Any) -> np.ndarray:
 
 def _array(what: str, value: Any) -> np.ndarray:
     try:
-        array = host_array(value)
+        return host_array(value)
     except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
         raise ConfigurationError(f"{what} cannot be taken as an array: {one_line(error)}") from error
-    return array
 
 
 def _images(what: str, value: Any, channels_first: bool) -> Any:
@@ -196,16 +188,13 @@ def _images(what: str, value: Any, channels_first: bool) -> Any:
         raise DataError(f"{what} holds {array.dtype}; images are {KINDS}")
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise DataError(f"{what} has shape {array.shape}; images are (N, H, W, C), or (N, H, W) without colours")
-    shape = (*array.shape, 1) if array.ndim == 3 else array.shape
     if channels_first and array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
-        shape = array.shape
-    elif array.ndim == 4 and shape[1] <= 4 < min(shape[2:]):
-        raise DataError(f"{what} has shape {shape}, which looks like (N, C, H, W); give channels_first=True")
-    dtype = np.uint8 if array.dtype == np.uint8 else np.float32
-    if isinstance(array, np.memmap):
-        return StoredImages(array.__getitem__, shape, dtype)
-    return StoredImages(array.__getitem__, shape, dtype)[:]
+    elif array.ndim == 4 and array.shape[1] <= 4 < min(array.shape[2:]):
+        raise DataError(f"{what} has shape {array.shape}, which looks like (N, C, H, W); give channels_first=True")
+    shape = (*array.shape, 1) if array.ndim == 3 else array.shape
+    images = StoredImages(array.__getitem__, shape, np.uint8 if array.dtype == np.uint8 else np.float32)
+    return images if isinstance(array, np.memmap) else images[:]
 
 
 def _labels(what: str, value: Any) -> np.ndarray:

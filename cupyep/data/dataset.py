@@ -12,8 +12,8 @@ import numpy as np
 
 from cupyep import errors
 from cupyep.data.download import fetch
-from cupyep.data.files import check_labels
-from cupyep.data.formats import Layout, layouts_found
+from cupyep.data.files import Layout, check_labels
+from cupyep.data.formats import layouts_found
 from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Source, check_name, is_own
@@ -90,13 +90,8 @@ class Split(Shown):
             rows.ndim == 1 and rows.dtype.kind in "iu" and bool(((rows >= 0) & (rows < len(self))).all()),
             f"rows must be increasing integers from 0 to {len(self) - 1}, not {shown(rows)} of {rows.dtype}",
         )
-        return Split(
-            self.name if name is None else name,
-            chosen(self.images, rows),
-            self.labels[rows],
-            self.index[rows],
-            self.total,
-        )
+        name = self.name if name is None else name
+        return Split(name, chosen(self.images, rows), self.labels[rows], self.index[rows], self.total)
 
     def take(self, count: int) -> Split:
         """Return the first `count` samples; 1 <= count <= N, otherwise `ConfigurationError`."""
@@ -277,7 +272,8 @@ def load_dataset(
     if is_own(name):
         from cupyep.data.own import load_own  # here: it makes objects of this module
 
-        return load_own(name, image_size, limit_train, limit_test, validation, seed, test_fraction)
+        limits = {"limit_train": limit_train, "limit_test": limit_test}
+        return load_own(name, image_size, validation, seed=seed, test_fraction=test_fraction, **limits)
     source = SOURCES[name]
     check_limits(name, source.train_count, source.test_count, limit_train, limit_test, validation)
     size = _checked_size(source, image_size)

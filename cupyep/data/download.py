@@ -11,13 +11,7 @@ from cupyep.files import can_write
 
 
 def fetch(source: Source, folder: Path) -> str:
-    """Download the files of `source` that `folder` lacks.
-
-    Returns
-    -------
-    str
-        Empty when all files are there, otherwise the reason why not, to be put into one line for the user.
-    """
+    """Download the files of `source` that `folder` lacks; return ``""``, or in one line why that failed."""
     try:
         import pooch
     except ImportError:

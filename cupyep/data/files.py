@@ -6,13 +6,26 @@ import gzip
 import hashlib
 import re
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cupyep.errors import DataError, one_line
 
+Arrays = tuple[np.ndarray, np.ndarray]
+"""Images (N, H, W, C) uint8 and labels (N,) int64."""
 GZIP = b"\x1f\x8b"  # how a gzip file begins, and nothing else that is read here
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One accepted arrangement of files: it is there when all of `files` are, and `read` returns (train, test)."""
+
+    place: Path
+    files: tuple[Path, ...]
+    read: Callable[[], tuple[Arrays, Arrays]]
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

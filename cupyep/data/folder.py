@@ -35,12 +35,8 @@ Listing = dict[str, list[tuple[Path, str]]]
 def pictures_file(folder: Path, size: int) -> Path:
     """Return the .npz file of the pictures in `folder` as images of `size` x `size`; made if it is not in the cache.
 
-    It is kept under a checksum of names, lengths and times of all pictures.
-
-    Raises
-    ------
-    DataError
-        If there are no such pictures, one cannot be read, or the file cannot be kept.
+    It is kept under a checksum of names, lengths and times of all pictures. `DataError` if there are no such pictures,
+    one cannot be read, or the file cannot be kept.
     """
     listing = list_pictures(folder)
     files = [
@@ -63,13 +59,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def list_pictures(folder: Path) -> Listing:
-    """Return the pictures in `folder` with their classes, in the order of their names.
-
-    Raises
-    ------
-    DataError
-        If the folder is not laid out so.
-    """
+    """Return the pictures in `folder` with their classes, in the order of their names; `DataError` if none lie so."""
     if not folder.exists():
         raise DataError(f"there is no folder {folder}")
     if not folder.is_dir():

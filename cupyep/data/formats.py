@@ -1,25 +1,20 @@
 """The original files of the data sets: under which names and where they may lie, and how each format is read.
 
-IDX files and CIFAR's binary batches are plain bytes, and checked as such. A pickle can run code, and a damaged MATLAB
-file can make SciPy crash, hang or fill the memory: of CIFAR's python batches and of SVHN only the original files are
-opened, told by their published MD5 sums, and even then a pickle finds nothing but NumPy's arrays. Archives are read in
-memory; nothing is ever extracted.
+CIFAR's binary batches are plain bytes, and checked as such, as IDX files are (`cupyep.data.idx`). A pickle can run
+code, and a damaged MATLAB file can make SciPy crash, hang or fill the memory: of CIFAR python batches and of SVHN only
+the original files are opened, told by their published MD5 sums, and even then a pickle finds nothing but NumPy's
+arrays. Archives are read in memory; nothing is ever extracted.
 
-Sources: https://yann.lecun.com/exdb/mnist/, https://www.cs.toronto.edu/~kriz/cifar.html,
-http://ufldl.stanford.edu/housenumbers/
+Sources: https://www.cs.toronto.edu/~kriz/cifar.html, http://ufldl.stanford.edu/housenumbers/
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import math
 import pickle
-import struct
 import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,26 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.data.files import check_labels, check_length, check_sum, find_file, plain_name, read_bounded
-from cupyep.data.sources import IDX_FILES, SOURCES, Source, emnist_file
-from cupyep.errors import DataError, one_line
+from cupyep.data import idx
+from cupyep.data.files import Arrays, Layout, check_labels, check_length, check_sum, find_file, plain_name, read_bounded
+from cupyep.data.sources import SOURCES, Source
+from cupyep.errors import DataError, needing, one_line
 
-Arrays = tuple[np.ndarray, np.ndarray]
-"""Images (N, H, W, C) uint8 and labels (N,) int64."""
 Content = bytes | memoryview
 
 SLACK = 16 << 20  # bytes granted to a file beside its pixels
 MEMBERS = 64  # the original archives hold at most ten
 BRIGHTEST = 16  # the images of scikit-learn count ink from 0 to 16
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One accepted arrangement of files: it is there when all of `files` are, and `read` returns (train, test)."""
-
-    place: Path
-    files: tuple[Path, ...]
-    read: Callable[[], tuple[Arrays, Arrays]]
 
 
 def layouts_found(name: str, folder: Path) -> tuple[list[Layout], str]:
@@ -64,100 +49,6 @@ def layouts_found(name: str, folder: Path) -> tuple[list[Layout], str]:
 
 def _bytes(source: Source, count: int) -> int:
     return math.prod(source.shape) * count
-
-
-# --- IDX: MNIST, Fashion-MNIST and KMNIST ---------------------------------------------------------------------------
-
-IDX_FOLDERS = {
-    "mnist": ("mnist", "MNIST/raw", "MNIST"),
-    "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "FashionMNIST", "fashion_mnist", "fashion", "fashionmnist"),
-    "kmnist": ("kmnist", "KMNIST/raw", "KMNIST"),
-}
-NAMED_AFTER = {"fashion-mnist": {"fashion-mnist", "FashionMNIST", "fashion_mnist"}, "kmnist": {"kmnist", "KMNIST"}}
-
-
-def _idx(source: Source, folder: Path) -> Iterator[Layout]:
-    """All these data sets use the same file names, so `folder` itself counts for Fashion-MNIST and KMNIST only when it
-    is named so, and for MNIST only when it is not."""
-    names, called = IDX_FOLDERS[source.name], {folder.name, folder.parent.name}
-    named = next((name for name, known in NAMED_AFTER.items() if known & called), "mnist")
-    for name in (*names, ".") if named == source.name else names:
-        files = tuple(find_file(folder / name, file) for file in IDX_FILES)
-        yield Layout(folder / name, files, partial(_read_idx, source, files))
-
-
-def _read_idx(source: Source, files: tuple[Path, ...]) -> tuple[Arrays, Arrays]:
-    def split(images: Path, labels: Path, count: int) -> Arrays:
-        pixels, classes = read_idx(images, (count, *source.shape[:2])), read_idx(labels, (count,)).astype(np.int64)
-        check_labels(classes, len(source.classes), labels)
-        return pixels[..., None], classes
-
-    return split(*files[:2], source.train_count), split(*files[2:], source.test_count)
-
-
-def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the uint8 array of `shape` in the IDX file `path`; any other content is a `DataError`.
-
-    IDX: four magic bytes ``0 0 type rank`` (type 8 is uint8), `rank` big-endian uint32 lengths, then the bytes.
-    """
-    header = 4 + 4 * len(shape)
-    expected = header + math.prod(shape)
-    return _parsed_idx(read_bounded(path, expected), shape, path)
-
-
-def _parsed_idx(content: bytes, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
-    header = 4 + 4 * len(shape)
-    expected = header + math.prod(shape)
-    if len(content) < header:
-        raise DataError(f"{path}: ends within its header; it is truncated, get it again")
-    if content[:4] != bytes((0, 0, 8, len(shape))):
-        raise DataError(f"{path}: is not an IDX file of uint8 with {len(shape)} dimensions; get the original file")
-    lengths = struct.unpack(f">{len(shape)}I", content[4:header])
-    if lengths != shape:
-        raise DataError(f"{path}: holds an array of shape {lengths}, expected {shape}; get the original file")
-    check_length(content, expected, path)
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
-# --- EMNIST: IDX files of every part, rows and columns of images exchanged, in a folder or in the original archive ---
-
-EMNIST_PLACES = ("emnist", "EMNIST/raw", "EMNIST/raw/gzip", "emnist/gzip", "EMNIST", "gzip", ".")
-
-
-def _emnist(source: Source, folder: Path) -> Iterator[Layout]:
-    names = tuple(emnist_file(source.name.removeprefix("emnist-"), file) for file in IDX_FILES)
-    for place in EMNIST_PLACES:
-        files = tuple(find_file(folder / place, name) for name in names)
-        yield Layout(folder / place, files, partial(_read_emnist, source, files, None))
-    for place in ("emnist/gzip.zip", "EMNIST/raw/gzip.zip", "EMNIST/gzip.zip", "gzip.zip"):
-        members = tuple(Path(f"gzip/{name}.gz") for name in names)
-        yield Layout(folder / place, (folder / place,), partial(_read_emnist, source, members, folder / place))
-
-
-def _read_emnist(source: Source, files: tuple[Path, ...], archive: Path | None) -> tuple[Arrays, Arrays]:
-    """Return the images in four files, or in members of an archive called so."""
-
-    def read(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-        return read_idx(file, shape) if archive is None else _idx_member(archive, file, shape)
-
-    def split(images: Path, labels: Path, count: int) -> Arrays:
-        first = 1 if source.name == "emnist-letters" else 0  # letters count from 1
-        classes = read(labels, (count,)).astype(np.int64) - first
-        check_labels(classes, len(source.classes), labels)
-        pixels = read(images, (count, *source.shape[:2])).transpose(0, 2, 1)
-        return np.ascontiguousarray(pixels)[..., None], classes
-
-    return split(*files[:2], source.train_count), split(*files[2:], source.test_count)
-
-
-def _idx_member(archive: Path, member: Path, shape: tuple[int, ...]) -> np.ndarray:
-    where, most = f"{archive}: {member.as_posix()}", 4 + 4 * len(shape) + math.prod(shape)
-    try:
-        with zipfile.ZipFile(archive) as file, file.open(member.as_posix()) as raw, gzip.open(raw) as content:
-            found = content.read(most + 1)
-    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{where}: cannot be read ({one_line(error)}); get the archive again") from error
-    return _parsed_idx(found, shape, where)
 
 
 # --- CIFAR-10 and CIFAR-100: binary or python batches, in a folder or in the original archive -----------------------
@@ -323,10 +214,8 @@ def _digits(source: Source, _: Path) -> Iterator[Layout]:
 
 
 def _read_digits(source: Source) -> tuple[Arrays, Arrays]:
-    try:
+    with needing('data set digits comes with scikit-learn: pip install "cupyep[demo]"', DataError):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError('data set digits comes with scikit-learn: pip install "cupyep[demo]"') from error
     bundle, n = load_digits(), source.train_count
     if len(bundle.target) != n + source.test_count:
         raise DataError(f"scikit-learn's digits hold {len(bundle.target)} images, expected {n + source.test_count}")
@@ -336,16 +225,9 @@ def _read_digits(source: Source) -> tuple[Arrays, Arrays]:
 
 
 LAYOUTS = {
-    "cifar10": _cifar,
-    "cifar100": _cifar,
-    "cifar100-coarse": _cifar,
-    "mnist": _idx,
-    "fashion-mnist": _idx,
-    "kmnist": _idx,
-    "emnist-letters": _emnist,
-    "emnist-balanced": _emnist,
-    "emnist-digits": _emnist,
-    "svhn": _svhn,
-    "svhn-extra": _svhn,
+    **dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse"), _cifar),
+    **dict.fromkeys(idx.FOLDERS, idx.plain),
+    **dict.fromkeys(("emnist-letters", "emnist-balanced", "emnist-digits"), idx.emnist),
+    **dict.fromkeys(("svhn", "svhn-extra"), _svhn),
     "digits": _digits,
 }

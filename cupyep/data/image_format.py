@@ -13,26 +13,15 @@ from cupyep.data.dataset import Dataset
 
 @dataclass(frozen=True, eq=False)
 class ImageFormat:
-    """The form of a data set, without its images.
-
-    Attributes
-    ----------
-    name : str
-    classes : tuple of str
-    image_shape : (H, W, C)
-    mean, std : ndarray of float32, shape (C,)
-    unit : float
-    fingerprint : str
-        See `Dataset`.
-    """
+    """The form of a data set, without its images."""
 
     name: str
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: np.ndarray
+    image_shape: tuple[int, int, int]  # (H, W, C)
+    mean: np.ndarray  # (C,)
     std: np.ndarray
     unit: float = 255.0
-    fingerprint: str = ""
+    fingerprint: str = ""  # see `Dataset`
 
     @classmethod
     def of(cls, dataset: Dataset) -> ImageFormat:

@@ -67,15 +67,11 @@ def _triangles(old: int, new: int) -> np.ndarray:
 
 
 def channel_statistics(images: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation over all pixels, each float32 (C,).
+    """Return mean and standard deviation over all pixels of images (N, H, W, C), uint8 or float, each float32 (C,).
 
     They are those of ``images / 255`` where they are uint8, and of floats as they are. Sums of uint8 images are exact
     integers; those of floats are taken block by block, each from its own mean, so that a large mean costs no digits. A
     channel without any variation gets std 1, so that it can be divided by.
-
-    Parameters
-    ----------
-    images : ndarray or StoredImages of uint8 or float, shape (N, H, W, C)
     """
     mean, std = _of_bytes(images) if images.dtype == np.uint8 else _of_floats(images)
     return mean.astype(np.float32), std.astype(np.float32)
@@ -122,8 +118,9 @@ def first_not_finite(images: Any) -> int | None:
     return None
 
 
-def add_to_digest(digest: Any, array: Any) -> None:
-    """Update a checksum of `hashlib` by the shape and the values of an array, a block at a time."""
-    digest.update(repr(array.shape).encode())
-    for rows in blocks(array):
-        digest.update(np.ascontiguousarray(array[rows]))
+def add_to_digest(digest: Any, *arrays: Any) -> None:
+    """Update a checksum of `hashlib` by the shapes and the values of arrays, a block at a time."""
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        for rows in blocks(array):
+            digest.update(np.ascontiguousarray(array[rows]))

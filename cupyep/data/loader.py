@@ -35,16 +35,9 @@ class _Draws:
 
 
 class Normaliser:
-    """Makes network inputs of pixels: a value x of channel c becomes (x / unit - mean[c]) / std[c].
+    """Makes network inputs of pixels: a value x of channel c becomes (x / unit - mean[c]) / std[c], of type `dtype`.
 
-    Parameters
-    ----------
-    mean, std : ndarray of shape (C,)
-    device : Device
-    dtype : dtype
-        Of the result.
-    unit : float
-        255 for uint8 images, 1 for floats.
+    The `unit` is 255 for uint8 images, 1 for floats.
     """
 
     def __init__(self, mean: np.ndarray, std: np.ndarray, device: Device, dtype: Any, unit: float = 255.0):

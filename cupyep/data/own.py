@@ -35,15 +35,7 @@ ENDINGS = (".npz", ".h5", ".hdf5")
 MADE_BY = "make one by np.savez(path, x=images, y=labels)"
 
 
-def load_own(
-    name: str,
-    image_size: int | None = None,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-    validation: int | None = None,
-    seed: int = 0,
-    test_fraction: float = 0.2,
-) -> Dataset:
+def load_own(name: str, image_size: int | None, validation: int | None, **options: Any) -> Dataset:
     """Return the data set ``file:PATH`` or ``folder:PATH``; the arguments are those of `cupyep.data.load_dataset`."""
     kind, _, text = name.partition(":")
     path = expanded(text)
@@ -54,20 +46,17 @@ def load_own(
         require(image_size is None, "image-size is for pictures and named data sets; images of a file stay as they are")
         arrays = read_arrays(path)
     try:
-        dataset = _dataset(name, arrays, validation, test_fraction, seed, (limit_train, limit_test))
+        dataset = _dataset(short_name(name), arrays, validation, options)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return dataclasses.replace(dataset, fingerprint=_fingerprint(arrays))
+    digest = hashlib.sha256()
+    for own in sorted(arrays):
+        digest.update(own.encode())
+        add_to_digest(digest, arrays[own])
+    return dataclasses.replace(dataset, fingerprint=digest.hexdigest())
 
 
-def _dataset(
-    name: str,
-    arrays: dict[str, Any],
-    validation: int | None,
-    test_fraction: float,
-    seed: int,
-    limits: tuple[int | None, int | None],
-) -> Dataset:
+def _dataset(name: str, arrays: dict[str, Any], validation: int | None, options: dict[str, Any]) -> Dataset:
     parts = {}
     for end in ("", "_val", "_test"):
         pair = [arrays.get(f"x{end}"), arrays.get(f"y{end}")]
@@ -76,41 +65,17 @@ def _dataset(
                 raise DataError(f"holds no {what}{end}, but {', '.join(sorted(arrays)) or 'nothing'}; {MADE_BY}")
         parts[end] = None if pair[0] is None else tuple(pair)
     held = parts["_val"]
-    require(
-        held is None or validation is None,
-        f"{short_name(name)} has a validation part of its own; leave out --validation",
-    )
-    return dataset_of_arrays(
-        *parts[""],
-        parts["_test"],
-        None if arrays.get("classes") is None else [str(item) for item in np.ravel(arrays["classes"])],
-        validation if held is None else held,
-        test_fraction=test_fraction,
-        seed=seed,
-        name=short_name(name),
-        flip=True,
-        limit_train=limits[0],
-        limit_test=limits[1],
-    )
-
-
-def _fingerprint(arrays: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        add_to_digest(digest, arrays[name])
-    return digest.hexdigest()
+    require(held is None or validation is None, f"{name} has a validation part of its own; leave out --validation")
+    classes = None if arrays.get("classes") is None else [str(item) for item in np.ravel(arrays["classes"])]
+    held = validation if held is None else held
+    return dataset_of_arrays(*parts[""], parts["_test"], classes, held, name=name, flip=True, **options)
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of a data set in the file at `path` by their `NAMES`; large images as `StoredImages`.
 
-    Raises
-    ------
-    ConfigurationError
-        If the name ends neither in .npz nor in .h5.
-    DataError
-        If the file is missing, damaged, or holds objects.
+    `ConfigurationError` if the name ends neither in .npz nor in .h5; `DataError` if the file is missing, damaged, or
+    holds objects.
     """
     ending = path.suffix.lower()
     if path.is_dir():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.data.images import resize
-from cupyep.errors import ConfigurationError, DataError, one_line
+from cupyep.errors import DataError, needing, one_line
 
 #: Formats that Pillow reads by itself; others, such as EPS, would start programs.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -31,12 +31,8 @@ COLOURS = {1: "L", 3: "RGB"}
 def find_pictures(paths: list[Path]) -> list[Path]:
     """Return the files among `paths`, and for every folder the files in it (not below it) by name; no hidden ones.
 
-    What is no picture is among them, so that whoever reads them says so.
-
-    Raises
-    ------
-    DataError
-        If there is no such path, or no picture in a folder.
+    What is no picture is among them, so that whoever reads them says so. `DataError` if there is no such path, or no
+    picture in a folder.
     """
     found = []
     for path in paths:
@@ -53,28 +49,11 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 
 
 def read_picture(path: Path, shape: tuple[int, int, int], size: int | None = None) -> np.ndarray:
-    """Return the picture at `path` as an image of a data set.
+    """Return the picture at `path` as an image of a data set whose images have a `shape` (H, W, C), C 1 or 3: uint8.
 
-    Parameters
-    ----------
-    path : Path
-    shape : (H, W, C)
-        That of the data set's images; 1 or 3 channels.
-    size : int, optional
-        Height and width of the result, where it is another one; `cupyep.data.images.resize` must be able to make it of
-        square images of `shape`.
-
-    Returns
-    -------
-    ndarray of uint8, shape (H, W, C) or (size, size, C)
-
-    Raises
-    ------
-    ConfigurationError
-        If Pillow is not installed.
-    DataError
-        If the file is no picture, is damaged, too large, or has pixels of more than 16 bits; if no picture has so many
-        channels.
+    With a `size` as one of (size, size, C), which `cupyep.data.images.resize` must be able to make of square images of
+    `shape`. `ConfigurationError` if Pillow is not installed; `DataError` if the file is no picture, is damaged, too
+    large, or has pixels of more than 16 bits, or if no picture has so many channels.
     """
     height, width, channels = shape
     if channels not in COLOURS:
@@ -97,10 +76,8 @@ def is_grey(path: Path) -> bool:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, Any, Any]]:
     """Yield a picture, not yet decoded, and Pillow's modules; whatever goes wrong with it is a `DataError`."""
-    try:
+    with needing('pictures need Pillow: pip install "cupyep[images]"'):
         from PIL import Image, ImageOps
-    except ImportError:
-        raise ConfigurationError('pictures need Pillow: pip install "cupyep[images]"') from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -118,10 +95,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any, Any]]:
 def read_array(path: Path, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
     """Return the one image of `shape` in a .npy file, for data sets that no picture can show.
 
-    Raises
-    ------
-    DataError
-        If the file is damaged, holds objects, or another shape or type.
+    `DataError` if the file is damaged, holds objects, or another shape or type.
     """
     try:
         image = np.load(path, allow_pickle=False)

@@ -23,46 +23,24 @@ class Remote:
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a data set before any file is opened.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        (H, W, C) of one image.
-    train_count, test_count : int
-        Number of images; files that hold another number are refused.
-    flip : bool
-        Whether a horizontally mirrored image still belongs to its class.
-    pad : int
-        Pixels by which a random crop may shift an image of this size.
-    per_class : tuple of two tuples of int
-        Number of training and of test images of each class.
-    homepage, licence : str
-        Where the data set is described, and on what terms it may be used, in words.
-    accepts : str
-        The files and folders looked for, in words, for the message when none is there.
-    remotes : tuple of Remote
-        The original files; empty for bundled data.
-    sums : mapping of str to str
-        Further published MD5 sums by file name: of other archives, and of extracted files.
-    fingerprints : tuple of str
-        Of the training and of the test part as they are read, whatever files they come from; see
-        `cupyep.data.verify.fingerprint`. Empty where they are not known.
-    """
+    """What is known of a data set before any file is opened."""
 
     name: str
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]
-    train_count: int
+    shape: tuple[int, int, int]  # (H, W, C) of one image
+    train_count: int  # number of images; files that hold another number are refused
     test_count: int
-    flip: bool
-    pad: int
-    per_class: tuple[tuple[int, ...], tuple[int, ...]]
-    homepage: str
+    flip: bool  # whether a horizontally mirrored image still belongs to its class
+    pad: int  # pixels by which a random crop may shift an image of this size
+    per_class: tuple[tuple[int, ...], tuple[int, ...]]  # number of training and of test images of each class
+    homepage: str  # where the data set is described, and on what terms it may be used, in words
     licence: str
-    accepts: str = ""
-    remotes: tuple[Remote, ...] = ()
+    accepts: str = ""  # the files and folders looked for, in words, for the message when none is there
+    remotes: tuple[Remote, ...] = ()  # the original files; empty for bundled data
+    # further published MD5 sums by file name: of other archives, and of extracted files
     sums: Mapping[str, str] = field(default_factory=dict)
+    # of the training and of the test part as they are read, whatever files they come from; see
+    # `cupyep.data.verify.fingerprint`. Empty where they are not known
     fingerprints: tuple[str, ...] = ()
 
 

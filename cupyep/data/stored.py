@@ -14,16 +14,9 @@ RESIDENT_BYTES = 64 << 20  # images of so many bytes are read as a whole, more o
 class StoredImages:
     """What an array of images looks like as long as only some are read at a time.
 
-    Parameters
-    ----------
-    read : callable
-        Takes a slice, or an array of row numbers in any order; returns these images, a new array or a view.
-    shape : tuple of int
-        (N, H, W, C) of all of them.
-    dtype : dtype
-        uint8, or float32 to which anything else is converted.
-    rows : ndarray of int64, optional
-        The rows of `read` that count; all by default.
+    `read` takes a slice, or an array of row numbers in any order, and returns these images, a new array or a view.
+    `shape` is (N, H, W, C) of all of them, `dtype` uint8, or float32 to which anything else is converted. Of the rows
+    of `read` only those of `rows` count, if given.
     """
 
     ndim = 4

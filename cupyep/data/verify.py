@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import check_sum, plain_name, read_bounded
-from cupyep.data.formats import Arrays, Layout, layouts_found
+from cupyep.data.files import Arrays, Layout, check_sum, plain_name, read_bounded
+from cupyep.data.formats import layouts_found
 from cupyep.data.sources import SOURCES, Source
 from cupyep.errors import DataError
 
@@ -26,20 +26,12 @@ OWN = "for images of your own use --dataset file:PATH"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one data set in one place.
-
-    Attributes
-    ----------
-    name, place : str
-    good : bool
-    text : str
-        One line: what was right, or what is wrong and what to do.
-    """
+    """What was found of one data set in one place."""
 
     name: str
     place: str
     good: bool
-    text: str
+    text: str  # one line: what was right, or what is wrong and what to do
 
 
 def verify(name: str, folder: Path) -> Iterator[Finding]:

@@ -19,22 +19,10 @@ MOST_LOWERINGS = 5  # after one epoch
 class Pace:
     """Chooses the steps of a learner's phases, and looks after a network that stops to contract.
 
-    Parameters
-    ----------
-    learner : EquilibriumPropagation or BackpropagationThroughTime
-        Its steps, and the feedback of its network, are set by `begin`.
-    batch : Batch
-        On which phases are probed.
-    auto : sequence of {"free", "nudged"}
-        The phases whose steps follow what is measured, from 1 to `most_steps`.
-    on_unsettled : {"warn", "lower", "stop"}
-        What to do beside saying so when a phase does not contract, or needs more: nothing; halve the feedback, until
-        the phases contract or `MOST_LOWERINGS` times; end the run.
-
-    Attributes
-    ----------
-    ends : bool
-        Whether the run is to end.
+    Phases are probed on `batch`; `begin` sets the steps of the learner and the feedback of its network. The steps of
+    the phases in `auto` ("free", "nudged") follow what is measured, from 1 to `most_steps`. When a phase does not
+    contract, or needs more, that is said, and `on_unsettled` tells what else to do: "warn" nothing; "lower" halve the
+    feedback, until the phases contract or `MOST_LOWERINGS` times; "stop" end the run, as `ends` says then.
     """
 
     def __init__(self, learner: Any, batch: Batch, auto: Sequence[str], on_unsettled: str = "warn"):

@@ -20,7 +20,7 @@ import numpy as np
 
 from cupyep._version import __version__
 from cupyep.activations import Activation, Clip, Gelu, Tanh
-from cupyep.errors import ConfigurationError, require
+from cupyep.errors import ConfigurationError, needing, require
 from cupyep.export.weights import torch_layout
 from cupyep.layers import Conv2d, Identity, Linear
 from cupyep.network import Network
@@ -76,7 +76,8 @@ def onnx_model(
     ConfigurationError
         If the package onnx is not installed, there are too many steps, or something in the network has no counterpart.
     """
-    helper, numpy_helper = _onnx()
+    with needing('ONNX needs the package onnx: pip install "cupyep[onnx]"'):
+        from onnx import helper, numpy_helper
     within = feedforward or 1 <= steps <= steps + unrolled_steps <= MOST_STEPS
     require(
         within, f"a graph writes every step out: --steps must be from 1 to {MOST_STEPS} (got {steps + unrolled_steps})"
@@ -111,14 +112,6 @@ def onnx_model(
     properties["network"] = json.dumps(network.describe())
     helper.set_model_props(model, properties | {"classes": json.dumps(list(classes))})
     return model
-
-
-def _onnx() -> tuple[Any, Any]:
-    try:
-        from onnx import helper, numpy_helper
-    except ImportError:
-        raise ConfigurationError('ONNX needs the package onnx: pip install "cupyep[onnx]"') from None
-    return helper, numpy_helper
 
 
 class _Graph:

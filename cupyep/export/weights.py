@@ -55,11 +55,8 @@ def torch_layout(network: Network) -> dict[str, np.ndarray]:
 def load_torch_layout(network: Network, arrays: Mapping[str, np.ndarray]) -> None:
     """Take arrays as `torch_layout` names and lays them out as the weights of `network`, whatever these are made of.
 
-    Raises
-    ------
-    ConfigurationError
-        If a name is missing or unknown or a shape differs (nothing is changed then), or the parametrisation of the
-        network's weights cannot give a weight.
+    `ConfigurationError` if a name is missing or unknown or a shape differs (nothing is changed then), or the
+    parametrisation of the network's weights cannot give a weight.
     """
     own = torch_layout(network)
     missing, unknown = sorted(own.keys() - arrays.keys()), sorted(arrays.keys() - own.keys())

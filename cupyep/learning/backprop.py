@@ -40,8 +40,8 @@ class Backpropagation(Learner):
 
     def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
         layout = self.network.memory.layout
-        shape = PassesShape(samples, term_scratch_size(layout, nudges, samples))
-        return Needs(None, samples, shape, functools.partial(lay_out_passes, layout, shape=shape))
+        sizes = (samples, term_scratch_size(layout, nudges, samples))
+        return Needs(None, samples, ("passes", *sizes), functools.partial(lay_out_passes, layout, sizes=sizes))
 
     def _passes(self, batch: Batch, nudges: Sequence[Nudge] = ()) -> Passes:
         needs = self.needs(len(batch.images), nudges)
@@ -95,42 +95,20 @@ class Backpropagation(Learner):
                     passes.mu[below - 1] += out
 
 
-@dataclass(frozen=True)
-class PassesShape:
-    """What decides on the memory of a pass: samples, and scratch for a term of the loss."""
-
-    samples: int
-    scratch: int
-
-
 @dataclass
 class Passes:
-    """The memory of a pass up and one down.
+    """The memory of a pass up and one down."""
 
-    Attributes
-    ----------
-    state : State
-        Its drives are slopes after the pass down.
-    mu : list of arrays
-        dL/ds of each node, from the turn of the last node above to its own.
-    terms : list of arrays
-        A drive or top-down product that is about to be added, one node's at a time.
-    q : list of arrays
-        One layer's as a factor of products, where that is stored in halves.
-    scratch : array
-        For one term of the loss.
-    """
-
-    state: State
-    mu: list[Any]
-    terms: list[Any]
-    q: list[Any]
-    scratch: Any
+    state: State  # its drives are slopes after the pass down
+    mu: list[Any]  # dL/ds of each node, from the turn of the last node above to its own
+    terms: list[Any]  # a drive or top-down product that is about to be added, one node's at a time
+    q: list[Any]  # one layer's as a factor of products, where that is stored in halves
+    scratch: Any  # for one term of the loss
 
 
-def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:
-    """Take the memory of a pass up and one down from `stack`."""
-    samples = shape.samples
+def lay_out_passes(layout: Layout, stack: Stack, sizes: tuple[int, int]) -> Passes:
+    """Take the memory of a pass up and one down from `stack`; `sizes` are samples, and scratch for a term."""
+    samples, scratch = sizes
     batch = [(samples, *size) for size in layout.shapes]
     states = [stack.take("states", size, layout.stored) for size in batch]
     drives = [stack.take("drives", size, layout.number) for size in batch]
@@ -138,5 +116,5 @@ def lay_out_passes(layout: Layout, stack: Stack, shape: PassesShape) -> Passes:
     mu = stack.take_all("adjoint states", layout.until_above(batch, layout.number))
     terms = stack.take_one_of("adjoint states", layout.with_several(batch), layout.number)
     q = layout.factors(stack, batch)
-    scratch = stack.take("update scratch", (shape.scratch,), layout.number)
+    scratch = stack.take("update scratch", (scratch,), layout.number)
     return Passes(State(states, drives, winners), mu, terms, q, scratch)

@@ -62,28 +62,14 @@ class BackpropagationThroughTime(Learner):
         relaxation: float | None = None,
     ):
         super().__init__(network, signals, micro_batch)
-        free_steps, schedule, relaxation = network.settles(free_steps, schedule, relaxation)
-        self.free_steps, self.unrolled_steps = free_steps, unrolled_steps
-        steps = {"free_steps": free_steps, "unrolled_steps": unrolled_steps}
-        check_settling(schedule, steps, tolerance, relaxation)
-        self.schedule = schedule
-        self.tolerance = tolerance
-        self.relaxation = relaxation
-
-    @property
-    def _free(self) -> dict[str, Any]:
-        """How the free phase settles."""
-        return {
-            "retain": "states",
-            "steps": self.free_steps,
-            "schedule": self.schedule,
-            "tolerance": self.tolerance,
-            "relaxation": self.relaxation,
-        }
+        self._settle_by(free_steps, schedule, tolerance, relaxation)
+        self.unrolled_steps = unrolled_steps
+        steps = {"free_steps": self.free_steps, "unrolled_steps": unrolled_steps}
+        check_settling(self.schedule, steps, tolerance, self.relaxation)
 
     def settle_free(self, batch: Batch, **how: Any) -> State:
         """Return the state before the unrolled steps; `how` as in `EquilibriumPropagation.settle_free`."""
-        return self.network.settle_free(batch, **(self._free | how))
+        return self.network.settle_free(batch, **(self._how(self.free_steps) | how))
 
     def settled(self, batch: Batch) -> State:
         """Return the state after the unrolled steps, too: the loss of that one is lowered."""
@@ -97,7 +83,7 @@ class BackpropagationThroughTime(Learner):
     def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
         network, shape = self.network, self._shape(samples, nudges)
         lay_out = functools.partial(lay_out_unrolled, network.memory.layout, shape=shape)
-        return Needs(network.free_shape(samples, **self._free), samples, shape, lay_out)
+        return Needs(network.free_shape(samples, **self._how(self.free_steps)), samples, shape, lay_out)
 
     @exclusive
     def step_from(self, batch: Batch, start: State) -> StepResult:
@@ -112,24 +98,12 @@ class BackpropagationThroughTime(Learner):
     def step_from_equilibrium(self, batch: Batch, free: State, max_iterations: int = 1000) -> tuple[StepResult, float]:
         """Return the gradients of unrolling infinitely many steps from `free`, and what is left of their equation.
 
-        At an equilibrium all steps are the same step, so one is kept, and the sum of all adjoint states solves
-        ``mu = dL/ds + J^T mu``, J the derivative of the step (Almeida 1987, Pineda 1987): by even and odd layers in
-        turn, over-relaxed.
+        At an equilibrium (the nearer `free` is to one, the better) all steps are the same step, so one is kept, and the
+        sum of all adjoint states solves ``mu = dL/ds + J^T mu``, J the derivative of the step (Almeida 1987, Pineda
+        1987): by even and odd layers in turn, over-relaxed, in at most `max_iterations` passes.
 
-        Parameters
-        ----------
-        batch : Batch
-        free : State
-            An equilibrium; the nearer, the better.
-        max_iterations : int
-            End after so many passes over the layers in any case.
-
-        Returns
-        -------
-        StepResult
-        float
-            Largest residual of the equation in any layer, relative to its mu: above `ADJOINT_TOLERANCE` where the
-            sum does not converge, as at a state that is no stable equilibrium.
+        What is left is the largest residual of the equation in any layer, relative to its mu: above `ADJOINT_TOLERANCE`
+        where the sum does not converge, as at a state that is no stable equilibrium.
         """
         integer("max_iterations", max_iterations)
         batch, gradients = self.network.labelled(batch), self._zero_gradients()
@@ -276,33 +250,18 @@ class UnrolledShape:
 
 @dataclass
 class Unrolled:
-    """The memory of the unrolled steps.
+    """The memory of the unrolled steps."""
 
-    Attributes
-    ----------
-    phase : PhaseBuffers
-        Of the step that is being done.
-    history : list of State
-        States before each step, drives and winners in it.
-    mu, other : list of arrays
-        dL/ds of two neighbouring steps.
-    down, up, scaled : list of arrays
-        What one edge sends down and up, and the adjoint state below times the feedback weight: one layer's at a time.
-    q : list of arrays
-        One layer's adjoint state as a factor of products, where that is stored in halves.
-    scratch : array
-        For one term of the loss.
-    """
-
-    phase: PhaseBuffers
-    history: list[State]
-    mu: list[Any]
+    phase: PhaseBuffers  # of the step that is being done
+    history: list[State]  # states before each step, drives and winners in it
+    mu: list[Any]  # dL/ds of two neighbouring steps
     other: list[Any]
+    # what one edge sends down and up, and the adjoint state below times the feedback weight: one layer's at a time
     down: list[Any]
     up: list[Any]
     scaled: list[Any]
-    q: list[Any]
-    scratch: Any
+    q: list[Any]  # one layer's adjoint state as a factor of products, where that is stored in halves
+    scratch: Any  # for one term of the loss
 
 
 def lay_out_unrolled(layout: Layout, stack: Stack, shape: UnrolledShape) -> Unrolled:

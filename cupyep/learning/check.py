@@ -135,10 +135,7 @@ def bptt_gradients(
 ) -> dict[str, Any]:
     """Return the gradients of BPTT from a free state, over so many synchronous steps or as many as change them.
 
-    Raises
-    ------
-    DivergenceError
-        If they never stop changing, as at a state that is no stable equilibrium.
+    `DivergenceError` if they never stop changing, as at a state that is no stable equilibrium.
     """
     learner = BackpropagationThroughTime(network, unrolled_steps=steps or 1, signals=signals)
     if steps is not None:

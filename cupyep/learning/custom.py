@@ -158,11 +158,8 @@ def _check_parameter(
 def judge(what: str, truth: Any, added: Any, written: Any, scale: Any = None) -> None:
     """Raise `ConfigurationError` unless `added` is ``scale * truth``; it says in which way it is not.
 
-    Parameters
-    ----------
-    truth, added, written : sequences of arrays of shape (B,)
-        A direction each: the difference quotient, what was added along it, and what lies there now.
-    scale : array of shape (B,), optional
+    Each is a sequence of arrays (B,), a direction each: the difference quotient (`truth`), what was `added` along it,
+    and what lies there now (`written`). The `scale` (B,) is 1 by default.
     """
     truth, added, written = (
         np.array([np.asarray(row.get() if hasattr(row, "get") else row, float) for row in rows])

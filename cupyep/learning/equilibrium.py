@@ -95,18 +95,15 @@ class EquilibriumPropagation(Learner):
     ):
         super().__init__(network, signals, micro_batch)
         self.beta = number("beta, the strength of the nudge,", beta, above=0)
-        free_steps, schedule, relaxation = network.settles(free_steps, schedule, relaxation)
-        nudged_steps = default_steps(schedule, network.feedback)[1] if nudged_steps is None else nudged_steps
-        self.free_steps, self.nudged_steps = free_steps, nudged_steps
+        self._settle_by(free_steps, schedule, tolerance, relaxation)
+        default = default_steps(self.schedule, network.feedback)[1]
+        self.nudged_steps = default if nudged_steps is None else nudged_steps
         self.scheme = choose("scheme", scheme, SCHEMES)
         self.nudge = choose("nudge", nudge, FORMS)
         if scheme == "tangent" and nudge == "classical":
             raise ConfigurationError("the tangent scheme is the limit of the deviation form; use nudge 'deviation'")
-        steps = {"free_steps": free_steps, "nudged_steps": nudged_steps}
-        check_settling(schedule, steps, tolerance, relaxation)
-        self.schedule = schedule
-        self.tolerance = tolerance
-        self.relaxation = relaxation
+        steps = {"free_steps": self.free_steps, "nudged_steps": self.nudged_steps}
+        check_settling(self.schedule, steps, tolerance, self.relaxation)
         generator = np.random.default_rng(0) if generator is None else generator
         self.generator = instance("generator", generator, np.random.Generator)
         for risk in precision_risks(self):
@@ -121,22 +118,14 @@ class EquilibriumPropagation(Learner):
     def takes_slopes(self) -> bool:
         return self.form == "tangent"
 
-    def _how(self, steps: int) -> dict[str, Any]:
-        return {
-            "steps": steps,
-            "schedule": self.schedule,
-            "tolerance": self.tolerance,
-            "relaxation": self.relaxation,
-        }
-
     @property
     def _free(self) -> dict[str, Any]:
         """How the free phase settles; deviations build on its drives alone, states on its states."""
-        return {"retain": "states" if self.form == "classical" else "drives", **self._how(self.free_steps)}
+        return self._how(self.free_steps, "states" if self.form == "classical" else "drives")
 
     @property
     def _nudged(self) -> dict[str, Any]:
-        return {"retain": "states", **self._how(self.nudged_steps)}
+        return self._how(self.nudged_steps)
 
     def settle_free(self, batch: Batch, **how: Any) -> State:
         """Return the free state of a batch, in memory that the nudged phases take over but for what they build on.
@@ -284,24 +273,12 @@ class EquilibriumPropagation(Learner):
 
 @dataclass
 class Part:
-    """A part of a batch on its way to gradients.
+    """A part of a batch on its way to gradients."""
 
-    Attributes
-    ----------
-    gradients : Gradients
-        By parameter path; what the part contributes is added.
-    batch : Batch
-    total : int
-        Samples of the whole batch.
-    betas : list of float
-        One a phase.
-    nudges : list of Nudge
-    """
-
-    gradients: Gradients
+    gradients: Gradients  # by parameter path; what the part contributes is added
     batch: Batch
-    total: int
-    betas: list[float]
+    total: int  # samples of the whole batch
+    betas: list[float]  # one a phase
     nudges: list[Nudge]
 
     @property

@@ -96,6 +96,18 @@ class Learner(Shown):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_gradients": {}}
 
+    def _settle_by(
+        self, free_steps: int | None, schedule: str | None, tolerance: float | None, relaxation: float | None
+    ) -> None:
+        """Take up how phases settle, for algorithms that have some; as the network does where that is None."""
+        self.free_steps, self.schedule, self.relaxation = self.network.settles(free_steps, schedule, relaxation)
+        self.tolerance = tolerance
+
+    def _how(self, steps: int, retain: str = "states") -> dict[str, Any]:
+        """Return how a phase settles: the arguments of `Network.settle_free`."""
+        shared = {"schedule": self.schedule, "tolerance": self.tolerance, "relaxation": self.relaxation}
+        return {"steps": steps, "retain": retain, **shared}
+
     def facts(self) -> dict[str, str]:
         size = f"{len(self.network.layers)} layers, {sum(p.size for p in self.parameters().values()):,} parameters"
         names = ("beta", "scheme", "nudge", "schedule", "free_steps", "unrolled_steps", "nudged_steps", "tolerance")
@@ -151,10 +163,7 @@ class Learner(Shown):
     def _add(self, gradients: Gradients, part: Batch, total: int, draw: Any) -> StepResult:
         """Add the gradients of one of the parts that make a batch of `total` samples.
 
-        Returns
-        -------
-        StepResult
-            Whose loss, activity and response are what the part contributes to the batch's.
+        Loss, activity and response of the result are what the part contributes to the batch's.
         """
         raise NotImplementedError
 
@@ -309,11 +318,8 @@ def _sum(parts: Sequence[StepResult]) -> StepResult:
 
 def term_scratch_size(layout: Layout, nudges: Sequence[Nudge], samples: int) -> int:
     """Return the elements of scratch for the force or the parameter gradient of one term at a time."""
-    return (
-        max(
-            layout.copied(term.layer, samples) + max(term.scratch_size(samples), term.gradient_scratch_size(samples))
-            for term, *_ in nudges
-        )
-        if nudges
-        else 0
+    sizes = (
+        layout.copied(term.layer, samples) + max(term.scratch_size(samples), term.gradient_scratch_size(samples))
+        for term, *_ in nudges
     )
+    return max(sizes, default=0)

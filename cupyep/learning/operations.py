@@ -20,22 +20,10 @@ from cupyep.state import State
 
 
 class Operations:
-    """Counts the operations of phases and steps of a network.
+    """Counts the operations of phases and steps of a network with a `batch` of so many images.
 
-    Parameters
-    ----------
-    network : Network
-    batch : int
-    done : bool
-        Count what is done, and not the operations of direct convolutions: Winograd's algorithm does fewer, and where it
-        is chosen depends on the batch.
-
-    Attributes
-    ----------
-    edges, pairs : list of int
-        Of one product of each connection, for the batch and for two phases of it in one.
-    first, rest : int
-        Of one product of all connections from the image, and of all others.
+    With `done` what is done is counted, and not the operations of direct convolutions: Winograd's algorithm does fewer,
+    and where it is chosen depends on the batch.
     """
 
     def __init__(self, network: Network, batch: int, done: bool = False):
@@ -65,11 +53,7 @@ class Operations:
     ) -> int:
         """Return the operations of free phase, nudged phases and gradient of `EquilibriumPropagation`.
 
-        Parameters
-        ----------
-        form : {"classical", "deviation", "tangent"}
-        phases : {1, 2}
-            Nudged ones; the tangent form has one.
+        `form` is that of `Network.settle_nudged`; of `phases`, 1 or 2 nudged ones, the tangent form has one.
         """
         classical, two = form == "classical", phases == 2 and form != "tangent"
         products, program = self.pairs if two else self.edges, self._program(schedule, True, classical)
@@ -121,16 +105,7 @@ class OperationCounter:
     """Counts the operations of the steps and predictions that a learner does from now on, as long as its phases are.
 
     Where a tolerance ends the free phase of BPTT, those of all its steps. What only looks at a network (a checkup) is
-    not counted.
-
-    Parameters
-    ----------
-    learner : Learner
-
-    Attributes
-    ----------
-    operations : int
-        So far; may be set back.
+    not counted. `operations` is the count so far; it may be set back.
     """
 
     def __init__(self, learner: Learner):

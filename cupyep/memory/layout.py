@@ -332,8 +332,7 @@ class Layout:
             winners = self.winners_of_a_node(stack, shape.samples)
         copied = self.copied if classical else lambda *_: 0  # deviations are made states of the type to compute in
         sizes = (copied(t.layer, shape.samples) + t.gradient_scratch_size(shape.samples) for t in shape.terms)
-        size = max(sizes, default=0)
-        terms = stack.take("work", (size,), self.number)
+        terms = stack.take("work", (max(sizes, default=0),), self.number)
         stack.release(top)
         return {"work": work, "means": means, "images": images, "work_winners": winners, "term_work": terms}
 

@@ -31,11 +31,7 @@ MOST = 1 << 56  # numbers in one array
 class BlankDevice(Device):
     """What can be told of a device without having it: its arrays have shape and type, and take next to no memory.
 
-    Parameters
-    ----------
-    kind : {"cpu", "gpu"}
-    scratch_mb : float, optional
-        See `Device`; by default what a CPU has here, or a GPU with 50 MB of L2.
+    Its scratch is, unless given (see `Device`), what a CPU has here, or a GPU with 50 MB of L2.
     """
 
     def __init__(self, kind: str, scratch_mb: float | None = None):
@@ -142,21 +138,11 @@ def _derived_weights(workspaces: Sequence[Workspace]) -> int:
 
 
 def peak_bytes(make: Callable[[], Callable[[], Any]], device: Device) -> int:
-    """Return the peak memory of some work in bytes, beyond what was there before.
+    """Return the peak memory in bytes of the work, a function that `make` returns, beyond what was there before.
 
-    Parameters
-    ----------
-    make : callable
-        Makes all that the work uses and returns the work, a function. What is made counts, what was needed to make it
-        does not.
-    device : Device
-
-    Returns
-    -------
-    int
-        On the CPU what Python and NumPy allocated; BLAS's own buffers are not seen. On a GPU what was taken from CuPy's
-        pools, and the workspace of cuBLAS, which all networks of a thread share; the code of kernels and what CUDA
-        itself takes are not seen.
+    What is made counts, what was needed to make it does not. On the CPU it is what Python and NumPy allocated; BLAS's
+    own buffers are not seen. On a GPU it is what was taken from CuPy's pools, and the workspace of cuBLAS, which all
+    networks of a thread share; the code of kernels and what CUDA itself takes are not seen.
     """
     if device.is_gpu:
         small = device.xp.zeros((1, 1), np.float32)

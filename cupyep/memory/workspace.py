@@ -26,34 +26,13 @@ from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 class Workspace:
     """The operations of a network's edges for one batch size: chunk plans, and views of memory that all sizes share.
 
-    Parameters
-    ----------
-    edges : sequence of Edge
-    batch : int
-        Samples processed together (2N for two nudged phases in one batch).
-    device : Device
-    precision : Precision
-
-    Attributes
-    ----------
-    ops : list
-        Operations of each edge.
-    nbytes : int
-        Bytes wanted from the arena.
-    replayer : Replayer
-        Of iterations captured with these operations.
-    effective : Effective
-        From `bind` on: what they take of the parameters.
+    `batch` are the samples processed together (2N for two nudged phases in one batch).
     """
 
     def __init__(self, edges: Sequence[Edge], batch: int, device: Device, precision: Precision):
-        self.edges = edges
-        self.batch = batch
-        self.device = device
-        self.precision = precision
-        budget = device.scratch_bytes
-        self.ops = [edge.prepare(batch, budget, precision, device) for edge in edges]
-        self.nbytes = max(ops.nbytes for ops in self.ops)
+        self.edges, self.batch, self.device, self.precision = edges, batch, device, precision
+        self.ops = [edge.prepare(batch, device.scratch_bytes, precision, device) for edge in edges]
+        self.nbytes = max(ops.nbytes for ops in self.ops)  # wanted from the arena
 
     def bind(self, arena: Arena, effective: Effective) -> None:
         """Take views of the arena, and the arrays that each edge's operations make of the weights."""
@@ -78,11 +57,6 @@ class Effective:
     """What is made of the parameters, for all memories that settle with them: each thing once while they are constant.
 
     The weights of edges, what operations make of them (mirrored, transformed, rounded), the maps of heads.
-
-    Parameters
-    ----------
-    edges : sequence of Edge
-    xp : module
     """
 
     def __init__(self, edges: Sequence[Edge], xp: Any):
@@ -138,15 +112,8 @@ class Memory:
     """What settling and learning need beside parameters, each allocated once and shared by all that can share it.
 
     Workspaces of all batch sizes share one arena of scratch for products and what is made of the weights (mirrored,
-    transformed, rounded). The arrays of all phases lie in one block, which grows when a phase needs more.
-
-    Parameters
-    ----------
-    graph : Graph
-    device : Device
-    precision : Precision
-    effective : Effective, optional
-        Of the network, where several memories serve it: a thread each.
+    transformed, rounded). The arrays of all phases lie in one block, which grows when a phase needs more. Several
+    memories of one network, a thread each, share its `effective`.
     """
 
     # An epoch's: N and 2N of each of the two lengths that the parts of a batch have, of those of the last, ragged one,
@@ -155,10 +122,8 @@ class Memory:
     LAYOUTS_KEPT = 64
 
     def __init__(self, graph: Graph, device: Device, precision: Precision, effective: Effective | None = None):
-        self.edges = graph.edges
+        self.edges, self.device, self.precision = graph.edges, device, precision
         self.effective = Effective(graph.edges, device.xp) if effective is None else effective
-        self.device = device
-        self.precision = precision
         self.layout = Layout(graph, precision, device.is_gpu)
         self._arena: Arena | None = None
         self._block: Any = None
@@ -234,24 +199,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a learning step needs of a network's memory.
+    """What a learning step needs of a network's memory."""
 
-    Attributes
-    ----------
-    free : PhaseShape or None
-        Its free phase, if it has one.
-    rows : int
-        Samples that are processed together afterwards.
-    key : hashable
-        Tells what follows from anything else.
-    lay_out : callable
-        Takes from a stack what is laid over all that the free phase does not leave.
-    """
-
-    free: PhaseShape | None
-    rows: int
-    key: Hashable
-    lay_out: Callable[[Stack], Any]
+    free: PhaseShape | None  # its free phase, if it has one
+    rows: int  # samples that are processed together afterwards
+    key: Hashable  # tells what follows from anything else
+    lay_out: Callable[[Stack], Any]  # takes from a stack what is laid over all that the free phase does not leave
 
     @property
     def batches(self) -> list[int]:

@@ -43,51 +43,30 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint file holds.
+    """What a checkpoint file holds."""
 
-    Attributes
-    ----------
-    parameters, optimizer, statistics : dict of str to host array
-        By path, by the names of `Optimizer.state_dict` and of `EpochStatistics.state_dict`.
-    network : dict
-        `Network.describe` of the network that the parameters belong to.
-    epoch, batch : int
-        Epochs done, and batches done of the epoch after; 0 between epochs.
-    best_accuracy, best_epoch : float, int
-        The best accuracy so far, in [0, 1], and the epoch that reached it; of the validation split where there is one,
-        else of the test split.
-    elapsed_s, epoch_s : float
-        Seconds that the finished epochs took, and training in the epoch under way.
-    halvings : int
-        How often the learning rates have been halved.
-    generators : dict of str to dict
-        States of the random generators, as ``Generator.bit_generator.state`` gives them; of the one that draws an
-        epoch's order and crops, the state at the beginning of that epoch.
-    config : dict
-        The options of the run.
-    images : dict
-        `ImageFormat.to_json` of the data set; empty where a trainer was not told it.
-    versions : dict of str to str
-    settling : dict
-        Of a run that chooses its steps: ``free_steps``, ``nudged_steps``, ``feedback`` that it settles with, and the
-        same as ``next_free_steps`` and so on from the next epoch on. Empty for others.
-    """
-
-    parameters: dict[str, Any]
-    optimizer: dict[str, Any]
-    network: dict[str, Any]
-    epoch: int = 0
-    batch: int = 0
+    parameters: dict[str, Any]  # by path; like all arrays here on the host
+    optimizer: dict[str, Any]  # by the names of `Optimizer.state_dict`
+    network: dict[str, Any]  # `Network.describe` of the network that the parameters belong to
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done of the epoch after; 0 between epochs
+    # the best accuracy so far, in [0, 1], and the epoch that reached it; of the validation split where there is one,
+    # else of the test split
     best_accuracy: float = 0.0
     best_epoch: int = 0
-    elapsed_s: float = 0.0
+    elapsed_s: float = 0.0  # seconds that the finished epochs took, and training in the epoch under way
     epoch_s: float = 0.0
-    halvings: int = 0
-    statistics: dict[str, Any] = field(default_factory=dict)
+    halvings: int = 0  # how often the learning rates have been halved
+    statistics: dict[str, Any] = field(default_factory=dict)  # by the names of `EpochStatistics.state_dict`
+    # states of the random generators, as ``Generator.bit_generator.state`` gives them; of the one that draws an epoch's
+    # order and crops, the state at the beginning of that epoch
     generators: dict[str, dict] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # the options of the run
+    # `ImageFormat.to_json` of the data set; empty where a trainer was not told it
     images: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    # of a run that chooses its steps: ``free_steps``, ``nudged_steps``, ``feedback`` that it settles with, and the same
+    # as ``next_free_steps`` and so on from the next epoch on. Empty for others
     settling: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Any]:
@@ -104,17 +83,7 @@ NUMBERS = {
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, keep_as: Path | None = None) -> None:
     """Write `checkpoint` (arrays on the host) to `path`, atomically: the old file stays until the new one is complete.
 
-    Parameters
-    ----------
-    path : path
-    checkpoint : Checkpoint
-    keep_as : Path, optional
-        Where the file that is replaced goes.
-
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be written.
+    The file that is replaced goes to `keep_as`, if given. `CheckpointError` if the file cannot be written.
     """
     path = Path(path)
     with reporting(CheckpointError, f"cannot write checkpoint '{path}'"):
@@ -136,10 +105,7 @@ def _fill(file: h5py.File, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read the checkpoint at `path`.
 
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, truncated, of another format or version, or holds numbers that are not finite.
+    `CheckpointError` if the file is missing, truncated, of another format or version, or holds numbers not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -204,10 +170,7 @@ def _read_arrays(file: h5py.File, group_name: str) -> dict[str, np.ndarray]:
 def restore_parameters(path: str | Path, saved: Mapping[str, Any], parameters: Mapping[str, Any], device: Any) -> None:
     """Copy the arrays of the checkpoint at `path` into the live `parameters` (on `device`), in place.
 
-    Raises
-    ------
-    CheckpointError
-        If a name is missing or unknown or a shape differs; nothing is changed then.
+    `CheckpointError` if a name is missing or unknown or a shape differs; nothing is changed then.
     """
     for name, array in saved.items():
         if name not in parameters:

@@ -63,10 +63,7 @@ def create(path: str | Path | BinaryIO) -> h5py.File:
 def seal(path: str | Path) -> None:
     """Write the checksum into the closed file at `path`, durably.
 
-    Raises
-    ------
-    DataError
-        If the file has no room for it: one that `create` did not make needs a user block of 512 bytes or more.
+    `DataError` if the file has no room for it: one that `create` did not make needs a user block of 512 bytes or more.
     """
     with open(path, "rb+") as file:
         head = file.read(SEAL_BYTES)
@@ -99,10 +96,7 @@ def image(fill: Callable[[h5py.File], None]) -> memoryview:
 def open_file(path: str | Path) -> h5py.File:
     """Open the file at `path` for reading, once its seal holds or, without one, another process survived it.
 
-    Raises
-    ------
-    OSError
-        If it is not HDF5, is damaged, or is more than the HDF5 library can bear.
+    `OSError` if it is not HDF5, is damaged, or is more than the HDF5 library can bear.
     """
     if not _is_sealed(path):
         if not h5py.is_hdf5(path):
@@ -157,10 +151,7 @@ def _probe(path: str | Path) -> None:
 def attribute(item: h5py.Group | h5py.Dataset, name: str) -> Any:
     """Return an attribute: None if there is none, text as `str` (or an array of them), numbers as NumPy's.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If it is neither text nor numbers, or larger than `ATTRIBUTE_BYTES`.
+    `TypeError` or `ValueError` if it is neither text nor numbers, or larger than `ATTRIBUTE_BYTES`.
     """
     if name not in item.attrs:
         return None
@@ -200,18 +191,9 @@ def find(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
 def find_array(group: h5py.Group, name: str, *, compressed: bool = False) -> h5py.Dataset | None:
     """Return the array at `name` below `group`, or None if there is none that lies, complete, in this very file.
 
-    Parameters
-    ----------
-    group : Group
-    name : str
-    compressed : bool
-        Whether the values may be compressed; then an array can be a thousand times as large as the file, and has to be
-        read in parts.
-
-    Raises
-    ------
-    ValueError
-        If the file holds less than the array's shape promises, or a chunk of it is larger than `CHUNK_BYTES`.
+    If its values may be `compressed`, an array can be a thousand times as large as the file, and has to be read in
+    parts. `ValueError` if the file holds less than the array's shape promises, or a chunk of it is larger than
+    `CHUNK_BYTES`.
     """
     array = find(group, name)
     if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual or array.shape is None:

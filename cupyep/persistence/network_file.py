@@ -105,12 +105,8 @@ def difference(saved: Any, own: Any, where: str = "") -> str:
 def write_network(path: str | Path, network: Any) -> None:
     """Write a `Network` to `path`; what was there before stays until the new file is complete.
 
-    Raises
-    ------
-    ConfigurationError
-        If a layer or the activation is of a class of the user's own, which a file cannot hold.
-    CheckpointError
-        If the file cannot be written.
+    `ConfigurationError` if a layer or the activation is of a class of the user's own, which a file cannot hold;
+    `CheckpointError` if the file cannot be written.
     """
     remedy = "keep the parameters with numpy.savez, and give them to load_parameters of a network built by your code"
     for edge, above in zip(network.layers, network.graph.above, strict=True):
@@ -137,18 +133,9 @@ def write_network(path: str | Path, network: Any) -> None:
 
 
 def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
-    """Return what `write_network` wrote.
+    """Return what `write_network` wrote; `build` makes a `Network` from its layers and, by name, the `OPTIONS`.
 
-    Parameters
-    ----------
-    path : path
-    build : callable
-        Makes a `Network` from its layers and, by name, the `OPTIONS`.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, truncated, of another format or version, or its parts do not fit together.
+    `CheckpointError` if the file is missing, truncated, of another format or version, or its parts do not fit together.
     """
     path = Path(path)
     if not path.is_file():

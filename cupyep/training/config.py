@@ -251,17 +251,9 @@ class TrainConfig:
 
 # What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
 RESUME_OPTIONS = (
-    "epochs",
-    "device",
-    "scratch_mb",
-    "data_dir",
-    "teacher",
-    "checkpoint_minutes",
-    "on_divergence",
-    "on_unsettled",
-    "patience",
-    "plugin",
-)
+    "epochs", "device", "scratch_mb", "data_dir", "teacher", "checkpoint_minutes", "on_divergence", "on_unsettled",
+    "patience", "plugin",
+)  # fmt: skip
 
 #: The options by name, in the order of ``--help-all``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}
@@ -273,18 +265,10 @@ def option_name(name: str) -> str:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read options from a config.toml or recipe.
+    """Return the options in a config.toml or recipe by name, their values checked one by one.
 
-    Returns
-    -------
-    dict
-        Options by name, their values checked one by one.
-
-    Raises
-    ------
-    ConfigurationError
-        If the file is missing or not TOML, names an unknown option, or has a value that breaks the rule of its option;
-        the message names file and key.
+    `ConfigurationError`, whose message names file and key, if the file is missing or not TOML, names an unknown option,
+    or has a value that breaks the rule of its option.
     """
     try:
         text = read_text(path, TOML_BYTES)
@@ -306,9 +290,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     """Return the configuration in which later `layers` (such as recipe, command line) override earlier ones."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged.update(layer)
+    merged = {name: value for layer in layers for name, value in layer.items()}
     for name in merged:
         check_name(name)
     return TrainConfig(**merged)
@@ -343,18 +325,8 @@ def check_name(name: str) -> None:
 def parse_layers(text: str, depth: int, nodes: Sequence[str] | None = ()) -> list[int]:
     """Return the layer numbers that `text` names: ``"all"``, ``"2,3,4"``, ``"2-5"``, ``"1,3-5"``, or names of nodes.
 
-    Parameters
-    ----------
-    text : str
-    depth : int
-        Number of state layers; layers count from 1 to `depth`.
-    nodes : sequence of str, optional
-        Names of the layers, where they have any; None if that is not known yet: then every name will do.
-
-    Raises
-    ------
-    ConfigurationError
-        If the text is none of these forms or names a layer that does not exist.
+    Layers count from 1 to `depth`; `nodes` are their names, where they have any, None if that is not known yet: then
+    every name will do. `ConfigurationError` if the text is none of these forms or names a layer that does not exist.
     """
     if text == "all":
         return list(range(1, depth + 1)) if depth < sys.maxsize else []

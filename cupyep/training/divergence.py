@@ -35,18 +35,11 @@ def check_finite(
 ) -> None:
     """Raise `DivergenceError` if something stopped being finite; name what was first, and where.
 
-    Parameters
-    ----------
-    counts : mapping of str to ndarray
-        For each statistic of `WATCHED` the number of batches after which its sum was still finite; one a layer, or one.
-    batches : int
-        Number of batches done in this epoch.
-    epoch : int
-    layers : sequence of str
-        Names that belong to the entries of ``gradient_norm``; those of states are the first of them.
-    unrest : float
-        What a layer's state still changes by in an iteration at the end of a free phase, as a part of the state: a
-        network that does not come to rest without a nudge does not do so with a small one.
+    The `counts` are, for each statistic of `WATCHED`, the number of batches after which its sum was still finite, one a
+    layer or one; `batches` is the number done in this epoch. The names `layers` belong to the entries of
+    ``gradient_norm``; those of states are the first of them. The `unrest` is what a layer's state still changes by in
+    an iteration at the end of a free phase, as a part of the state: a network that does not come to rest without a
+    nudge does not do so with a small one.
     """
     good = min(int(np.min(count)) for count in counts.values())
     if good == batches:
@@ -90,12 +83,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], epoch: int) -> None:
 
 
 class LossWatch:
-    """Watches a running mean of the loss, over about the last `LONG` batches, for rising `FAR` above the first loss.
-
-    Parameters
-    ----------
-    device : Device
-    """
+    """Watches a running mean of the loss, over about the last `LONG` batches, for rising `FAR` above the first loss."""
 
     def __init__(self, device: Device):
         self.device = device

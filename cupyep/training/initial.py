@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.errors import CheckpointError, ConfigurationError, one_line, reporting
+from cupyep.errors import CheckpointError, ConfigurationError, needing, one_line, reporting
 from cupyep.export import load_torch_layout
 from cupyep.network import Network
 from cupyep.persistence import hdf5, load_checkpoint, network_file
@@ -20,20 +20,12 @@ ABOUT = ("mean", "std", "classes", "settings")  # what an exported npz holds bes
 def load_initial(network: Network, path: Path) -> None:
     """Copy the weights in the file `path` into `network`; nothing in the file is ever executed.
 
-    Parameters
-    ----------
-    network : Network
-        With the architecture that the weights are of; activation, feedback, precision and loss may be others.
-    path : path
-        ``.h5``: `Network.save`, or a checkpoint, of which an average counts where there is one; ``.npz`` and
-        ``.safetensors`` as ``cupyep export`` writes them.
+    The network has the architecture that the weights are of; activation, feedback, precision and loss may be others.
+    Read are ``.h5``: `Network.save`, or a checkpoint, of which an average counts where there is one; ``.npz`` and
+    ``.safetensors`` as ``cupyep export`` writes them.
 
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be read or holds numbers that are not finite.
-    ConfigurationError
-        If its weights do not fit, or it is of another kind.
+    `CheckpointError` if the file cannot be read or holds numbers that are not finite, `ConfigurationError` if its
+    weights do not fit, or it is of another kind.
     """
     if path.suffix not in READERS:
         raise ConfigurationError(f"--init-from '{path}' is none of {', '.join(READERS)}{OTHERS.get(path.suffix, '')}")
@@ -70,11 +62,9 @@ def _read_npz(path: Path) -> Mapping[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    try:
+    with needing(f"'{path}' needs safetensors: pip install safetensors"):
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
-    except ImportError:
-        raise ConfigurationError(f"'{path}' needs safetensors: pip install safetensors") from None
     try:
         return load_file(path)
     except (SafetensorError, KeyError, TypeError) as error:  # types that NumPy has not

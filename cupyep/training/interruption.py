@@ -31,18 +31,10 @@ class Interruptions:
     """Context manager in which signals do not break off what is going on.
 
     Handlers belong to the main thread: in another one, signals do what they always do. A signal that is ignored when
-    the context begins (SIGHUP under nohup) stays so.
+    the context begins (SIGHUP under nohup) stays so. The signal that asked to stop is `received`; 0 if there was none.
 
-    Parameters
-    ----------
-    at_once : bool
-        Whether the first signal raises `Interrupted` where it comes, instead of at the next `check`: for what is kept
-        piece by piece anyway.
-
-    Attributes
-    ----------
-    received : int
-        The signal that asked to stop; 0 if there was none.
+    With `at_once` the first signal raises `Interrupted` where it comes, instead of at the next `check`: for what is
+    kept piece by piece anyway.
     """
 
     def __init__(self, at_once: bool = False):

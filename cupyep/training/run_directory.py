@@ -27,22 +27,14 @@ from cupyep.training.config import TrainConfig, make_config, read_toml
 CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
 WRITTEN = "# Written by cupyep"  # how config.toml begins
 METRICS_BYTES = 1 << 28  # at most
-COURSES = (
-    *(f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")),
-    "elapsed_s",
-)
+COURSES = [f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")]
+COURSES += ["elapsed_s"]
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.h5", "checkpoint.previous.h5", "best.h5"
 CHECKPOINT_FILES = {"last": CHECKPOINT, "previous": PREVIOUS, "best": BEST}
 
 
 class RunDirectory:
-    """One run's files; made by `create` or `open`.
-
-    Attributes
-    ----------
-    path : Path
-    config : TrainConfig
-    """
+    """One run's files; made by `create` or `open`."""
 
     def __init__(self, path: Path, config: TrainConfig):
         self.path = path
@@ -52,13 +44,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunDirectory:
-        """Make the folder and write config.toml.
-
-        Raises
-        ------
-        CheckpointError
-            If the folder holds another run or other files, or cannot be written.
-        """
+        """Make the folder and write config.toml; `CheckpointError` if it holds other files, or cannot be written."""
         path = check_free(path)
         with reporting(CheckpointError, f"cannot write run directory '{path}'"):
             path.mkdir(parents=True, exist_ok=True)  # empty, it may be there; the lock decides between several
@@ -73,12 +59,7 @@ class RunDirectory:
     def open(cls, path: str | Path) -> RunDirectory:
         """Open the directory of an earlier run.
 
-        Raises
-        ------
-        CheckpointError
-            If there is no run at `path`.
-        ConfigurationError
-            If its config.toml is damaged.
+        `CheckpointError` if there is no run at `path`, `ConfigurationError` if its config.toml is damaged.
         """
         path = Path(path)
         if not (path / CONFIG).is_file():
@@ -101,10 +82,7 @@ class RunDirectory:
     def lock(self) -> None:
         """Keep other processes from writing here until `unlock`; nothing happens if this object holds the lock.
 
-        Raises
-        ------
-        CheckpointError
-            If another process writes here.
+        `CheckpointError` if another process writes here.
         """
         with reporting(CheckpointError, f"cannot write run directory '{self.path}'"):
             holder = self._lock.acquire()
@@ -127,10 +105,7 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of metrics.jsonl, one an epoch; a last line that was cut off is left out.
 
-        Raises
-        ------
-        CheckpointError
-            If another line is not a JSON object, or the file cannot be read.
+        `CheckpointError` if another line is not a JSON object, or the file cannot be read.
         """
         path, lines = self.path / METRICS, self._read_metrics().splitlines()
         records = []
@@ -153,10 +128,7 @@ class RunDirectory:
     def commit(self, record: dict[str, Any], checkpoint: Checkpoint, is_best: bool) -> None:
         """Write one finished epoch: its metrics, best.h5 if `is_best`, then checkpoint.h5.
 
-        Raises
-        ------
-        CheckpointError
-            If a file cannot be written (the disk is full, for example); the others are whole.
+        `CheckpointError` if a file cannot be written (the disk is full, for example); the others are whole.
         """
         self._write(METRICS, self._read_metrics() + _line(record))
         if is_best:
@@ -168,13 +140,7 @@ class RunDirectory:
         self._write(SETTLING, json.dumps(trace, allow_nan=False) + "\n")
 
     def settling(self) -> dict[str, Any] | None:
-        """Return what settling.json holds, None if there is none.
-
-        Raises
-        ------
-        CheckpointError
-            If it is damaged.
-        """
+        """Return what settling.json holds, None if there is none; `CheckpointError` if it is damaged."""
         path = self.path / SETTLING
         try:
             return check_trace(json.loads(read_text(path, METRICS_BYTES))) if path.is_file() else None
@@ -205,26 +171,13 @@ class RunDirectory:
     def rewind(self, check: Callable[[Path, Checkpoint], None]) -> tuple[Path, Checkpoint | None, str]:
         """Go back to the last checkpoint; the caller holds the lock.
 
-        Drops the metrics of epochs that it has not done, and what killed processes left behind.
+        Drops the metrics of epochs that it has not done, and what killed processes left behind. `check` takes path and
+        checkpoint, and raises `CheckpointError` if it does not belong to this run.
 
-        Parameters
-        ----------
-        check : callable
-            Takes path and checkpoint; raises `CheckpointError` if it does not belong to this run.
-
-        Returns
-        -------
-        path : Path
-            Of the checkpoint: checkpoint.previous.h5 if checkpoint.h5 is of no use.
-        checkpoint : Checkpoint or None
-            None if the run ended before its first checkpoint.
-        problem : str
-            What is wrong with checkpoint.h5, or empty.
-
-        Raises
-        ------
-        CheckpointError
-            If no checkpoint is of use, metrics.jsonl lacks epochs that it has done, or the folder cannot be written.
+        Returns the path of the checkpoint, checkpoint.previous.h5 if checkpoint.h5 is of no use; its content, None if
+        the run ended before its first checkpoint; and what is wrong with checkpoint.h5, or an empty text.
+        `CheckpointError` if no checkpoint is of use, metrics.jsonl lacks epochs that it has done, or the folder cannot
+        be written.
         """
         _require_writable(self.path)
         path, checkpoint, problem = self._last_of_use(check)
@@ -293,16 +246,11 @@ def default_path(config: TrainConfig, root: str | Path = "runs") -> Path:
 
 def claim_path(config: TrainConfig, root: str | Path = "runs") -> Path:
     """Make the folder that `default_path` names and return it; of several processes each gets one of its own."""
-    return next(path for path in _numbered(config, root) if _is_made(path))
-
-
-def _is_made(path: Path) -> bool:
-    with reporting(CheckpointError, f"cannot write run directory '{path}'"):
-        try:
+    for path in _numbered(config, root):
+        with reporting(CheckpointError, f"cannot write run directory '{path}'"), contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
-        except FileExistsError:
-            return False
-    return True
+            break
+    return path
 
 
 def _numbered(config: TrainConfig, root: str | Path) -> Iterator[Path]:

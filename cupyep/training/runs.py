@@ -92,19 +92,9 @@ def resume_run(
 ) -> Trainer:
     """Prepare to go on with the run in `path` where its last checkpoint left it.
 
-    Parameters
-    ----------
-    given : mapping
-        Options given now; only `RESUME_OPTIONS` may differ from the run's own.
-    path, display, communicator
-        See `start_run`; there may be more or fewer processes than before.
-    stretch : bool
-        Let learning rate and kappa of a run that had finished rise again, where more epochs stretch their schedules.
-
-    Raises
-    ------
-    CupyepError
-        As `start_run`; also if the run had finished, its schedules would be stretched, and nobody asked for it.
+    Of the options `given` now only `RESUME_OPTIONS` may differ from the run's own. The rest is as in `start_run`; there
+    may be more or fewer processes than before. With `stretch` learning rate and kappa of a run that had finished rise
+    again, where more epochs stretch their schedules: that it would do so, and nobody asked for it, is an error.
     """
     ranks = communicator or Communicator()
     with ranks.together():
@@ -188,19 +178,10 @@ def show_start(trainer: Trainer, text: str) -> None:
 def evaluate_run(
     path: str | Path, which: str, given: Mapping[str, Any], display: Display | None = None, split: str = "test"
 ) -> list[str]:
-    """Measure a split with the checkpoint `which` ("best" or "last") of the run in `path`.
+    """Measure a split with the checkpoint `which` ("best" or "last") of the run in `path`, and options `given` now.
 
-    Parameters
-    ----------
-    given : mapping
-        Options that differ from the run's.
-    split : {"test", "validation", "train"}
-        The images are not augmented, the training images neither.
-
-    Returns
-    -------
-    list of str
-        Lines: what was measured; accuracy and loss; for 100 classes or more also the top-5 accuracy.
+    No images of a split ("test", "validation" or "train") are augmented, the training images neither. Returned are
+    lines: what was measured; accuracy and loss; for 100 classes or more also the top-5 accuracy.
     """
     run = load_trained(path, which, given)
     config = run.config

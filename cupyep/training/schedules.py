@@ -11,21 +11,10 @@ from cupyep.optim import LR_SCHEDULES, Optimizer
 
 
 class Schedules:
-    """Sets what changes from step to step.
+    """Sets what changes from step to step: the kappa of a learner's signals, the factor of an optimizer's rates.
 
-    Parameters
-    ----------
-    learner : Learner
-        Its signals' kappa is set.
-    optimizer : Optimizer
-        Its rates are multiplied.
-    lr_schedule : str
-        A name of `LR_SCHEDULES`.
-    warmup : float
-        Epochs in which the rates rise linearly: the factor is the schedule's, times that part of them which is over
-        when a step is done.
-    batches : int
-        In an epoch.
+    `lr_schedule` is a name of `LR_SCHEDULES`. In the `warmup` epochs the rates rise linearly: the factor is the
+    schedule's, times that part of them which is over when a step is done. An epoch has so many `batches`.
     """
 
     def __init__(self, learner: Any, optimizer: Optimizer, lr_schedule: str, warmup: float = 0.0, batches: int = 1):

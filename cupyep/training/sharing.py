@@ -24,14 +24,8 @@ OWN = ("device", "scratch_mb", "data_dir", "teacher")  # options that are each r
 def step(learner: Any, batch: Batch, communicator: Communicator) -> tuple[StepResult, Mapping[str, Any], int]:
     """Do a learner's step on this process's share of a batch.
 
-    Returns
-    -------
-    result : StepResult
-        Whose gradients are the whole batch's; all else in it is this process's.
-    means : dict of str to array
-        `means_of` the whole batch. They and the gradients are the same on all ranks.
-    count : int
-        Its samples.
+    Returns its result, of which the gradients are the whole batch's and all else is this process's; `means_of` the
+    whole batch; and the number of its samples. Gradients and means are the same on all ranks.
     """
     if communicator.size == 1:
         result = learner.step(batch)
@@ -76,22 +70,15 @@ def check_same(config: TrainConfig, dataset: Dataset, communicator: Communicator
 
 def _fingerprint(dataset: Dataset) -> str:
     digest = hashlib.sha256()
-    for split in (dataset.train, dataset.validation, dataset.test):
-        for array in () if split is None else (split.images, split.labels):
-            add_to_digest(digest, array)
+    for split in filter(None, (dataset.train, dataset.validation, dataset.test)):
+        add_to_digest(digest, split.images, split.labels)
     return digest.hexdigest()[:12]
 
 
 class SharedDirectory:
     """The run directory of rank 0: what all ranks ask of it, in the same order, it does, and all get the answer.
 
-    Whatever a `RunDirectory` raises is raised on all ranks, which see none of the files.
-
-    Parameters
-    ----------
-    make : callable
-        Returns the `RunDirectory` of rank 0.
-    communicator : Communicator
+    Whatever a `RunDirectory` raises is raised on all ranks, which see none of the files. `make` returns that of rank 0.
     """
 
     def __init__(self, make: Callable[[], RunDirectory], communicator: Communicator):

@@ -33,10 +33,7 @@ KEPT_FILTERS = 8  # epochs at most, whose first layer a run keeps
 def take_snapshot(trainer: Any) -> Checkpoint:
     """Return all that `trainer` needs to go on; between epochs its first layer's filters join those it keeps.
 
-    Raises
-    ------
-    DivergenceError
-        If a parameter or a buffer of the optimizer is not finite.
+    `DivergenceError` if a parameter or a buffer of the optimizer is not finite.
     """
     host = trainer.device.to_numpy
     parameters = {path: host(array) for path, array in trainer.learner.parameters().items()}
@@ -95,10 +92,7 @@ def saved_filters(saved: Checkpoint) -> dict[int, np.ndarray]:
 def restore_snapshot(trainer: Any, path: Path, saved: Checkpoint) -> None:
     """Bring `trainer` to the state `saved`, which was read from `path`.
 
-    Raises
-    ------
-    CheckpointError
-        If parameters or the state of the optimizer do not fit.
+    `CheckpointError` if parameters or the state of the optimizer do not fit.
     """
     restore_parameters(path, saved.parameters, trainer.learner.parameters(), trainer.device)
     trainer.optimizer.load_state_dict(saved.optimizer)

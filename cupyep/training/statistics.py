@@ -102,22 +102,16 @@ class EpochStatistics:
         return {name: np.asarray(self.device.to_numpy(value)) for name, value in self._sums.items()}
 
     def read(self) -> dict[str, Any]:
-        """Return the means so far, as plain numbers and lists.
+        """Return the means so far, as plain numbers and lists by name.
 
-        Returns
-        -------
-        dict
-            ``loss``, ``accuracy``; ``free_residual`` and ``nudged_residual`` (that of the worst layer; None where the
-            algorithm has no such phase); lists with a number a layer (None likewise): both as
-            ``free_residual_per_layer`` and ``nudged_residual_per_layer``; where there is a tolerance ``free_unsettled``
-            and ``nudged_unsettled``, the fractions of samples above it; ``activity``, ``saturated``, ``dead``,
-            ``nudge_response``, ``gradient_norm`` (of the readout, too).
+        ``loss``, ``accuracy``; ``free_residual`` and ``nudged_residual`` (that of the worst layer; None where the
+        algorithm has no such phase); lists with a number a layer (None likewise): both as ``free_residual_per_layer``
+        and ``nudged_residual_per_layer``; where there is a tolerance ``free_unsettled`` and ``nudged_unsettled``, the
+        fractions of samples above it; ``activity``, ``saturated``, ``dead``, ``nudge_response``, ``gradient_norm`` (of
+        the readout, too).
 
-        Raises
-        ------
-        DivergenceError
-            If the loss, a state, a gradient or another statistic stopped being finite; names layer, epoch, batch (where
-            it is known) and what to change.
+        `DivergenceError` if the loss, a state, a gradient or another statistic stopped being finite; it names layer,
+        epoch, batch (where it is known) and what to change.
         """
         host = self._host_sums()
         finite = {name: host.pop(f"finite_{name}") for name in WATCHED if name in host}

@@ -81,22 +81,12 @@ def train_teacher(
 ) -> Network:
     """Train a teacher by backpropagation and return its network.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        Of the teacher itself, as `teacher_config` gives it.
-    dataset : Dataset
-    device, display, communicator
-        See `Trainer`.
-    path : Path, optional
-        Run directory; the training that was broken off there goes on. Without one nothing is written.
+    The `config` is of the teacher itself, as `teacher_config` gives it; `device`, `display` and `communicator` are as
+    in `Trainer`. With a run directory `path` the training that was broken off there goes on; without one nothing is
+    written.
 
-    Raises
-    ------
-    Interrupted
-        If a signal came; with a run directory, the training has been saved.
-    CheckpointError
-        If the run directory cannot be written, or what lies there is of no use.
+    `Interrupted` if a signal came; with a run directory, the training has been saved. `CheckpointError` if the run
+    directory cannot be written, or what lies there is of no use.
     """
     network = build_network(config, dataset, device)
     trainer = build_trainer(config, dataset, network, display=display, communicator=communicator)
@@ -281,31 +271,25 @@ def cached_teacher(
     The training is a run of its own, in the folder beside the file that is called like it. It survives like any run:
     whoever asks for the same teacher again goes on with it, and the folder goes when the file is there.
 
-    With a `communicator` all its ranks train it together, and rank 0 keeps it.
-
-    Raises
-    ------
-    Interrupted
-        If a signal came; the training has been saved.
-    TeacherError, CheckpointError
-        If no teacher can be kept there.
+    With a `communicator` all its ranks train it together, and rank 0 keeps it. `Interrupted` if a signal came; the
+    training has been saved. `TeacherError` or `CheckpointError` if no teacher can be kept there.
     """
     ranks, display = communicator or Communicator(), (display or Display()).about("teacher")
     path = ranks.first(lambda: teacher_path(config, dataset))
     folder = path.with_suffix("")
-    if ranks.first(path.is_file):
-        display.show("note", f"{path} from an earlier run")
-    else:
+    there = ranks.first(path.is_file)
+    if not there:
         if not ranks.first(lambda: can_write(path.parent)):
             raise TeacherError(
                 f"cannot keep a teacher in {path.parent}: no permission, or a file on the way to it; name another "
                 "folder by CUPYEP_CACHE, or give a --teacher made by cupyep teacher"
             )
         with _alone(folder, display, ranks):
-            if ranks.first(path.is_file):
-                display.show("note", f"{path} from an earlier run")
-            else:
+            there = ranks.first(path.is_file)
+            if not there:
                 _make_teacher(config, dataset, device, display, path, ranks)
+    if there:
+        display.show("note", f"{path} from an earlier run")
     # Nobody needs it now; another process may be removing it.
     ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
     return path
@@ -325,19 +309,17 @@ def _alone(folder: Path, display: Display, ranks: Communicator) -> Iterator[None
 def _wait_for(lock: FolderLock, folder: Path, display: Display) -> None:
     told = False
     with Interruptions() as interruptions:
-        while holder := _acquire(lock, folder):
+        while True:
+            with reporting(TeacherError, f"cannot keep a teacher in {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)  # whoever held it has removed it
+                holder = lock.acquire()
+            if not holder:
+                return
             if not told:
                 display.show("note", f"waiting for {holder}, which trains the same one")
                 told = True
             time.sleep(WAIT_S)
             interruptions.check()
-
-
-def _acquire(lock: FolderLock, folder: Path) -> str:
-    """Take `lock` in `folder`; return ``""``, or who else holds it."""
-    with reporting(TeacherError, f"cannot keep a teacher in {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)  # whoever held it has removed it
-        return lock.acquire()
 
 
 def _make_teacher(
@@ -379,6 +361,5 @@ def _digest(config: TrainConfig, dataset: Dataset, features: str) -> str:
     options = config.take(*sorted({*SHARED, *TEACHER_SETTINGS, "epochs"} - NO_MATTER))
     digest = hashlib.sha256(json.dumps([__version__, dataset.name, options, features], sort_keys=True).encode())
     for split in (dataset.train, dataset.test):
-        for array in (split.images, split.labels):
-            add_to_digest(digest, array)
+        add_to_digest(digest, split.images, split.labels)
     return digest.hexdigest()[:12]

@@ -15,13 +15,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def writer_class() -> Any:
-    """Return tensorboardX's writer.
-
-    Raises
-    ------
-    ConfigurationError
-        If tensorboardX is missing; names the command that installs it.
-    """
+    """Return tensorboardX's writer; `ConfigurationError`, with the command that installs it, if it is missing."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

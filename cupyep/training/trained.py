@@ -23,47 +23,20 @@ from cupyep.training.snapshot import check_same_network
 
 @dataclass
 class TrainedRun:
-    """What `load_trained` returns.
+    """What `load_trained` returns."""
 
-    Attributes
-    ----------
-    config : TrainConfig
-        Without intermediate signals.
-    epoch : int
-        Epochs that the checkpoint has done.
-    images : ImageFormat
-        Classes, size and normalisation of the images.
-    network : Network
-        With the checkpoint's parameters.
-    learner : Learner
-        Its `scores` are those that the run's accuracies come from.
-    """
-
-    config: TrainConfig
-    epoch: int
-    images: ImageFormat
-    network: Network
-    learner: Any
+    config: TrainConfig  # without intermediate signals
+    epoch: int  # epochs that the checkpoint has done
+    images: ImageFormat  # classes, size and normalisation of the images
+    network: Network  # with the checkpoint's parameters
+    learner: Any  # its `scores` are those that the run's accuracies come from
 
 
 def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any] | None = None) -> TrainedRun:
-    """Load the network of the run in `path`; its data set need not be there.
+    """Load the network of the run in the directory `path`, at the checkpoint `which`; its data set need not be there.
 
-    Parameters
-    ----------
-    path : path
-        A run directory.
-    which : {"best", "last"}
-        The checkpoint.
-    given : mapping, optional
-        Options that differ from the run's.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such run or checkpoint, it is damaged, or its parts do not belong together.
-    ConfigurationError
-        If an option given has no effect on such a run.
+    Options `given` may differ from the run's. `CheckpointError` if there is no such run or checkpoint, it is damaged,
+    or its parts do not belong together; `ConfigurationError` if an option given has no effect on such a run.
     """
     directory = RunDirectory.open(path)
     saved = directory.load(which)

@@ -178,15 +178,7 @@ class Trainer:
         return f"stopped after epoch {self.epochs_done}: no better {self.best_split} accuracy since {self.best_epoch}"
 
     def resume(self) -> str:
-        """As `restore`, for a run that has epochs left.
-
-        Raises
-        ------
-        CheckpointError
-            See `restore`.
-        ConfigurationError
-            If all epochs are done.
-        """
+        """As `restore`, for a run that has epochs left; `ConfigurationError` if all are done."""
         problem = self.restore()
         try:
             self.check_unfinished()
@@ -198,15 +190,8 @@ class Trainer:
     def restore(self) -> str:
         """Take up the run of `directory` where its last checkpoint left it, and lock the directory until `run` ends.
 
-        Returns
-        -------
-        str
-            Why checkpoint.previous.h5 had to do, or empty.
-
-        Raises
-        ------
-        CheckpointError
-            If no checkpoint is of use: damaged, or of another network or run.
+        Returns why checkpoint.previous.h5 had to do, or an empty text. `CheckpointError` if no checkpoint is of use:
+        damaged, or of another network or run.
         """
         self.directory.lock()
         try:
