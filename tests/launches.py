@@ -6,9 +6,9 @@ Run it from anywhere, with the environment that runs the tests::
 
 Launch code, captures and everything else of the host run as on a GPU (see `fake_gpu`). The figures are those of a step
 whose graphs have been captured: launches by the package, products, replayed graphs, CuPy's own operations on arrays,
-transfers to the device, reads by the host (each waits for the device), and milliseconds that the host computes, whatever
-else it has to do. These are of this machine and of the stand-in's arrays: good for comparing two versions. pytest does
-not collect this file.
+transfers to the device, reads by the host (each waits for the device), and milliseconds that the host computes,
+whatever else it has to do. These are of this machine and of the stand-in's arrays: good for comparing two versions.
+pytest does not collect this file.
 """
 
 from __future__ import annotations
