@@ -291,7 +291,7 @@ class Deviation(Phase):
             self.winners = [None if w is None else self._tile(w, out) for w, out in tiled]
         if tangent:
             for g, slope in zip(self.rest, buffers.slopes, strict=True):
-                self.activation.slope(g, slope)
+                self.updates.slope(g, slope)
 
     def _arrays(self):
         return [*super()._arrays(), *self.winners, *self.rest]

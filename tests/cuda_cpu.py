@@ -68,6 +68,8 @@ def _update_instances():
         names += [instance("see", [state, seen, vec, rule]) for vec in _widths(seen, state) for rule in (0, 1, 3)]
     for t in WIDTHS:
         names += [instance("compare_phases", [t, vec, rule]) for vec in _widths(t) for rule in (0, 1)]
+    for t in ("float", "double"):
+        names += [instance("slopes", [t, vec, rule]) for vec in _widths(t) for rule in (0, 1)]
     return names
 
 

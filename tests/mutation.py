@@ -642,6 +642,8 @@ DEFECTS = [
            "key = turn + 1 - exact[labels]", "key = turn + 1", "test_own_arrays"),
     Defect("streamed batches cropped from other images", "data/loader.py",
            "own=pixels is not None)", "own=False)", "test_own_arrays"),
+    Defect("kernel: a clip has its slope at the ends of its range, too", "ops/update.cu",
+           "x > b && x < c ? a", "x >= b && x <= c ? a", "test_cuda_update"),
     Defect("kernel: mirrored crops one column off", "ops/crop.cu",
            "width - 1 - x : x", "width - x : x", "test_crop"),
     Defect("kernel: hidden squares a column wider than high", "ops/crop.cu",

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from cuda_cpu import ShimLauncher, compiler
 from oracle import SIGMA
+from small import batch_of, network
 
+import cupyep as ep
 from cupyep.activations import ACTIVATIONS
 from cupyep.errors import ConfigurationError
 from cupyep.ops.launch import arithmetic
@@ -324,6 +326,43 @@ def test_residuals_take_a_warp_a_sample(rng, monkeypatch):
     name, _, grid, block, arguments = launches[-1]
     assert (name, grid, block) == ("add_partials", (5, 1, 1), (32, 1, 1))
     assert arguments[2:] == (13, 40 * 40 * 8)  # 12800 units, 4 a thread, 256 threads a block
+
+
+@activations
+@pytest.mark.parametrize("number", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(3, 5, 3), (2, 64), (1,)])
+def test_values_and_slopes(make_ops, name, number, shape):
+    """At the ends of the range a clip has no slope; far outside that of a smooth one is tiny and not zero."""
+    ends = [0.0, 1.0, 2.0, 6.0, -1e-3, 40.0, -40.0]
+    g = np.resize([*ends, *np.linspace(-3, 7, 29)], (4, *shape)).astype(number)
+    kind, (a, b, c) = CODES[name]
+    x = g.astype(float)
+    if kind == "clip":
+        expected = np.where((a * x > b) & (a * x < c), a, 0)
+    else:
+        expected = b * c / np.cosh(c * (x - a)) ** 2
+    ops, values, slopes = make_ops(name), np.full_like(g, np.nan), np.full_like(g, np.nan)
+    ops.value(g, values)
+    ops.slope(g, slopes)
+    rtol = {"float32": 1e-5, "float64": 1e-13}[number]  # of e^-160
+    np.testing.assert_allclose(values, SIGMA[name](x), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(slopes, expected, rtol=rtol, atol=1e-37 if number == "float32" else 0)
+    ops.slope(g, g)
+    np.testing.assert_array_equal(g, slopes)
+
+
+@pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
+@pytest.mark.parametrize("algorithm", [ep.Backpropagation, ep.BackpropagationThroughTime, ep.EquilibriumPropagation])
+def test_slopes_are_one_launch_a_layer(fake_gpu, algorithm):
+    """As array code each of them is four launches for every four million units."""
+    net = network("conv", fake_gpu, precision="float16", feedback=0.5)
+    learner = algorithm(net, **({"scheme": "tangent"} if algorithm is ep.EquilibriumPropagation else {}))
+    kernels = fake_gpu.launcher(SOURCE).launched
+    del kernels[:]
+    learner.step(batch_of(net, 4))
+    steps = learner.unrolled_steps if algorithm is ep.BackpropagationThroughTime else 1
+    assert sum(name.startswith("slopes") for name in kernels) == net.depth * steps
+    assert {learner.network.energy.updates.slope_bytes((1 << 20, 8))} == {0}
 
 
 # type to compute in, storage of what moves, type of what is written

@@ -57,7 +57,7 @@ class Backpropagation(Learner):
                 graph.edges[c].drive(nodes[graph.below[c]], out, state.winners[c], ops[c])
                 if number:
                     drive += out
-            network.activation.value(drive, state.layers[node - 1])
+            network.energy.updates.value(drive, state.layers[node - 1])
             nodes.append(state.layers[node - 1])
         return state
 
@@ -74,7 +74,7 @@ class Backpropagation(Learner):
         for node in range(network.depth, 0, -1):
             here, slope = passes.mu[node - 1], state.drives[node - 1]
             self._add_loss_gradient(nudges, state.layers, node, scale, here, passes.scratch)
-            network.activation.slope(slope, slope)
+            network.energy.updates.slope(slope, slope)
             here *= slope
             self._send_down(node, self._as_factor(here, passes.q[node - 1]), batch.images, passes, ops, gradients)
         return StepResult(gradients, **figures)

@@ -198,7 +198,7 @@ class BackpropagationThroughTime(Learner):
     def _slopes(self, state: State) -> None:
         """Turn the drives of a step into the slopes of the activation there."""
         for g in state.drives:
-            self.network.activation.slope(g, g)
+            self.network.energy.updates.slope(g, g)
 
     def _send_back(
         self,

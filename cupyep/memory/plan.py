@@ -126,7 +126,7 @@ def _temporaries(learner: Any, samples: int) -> int:
     """Return the bytes that a step takes for a moment: at most so many at a time."""
     network = learner.network
     shapes = [(samples, *shape) for shape in network.state_shapes]
-    slopes = max(map(network.activation.slope_bytes, shapes)) if learner.takes_slopes else 0
+    slopes = max(map(network.energy.updates.slope_bytes, shapes)) if learner.takes_slopes else 0
     last = math.prod(shapes[-1]) * network.dtype.itemsize if network.precision.half else 0
     return max(slopes, last)
 

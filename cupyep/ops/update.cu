@@ -213,6 +213,26 @@ template <typename A> __global__ void add_partials(const A* __restrict__ partial
     if (threadIdx.x == 0) out[blockIdx.x] += total / divisor;
 }
 
+// out = sigma'(g), which may be g. Of a CLIP low and high are drives; strictly between them it is its slope.
+template <typename A, int VEC, int RULE> __global__ void slopes(const A* g, A* out, A a, A b, A c, int count)
+{
+    const int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= count) return;
+    Pack<A, VEC> pack;
+    pack.load(g + size_t(item) * VEC);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        const A x = pack.values[i];
+        if (RULE == CLIP) {
+            pack.values[i] = x > b && x < c ? a : A(0);
+        } else {  // b c (1 - tanh^2), with e^-|x| in place of every e^|x|
+            const A decay = exp(A(-2) * fabs(c * (x - a))), sum = A(1) + decay;
+            pack.values[i] = A(4) * b * c * decay / (sum * sum);
+        }
+    }
+    pack.store(out + size_t(item) * VEC);
+}
+
 // out (rows, height, width, C) = means over the p x p windows, C = groups * VEC, of sigma(g) + scale * s (s may be
 // absent), or, for the rule STATE, of s. g has the samples of one phase (grid z), s and out those of every phase: a
 // thread goes through the phases and finds g in the cache.

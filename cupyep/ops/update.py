@@ -138,6 +138,18 @@ class UpdateOps:
             part *= slope
         self._replace(eps, t, change, row, residual, relaxation)
 
+    def value(self, g: Any, out: Any) -> None:
+        """Write sigma(g) into `out`, which may be narrower."""
+        self.activation.value(g, out)
+
+    def slope(self, g: Any, out: Any) -> None:
+        """Write sigma'(g) into `out`, which may be `g`."""
+        self.activation.slope(g, out)
+
+    def slope_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return how many bytes `slope` takes on the way, for arrays of this shape."""
+        return self.activation.slope_bytes(shape)
+
     def see(self, s: Any, scale: float, g: Any, pool: int | None, out: Any, scratch: Any) -> None:
         """Write what a loss sees into `out`: ``sigma(g) + scale * s``, rounded to its type.
 
@@ -310,6 +322,18 @@ class CudaUpdateOps(UpdateOps):
             residual,
             scratch,
         )
+
+    def value(self, g, out):
+        self.see(None, 1.0, g, None, out, None)
+
+    def slope(self, g, out):
+        require_type(arithmetic(g.dtype), g, out)
+        vec = vector_width(g.size, g, out)
+        types, numbers = [type_name(g.dtype), vec, self._rule], map(g.dtype.type, self._increment)
+        launch_map(self.launcher, "slopes", types, (g.size // vec, 1, 1), (g, out, *numbers), (g.size // vec,))
+
+    def slope_bytes(self, shape):
+        return 0
 
     def see(self, s, scale, g, pool, out, scratch):
         number, moved = arithmetic(out.dtype), out if s is None else s
