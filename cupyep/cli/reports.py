@@ -96,7 +96,7 @@ MOST_NUMBERS = 20
 @click.option(
     "--ranks",
     type=click.IntRange(2, MOST),
-    help="Also plan up to so many ranks, --batch-size images each: which part of a step is work.",
+    help="Also plan up to so many ranks, --batch-size images each: which part of a step is work.  [default: none]",
 )
 @click.option(
     "--link",
