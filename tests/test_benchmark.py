@@ -41,7 +41,7 @@ def load(monkeypatch):
     """Import a module of tools/ as a script there would."""
     monkeypatch.syspath_prepend(TOOLS)
     yield importlib.import_module
-    for name in ("benchmark", "gate", "measuring", "parts", "torch_reference"):
+    for name in ("benchmark", "gate", "measuring", "parts", "scaling", "torch_reference"):
         sys.modules.pop(name, None)
 
 
@@ -67,6 +67,27 @@ def benchmark(load, capsys):
         return end.value.code, streams.out, streams.err
 
     return run
+
+
+def test_scaling_tells_what_threads_give_and_what_ranks_would(benchmark, torch, monkeypatch):
+    """PyTorch has as many threads as cupyep; afterwards cupyep has as many as before."""
+    from cupyep.backend.threads import get_threads
+
+    before, had = get_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: had.append((count, get_threads())))
+    code, out, err = benchmark(*FEW, "--scaling", "--against", "torch")
+    assert (code, err) == (0, "")
+    heads, rows = ("EP, images/s", "BP, images/s", "EP, torch, images/s"), ("threads", "1", "ranks", "1024", "80%")
+    assert all(head in out for head in heads)
+    assert set(rows) <= {line.split()[0] for line in out.splitlines() if line}
+    assert had
+    assert all(own == theirs for own, theirs in had)
+    assert get_threads() == before
+
+
+def test_scaling_writes_no_report(benchmark, tmp_path):
+    code, _, err = benchmark(*FEW, "--scaling", "--json", tmp_path / "report.json")
+    assert (code, err) == (2, "Error: --scaling takes no --json and no --parts\n")
 
 
 def test_quick_run_writes_its_report(benchmark, tmp_path):

@@ -30,9 +30,11 @@ from parts import (
     parts_table,
     time_products,
 )
+from scaling import rank_table, thread_table
 
 import cupyep as ep
 from cupyep.backend import PRECISIONS
+from cupyep.backend.threads import available_cpus, get_threads, set_threads
 from cupyep.cli.shared import OneLineErrors
 from cupyep.cli.types import FilePath, Names, Numbers
 from cupyep.commands.system import system_report
@@ -40,14 +42,18 @@ from cupyep.files import replacing
 from cupyep.learning.operations import Operations
 from cupyep.memory.plan import peak_bytes
 from cupyep.models import architecture
+from cupyep.parallel import join
+from cupyep.parallel.planning import LATENCY_US
 from cupyep.settling import SCHEDULES
 
 EXAMPLES = """\b
 Examples:
   benchmark.py --arch vgg5 --width 0.25 --batch-size 8
   benchmark.py --arch vgg5 --batch-size 8 --threads 1 --against torch --json vgg5.json
+  benchmark.py --arch vgg7 --batch-size 128 --scaling --against torch     threads 1, 2, 4, ..., and a plan of ranks
   benchmark.py --arch vgg7 --batch-size 128 --parts --feedback 0.1 --schedule sweeps --free-steps 2 --nudged-steps 2
 """
+LINKS_GB = (50.0, 10.0)  # between ranks
 WEAK_FEEDBACK, SWEEPS = 0.1, 2
 RESIDUAL = 1e-4
 CHECK_EVERY = 5
@@ -88,6 +94,7 @@ class Run:
 def build_run(options: dict[str, Any]) -> Run:
     """Return the run that the command line asks for, its inputs standard normal noise."""
     names = ("arch", "width", "feedback", "precision", "device")
+    options = {**options, "device": join().own_device(options["device"])}
     network = ep.build(**{name: options[name] for name in names}, input_shape=(options["image_size"],) * 2 + (3,))
     quick, device = options["quick"], network.device
     size = 256 if quick else PRODUCT_SIZE["cuda" if device.is_gpu else "cpu"]
@@ -301,6 +308,29 @@ def measure_parts(run: Run) -> None:
         run.report[name]["products_s"] = {product: row.median for product, row in rows.items()}
 
 
+def measure_scaling(run: Run) -> None:
+    """Print what threads of this process give, PyTorch's beside them; what ranks do, those here and those planned."""
+    free, nudged, schedule = (run.options[name] for name in ("free_steps", "nudged_steps", "schedule"))
+    network, batch, reference, ranks = run.network, run.batch, run.reference, join()
+    ranks.use(network.device)
+    own = learner(network, free, nudged, "classical", schedule)
+    works = {"EP": lambda: own.step(batch), "BP": functools.partial(ep.Backpropagation(network).step, batch)}
+    if reference is not None:
+        arguments = (reference.images(batch.images), reference.labels(batch.labels), BETA, free, nudged)
+
+        def theirs() -> None:
+            sys.modules["torch"].set_num_threads(get_threads())
+            reference.ep_step(*arguments)
+
+        works["EP, torch"] = theirs
+    if ranks.size == 1 and not network.device.is_gpu:
+        most = run.options["threads"] or available_cpus()
+        counts = sorted({1 << k for k in range(most.bit_length())} | {most})
+        click.echo("\n" + "\n".join(thread_table(works, counts, len(batch))))
+        set_threads(run.options["threads"])
+    click.echo("\n" + "\n".join(rank_table(own, batch, ranks, LINKS_GB, LATENCY_US / 1e6)[1]))
+
+
 def measure_memory(run: Run) -> list[tuple[str, int, int]]:
     """Return (algorithm, steps, peak bytes): EP with T free steps, BPTT with K unrolled ones, networks included."""
     rows = []
@@ -388,6 +418,9 @@ def measure(options: dict[str, Any]) -> Run:
     )
     check_results(network.device, None if run.reference is None else torch_reference())
     click.echo("results checked: EP's gradient against BPTT's" + (", PyTorch's against EP's" if run.reference else ""))
+    if options["scaling"]:
+        measure_scaling(run)
+        return run
     if options["parts"]:
         measure_parts(run)
     else:
@@ -421,6 +454,7 @@ POSITIVE = click.IntRange(1)
 @click.option("--scratch-mb", type=Numbers(), help="Time steps with so many MB for a chunk of the batch too: 8,16,32.")
 @click.option("--repeats", type=POSITIVE, default=5)
 @click.option("--parts", is_flag=True, help="Only tell where the time of a training step goes.")
+@click.option("--scaling", is_flag=True, help="Only tell what threads and ranks give (tools/scaling.py tells more).")
 @click.option("--against", type=Names("--against", ("torch",)), help="Time a reference in PyTorch too.")
 @click.option("--json", "json_path", type=FilePath(), help="Also write the figures to this file.")
 @click.option("--quick", is_flag=True, help="Only show that everything runs: one repeat, a small product.")
@@ -431,6 +465,10 @@ def main(json_path: Path | None, threads: int | None, **options: Any) -> None:
     """
     if json_path is not None:
         ep.errors.require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
+    ep.errors.require(
+        not options["scaling"] or (json_path is None and not options["parts"]),
+        "--scaling takes no --json and no --parts",
+    )
     if options["against"] is not None:
         told = "--against torch is for --schedule synchronous, the reference's only one"
         ep.errors.require(options["schedule"] == "synchronous", told)

@@ -27,6 +27,7 @@ from cupyep.commands.system import rank_report, system_report
 from cupyep.errors import require
 from cupyep.memory.plan import KINDS
 from cupyep.parallel import join
+from cupyep.parallel.planning import LATENCY_US, LINK_GB, MOST
 from cupyep.recipes import recipe_names, recipe_summary, recipe_text
 from cupyep.training.config import require_used
 
@@ -77,6 +78,7 @@ Examples:
   cupyep memory --arch vgg12 --batch-size 128 --steps 10,50,250 --device-kind gpu
   cupyep memory --arch vgg12 --micro-batch 32 --precision float16 --device-kind gpu
   cupyep memory --arch vgg5 --width 0.25 --batch-size 32 --steps 2,8 --measure    is the plan right?
+  cupyep memory --arch vgg7 --steps 2 --ranks 64 --link 50,10 --step-ms 12       what would 64 cards do?
 """
 MOST_NUMBERS = 20
 
@@ -99,20 +101,53 @@ MEMORY_COMMON = ("arch", "width", "dataset", "batch_size", "micro_batch", "preci
     text="Plan for a cpu or a gpu (one with 50 MB of L2 cache), there or not.  [default: that of --device]",
 )
 @click.option("--measure", is_flag=True, help="Also do one step each on the device, and compare.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(2, MOST),
+    help="Also plan up to so many ranks, --batch-size images each: which part of a step is work.  [default: none]",
+)
+@click.option(
+    "--link",
+    type=Numbers(),
+    help=f"GB/s of the slowest link between ranks, each way; 50,10: both.  [default: {LINK_GB:g}]",
+)
+@click.option("--latency-us", type=float, help=f"Time of an empty message between ranks.  [default: {LATENCY_US:g}]")
+@click.option(
+    "--step-ms", type=float, help="Time of a step of one rank.  [default: EP with the first of --steps, measured here]"
+)
 @json_option("the tables")
 def memory(
-    steps: list[float], device_kind: str | None, measure: bool, json_path: Path | None, given: dict[str, Any]
+    steps: list[float],
+    device_kind: str | None,
+    measure: bool,
+    ranks: int | None,
+    link: list[float] | None,
+    latency_us: float | None,
+    step_ms: float | None,
+    json_path: Path | None,
+    given: dict[str, Any],
 ) -> None:
     """Plan the peak memory of EP, BPTT and BP.
 
     By purpose, in bytes that a step with optimizer takes, without taking any: the arrays of all phases are laid out on
     paper by the code that lays them out for a step. EP takes the same for every T, BPTT more for every step.
+
+    With --ranks also how much of N cores, cards or machines a training uses, with as large a batch on every rank (a
+    rank) or one shared out (in all), and up to how many it is 80 %; see docs/scaling.md.
     """
     whole = all(number == int(number) for number in steps)
     right = whole and len(steps) <= MOST_NUMBERS and all(1 <= number <= planning.MOST_STEPS for number in steps)
     require(right, f"--steps must be up to {MOST_NUMBERS} integers from 1 to {planning.MOST_STEPS}")
+    alone = {"--link": link, "--latency-us": latency_us, "--step-ms": step_ms}
+    odd = next((name for name, value in alone.items() if value is not None and ranks is None), None)
+    require(odd is None, f"{odd} needs --ranks")
     config = chosen_config(given)
+    plan = None
+    if ranks is not None:
+        latency_us = LATENCY_US if latency_us is None else latency_us
+        plan = planning.rank_plan(config, int(steps[0]), ranks, link or [LINK_GB], latency_us, step_ms)
     report = planning.memory_report(config, [int(number) for number in steps], device_kind, measure, click.echo)
+    report.ranks = plan
     click.echo(report.text())
     write_json(report, json_path)
 

@@ -22,6 +22,7 @@ from cupyep.learning import Learner
 from cupyep.learning.operations import Operations
 from cupyep.memory.plan import BlankDevice, peak_bytes, plan
 from cupyep.network import Network
+from cupyep.parallel import Communicator, planning
 from cupyep.training.build import (
     build_dataset,
     build_learner,
@@ -64,17 +65,38 @@ class StepMemory:
 
 
 @dataclass
+class RankPlan:
+    """What ranks of this kind would do: each takes a batch, and all add up their gradients."""
+
+    ranks: int
+    step_s: float
+    step: str  # which one, and whether it was measured
+    nbytes: int
+    links_gb: list[float]  # GB/s
+    latency_s: float
+
+    def text(self) -> str:
+        """Return a table of efficiencies."""
+        what = f"{self.nbytes / 1e6:.2f} MB of gradients, {1e3 * self.step_s:.2f} ms a step ({self.step})"
+        lines = planning.table(self.step_s, self.nbytes, self.links_gb, self.latency_s, self.ranks)
+        return "\n".join([f"{what}: part of a step that is work", *lines])
+
+
+@dataclass
 class MemoryReport:
     """Steps of EP for every T, of BPTT for every T, and of BP, of one network on a device, the real or a blank one."""
 
     config: TrainConfig
     device: Device
     rows: list[StepMemory] = field(default_factory=list)
+    ranks: RankPlan | None = None
 
     def text(self) -> str:
-        """Return a table of the purposes and one of the totals."""
+        """Return a table of the purposes, one of the totals and, if they were planned, one of ranks."""
         columns = {row.label if row.algorithm == "bptt" else NAMES[row.algorithm]: row.planned for row in self.rows}
-        return "\n\n".join([self._head(), purposes(columns), self._totals()])
+        return "\n\n".join(
+            [self._head(), purposes(columns), self._totals(), *([] if self.ranks is None else [self.ranks.text()])]
+        )
 
     def _head(self) -> str:
         config = self.config
@@ -111,6 +133,8 @@ class MemoryReport:
                 for row in self.rows
             ],
         }
+        if self.ranks is not None:
+            content["ranks"] = dataclasses.asdict(self.ranks)
         write_json(Path(path), content, indent=1)
 
 
@@ -163,6 +187,39 @@ def memory_report(
             row.measured = measured_step(_of(config, algorithm, t), device)
         result.rows.append(row)
     return result
+
+
+def rank_plan(
+    config: TrainConfig, steps: int, ranks: int, links_gb: Sequence[float], latency_us: float, step_ms: float | None
+) -> RankPlan:
+    """Plan several ranks, each with the batch of `config`.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        `MEMORY_OPTIONS` are used.
+    steps : int
+        Free steps of the EP step that is measured on the device.
+    ranks : int
+        From 2 to `planning.MOST`.
+    links_gb : sequence of float
+        Gigabytes a second of the slowest link, each way: one or several to compare.
+    latency_us : float
+        Microseconds of a message.
+    step_ms : float, optional
+        Milliseconds of a step, where it was measured elsewhere.
+    """
+    require(2 <= ranks <= planning.MOST, f"--ranks must be from 2 to {planning.MOST}")
+    planning.check(links_gb, latency_us, step_ms)
+    config, step = _of(config, "ep", steps), "as given"
+    blank, step_s = blank_learner(config, BlankDevice("cpu")), (step_ms or 0.0) / 1e3
+    if step_ms is None:
+        device = get_device(config.device, config.scratch_mb)
+        learner = blank_learner(config, device)
+        batch, step = noise(learner.network, config.batch_size), f"EP, T = {steps}, measured on {device.name}"
+        step_s = planning.median_s(lambda: learner.step(batch), Communicator(), device)
+    nbytes = blank.gradient_size * blank.network.dtype.itemsize
+    return RankPlan(ranks, step_s, step, nbytes, list(links_gb), latency_us / 1e6)
 
 
 def kind_of(device: Device) -> str:
