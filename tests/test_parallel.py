@@ -301,6 +301,19 @@ def test_versions_must_be_the_same():
     assert {str(error) for error in found} == {"all ranks need the same version of cupyep; rank 1 has 0.1, rank 0 0.0"}
 
 
+def test_what_must_be_the_same_and_what_is_each_ranks_own_affair():
+    def work(ranks):
+        asked, same = {}, ranks.same
+        ranks.same = lambda **values: asked.update(values) or same(**values)
+        check_same(TrainConfig(data_dir=f"of rank {ranks.rank}"), quadrant_data(40), ranks)
+        return asked
+
+    for asked in in_ranks(2, work):
+        assert asked["version_of_cupyep"] == ep.__version__
+        assert {"--seed", "--arch", "images_and_labels"} < asked.keys()
+        assert not {"--device", "--scratch-mb", "--data-dir", "--teacher"} & asked.keys()
+
+
 def test_all_ranks_begin_with_the_parameters_of_the_first():
     """Another version of NumPy may draw others from the same seed."""
 
