@@ -22,6 +22,8 @@ SIGNALS = "test_signals test_heads test_losses"
 KERNELS = "test_kernels test_layers test_winograd test_precision test_chunks test_micro_batch test_reduction"
 TESTS = {  # what is concerned; the quick ones first, as the first failure ends a run
     "activations.py": "test_activations test_energy",
+    "backend/threads.py": "test_threads",
+    "data/own.py": "test_own_arrays test_own_files test_resident",
     "signals.py": f"{SIGNALS} test_custom test_rest_points",
     "phases.py": "test_residual test_rest_points test_schedules test_settling test_replay test_halves test_processes",
     "energy.py": "test_energy test_residual test_parts",
@@ -43,10 +45,12 @@ TESTS = {  # what is concerned; the quick ones first, as the first failure ends 
     "learning/custom.py": "test_custom",
     "learning/equilibrium.py": "test_equilibrium test_micro_batch test_halves test_parts test_plan test_precision",
     "learning/operations.py": "test_benchmark test_experiments",
-    "learning/learner.py": "test_learner test_learning test_micro_batch test_bptt test_signals test_plan test_halves",
+    "learning/learner.py": "test_learner test_micro_batch test_bptt test_signals test_plan test_halves test_parallel",
+    "diagnostics/contraction.py": "test_pace",
+    "diagnostics/pace.py": "test_pace",
     "diagnostics/probe.py": "test_probe test_diagnose",
     "losses.py": SIGNALS,
-    "memory/*.py": "test_layout test_residual test_plan test_stale_weights test_replay test_depth_one test_memory",
+    "memory/*.py": "test_layout test_residual test_plan test_stale_weights test_replay test_memory test_network",
     "network.py": "test_network test_rest_points test_schedules test_replay test_learner test_processes",
     "optim.py": "test_optim test_cuda_optimizer test_training_build",
     "program.py": "test_schedules test_layout test_residual test_random_graphs",
@@ -54,6 +58,7 @@ TESTS = {  # what is concerned; the quick ones first, as the first failure ends 
     "structure.py": "test_network test_processes test_network_file",
     "weights.py": "test_weights test_stale_weights",
     "training/divergence.py": "test_divergence",
+    "training/sharing.py": "test_parallel",
     "training/schedules.py": "test_training test_divergence test_survival",
     "training/statistics.py": "test_training test_divergence test_survival",
 }

@@ -195,8 +195,9 @@ def test_drives_and_feedback_take_what_a_schedule_needs(schedule, form, expected
     ]
     net = ep.Network(edges, 10, device="cpu", feedback=1.0)
     stack, phases = Stack(), 1 if form == "free" else 2
-    Layout(net.graph, net.precision, False).lay_out(stack, PhaseShape(form, 64, schedule, phases))
+    found = Layout(net.graph, net.precision, False).lay_out(stack, PhaseShape(form, 64, schedule, phases))
     sizes = stack.at_peak
+    assert stack.top == found.top, "what comes next is laid over all but what is still there"
     assert sizes["drives and feedback"] <= expected * 64 * 4
     units = 128 + 64 + 128 + 32 + 10
     retained = {"free states": units, "free drives": units} if form == "free" else {"deviations": 2 * units}
@@ -256,6 +257,31 @@ def test_batch_sizes_and_phases_share_one_block():
         np.testing.assert_array_equal(again[path], gradient)
     assert (net.memory._block, net.memory._arena) == (block, arena)
     assert {key: id(arrays) for key, arrays in net.effective.derived.items()} == {k: id(a) for k, a in made.items()}
+
+
+def test_steps_of_one_shape_are_laid_out_once(monkeypatch):
+    net, batch = case()
+    learner, laid_out, lay_out = ep.EquilibriumPropagation(net, free_steps=2, nudged_steps=2), [], Layout.lay_out
+    monkeypatch.setattr(
+        Layout, "lay_out", lambda own, stack, shape: laid_out.append(shape) or lay_out(own, stack, shape)
+    )
+    learner.step(batch)
+    assert laid_out
+    laid_out.clear()
+    learner.step(batch)
+    assert laid_out == []
+
+
+def test_layouts_of_the_last_few_phases_are_kept(monkeypatch):
+    """Of many shapes not all, and of the oldest none: it is laid out anew."""
+    net, _ = case()
+    monkeypatch.setattr(net.memory, "LAYOUTS_KEPT", 3)
+    shapes = [PhaseShape("free", samples, "sweeps") for samples in range(5, 0, -1)]
+    buffers = [net.memory.phase(shape) for shape in shapes]
+    assert list(net.memory._laid_out) == shapes[2:]
+    assert all(net.memory.phase(shape) is kept for shape, kept in list(zip(shapes, buffers, strict=True))[2:])
+    assert net.memory.phase(shapes[0]) is not buffers[0]
+    assert list(net.memory._laid_out) == [*shapes[3:], shapes[0]]
 
 
 def test_arrays_handed_out_before_the_block_grew_keep_their_values():

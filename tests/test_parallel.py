@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from quadrants import SILENT, TINY, assert_same_state, numbers, quadrant_data
 from ranks import Aborted, in_ranks, launch, launched, mpiexec
+from small import network
 
 import cupyep as ep
 from cupyep.backend import nccl
@@ -26,7 +27,7 @@ from cupyep.training import runs
 from cupyep.training.config import TrainConfig, make_config
 from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
-from cupyep.training.sharing import SharedDirectory, check_same, step
+from cupyep.training.sharing import SharedDirectory, check_same, share_parameters, step
 from cupyep.training.statistics import means_of
 
 needs_mpi = pytest.mark.skipif(
@@ -281,6 +282,7 @@ def test_an_evaluation_of_three_ranks_is_that_of_one_process():
         ({"options": {"seed": 3}}, "all ranks need the same --seed; rank 1 has 3, rank 0 0"),
         ({"train": 38}, "all ranks need the same images and labels; rank 1 has "),
         ({"batch": 2}, "--batch-size 2 is less than the 3 ranks"),
+        ({"batch": 3}, None),
         ({}, None),
     ],
 )
@@ -297,6 +299,36 @@ def test_ranks_that_do_not_belong_together_are_refused(other, expected):
 def test_versions_must_be_the_same():
     found = in_ranks(2, lambda ranks: ranks.same(version_of_cupyep=f"0.{ranks.rank}"))
     assert {str(error) for error in found} == {"all ranks need the same version of cupyep; rank 1 has 0.1, rank 0 0.0"}
+
+
+def test_what_must_be_the_same_and_what_is_each_ranks_own_affair():
+    def work(ranks):
+        asked, same = {}, ranks.same
+        ranks.same = lambda **values: asked.update(values) or same(**values)
+        check_same(TrainConfig(data_dir=f"of rank {ranks.rank}"), quadrant_data(40), ranks)
+        return asked
+
+    for asked in in_ranks(2, work):
+        assert asked["version_of_cupyep"] == ep.__version__
+        assert {"--seed", "--arch", "images_and_labels"} < asked.keys()
+        assert not {"--device", "--scratch-mb", "--data-dir", "--teacher"} & asked.keys()
+
+
+def test_all_ranks_begin_with_the_parameters_of_the_first():
+    """Another version of NumPy may draw others from the same seed."""
+
+    def work(ranks):
+        learner = ep.Backpropagation(network(seed=ranks.rank))
+        before = {path: array.copy() for path, array in learner.parameters().items()}
+        share_parameters(learner, ranks)
+        return before, learner.parameters()
+
+    (first, _), *others = found = in_ranks(3, work)
+    assert any((before["layers.1.weight"] != first["layers.1.weight"]).any() for before, _ in others)
+    for _, parameters in found:
+        assert parameters.keys() == first.keys()
+        for path, array in parameters.items():
+            np.testing.assert_array_equal(array, first[path])
 
 
 class FakeNccl:

@@ -161,6 +161,27 @@ def test_purposes_by_hand():
         assert halves[purpose] == parts[purpose]
 
 
+@pytest.mark.parametrize("algorithm", LEARNERS)
+def test_every_thread_has_what_it_works_in(algorithm):
+    """Three threads: thrice the memory of one for phases, products and targets, gradients of the batch and of three."""
+    options = {"signals": "learned", "micro_batch": 8, **({} if algorithm == "bp" else {"free_steps": 2})}
+    found = []
+    try:
+        for count in (1, 3, 8):
+            ep.set_threads(count)
+            found.append(planned(algorithm, 24, **options))
+    finally:
+        ep.set_threads(None)
+    one, three, more = found
+    assert more == three, "there are three parts"
+    shared = {"parameters", "maps of signals", "teachers", "optimizer", "derived weights", "images"}
+    assert {"parameters", "gradients", "scratch of products", "targets"} < one.keys()
+    for purpose, size in one.items():
+        assert three[purpose] == size * (1 if purpose in shared else 2 if purpose == "gradients" else 3), purpose
+    learner = learner_on(BlankDevice("cpu"), algorithm, **options)
+    assert one["gradients"] == 2 * learner.gradient_size * 4
+
+
 def test_vgg12_keeps_its_promise():
     """Batch 128 on a GPU: 1431 MB for EP and 18.1 times as much for BPTT over 250 steps are the published figures."""
     network = {"depth": 12, "width": 1.0, "input_shape": (32, 32, 3)}
