@@ -23,12 +23,12 @@ from cupyep.backend.precision import get_precision
 from cupyep.heads import Head
 from cupyep.losses import CrossEntropy
 from cupyep.memory.layout import Stack
-from cupyep.ops import cuda_conv, head, optimizer, reduction, update
+from cupyep.ops import crop, cuda_conv, head, optimizer, reduction, standardize, update
 from cupyep.ops.buffers import Arena
 from cupyep.ops.update import CudaUpdateOps, UpdateOps
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-SOURCES = [module.SOURCE for module in (cuda_conv, update, head, optimizer, reduction)]
+SOURCES = [module.SOURCE for module in (cuda_conv, update, head, optimizer, reduction, standardize, crop)]
 
 
 def on_host(size):
@@ -244,6 +244,18 @@ def test_heads(host, rng, pool):
         ends.append(view(force))
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-12)
     assert math.isfinite(ends[0].sum())
+
+
+def test_crops_of_a_loader(host, rng):
+    """Rows of an epoch's draws are handed over as they lie; the images are those of NumPy's arrays."""
+    images, draws = rng.integers(0, 256, (20, 8, 8, 3)).astype(np.uint8), rng.integers(0, 2, (30, 6))
+    scale, shift = rng.standard_normal((2, 3)).astype(np.float32)
+    found, expected = (
+        crop.crop(device.asarray(images), device.asarray(draws)[7:19],
+                  device.asarray(scale), device.asarray(shift), 2, 3)
+        for device in (host, ep.get_device("cpu"))
+    )  # fmt: skip
+    np.testing.assert_allclose(view(found), expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
