@@ -367,3 +367,32 @@ def test_fit_keeps_the_feedback_of_its_best_epoch(quadrants):
     assert result.network.feedback == feedbacks[1]
     assert result.best.feedback == feedbacks[result.summary.best_epoch - 1]
     assert json.dumps(result.history)
+
+
+@pytest.mark.parametrize(("place", "after"), [("on_epoch", 2), ("on_batch", 5), ("on_epoch", 1)])
+def test_fit_goes_on_with_a_network_whose_feedback_was_lowered(place, after, quadrants, tmp_path):
+    """The straight run, number by number: with the network as it was left, its best one, and one made anew."""
+
+    def make(feedback=1.0):
+        return ep.build("mlp:8,8,8", 2, (16, 16, 3), activation="relu", feedback=feedback, gain=1.5, device="cpu")
+
+    how = {"on_unsettled": "lower", "batch_size": 16, "quiet": True, "epochs": 4, **AUTO}
+    straight = ep.fit(make(), quadrants, run_dir=tmp_path / "straight", **how)
+    assert [record["feedback"] < 1 for record in straight.history] == [False, True, True, True]
+    for name in ("network", "best", "new"):
+        left = [after]
+
+        def stop(_, left=left):
+            left[0] -= 1
+            return left[0] == 0
+
+        path = tmp_path / name
+        stopped = ep.fit(make(), quadrants, run_dir=path, **how, **{place: stop})
+        net = {"network": stopped.network, "best": stopped.best, "new": make()}[name]
+        longer = ep.fit(net, quadrants, run_dir=path, resume=True, **how)
+        one, two = (RunDirectory(tmp_path / run, None) for run in ("straight", name))
+        assert numbers(one) == numbers(two)
+        assert longer.network.feedback == straight.network.feedback
+    for wrong in (0.7, 0.3):
+        with pytest.raises(CheckpointError, match="belongs to another network: feedback: saved 1.0, this network"):
+            ep.fit(make(wrong), quadrants, run_dir=path, resume=True, **how | {"epochs": 5})

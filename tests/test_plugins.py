@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quadrants import numbers
 from small import Halved, Sparsity
 
 import cupyep as ep
@@ -23,6 +24,7 @@ from cupyep.errors import Interrupted
 from cupyep.experiments.sweep import grid, train_point
 from cupyep.persistence.checkpoint import load_checkpoint
 from cupyep.training.config import read_toml
+from cupyep.training.run_directory import RunDirectory
 
 PLUGIN = """
 import pathlib
@@ -235,6 +237,68 @@ def test_fit_leaves_a_run_that_the_commands_take(invoke, forget):
     forget()
     assert "give --plugin mine.py" in invoke("evaluate", "run")[2]
     assert not invoke("evaluate", "run", "--plugin", "mine.py")[0]
+
+
+FIT = {"batch_size": 16, "quiet": True, "flip": False, "crop": False, "seed": 3}
+AS_OWN = (
+    "import cupyep as ep\n\n\ndef layers(shape, width, pooling):\n    return [ep.Conv2d(shape, {}), ep.Linear({}, 6)]"
+)
+AS_OWN += "\n\n\nep.register_architecture('own', layers)\n"
+
+
+def by_hand():
+    return ep.Network([ep.Conv2d((4, 4, 1), 3), ep.Linear((4, 4, 3), 6)], 2, device="cpu", seed=5)
+
+
+def test_a_run_of_a_network_put_together_by_hand_goes_on_where_a_plugin_registers_it(invoke, work):
+    """The command goes on as `fit` itself would: bit for bit, and its line is that of a run."""
+    data = ep.load_dataset("file:own.npz", seed=3)  # which also draws the test images
+    for name in ("run", "python"):
+        ep.fit(by_hand(), data, run_dir=name, epochs=2, on_epoch=lambda _: True, **FIT)
+    Path("own.py").write_text(AS_OWN.format(3, (4, 4, 3)))
+    code, _, err = invoke("train", "--run-dir", "run", "--resume", "--plugin", "own.py", "--quiet")
+    assert (code, err) == (0, "")
+    ep.fit(by_hand(), data, run_dir="python", epochs=2, resume=True, **FIT)
+    one, two = (RunDirectory.open(work / name) for name in ("run", "python"))
+    assert len(one.metrics()) == 2
+    assert numbers(one) == numbers(two)
+    assert "own on the 8 test images" in invoke("evaluate", "run", "--plugin", "own.py")[1]
+
+
+@pytest.mark.parametrize("how", [{"seed": 4}, {"seed": 3, "limit_train": 20}, {"seed": 3, "test_fraction": 0.3}])
+def test_other_images_than_it_began_with_are_refused(how, invoke):
+    """A run by `fit` does not know how its data were loaded: no image of a test may become one of a training."""
+    ep.fit(by_hand(), ep.load_dataset("file:own.npz", **how), run_dir="run", epochs=1, **FIT)
+    Path("own.py").write_text(AS_OWN.format(3, (4, 4, 3)))
+    code, _, err = invoke("train", "--run-dir", "run", "--resume", "--plugin", "own.py", "--epochs", 2)
+    assert (code, "belongs to a run on other images of file:own.npz: limits, or a seed" in err) == (1, True), err
+    with pytest.raises(ep.CheckpointError, match="other images"):
+        ep.fit(by_hand(), ep.load_dataset("file:own.npz", seed=3), run_dir="run", epochs=2, resume=True, **FIT)
+    ep.fit(by_hand(), ep.load_dataset("file:own.npz", **how), run_dir="run", epochs=2, resume=True, **FIT)
+
+
+def test_without_one_it_is_told_how_it_goes_on(invoke, forget):
+    data = ep.load_dataset("file:own.npz")
+    ep.fit(by_hand(), data, run_dir="run", epochs=1, **FIT)
+    ep.fit(by_hand(), (data.train.images[:], data.train.labels), run_dir="arrays", epochs=1, **FIT)
+    here = "a network made in Python goes on there, by ep.fit(resume=True), or with the --plugin that registers it so"
+    for words in (
+        ["train", "--resume", "--run-dir", "run"],
+        ["evaluate", "run"],
+        ["train", "--recipe", "run/config.toml"],
+    ):
+        code, out, err = invoke(*words)
+        assert (code, out, err) == (2, "", f"Error: 'run/config.toml': unknown arch 'own'; {here}\n")
+    Path("own.py").write_text(AS_OWN.format(5, (4, 4, 5)))
+    code, _, err = invoke("train", "--resume", "--run-dir", "run", "--plugin", "own.py", "--epochs", 2)
+    assert (code, "belongs to another network: layers 1 channels: saved 3, this network 5" in err) == (1, True), err
+    code, _, err = invoke("train", "--resume", "--run-dir", "arrays", "--plugin", "own.py", "--epochs", 2)
+    told = "unknown dataset 'arrays'; a run on data made in Python goes on there, by ep.fit(resume=True)"
+    assert (code, err) == (2, f"Error: 'arrays/config.toml': {told}\n")
+    forget()
+    Path("other.py").write_text(PLUGIN)
+    code, _, err = invoke("train", "--resume", "--run-dir", "run", "--plugin", "other.py")
+    assert (code, err) == (2, f"Error: 'run/config.toml': unknown arch 'own'; {here}\n")
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])

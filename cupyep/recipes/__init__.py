@@ -13,9 +13,8 @@ from typing import Any
 
 from cupyep.errors import ConfigurationError, nearest
 from cupyep.files import expanded, read_text
-from cupyep.training.config import OPTIONS, make_config, read_toml
+from cupyep.training.config import OPTIONS, WRITTEN, make_config, read_toml
 from cupyep.training.options import NEEDS
-from cupyep.training.run_directory import WRITTEN
 
 FOLDER = Path(__file__).parent
 

@@ -40,6 +40,7 @@ TOML_BYTES = 1 << 15  # of a recipe or config.toml, at most
 DOTS = 200  # in a line; the parser's memory grows with the square of the parts of a name
 MOST_LAYERS = 10000
 AUTO = "auto"  # steps that follow the settling
+WRITTEN = "# Written by cupyep"  # how the config.toml of a run begins
 LOSSES = ("cross_entropy", "squared_error")
 
 
@@ -249,6 +250,12 @@ class TrainConfig:
         return "\n".join(lines[1:]) + "\n"
 
 
+#: What a run's own file calls by names that are none here: what `cupyep.fit` was given.
+OF_FIT = {
+    "arch": "a network made in Python goes on there, by ep.fit(resume=True), or with the --plugin that registers it so",
+    "dataset": "a run on data made in Python goes on there, by ep.fit(resume=True)",
+}
+
 # What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
 RESUME_OPTIONS = (
     "epochs", "device", "scratch_mb", "data_dir", "teacher", "checkpoint_minutes", "on_divergence", "on_unsettled",
@@ -284,7 +291,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             check_name(name)
             checked(OPTIONS[name], value, name, values.get("plugin"))
         except ConfigurationError as error:
-            raise ConfigurationError(f"'{path}': {error}") from error
+            of_fit = name in OF_FIT and "is of a plugin" not in str(error) and text.startswith(WRITTEN)
+            told = f"{str(error).partition(' (choose')[0]}; {OF_FIT[name]}" if of_fit else error
+            raise ConfigurationError(f"'{path}': {told}") from error
     return values
 
 

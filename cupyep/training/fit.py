@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ import numpy as np
 
 from cupyep.activations import ACTIVATIONS
 from cupyep.data import DATASETS, Dataset
-from cupyep.errors import choose, flag, instance, items, require, shown
+from cupyep.data.sources import absolute_name
+from cupyep.errors import CheckpointError, choose, flag, instance, items, require, shown
 from cupyep.errors import path as checked_path
 from cupyep.network import Network
 from cupyep.parallel import Communicator
@@ -114,11 +116,13 @@ def fit(
     for name, call in (("on_epoch", on_epoch), ("on_batch", on_batch)):
         require(call is None or callable(call), f"{name} must be a function, not {shown(call)}")
     signals = items("signals", signals, Augmenter, "Augmenters")
-    config = _config(net, data, options)
-    require(not signals or config.aug == "none", "give either signals or the option aug")
     require(not flag("resume", resume) or run_dir is not None, "resume needs run_dir")
     path, display = None if run_dir is None else checked_path("run_dir", run_dir), Display(flag("quiet", quiet))
     going_on = resume and path.exists()
+    if going_on:
+        _as_begun(net, RunDirectory(path, None))
+    config = _config(net, data, options)
+    require(not signals or config.aug == "none", "give either signals or the option aug")
     if config.algorithm != "bp":
         net.settling = config.settling
     if path is not None and not going_on:
@@ -170,9 +174,20 @@ def _config(net: Network, data: Dataset, options: dict[str, Any]) -> TrainConfig
     require_used(used, vars(config))
     require("flip" not in options or data.flip or not config.flip, "this data set forbids flip")
     # Names that the table does not know are kept as they are: only this function can go on with such a run.
-    config.arch, config.dataset = net.config.get("arch", OWN), data.name
+    config.arch, config.dataset = net.config.get("arch", OWN), absolute_name(data.name)
     config.validation = None if data.validation is None or data.name not in DATASETS else len(data.validation)
     return config
+
+
+def _as_begun(net: Network, run: RunDirectory) -> None:
+    """Give `net` the feedback that a run began with, where it has one to which ``on_unsettled`` lowered it since."""
+    for which in ("last", "previous"):
+        with contextlib.suppress(CheckpointError):  # what is wrong with the run is said where it is taken up
+            saved = run.load(which)
+            lowered = [record.get("feedback") for record in run.metrics()] + [saved.settling.get("feedback")]
+            if net.feedback in lowered:
+                net.feedback = saved.config.get("feedback", net.feedback)
+            return
 
 
 def _copies(net: Network) -> dict[str, np.ndarray]:

@@ -22,10 +22,9 @@ from cupyep.errors import CheckpointError, ConfigurationError, choose, is_number
 from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
 from cupyep.models import slug
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cupyep.training.config import TrainConfig, make_config, read_toml
+from cupyep.training.config import WRITTEN, TrainConfig, make_config, read_toml
 
 CONFIG, METRICS, SETTLING = "config.toml", "metrics.jsonl", "settling.json"
-WRITTEN = "# Written by cupyep"  # how config.toml begins
 METRICS_BYTES = 1 << 28  # at most
 COURSES = [f"{split}_{what}" for split in ("train", "validation", "test") for what in ("loss", "accuracy")]
 COURSES += ["elapsed_s"]
