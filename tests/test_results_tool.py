@@ -71,8 +71,11 @@ def test_open_and_measured_rows(tool, tmp_path):
     assert "**full**: open; `cupyep reproduce memory --scale full`\n" in page
 
 
-def test_medium_scale_takes_the_place_of_small(tool, tmp_path):
+def test_medium_scale_takes_the_place_of_small(tool, tmp_path, monkeypatch):
     """Headlines never mix scales; what has no report of medium scale stands there as before."""
+    signals = EXPERIMENTS["signals"]
+    both = {**signals.scales, "medium": signals.at("small")}
+    monkeypatch.setitem(EXPERIMENTS, "signals", dataclasses.replace(signals, scales=both))
     for name in ("vgg7-kd-cifar10", "signals", "graphs"):
         write(tmp_path, name, "small", 0.3)
     before = tool.readme_table(tool.collect(tmp_path))
@@ -81,6 +84,7 @@ def test_medium_scale_takes_the_place_of_small(tool, tmp_path):
     assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | open | 30.0 |" in before
     write(tmp_path, "best-cifar10", "medium", 0.9134)
     write(tmp_path, "best-svhn", "medium", 0.95)
+    write(tmp_path, "signals", "medium", 0.4)
     lines = tool.readme_table(tool.collect(tmp_path)).splitlines()
     assert "| test accuracy, % | published | full size | medium scale |" in lines
     name = "a residual graph by weak feedback on CIFAR-10"
@@ -94,6 +98,9 @@ def test_medium_scale_takes_the_place_of_small(tool, tmp_path):
     verdicts = "\n".join(line for line in lines if " | small | " in line or " | medium | " in line)
     assert "[`best-svhn`](docs/results/best-svhn-medium/REPORT.md) | medium | EP, lambda = 0.03: 95.00 %" in verdicts
     assert "[`graphs`](docs/results/graphs-small/REPORT.md) | small |" in verdicts
+    assert "[`signals`](docs/results/signals-medium/REPORT.md) | medium |" in verdicts
+    assert "signals-small" not in verdicts
+    assert "| `signals` | full | open |" in lines
     page = tool.results_page(tool.collect(tmp_path))
     assert "**small** ([report](results/vgg7-kd-cifar10-small/REPORT.md)" in page
     assert "**medium** ([report](results/best-cifar10-medium/REPORT.md)" in page
