@@ -69,25 +69,14 @@ Instruction = Drive | TopDown | Update
 
 @dataclass(frozen=True)
 class Program:
-    """One iteration of a schedule.
-
-    Attributes
-    ----------
-    schedule : str
-    body : tuple of Instruction
-    start : tuple of Drive
-        What makes inputs and winners belong to a given start, as far as the body reads them before it renews them.
-    unwritten : tuple of Value
-        What the body reads before anything has been written there: nothing, zeros.
-    unfound : tuple of int
-        Connections whose pooling winners are read before they are found.
-    """
+    """One iteration of a schedule."""
 
     schedule: str
     body: tuple[Instruction, ...]
+    # what makes inputs and winners belong to a given start, as far as the body reads them before it renews them
     start: tuple[Drive, ...]
-    unwritten: tuple[Value, ...]
-    unfound: tuple[int, ...]
+    unwritten: tuple[Value, ...]  # what the body reads before anything has been written there: nothing, zeros
+    unfound: tuple[int, ...]  # connections whose pooling winners are read before they are found
 
     def lifetimes(self) -> dict[Value, int]:
         """Return when each value is alive, as a set of bits: bit n for instruction n of an iteration that repeats."""
