@@ -35,17 +35,10 @@ SHOWN = 24  # characters of a value in the table
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` returns.
+    """What `compare` returns."""
 
-    Attributes
-    ----------
-    options : list of str
-        Options that differ between the runs, in the order of ``--help``.
-    rows : list of dict
-        A run each: ``run`` (its name), ``path``, all options, and `MEASURES`, None where there is nothing to say.
-    """
-
-    options: list[str]
+    options: list[str]  # options that differ between the runs, in the order of ``--help``
+    # a run each: ``run`` (its name), ``path``, all options, and `MEASURES`, None where there is nothing to say
     rows: list[dict[str, Any]]
 
     def sorted(self, column: str) -> Comparison:

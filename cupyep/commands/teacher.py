@@ -55,37 +55,18 @@ def gpu_chosen(device: str, usable: bool, reason: str) -> bool:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that is not ours.
+    """A model that is not ours."""
 
-    Attributes
-    ----------
-    predict : callable
-        From images, as `fed` lays them out, to logits (B, classes).
-    dtype : str
-        The images that it takes, of `DTYPES`, as far as it tells.
-    """
-
-    predict: Predict
-    dtype: str = "float32"
+    predict: Predict  # from images, as `fed` lays them out, to logits (B, classes)
+    dtype: str = "float32"  # the images that it takes, of `DTYPES`, as far as it tells
 
 
 def onnx_teacher(path: Path, device: str = "auto", chosen: str | None = None) -> Teacher:
     """Return the teacher in the file of an ONNX model.
 
-    Parameters
-    ----------
-    path : Path
-    device : str
-        The option ``--device``.
-    chosen : str, optional
-        Name or number, from 0, of the output with the logits; by default what is called logits, else the first.
-
-    Raises
-    ------
-    ConfigurationError
-        If onnxruntime is not installed, or there is no such file, device or output.
-    TeacherError
-        If the file is no model that onnxruntime can run, with one image input.
+    `device` is the option ``--device``; `chosen` is name or number, from 0, of the output with the logits, by default
+    what is called logits, else the first. `ConfigurationError` if onnxruntime is not installed, or there is no such
+    file, device or output; `TeacherError` if the file is no model that onnxruntime can run, with one image input.
     """
     with needing('--onnx needs onnxruntime: pip install "cupyep[teacher]"'):
         import onnxruntime
@@ -129,22 +110,12 @@ def _number(chosen: str | None, outputs: Sequence[Any]) -> int | None:
 def torch_teacher(factory: str, weights: Path | None, device: str = "auto", chosen: str | None = None) -> Teacher:
     """Return the teacher that is a PyTorch module.
 
-    Parameters
-    ----------
-    factory : str
-        ``package.module:callable``; called without arguments it returns the module.
-    weights : path or None
-        A state dict, alone or in a checkpoint (`unwrapped`), of PyTorch or safetensors; None if the factory loads its
-        own.
-    device, chosen
-        See `onnx_teacher`; `chosen` may be a key or an attribute of what the module returns.
+    The `factory` is a ``package.module:callable`` which, called without arguments, returns the module. `weights` are a
+    state dict, alone or in a checkpoint (`unwrapped`), of PyTorch or safetensors; None if the factory loads its own.
+    `device` and `chosen` are as in `onnx_teacher`; `chosen` may be a key or an attribute of what the module returns.
 
-    Raises
-    ------
-    ConfigurationError
-        If PyTorch is not installed or not safe, or there is no such factory, file or device.
-    TeacherError
-        If the module cannot be made, or the file does not hold its weights, or holds more than weights.
+    `ConfigurationError` if PyTorch is not installed or not safe, or there is no such factory, file or device;
+    `TeacherError` if the module cannot be made, or the file does not hold its weights, or holds more than weights.
     """
     with needing("--torch needs PyTorch, which is yours to install (https://pytorch.org)"):
         import torch
@@ -310,16 +281,10 @@ def fed(
 ) -> Predict:
     """Return the function from a data set's normalised images (B, H, W, C) to the logits of a teacher.
 
-    Parameters
-    ----------
-    layout : {"nchw", "nhwc"}
-        Axes that the teacher expects.
-    dtype : str, optional
-        Of `DTYPES`; the teacher's by default. ``uint8`` are the pixels as they are, from 0 to 255.
-    size : int, optional
-        Height and width of the images that it takes, where they are others (`bilinear`).
-    mean, std : sequence of float, optional
-        Statistics of a channel that it was trained with, where they are not the data set's.
+    The teacher expects axes as `layout` says, "nchw" or "nhwc", and the type `dtype` of `DTYPES`, by default its own;
+    ``uint8`` are the pixels as they are, from 0 to 255. `size` is height and width of the images that it takes, where
+    they are others (`bilinear`); `mean` and `std` are the statistics of a channel that it was trained with, where they
+    are not the data set's.
     """
     dtype = dtype or teacher.dtype
     scale, shift = _rescaling(dataset, dtype, mean, std)
