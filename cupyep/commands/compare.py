@@ -68,10 +68,7 @@ class Comparison:
 def compare(paths: Sequence[Path]) -> Comparison:
     """Compare the runs in some directories, finished or not.
 
-    Raises
-    ------
-    CheckpointError, ConfigurationError
-        If there is no run at a path, or its files are damaged.
+    `CheckpointError` or `ConfigurationError` if there is no run at a path, or its files are damaged.
     """
     runs = [RunDirectory.open(path) for path in paths]
     names = run_names(paths)

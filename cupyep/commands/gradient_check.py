@@ -78,10 +78,7 @@ class GradientReport:
 def recipe_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a check takes from the options of a recipe: network, data, nudge, signals, but not how it settles.
 
-    Raises
-    ------
-    ConfigurationError
-        If the recipe does not train by EP.
+    `ConfigurationError` if the recipe does not train by EP.
     """
     algorithm = recipe.get("algorithm", "ep")
     require(algorithm == "ep", f"the recipe trains by {algorithm} and not by EP: there is no gradient to check")

@@ -41,10 +41,8 @@ foreign_code = partial(plugins.foreign_code, kind=TeacherError)
 def gpu_chosen(device: str, usable: bool, reason: str) -> bool:
     """Return whether a foreign model runs on the GPU, given the option ``--device`` and whether its library can.
 
-    Raises
-    ------
-    ConfigurationError, DeviceError
-        If there is no such device, or a GPU is asked for that the library cannot use for `reason`.
+    `ConfigurationError` or `DeviceError` if there is no such device, or a GPU is asked for that the library cannot use
+    for `reason`.
     """
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)
     require(known is not None, f"unknown device '{device}' (choose from auto, cpu, cuda, cuda:N)")
@@ -144,10 +142,7 @@ def logits_of(output: Any, factory: str, chosen: str | None = None) -> Any:
     That is `chosen`, by key, attribute or number; else the output itself, or what is called ``logits`` in it, or the
     first of several.
 
-    Raises
-    ------
-    TeacherError
-        If there is no tensor in that place.
+    `TeacherError` if there is no tensor in that place.
     """
     found, wanted = output, "a tensor of logits, or something with 'logits'; or choose one by --logits"
     if chosen is not None:
@@ -180,13 +175,9 @@ def _is_several(output: Any) -> bool:
 def read_weights(path: Path) -> Any:
     """Return what a file of weights holds; no code in it is run.
 
-    Raises
-    ------
-    ConfigurationError
-        If it is a safetensors file and safetensors is not installed, or another one and PyTorch could be made to run
-        code in it.
-    TeacherError
-        If it is damaged, or holds anything but tensors, numbers, texts and containers of them.
+    `ConfigurationError` if it is a safetensors file and safetensors is not installed, or another one and PyTorch could
+    be made to run code in it; `TeacherError` if it is damaged, or holds anything but tensors, numbers, texts and
+    containers of them.
     """
     import torch
 
@@ -218,10 +209,7 @@ def unwrapped(found: Any, names: Collection[str], path: Path) -> dict[str, Any]:
 
     Prefixes that wrappers of modules put before every name are taken off, unless `names` have them, too.
 
-    Raises
-    ------
-    TeacherError
-        If there is no state dict; the message says what there is.
+    `TeacherError` if there is no state dict; the message says what there is.
     """
     for _ in range(DEPTH):
         if isinstance(found, Mapping) and not found.keys() & set(names):
