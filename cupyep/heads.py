@@ -345,10 +345,8 @@ class Head(LossTerm):
 def readout_window(pool: int | str | None, shape: tuple[int, ...]) -> int | None:
     """Return the side of the windows that a readout averages a state of `shape` over, None for no averages.
 
-    Raises
-    ------
-    ConfigurationError
-        If there is no map, it is smaller than the windows, or not square where all of it is to be averaged.
+    `ConfigurationError` if there is no map, it is smaller than the windows, or not square where all of it is to be
+    averaged.
     """
     if pool is None or (is_integer(pool) and pool == 1):
         return None

@@ -20,23 +20,12 @@ def lsuv(
 ) -> dict[str, float]:
     """Scale weights, node by node, until each node's drive has unit variance on one batch; return the factors.
 
-    Parameters
-    ----------
-    names : iterable of str
-        The nodes, each after all that drive it.
-    drive : callable
-        Returns a node's drive (an array) on the batch, by the weights as they are by then.
-    scale : callable
-        Multiplies all weights into a node by a factor: `cupyep.weights.Parametrisation.scale`.
-    tolerance : float, default=0.02
-        Of the standard deviation, above 0.
-    tries : int, default=10
-        How often a node may be scaled; once is enough for a drive that is linear in the weights, without a bias.
+    The nodes `names` come each after all that drive it. `drive` returns a node's drive (an array) on the batch, by the
+    weights as they are by then; `scale` multiplies all weights into a node by a factor
+    (`cupyep.weights.Parametrisation.scale`). The `tolerance` is of the standard deviation. A node may be scaled in so
+    many `tries`; one is enough for a drive that is linear in the weights, without a bias.
 
-    Raises
-    ------
-    ConfigurationError
-        If a drive is constant or not finite, or does not come to unit variance.
+    `ConfigurationError` if a drive is constant or not finite, or does not come to unit variance.
     """
     tolerance, tries = number("tolerance", tolerance, above=0), integer("tries", tries)
     return {name: _unit_drive(name, drive, scale, tolerance, tries) for name in names}

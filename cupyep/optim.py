@@ -141,8 +141,9 @@ class Optimizer:
         _check_names("gradients", gradients, self.parameters, ConfigurationError)
         self.steps += 1
         if self.clip_unit_norm is not None:
-            for path in filter(_is_clipped, self.parameters):
-                clip_units(gradients[path], self.parameters[path], self.clip_unit_norm)
+            for path, parameter in self.parameters.items():
+                if path.endswith(".weight") and not path.startswith(("readout.", "signals.")):
+                    clip_units(gradients[path], parameter, self.clip_unit_norm)
         for path, parameter in self.parameters.items():
             arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
             rate = self.rates[path] * factor
@@ -374,10 +375,6 @@ def _rates(parameters: Mapping[str, Any], learning_rate: float | Mapping[str, fl
     for path in parameters:
         require(path in learning_rate, f"learning_rate has no entry for '{path}'; give every parameter one")
     return {path: float(learning_rate[path]) for path in parameters}
-
-
-def _is_clipped(path: str) -> bool:
-    return path.endswith(".weight") and not path.startswith(("readout.", "signals."))
 
 
 def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any], error: type[Exception]) -> None:

@@ -104,12 +104,7 @@ def load_plugin(text: str) -> None:
 
     Call it for what a person gave, never for what a file says: it runs the code.
 
-    Raises
-    ------
-    ConfigurationError
-        If there is no such module or file.
-    CupyepError
-        If its code raises anything.
+    `ConfigurationError` if there is no such module or file; `CupyepError` if its code raises anything.
     """
     what = f"--plugin {text}"
     with working_folder(), foreign_code(what):
@@ -157,10 +152,7 @@ def working_folder() -> Iterator[None]:
 def imported(name: str, what: str, attribute: str | None = None) -> Any:
     """Return the module ``package.module``, or an attribute of it; a message calls it `what`.
 
-    Raises
-    ------
-    ConfigurationError
-        If there is no such module or attribute.
+    `ConfigurationError` if there is no such module or attribute.
     """
     try:
         module = importlib.import_module(name)

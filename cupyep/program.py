@@ -69,28 +69,15 @@ Instruction = Drive | TopDown | Update
 
 @dataclass(frozen=True)
 class Program:
-    """One iteration of a schedule.
-
-    Attributes
-    ----------
-    schedule : str
-    body : tuple of Instruction
-    start : tuple of Drive
-        What makes inputs and winners belong to a given start, as far as the body reads them before it renews them.
-    unwritten : tuple of Value
-        What the body reads before anything has been written there: nothing, zeros.
-    unfound : tuple of int
-        Connections whose pooling winners are read before they are found.
-    unmoved : tuple of int
-        Nodes whose states products take before the body has updated them: the start.
-    """
+    """One iteration of a schedule."""
 
     schedule: str
     body: tuple[Instruction, ...]
+    # what makes inputs and winners belong to a given start, as far as the body reads them before it renews them
     start: tuple[Drive, ...]
-    unwritten: tuple[Value, ...]
-    unfound: tuple[int, ...]
-    unmoved: tuple[int, ...]
+    unwritten: tuple[Value, ...]  # what the body reads before anything has been written there: nothing, zeros
+    unfound: tuple[int, ...]  # connections whose pooling winners are read before they are found
+    unmoved: tuple[int, ...]  # nodes whose states products take before the body has updated them: the start
 
     def lifetimes(self) -> dict[Value, int]:
         """Return when each value is alive, as a set of bits: bit n for instruction n of an iteration that repeats."""

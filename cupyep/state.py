@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,26 +58,18 @@ class State(Shown):
 
     def copy(self) -> State:
         """Return a state whose arrays are its own."""
-
-        def copied(arrays):
-            return None if arrays is None else [None if a is None else a.copy() for a in arrays]
-
-        return State(
-            copied(self.layers),
-            copied(self.drives),
-            copied(self.winners),
-            self.stats,
-            copied(self.deviations),
-            self.scales,
-        )
+        arrays = [_each(own, lambda a: a.copy()) for own in (self.layers, self.drives, self.winners, self.deviations)]
+        return State(*arrays[:3], self.stats, arrays[3], self.scales)
 
     def part(self, rows: slice) -> State:
         """Return the state of some of the samples, which shares its memory."""
+        arrays = (_each(own, lambda a: a[rows]) for own in (self.layers, self.drives, self.winners))
+        return State(*arrays, buffers=self.buffers)
 
-        def cut(arrays):
-            return None if arrays is None else [None if a is None else a[rows] for a in arrays]
 
-        return State(cut(self.layers), cut(self.drives), cut(self.winners), buffers=self.buffers)
+def _each(arrays: list[Any] | None, of: Callable[[Any], Any]) -> list[Any] | None:
+    """Return what `of` makes of each of some arrays, those that are there."""
+    return None if arrays is None else [None if array is None else of(array) for array in arrays]
 
 
 def joined(states: Sequence[State], samples: Sequence[int], phases: int) -> State:

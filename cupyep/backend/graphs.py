@@ -84,10 +84,7 @@ class GraphCapture:
 class Replays:
     """Pieces of work by name: each is done plainly the first time, captured the second, and replayed from then on.
 
-    Parameters
-    ----------
-    capture : GraphCapture or None
-        None: everything is done plainly.
+    Without a `capture` everything is done plainly.
     """
 
     def __init__(self, capture: GraphCapture | None):
@@ -113,12 +110,7 @@ class Replays:
 
 
 class Replayer:
-    """The replays of one workspace, apart for everything that they depend on.
-
-    Parameters
-    ----------
-    capture : GraphCapture or None
-    """
+    """The replays of one workspace, apart for everything that they depend on."""
 
     KEPT = 32  # keys remembered, the least recently used goes first
 
@@ -129,11 +121,8 @@ class Replayer:
     def of(self, key: Hashable) -> Replays:
         """Return the replays of work that depends on `key`.
 
-        Parameters
-        ----------
-        key : hashable or None
-            Names all that the work depends on besides the content of arrays: sizes, settings, and the addresses of all
-            arrays that do not live as long as this object. None: nothing is captured.
+        It names all that the work depends on besides the content of arrays: sizes, settings, and the addresses of all
+        arrays that do not live as long as this object. None: nothing is captured.
         """
         if key is None or self._capture is None:
             return Replays(None)

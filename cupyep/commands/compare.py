@@ -35,17 +35,10 @@ SHOWN = 24  # characters of a value in the table
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` returns.
+    """What `compare` returns."""
 
-    Attributes
-    ----------
-    options : list of str
-        Options that differ between the runs, in the order of ``--help-all``.
-    rows : list of dict
-        A run each: ``run`` (its name), ``path``, all options, and `MEASURES`, None where there is nothing to say.
-    """
-
-    options: list[str]
+    options: list[str]  # options that differ between the runs, in the order of ``--help-all``
+    # a run each: ``run`` (its name), ``path``, all options, and `MEASURES`, None where there is nothing to say
     rows: list[dict[str, Any]]
 
     def sorted(self, column: str) -> Comparison:
@@ -75,10 +68,7 @@ class Comparison:
 def compare(paths: Sequence[Path]) -> Comparison:
     """Compare the runs in some directories, finished or not.
 
-    Raises
-    ------
-    CheckpointError, ConfigurationError
-        If there is no run at a path, or its files are damaged.
+    `CheckpointError` or `ConfigurationError` if there is no run at a path, or its files are damaged.
     """
     runs = [RunDirectory.open(path) for path in paths]
     names = run_names(paths)

@@ -22,25 +22,11 @@ def confusion_of(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the confusion matrix of the best checkpoint of `run`, and the names of the classes.
 
-    It costs as much as an evaluation, and is kept in confusion.json until there is a better checkpoint.
+    It costs as much as an evaluation, and is kept in confusion.json until there is a better checkpoint. Options `given`
+    may differ from the run's: ``data_dir``, ``batch_size``, ``device``.
 
-    Parameters
-    ----------
-    run : RunDirectory
-    given : mapping, optional
-        Options that differ from the run's: ``data_dir``, ``batch_size``, ``device``.
-    display : Display, optional
-
-    Returns
-    -------
-    matrix : ndarray of int64, shape (classes, classes)
-        Number of test images of a class (row) that are taken for a class (column).
-    classes : list of str
-
-    Raises
-    ------
-    CupyepError
-        If there is no best checkpoint, or the data set is not there.
+    The matrix, int64 (classes, classes), has the numbers of test images of a class (row) that are taken for a class
+    (column). `CupyepError` if there is no best checkpoint, or the data set is not there.
     """
     epoch = run.load("best").epoch
     kept = _kept(run, epoch)

@@ -124,27 +124,11 @@ class Diagnosis:
 
 
 def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | None = None, bptt: bool = False) -> Any:
-    """Look closely at a batch of training images with the learner of a run.
+    """Look closely at a batch of training images with the learner of a run, or with a checkpoint file, at `path`.
 
-    Parameters
-    ----------
-    path : path
-        A run directory, or a checkpoint file.
-    which : {"best", "last", "previous"}
-        The checkpoint of a run directory.
-    given : mapping, optional
-        Options that differ from the run's; as many images are looked at as ``batch_size`` says.
-    bptt : bool
-        Compare the gradient with that of backpropagation through time from the same free state.
-
-    Returns
-    -------
-    Diagnosis
-
-    Raises
-    ------
-    CupyepError
-        If run, checkpoint or data set cannot be read.
+    `which` is the checkpoint of a run directory: "best", "last" or "previous". Options `given` may differ from the
+    run's; as many images are looked at as ``batch_size`` says. With `bptt` the gradient is compared with that of
+    backpropagation through time from the same free state. `CupyepError` if run, checkpoint or data set cannot be read.
     """
     file, saved, config = _open(Path(path), which)
     given = given or {}

@@ -20,30 +20,13 @@ from cupyep.training.trained import TrainedRun, load_trained
 def export_run(path: str | Path, form: str, output: Path, which: str = "best", steps: int | None = None) -> list[str]:
     """Write the network of the run in `path` to the file `output`, which is replaced when the new one is complete.
 
-    Parameters
-    ----------
-    path : path
-        A run directory; its data set is not needed.
-    form : {"npz", "onnx", "safetensors", "torch"}
-        ``npz``: arrays by name (`torch_layout`), with ``mean``, ``std``, ``classes`` and ``settings`` (JSON);
-        ``torch``, ``safetensors``: the same names as a state dict and nothing else; ``onnx``: `onnx_model`, pixels in,
-        scores out.
-    which : {"best", "last"}
-        The checkpoint.
-    steps : int, optional
-        Settling steps of the ONNX graph; default the run's.
+    The data set of the run is not needed; `which` checkpoint is "best" or "last". The `form` is ``npz``: arrays by name
+    (`torch_layout`), with ``mean``, ``std``, ``classes`` and ``settings`` (JSON); ``torch`` or ``safetensors``: the
+    same names as a state dict and nothing else; ``onnx``: `onnx_model`, pixels in, scores out, of so many settling
+    `steps`, by default the run's.
 
-    Returns
-    -------
-    list of str
-        Lines that say what was written and what to feed it.
-
-    Raises
-    ------
-    ConfigurationError
-        If a package is not installed, or an argument has no meaning for this form.
-    CheckpointError
-        If the run cannot be loaded, or the file not be written.
+    Returns lines that say what was written and what to feed it. `ConfigurationError` if a package is not installed, or
+    an argument has no meaning for this form; `CheckpointError` if the run cannot be loaded, or the file not be written.
     """
     write = FORMS[choose("format", form, FORMS)]
     run = load_trained(path, which, {"device": "cpu"})

@@ -53,16 +53,10 @@ COLUMNS = {
 
 @dataclass
 class GradientReport:
-    """The gradient of EP against that of BPTT, for the nudge form asked for and for the other one.
-
-    Attributes
-    ----------
-    config : TrainConfig
-    betas : dict
-        Beta -> nudge form -> rows of `check_gradients`; what was asked for comes first.
-    """
+    """The gradient of EP against that of BPTT, for the nudge form asked for and for the other one."""
 
     config: TrainConfig
+    # beta -> nudge form -> rows of `check_gradients`; what was asked for comes first
     betas: dict[float, dict[str, list[dict[str, Any]]]]
 
     def table(self) -> str:
@@ -84,10 +78,7 @@ class GradientReport:
 def recipe_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a check takes from the options of a recipe: network, data, nudge, signals, but not how it settles.
 
-    Raises
-    ------
-    ConfigurationError
-        If the recipe does not train by EP.
+    `ConfigurationError` if the recipe does not train by EP.
     """
     algorithm = recipe.get("algorithm", "ep")
     require(algorithm == "ep", f"the recipe trains by {algorithm} and not by EP: there is no gradient to check")
@@ -100,16 +91,8 @@ def check_gradient(
     """Compare EP with BPTT unrolled from the same free state, on the first ``batch_size`` training images.
 
     In float32 and float64 with BPTT in the same precision, in the others with BPTT in float64 and EP in float32, see
-    `cupyep.learning.check.compare_precisions`.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        `CHECK_OPTIONS` are used; ``aug`` is "none" or "le".
-    betas : sequence of float
-        The one of `config` unless given.
-    report : callable
-        Takes the lines that say what is going on.
+    `cupyep.learning.check.compare_precisions`. Of `config` the `CHECK_OPTIONS` are used, ``aug`` "none" or "le", and
+    its beta unless `betas` are given. Lines that say what is going on go to `report`.
     """
     require(config.aug != "kd", "cupyep check knows --aug none and le; kd needs a teacher")
     dataset = build_dataset(dataclasses.replace(config, limit_test=1))

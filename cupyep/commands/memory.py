@@ -157,20 +157,10 @@ def memory_report(
     measure: bool = False,
     report: Callable[[str], None] = print,
 ) -> MemoryReport:
-    """Plan a step of every algorithm, for every T of `steps`, and do it where it is to be measured.
+    """Plan a step of every algorithm, for every T of `steps`, from 1 to `MOST_STEPS`; with `measure` also do one each.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        `MEMORY_OPTIONS` are used.
-    steps : sequence of int
-        T, from 1 to `MOST_STEPS`.
-    kind : {"cpu", "gpu"}, optional
-        What to plan for; the device of `config` if not given.
-    measure : bool
-        Also do one step each, which takes that memory and the time.
-    report : callable
-        Takes a line before every measurement.
+    Of `config` the `MEMORY_OPTIONS` are used; the `kind` of device to plan for, "cpu" or "gpu", is its own if not
+    given. Measuring takes that memory and the time; `report` gets a line before every measurement.
     """
     require(len(steps) > 0 and all(1 <= t <= MOST_STEPS for t in steps), f"steps T must be from 1 to {MOST_STEPS}")
     device = device_of(config, kind)

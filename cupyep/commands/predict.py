@@ -23,27 +23,16 @@ NOT_FINITE = "the network does not settle on it, its states grow without bounds;
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of a picture.
-
-    Attributes
-    ----------
-    file : Path
-    classes : list of (str, float, float or None)
-        Name, score and probability of the likeliest classes, the best first. The score is the readout's output; with
-        squared error it is no logit, and there is no probability.
-    residual : float or None
-        Of the worst layer at the end of the free phase; None for networks that do not settle (backpropagation).
-    settled : bool or None
-        Whether the residual is within the tolerance; None without a tolerance.
-    error : str
-        Why there is no prediction, else empty.
-    """
+    """What a network says of a picture."""
 
     file: Path
+    # name, score and probability of the likeliest classes, the best first. The score is the readout's output; with
+    # squared error it is no logit, and there is no probability
     classes: list[tuple[str, float, float | None]]
+    # of the worst layer at the end of the free phase; None for networks that do not settle (backpropagation)
     residual: float | None = None
-    settled: bool | None = None
-    error: str = ""
+    settled: bool | None = None  # whether the residual is within the tolerance; None without a tolerance
+    error: str = ""  # why there is no prediction, else empty
 
     def to_json(self) -> dict[str, Any]:
         """Return the prediction as plain objects."""
@@ -61,12 +50,7 @@ class Prediction:
 def predict_pictures(run: TrainedRun, files: Sequence[Path], top: int | None = None) -> Iterator[Prediction]:
     """Yield the prediction of each picture, a batch at a time; those without an answer have an `error`.
 
-    Parameters
-    ----------
-    run : TrainedRun
-    files : sequence of Path
-    top : int, optional
-        Number of classes, from 1 to all; default 3, or all of fewer.
+    It names the `top` classes, from 1 to all; by default 3, or all of fewer.
     """
     classes = run.images.classes
     top = min(TOP, len(classes)) if top is None else top

@@ -41,10 +41,8 @@ foreign_code = partial(plugins.foreign_code, kind=TeacherError)
 def gpu_chosen(device: str, usable: bool, reason: str) -> bool:
     """Return whether a foreign model runs on the GPU, given the option ``--device`` and whether its library can.
 
-    Raises
-    ------
-    ConfigurationError, DeviceError
-        If there is no such device, or a GPU is asked for that the library cannot use for `reason`.
+    `ConfigurationError` or `DeviceError` if there is no such device, or a GPU is asked for that the library cannot use
+    for `reason`.
     """
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)
     require(known is not None, f"unknown device '{device}' (choose from auto, cpu, cuda, cuda:N)")
@@ -55,37 +53,18 @@ def gpu_chosen(device: str, usable: bool, reason: str) -> bool:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that is not ours.
+    """A model that is not ours."""
 
-    Attributes
-    ----------
-    predict : callable
-        From images, as `fed` lays them out, to logits (B, classes).
-    dtype : str
-        The images that it takes, of `DTYPES`, as far as it tells.
-    """
-
-    predict: Predict
-    dtype: str = "float32"
+    predict: Predict  # from images, as `fed` lays them out, to logits (B, classes)
+    dtype: str = "float32"  # the images that it takes, of `DTYPES`, as far as it tells
 
 
 def onnx_teacher(path: Path, device: str = "auto", chosen: str | None = None) -> Teacher:
     """Return the teacher in the file of an ONNX model.
 
-    Parameters
-    ----------
-    path : Path
-    device : str
-        The option ``--device``.
-    chosen : str, optional
-        Name or number, from 0, of the output with the logits; by default what is called logits, else the first.
-
-    Raises
-    ------
-    ConfigurationError
-        If onnxruntime is not installed, or there is no such file, device or output.
-    TeacherError
-        If the file is no model that onnxruntime can run, with one image input.
+    `device` is the option ``--device``; `chosen` is name or number, from 0, of the output with the logits, by default
+    what is called logits, else the first. `ConfigurationError` if onnxruntime is not installed, or there is no such
+    file, device or output; `TeacherError` if the file is no model that onnxruntime can run, with one image input.
     """
     with needing('--onnx needs onnxruntime: pip install "cupyep[teacher]"'):
         import onnxruntime
@@ -129,22 +108,12 @@ def _number(chosen: str | None, outputs: Sequence[Any]) -> int | None:
 def torch_teacher(factory: str, weights: Path | None, device: str = "auto", chosen: str | None = None) -> Teacher:
     """Return the teacher that is a PyTorch module.
 
-    Parameters
-    ----------
-    factory : str
-        ``package.module:callable``; called without arguments it returns the module.
-    weights : path or None
-        A state dict, alone or in a checkpoint (`unwrapped`), of PyTorch or safetensors; None if the factory loads its
-        own.
-    device, chosen
-        See `onnx_teacher`; `chosen` may be a key or an attribute of what the module returns.
+    The `factory` is a ``package.module:callable`` which, called without arguments, returns the module. `weights` are a
+    state dict, alone or in a checkpoint (`unwrapped`), of PyTorch or safetensors; None if the factory loads its own.
+    `device` and `chosen` are as in `onnx_teacher`; `chosen` may be a key or an attribute of what the module returns.
 
-    Raises
-    ------
-    ConfigurationError
-        If PyTorch is not installed or not safe, or there is no such factory, file or device.
-    TeacherError
-        If the module cannot be made, or the file does not hold its weights, or holds more than weights.
+    `ConfigurationError` if PyTorch is not installed or not safe, or there is no such factory, file or device;
+    `TeacherError` if the module cannot be made, or the file does not hold its weights, or holds more than weights.
     """
     with needing("--torch needs PyTorch, which is yours to install (https://pytorch.org)"):
         import torch
@@ -173,10 +142,7 @@ def logits_of(output: Any, factory: str, chosen: str | None = None) -> Any:
     That is `chosen`, by key, attribute or number; else the output itself, or what is called ``logits`` in it, or the
     first of several.
 
-    Raises
-    ------
-    TeacherError
-        If there is no tensor in that place.
+    `TeacherError` if there is no tensor in that place.
     """
     found, wanted = output, "a tensor of logits, or something with 'logits'; or choose one by --logits"
     if chosen is not None:
@@ -209,13 +175,9 @@ def _is_several(output: Any) -> bool:
 def read_weights(path: Path) -> Any:
     """Return what a file of weights holds; no code in it is run.
 
-    Raises
-    ------
-    ConfigurationError
-        If it is a safetensors file and safetensors is not installed, or another one and PyTorch could be made to run
-        code in it.
-    TeacherError
-        If it is damaged, or holds anything but tensors, numbers, texts and containers of them.
+    `ConfigurationError` if it is a safetensors file and safetensors is not installed, or another one and PyTorch could
+    be made to run code in it; `TeacherError` if it is damaged, or holds anything but tensors, numbers, texts and
+    containers of them.
     """
     import torch
 
@@ -247,10 +209,7 @@ def unwrapped(found: Any, names: Collection[str], path: Path) -> dict[str, Any]:
 
     Prefixes that wrappers of modules put before every name are taken off, unless `names` have them, too.
 
-    Raises
-    ------
-    TeacherError
-        If there is no state dict; the message says what there is.
+    `TeacherError` if there is no state dict; the message says what there is.
     """
     for _ in range(DEPTH):
         if isinstance(found, Mapping) and not found.keys() & set(names):
@@ -310,16 +269,10 @@ def fed(
 ) -> Predict:
     """Return the function from a data set's normalised images (B, H, W, C) to the logits of a teacher.
 
-    Parameters
-    ----------
-    layout : {"nchw", "nhwc"}
-        Axes that the teacher expects.
-    dtype : str, optional
-        Of `DTYPES`; the teacher's by default. ``uint8`` are the pixels as they are, from 0 to 255.
-    size : int, optional
-        Height and width of the images that it takes, where they are others (`bilinear`).
-    mean, std : sequence of float, optional
-        Statistics of a channel that it was trained with, where they are not the data set's.
+    The teacher expects axes as `layout` says, "nchw" or "nhwc", and the type `dtype` of `DTYPES`, by default its own;
+    ``uint8`` are the pixels as they are, from 0 to 255. `size` is height and width of the images that it takes, where
+    they are others (`bilinear`); `mean` and `std` are the statistics of a channel that it was trained with, where they
+    are not the data set's.
     """
     dtype = dtype or teacher.dtype
     scale, shift = _rescaling(dataset, dtype, mean, std)

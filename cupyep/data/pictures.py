@@ -82,7 +82,9 @@ def opened(path: Path) -> Iterator[tuple[Any, Any, Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
-                _check_size(path, picture)
+                if picture.width * picture.height > MAX_PIXELS:
+                    most = f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS // 10**6} million"
+                    raise DataError(f"{path}: has {most}; make it smaller")
                 yield picture, Image, ImageOps
     except DataError:
         raise
@@ -107,13 +109,6 @@ def read_array(path: Path, shape: tuple[int, int, int], dtype: np.dtype) -> np.n
     if not right or not np.isfinite(image).all():
         raise DataError(f"{path}: should be one image, {dtype} {shape} and finite, but is {image.dtype} {image.shape}")
     return image.astype(dtype, copy=False)
-
-
-def _check_size(path: Path, picture: Any) -> None:
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        most = f"{MAX_PIXELS // 10**6} million"
-        raise DataError(f"{path}: has {width} x {height} pixels, more than {most}; make it smaller")
 
 
 def _coloured(path: Path, picture: Any, kind: str, channels: int, image: Any) -> Any:

@@ -102,13 +102,11 @@ def check_trace(trace: Any) -> dict[str, Any]:
             if residual.ndim != 2 or not 1 <= int(trace[phase]["steps"]) <= len(residual):
                 raise ValueError(f"the residuals of the {phase} phase are not a table of steps and layers")
             names = trace.get("nodes", ["?"] * residual.shape[1])
-            if not (isinstance(names, list) and len(names) == residual.shape[1] and all(map(_is_text, names))):
+            if not (
+                isinstance(names, list) and len(names) == residual.shape[1] and all(isinstance(n, str) for n in names)
+            ):
                 raise ValueError(f"'nodes' is {names!r}")
     return trace
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _rounded(number: float) -> float | None:

@@ -20,23 +20,37 @@ ROUNDING = 8  # distances of a number to the next one: what a layer at rest stil
 
 @dataclass
 class PhaseProbe:
-    """One phase of a learner on one batch, as long as the learner settles and then as long again."""
+    """One phase of a learner on one batch, as long as the learner settles and then as long again.
 
-    steps: int  # iterations of the learner's own phase; fewer than it allows where the tolerance ended it
-    # (T, L): residual a layer (see `cupyep.settling.SettleStats`) at every iteration, mean over the samples; T is
-    # larger than `steps`
+    Attributes
+    ----------
+    steps : int
+        Iterations of the learner's own phase; fewer than it allows where the tolerance ended it.
+    residual : ndarray of shape (T, L)
+        Residual a layer (see `cupyep.settling.SettleStats`) at every iteration, mean over the samples; T is larger than
+        `steps`.
+    per_sample : ndarray of shape (L, N)
+        Residual a sample after `steps`; the larger one of two nudged phases.
+    distance : ndarray of shape (L, N)
+        How far the layer still moves after `steps`, ``|z_T - z_steps| / max(|z_T|, |z_steps|)``, Euclidean norms a
+        sample: z is the state of a free phase, and the response ``s_+ - s_-`` of nudged ones (``s_beta - s*`` of one).
+        0 is at rest; 1 is all or nothing of it there yet.
+    oscillating : ndarray of bool, shape (L,)
+        Whether the layer is back after two iterations though each moves it (seen for the synchronous schedule).
+    size : ndarray of shape (L,)
+        What a residual is to be compared with: the root mean square of the state, or of the response of a phase (as
+        scaled deviation), after all iterations, mean over the samples.
+    rounding : ndarray of shape (L,)
+        Residual by rounding alone, at most, as a part of the `size`.
+    """
+
+    steps: int
     residual: np.ndarray
-    per_sample: np.ndarray  # (L, N): residual a sample after `steps`; the larger one of two nudged phases
-    # (L, N): how far the layer still moves after `steps`, ``|z_T - z_steps| / max(|z_T|, |z_steps|)``, Euclidean norms
-    # a sample: z is the state of a free phase, and the response ``s_+ - s_-`` of nudged ones (``s_beta - s*`` of one).
-    # 0 is at rest; 1 is all or nothing of it there yet
+    per_sample: np.ndarray
     distance: np.ndarray
-    # (L,): whether the layer is back after two iterations though each moves it (seen for the synchronous schedule)
     oscillating: np.ndarray
-    # (L,): what a residual is to be compared with: the root mean square of the state, or of the response of a phase (as
-    # scaled deviation), after all iterations, mean over the samples
     size: np.ndarray
-    rounding: np.ndarray  # (L,): residual by rounding alone, at most, as a part of the `size`
+    rounding: np.ndarray
 
     @property
     def growing(self) -> np.ndarray:

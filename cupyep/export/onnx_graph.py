@@ -312,8 +312,4 @@ def _pool(side: int) -> dict[str, list[int]]:
 
 
 def _window(edge: Conv2d) -> dict[str, list[int]]:
-    return {
-        "kernel_shape": [edge.kernel] * 2,
-        "strides": [edge.stride] * 2,
-        "pads": [edge.padding] * 4,
-    }
+    return {"kernel_shape": [edge.kernel] * 2, "strides": [edge.stride] * 2, "pads": [edge.padding] * 4}

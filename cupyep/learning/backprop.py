@@ -12,9 +12,7 @@ from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.layout import Layout, Stack
 from cupyep.memory.workspace import Needs
-from cupyep.network import Network
 from cupyep.phases import Nudge
-from cupyep.signals import Augmenter
 from cupyep.state import State
 
 
@@ -29,9 +27,6 @@ class Backpropagation(Learner):
     micro_batch : int, optional
         See `Learner`.
     """
-
-    def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
-        super().__init__(network, signals, micro_batch)
 
     def settled(self, batch: Batch) -> State:
         """Return the feed-forward states, in memory that the next call overwrites."""

@@ -127,11 +127,7 @@ def compare_forms(
 
 
 def bptt_gradients(
-    network: Network,
-    batch: Batch,
-    free: State,
-    signals: Sequence[Augmenter] = (),
-    steps: int | None = None,
+    network: Network, batch: Batch, free: State, signals: Sequence[Augmenter] = (), steps: int | None = None
 ) -> dict[str, Any]:
     """Return the gradients of BPTT from a free state, over so many synchronous steps or as many as change them.
 

@@ -87,7 +87,9 @@ def plan(learner: Any, samples: int, slots: Sequence[str] | None = None) -> dict
     lengths = sorted({rows.stop - rows.start for rows in rows_of_parts})
     workers = 1 if is_gpu else min(get_threads(), len(rows_of_parts))  # each with memory of its own
     gradients = 1 if is_gpu or len(rows_of_parts) == 1 else 1 + workers  # of a part each, and of the batch
-    nudges = network.nudges(blank_batch().placed(network.device), learner.signals)
+    # Of one image, which nobody looks at: targets are made of its label and index.
+    one = Batch(None, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint8))
+    nudges = network.nudges(one.placed(network.device), learner.signals)
     terms, targets = [term for term, *_ in nudges], {id(target): target for *_, target in nudges}
     fixed = [term.weight for term in terms if isinstance(term, Head) and not term.learned]
     batches = sorted({rows for length in lengths for rows in learner.needs(length, nudges).batches})
@@ -111,11 +113,6 @@ def plan(learner: Any, samples: int, slots: Sequence[str] | None = None) -> dict
     for purpose, size in learner.needs(lengths[-1], nudges).stack(network.memory.layout).at_peak.items():
         parts[purpose] = parts.get(purpose, 0) + workers * size
     return {purpose: size for purpose, size in parts.items() if size}
-
-
-def blank_batch() -> Batch:
-    """Return a batch of one image, which nobody looks at: targets are made of its label and index."""
-    return Batch(None, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint8))
 
 
 def _nbytes(things: Any) -> int:

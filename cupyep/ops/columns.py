@@ -18,20 +18,10 @@ def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 
 def inner_view(padded: Any, size: tuple[int, int], offset: int, step: int = 1) -> Any:
-    """Zero the frame of `padded` (and the gaps where ``step > 1``) and return the view that holds the map itself.
+    """Zero the frame of `padded` (n, Hp, Wp, C) and return the view (n, H, W, C) of the map inside, of `size` (H, W).
 
-    Parameters
-    ----------
-    padded : array of shape (n, Hp, Wp, C)
-    size : (H, W)
-        Size of the map inside.
-    offset, step : int
-        The map starts at `offset` on both spatial axes; its pixels lie `step` apart (the adjoint of a strided
-        convolution spreads its map).
-
-    Returns
-    -------
-    view of shape (n, H, W, C)
+    The map starts at `offset` on both spatial axes; its pixels lie `step` apart (the adjoint of a strided convolution
+    spreads its map), and the gaps are zeroed, too.
     """
     height, width = size
     bottom, right = offset + (height - 1) * step + 1, offset + (width - 1) * step + 1

@@ -77,10 +77,7 @@ class Factors:
 def round_to_tf32(x: Any, scratch: Any) -> None:
     """Round float32 numbers in place to 10 binary digits after the leading one, to nearest, ties to even.
 
-    Parameters
-    ----------
-    x : float32 array, C-contiguous
-    scratch : uint32 array of one axis, of any length
+    `x` is C-contiguous; `scratch`, uint32, has one axis of any length.
     """
     xp = array_module(x)
     bits = x.reshape(-1).view(np.uint32)

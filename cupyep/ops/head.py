@@ -27,19 +27,9 @@ class HeadOps:
     ) -> None:
         """Overwrite outputs `z` by ``down * scale * dL/dz`` at ``down * z + bias``, or write that into `error`.
 
-        `z` is scratch then.
-
-        Parameters
-        ----------
-        loss : CrossEntropy or SquaredError
-        z, target : arrays of shape (B, classes)
-        bias : array of shape (classes,), or None
-        scale : array of shape (B,)
-        column : array of shape (B, 1)
-            Scratch.
-        error : array of shape (B, classes), of any floating type, or None
-        down : float
-            A power of two, by which the map is too large.
+        `z` is scratch then. `z`, `target` and `error`, None or of any floating type, have the shape (B, classes),
+        `scale` (B,), and `bias`, or None, (classes,); `column` (B, 1) is scratch. `down` is a power of two, by which
+        the map is too large.
         """
         if down != 1.0:
             z *= down

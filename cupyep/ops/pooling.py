@@ -30,18 +30,11 @@ def clear_remainder(u: Any, p: int) -> None:
 
 
 def max_pool(units: Sequence[Any], out: Any, winners: Any, mask: Any, margin: float) -> None:
-    """Write the maxima of windows into `out` and the offsets of their winners into `winners`.
+    """Write the maxima of windows into `out` and the offsets of their winners (uint8) into `winners`.
 
-    Parameters
-    ----------
-    units : sequence of arrays of the shape of `out`
-        The units at each offset, as `windows` returns them; the last ones are overwritten.
-    out : array
-    winners : uint8 array of the shape of `out`
-    mask : bool array of the shape of `out`
-        Scratch.
-    margin : float
-        Units above ``max - margin * max(|max|, 1)`` are equal to the maximum; the first of them wins.
+    The `units` at each offset, as `windows` returns them, and all other arrays have the shape of `out`; the last units
+    are overwritten, and `mask` (bool) is scratch. Units above ``max - margin * max(|max|, 1)`` are equal to the
+    maximum; the first of them wins.
     """
     xp = array_module(out)
     out[...] = units[0]

@@ -63,7 +63,10 @@ def create(path: str | Path | BinaryIO) -> h5py.File:
 def seal(path: str | Path) -> None:
     """Write the checksum into the closed file at `path`, durably.
 
-    `DataError` if the file has no room for it: one that `create` did not make needs a user block of 512 bytes or more.
+    Raises
+    ------
+    DataError
+        If the file has no room for it: one that `create` did not make needs a user block of 512 bytes or more.
     """
     with open(path, "rb+") as file:
         head = file.read(SEAL_BYTES)
@@ -96,7 +99,10 @@ def image(fill: Callable[[h5py.File], None]) -> memoryview:
 def open_file(path: str | Path) -> h5py.File:
     """Open the file at `path` for reading, once its seal holds or, without one, another process survived it.
 
-    `OSError` if it is not HDF5, is damaged, or is more than the HDF5 library can bear.
+    Raises
+    ------
+    OSError
+        If it is not HDF5, is damaged, or is more than the HDF5 library can bear.
     """
     if not _is_sealed(path):
         if not h5py.is_hdf5(path):

@@ -28,10 +28,7 @@ def recipe_names() -> list[str]:
 def find_recipe(recipe: str | Path) -> Path:
     """Return the file of the recipe called `recipe`, or of the user's own file ``*.toml``.
 
-    Raises
-    ------
-    ConfigurationError
-        If it is neither.
+    `ConfigurationError` if it is neither.
     """
     names = recipe_names()
     if str(recipe) in names:

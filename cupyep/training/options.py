@@ -123,16 +123,13 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
     return value
 
 
-def _kind_name(spec: Field) -> str:
-    word = spec.metadata.get("word")
-    return KIND_NAMES[spec.metadata["kind"]] + (f" or {word}" if word else "")
-
-
 def _number(spec: Field, name: str, value: Any, kind: type) -> Any:
     accepted = (int, float) if kind is float else (int,)
     is_number = isinstance(value, accepted) and not isinstance(value, bool)
     is_number = is_number and (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value))
-    require(is_number, f"{name} must be {_kind_name(spec)} (got {_shown(value)})")
+    word = spec.metadata.get("word")
+    rule = KIND_NAMES[spec.metadata["kind"]] + (f" or {word}" if word else "")
+    require(is_number, f"{name} must be {rule} (got {_shown(value)})")
     for key, (words, holds) in RULES.items():
         limit = spec.metadata.get(key)
         require(limit is None or holds(value, limit), f"{name} must be {words} {limit} (got {value})")

@@ -152,32 +152,14 @@ def export_logits(
 ) -> dict[str, float]:
     """Write a teacher file: the logits of every training and test image, in every view that the data set allows.
 
-    Parameters
-    ----------
-    predict : callable
-        Takes normalised images (B, H, W, C), float32 on `device`; returns raw logits (B, classes), with `features` the
-        pair of them and a dict of activations (B, *shape) by name.
-    dataset : Dataset
-        Where it forbids mirrored images, only the identity view is written.
-    path : path
-        Replaced when the new file is complete.
-    teacher : str
-        What made the logits; free text.
-    features : mapping of str to (H, W, C), optional
-        Activations to be written too, and their shapes.
-    batch_size : int
-        Images that `predict` gets at a time.
-    display : Display, optional
+    `predict` takes normalised images (B, H, W, C), float32 on `device`, `batch_size` at a time, and returns raw logits
+    (B, classes). With `features`, the shapes (H, W, C) of activations by name that are to be written too, it returns
+    the pair of logits and a dict of activations (B, *shape). Where the data set forbids mirrored images, only the
+    identity view is written. The file at `path` is replaced when the new one is complete; `teacher` says what made the
+    logits, in free text.
 
-    Returns
-    -------
-    dict
-        Accuracy per split, in [0, 1].
-
-    Raises
-    ------
-    TeacherError
-        If logits are not finite or of the wrong shape, or the file cannot be written.
+    Returns the accuracy of each split, in [0, 1]. `TeacherError` if logits are not finite or of the wrong shape, or the
+    file cannot be written.
     """
     views = VIEWS if dataset.flip else VIEWS[:1]
     total = len(views) * (len(dataset.train) + len(dataset.test))

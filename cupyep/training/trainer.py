@@ -295,7 +295,8 @@ class Trainer:
             for batch in self._stoppable(self.train.batches(self.batches_done)):
                 self._step(epoch, batch)
                 progress.advance(shared_out(batch)[1])
-                shows, saves = self.communicator.any(progress.is_due(), self._must_save())
+                late = self.directory is not None and time.monotonic() - self._saved >= self.checkpoint_s
+                shows, saves = self.communicator.any(progress.is_due(), late)
                 if shows:
                     means = self._means(epoch)
                     progress.show(progress_text(means), **{name: means[name] for name in SHOWN})
@@ -316,9 +317,6 @@ class Trainer:
         self.batches_done += 1
         if self.on_batch is not None:
             self._stopped = self.on_batch(result) in (True, "stop")
-
-    def _must_save(self) -> bool:
-        return self.directory is not None and time.monotonic() - self._saved >= self.checkpoint_s
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield `batches`; raise `Interrupted` when one is done and a signal has come."""

@@ -34,23 +34,13 @@ def draw_runs(
 ) -> Iterator[str]:
     """Draw runs, finished or not, and yield a line for every figure: where it is, or why there is none.
 
-    Parameters
-    ----------
-    paths : sequence of Path
-        Run directories. Loss and accuracy of all go into one figure; of the others every run has its own.
-    out : Path, optional
-        Folder for the figures, made if missing; ``plots`` in the run directory of one run, ``plots`` here for several.
-    formats : sequence of {"png", "svg"}
-    given : mapping, optional
-        Options for the confusion matrix, which settles the test images: ``data_dir``, ``batch_size``, ``device``.
-    display : Display, optional
+    Loss and accuracy of all run directories `paths` go into one figure; of the others every run has its own. They lie
+    in the folder `out`, made if missing; by default ``plots`` in the run directory of one run, ``plots`` here for
+    several. `formats` are "png", "svg". Options `given` are for the confusion matrix, which settles the test images:
+    ``data_dir``, ``batch_size``, ``device``.
 
-    Raises
-    ------
-    ConfigurationError
-        If matplotlib is missing.
-    CheckpointError
-        If there is no run at a path or its records are damaged.
+    `ConfigurationError` if matplotlib is missing, `CheckpointError` if there is no run at a path or its records are
+    damaged.
     """
     matplotlib_figure()
     runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}

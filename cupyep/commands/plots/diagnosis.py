@@ -77,12 +77,7 @@ def _draw_units(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     axis.bar(n, saturated, color=COLOURS[4], label="saturated units")
     axis.bar(n, dead, bottom=saturated, color=COLOURS[0], label="units of dead channels")
     _draw_limit(axis, 100 * LIMITS["idle"].value, "collapse above")
-    axis.set(
-        ylim=(0, 122),
-        yticks=range(0, 101, 20),
-        ylabel="% of the units",
-        title="units that do not respond",
-    )
+    axis.set(ylim=(0, 122), yticks=range(0, 101, 20), ylabel="% of the units", title="units that do not respond")
     axis.legend(loc="upper left", ncols=2, **KEY).set_in_layout(False)
 
 

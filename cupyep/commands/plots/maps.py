@@ -8,15 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import (
-    AMOUNTS,
-    LAYER,
-    LAYERS,
-    integer_ticks,
-    label_decades,
-    new_figure,
-    whole_decades,
-)
+from cupyep.commands.plots.style import AMOUNTS, LAYER, LAYERS, integer_ticks, label_decades, new_figure, whole_decades
 
 NUMBERED_EPOCHS = 8  # so many epochs leave room for a number in every cell
 DECADES = 6  # a logarithmic scale shows no more below its largest value

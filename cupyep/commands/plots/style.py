@@ -31,10 +31,7 @@ FORMATS = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg")}
 def matplotlib_figure() -> Any:
     """Return matplotlib's figure class.
 
-    Raises
-    ------
-    ConfigurationError
-        If matplotlib is missing; names the command that installs it.
+    `ConfigurationError` if matplotlib is missing; names the command that installs it.
     """
     # Figures are drawn without a backend, whatever a shell names: one that is not there would end the import.
     wanted = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
