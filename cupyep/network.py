@@ -228,9 +228,7 @@ class Network(Structure):
             if is_free:
                 return self.settle_free(batch, start, **how)
             state = self.settle_nudged(batch, start, betas, self.nudges(batch, signals), nudge, **how)
-            if nudge != "classical":
-                self._add_deviations(state, start)
-            return state
+            return state if nudge == "classical" else state.moved_from(start, self.dtype)
 
         if not copy:
             return settled(batch, start)
@@ -366,12 +364,6 @@ class Network(Structure):
             return
         for node in read:
             buffers.states[node - 1][...] = zero
-
-    def _add_deviations(self, state: State, free: State) -> None:
-        state.layers = []
-        for eps, a, s in zip(state.deviations, state.scales, free.layers, strict=True):
-            delta = (eps.astype(self.dtype) / a).reshape(-1, *s.shape)
-            state.layers.append((delta + s).reshape(eps.shape))
 
     @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:

@@ -61,6 +61,14 @@ class State(Shown):
         arrays = [_each(own, lambda a: a.copy()) for own in (self.layers, self.drives, self.winners, self.deviations)]
         return State(*arrays[:3], self.stats, arrays[3], self.scales)
 
+    def moved_from(self, free: State, dtype: Any) -> State:
+        """Return this state with the layers that its deviations from `free` make, in the type to compute in."""
+        self.layers = []
+        for eps, a, s in zip(self.deviations, self.scales, free.layers, strict=True):
+            delta = (eps.astype(dtype) / a).reshape(-1, *s.shape)
+            self.layers.append((delta + s).reshape(eps.shape))
+        return self
+
     def part(self, rows: slice) -> State:
         """Return the state of some of the samples, which shares its memory."""
         arrays = (_each(own, lambda a: a[rows]) for own in (self.layers, self.drives, self.winners))

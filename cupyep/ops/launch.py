@@ -67,6 +67,15 @@ def map_grid(items: int, rows: int, samples: int) -> tuple[tuple[int, int, int],
     return (blocks, rows, samples), (32 * warps, 1, 1)
 
 
+def packs_of(size: int, arguments: tuple) -> tuple[int, int, int, int]:
+    """Return VEC, packs a sample of `size` units, threads of a block, a power of two, and blocks a sample."""
+    vec = vector_width(size, *(argument for argument in arguments if getattr(argument, "ndim", 0)))
+    count, block = size // vec, BLOCK
+    while block // 2 >= max(count, 32):
+        block //= 2  # as the sum over a block needs
+    return vec, count, block, -(-count // block)
+
+
 def launch_map(
     launcher: Any,
     kernel: str,

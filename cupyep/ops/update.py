@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.ops.launch import BLOCK, arithmetic, check_axes, launch_map, require_type, type_name, vector_width
+from cupyep.ops.launch import BLOCK, arithmetic, check_axes, launch_map, packs_of, require_type, type_name, vector_width
 from cupyep.ops.pooling import average_pool, windows
 
 SOURCE = Path(__file__).with_name("update.cu")
@@ -355,7 +355,7 @@ class CudaUpdateOps(UpdateOps):
         arrays, partials = (first, second, g), work[1]
         require_type(first.dtype, second, mean)
         require_type(number, g, size, partials)
-        vec, count, block, parts = _packs(units, (*arrays, mean))
+        vec, count, block, parts = packs_of(units, (*arrays, mean))
         check_axes(samples)
         numbers = map(number.type, self._numbers)
         self.launcher.launch(
@@ -375,7 +375,7 @@ class CudaUpdateOps(UpdateOps):
         name, rule, phases = kernel
         s, drive, topdown = arguments[:3]
         batch, size = len(s), math.prod(s.shape[1:])
-        vec, count, block, parts = _packs(size, arguments)
+        vec, count, block, parts = packs_of(size, arguments)
         check_axes(batch // phases)
         stored = next((array.dtype for array in (drive, topdown) if array is not None), s.dtype)
         require_type(stored, drive, topdown)
@@ -396,12 +396,3 @@ class CudaUpdateOps(UpdateOps):
         """Add the sums of each `parts` partials, divided, to the elements of `out`."""
         arguments = (partials, out, np.int32(parts), out.dtype.type(divisor))
         self.launcher.launch("add_partials", [type_name(out.dtype)], (len(out), 1, 1), (block, 1, 1), arguments)
-
-
-def _packs(size: int, arguments: tuple) -> tuple[int, int, int, int]:
-    """Return VEC, packs a sample of `size` units, threads of a block, a power of two, and blocks a sample."""
-    vec = vector_width(size, *(argument for argument in arguments if getattr(argument, "ndim", 0)))
-    count, block = size // vec, BLOCK
-    while block // 2 >= max(count, WARP):
-        block //= 2  # as the sum over a block needs
-    return vec, count, block, -(-count // block)
