@@ -86,6 +86,7 @@ def test_the_rows_to_be_compared_are_all_there():
     for row in ("vgg7-{}-cifar10", "vgg11-{}-cifar10", "vgg12-{}-cifar100"):
         assert {row.format(kind) for kind in ("feedback0.1", "feedback0.03", "bp")} <= names
     assert {"vgg5-plain", "vgg5-plain-mse", "vgg5-dchn", "vgg5-dchn-cifar100", "vgg5-bp-cifar10", "digits-kd"} <= names
+    assert "vgg7-kd-cifar10-laptop" in names
     assert len(names) == len(list(FOLDER.glob("*.toml")))
 
 
