@@ -933,6 +933,8 @@ DEFECTS = [
            "return 2 * (ranks - 1) / ranks * nbytes", "return (ranks - 1) / ranks * nbytes", "test_scaling"),
     Defect("planner: decisions cost nothing", "parallel/planning.py", "(2 + SMALL) * math.ceil", "2 * math.ceil",
            "test_scaling"),
+    Defect("ranks: bound to CPUs of their own, they share them with all", "parallel/communicator.py",
+           "sum(not cpus.isdisjoint(others) for others in self._here.allgather(cpus))", "self._here.size", RANKS),
     Defect("watch: a rank that is done is taken for dead", "parallel/watch.py",
            "                    if word == BYE:\n", "                    if word == TOLD:\n", "test_watch"),
     Defect("watch: a death is known to the one that heard of it", "parallel/watch.py",

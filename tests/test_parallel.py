@@ -18,7 +18,7 @@ from ranks import Aborted, in_ranks, launch, launched, mpiexec
 from small import network
 
 import cupyep as ep
-from cupyep.backend import nccl
+from cupyep.backend import nccl, threads
 from cupyep.data import Loader
 from cupyep.errors import CheckpointError, ConfigurationError, DataError, DeviceError, Interrupted
 from cupyep.parallel import Communicator, communicator
@@ -421,6 +421,29 @@ def test_gpus_without_nccl_are_refused_by_one_line(monkeypatch):
     monkeypatch.setattr(nccl, "library", missing)
     found = in_ranks(2, lambda ranks: ranks.use(FakeCard(ranks.rank, str(ranks.rank))))
     assert [message(error) for error in found] == ["DeviceError: several GPUs need NCCL"] * 2
+
+
+@pytest.mark.parametrize(
+    ("bound", "expected"),
+    [
+        ([range(8), range(8, 16), range(16, 24), range(24, 32)], 8),  # as Slurm does with --cpus-per-task=8
+        ([range(32)] * 4, 8),
+        ([range(16), range(16), range(16, 32), range(16, 32)], 8),  # as Open MPI does with two sockets
+    ],
+)
+def test_ranks_that_are_bound_to_cpus_of_their_own_share_them_with_nobody(bound, expected, monkeypatch):
+    monkeypatch.delenv("CUPYEP_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    left = [set(cpus) for cpus in bound]
+    monkeypatch.setattr(communicator, "own_cpus", left.pop)
+    monkeypatch.setattr(threads, "available_cpus", lambda: len(bound[0]))
+    monkeypatch.setattr(threads, "_chosen", None)
+
+    def work(ranks):
+        found = ranks.gather(threads.get_threads())
+        return found[ranks.rank]
+
+    assert in_ranks(4, work) == [expected] * 4
 
 
 # The run directory.

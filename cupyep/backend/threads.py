@@ -69,7 +69,7 @@ def get_threads() -> int:
 
 
 def share_cpus(processes: int) -> None:
-    """Say how many processes of a training share this machine: by default each takes its share of the CPUs."""
+    """Say how many processes of a training share the CPUs of this one: by default each takes its share of them."""
     global _sharers  # noqa: PLW0603
     _sharers = processes
 
@@ -77,8 +77,13 @@ def share_cpus(processes: int) -> None:
 @functools.cache
 def available_cpus() -> int:
     """Return the CPUs that this process may use: its affinity, and the quota of its control group, rounded up."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(own_cpus())
     return max(1, min(cpus, _quota(CGROUP) or cpus))
+
+
+def own_cpus() -> set[int]:
+    """Return the numbers of the CPUs that this process is bound to; of all where a system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _quota(root: Path) -> int | None:

@@ -21,7 +21,7 @@ import numpy as np
 from cupyep.backend import Device
 from cupyep.backend.device import gpu_of
 from cupyep.backend.nccl import NcclSum, gpu_identity, new_id
-from cupyep.backend.threads import share_cpus
+from cupyep.backend.threads import own_cpus, share_cpus
 from cupyep.errors import ConfigurationError, CupyepError, Interrupted, require
 from cupyep.parallel.watch import BYE, TOLD, Watch, connect
 
@@ -112,7 +112,8 @@ class Ranks(Communicator):
         self._world, self._ends = mpi.COMM_WORLD.Dup(), mpi.COMM_WORLD.Dup()
         self.rank, self.size = self._world.rank, self._world.size
         self._here = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)  # the ranks of this machine
-        share_cpus(self._here.size)
+        cpus = own_cpus()  # launchers may bind every rank to CPUs of its own
+        share_cpus(sum(not cpus.isdisjoint(others) for others in self._here.allgather(cpus)))
         self._stderr = sys.stderr
         self._nccl: NcclSum | None = None
         self._watch: Watch | None = None
