@@ -133,6 +133,28 @@ class HopfieldEnergy:
         program, workspace = memory.layout.program(shape, True), memory.workspace(shape.rows)
         return Deviation(self, workspace, buffers, program, free, nudges, betas, shape.form == "tangent")
 
+    def pass_up(self, images: Any, state: State, terms: Sequence[Any], ops: Sequence[Any]) -> None:
+        """Write feed-forward states, drives and winners into `state`: node by node, no top-down input, no settling.
+
+        Parameters
+        ----------
+        images : array of shape (N, H, W, C)
+        state : State
+        terms : sequence of arrays
+            For the second drive into a node and those behind it.
+        ops : sequence
+            What computes each connection's products.
+        """
+        nodes = [images]
+        for node, (drive, layer) in enumerate(zip(state.drives, state.layers, strict=True), 1):
+            for turn, c in enumerate(self.graph.into[node]):
+                out = terms[node - 1] if turn else drive
+                self.edges[c].drive(nodes[self.graph.below[c]], out, state.winners[c], ops[c])
+                if turn:
+                    drive += out
+            self.updates.value(drive, layer)
+            nodes.append(layer)
+
     def correlate(
         self, connection: int, below: Any, above: Any, winners: Any, gradients: Mapping[str, Any], ops: Any, bias=True
     ) -> None:

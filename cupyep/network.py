@@ -13,7 +13,7 @@ import numpy as np
 from cupyep import errors
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch, checked_images, checked_labels
-from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
+from cupyep.errors import choose, flag, integer, is_number, items, number, require
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge
@@ -341,15 +341,6 @@ class Network(Structure):
             "update_scratch": self.energy.updates.scratch_size,
         }
 
-    def check_start(self, start: State, samples: int, name: str = "start") -> None:
-        """Raise ConfigurationError unless the argument `name` is a state of so many samples of this network."""
-        instance(name, start, State, "a state that settle() returned")
-        require(
-            [tuple(s.shape) for s in start.layers] == [(samples, *shape) for shape in self.state_shapes],
-            f"the {name} state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
-            f"the batch {samples} in {self.depth}, and their shapes must agree",
-        )
-
     def _fill(self, buffers: PhaseBuffers, start: State | None, shape: PhaseShape, how: dict[str, Any]) -> None:
         """Write the start of a phase, zeros without one, as far as the phase reads it."""
         if start is not None:
@@ -367,23 +358,33 @@ class Network(Structure):
 
     @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
-        """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`."""
-        batch, names = self.batch(x), ("steps", "schedule", "relaxation")
-        how = how | dict(zip(names, self.settles(*(how.get(name) for name in names)), strict=True))
+        """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`.
+
+        Without arguments the network judges as its training did, see `settling`.
+        """
+        batch, how = self.batch(x), self.judges(how, start is None)
         if start is not None:
             return self._scores(batch, start, **how)
         return self.device.xp.concatenate(self.run_parts(batch, lambda part, *_: self._scores(part, None, **how)))
 
     def _scores(self, batch: Batch, start: State | None, **how: Any) -> Any:
-        return self.outputs(self.settle_free(batch, start, **how).layers[-1]).copy()
+        unrolled, feedforward = how.pop("unrolled_steps", 0), how.pop("feedforward", False)
+        if feedforward:
+            return self.outputs(self._passed_up(batch).layers[-1]).copy()
+        retain = {"retain": "states"} if unrolled else {}
+        state = self.settle_free(batch, start, **how, **retain)
+        if unrolled:
+            state = self.settle_free(batch, state, steps=unrolled, schedule="synchronous", **retain)
+        return self.outputs(state.layers[-1]).copy()
 
-    def outputs(self, last: Any) -> Any:
-        """Return what the readout says of some last states s^L, shape (B, classes); float32 where they are halves."""
-        return self.readout.output(self.wide(last))
-
-    def wide(self, s: Any) -> Any:
-        """Return states in the type to compute in: themselves, or a copy of halves."""
-        return s if s.dtype == self.dtype else s.astype(self.dtype)
+    def _passed_up(self, batch: Batch) -> State:
+        """Return the feed-forward states, in the memory of a free phase."""
+        buffers = self.memory.phase(self.free_shape(len(batch.images), steps=1, schedule="sweeps"))
+        state = State(buffers.states, buffers.drives, buffers.winners)
+        several = [len(into) > 1 for into in self.graph.into[1:]]
+        terms = [self.device.xp.empty_like(d) if more else None for d, more in zip(state.drives, several, strict=True)]
+        self.energy.pass_up(batch.images, state, terms, self.memory.workspace(len(batch.images)).ops)
+        return state
 
     def predict(self, x: Any, k: int = 1, **how: Any) -> np.ndarray:
         """Return the most likely classes on the host: shape (N,) for ``k = 1``, else (N, k) in falling order."""

@@ -26,9 +26,10 @@ from cupyep.memory.workspace import Effective, Memory
 from cupyep.ops.conv import chunked
 from cupyep.program import SCHEDULES
 from cupyep.settling import check_relaxation, default_relaxation, default_steps
+from cupyep.state import State
 from cupyep.weights import PARAMETRISATIONS
 
-SETTLING = ("steps", "schedule", "relaxation")
+SETTLING = ("steps", "schedule", "relaxation", "tolerance", "unrolled_steps", "feedforward")
 
 
 def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,17 +210,24 @@ class Structure:
 
     @property
     def settling(self) -> dict[str, Any]:
-        """How this network settles unless it is told otherwise: ``steps``, ``schedule``, ``relaxation``."""
+        """How this network settles unless it is told otherwise: ``steps``, ``schedule``, ``relaxation``.
+
+        And how it judges (`Network.scores`, `Network.predict`), as its training did: ``tolerance``, ``unrolled_steps``
+        that follow, synchronous ones of BPTT, or ``feedforward``, one pass up, of backpropagation.
+        """
         return dict(self._settling)
 
     @settling.setter
     def settling(self, values: Mapping[str, Any]) -> None:
-        for name in instance("settling", values, Mapping, "a mapping of steps, schedule, relaxation"):
+        for name in instance("settling", values, Mapping, "a mapping of steps, schedule, relaxation, ..."):
             choose("settling", name, SETTLING)
         schedule = choose("schedule", values.get("schedule", "sweeps"), SCHEDULES)
         relaxation = number("relaxation", values.get("relaxation", 1.0))
         check_relaxation(relaxation, schedule)
         checked = {"steps": integer("steps", values.get("steps", 1)), "schedule": schedule, "relaxation": relaxation}
+        checked["tolerance"] = number("tolerance", values.get("tolerance", 1.0), above=0)
+        checked["unrolled_steps"] = integer("unrolled_steps", values.get("unrolled_steps", 1))
+        checked["feedforward"] = flag("feedforward", values.get("feedforward", False))
         self._settling = {name: checked[name] for name in values}
 
     def settles(
@@ -236,6 +244,35 @@ class Structure:
         steps = own.get("steps", default_steps(schedule, self.feedback)[0]) if steps is None else steps
         fallback = own.get("relaxation", default_relaxation(schedule, self.feedback))
         return steps, schedule, fallback if relaxation is None else relaxation
+
+    def judges(self, given: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
+        """Return how states are settled that are to be judged: as `given`, else as `settling` says.
+
+        A network of ``feedforward`` settles if it is told how to, or is not to begin at a start (`is_new`) of its own.
+        """
+        names = ("steps", "schedule", "relaxation")
+        how = dict(given) | dict(zip(names, self.settles(*(given.get(name) for name in names)), strict=True))
+        own = self._settling if how["schedule"] == self._settling.get("schedule", "sweeps") else {}
+        if own.get("feedforward") and is_new and not given:
+            return {"feedforward": True}
+        return {name: own[name] for name in ("tolerance", "unrolled_steps") if name in own} | how
+
+    def check_start(self, start: State, samples: int, name: str = "start") -> None:
+        """Raise ConfigurationError unless the argument `name` is a state of so many samples of this network."""
+        instance(name, start, State, "a state that settle() returned")
+        require(
+            [tuple(s.shape) for s in start.layers] == [(samples, *shape) for shape in self.state_shapes],
+            f"the {name} state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
+            f"the batch {samples} in {self.depth}, and their shapes must agree",
+        )
+
+    def outputs(self, last: Any) -> Any:
+        """Return what the readout says of some last states s^L, shape (B, classes); float32 where they are halves."""
+        return self.readout.output(self.wide(last))
+
+    def wide(self, s: Any) -> Any:
+        """Return states in the type to compute in: themselves, or a copy of halves."""
+        return s if s.dtype == self.dtype else s.astype(self.dtype)
 
     def parameters(self) -> dict[str, Any]:
         """Return the trained arrays by path, ``layers.1.weight`` .. ``readout.bias``."""

@@ -109,17 +109,31 @@ def test_it_settles_as_the_network_does_and_leaves_it_so(tmp_path):
             ({"schedule": "sweeps"}, 2, "sweeps", 1.0),
             ({"algorithm": "bp"}, 2, "sweeps", 1.0),
             ({"schedule": "synchronous", "free_steps": 4, "algorithm": "bptt"}, 4, "synchronous", 1.0),
+            ({"free_steps": 50, "tolerance": 0.01}, 50, "synchronous", 1.0),
         ]
     ):
         result = ep.fit(net, data, run_dir=tmp_path / f"{n}", epochs=1, batch_size=16, quiet=True, **options)
-        assert net.settling == {"steps": free_steps, "schedule": schedule, "relaxation": relaxation}
+        more = {"bp": {"feedforward": True}, "bptt": {"unrolled_steps": 20}}.get(options.get("algorithm"), {})
+        more |= {"tolerance": options["tolerance"]} if "tolerance" in options else {}
+        assert net.settling == {"steps": free_steps, "schedule": schedule, "relaxation": relaxation, **more}
+        batch = next(iter(ep.Loader(data, "test", 20, net.device, net.dtype)))
+        assert (net.predict(batch) == data.test.labels).mean() == result.summary.test_accuracy
         if "algorithm" not in options:
             lines = (tmp_path / f"{n}" / "config.toml").read_text().splitlines()
             said = f"free_steps = {free_steps}", f'schedule = "{schedule}"', f"relaxation = {relaxation}"
             assert set(said) <= set(lines)
-            batch = next(iter(ep.Loader(data, "test", 20, net.device, net.dtype)))
-            assert (net.predict(batch) == data.test.labels).mean() == result.summary.test_accuracy
             assert result.best.settling == net.settling
+
+
+def test_steps_that_have_been_found_are_those_of_the_network():
+    """As recorded: of the last epoch, and of the best one; they take the place of a tolerance."""
+    data, net = quadrant_data(), own_network()
+    net.settling = {"steps": 50, "tolerance": 0.01}
+    found = ep.fit(net, data, epochs=3, batch_size=16, quiet=True, free_steps="auto")
+    steps = [record["free_steps"] for record in found.history]
+    assert len(set(steps)) > 1, "else this says nothing"
+    assert net.settling == {"steps": steps[-1], "schedule": "sweeps", "relaxation": 1.0}
+    assert found.best.settling == net.settling | {"steps": steps[found.summary.best_epoch - 1]}
 
 
 def test_without_a_folder_nothing_is_written_and_the_best_epoch_is_kept(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from graph_oracle import GraphOracle
 from oracle import Oracle
+from residual import residual
 from small import CLASSES, batch_of, network, on_host
 from strict import StrictDevice
 
@@ -288,9 +290,42 @@ def test_a_network_settles_as_its_settling_says(device):
     assert net.settles() == (6, "sweeps", 1.0)
 
 
+@pytest.mark.parametrize("name", ["conv", "skips"])
+def test_a_network_judges_as_its_training_did(name):
+    """Oracles: the same phases, called by hand, and the forward pass of oracle.py and graph_oracle.py."""
+    net = network(name, "cpu") if name == "conv" else residual(precision="float64", activation="hard_sigmoid", gain=0.5)
+    images = batch_of(net).images
+    plain = {"steps": 200, "schedule": "evenodd", "relaxation": 1.0}
+    net.settling = plain | {"tolerance": 0.05}
+    stopped = net.settle(images, **plain, tolerance=0.05)
+    assert stopped.stats.converged
+    assert stopped.stats.steps < 200
+    assert_same(net, net.scores(images), net.outputs(stopped.layers[-1]))
+    assert_same(net, net.scores(images, tolerance=None), net.scores(images, **plain, tolerance=None))
+    swept = net.settle(images, steps=2, schedule="sweeps")
+    assert_same(net, net.scores(images, schedule="sweeps", steps=2), net.outputs(swept.layers[-1]))
+    net.settling = {"steps": 2, "unrolled_steps": 3}
+    begun = net.settle(images, steps=2)
+    after = net.settle(images, begun, steps=3, schedule="synchronous")
+    assert_same(net, net.scores(images), net.outputs(after.layers[-1]))
+    net.settling = {"steps": 2, "feedforward": True}
+    top = list(GraphOracle(net).forward(images).values())[-1] if name == "skips" else Oracle(net).forward(images)[-1]
+    np.testing.assert_allclose(net.scores(images), net.outputs(top), rtol=1e-9)
+    assert_same(net, net.scores(images, steps=2), net.outputs(begun.layers[-1]))
+    assert_same(net, net.scores(images, start=begun), net.outputs(net.settle(images, begun, steps=2).layers[-1]))
+
+
+def assert_same(net, found, wanted):
+    np.testing.assert_array_equal(net.device.to_numpy(found), net.device.to_numpy(wanted))
+
+
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
+        ({"tolerance": 0.0}, ["tolerance", "0.0"]),
+        ({"tolerance": None}, ["tolerance", "None"]),
+        ({"unrolled_steps": 0}, ["unrolled_steps", "0"]),
+        ({"feedforward": 1}, ["feedforward", "True or False"]),
         ({"free_steps": 4}, ["unknown settling 'free_steps'"]),
         ({"step": 4}, ["unknown settling 'step'", "did you mean 'steps'"]),
         ({"steps": 0}, ["steps", "0"]),

@@ -82,7 +82,17 @@ def test_predictions_are_those_of_the_test_images(trained, invoke, tmp_path, opt
 
 @pytest.mark.parametrize(
     "options",
-    [(), ("--feedback", "0.5", "--schedule", "evenodd"), ("--schedule", "synchronous"), ("--relaxation", "0.8")],
+    [
+        (),
+        ("--feedback", "0.5", "--schedule", "evenodd"),
+        ("--schedule", "synchronous"),
+        ("--relaxation", "0.8"),
+        ("--algorithm", "bptt"),
+        ("--algorithm", "bp"),
+        ("--tolerance", "0.05", "--free-steps", "40"),
+        ("--algorithm", "bptt", "--tolerance", "0.2", "--nudged-steps", "3"),
+        ("--algorithm", "bp", "--arch", "8+8 8p"),
+    ],  # fmt: skip
 )
 def test_a_network_alone_predicts_what_its_run_did(trained, tmp_path, options):
     """Taken from the run, and saved and loaded on its own: as it was trained, with nothing said."""
@@ -95,6 +105,31 @@ def test_a_network_alone_predicts_what_its_run_did(trained, tmp_path, options):
         np.testing.assert_array_equal(network.predict(batch), np.argmax(scores, axis=1))
         correct = (network.predict(batch.images) == data.test.labels).sum()
         assert correct == run.learner.evaluate(batch)[1]
+
+
+def test_pictures_settle_together_as_the_images_of_an_evaluation_do(trained, invoke, tmp_path):
+    """Three at a time: with a tolerance each such part stops by itself, and none waits for the other pictures."""
+    path, data = trained("--micro-batch", "3", "--feedback", "0.5", "--schedule", "synchronous")
+    network = load_trained(path).network
+    batch = next(iter(ep.Loader(data, "test", 10, "cpu", network.dtype)))
+    parts = [batch.images[rows] for rows in network.parts(10, 3)]
+    after_ten = sorted(network.settle(part, steps=10).stats.per_sample.max() for part in parts)
+    tolerance = float(after_ten[0] + after_ten[-1]) / 2  # at which some stop after ten steps, and others go on
+    given = {"tolerance": tolerance, "free_steps": 200}
+    scores = load_trained(path, given=given).learner.scores(batch)
+    by_hand = [network.settle(part, steps=200, tolerance=tolerance) for part in parts]
+    assert len({state.stats.steps for state in by_hand}) > 1, "else this says nothing"
+    np.testing.assert_array_equal(np.concatenate([network.outputs(s.layers[-1]) for s in by_hand]), scores)
+    save_pictures(tmp_path / "photos", data.test.images)
+    options = ["--json", "--top", 10, "--tolerance", tolerance, "--free-steps", 200, "--batch-size", 10]
+    code, out, err = invoke("predict", path, tmp_path / "photos", *options)
+    assert (code, err) == (0, "")
+    residuals = np.concatenate([state.stats.per_sample.max(axis=0) for state in by_hand])
+    for line, row, residual in zip(out.splitlines(), scores, residuals, strict=True):
+        answer = json.loads(line)
+        places = [data.classes.index(entry["class"]) for entry in answer["classes"]]
+        np.testing.assert_allclose([entry["score"] for entry in answer["classes"]], row[places], rtol=1e-5)
+        np.testing.assert_allclose(answer["residual"], residual, rtol=1e-2, atol=1e-6)
 
 
 def test_predictions_as_text(trained, invoke, tmp_path):

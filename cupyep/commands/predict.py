@@ -114,8 +114,15 @@ def _settle(learner: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, 
     """Return scores (N, classes), the residual of each sample's worst layer, and the tolerance."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # each picture's line says so
-        state = learner.settled(batch)
-    scores = learner.network.device.to_numpy(learner.network.outputs(state.layers[-1]))
-    if state.stats is None:  # a feed-forward pass
-        return scores, None, None
-    return scores, state.stats.per_sample.max(axis=0), learner.tolerance
+        found = learner.network.run_parts(batch, lambda part, *_: _judged(learner, part), learner.micro_batch)
+    scores, residuals = zip(*found, strict=True)
+    if residuals[0] is None:  # a feed-forward pass
+        return np.concatenate(scores), None, None
+    return np.concatenate(scores), np.concatenate(residuals), learner.tolerance
+
+
+def _judged(learner: Any, part: Batch) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return scores and residuals of the samples that settle together, as in an evaluation."""
+    state = learner.settled(part)
+    scores = learner.network.device.to_numpy(learner.network.outputs(state.layers[-1])).copy()
+    return scores, None if state.stats is None else state.stats.per_sample.max(axis=0)

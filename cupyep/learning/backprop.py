@@ -43,18 +43,9 @@ class Backpropagation(Learner):
         return self.network.memory.laid_out(needs.key, 0, needs.lay_out)
 
     def _forward(self, batch: Batch, passes: Passes) -> State:
-        network, state, nodes = self.network, passes.state, [batch.images]
-        graph, ops = network.graph, network.memory.workspace(len(batch.images)).ops
-        for node in range(1, network.depth + 1):
-            drive = state.drives[node - 1]
-            for number, c in enumerate(graph.into[node]):
-                out = drive if number == 0 else passes.terms[node - 1]
-                graph.edges[c].drive(nodes[graph.below[c]], out, state.winners[c], ops[c])
-                if number:
-                    drive += out
-            network.energy.updates.value(drive, state.layers[node - 1])
-            nodes.append(state.layers[node - 1])
-        return state
+        ops = self.network.memory.workspace(len(batch.images)).ops
+        self.network.energy.pass_up(batch.images, passes.state, passes.terms, ops)
+        return passes.state
 
     def _add(self, gradients: Gradients, batch: Batch, total: int, draw: None) -> StepResult:
         network, samples = self.network, len(batch)

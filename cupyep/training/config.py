@@ -235,7 +235,11 @@ class TrainConfig:
     @property
     def settling(self) -> dict[str, Any]:
         """What `Network.settling` is of a network that is trained so."""
-        return {"steps": self.take("free_steps")["free_steps"], **self.take("schedule", "relaxation")}
+        found = {"steps": self.take("free_steps")["free_steps"], **self.take("schedule", "relaxation")}
+        if self.algorithm == "bp":
+            return found | {"feedforward": True}
+        found |= {} if self.tolerance is None else {"tolerance": self.tolerance}
+        return found | ({"unrolled_steps": self.nudged_steps} if self.algorithm == "bptt" else {})
 
     def to_toml(self) -> str:
         """Return the options as TOML, grouped by comments; options that are unset (None) are left out."""

@@ -19,7 +19,7 @@ from cupyep.errors import path as checked_path
 from cupyep.network import Network
 from cupyep.parallel import Communicator
 from cupyep.signals import Augmenter
-from cupyep.training.config import OPTIONS, TrainConfig, make_config, require_used
+from cupyep.training.config import AUTO, OPTIONS, TrainConfig, make_config, require_used
 from cupyep.training.display import Display
 from cupyep.training.results import TrainSummary
 from cupyep.training.run_directory import RunDirectory, check_free
@@ -123,8 +123,7 @@ def fit(
         _as_begun(net, RunDirectory(path, None))
     config = _config(net, data, options)
     require(not signals or config.aug == "none", "give either signals or the option aug")
-    if config.algorithm != "bp":
-        net.settling = config.settling
+    net.settling = config.settling
     if path is not None and not going_on:
         check_free(path)
     trainer, teacher = prepare(config, display, Communicator(), path if going_on else None, data, net, signals)
@@ -144,13 +143,17 @@ def fit(
     with trainer.optimizer.averaged():
         weights = _copies(net)
     net.load_parameters(weights)
+    steps = getattr(trainer.learner, "free_steps", None)  # as auto ones have become
+    net.settling = net.settling | ({} if steps is None else {"steps": steps})
     if not kept and path is not None and trainer.best_epoch:  # before the run was taken up
         saved = trainer.directory.load("best").weights()
         kept.update((name, array) for name, array in saved.items() if not name.startswith("signals."))
     best = copy.deepcopy(net) if kept else None
     if best is not None:
         best.load_parameters(kept)
-        best.feedback = trainer.records[trainer.best_epoch - 1].get("feedback", best.feedback)
+        record = trainer.records[trainer.best_epoch - 1]
+        best.feedback = record.get("feedback", best.feedback)
+        best.settling = best.settling | ({} if steps is None else {"steps": record["free_steps"]})
     return FitResult(net, best, trainer.records, summary)
 
 
@@ -168,7 +171,10 @@ def _config(net: Network, data: Dataset, options: dict[str, Any]) -> TrainConfig
     own |= {"activation": net.activation.name} if net.activation.name in ACTIVATIONS else {}
     schedule = net.settling.get("schedule", "sweeps")
     if options.get("schedule", schedule) == schedule:
-        own |= {"free_steps" if name == "steps" else name: value for name, value in net.settling.items()}
+        names = {"steps": "free_steps", "schedule": "schedule", "relaxation": "relaxation", "tolerance": "tolerance"}
+        own |= {names[name]: value for name, value in net.settling.items() if name in names}
+        if AUTO in (options.get("free_steps"), options.get("nudged_steps")):
+            own.pop("tolerance", None)
     config = make_config(built, own, options)
     used = {name: value for name, value in options.items() if name != "flip"}
     require_used(used, vars(config))
