@@ -21,9 +21,17 @@ class Block:
     needs: str
 
     def commands(self) -> list[list[str]]:
-        """Return the words of every command, comments left out and continued lines joined."""
-        lines = self.text.replace("\\\n", " ").splitlines()
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
+        """Return the words of every command, comments left out, continued lines and quoted ones joined."""
+        commands, text = [], ""
+        for line in self.text.replace("\\\n", " ").splitlines():
+            text += line
+            if text.count('"') % 2:  # goes on
+                text += "\n"
+                continue
+            commands.append(shlex.split(text, comments=True))
+            text = ""
+        assert not text, f"no closing quotation: {text}"
+        return [words for words in commands if words]
 
 
 def blocks(page: Path, language: str | None = None) -> list[Block]:

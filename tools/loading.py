@@ -49,11 +49,11 @@ def milliseconds(batches: Callable[[], Any], work: Callable[[Any], Any], repeats
 @click.command(cls=OneLineErrors, epilog=EXAMPLES)
 @click.option("--arch", default="vgg7", show_default=True, help="Architecture, see cupyep train.")
 @click.option("--width", default=0.25, show_default=True, help="Multiplies the number of channels.")
-@click.option("--images", default=2560, show_default=True, help="Training images.")
+@click.option("--images", default=1280, show_default=True, help="Training images.")
 @click.option("--size", default=32, show_default=True, help="Pixels a side.")
 @click.option("--batch-size", default=128, show_default=True, help="Images in a batch.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--repeats", default=3, show_default=True, help="Passes over the images, the fastest counts.")
+@click.option("--repeats", default=1, show_default=True, help="Passes over the images, the fastest counts.")
 def main(arch: str, width: float, images: int, size: int, batch_size: int, device: str, repeats: int) -> None:
     """Time batches of images in memory and in a file, alone and with a step of EP."""
     warnings.simplefilter("ignore")
