@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cupyep.backend.cuda import address, instance, kernel_argument
 
@@ -210,3 +211,23 @@ class ShimLauncher:
             return ctypes.create_string_buffer(argument.tobytes(), argument.itemsize)
         assert argument.flags.aligned
         return ctypes.c_void_p(address(argument))
+
+
+@functools.cache
+def launcher_of(source: Path) -> ShimLauncher:
+    """Return the one launcher of a source file."""
+    return ShimLauncher(source)
+
+
+def twins(source: Path, arrays, kernels):
+    """Return a fixture of operations: ``arrays()``, and ``kernels(launcher)`` of the kernels of a source file."""
+
+    @pytest.fixture(params=["arrays", "kernels"])
+    def ops(request):
+        if request.param == "arrays":
+            return arrays()
+        if compiler() is None:
+            pytest.skip("g++ is not installed: kernels cannot run on the CPU")
+        return kernels(launcher_of(source))
+
+    return ops

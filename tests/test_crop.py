@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
-from cuda_cpu import ShimLauncher, compiler
+from cuda_cpu import compiler, twins
 from quadrants import quadrant_data
 
 import cupyep as ep
 from cupyep.ops.crop import SOURCE, CropOps, CudaCropOps
 
-
-@functools.cache
-def launcher():
-    return ShimLauncher(SOURCE)
-
-
-@pytest.fixture(params=["arrays", "kernels"])
-def ops(request):
-    if request.param == "kernels" and compiler() is None:
-        pytest.skip("g++ is not installed: kernels cannot run on the CPU")
-    return CropOps() if request.param == "arrays" else CudaCropOps(launcher())
+ops = twins(SOURCE, CropOps, CudaCropOps)
 
 
 def cropped(image, draw, pad, side):

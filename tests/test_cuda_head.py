@@ -5,11 +5,9 @@ Both implementations run the same test bodies.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
-from cuda_cpu import ShimLauncher, compiler
+from cuda_cpu import compiler, launcher_of, twins
 from oracle import softmax
 
 from cupyep.activations import get_activation
@@ -20,16 +18,7 @@ from cupyep.ops.update import CudaUpdateOps
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-6}
 
 
-@functools.cache
-def launcher():
-    return ShimLauncher(SOURCE)
-
-
-@pytest.fixture(params=["arrays", "kernels"])
-def ops(request):
-    if request.param == "kernels" and compiler() is None:
-        pytest.skip("g++ is not installed: kernels cannot run on the CPU")
-    return HeadOps() if request.param == "arrays" else CudaHeadOps(launcher())
+ops = twins(SOURCE, HeadOps, CudaHeadOps)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -119,15 +108,15 @@ def test_spread_is_the_adjoint_of_the_mean(ops, rng, add, shape, p, dtype):
 @pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
 def test_launches(rng):
     """One launch an operation, in packs of 16 bytes where the channels divide."""
-    ops = CudaHeadOps(launcher())
-    del launcher().launched[:]
+    ops = CudaHeadOps(launcher_of(SOURCE))
+    del launcher_of(SOURCE).launched[:]
     s, z = np.zeros((2, 4, 4, 8), np.float32), np.zeros((2, 10), np.float32)
     ops.pool(s, 2, np.zeros((2, 2, 2, 8), np.float32))
     ops.spread(np.zeros((2, 2, 2, 3), np.float32), 2, np.zeros((2, 4, 4, 3), np.float32), True)
     ops.spread(np.zeros((2, 2, 2, 4), np.float32), 2, np.zeros((2, 4, 4, 4), np.float32), False)
     ops.scaled_error(CrossEntropy(), z, None, z.copy(), z[:, 0].copy(), None)
     spreads = ["spread<float, true, 1>", "spread<float, false, 4>"]
-    assert launcher().launched == ["window_means<float, float, 4>", *spreads, "scaled_error<float, float, 0>"]
+    assert launcher_of(SOURCE).launched == ["window_means<float, float, 4>", *spreads, "scaled_error<float, float, 0>"]
 
 
 def test_arrays_that_a_kernel_would_misread_are_refused():

@@ -5,11 +5,9 @@ Both implementations run the same test bodies. Oracle: the recurrences of the do
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
-from cuda_cpu import ShimLauncher, compiler
+from cuda_cpu import launcher_of, twins
 
 import cupyep as ep
 from cupyep.backend.device import launcher_for
@@ -19,16 +17,7 @@ SHAPES = [(3, 3, 8, 16), (7,), (1,), (1030,)]  # packs, single numbers, and more
 STEPS = 4
 
 
-@functools.cache
-def launcher():
-    return ShimLauncher(SOURCE)
-
-
-@pytest.fixture(params=["arrays", "kernels"])
-def ops(request):
-    if request.param == "kernels" and compiler() is None:
-        pytest.skip("g++ is not installed: kernels cannot run on the CPU")
-    return OptimizerOps() if request.param == "arrays" else CudaOptimizerOps(launcher())
+ops = twins(SOURCE, OptimizerOps, CudaOptimizerOps)
 
 
 def case(rng, shape, dtype):
@@ -146,6 +135,6 @@ def test_kernels_are_for_arrays_on_a_gpu(fake_gpu):
     assert launcher_for(np.zeros(1), SOURCE) is None
     assert launcher_for(fake_gpu.asarray(np.zeros(1)), SOURCE) is fake_gpu.launcher(SOURCE)
     with pytest.raises(TypeError, match="a kernel for float32 cannot read an array of float64"):
-        CudaOptimizerOps(launcher()).sgd(
+        CudaOptimizerOps(launcher_of(SOURCE)).sgd(
             np.zeros(4, np.float32), np.zeros(4), None, None, rate=0.1, momentum=0.0, nesterov=False, decay=0.0
         )

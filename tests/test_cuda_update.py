@@ -7,13 +7,12 @@ stored in halves.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cuda_cpu import ShimLauncher, compiler
+from cuda_cpu import compiler, launcher_of
 from oracle import SIGMA
 from small import batch_of, network
 
@@ -41,11 +40,6 @@ types_and_shapes = pytest.mark.parametrize(("types", "shape"), list(itertools.pr
 activations = pytest.mark.parametrize("name", CODES)
 
 
-@functools.cache
-def launcher():
-    return ShimLauncher(SOURCE)
-
-
 @pytest.fixture(params=["arrays", "kernels"])
 def make_ops(request):
     """Return a function from the name of an activation to its updates."""
@@ -55,7 +49,11 @@ def make_ops(request):
     def make(name):
         activation = copy.copy(ACTIVATIONS[name])
         activation.code = CODES[name]
-        return UpdateOps(np, activation) if request.param == "arrays" else CudaUpdateOps(np, activation, launcher())
+        return (
+            UpdateOps(np, activation)
+            if request.param == "arrays"
+            else CudaUpdateOps(np, activation, launcher_of(SOURCE))
+        )
 
     return make
 
@@ -285,14 +283,14 @@ def test_launches(rng):
     """One launch an update, two where it is measured; packs of 16 bytes where the size divides; too large a batch."""
     activation = copy.copy(ACTIVATIONS["relu"])
     activation.code = CODES["relu"]
-    ops = CudaUpdateOps(np, activation, launcher())
+    ops = CudaUpdateOps(np, activation, launcher_of(SOURCE))
     for shape, types, width in [((4, 4, 3), ("float32", "float32"), 4), ((5,), ("float32", "float32"), 1),
                                 ((4, 6), ("float16", "float32"), 8)]:  # fmt: skip
         s, drive, topdown, _, number = inputs(rng, types, shape)
-        del launcher().launched[:]
+        del launcher_of(SOURCE).launched[:]
         for residual in (None, np.zeros(SAMPLES, number)):
             ops.states(s, drive, topdown, 1.0, None, None, residual, scratch_for(ops, s, number))
-        names = launcher().launched
+        names = launcher_of(SOURCE).launched
         assert [name.partition("<")[0] for name in names] == ["update_states", "update_states", "add_partials"]
         assert f", {width}, 0, false>" in names[0]
         assert f", {width}, 0, true>" in names[1]
@@ -309,8 +307,9 @@ def test_every_partial_is_added_once_by_a_warp_a_sample(rng, parts, number):
     memory = np.concatenate([partials.ravel(), np.full(64, np.nan, number)])
     residual = np.arange(7).astype(number)
     sizes = np.int32(parts), memory.dtype.type(16)
-    launcher().launch("add_partials", [{"float32": "float", "float64": "double"}[number]], (7, 1, 1), (32, 1, 1),
-                      (memory, residual, *sizes))  # fmt: skip
+    number_type = {"float32": "float", "float64": "double"}[number]
+    arguments = (memory, residual, *sizes)
+    launcher_of(SOURCE).launch("add_partials", [number_type], (7, 1, 1), (32, 1, 1), arguments)
     expected = [n + sum(map(int, row)) / 16 for n, row in enumerate(partials)]
     np.testing.assert_array_equal(residual, expected)
 
@@ -319,7 +318,7 @@ def test_residuals_take_a_warp_a_sample(rng, monkeypatch):
     """One thread a sample would be four warps for a batch of 128, each lane reading a line of its own."""
     activation = copy.copy(ACTIVATIONS["relu"])
     activation.code = CODES["relu"]
-    ops, launches = CudaUpdateOps(np, activation, launcher()), []
+    ops, launches = CudaUpdateOps(np, activation, launcher_of(SOURCE)), []
     monkeypatch.setattr(ops, "launcher", SimpleNamespace(launch=lambda *launch: launches.append(launch)))
     s = np.zeros((5, 40, 40, 8), np.float32)
     ops.states(s, s, None, 1.0, None, None, np.zeros(5, np.float32), np.empty(ops.scratch_size(5, s[0].size), "f"))
@@ -404,14 +403,14 @@ def test_what_a_loss_sees(make_ops, rng, name, what, types, shape, pool, phases)
 def test_what_a_loss_sees_is_one_launch_and_wide():
     activation = copy.copy(ACTIVATIONS["relu"])
     activation.code = CODES["relu"]
-    ops, g = CudaUpdateOps(np, activation, launcher()), np.zeros((2, 4, 4, 8), np.float32)
-    del launcher().launched[:]
+    ops, g = CudaUpdateOps(np, activation, launcher_of(SOURCE)), np.zeros((2, 4, 4, 8), np.float32)
+    del launcher_of(SOURCE).launched[:]
     eps, out = np.zeros((4, 4, 4, 8), np.float16), np.zeros((4, 2, 2, 8), np.float16)
     ops.see(eps, 0.5, g, 2, out, None)
     ops.see(None, 0.5, g, None, np.zeros((4, 4, 4, 8), np.float16), None)
     ops.see(eps, 1.0, None, None, np.zeros((4, 4, 4, 8), np.float32), None)
     kinds = ["see<__half, __half, 8, 0>"] * 2 + ["see<__half, float, 8, 3>"]
-    assert launcher().launched == kinds
+    assert launcher_of(SOURCE).launched == kinds
     with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
         ops.see(eps, 0.5, g.astype(float), 2, out, None)
 
@@ -446,10 +445,10 @@ def test_mean_and_difference_of_two_phases(make_ops, rng, name, types, shape, ph
 def test_mean_and_difference_are_two_launches():
     activation = copy.copy(ACTIVATIONS["relu"])
     activation.code = CODES["relu"]
-    ops, g = CudaUpdateOps(np, activation, launcher()), np.zeros((2, 4, 4, 8), np.float32)
+    ops, g = CudaUpdateOps(np, activation, launcher_of(SOURCE)), np.zeros((2, 4, 4, 8), np.float32)
     eps, size = np.zeros((4, 4, 4, 8), np.float16), np.zeros(1, np.float32)
-    del launcher().launched[:]
+    del launcher_of(SOURCE).launched[:]
     ops.compare(eps[:2], eps[2:], g, 0.5, eps[:2], size, 1.0, (None, np.empty_like(g)))
-    assert launcher().launched == ["compare_phases<__half, 8, 0>", "add_partials<float>"]
+    assert launcher_of(SOURCE).launched == ["compare_phases<__half, 8, 0>", "add_partials<float>"]
     with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
         ops.compare(eps[:2], eps[2:], g.astype(float), 0.5, eps[:2], size, 1.0, (None, np.empty_like(g)))

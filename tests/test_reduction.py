@@ -5,11 +5,9 @@ Both implementations run the same test bodies. Oracle: loops over the channels, 
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
-from cuda_cpu import ShimLauncher, compiler
+from cuda_cpu import compiler, launcher_of
 
 import cupyep as ep
 from cupyep.backend.precision import get_precision
@@ -29,18 +27,13 @@ PRECISIONS = ["float32", "float64", "float16", "bfloat16"]
 CASES = [(shape, precision) for shape in SHAPES for precision in PRECISIONS] + [(MANY, "float32")]
 
 
-@functools.cache
-def launcher():
-    return ShimLauncher(SOURCE)
-
-
 @pytest.fixture(params=["arrays", "kernels"])
 def ops(request):
     if request.param == "arrays":
         return ReductionOps()
     if compiler() is None:
         pytest.skip("g++ is not installed: kernels cannot run on the CPU")
-    return CudaReductionOps(launcher(), np.full(SCRATCH_BYTES, 255, np.uint8))  # NaN, whatever the type
+    return CudaReductionOps(launcher_of(SOURCE), np.full(SCRATCH_BYTES, 255, np.uint8))  # NaN, whatever the type
 
 
 def case(rng, shape, precision):

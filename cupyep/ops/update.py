@@ -165,9 +165,7 @@ class UpdateOps:
         """
         step = len(out) if g is None else len(g)
         size = math.prod((s if g is None else g).shape)
-        if (
-            g is not None and pool is None and out.dtype == g.dtype
-        ):  # made where it goes: scratch of one phase is enough
+        if g is not None and pool is None and out.dtype == g.dtype:  # made where it goes: scratch of one phase will do
             moved = scratch[:size].reshape(g.shape)
             for start in range(0, len(out), step):
                 rows = slice(start, start + step)

@@ -121,9 +121,8 @@ class Ranks(Communicator):
     def watch(self) -> None:
         """End this process, from now on, when another one dies. All ranks call this."""
         node, connections = self.gather(platform.node())[0], connect(self, self._here.size == self.size)
-        self._speaks = self.rank == 0 or self._here.rank == int(
-            node == platform.node()
-        )  # one a machine, without rank 0
+        first = int(node == platform.node())  # of this machine's ranks without rank 0
+        self._speaks = self.rank == 0 or self._here.rank == first
         missed = self.size - 1 - len(connections)
         if self.rank == 0 and missed:
             told = f"Warning: {missed} ranks cannot reach rank 0 by TCP: should one die, it is left to the launcher to "
