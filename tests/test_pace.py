@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from quadrants import SILENT, TINY, Recorder, assert_same_state, numbers, run
+from ranks import in_ranks
 
 import cupyep as ep
 from cupyep.activations import Clip
@@ -226,6 +228,25 @@ def test_what_does_not_contract_is_told_lowered_or_ended(on_unsettled):
             "stop": "; the run ends here (--on-unsettled stop); lower --feedback or --gain",
         }
         assert finding.message.endswith(remedies[on_unsettled])
+
+
+def test_several_ranks_lower_as_one_process_does():
+    """Of the two images each rank has one, a third rank none; all look again after each halving."""
+
+    def decide(ranks):
+        net, batch = pair(3.0)
+        first, last = (2 * n // ranks.size for n in (ranks.rank, ranks.rank + 1))
+        own = replace(batch.part(slice(first, max(last, first + 1))), share=(last - first, 2))
+        learner = learner_of(net, scheme="centered")
+        pace = Pace(learner, own, ("free", "nudged"), "lower")
+        return pace.follow(probe_settling(learner, own, ranks), ranks), pace.next
+
+    (record, findings), then = decide(Communicator())
+    assert then["feedback"] == 0.0625
+    assert list(record) == ["nonlinearity"]
+    for (more, found), other in in_ranks(3, decide):
+        assert (found, other) == (findings, then)
+        assert more == pytest.approx(record, rel=1e-9)
 
 
 def test_lowering_ends_and_says_so():

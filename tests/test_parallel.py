@@ -20,6 +20,8 @@ from small import network
 import cupyep as ep
 from cupyep.backend import nccl, threads
 from cupyep.data import Loader
+from cupyep.diagnostics.checkup import Checkup
+from cupyep.diagnostics.probe import nonlinearity, probe_settling
 from cupyep.errors import CheckpointError, ConfigurationError, DataError, DeviceError, Interrupted
 from cupyep.parallel import Communicator, communicator
 from cupyep.parallel import launch as launching
@@ -271,6 +273,47 @@ def test_an_evaluation_of_three_ranks_is_that_of_one_process():
 
     for found in in_ranks(3, work):
         assert found == pytest.approx(whole, rel=1e-12)
+
+
+PROBED = {
+    "ep": LEARNERS["ep"],
+    "ep, sweeps": lambda net: ep.EquilibriumPropagation(net, 0.4, 3, 2, schedule="sweeps"),
+    "ep, classical": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, nudge="classical", schedule="synchronous"),
+    "bptt": LEARNERS["bptt"],
+    "bp": LEARNERS["bp"],
+}
+
+
+@pytest.mark.parametrize("kind", PROBED)
+@pytest.mark.parametrize("samples", [7, 2])
+def test_a_checkup_of_three_ranks_is_that_of_one_process(kind, samples):
+    """With 2 samples a rank has none."""
+    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
+    data = quadrant_data()
+
+    def look(ranks):
+        share = (ranks.rank, ranks.size)
+        batch = next(iter(Loader(data, "train", samples, "cpu", "float64", share=share)))
+        learner = PROBED[kind](ep.vgg(5, **how))
+        checkup = Checkup(learner, batch, samples)
+        return probe_settling(learner, batch, ranks), nonlinearity(learner, batch, ranks), checkup, ranks
+
+    whole, curved, checkup, alone = look(Communicator())
+    checkup.look({"epoch": 1}, [], alone)
+    assert list(whole) == {"bp": [], "bptt": ["free"]}.get(kind, ["free", "nudged"])
+
+    def work(ranks):
+        *seen, shared, _ = look(ranks)
+        shared.look({"epoch": 1}, [], ranks)
+        return *seen, shared.trace
+
+    for probes, bend, trace in in_ranks(3, work):
+        assert bend == (curved if curved is None else pytest.approx(curved, rel=1e-9))
+        assert trace == checkup.trace
+        assert probes.keys() == whole.keys()
+        for phase, probe in probes.items():
+            for name, value in vars(whole[phase]).items():
+                np.testing.assert_allclose(getattr(probe, name), value, rtol=1e-9, atol=1e-15, err_msg=name)
 
 
 # Mixtures that are refused.
@@ -627,7 +670,8 @@ def test_commands_under_mpi():
     assert (code, err.count("Error: cupyep evaluate is for one process")) == (2, 1)
 
 
-LONG = {**EXACT, "epochs": 30, "checkpoint_minutes": 0}
+LONG = {**EXACT, "epochs": 150, "checkpoint_minutes": 0}  # longer than all kills together
+KILLS = {0: 10, 1: 20}  # by rank
 
 
 @needs_mpi
@@ -644,7 +688,7 @@ def test_a_killed_rank_takes_the_others_along_and_the_run_goes_on_bit_for_bit(tm
         started = (path / "config.toml").exists()
         how = ["--resume", "--quiet"] if started else words(LONG)
         process = launch(2, "train", "--run-dir", path, *how)
-        if killed < 8:
+        if killed < KILLS[victim]:
             time.sleep(rng.uniform(0.3, 3.0))
             pid = next((pid for pid, rank in ranks_of(process.pid).items() if rank == victim), None)
             if pid is not None:
@@ -656,7 +700,7 @@ def test_a_killed_rank_takes_the_others_along_and_the_run_goes_on_bit_for_bit(tm
             break
         if number == signal.SIGKILL or "interrupted" not in err:
             assert time.monotonic() - begin < 30
-    assert killed > 2
+    assert killed == KILLS[victim]
     assert not ranks_of(process.pid)
     one, two = RunDirectory.open(tmp_path / "straight"), RunDirectory.open(path)
     assert numbers(one) == numbers(two)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.batch import Batch
+from cupyep.batch import Batch, shared_out
 from cupyep.diagnostics.contraction import contraction
 from cupyep.diagnostics.pace import Pace, settled_with
 from cupyep.diagnostics.probe import PhaseProbe, probe_settling
@@ -23,7 +23,7 @@ DIGITS = 4
 
 
 class Checkup:
-    """Looks at a learner once an epoch: the images of `batch` are settled for a closer look.
+    """Looks at a learner once an epoch: the images of `batch`, or a rank's share, are settled for a closer look.
 
     `trace` is `trace_of` the last look, for settling.json. With a `pace` the learner follows what is seen.
     """
@@ -52,12 +52,13 @@ class Checkup:
         ``nonlinearity``, and ``findings``, a list of ``{"signature", "layers", "message"}``.
         """
         setting = Setting.of(self.learner, self.batch_size)  # a pace changes it
-        probes = probe_settling(self.learner, self.batch)
-        self.trace = trace_of(probes, setting, len(self.batch), record["epoch"])
+        ranks = ranks or Communicator()
+        probes = probe_settling(self.learner, self.batch, ranks)
+        self.trace = trace_of(probes, setting, shared_out(self.batch)[1], record["epoch"])
         seen = settled_with(self.learner) | probe_record(probes, setting.tolerance)
         findings = find(record | seen, setting, probes, records)
         if self.pace is not None:
-            more, found = self.pace.follow(probes, ranks or Communicator())
+            more, found = self.pace.follow(probes, ranks)
             seen, findings = seen | more, [*findings, *found]
         return {**seen, "findings": [finding._asdict() for finding in findings]}
 

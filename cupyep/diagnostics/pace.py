@@ -48,16 +48,17 @@ class Pace:
 
     def follow(self, probes: Mapping[str, PhaseProbe], ranks: Communicator) -> tuple[dict[str, Any], list[Finding]]:
         """Decide on the next epoch, given the probes of this one; return what to record, and what is wrong."""
-        self.next, record, findings = ranks.first(lambda: self._decide(probes))
+        self.next, record, findings = self._decide(probes, ranks)
         self.ends = self.on_unsettled == "stop" and any(each.signature == "contraction" for each in findings)
         return record, findings
 
-    def _decide(self, probes: Mapping[str, PhaseProbe]) -> tuple[dict[str, Any], dict[str, Any], list[Finding]]:
-        now, problem, off = self.now(), self._problem(probes), nonlinearity(self.learner, self.batch)
+    def _decide(
+        self, probes: Mapping[str, PhaseProbe], ranks: Communicator
+    ) -> tuple[dict[str, Any], dict[str, Any], list[Finding]]:
+        now, problem, off = self.now(), self._problem(probes), nonlinearity(self.learner, self.batch, ranks)
         try:
             if problem and self.on_unsettled == "lower":
-                self._lower(now["feedback"])
-                probes = probe_settling(self.learner, self.batch)
+                probes = self._lower(now["feedback"], probes, ranks)
             then = now | {"feedback": self.network.feedback} | self._steps(probes)
         finally:
             self._set(now)
@@ -68,15 +69,19 @@ class Pace:
             findings.append(Finding("nonlinearity", (), self._off(off)))
         return then, {} if off is None else {"nonlinearity": off}, findings
 
-    def _lower(self, feedback: float) -> None:
-        """Halve the feedback until the phases contract, as often as that may be."""
+    def _lower(
+        self, feedback: float, probes: Mapping[str, PhaseProbe], ranks: Communicator
+    ) -> Mapping[str, PhaseProbe]:
+        """Halve the feedback until the phases contract, as often as that may be; return how they settle then."""
         for halvings in range(1, MOST_LOWERINGS + 1):
             try:
                 self.network.feedback = self.network.checked_feedback(feedback * 0.5**halvings)
             except ConfigurationError:  # weights of layers would be too large for the numbers
-                return
-            if not self._problem(probe_settling(self.learner, self.batch)):
-                return
+                break
+            probes = probe_settling(self.learner, self.batch, ranks)
+            if not self._problem(probes):
+                break
+        return probes
 
     def _steps(self, probes: Mapping[str, PhaseProbe]) -> dict[str, int]:
         """Return the steps that follow the probes; a phase that does not contract keeps its own."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cupyep.batch import Batch
+from cupyep.batch import Batch, shared_out
 from cupyep.errors import ConvergenceWarning
 from cupyep.learning.learner import Learner
+from cupyep.parallel import Communicator
 from cupyep.state import State
 
 MORE_STEPS = 9  # at least, beyond the learner's own
@@ -62,45 +63,80 @@ class PhaseProbe:
         return (pairs[-1] > pairs[max(self.steps - 2, 0)]) & (pairs[-1] > pairs[-3])
 
 
-def probe_settling(learner: Learner, batch: Batch) -> dict[str, PhaseProbe]:
+def probe_settling(learner: Learner, batch: Batch, ranks: Communicator | None = None) -> dict[str, PhaseProbe]:
     """Let the phases of `learner` settle on `batch` and go on; return ``free`` and ``nudged``, those that there are.
 
-    Parameters and generators stay as they are. Backpropagation has no phases, BPTT a free one only.
+    Parameters and generators stay as they are. Backpropagation has no phases, BPTT a free one only. Of several `ranks`
+    each looks at its share of the batch (`Batch.share`), and all see the whole.
     """
     if not hasattr(learner, "settle_free"):
         return {}
+    ranks, own = ranks or Communicator(), shared_out(batch)[0]
     with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the caller sees it in the result
-        free, state = _probe(learner, learner.free_steps, lambda **how: _free(learner, batch, **how))
-        if not hasattr(learner, "settle_nudged"):
-            return {"free": free}
-        nudged, _ = _probe(learner, learner.nudged_steps, lambda **how: _nudged(learner, batch, state, **how))
-    return {"free": free, "nudged": nudged}
+        seen, state = _look(learner, learner.free_steps, lambda **how: _free(learner, batch, **how))
+        phases = {"free": _judge(learner, seen, own, ranks)}
+        if hasattr(learner, "settle_nudged"):
+            seen, _ = _look(learner, learner.nudged_steps, lambda **how: _nudged(learner, batch, state, **how))
+            phases["nudged"] = _judge(learner, seen, own, ranks)
+    return phases
 
 
-def _probe(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]]]) -> tuple[PhaseProbe, State]:
+def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]]]) -> tuple[_Seen, State]:
     """Return what `settle`, called with its own and with more steps, shows, and the state after its own."""
     more = max(MORE_STEPS, steps, 0 if learner.schedule == "sweeps" else 2 * learner.network.depth)  # news gets round
     total = steps + (more | 1)  # odd: an oscillation of period two is not back where it was
     late, after = settle(steps=total, tolerance=None, record=True)
-    residual = np.array(late.stats.trace)
-    phases = late.stats.per_sample.shape[1] // len(after[0])
-    size = np.array([_rms(a).mean() for a in after]) / phases
-    held = size if late.deviations is not None else [_rms(a).mean() for a in _hosts(learner, late.layers)]
-    rounding = _relative(ROUNDING * learner.network.precision.spacing * np.array(held), size)
-    oscillating = np.zeros(residual.shape[1], bool)
+    size = np.array([_rms(a) for a in after])
+    phases = late.stats.per_sample.shape[1] // size.shape[1]
+    held = size / phases if late.deviations is not None else np.array([_rms(a) for a in _hosts(learner, late.layers)])
+    back = None
     if learner.schedule == "synchronous":
         _, earlier = settle(steps=total - 2, tolerance=None)
-        back = [_rms(a - b).max() for a, b in zip(after, earlier, strict=True)]
-        moves = np.array([_rms(a).max() for a in after]) * 1e-3 < residual[-1]
-        oscillating = (np.array(back) < 0.1 * residual[-1]) & moves
+        back = np.array([_rms(a - b) for a, b in zip(after, earlier, strict=True)])
     own, now = settle()
     distance = [_relative(_rms(a - b), np.maximum(_rms(a), _rms(b))) for a, b in zip(after, now, strict=True)]
-    per_sample = own.stats.per_sample.reshape(len(now), -1, len(now[0])).max(axis=1)
-    return PhaseProbe(own.stats.steps, residual, per_sample, np.array(distance), oscillating, size, rounding), own
+    per_sample = own.stats.per_sample.reshape(len(now), -1, size.shape[1]).max(axis=1)
+    trace, steps = np.array(late.stats.trace), own.stats.steps
+    return _Seen(steps, trace, per_sample, np.array(distance), size, phases, held, back), own
 
 
-def nonlinearity(learner: Learner, batch: Batch) -> float | None:
+@dataclass
+class _Seen:
+    """What a phase showed of some samples; arrays of shape (L, N) as in `PhaseProbe`, but for the trace (T, L)."""
+
+    steps: int
+    residual: np.ndarray
+    per_sample: np.ndarray
+    distance: np.ndarray
+    size: np.ndarray  # of the state or of the response, of all phases together
+    phases: int
+    held: np.ndarray  # the size of what was rounded: of the state of each phase
+    back: np.ndarray | None  # how far synchronous layers are from where they were two iterations before
+
+
+def _judge(learner: Any, seen: _Seen, own: int, ranks: Communicator) -> PhaseProbe:
+    """Return what all ranks saw, each of its `own` samples, as one probe: rank 0's, so that all decide alike."""
+    every = [(part, n) for part, n in ranks.gather((seen, own)) if n]
+    return ranks.first(lambda: _joined(learner, *zip(*every, strict=True)))
+
+
+def _joined(learner: Any, every: Sequence[_Seen], counts: Sequence[int]) -> PhaseProbe:
+    def samples(name: str) -> np.ndarray:
+        return np.concatenate([getattr(seen, name) for seen in every], axis=1)
+
+    residual = sum(seen.residual * n for seen, n in zip(every, counts, strict=True)) / sum(counts)
+    size = samples("size").mean(axis=1) / every[0].phases
+    rounding = _relative(ROUNDING * learner.network.precision.spacing * samples("held").mean(axis=1), size)
+    oscillating = np.zeros(len(size), bool)
+    if every[0].back is not None:
+        moves = samples("size").max(axis=1) * 1e-3 < residual[-1]
+        oscillating = (samples("back").max(axis=1) < 0.1 * residual[-1]) & moves
+    steps = max(seen.steps for seen in every)
+    return PhaseProbe(steps, residual, samples("per_sample"), samples("distance"), oscillating, size, rounding)
+
+
+def nonlinearity(learner: Learner, batch: Batch, ranks: Communicator | None = None) -> float | None:
     """Return by how much the size of twice the response to half the nudge differs from that to the nudge, as a part.
 
     Euclidean norms over the batch, in the worst layer: 0 of a linear response. None without finite nudges of a known
@@ -112,7 +148,9 @@ def nonlinearity(learner: Learner, batch: Batch) -> float | None:
         warnings.simplefilter("ignore", ConvergenceWarning)
         state, _ = _free(learner, batch)
         whole, half = (_nudged(learner, batch, state, share)[1] for share in (1.0, 0.5))
-        sizes = np.array([[np.linalg.norm(z) for z in response] for response in (whole, half)])
+        ranks, own = ranks or Communicator(), shared_out(batch)[0]
+        squares = ranks.gather(np.array([[(z[:own] ** 2).sum() for z in response] for response in (whole, half)]))
+        sizes = np.sqrt(ranks.first(lambda: sum(squares)))
         return float(_relative(abs(2 * sizes[1] - sizes[0]), 2 * sizes[1]).max())
 
 

@@ -186,10 +186,10 @@ def evaluation_batches(
     return Loader(dataset, split, config.batch_size, network.device, network.dtype, share=share)
 
 
-def first_images(dataset: Dataset, network: Network, count: int) -> Batch:
-    """Return `count` training images (or all there are), the first of each class, not augmented."""
+def first_images(dataset: Dataset, network: Network, count: int, share: tuple[int, int] = (0, 1)) -> Batch:
+    """Return `count` training images (or all there are), the first of each class, not augmented; or a share of them."""
     few = dataclasses.replace(dataset, train=dataset.train.balanced(min(count, len(dataset.train))))
-    return next(iter(Loader(few, "train", count, network.device, network.dtype)))
+    return next(iter(Loader(few, "train", count, network.device, network.dtype, share=share)))
 
 
 def build_checkup(config: TrainConfig, learner: Any, batch: Batch) -> Checkup:
@@ -219,7 +219,7 @@ def build_trainer(
         validation=evaluation_batches(config, dataset, network, "validation", share) if dataset.validation else None,
         generators={"learner": signs},
         images=ImageFormat.of(dataset),
-        checkup=build_checkup(config, learner, first_images(dataset, network, PROBE_IMAGES)),
+        checkup=build_checkup(config, learner, first_images(dataset, network, PROBE_IMAGES, share)),
         display=display,
         communicator=communicator,
         **config.take("epochs", "lr_schedule", "warmup", "patience", "checkpoint_minutes", "on_divergence"),
