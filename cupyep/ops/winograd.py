@@ -15,8 +15,9 @@ Plain array code for NumPy and CuPy alike; on a GPU the kernels of `cupyep.ops.c
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,22 @@ def matrices(m: int) -> tuple[Any, Any, Any]:
     return at, g, np.array(bt)
 
 
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what a method returns for some arguments, views of scratch, until `WinogradOps.bind`.
+
+    Making them anew for every chunk took as long as a product of few channels, and holds the interpreter lock.
+    """
+
+    @functools.wraps(make)
+    def get(self: Any, *how: Any) -> Any:
+        key = make, how
+        if key not in self._kept:
+            self._kept[key] = make(self, *how)
+        return self._kept[key]
+
+    return get
+
+
 class WinogradOps:
     """What `ConvOps` does, for a convolution with kernel 3, stride 1, padding 0 or 1, and no or 2 x 2 pooling.
 
@@ -119,6 +136,7 @@ class WinogradOps:
         self._dtype = dtype = precision.number
         self._factors = Factors(precision, native=False)
         self._tie_margin = TIE_MARGINS[m] * precision.tie_margin
+        self._makes = "two" if geometry.pooling == "none" else "one"  # the block of pooled tiles
         self._apart = m // geometry.pool  # units of the pooled map a tile has on an axis
         self._tiles = tiles(geometry, m)
         self._blocks = [
@@ -135,7 +153,9 @@ class WinogradOps:
         self.nbytes = Arena.size(self.requests)
         self.derived = [(((m + 2) ** 2, channels, outputs), dtype)]
         at, g, bt = matrices(m)
-        self._to_y, self._to_v, self._to_u = (xp.asarray(each, dtype) for each in (at, bt, np.kron(g, g)))
+        self._to_u = xp.asarray(np.kron(g, g), dtype)
+        to_y, to_v = (xp.asarray(each, dtype) for each in (at, bt))
+        self._matrices = {"A^T": to_y, "A": to_y.T, "B^T": to_v, "B": to_v.T}
 
     def _map_requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
         """Return two blocks in which padded inputs, tiles and products take turns, and bytes for pooling."""
@@ -154,33 +174,47 @@ class WinogradOps:
     def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
         """Take views of the arena, and the array of `derived`."""
         (self._u,) = derived
-        self._one, self._two, self._mask, self._winners, self._gradient = arena.views(self.requests)
+        one, *others = arena.views(self.requests)
+        low, high = one[: len(one) // 2], one[len(one) // 2 :]
+        names = ("one", "two", "mask", "winners", "gradient", "low", "high")
+        self._scratch = dict(zip(names, (one, *others, low, high), strict=True))
+        self._kept: dict[Any, Any] = {}
 
     def refresh(self, weight: Any) -> None:
         """Take up a weight (3, 3, C, K): make ``U = G w G^T``."""
         if self.derives:
             self._transform_weight(self._to_u, weight.reshape(9, *self._u.shape[1:]), self._u.reshape(-1))
 
-    def _tiled(self, block: Any, places: int, m: int, channels: int) -> Any:
-        """Return an array (places, m * tiles, channels) at the start of a block."""
+    @kept
+    def _tiled(self, block: str, places: int, m: int, channels: int) -> Any:
+        """Return an array (places, m * tiles, channels) at the start of a block of scratch."""
         rows = m * math.prod(self._tiles)
-        return block[: places * rows * channels].reshape(places, rows, channels)
+        return self._scratch[block][: places * rows * channels].reshape(places, rows, channels)
 
-    def _transform(self, matrix: Any, tiled: Any, first: Any, second: Any) -> Any:
-        """Return ``matrix @ tile @ matrix^T`` of all tiles, in the second block; one axis is done in the first.
+    def _transform(self, matrix: str, *blocks_and_size: Any) -> Any:
+        """Return ``matrix @ tile @ matrix^T`` of all tiles: see `_transformation`."""
+        factors, places, out = self._transformation(matrix, *blocks_and_size)
+        for x, y in zip(factors, places, strict=True):
+            self._xp.matmul(self._matrices[matrix], x, out=y)
+        return out
 
-        Shapes (places, tiles, channels), before and after. What is transformed may lie in the second block.
+    @kept
+    def _transformation(self, name: str, block: str, first: str, second: str, m: int, channels: int) -> Any:
+        """Return what a matrix is multiplied with and where to, an axis after the other, and what comes of it.
+
+        From the tiles (places, tiles, channels) at the start of `block`, which may be the second one, by way of the
+        first to the second.
         """
-        (after, before), channels = matrix.shape, tiled.shape[-1]
+        after, before = self._matrices[name].shape
+        tiled = self._tiled(block, before**2, m, channels)
         units = width = tiled.size // before**2
         while after * before * width > TRANSFORMED and width % 2 == 0:
             width //= 2
-        half = first[: after * before * units].reshape(after, before, units)
-        out = second[: after**2 * units].reshape(after, after, units)
-        whole = tiled.reshape(1, before, -1), half.reshape(1, after, -1)
-        for x, y in (whole, (half, out)):
-            self._xp.matmul(matrix, _split(x, width), out=_split(y, width))
-        return out.reshape(after**2, -1, channels)
+        half = self._scratch[first][: after * before * units].reshape(after, before, units)
+        out = self._scratch[second][: after**2 * units].reshape(after, after, units)
+        factors, places = (tiled.reshape(1, before, -1), half), (half.reshape(1, after, -1), out)
+        split = [[_split(x, width) for x in each] for each in (factors, places)]
+        return *split, out.reshape(after**2, -1, channels)
 
     def _transform_weight(self, matrix: Any, weight: Any, block: Any) -> Any:
         """Return ``matrix @ weight`` along the first axis, in a block: a small product a channel (see `SMALL`)."""
@@ -189,152 +223,165 @@ class WinogradOps:
         return out
 
     def product(self, s: Any, out: Any, m: int) -> Any:
-        """Return ``w * s`` before pooling, for `pool` or `gather`.
-
-        Returns
-        -------
-        array of shape (m * m, tiles, K)
-            Tiles in scratch.
-        """
+        """Return ``w * s`` before pooling, for `pool` or `gather`: its `_units`, in scratch."""
         u = self._u
-        v = self._inputs(s, self._two, self._one)
-        products = self._tiled(self._two, len(u), m, u.shape[2])
-        self._factors.product(v, u, products)
-        return self._transform(self._to_y, products, self._one, self._two)
+        v = self._inputs(s, "two", "one")
+        self._factors.product(v, u, self._tiled("two", len(u), m, u.shape[2]))
+        self._transform("A^T", "two", "one", "two", m, u.shape[2])
+        return self._units(m)
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
-        u = self._u
-        dm = self._transform(self._to_y.T, self._unpool(s, winners, m), self._one, self._two)
-        dv = self._tiled(self._one, len(u), m, out.shape[3])
+        u, channels = self._u, out.shape[3]
+        dm, dv = self._products(s, winners, m), self._tiled("one", len(u), m, channels)
         self._factors.product(dm, u.transpose(0, 2, 1), dv)
-        dd = self._transform(self._to_v.T, dv, self._two, self._one)
-        padded = self._padded(self._two, m, out.shape[3])
-        padded[...] = 0
-        for place, inputs in self._overlapping(padded, dd):
-            place += inputs
+        self._transform("B", "one", "two", "one", m, channels)
+        padded, windows = self._windows("two", "one", m, channels)
+        inner_view(padded, tuple(count * self._m for count in self._tiles), 0)
+        for number, (place, inputs) in enumerate(windows):
+            if number == 0:
+                place[...] = inputs
+            else:
+                place += inputs
         height, width = out.shape[1:3]
         start = self.geometry.padding
         out[...] = padded[:, start : start + height, start : start + width]
 
     def add_gradient(self, below: Any, s: Any, winners: Any, gradient: Any) -> None:
         """Add ``corr(below, U(s))`` over all chunks to `gradient` (3, 3, C, K)."""
-        half, size = -(-below.shape[3] // 2), len(self._one) // 2  # so that there is room for one more array
+        half = -(-below.shape[3] // 2)  # so that there is room for one more array
         for part, m in self.chunks:
-            dm = self._transform(self._to_y.T, self._unpool(s[part], part_of(winners, part), m), self._one, self._two)
+            self._products(s[part], part_of(winners, part), m)
             for start in range(0, below.shape[3], half):
                 channels = slice(start, start + half)
-                v = self._inputs(below[part][..., channels], self._one[:size], self._one[size:])
-                self._add_product(v, dm, gradient[:, :, channels])
+                self._inputs(below[part][..., channels], "low", "high")
+                self._add_product(m, gradient[:, :, channels])
 
-    def _add_product(self, v: Any, dm: Any, gradient: Any) -> None:
-        """Add ``G^T (V^T dM) G`` to `gradient`, some of its input channels at once."""
-        places, rows, width = dm.shape
-        while rows * GRADIENT_CHANNELS * width > SMALL and width % 2 == 0:
+    def _products(self, s: Any, winners: Any, m: int) -> Any:
+        """Return ``dM = A dY A^T`` of ``dY = U(s)``, shape (places, tiles, K), in the second block."""
+        self._unpool(s, winners, m)
+        return self._transform("A", "two", "one", "two", m, s.shape[3])
+
+    def _add_product(self, m: int, gradient: Any) -> None:
+        """Add ``G^T (V^T dM) G`` to `gradient`, some of its input channels at once; V is in the "high" block."""
+        for channels, v, dm, split, du, rest in self._gradient_products(m, gradient.shape[2]):
+            out = gradient[:, :, channels]
+            self._factors.product(v, dm, split)
+            out += self._transform_weight(self._to_u.T, du, rest).reshape(out.shape)
+
+    @kept
+    def _gradient_products(self, m: int, channels: int) -> list[tuple[Any, ...]]:
+        """Return of some input channels at once: which, factors of V^T dM, its place twice, and scratch beyond it."""
+        places, scratch, products = len(self._u), self._scratch["gradient"], []
+        v, dm = (self._tiled(block, places, m, n) for block, n in (("high", channels), ("two", self._u.shape[2])))
+        width = dm.shape[2]
+        while dm.shape[1] * GRADIENT_CHANNELS * width > SMALL and width % 2 == 0:
             width //= 2
-        for start in range(0, v.shape[2], GRADIENT_CHANNELS):
-            channels = slice(start, start + GRADIENT_CHANNELS)
-            some, out = v[:, :, channels].transpose(0, 2, 1), gradient[:, :, channels]
+        for start in range(0, channels, GRADIENT_CHANNELS):
+            part = slice(start, start + GRADIENT_CHANNELS)
+            some = v[:, :, part].transpose(0, 2, 1)
             size = some[:, :, 0].size * dm.shape[2]
-            du = self._gradient[:size].reshape(places, -1, dm.shape[2])
-            self._factors.product(some[:, None], _split(dm, width), _split(du, width))
-            out += self._transform_weight(self._to_u.T, du, self._gradient[size:]).reshape(out.shape)
+            du = scratch[:size].reshape(places, -1, dm.shape[2])
+            products.append((part, some[:, None], _split(dm, width), _split(du, width), du, scratch[size:]))
+        return products
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         """Write ``P(u + bias)`` into `out` and its winners into `winners`; `u` is what `product` returned."""
-        units, pooled = self._units(u), self._pooled(self._one, m)
+        pooled = self._pooled(self._makes, m)
         if self.geometry.pooling == "max":
-            of_tiles = self._pooled(self._winners, m)
-            max_pool(units, pooled, of_tiles, self._masked(pooled), self._tie_margin)
-            self._put_together(of_tiles, winners)
+            max_pool(u, pooled, self._pooled("winners", m), self._pooled("mask", m), self._tie_margin)
+            self._put_together("winners", winners)
         elif self.geometry.pooling == "average":
-            average_pool(units, pooled)
-        else:
-            pooled = units[0]
+            average_pool(u, pooled)
         pooled += bias
-        self._put_together(pooled, out)
+        self._put_together(self._makes, out)
 
     def gather(self, u: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``G(u)`` into `out`: max-pooling replaced by reading `u` at `winners`; `u` is overwritten."""
-        units, pooled = self._units(u), self._pooled(self._one, m)
+        pooled = self._pooled(self._makes, m)
         if self.geometry.pooling == "max":
-            max_gather(units, self._taken_apart(winners, self._winners, m), pooled, self._masked(pooled))
+            max_gather(u, self._taken_apart(winners, "winners"), pooled, self._pooled("mask", m))
         elif self.geometry.pooling == "average":
-            average_pool(units, pooled)
-        else:
-            pooled = units[0]
-        self._put_together(pooled, out)
+            average_pool(u, pooled)
+        self._put_together(self._makes, out)
 
-    def _unpool(self, s: Any, winners: Any, m: int) -> Any:
-        """Return the tiles dY of ``U(s)``, as `product` returns them."""
-        if self.geometry.pooling == "none":
-            return self._taken_apart(s, self._two, m)
-        pooled = self._taken_apart(s, self._one, m)
-        y = self._tiled(self._two, self._m**2, m, s.shape[3])
+    def _unpool(self, s: Any, winners: Any, m: int) -> None:
+        """Write the tiles dY of ``U(s)`` into the second block, where `product` has its own."""
+        pooled, units = self._taken_apart(s, self._makes), self._units(m)
         if self.geometry.pooling == "max":
-            max_scatter(pooled, self._taken_apart(winners, self._winners, m), self._units(y), self._masked(pooled))
-        else:
-            average_scatter(pooled, self._units(y))
-        return y
+            max_scatter(pooled, self._taken_apart(winners, "winners"), units, self._pooled("mask", m))
+        elif self.geometry.pooling == "average":
+            average_scatter(pooled, units)
 
-    def _units(self, y: Any) -> list[Any]:
-        """Return the units at each offset of the windows, arrays like `_pooled`."""
+    @kept
+    def _units(self, m: int) -> list[Any]:
+        """Return the units before pooling, in the second block, at each offset of windows: arrays like `_pooled`."""
         window, apart = self.geometry.pool, self._apart
+        y = self._tiled("two", self._m**2, m, self.geometry.map_shape[2])
         places = y.reshape(apart, window, apart, window, *y.shape[1:])
         return [places[:, row, :, column] for row, column in np.ndindex(window, window)]
 
-    def _pooled(self, block: Any, m: int) -> Any:
+    @kept
+    def _pooled(self, block: str, m: int) -> Any:
         """Return an array (rows, columns of the pooled tile, tiles, K) at the start of a block."""
         tiled = self._tiled(block, self._apart**2, m, self.geometry.map_shape[2])
         return tiled.reshape(self._apart, self._apart, *tiled.shape[1:])
 
-    def _masked(self, pooled: Any) -> Any:
-        return self._mask[: pooled.size].reshape(pooled.shape)
+    @kept
+    def _places(self, block: str, m: int) -> list[tuple[Any, Any]]:
+        """Return pairs: a view of one place in all pooled tiles, and an index of the same units in a map."""
+        apart, pooled = self._apart, self._pooled(block, m)
+        by_place = pooled.reshape(apart, apart, m, *self._tiles, -1)
+        height, width = self.geometry.out_shape[:2]
+        return [
+            (
+                by_place[y, x, :, : len(range(y, height, apart)), : len(range(x, width, apart))],
+                (slice(None), slice(y, None, apart), slice(x, None, apart)),
+            )
+            for y, x in np.ndindex(apart, apart)
+        ]
 
-    def _pairs(self, pooled: Any, whole: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield pairs of views: one place in all pooled tiles, and the same units in a map (m, Ho, Wo, K)."""
-        by_place = pooled.reshape(*pooled.shape[:2], len(whole), *self._tiles, -1)
-        for y, x in np.ndindex(self._apart, self._apart):
-            units = whole[:, y :: self._apart, x :: self._apart]
-            yield by_place[y, x, :, : units.shape[1], : units.shape[2]], units
+    def _put_together(self, block: str, out: Any) -> None:
+        for tiled, units in self._places(block, len(out)):
+            out[units] = tiled
 
-    def _put_together(self, pooled: Any, out: Any) -> None:
-        for tiled, units in self._pairs(pooled, out):
-            units[...] = tiled
-
-    def _taken_apart(self, whole: Any, block: Any, m: int) -> Any:
+    def _taken_apart(self, whole: Any, block: str) -> Any:
         """Return a map as pooled tiles, in a block; zeros where a tile reaches beyond the map."""
-        pooled = self._pooled(block, m)
+        pooled = self._pooled(block, len(whole))
         if any(size % self._apart for size in whole.shape[1:3]):
             pooled[...] = 0
-        for tiled, units in self._pairs(pooled, whole):
-            tiled[...] = units
+        for tiled, units in self._places(block, len(whole)):
+            tiled[...] = whole[units]
         return pooled
 
-    def _inputs(self, s: Any, first: Any, second: Any) -> Any:
+    def _inputs(self, s: Any, first: str, second: str) -> Any:
         """Return ``V = B^T d B`` of the padded `s`, shape (places, tiles, channels), in the second of two blocks."""
         m, channels = len(s), s.shape[3]
-        padded, d = self._padded(first, m, channels), self._tiled(second, len(self._to_v) ** 2, m, channels)
+        padded, windows = self._windows(first, second, m, channels)
         inner_view(padded, s.shape[1:3], self.geometry.padding)[...] = s
-        for place, inputs in self._overlapping(padded, d):
+        for place, inputs in windows:
             inputs[...] = place
-        return self._transform(self._to_v, d, first, second)
+        return self._transform("B^T", second, first, second, m, channels)
 
-    def _padded(self, block: Any, m: int, channels: int) -> Any:
-        """Return scratch for padded maps, as high and wide as some tiles together: a block more than there are."""
-        height, width = (count * self._m for count in self._blocks)
-        return block[: m * height * width * channels].reshape(m, height, width, channels)
+    @kept
+    def _windows(self, block: str, inputs: str, m: int, channels: int) -> tuple[Any, list[tuple[Any, Any]]]:
+        """Return padded maps in one block, and four pairs of views: places of them, and the same in tiles of another.
 
-    def _overlapping(self, padded: Any, d: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield four pairs of views: places of padded maps, none twice in one view, and the same in tiles' inputs."""
-        m, (samples, _, _, channels) = self._m, padded.shape
-        down, across = self._tiles
-        blocks = padded.reshape(samples, self._blocks[0], m, self._blocks[1], m, channels).transpose(2, 4, 0, 1, 3, 5)
-        d = d.reshape(m + 2, m + 2, samples, down, across, channels)
-        for i, j in np.ndindex(2, 2):  # the m inputs of a tile's own block, and the first two of the next one
-            rows, columns = m if i == 0 else 2, m if j == 0 else 2
+        The maps are as high and wide as some tiles together, a block of tiles more than there are. No place is twice in
+        a view; the first view has all places but for those of the blocks that are too many.
+        """
+        edge, (down, across) = self._m, self._tiles
+        height, width = (count * edge for count in self._blocks)
+        padded = self._scratch[block][: m * height * width * channels].reshape(m, height, width, channels)
+        shape = (m, self._blocks[0], edge, self._blocks[1], edge, channels)
+        blocks = padded.reshape(shape).transpose(2, 4, 0, 1, 3, 5)
+        d = self._tiled(inputs, (edge + 2) ** 2, m, channels).reshape(edge + 2, edge + 2, m, down, across, channels)
+        windows = []
+        for i, j in np.ndindex(2, 2):  # the inputs of a tile's own block, and the first two of the next one
+            rows, columns = edge if i == 0 else 2, edge if j == 0 else 2
             place = blocks[:rows, :columns, :, i : i + down, j : j + across]
-            yield place, d[i * m : i * m + rows, j * m : j * m + columns]
+            windows.append((place, d[i * edge : i * edge + rows, j * edge : j * edge + columns]))
+        return padded, windows
 
 
 def _split(stack: Any, width: int) -> Any:
