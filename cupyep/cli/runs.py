@@ -25,6 +25,7 @@ from cupyep.commands.plots import draw_runs, learning_of
 from cupyep.commands.plots.diagnosis import diagnosis
 from cupyep.commands.plots.style import FORMATS, matplotlib_figure, save
 from cupyep.commands.predict import Prediction, predict_pictures
+from cupyep.commands.release import release_run
 from cupyep.data.pictures import find_pictures
 from cupyep.errors import ConfigurationError, DataError, require
 from cupyep.files import can_write
@@ -118,27 +119,37 @@ Examples:
   cupyep export runs/mine --format npz --output mine.npz       arrays, laid out as PyTorch expects
   cupyep export runs/mine --format torch --output mine.pt      a state dict
   cupyep export runs/mine --format onnx --output mine.onnx     the settled network, pixels in, scores out
+  cupyep export runs/mine --format run --output mine           a small run directory to pass on, with a card
 """
 
 
 @click.command(epilog=EXPORT_EXAMPLES)
 @click.argument("run", type=FilePath())
-@click.option("--format", "form", type=Names("--format", tuple(FORMS)), required=True, help="What to write.")
-@click.option("--output", type=NewFile(), required=True, help="The file to write.")
+@click.option("--format", "form", type=Names("--format", (*FORMS, "run")), required=True, help="What to write.")
+@click.option("--output", type=NewFile(), required=True, help="The file to write; for run a new folder.")
 @checkpoint_option("best")
 @click.option("--steps", type=int, help="Settling steps written out (onnx).  [default: the run's --free-steps]")
 @run_plugin_option
 def export(run: Path, form: str, output: Path, checkpoint: str, steps: int | None) -> None:
-    """Write a run's network for other programs.
+    """Write a run's network for others.
 
-    RUN is a run directory; its data set is not needed. Weights are named layers.0.weight, .., readout.bias;
+    RUN is a run directory; only run needs its data set. Weights are named layers.0.weight, .., readout.bias;
     convolutions are (K, C, kh, kw), dense maps (out, in) of an input flattened as (C, H, W).
 
     npz also holds mean, std, classes and settings; torch (needs PyTorch) and safetensors (needs safetensors) hold the
     weights only. cupyep train --init-from takes npz and safetensors back. onnx (extra onnx) is the free phase with its
     steps written out, and takes pixels in [0, 1], which it normalises.
+
+    run is a run directory again, but of a twentieth of the size or less: the parameters as float16, and README.md with
+    accuracies of the test images by these files, options, settling, licence. evaluate, predict, diagnose, plot and
+    export take it, and train --init-from its best.h5.
     """
-    for line in export_run(run, form, output, checkpoint, steps):
+    if form == "run":
+        require(steps is None, "--steps is for --format onnx")
+        lines = release_run(run, output, checkpoint, Display())
+    else:
+        lines = export_run(run, form, output, checkpoint, steps)
+    for line in lines:
         click.echo(line)
 
 

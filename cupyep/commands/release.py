@@ -1,0 +1,174 @@
+"""A trained run to pass on: a run directory with what it takes to use it, in halves, and a card about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupyep.data import Dataset
+from cupyep.data.sources import SOURCES, short_name
+from cupyep.errors import CheckpointError, reporting, require
+from cupyep.files import write_file
+from cupyep.learning import Backpropagation
+from cupyep.persistence import Checkpoint, save_checkpoint
+from cupyep.training.build import build_dataset, evaluation_batches
+from cupyep.training.config import TrainConfig
+from cupyep.training.display import Display
+from cupyep.training.results import evaluate
+from cupyep.training.run_directory import BEST, METRICS, SETTLING, RunDirectory, check_free
+from cupyep.training.trained import TrainedRun, load_trained
+
+CARD = "README.md"
+LONGER, FEW = 10, 1000  # times the steps of training: is it at rest? and on how many test images this is looked at
+OF_A_MACHINE = ("data_dir", "teacher", "device", "scratch_mb")  # options that say nothing elsewhere
+
+
+def release_run(path: str | Path, output: Path, which: str = "best", display: Display | None = None) -> list[str]:
+    """Write the run in `path` to a new folder `output`, as far as it is needed to use its network or to start from it.
+
+    That is config.toml, metrics.jsonl, best.h5 with the parameters in float16 (the running average, where there is one;
+    neither the optimizer's arrays nor learned maps), and README.md, a card: accuracies of the test images by these very
+    files, settled and feed-forward, options, how it settles, licence of the images. The data set must be there. The
+    folder appears when it is complete.
+
+    Returns lines that say what was written. `CheckpointError` if the run cannot be loaded, its numbers are too large
+    for float16, or the folder is there already or cannot be written.
+    """
+    check_free(output)
+    run = RunDirectory.open(path)
+    checkpoint = halved(run.load(which))
+    dataset = build_dataset(run.config)
+    with _folder(output) as folder:
+        config = dataclasses.replace(run.config, **{name: getattr(TrainConfig(), name) for name in OF_A_MACHINE})
+        new = RunDirectory.create(folder, config)
+        for name in filter(lambda name: (run.path / name).is_file(), (METRICS, SETTLING)):
+            shutil.copyfile(run.path / name, folder / name)
+        record = next((each for each in new.metrics() if each["epoch"] == checkpoint.epoch), None)
+        require(record is not None, f"'{path}' has not finished an epoch; export it after one")
+        save_checkpoint(folder / BEST, checkpoint)
+        trained = load_trained(folder)
+        accuracies = measured(trained, dataset, display or Display())
+        nbytes = (folder / BEST).stat().st_size
+        write_file(folder / CARD, model_card(trained, record, accuracies, nbytes).encode())
+    lines = [f"{output}: {nbytes / 1e6:.2f} MB, epoch {checkpoint.epoch} ({which}); test accuracy by these files:"]
+    return lines + [f"  {accuracy:.2%} {name}" for name, accuracy in accuracies.items()]
+
+
+def measured(run: TrainedRun, dataset: Dataset, display: Display) -> dict[str, float]:
+    """Return accuracies of the test images by what was done: feed-forward, settled as in training, and for longer."""
+    few = dataclasses.replace(dataset, test=dataset.test.balanced(min(FEW, len(dataset.test))))
+
+    def accuracy(learner: Any, images: Dataset, title: str) -> float:
+        batches = evaluation_batches(run.config, images, run.network)
+        return evaluate(learner, display.over(batches, f"test images, {title}"))[1]
+
+    if run.config.algorithm == "bp":
+        return {"feed-forward": accuracy(run.learner, dataset, "feed-forward")}
+    learner, steps = run.learner, run.learner.free_steps
+    found = {
+        "feed-forward": accuracy(Backpropagation(run.network), dataset, "feed-forward"),
+        "settled as in training": accuracy(learner, dataset, "settled"),
+        f"the same, {len(few.test)} of the images": accuracy(learner, few, "some"),
+    }
+    learner.free_steps = LONGER * steps
+    found[f"settled {LONGER} times as long, these {len(few.test)}"] = accuracy(learner, few, "settled for longer")
+    learner.free_steps = steps
+    return found
+
+
+def halved(checkpoint: Checkpoint) -> Checkpoint:
+    """Return what is needed to use a network, its parameters as float16."""
+    arrays = {name: array for name, array in checkpoint.weights().items() if not name.startswith("signals.")}
+    largest = max(np.abs(array).max(initial=0) for array in arrays.values())
+    if largest > np.finfo(np.float16).max:
+        raise CheckpointError(f"a parameter is {largest:.3g}, beyond float16; use cupyep export --format npz")
+    halves = {name: array.astype(np.float16) for name, array in arrays.items()}
+    return dataclasses.replace(checkpoint, parameters=halves, optimizer={}, statistics={}, generators={}, config={})
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which becomes `path` at the end, or disappears."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with reporting(CheckpointError, f"cannot write '{path}'"):
+            yield temporary
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def model_card(run: TrainedRun, record: Mapping[str, Any], accuracies: Mapping[str, float], nbytes: int) -> str:
+    """Return the text of README.md: `record` is that of the epoch, `accuracies` are of the files themselves."""
+    config, count = run.config, sum(array.size for array in run.network.parameters().values())
+    source = SOURCES.get(short_name(config.dataset))
+    images = f"{config.dataset} (licence: {source.licence})" if source else config.dataset
+    rows = "\n".join(f"| {name} | {accuracy:.2%} |" for name, accuracy in accuracies.items())
+    return CARD_TEXT.format(
+        name=f"{config.arch}, width {config.width:g}, on {config.dataset}",
+        count=count,
+        mb=nbytes / 1e6,
+        classes=len(run.images.classes),
+        size=" x ".join(map(str, run.images.image_shape)),
+        rows=rows,
+        trained=f"{record['test_accuracy']:.2%}",
+        epoch=run.epoch,
+        how=_how(config),
+        settling=_settling(config, record),
+        hours=record["elapsed_s"] / 3600,
+        images=images,
+    )
+
+
+def _how(config: TrainConfig) -> str:
+    names = {"ep": "Equilibrium Propagation", "bptt": "backpropagation through time", "bp": "backpropagation"}
+    signals = {"none": "no intermediate signals", "le": "local error", "kd": "knowledge distillation"}
+    return (
+        f"{names[config.algorithm]}, feedback weight lambda = {config.feedback:g}, {signals[config.aug]}; "
+        f"{config.epochs} epochs, seed {config.seed}, every option in [config.toml](config.toml)"
+    )
+
+
+def _settling(config: TrainConfig, record: Mapping[str, Any]) -> str:
+    if record.get("free_distance") is None:
+        return "This network does not settle: one pass up."
+    unit = {"sweeps": "sweep"}.get(config.schedule, "step")
+    steps, left = config.free_steps, max(record["free_distance"])
+    return (
+        f"After {steps} {unit}{'s' if steps > 1 else ''} of the free phase the layer that is farthest from rest has "
+        f"{left:.0%} of its size left to go (a few training images, epoch {record['epoch']})."
+    )
+
+
+CARD_TEXT = """# {name}
+
+{count:,} parameters as float16 ({mb:.2f} MB), for images of {size}, {classes} classes.
+Made by `cupyep export --format run`.
+
+| accuracy on the test images, these files | |
+| --- | ---: |
+{rows}
+
+In training, before rounding to float16: {trained} after epoch {epoch}.
+
+- Trained by: {how}; {hours:.1f} hours.
+- Settling: {settling}
+- Images: {images}. None of them is in these files.
+- Licence of the network: that of cupyep, MIT.
+
+```sh
+cupyep evaluate .
+cupyep predict . picture.png
+cupyep diagnose . --checkpoint best
+cupyep export . --format onnx --output network.onnx
+cupyep train --recipe config.toml --init-from best.h5     # go on from here
+cupyep train --recipe config.toml                         # the same training again
+```
+"""

@@ -1,0 +1,124 @@
+"""Runs to pass on. Oracle: the run itself with its parameters rounded by hand; what the card says, measured again."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from quadrants import SILENT, quadrant_data, run
+
+from cupyep.commands import release
+from cupyep.errors import CheckpointError, ConfigurationError
+from cupyep.learning import Backpropagation
+from cupyep.persistence import load_checkpoint, save_checkpoint
+from cupyep.training.build import evaluation_batches
+from cupyep.training.results import evaluate
+from cupyep.training.run_directory import RunDirectory
+from cupyep.training.trained import load_trained
+
+OPTIONS = {"epochs": 2, "aug": "le", "learned_maps": True, "ema": 0.9, "optimizer": "adam", "learning_rate": 0.01}
+
+
+@pytest.fixture
+def made(quadrants, tmp_path):
+    """Return a run, what was made of it and the lines about that."""
+
+    def make(**options):
+        run(OPTIONS | options, tmp_path / "run").run()
+        lines = release.release_run(tmp_path / "run", tmp_path / "out", display=SILENT)
+        return tmp_path / "run", tmp_path / "out", lines
+
+    return make
+
+
+def accuracy(trained, learner, images=20):
+    data = quadrant_data(test=images)
+    return evaluate(learner, evaluation_batches(trained.config, data, trained.network))[1]
+
+
+def test_a_released_run_is_the_run_with_rounded_averages(made):
+    path, out, lines = made()
+    saved, given = load_checkpoint(path / "best.h5"), load_checkpoint(out / "best.h5")
+    assert (given.optimizer, given.statistics, given.generators) == ({}, {}, {})
+    assert set(given.parameters) == {name for name in saved.parameters if not name.startswith("signals.")}
+    for name, array in given.parameters.items():
+        assert array.dtype == np.float16
+        np.testing.assert_array_equal(array, saved.optimizer[f"average.{name}"].astype(np.float16))
+    assert 5 * (out / "best.h5").stat().st_size < (path / "best.h5").stat().st_size + 5 * 16000  # but for heads of HDF5
+    expected = load_trained(path)
+    for array in expected.network.parameters().values():
+        array[...] = array.astype(np.float16)
+    images = quadrant_data().test.images / np.float32(255)
+    found = load_trained(out)
+    np.testing.assert_array_equal(found.network.scores(images), expected.network.scores(images))
+    assert RunDirectory.open(out).metrics() == RunDirectory.open(path).metrics()
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
+        "README.md", "best.h5", "config.toml", "metrics.jsonl", "settling.json",
+    ]  # fmt: skip
+    assert lines[0].startswith(f"{out}: ")
+
+
+@pytest.mark.parametrize("algorithm", ["ep", "bptt", "bp"])
+def test_the_card_says_what_can_be_measured_again(made, algorithm, monkeypatch):
+    monkeypatch.setattr(release, "FEW", 6)
+    signals = {} if algorithm == "ep" else {"aug": "none", "learned_maps": False}
+    path, out, lines = made(algorithm=algorithm, **signals)
+    trained, card = load_trained(out), (out / "README.md").read_text()
+    rows = dict(re.findall(r"\| (.+) \| ([0-9.]+)% \|", card))
+    wanted = {"feed-forward": accuracy(trained, Backpropagation(trained.network))}
+    if algorithm != "bp":
+        wanted["settled as in training"] = accuracy(trained, trained.learner)
+        wanted["the same, 6 of the images"] = accuracy(trained, trained.learner, 6)
+        trained.learner.free_steps *= 10
+        wanted["settled 10 times as long, these 6"] = accuracy(trained, trained.learner, 6)
+    assert {name: float(value) for name, value in rows.items()} == {
+        name: pytest.approx(100 * value, abs=0.005) for name, value in wanted.items()
+    }
+    assert [line.split("% ")[1] for line in lines[1:]] == list(wanted)
+    record = RunDirectory.open(path).metrics()[load_checkpoint(path / "best.h5").epoch - 1]
+    assert f"before rounding to float16: {record['test_accuracy']:.2%}" in card
+    assert ("one pass up" in card) == (algorithm == "bp")
+    assert f"{sum(a.size for a in trained.network.parameters().values()):,} parameters" in card
+    assert "seed 0" in card
+
+
+def test_it_is_taken_by_the_commands_and_names_no_folder_of_the_machine(made, invoke, tmp_path):
+    path, out, _ = made(data_dir=str(tmp_path / "secret"))
+    assert "secret" not in (out / "config.toml").read_text()
+    code, text, err = invoke("evaluate", out, "--quiet")
+    assert (code, err) == (0, "")
+    settled = re.search(r"\| settled as in training \| (.+) \|", (out / "README.md").read_text()).group(1)
+    assert f"test accuracy {settled}" in text
+    assert invoke("export", out, "--format", "npz", "--output", tmp_path / "again.npz")[0] == 0
+    code, _, err = invoke("train", "--resume", "--run-dir", out)
+    assert (code, err.count("\n")) == (1, 1)
+    again = ["--recipe", out / "config.toml", "--init-from", out / "best.h5", "--run-dir", tmp_path / "on"]
+    assert invoke("train", *again, "--quiet")[0] == 0
+    code, _, err = invoke("export", path, "--format", "run", "--output", tmp_path / "o", "--steps", "3")
+    assert (code, err) == (2, "Error: --steps is for --format onnx\n")
+
+
+def test_nothing_is_half_written_or_written_over(made, tmp_path, monkeypatch):
+    path, out, _ = made()
+    with pytest.raises(CheckpointError, match="another run"):
+        release.release_run(path, out, display=SILENT)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(release, "model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError, match="cannot write .*No space left"):
+        release.release_run(path, tmp_path / "full", display=SILENT)
+    large = load_checkpoint(path / "best.h5")
+    large.optimizer["average.layers.1.bias"][0] = 1e5
+    save_checkpoint(path / "best.h5", large)
+    with pytest.raises(CheckpointError, match="beyond float16"):
+        release.release_run(path, tmp_path / "large", display=SILENT)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_without_a_finished_epoch_is_refused(quadrants, tmp_path):
+    trainer = run(OPTIONS, tmp_path / "run")
+    trainer.on_batch = lambda _: "stop"
+    trainer.run()
+    with pytest.raises(ConfigurationError, match="has not finished an epoch"):
+        release.release_run(tmp_path / "run", tmp_path / "out", "last", SILENT)
+    assert not (tmp_path / "out").exists()
