@@ -32,7 +32,7 @@ VGG = "--width 0.25 --batch-size 64"
 PREDICTED = {
     ("best-cifar10", "ep"): f"{BEST} --width 0.5 --dataset cifar10 {EP}",
     ("best-cifar10", "bp"): f"{BEST} --width 0.5 --dataset cifar10 --feedback 0.03 --algorithm bp",
-    ("best-cifar100", "ep"): f"{BEST} --width 0.5 --dataset cifar100 {EP}",
+    ("best-cifar100", "ep"): f"{BEST} --width 0.5 --dataset cifar100 {EP} --feedback 0.01",
     ("best-cifar100", "bp"): f"{BEST} --width 0.5 --dataset cifar100 --feedback 0.03 --algorithm bp",
     ("best-fashion-mnist", "ep"): f"{BEST} --width 0.25 --dataset fashion-mnist {EP}",
     ("best-svhn", "bp"): f"{BEST} --width 0.25 --dataset svhn --feedback 0.03 --algorithm bp",
