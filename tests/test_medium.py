@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,6 +289,33 @@ def test_what_training_follows_is_taken_after_its_own_steps(quadrants):
         assert abs(cosine - settled) > 1e-3 or name == "readout"
 
 
+@pytest.mark.parametrize("algorithm", ["ep", "bptt", "bp"])
+def test_accuracies_as_trained_and_at_rest(algorithm, quadrants, monkeypatch):
+    """Against the whole command's: what a network of some steps, and of ten times as many, gets right."""
+    network = small_network(quadrants, 0.9, 1)[0]
+    for array in network.parameters().values():
+        array *= 3
+    steps = {"free_steps": 1, "nudged_steps": 1, "schedule": "synchronous"}  # too few for the image to arrive
+    config = make_config({"algorithm": algorithm, "activation": "tanh", "feedback": 0.9, "device": "cpu"} | steps)
+    noise = np.random.default_rng(0).integers(0, 256, quadrants.test.images.shape).astype(np.uint8)
+    data = replace(quadrants, test=replace(quadrants.test, images=noise))
+    images = ((noise / 255 - data.mean) / data.std).astype(np.float32)
+    monkeypatch.setattr(cells, "build_dataset", lambda _: data)
+    found = cells.rest(network, config)
+    if algorithm == "bp":
+        assert found == {}
+        return
+    expected = {"images": len(images)}
+    for name, steps in (("as_trained", 1), ("longer", 10)):
+        free = network.settle(images, steps=steps, schedule=config.schedule, relaxation=config.relaxation)
+        if algorithm == "bptt":
+            free = network.settle(images, free, steps=1, schedule="synchronous")
+        scores = network.outputs(free.layers[-1])
+        expected[name] = (scores.argmax(axis=1) == quadrants.test.labels).mean()
+    assert found["rest"] == pytest.approx(expected)
+    assert expected["as_trained"] != expected["longer"]
+
+
 def cell(accuracy, loss, minutes, rates, seed=0, **more):
     courses = {"train_loss": [9.0, loss], "test_accuracy": [0.0, accuracy]}
     options = {"dataset": "cifar10", "seed": seed}
@@ -298,6 +326,7 @@ def test_sections_of_a_report_by_hand():
     rows = find("hopfield-resnet13").at("medium").rows
     found = [{"signature": "convergence", "epochs": 1, "last": 2, "message": "it swings"}]
     probe = {"weights": ["1", "readout"], "response": [1e-9, None], "bp_trained": [0.5, 1.0], "bp": [0.25, 0.75]}
+    probe["rest"] = {"images": 1000, "as_trained": 0.81, "longer": 0.7}
     measured = {
         "ep-0.1/0": cell(0.80, 1.0, 90, [100, 300], probes=[probe]),
         "bp/0": cell(0.81, 1.1, 30, [600, 500]),
@@ -313,6 +342,7 @@ def test_sections_of_a_report_by_hand():
     assert "| BP, same network | " not in text.partition("**Layer")[0]
     assert "| EP, lambda = 0.1, cosine with BP, settled | 0.500 | 0.750 |" in text
     assert "| EP, lambda = 0.1, response | 1.0e-09 | - |" in text
+    assert "| EP, lambda = 0.1 | 1000 | 81.0 ± 0.0 | 70.0 ± 0.0 |" in text
     assert "seed 0: ends near chance (14.9% of 10 classes)" in text
     assert "seed 0: convergence in 1 of 2 epochs, at last in epoch 2: it swings" in text
     assert "| EP, lambda = 0.1, seed 0 | 1.50 | 200 | 300 | 2 |" in text

@@ -18,15 +18,14 @@ from cupyep.errors import CheckpointError, reporting, require
 from cupyep.files import write_file
 from cupyep.learning import Backpropagation
 from cupyep.persistence import Checkpoint, save_checkpoint
-from cupyep.training.build import build_dataset, evaluation_batches
+from cupyep.training.build import build_dataset, evaluation_batches, first_test_images
 from cupyep.training.config import TrainConfig
 from cupyep.training.display import Display
-from cupyep.training.results import evaluate
+from cupyep.training.results import LONGER, at_rest, evaluate
 from cupyep.training.run_directory import BEST, METRICS, SETTLING, RunDirectory, check_free
 from cupyep.training.trained import TrainedRun, load_trained
 
 CARD = "README.md"
-LONGER, FEW = 10, 1000  # times the steps of training: is it at rest? and on how many test images this is looked at
 OF_A_MACHINE = ("data_dir", "teacher", "device", "scratch_mb")  # options that say nothing elsewhere
 
 
@@ -63,23 +62,17 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
 
 def measured(run: TrainedRun, dataset: Dataset, display: Display) -> dict[str, float]:
     """Return accuracies of the test images by what was done: feed-forward, settled as in training, and for longer."""
-    few = dataclasses.replace(dataset, test=dataset.test.balanced(min(FEW, len(dataset.test))))
-
-    def accuracy(learner: Any, images: Dataset, title: str) -> float:
-        batches = evaluation_batches(run.config, images, run.network)
-        return evaluate(learner, display.over(batches, f"test images, {title}"))[1]
-
-    if run.config.algorithm == "bp":
-        return {"feed-forward": accuracy(run.learner, dataset, "feed-forward")}
-    learner, steps = run.learner, run.learner.free_steps
+    batches, settles = evaluation_batches(run.config, dataset, run.network), run.config.algorithm != "bp"
+    learners = {"feed-forward": Backpropagation(run.network), "settled as in training": run.learner}
     found = {
-        "feed-forward": accuracy(Backpropagation(run.network), dataset, "feed-forward"),
-        "settled as in training": accuracy(learner, dataset, "settled"),
-        f"the same, {len(few.test)} of the images": accuracy(learner, few, "some"),
+        name: evaluate(learner, display.over(batches, f"test images, {name}"))[1]
+        for name, learner in learners.items()
+        if settles or name == "feed-forward"
     }
-    learner.free_steps = LONGER * steps
-    found[f"settled {LONGER} times as long, these {len(few.test)}"] = accuracy(learner, few, "settled for longer")
-    learner.free_steps = steps
+    if settles:
+        rest = at_rest(run.learner, evaluation_batches(run.config, first_test_images(dataset), run.network))
+        found[f"the same, {rest['images']} of the images"] = rest["as_trained"]
+        found[f"settled {LONGER} times as long, these {rest['images']}"] = rest["longer"]
     return found
 
 

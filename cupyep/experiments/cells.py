@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cupyep.backend import get_device
 from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
@@ -24,10 +26,18 @@ from cupyep.learning.gradients import layer_of
 from cupyep.learning.operations import OperationCounter
 from cupyep.network import Network
 from cupyep.settling import default_relaxation
-from cupyep.training.build import build_dataset, build_network, build_signals
+from cupyep.training.build import (
+    build_dataset,
+    build_learner,
+    build_network,
+    build_signals,
+    evaluation_batches,
+    first_test_images,
+)
 from cupyep.training.config import TrainConfig, differing, make_config, option_name
 from cupyep.training.display import Display
 from cupyep.training.interruption import stopped_by
+from cupyep.training.results import at_rest
 from cupyep.training.run_directory import CONFIG, RunDirectory
 from cupyep.training.runs import resume_run, start_run
 from cupyep.training.trained import load_trained
@@ -231,6 +241,14 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
         return {"bptt": [None] * len(bp), **found}
 
 
+def rest(network: Network, config: TrainConfig) -> dict[str, Any]:
+    """Return `at_rest` of test images, under ``rest``; nothing for BP, which does not settle."""
+    if config.algorithm == "bp":
+        return {}
+    learner = build_learner(config, network, [], np.random.default_rng(config.seed))
+    return {"rest": at_rest(learner, evaluation_batches(config, first_test_images(build_dataset(config)), network))}
+
+
 def _weights(network: Network, gradients: Mapping[str, Any]) -> dict[str, Any]:
     """Return copies of the gradients of weights, on the host: the next step writes over them."""
     host = network.device.to_numpy
@@ -279,6 +297,7 @@ UNTRAINED = (fidelity_cell, memory_cell)  # measurements that train nothing
 MEASURES: dict[str, Callable[[Cell], dict[str, Any]]] = {
     "training": train_cell,
     "cosines": partial(train_cell, probe=cosines),
+    "cosines and rest": partial(train_cell, probe=lambda *trained: cosines(*trained) | rest(*trained)),
     "cosines by epoch": partial(train_cell, probe=cosines, every_epoch=True),
     "operations": operations_cell,
     "fidelity": fidelity_cell,

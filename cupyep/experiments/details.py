@@ -14,6 +14,7 @@ from cupyep.experiments.design import SEEN, Results, Row, cell_name
 from cupyep.experiments.findings import COLUMNS
 from cupyep.models import architecture, default_gain
 from cupyep.training.config import OPTIONS, make_config
+from cupyep.training.results import LONGER
 
 #: Options that two runs share which begin with the same weights and see the same batches, the feedback by its gain.
 START = (*(name for name, spec in OPTIONS.items() if spec.metadata["group"] == "Network"), *SEEN, "batch_size")
@@ -32,6 +33,7 @@ def details(results: Results) -> list[str]:
     sections = {
         "How the learning rates were found": _rates(results.rows),
         "Beside BP of the same network": _beside(results),
+        "Settled for longer": _rest(results),
         "Layer by layer after the last epoch": _layers(results),
         "What collapsed, or did not settle": _findings(results),
         "Time": _times(results),
@@ -120,6 +122,21 @@ def _start(row: Row) -> dict[str, Any]:
     if config.gain is None:
         start["gain"] = default_gain(config.activation, config.feedback, architecture(config.arch).gains)
     return start
+
+
+def _rest(results: Results) -> str:
+    lines = []
+    for row in results.rows:
+        probes = [cell["probes"][-1] for cell in results.of(row.key) if cell.get("probes")]
+        if found := [probe["rest"] for probe in probes if "rest" in probe]:
+            columns = [[100 * each[name] for each in found] for name in ("as_trained", "longer")]
+            lines.append([row.label, str(found[0]["images"]), *(mean_and_deviation(c, ".1f") for c in columns)])
+    told = (
+        f"Accuracy after as many iterations as in training, and after {LONGER} times as many: a network that was at "
+        "rest classifies alike."
+    )
+    heads = ("", "test images", "as trained, %", f"{LONGER} times as long, %")
+    return f"{told}\n\n{markdown_table(heads, lines)}" if lines else ""
 
 
 def _layers(results: Results) -> str:

@@ -30,6 +30,8 @@ from cupyep.training.outlook import smaller_settings
 from cupyep.training.statistics import layer_names
 from cupyep.training.trainer import Trainer
 
+REST_IMAGES = 1000  # settled for much longer than in training
+
 
 def build_dataset(config: TrainConfig) -> Dataset:
     """Load the data set; see `cupyep.data.load_dataset` for the errors."""
@@ -190,6 +192,11 @@ def first_images(dataset: Dataset, network: Network, count: int, share: tuple[in
     """Return `count` training images (or all there are), the first of each class, not augmented; or a share of them."""
     few = dataclasses.replace(dataset, train=dataset.train.balanced(min(count, len(dataset.train))))
     return next(iter(Loader(few, "train", count, network.device, network.dtype, share=share)))
+
+
+def first_test_images(dataset: Dataset, count: int = REST_IMAGES) -> Dataset:
+    """Return the data set with `count` test images (or all there are), the first of each class."""
+    return dataclasses.replace(dataset, test=dataset.test.balanced(min(count, len(dataset.test))))
 
 
 def build_checkup(config: TrainConfig, learner: Any, batch: Batch) -> Checkup:

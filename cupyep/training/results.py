@@ -13,6 +13,8 @@ from cupyep.batch import shared_out
 from cupyep.data import Loader
 from cupyep.parallel import Communicator
 
+LONGER = 10  # times the steps of training: is a network at rest?
+
 
 @dataclasses.dataclass
 class TrainSummary:
@@ -75,6 +77,16 @@ def evaluate(learner: Any, batches: Iterable[Any], communicator: Communicator | 
     ranks = (communicator or Communicator()).gather((float(loss), int(correct), count))
     loss, correct, count = map(sum, zip(*ranks, strict=True))
     return loss / count, correct / count
+
+
+def at_rest(learner: Any, batches: Loader) -> dict[str, Any]:
+    """Return how many ``images`` there are, and the accuracy ``as_trained`` and settled ``longer``, `LONGER` times."""
+    steps, found = learner.free_steps, {"images": len(batches.split), "as_trained": evaluate(learner, batches)[1]}
+    try:
+        learner.free_steps = LONGER * steps
+        return found | {"longer": evaluate(learner, batches)[1]}
+    finally:
+        learner.free_steps = steps
 
 
 def top_k_accuracy(learner: Any, batches: Loader, k: int) -> float:
