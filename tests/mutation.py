@@ -209,7 +209,7 @@ DEFECTS = [
     Defect("micro-batches: a sign for every part", "learning/learner.py",
            "self._add(own, part, total, draw)", "self._add(own, part, total, self._draw())", "test_micro_batch"),
     Defect("parts: added in the order in which they end", "learning/learner.py",
-           "with turns.turn(number):", "if True:", "test_threads"),
+           "with turns.turn(number, stage):", "if True:", "test_threads"),
     Defect("parts: one takes the gradients of another", "learning/learner.py",
            "self._zero_gradients(number_for(self.network) + 1)", "self._zero_gradients(1)", "test_threads"),
     Defect("parts: all threads have one memory", "structure.py",

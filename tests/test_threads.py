@@ -182,6 +182,36 @@ def test_parts_have_their_turn_in_order(count):
     assert order == list(range(9))
 
 
+def test_a_part_may_be_a_stage_behind_the_one_before():
+    """Each is where only both together can be: the first in stage 1 while the second is in stage 0."""
+    ep.set_threads(2)
+    together, order = threading.Barrier(2), []
+
+    def work(part, turns):
+        for stage in range(3):
+            with turns.turn(part, stage):
+                if part + stage == 1:
+                    together.wait(60)
+                order.append((part, stage))
+        return part
+
+    assert run_parts(object(), 2, work) == [0, 1]
+    for stage in range(3):
+        assert [part for part, at in order if at == stage] == [0, 1]
+
+
+@pytest.mark.parametrize("piece", [1, 64, 10**6])
+def test_gradients_that_are_added_in_pieces_are_the_same_bits(monkeypatch, piece):
+    net = network("conv")
+    learner, batch = ep.EquilibriumPropagation(net, 0.3, 3, 2), batch_of(net, SAMPLES)
+    ep.set_threads(1)
+    expected = learner.step(batch).gradients.packed.copy()
+    monkeypatch.setattr("cupyep.learning.learner.ADDED_AT_ONCE", piece)
+    for count in (1, 2, 3, 8):
+        ep.set_threads(count)
+        np.testing.assert_array_equal(learner.step(batch).gradients.packed, expected)
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, ep.ConfigurationError])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_first_part_that_fails_ends_it_and_nothing_waits(count, error):

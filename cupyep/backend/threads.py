@@ -7,6 +7,7 @@ threads. NumPy gives the interpreter lock back within its operations, and so do 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import functools
@@ -133,21 +134,23 @@ def works_for(owner: Any) -> bool:
 
 
 class Turns:
-    """Lets threads do something in the order of the parts that they have in hand."""
+    """Lets threads do something in the order of the parts that they have in hand, one stage after the other."""
 
     def __init__(self):
-        self._next, self._failed = 0, False
+        self._next: collections.Counter[int] = collections.Counter()  # by stage
+        self._failed = False
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def turn(self, part: int) -> Iterator[None]:
-        """Wait until all parts before `part` have had their turn; let the next one have it afterwards."""
+    def turn(self, part: int, stage: int = 0) -> Iterator[None]:
+        """Wait until all parts before `part` have had their turn at a stage; let the next one have it afterwards."""
         with self._changed:
-            self._changed.wait_for(lambda: self._next == part or self._failed)
+            self._changed.wait_for(lambda: self._next[stage] == part or self._failed)
             if self._failed:
                 raise _Abandoned
-            yield
-            self._next += 1
+        yield
+        with self._changed:
+            self._next[stage] += 1
             self._changed.notify_all()
 
     def fail(self) -> None:

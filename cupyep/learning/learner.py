@@ -14,6 +14,7 @@ from cupyep.learning.gradients import Gradients, packed_size
 from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
+from cupyep.ops.conv import chunked
 from cupyep.ops.reduction import levels
 from cupyep.phases import Nudge
 from cupyep.settling import SettleStats
@@ -24,6 +25,7 @@ from cupyep.structure import exclusive
 
 SATURATED = 0.99  # of the largest absolute value that the activation can take
 DEAD = 1e-3
+ADDED_AT_ONCE = 1 << 19  # numbers of a part's gradients, before the next part may add its own to the same
 
 
 @dataclass(repr=False)
@@ -135,14 +137,15 @@ class Learner(Shown):
         samples = len(batch.images)
         total = samples if total is None else integer("total", total, samples)
         gradients, draw = self._zero_gradients(), self._draw()
-        several = len(self.parts(samples)) > 1 and not self.network.device.is_gpu
+        on_gpu, pieces = self.network.device.is_gpu, chunked(len(gradients.packed), ADDED_AT_ONCE)
 
         def add(part: Batch, number: int, turns: Turns) -> StepResult:
-            own = self._zero_gradients(number_for(self.network) + 1) if several else gradients
+            own = gradients if on_gpu or number == 0 else self._zero_gradients(number_for(self.network) + 1)
             result = self._add(own, part, total, draw)
-            if several:
-                with turns.turn(number):
-                    gradients.packed += own.packed
+            for stage, (piece, _) in enumerate([] if on_gpu else pieces):  # the next part is a piece behind
+                with turns.turn(number, stage):
+                    if number:
+                        gradients.packed[piece] += own.packed[piece]
             return result
 
         result = _sum(self.network.run_parts(batch, add, self.micro_batch))
