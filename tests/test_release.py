@@ -53,7 +53,7 @@ def test_a_released_run_is_the_run_with_rounded_averages(made):
     found = load_trained(out)
     np.testing.assert_array_equal(found.network.scores(images), expected.network.scores(images))
     assert RunDirectory.open(out).metrics() == RunDirectory.open(path).metrics()
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
+    assert sorted(p.name for p in out.iterdir()) == [
         "README.md", "best.h5", "config.toml", "metrics.jsonl", "settling.json",
     ]  # fmt: skip
     assert lines[0].startswith(f"{out}: ")

@@ -15,7 +15,7 @@ import numpy as np
 from cupyep.data import Dataset
 from cupyep.data.sources import SOURCES, short_name
 from cupyep.errors import CheckpointError, reporting, require
-from cupyep.files import write_file
+from cupyep.files import LOCK, write_file
 from cupyep.learning import Backpropagation
 from cupyep.persistence import Checkpoint, save_checkpoint
 from cupyep.training.build import build_dataset, evaluation_batches, first_test_images
@@ -56,6 +56,7 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
         accuracies = measured(trained, dataset, display or Display())
         nbytes = (folder / BEST).stat().st_size
         write_file(folder / CARD, model_card(trained, record, accuracies, nbytes).encode())
+        (folder / LOCK).unlink(missing_ok=True)  # of the folder's making
     lines = [f"{output}: {nbytes / 1e6:.2f} MB, epoch {checkpoint.epoch} ({which}); test accuracy by these files:"]
     return lines + [f"  {accuracy:.2%} {name}" for name, accuracy in accuracies.items()]
 
