@@ -18,6 +18,7 @@ from cupyep.experiments.details import details
 from cupyep.experiments.report import report_text
 from cupyep.experiments.runner import cells_of
 from cupyep.models import build
+from cupyep.recipes import read_recipe
 from cupyep.training import runs
 from cupyep.training.config import differing, make_config, tomllib
 from cupyep.training.run_directory import RunDirectory
@@ -67,6 +68,14 @@ def parsed(monkeypatch):
 def test_rows_are_what_was_predicted(name, key, parsed):
     (row,) = (row for row in find(name).at("medium").rows if row.key == key)
     assert differing(make_config({**row.options, "seed": 0}), parsed(PREDICTED[name, key])) == []
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_the_recipe_of_the_best_network_is_its_row(data):
+    (row,) = (row for row in find(f"best-{data}").at("medium").rows if row.key == "ep")
+    config = make_config(row.options)
+    recipe = make_config(read_recipe(f"hopfield-resnet13-feedback{config.feedback}-{data}"))
+    assert differing(recipe, make_config({**row.options, "seed": 0})) == []
 
 
 def test_rows_of_weak_feedback_begin_as_bp():
