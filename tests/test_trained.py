@@ -68,7 +68,8 @@ def test_predictions_are_those_of_the_test_images(trained, invoke, tmp_path, opt
     if "bp" not in options:
         batch = next(iter(ep.Loader(data, "test", 10, "cpu", run.network.dtype)))
         residuals = run.learner.settled(batch).stats.per_sample.max(axis=0)
-        np.testing.assert_allclose([answer["residual"] for answer in answers], residuals, rtol=1e-4)
+        found = [answer["residual"] for answer in answers]
+        np.testing.assert_allclose(found, residuals, rtol=1e-4, atol=5e-7)  # a difference of states: their rounding
     assert [answer["file"] for answer in answers] == [str(tmp_path / "photos" / f"{n:02}.png") for n in range(10)]
     for answer, row, wanted in zip(answers, scores, softmax(scores), strict=True):
         names = [entry["class"] for entry in answer["classes"]]
