@@ -222,6 +222,7 @@ def test_shares_put_together_are_the_batches_of_one_process(size, shuffle):
                 np.testing.assert_array_equal(part.coming[0], shares[rank][number + 1].index)
 
 
+NET = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
 LEARNERS = {
     "ep": lambda net: ep.EquilibriumPropagation(net, 0.4, 6, 4, signals=[ep.LocalError("all")], schedule="synchronous"),
     "ep, classical": lambda net: ep.EquilibriumPropagation(
@@ -237,18 +238,17 @@ LEARNERS = {
 @pytest.mark.parametrize("samples", [7, 2])
 def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
     """With 2 samples a rank has none."""
-    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
     data = quadrant_data()
 
     def batch(share):
         return next(iter(Loader(data, "train", samples, "cpu", "float64", share=share)))
 
-    learner = LEARNERS[kind](ep.vgg(5, **how))
+    learner = LEARNERS[kind](ep.vgg(5, **NET))
     whole = learner.step(batch((0, 1)))
     means = means_of(whole)
 
     def work(ranks):
-        return step(LEARNERS[kind](ep.vgg(5, **how)), batch((ranks.rank, ranks.size)), ranks)
+        return step(LEARNERS[kind](ep.vgg(5, **NET)), batch((ranks.rank, ranks.size)), ranks)
 
     for result, found, count in in_ranks(3, work):
         assert count == samples
@@ -261,15 +261,14 @@ def test_a_step_of_three_ranks_is_that_of_one_process(kind, samples):
 def test_an_evaluation_of_three_ranks_is_that_of_one_process():
     """Of 7 test images in batches of 3 the last batch has one, and two ranks have none of it."""
     data = quadrant_data(test=7)
-    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
 
     def batches(share):
         return Loader(data, "test", 3, "cpu", "float64", share=share)
 
-    whole = evaluate(ep.Backpropagation(ep.vgg(5, **how)), batches((0, 1)))
+    whole = evaluate(ep.Backpropagation(ep.vgg(5, **NET)), batches((0, 1)))
 
     def work(ranks):
-        return evaluate(ep.Backpropagation(ep.vgg(5, **how)), batches((ranks.rank, ranks.size)), ranks)
+        return evaluate(ep.Backpropagation(ep.vgg(5, **NET)), batches((ranks.rank, ranks.size)), ranks)
 
     for found in in_ranks(3, work):
         assert found == pytest.approx(whole, rel=1e-12)
@@ -288,13 +287,12 @@ PROBED = {
 @pytest.mark.parametrize("samples", [7, 2])
 def test_a_checkup_of_three_ranks_is_that_of_one_process(kind, samples):
     """With 2 samples a rank has none."""
-    how = {"classes": 2, "width": 0.02, "precision": "float64", "input_shape": (16, 16, 3), "seed": 1, "feedback": 1.0}
     data = quadrant_data()
 
     def look(ranks):
         share = (ranks.rank, ranks.size)
         batch = next(iter(Loader(data, "train", samples, "cpu", "float64", share=share)))
-        learner = PROBED[kind](ep.vgg(5, **how))
+        learner = PROBED[kind](ep.vgg(5, **NET))
         checkup = Checkup(learner, batch, samples)
         return probe_settling(learner, batch, ranks), nonlinearity(learner, batch, ranks), checkup, ranks
 

@@ -12,7 +12,9 @@ from cupyep.commands import release
 from cupyep.errors import CheckpointError, ConfigurationError
 from cupyep.learning import Backpropagation
 from cupyep.persistence import load_checkpoint, save_checkpoint
+from cupyep.plugins import SIGNALS
 from cupyep.training.build import evaluation_batches
+from cupyep.training.config import make_config
 from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.trained import load_trained
@@ -123,3 +125,16 @@ def test_a_run_without_a_finished_epoch_is_refused(quadrants, tmp_path):
     with pytest.raises(ConfigurationError, match="has not finished an epoch"):
         release.release_run(tmp_path / "run", tmp_path / "out", "last", SILENT)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"aug": "none", "feedback": 0.25}, "Equilibrium Propagation at feedback weight lambda = 0.25, no "),
+        ({"aug": "kd", "algorithm": "bp"}, "backpropagation, knowledge distillation; 3 epochs"),
+        ({"aug": "sparse"}, "the signal 'sparse' of a plugin"),
+    ],
+)
+def test_the_card_says_how_it_was_trained(options, expected, monkeypatch):
+    monkeypatch.setitem(SIGNALS, "sparse", object)
+    assert expected in release._how(make_config({"epochs": 3} | options))

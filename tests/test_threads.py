@@ -210,6 +210,7 @@ def test_gradients_that_are_added_in_pieces_are_the_same_bits(monkeypatch, piece
     for count in (1, 2, 3, 8):
         ep.set_threads(count)
         np.testing.assert_array_equal(learner.step(batch).gradients.packed, expected)
+    assert len(learner._gradients) <= len(learner.parts(SAMPLES)), "the first part's are the batch's"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, ep.ConfigurationError])

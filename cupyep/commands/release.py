@@ -123,10 +123,12 @@ def model_card(run: TrainedRun, record: Mapping[str, Any], accuracies: Mapping[s
 
 def _how(config: TrainConfig) -> str:
     names = {"ep": "Equilibrium Propagation", "bptt": "backpropagation through time", "bp": "backpropagation"}
-    signals = {"none": "no intermediate signals", "le": "local error", "kd": "knowledge distillation"}
+    known = {"none": "no intermediate signals", "le": "local error", "kd": "knowledge distillation"}
+    signals = known.get(config.aug, f"the signal '{config.aug}' of a plugin")
+    feedback = "" if config.algorithm == "bp" else f" at feedback weight lambda = {config.feedback:g}"
     return (
-        f"{names[config.algorithm]}, feedback weight lambda = {config.feedback:g}, {signals[config.aug]}; "
-        f"{config.epochs} epochs, seed {config.seed}, every option in [config.toml](config.toml)"
+        f"{names[config.algorithm]}{feedback}, {signals}; {config.epochs} epochs, seed {config.seed}, every option in "
+        "[config.toml](config.toml)"
     )
 
 

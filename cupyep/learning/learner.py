@@ -137,14 +137,15 @@ class Learner(Shown):
         samples = len(batch.images)
         total = samples if total is None else integer("total", total, samples)
         gradients, draw = self._zero_gradients(), self._draw()
-        on_gpu, pieces = self.network.device.is_gpu, chunked(len(gradients.packed), ADDED_AT_ONCE)
+        on_gpu = self.network.device.is_gpu
+        pieces = [] if on_gpu else chunked(len(gradients.packed), ADDED_AT_ONCE)
 
         def add(part: Batch, number: int, turns: Turns) -> StepResult:
             own = gradients if on_gpu or number == 0 else self._zero_gradients(number_for(self.network) + 1)
             result = self._add(own, part, total, draw)
-            for stage, (piece, _) in enumerate([] if on_gpu else pieces):  # the next part is a piece behind
+            for stage, (piece, _) in enumerate(pieces):  # the next part is a piece behind
                 with turns.turn(number, stage):
-                    if number:
+                    if own is not gradients:
                         gradients.packed[piece] += own.packed[piece]
             return result
 

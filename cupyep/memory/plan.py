@@ -86,7 +86,7 @@ def plan(learner: Any, samples: int, slots: Sequence[str] | None = None) -> dict
     rows_of_parts = learner.parts(samples)
     lengths = sorted({rows.stop - rows.start for rows in rows_of_parts})
     workers = 1 if is_gpu else min(get_threads(), len(rows_of_parts))  # each with memory of its own
-    gradients = 1 if is_gpu or len(rows_of_parts) == 1 else 1 + workers  # of a part each, and of the batch
+    gradients = 1 if is_gpu else 1 + min(workers, len(rows_of_parts) - 1)  # the first part's are the batch's
     # Of one image, which nobody looks at: targets are made of its label and index.
     one = Batch(None, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint8))
     nudges = network.nudges(one.placed(network.device), learner.signals)
