@@ -163,8 +163,10 @@ def test_purposes_by_hand():
 
 @pytest.mark.parametrize("algorithm", LEARNERS)
 def test_every_thread_has_what_it_works_in(algorithm):
-    """Three threads: thrice the memory of one for phases, products and targets. Of three parts the first one's gradients
-    are the batch's: so gradients of two, one after the other or beside each other, and of the batch."""
+    """Three threads: thrice the memory of one for phases, products and targets.
+
+    Of three parts the first one's gradients are the batch's: one thread has one more set, three have two more.
+    """
     options = {"signals": "learned", "micro_batch": 8, **({} if algorithm == "bp" else {"free_steps": 2})}
     found = []
     try:
