@@ -93,6 +93,8 @@ def test_the_knob_depends_on_how_it_fails():
     change = {"nudged_unsettled": [1.0, 0.0, 0.0, 0.0], "nudged_distance": [0.9, 0.0, 0.0, 0.0]}
     growing = the_finding(probes={"nudged": probe(4, last=2.0)}, **change).message
     assert growing.endswith("it grows all the time: lower --feedback or --gain, or raise --free-steps")
+    plain = the_finding(dataclasses.replace(SETTING, plain=True), {"nudged": probe(4, last=2.0)}, **change).message
+    assert plain == f"{growing}, or train anew with --weights standardized"
     for late in (probe(4, last=0.5), probe(4, last=2.0, before=3.0)):
         text = the_finding(probes={"nudged": late}, **change).message
         assert text.endswith("raise --nudged-steps, or lower --feedback or --gain")
@@ -260,10 +262,12 @@ def test_the_setting_of_a_learner():
         relaxation=1.0,
     )
     units = tuple(int(np.prod(shape)) for shape in net.state_shapes)
-    expected = Setting((8, 4, 2, 1), units, 50, "classical", 2.0**-23, "evenodd", 1e-3, 7, 5, True)
+    expected = Setting((8, 4, 2, 1), units, 50, "classical", 2.0**-23, "evenodd", 1e-3, 7, 5, True, True)
     assert Setting.of(learner, 50) == expected
     assert Setting.of(ep.EquilibriumPropagation(net, scheme="tangent", schedule="synchronous"), 50).form == "tangent"
     assert Setting.of(ep.Backpropagation(net), 50).form is None
+    own = ep.vgg(5, input_shape=(16, 16, 3), width=0.03, weights="standardized", device="cpu")
+    assert not Setting.of(ep.EquilibriumPropagation(own), 50).plain
 
 
 def test_every_limit_says_where_it_comes_from():

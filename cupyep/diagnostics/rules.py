@@ -74,6 +74,7 @@ class Setting:
     free_steps: int = 0
     nudged_steps: int = 0
     signals: bool = False  # whether there are intermediate ones
+    plain: bool = False  # whether weights are trained as they are, without a parametrisation
     names: tuple[str, ...] = ()  # of the nodes; empty for a chain, whose layers have numbers
 
     @classmethod
@@ -87,6 +88,7 @@ class Setting:
             batch_size,
             precision=float(np.finfo(network.dtype).eps),
             signals=bool(learner.signals),
+            plain=network.weights == "plain",
             names=() if network.graph.is_chain else tuple(network.graph.names),
             **{name: getattr(learner, name) for name in phases if hasattr(learner, name)},
         )
@@ -186,7 +188,8 @@ def _remedy(phase: str, setting: Setting, probe: PhaseProbe | None) -> str:
     if phase == "nudged" and probe is not None and (probe.distance[0] == 1).all():
         return f"raise --nudged-steps, the nudge has not reached {spans([1], setting.names)} yet"
     if phase == "nudged" and probe is not None and probe.growing[0]:
-        return "it grows all the time: lower --feedback or --gain, or raise --free-steps"
+        standardized = ", or train anew with --weights standardized" if setting.plain else ""
+        return f"it grows all the time: lower --feedback or --gain, or raise --free-steps{standardized}"
     tolerance = "" if setting.tolerance is None else ", or raise --tolerance"
     return f"raise --{phase}-steps, or lower --feedback or --gain{tolerance}"
 
