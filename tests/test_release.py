@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,3 +139,21 @@ def test_a_run_without_a_finished_epoch_is_refused(quadrants, tmp_path):
 def test_the_card_says_how_it_was_trained(options, expected, monkeypatch):
     monkeypatch.setitem(SIGNALS, "sparse", object)
     assert expected in release._how(make_config({"epochs": 3} | options))
+
+
+NETWORKS = sorted((Path(__file__).parents[1] / "docs" / "networks").iterdir())
+
+
+@pytest.mark.parametrize("path", NETWORKS, ids=lambda path: path.name)
+def test_a_network_in_the_documents_is_small_and_ready_without_its_data(path):
+    assert 100_000 < sum(file.stat().st_size for file in path.iterdir()) < 4_000_000
+    trained = load_trained(path)
+    names = ("arch", "width", "dataset", "feedback")
+    arch, width, dataset, feedback = (getattr(trained.config, name) for name in names)
+    card = (path / "README.md").read_text()
+    assert card.startswith(f"# {arch}, width {width:g}, on {dataset}\n")
+    assert f"lambda = {feedback:g}," in card
+    x = np.random.default_rng(0).random((2, *trained.images.image_shape))
+    scores = trained.network.scores(x)
+    assert scores.shape == (2, len(trained.images.classes))
+    assert abs(scores - trained.network.scores(x[::-1])[::-1]).max() < 1e-3 < np.ptp(scores)

@@ -111,7 +111,8 @@ def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
     )
     with replacing(output) as temporary:
         temporary.write_bytes(model.SerializeToString())
-    phase = "feed-forward pass" if feedforward else f"free phase of {steps} steps, schedule {config.schedule}"
+    many = f"{steps} step{'s' if steps > 1 else ''}"
+    phase = "feed-forward pass" if feedforward else f"free phase of {many}, schedule {config.schedule}"
     phase += f", and {unrolled} synchronous steps" if unrolled else ""
     height, width, channels = images.image_shape
     pixels = "pixels in [0, 1]" if images.unit == 255 else "in the units of the data set"
