@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import small
 import cupyep as ep
 from cupyep.backend.cuda import WORKSPACE_BYTES
 from cupyep.backend.threads import PART
+from cupyep.cli import main
 from cupyep.memory.plan import BlankDevice, peak_bytes, plan
 
 FEW = {"free_steps": 2, "nudged_steps": 2}
@@ -244,6 +247,20 @@ def test_what_a_gpu_allocates_was_planned(fake_gpu, algorithm):
 def test_unknown_kind():
     with pytest.raises(ep.ConfigurationError, match="unknown device kind 'tpu'"):
         BlankDevice("tpu")
+
+
+def test_the_plan_in_the_documents_is_that_of_today(capsys):
+    """Of docs/performance.md, which cannot be measured here: VGG-12 at full width on a GPU, by precision."""
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    for column, precision in ((1, "float32"), (3, "float16")):
+        command = f"memory --arch vgg12 --batch-size 128 --steps 250 --device-kind gpu --precision {precision}"
+        with pytest.raises(SystemExit, match="0"):
+            main(command.split())
+        out = capsys.readouterr().out
+        for name, row in (("EP", "EP, any T"), ("BPTT", "BPTT, T = 250"), ("BP", "BP")):
+            (said,) = (line.split("|")[1:-1][column] for line in page.splitlines() if line.startswith(f"| {row} | "))
+            planned = re.search(rf"^{name}(?:, T = 250)? +([\d.]+) +[\d.]+$", out, re.MULTILINE)[1]
+            assert said.strip() == planned, (precision, row)
 
 
 @pytest.mark.gpu
