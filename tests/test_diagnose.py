@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-from quadrants import quadrant_data
+from quadrants import SILENT, quadrant_data
 from small import batch_of, network
 
 import cupyep as ep
 from cupyep.commands.diagnose import diagnose, examine
+from cupyep.commands.release import release_run
 from cupyep.learning.check import compare_forms
 from cupyep.training import build, runs
 from cupyep.training.config import make_config
@@ -124,6 +125,14 @@ def test_the_signals_of_a_run_belong_to_its_nudge(run):
     plain = run("plain", learning_rate=1e-5)
     with_signal, without = (diagnose(p).rows[0]["scaled_response"] for p in (path, plain))
     assert with_signal > 5 * without
+
+
+def test_a_released_run_is_shown_without_its_learned_maps(run, tmp_path):
+    path = run(aug="kd", teacher_epochs=1)
+    release_run(path, tmp_path / "given", display=SILENT)
+    report = diagnose(tmp_path / "given", "best")
+    lacks = f"'{tmp_path / 'given' / 'best.h5'}' lacks their learned maps"
+    assert report.notes == [f"without the intermediate signals of the run: {lacks}"]
 
 
 def test_a_missing_teacher_is_said_and_the_rest_shown(run):

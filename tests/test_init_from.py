@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from quadrants import SILENT, TINY, run
+from quadrants import SILENT, TINY, quadrant_data, run
 
 import cupyep as ep
 from cupyep.commands.export import export_run
 from cupyep.errors import CheckpointError, ConfigurationError
 from cupyep.export import load_torch_layout, torch_layout
+from cupyep.persistence import load_checkpoint
 from cupyep.training import runs
+from cupyep.training.build import build_network
 from cupyep.training.config import TrainConfig, make_config, require_used
 from cupyep.training.initial import load_initial
-from cupyep.training.trained import load_trained
+from cupyep.training.trained import as_settled, load_trained
 
 KINDS = {
     "chain": {"arch": "vgg5"},
@@ -99,6 +103,35 @@ def test_a_run_begins_where_another_ended(form, quadrants, tmp_path):
     second.run()
     longer = runs.resume_run(tmp_path / "second", {"epochs": 2}, display=SILENT, stretch=True)
     assert longer.run().epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("of", "into", "message"),
+    [
+        ({}, {"weights": "standardized-fixed"}, "its weights are plain, those of this network standardized-fixed"),
+        ({"weights": "standardized-fixed"}, {}, "its weights are standardized-fixed, those of this network plain"),
+        (
+            {"weights": "standardized-fixed", "gain": 0.5},
+            {"weights": "standardized-fixed"},
+            r"its gains are fixed at \[0.5, .*those of this network at \[0.6, ",
+        ),
+    ],
+)
+def test_parameters_of_other_weights_are_refused(of, into, message, tmp_path):
+    """They have the same names and shapes, and would make another network."""
+    make({"arch": "8 8p"} | of).save(tmp_path / "net.h5")
+    with pytest.raises(ConfigurationError, match=f"{message}.*export --format npz"):
+        load_initial(make({"arch": "8 8p"} | into), tmp_path / "net.h5")
+
+
+def test_a_fixed_gain_is_that_of_the_feedback_that_a_run_began_with(quadrants, tmp_path):
+    """A run may lower its feedback, and the default gain goes by it."""
+    first = run({"epochs": 1, "weights": "standardized-fixed", "feedback": 0.55}, tmp_path / "run")
+    first.run()
+    saved = replace(load_checkpoint(tmp_path / "run" / "best.h5"), settling={"feedback": 0.2})
+    lowered = build_network(as_settled(make_config(saved.config), saved, {}), quadrant_data(), "cpu")
+    assert lowered.feedback == 0.2
+    assert lowered.describe()["gains"] == first.network.describe()["gains"]
 
 
 def test_what_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import cupyep as ep
 from cupyep.errors import CheckpointError, ConfigurationError
 from cupyep.persistence import hdf5
+from cupyep.persistence.network_file import difference
 
 
 def make_network(**options):
@@ -48,6 +49,17 @@ def test_a_loaded_network_is_the_saved_one(tmp_path, options):
         loaded.scores(IMAGES, steps=9, schedule="synchronous"), net.scores(IMAGES, steps=9, schedule="synchronous")
     )
     assert [p.name for p in tmp_path.iterdir()] == ["net.h5"]
+
+
+@pytest.mark.parametrize("gain", [None, [0.4, 0.7]])
+def test_fixed_gains_are_saved_with_it(tmp_path, gain):
+    """They are no parameters, and scores depend on them."""
+    net = ep.build("8p 8", input_shape=(8, 8, 1), weights="standardized-fixed", feedback=0.5, gain=gain, device="cpu")
+    net.save(tmp_path / "net.h5")
+    loaded = ep.Network.load(tmp_path / "net.h5", device="cpu")
+    assert loaded.describe()["gains"] == net.describe()["gains"] == (gain or [0.6, 0.6])
+    images = np.random.default_rng(0).standard_normal((3, 8, 8, 1))
+    np.testing.assert_array_equal(loaded.scores(images), net.scores(images))
 
 
 def test_how_a_network_settles_is_saved_with_it(tmp_path):
@@ -223,3 +235,9 @@ def test_truncated_and_foreign_files(tmp_path):
     make_network().save(path)
     with pytest.raises(ConfigurationError, match="unknown device 'gpu'"):
         ep.Network.load(path, device="gpu")
+
+
+def test_descriptions_with_nothing_in_a_list():
+    """As that of a layer of the user's own may have it."""
+    assert difference({"layers": [{"tags": []}]}, {"layers": [{"tags": []}]}) == ""
+    assert difference({"tags": ["a"]}, {"tags": []}) == "tags: saved ['a'], this network []"

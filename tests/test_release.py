@@ -129,16 +129,30 @@ def test_a_run_without_a_finished_epoch_is_refused(quadrants, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "done", "expected"),
     [
-        ({"aug": "none", "feedback": 0.25}, "Equilibrium Propagation at feedback weight lambda = 0.25, no "),
-        ({"aug": "kd", "algorithm": "bp"}, "backpropagation, knowledge distillation; 3 epochs"),
-        ({"aug": "sparse"}, "the signal 'sparse' of a plugin"),
+        ({"aug": "none", "feedback": 0.25}, 3, "Equilibrium Propagation at feedback weight lambda = 0.25, no "),
+        ({"aug": "kd", "algorithm": "bp"}, 3, "backpropagation, knowledge distillation; 3 epochs, seed"),
+        ({"aug": "sparse"}, 2, "the signal 'sparse' of a plugin; 2 of 3 epochs, seed"),
+        ({"init_from": "a.h5"}, 3, "; 3 epochs, from weights of another training, seed"),
     ],
 )
-def test_the_card_says_how_it_was_trained(options, expected, monkeypatch):
+def test_the_card_says_how_it_was_trained(options, done, expected, monkeypatch):
     monkeypatch.setitem(SIGNALS, "sparse", object)
-    assert expected in release._how(make_config({"epochs": 3} | options))
+    assert expected in release._how(make_config({"epochs": 3} | options), done, "init_from" in options)
+
+
+def test_weights_of_another_run_and_of_an_unfinished_epoch_are_said(made, tmp_path):
+    """Neither the file that a run began with nor the place of its images is there for who gets it."""
+    path, _, _ = made()
+    trainer = run(OPTIONS | {"init_from": str(path / "best.h5")}, tmp_path / "second")
+    trainer.on_batch = lambda _: "stop" if trainer.records else None
+    trainer.run()
+    release.release_run(tmp_path / "second", tmp_path / "given", "last", SILENT)
+    card, config = (tmp_path / "given" / "README.md").read_text(), RunDirectory.open(tmp_path / "given").config
+    assert config.init_from is None
+    assert "1 of 2 epochs, from weights of another training" in card
+    assert "after epoch 1; these weights are 1 batch later" in card
 
 
 NETWORKS = sorted((Path(__file__).parents[1] / "docs" / "networks").iterdir())

@@ -140,6 +140,9 @@ def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | N
     check_same_network(file, saved, network)
     signals, notes = _signals(config, network, dataset, file.parent)
     learner = build_learner(config, network, signals, np.random.default_rng(config.seed))
+    if any(name.startswith("signals.") and name not in saved.parameters for name in learner.parameters()):
+        signals, notes = [], [*notes, f"without the intermediate signals of the run: '{file}' lacks their learned maps"]
+        learner = build_learner(config, network, signals, np.random.default_rng(config.seed))
     own = {name: a for name, a in saved.parameters.items() if signals or not name.startswith("signals.")}
     restore_parameters(file, own, learner.parameters(), network.device)
     for signal in signals:

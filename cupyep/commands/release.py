@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from cupyep.training.run_directory import BEST, METRICS, SETTLING, RunDirectory,
 from cupyep.training.trained import TrainedRun, load_trained
 
 CARD = "README.md"
-OF_A_MACHINE = ("data_dir", "teacher", "device", "scratch_mb")  # options that say nothing elsewhere
+OF_A_MACHINE = ("data_dir", "teacher", "device", "scratch_mb", "init_from")  # options that say nothing elsewhere
 
 
 def release_run(path: str | Path, output: Path, which: str = "best", display: Display | None = None) -> list[str]:
@@ -49,13 +49,15 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
         new = RunDirectory.create(folder, config)
         for name in filter(lambda name: (run.path / name).is_file(), (METRICS, SETTLING)):
             shutil.copyfile(run.path / name, folder / name)
-        record = next((each for each in new.metrics() if each["epoch"] == checkpoint.epoch), None)
-        require(record is not None, f"'{path}' has not finished an epoch; export it after one")
+        require(checkpoint.epoch > 0, f"'{path}' has not finished an epoch; export it after one")
         save_checkpoint(folder / BEST, checkpoint)
         trained = load_trained(folder)
         accuracies = measured(trained, dataset, display or Display())
         nbytes = (folder / BEST).stat().st_size
-        write_file(folder / CARD, model_card(trained, record, accuracies, nbytes).encode())
+        card = model_card(
+            trained, new.metrics(), accuracies, nbytes, checkpoint.batch, run.config.init_from is not None
+        )
+        write_file(folder / CARD, card.encode())
         (folder / LOCK).unlink(missing_ok=True)  # of the folder's making
     lines = [f"{output}: {nbytes / 1e6:.2f} MB, epoch {checkpoint.epoch} ({which}); test accuracy by these files:"]
     return lines + [f"  {accuracy:.2%} {name}" for name, accuracy in accuracies.items()]
@@ -99,35 +101,51 @@ def _folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def model_card(run: TrainedRun, record: Mapping[str, Any], accuracies: Mapping[str, float], nbytes: int) -> str:
-    """Return the text of README.md: `record` is that of the epoch, `accuracies` are of the files themselves."""
+def model_card(
+    run: TrainedRun,
+    records: Sequence[Mapping[str, Any]],
+    accuracies: Mapping[str, float],
+    nbytes: int,
+    batches: int = 0,
+    continued: bool = False,
+) -> str:
+    """Return the text of README.md: `accuracies` are of the files themselves, `records` are the run's epochs.
+
+    The weights are those after `run.epoch` epochs and some `batches` more; of a `continued` training, that began with
+    the weights of another.
+    """
+    record = next(each for each in records if each["epoch"] == run.epoch)
     config, count = run.config, sum(array.size for array in run.network.parameters().values())
     source = SOURCES.get(short_name(config.dataset))
-    images = f"{config.dataset} (licence: {source.licence})" if source else config.dataset
+    name = short_name(config.dataset)
+    images = f"{name} (licence: {source.licence})" if source else name
     rows = "\n".join(f"| {name} | {accuracy:.2%} |" for name, accuracy in accuracies.items())
     return CARD_TEXT.format(
-        name=f"{config.arch}, width {config.width:g}, on {config.dataset}",
+        name=f"{config.arch}, width {config.width:g}, on {name}",
         count=count,
         mb=nbytes / 1e6,
         classes=len(run.images.classes),
         size=" x ".join(map(str, run.images.image_shape)),
         rows=rows,
         trained=f"{record['test_accuracy']:.2%}",
-        epoch=run.epoch,
-        how=_how(config),
+        epoch=f"epoch {run.epoch}"
+        + (f"; these weights are {batches} batch{'es' if batches > 1 else ''} later" if batches else ""),
+        how=_how(config, len(records), continued),
         settling=_settling(config, record),
-        hours=record["elapsed_s"] / 3600,
+        hours=records[-1]["elapsed_s"] / 3600,
         images=images,
     )
 
 
-def _how(config: TrainConfig) -> str:
+def _how(config: TrainConfig, done: int, continued: bool) -> str:
     names = {"ep": "Equilibrium Propagation", "bptt": "backpropagation through time", "bp": "backpropagation"}
     known = {"none": "no intermediate signals", "le": "local error", "kd": "knowledge distillation"}
     signals = known.get(config.aug, f"the signal '{config.aug}' of a plugin")
     feedback = "" if config.algorithm == "bp" else f" at feedback weight lambda = {config.feedback:g}"
+    epochs = f"{done} epochs" if done == config.epochs else f"{done} of {config.epochs} epochs"
+    start = ", from weights of another training" if continued else ""
     return (
-        f"{names[config.algorithm]}{feedback}, {signals}; {config.epochs} epochs, seed {config.seed}, every option in "
+        f"{names[config.algorithm]}{feedback}, {signals}; {epochs}{start}, seed {config.seed}, every option in "
         "[config.toml](config.toml)"
     )
 
@@ -152,7 +170,7 @@ Made by `cupyep export --format run`.
 | --- | ---: |
 {rows}
 
-In training, before rounding to float16: {trained} after epoch {epoch}.
+In training, before rounding to float16: {trained} after {epoch}.
 
 - Trained by: {how}; {hours:.1f} hours.
 - Settling: {settling}

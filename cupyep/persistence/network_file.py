@@ -4,8 +4,9 @@
 not. A file holds the structure as JSON and the parameters as arrays.
 
 Root attributes: ``format="cupyep-network"``, ``version=1``, ``cupyep`` (version of the writer) and ``network`` (JSON:
-``layers``, a list of objects with type and arguments; ``options``, the other arguments of `Network`; ``config``, that
-of the builder, if one was used). Group ``parameters``: arrays by path, ``layers.1.weight`` .. ``readout.bias``.
+``layers``, a list of objects with type and arguments; ``options``, the other arguments of `Network`; ``gains``, where
+they are fixed; ``config``, that of the builder, if one was used). Group ``parameters``: arrays by path,
+``layers.1.weight`` .. ``readout.bias``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cupyep.persistence import hdf5
 KIND, VERSION = "network", 1
 LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear, "Identity": Identity}
 OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "weights", "readout_pool")
+FIXED = "standardized-fixed"
 LATER = {"weights": "plain", "readout_pool": None}  # what older files do not say, and what they mean by that
 
 
@@ -41,7 +43,8 @@ def describe(network: Any) -> dict[str, Any]:
     dict
         ``layers`` (of each edge its type and arguments; of a user's own all its plain attributes), ``connections`` (the
         nodes below and above each edge; none of a chain), ``activation`` (name, range and parameters), ``feedback``,
-        ``loss``, ``classes``, ``input_shape``, ``precision``, ``weights``, ``readout_pool``.
+        ``loss``, ``classes``, ``input_shape``, ``precision``, ``weights``, ``readout_pool``; of weights with
+        fixed gains, which are no parameters, ``gains``, one an edge.
     """
     description = {
         "input_shape": network.input_shape,
@@ -54,6 +57,8 @@ def describe(network: Any) -> dict[str, Any]:
         "weights": network.weights,
         "readout_pool": network.readout.pool,
     }
+    if network.weights == FIXED:
+        description["gains"] = [getattr(edge.parametrisation, "gain", 1.0) for edge in network.layers]
     if not network.graph.is_chain:
         description["connections"] = network.graph.describe()
     return json.loads(json.dumps(description))
@@ -93,7 +98,13 @@ def difference(saved: Any, own: Any, where: str = "") -> str:
     """
     if isinstance(saved, dict) and isinstance(own, dict):
         pairs = [(f"{where} {key}".strip(), saved[key], own[key]) for key in own if key in saved]
-    elif isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own) and isinstance(own[0], dict):
+    elif (
+        isinstance(saved, list)
+        and isinstance(own, list)
+        and len(saved) == len(own)
+        and own
+        and isinstance(own[0], dict)
+    ):
         pairs = [(f"{where} {n}", *pair) for n, pair in enumerate(zip(saved, own, strict=True), 1)]
     elif isinstance(saved, list) and isinstance(own, list) and own and isinstance(own[0], dict):
         return f"number of {where}: saved {len(saved)}, this network {len(own)}"
@@ -116,7 +127,7 @@ def write_network(path: str | Path, network: Any) -> None:
     known = name in BUILT_IN and description["activation"] == _attributes(ACTIVATIONS[name], ("name", "low", "high"))
     require(known, f"activation '{name}' is not one of cupyep's; {remedy}")
     structure = {
-        **{name: description[name] for name in ("layers", "connections") if name in description},
+        **{name: description[name] for name in ("layers", "connections", "gains") if name in description},
         "options": {key: description[key] for key in OPTIONS} | {"activation": name},
         "settling": network.settling,
         "config": {key: value for key, value in network.config.items() if key != "device"},
@@ -148,7 +159,7 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
             given = LATER | structure["options"]
             options = {name: given[name] for name in OPTIONS}
             parameters = {name: _array(file, name, shape) for name, shape in _shapes(graph, options)}
-        network = build(graph, **options)
+        network = build(graph, gain=structure.get("gains", 1.0), **options)
         network.load_parameters(parameters)
         network.config = dict(structure["config"])
         network.settling = structure.get("settling", {})

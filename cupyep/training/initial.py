@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.errors import CheckpointError, ConfigurationError, needing, one_line, reporting
+from cupyep.errors import CheckpointError, ConfigurationError, needing, one_line, reporting, require
 from cupyep.export import load_torch_layout
 from cupyep.network import Network
 from cupyep.persistence import hdf5, load_checkpoint, network_file
@@ -31,6 +31,9 @@ def load_initial(network: Network, path: Path) -> None:
         raise ConfigurationError(f"--init-from '{path}' is none of {', '.join(READERS)}{OTHERS.get(path.suffix, '')}")
     with reporting(CheckpointError, f"cannot read '{path}'"):
         arrays = READERS[path.suffix](path)
+    if path.suffix == ".h5":
+        about, arrays = arrays
+        _check_weights(path, about, network)
     for name, array in arrays.items():
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise CheckpointError(f"'{path}': '{name}' is no array of finite numbers")
@@ -40,7 +43,24 @@ def load_initial(network: Network, path: Path) -> None:
         raise ConfigurationError(f"--init-from '{path}': {error}") from error
 
 
-def _read_h5(path: Path) -> Mapping[str, Any]:
+def _check_weights(path: Path, about: Mapping[str, Any], network: Network) -> None:
+    """Raise `ConfigurationError` unless a network described so makes its weights of parameters as `network` does."""
+    own = network.describe()
+    theirs = about.get("weights", network_file.LATER["weights"])
+    remedy = "give the options of its network, or what `cupyep export --format npz` makes of it"
+    require(
+        theirs == own["weights"],
+        f"--init-from '{path}': its weights are {theirs}, those of this network {own['weights']}; {remedy}",
+    )
+    gains = about.get("gains", own.get("gains"))
+    require(
+        gains == own.get("gains"),
+        f"--init-from '{path}': its gains are fixed at {gains}, those of this network at {own.get('gains')}; {remedy}",
+    )
+
+
+def _read_h5(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the description of a network, and its parameters."""
     try:
         with hdf5.open_file(path) as file:
             form = hdf5.attribute(file, "format")
@@ -49,8 +69,10 @@ def _read_h5(path: Path) -> Mapping[str, Any]:
             raise
         raise CheckpointError(f"'{path}' is not readable ({hdf5.blame(error)}): {one_line(error)}") from error
     if isinstance(form, str) and form == f"cupyep-{network_file.KIND}":
-        return dict(Network.load(path, device="cpu").parameters())
-    return {name: a for name, a in load_checkpoint(path).weights().items() if not name.startswith("signals.")}
+        network = Network.load(path, device="cpu")
+        return network.describe(), network.parameters()
+    saved = load_checkpoint(path)
+    return saved.network, {name: a for name, a in saved.weights().items() if not name.startswith("signals.")}
 
 
 def _read_npz(path: Path) -> Mapping[str, Any]:
@@ -71,7 +93,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"'{path}' is not a readable .safetensors file: {one_line(error)}") from error
 
 
-READERS: dict[str, Callable[[Path], Mapping[str, Any]]] = {
+READERS: dict[str, Callable[[Path], Any]] = {
     ".h5": _read_h5,
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,

@@ -13,8 +13,10 @@ import numpy as np
 from cupyep.backend import get_device
 from cupyep.data import ImageFormat
 from cupyep.errors import CheckpointError
+from cupyep.models import architecture, default_gain
 from cupyep.network import Network
 from cupyep.persistence.checkpoint import Checkpoint, restore_parameters
+from cupyep.persistence.network_file import FIXED
 from cupyep.training.build import build_dataset, build_learner, build_network
 from cupyep.training.config import OPTIONS, TrainConfig, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
@@ -54,7 +56,14 @@ def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any]
 
 
 def as_settled(config: TrainConfig, saved: Checkpoint, given: Mapping[str, Any]) -> TrainConfig:
-    """Return the options with those `given`, else with the steps and the feedback that a checkpoint settles with."""
+    """Return the options with those `given`, else with the steps and the feedback that a checkpoint settles with.
+
+    A fixed gain stays that of the feedback that the run began with: it is no parameter.
+    """
+    if config.weights == FIXED and config.gain is None:
+        own = architecture(config.arch)
+        gain = default_gain(config.activation or own.activation, config.feedback, own.gains)
+        config = dataclasses.replace(config, gain=gain)
     own = {name: value for name, value in saved.settling.items() if name in OPTIONS}
     return dataclasses.replace(config, **(own | dict(given)))
 
