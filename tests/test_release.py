@@ -85,6 +85,7 @@ def test_the_card_says_what_can_be_measured_again(made, algorithm, monkeypatch):
     assert ("one pass up" in card) == (algorithm == "bp")
     assert f"{sum(a.size for a in trained.network.parameters().values()):,} parameters" in card
     assert "seed 0" in card
+    assert ("local error" if algorithm == "ep" else "no intermediate signals") in card
 
 
 def test_it_is_taken_by_the_commands_and_names_no_folder_of_the_machine(made, invoke, tmp_path):
@@ -139,7 +140,7 @@ def test_a_run_without_a_finished_epoch_is_refused(quadrants, tmp_path):
 )
 def test_the_card_says_how_it_was_trained(options, done, expected, monkeypatch):
     monkeypatch.setitem(SIGNALS, "sparse", object)
-    assert expected in release._how(make_config({"epochs": 3} | options), done, "init_from" in options)
+    assert expected in release._how(make_config({"epochs": 3} | options), options.get("feedback", 0.1), done)
 
 
 def test_weights_of_another_run_and_of_an_unfinished_epoch_are_said(made, tmp_path):

@@ -54,9 +54,7 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
         trained = load_trained(folder)
         accuracies = measured(trained, dataset, display or Display())
         nbytes = (folder / BEST).stat().st_size
-        card = model_card(
-            trained, new.metrics(), accuracies, nbytes, checkpoint.batch, run.config.init_from is not None
-        )
+        card = model_card(trained, run.config, new.metrics(), accuracies, nbytes, checkpoint.batch)
         write_file(folder / CARD, card.encode())
         (folder / LOCK).unlink(missing_ok=True)  # of the folder's making
     lines = [f"{output}: {nbytes / 1e6:.2f} MB, epoch {checkpoint.epoch} ({which}); test accuracy by these files:"]
@@ -103,22 +101,23 @@ def _folder(path: Path) -> Iterator[Path]:
 
 def model_card(
     run: TrainedRun,
+    began: TrainConfig,
     records: Sequence[Mapping[str, Any]],
     accuracies: Mapping[str, float],
     nbytes: int,
     batches: int = 0,
-    continued: bool = False,
 ) -> str:
     """Return the text of README.md: `accuracies` are of the files themselves, `records` are the run's epochs.
 
-    The weights are those after `run.epoch` epochs and some `batches` more; of a `continued` training, that began with
-    the weights of another.
+    The weights are those after `run.epoch` epochs and some `batches` more. `began` are the options of the training, of
+    which `run` has those that its network needs.
     """
     record = next(each for each in records if each["epoch"] == run.epoch)
     config, count = run.config, sum(array.size for array in run.network.parameters().values())
     source = SOURCES.get(short_name(config.dataset))
     name = short_name(config.dataset)
     images = f"{name} (licence: {source.licence})" if source else name
+    later = f"; these weights are {batches} batch{'es' if batches > 1 else ''} later" if batches else ""
     rows = "\n".join(f"| {name} | {accuracy:.2%} |" for name, accuracy in accuracies.items())
     return CARD_TEXT.format(
         name=f"{config.arch}, width {config.width:g}, on {name}",
@@ -128,24 +127,23 @@ def model_card(
         size=" x ".join(map(str, run.images.image_shape)),
         rows=rows,
         trained=f"{record['test_accuracy']:.2%}",
-        epoch=f"epoch {run.epoch}"
-        + (f"; these weights are {batches} batch{'es' if batches > 1 else ''} later" if batches else ""),
-        how=_how(config, len(records), continued),
+        epoch=f"epoch {run.epoch}{later}",
+        how=_how(began, config.feedback, len(records)),
         settling=_settling(config, record),
         hours=records[-1]["elapsed_s"] / 3600,
         images=images,
     )
 
 
-def _how(config: TrainConfig, done: int, continued: bool) -> str:
+def _how(config: TrainConfig, feedback: float, done: int) -> str:
     names = {"ep": "Equilibrium Propagation", "bptt": "backpropagation through time", "bp": "backpropagation"}
     known = {"none": "no intermediate signals", "le": "local error", "kd": "knowledge distillation"}
     signals = known.get(config.aug, f"the signal '{config.aug}' of a plugin")
-    feedback = "" if config.algorithm == "bp" else f" at feedback weight lambda = {config.feedback:g}"
+    weight = "" if config.algorithm == "bp" else f" at feedback weight lambda = {feedback:g}"
     epochs = f"{done} epochs" if done == config.epochs else f"{done} of {config.epochs} epochs"
-    start = ", from weights of another training" if continued else ""
+    start = ", from weights of another training" if config.init_from else ""
     return (
-        f"{names[config.algorithm]}{feedback}, {signals}; {epochs}{start}, seed {config.seed}, every option in "
+        f"{names[config.algorithm]}{weight}, {signals}; {epochs}{start}, seed {config.seed}, every option in "
         "[config.toml](config.toml)"
     )
 
