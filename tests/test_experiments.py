@@ -2,13 +2,16 @@
 
 import dataclasses
 import inspect
+import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from cupyep.experiments import EXPERIMENTS, cells, find, findings, load_results,
 from cupyep.experiments.cells import operations_cell, train_cell
 from cupyep.experiments.design import Column, Experiment, Results, Row, Scale, cell_name, seen
 from cupyep.experiments.loading import load_experiments
-from cupyep.experiments.report import report_text, table
+from cupyep.experiments.report import open_text, report_text, table
 from cupyep.learning.operations import OperationCounter
 from cupyep.training.config import make_config
 from cupyep.training.trainer import Trainer
@@ -277,6 +280,33 @@ def test_folders_that_are_not_ours(tmp_path):
         load_results(find("signals"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"scale": None}, "is damaged (no scale of 'study')"),
+        ({"seeds": None}, "is damaged (no seeds or no cells); leave out --report-only"),
+        ({"cells": None}, "is damaged (no seeds or no cells); leave out --report-only"),
+        ({"seeds": 0}, "nothing has been measured yet; leave out --report-only"),
+    ],
+)
+def test_results_that_lack_something_are_one_line(more, message, tmp_path):
+    content = {"experiment": "study", "scale": "small", "seeds": 2, "cells": {}, **more}
+    kept = {name: value for name, value in content.items() if value is not None}
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_results(study(None), tmp_path)
+
+
+def test_stopped_before_its_first_cell_a_report_is_open(tmp_path, monkeypatch):
+    def stop(cell):
+        raise Interrupted
+
+    monkeypatch.setattr(runner, "kept", stop)
+    with pytest.raises(Interrupted):
+        reproduce(study(None), tmp_path, report=silent)
+    assert open_text(load_results(study(None), tmp_path)[0]).startswith("open: 4 of 4 cells are not measured yet")
+
+
 DIGITS = {
     "dataset": "digits",
     "image_size": 16,
@@ -329,6 +359,56 @@ def test_probes_are_kept_by_epoch(tmp_path):
         {"epoch": 1, "cosines": [1.0], "beta": 0.5},
         {"epoch": 2, "cosines": [2.0], "beta": 0.5},
     ]
+
+
+def probed_cell(cell):
+    def probe(network, config):
+        return {"sum": float(sum(abs(p).sum() for p in network.parameters().values())), "epochs": config.epochs}
+
+    return train_cell(cell, probe, every_epoch=True)
+
+
+def cell_in(out, **more):
+    return runner.cells_of(study(None, ROWS[1:], DIGITS | more), out, "small", report=silent, quiet=True)[0]
+
+
+def after_checks(count):
+    """Return a deadline that ends a training when it has been asked so often: after a batch, of training or test."""
+    left = iter(range(count - 1))
+
+    def deadline():
+        if next(left, None) is None:
+            raise OutOfTime
+
+    return deadline
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize(("measure", "more"), [(operations_cell, {}), (probed_cell, {"ema": 0.9})])
+def test_killed_before_a_probe_of_an_epoch(measure, more, epoch, tmp_path, monkeypatch):
+    """The network of the last checkpoint is asked, be the training finished or not."""
+    straight, killed = (cell_in(tmp_path / name, **more) for name in ("straight", "killed"))
+    keep = cells._keep_probe
+
+    def kill(folder, number, probed):
+        if number == epoch:
+            raise RuntimeError("power cut")
+        keep(folder, number, probed)
+
+    monkeypatch.setattr(cells, "_keep_probe", kill)
+    with pytest.raises(RuntimeError, match="power cut"):
+        measure(killed)
+    monkeypatch.setattr(cells, "_keep_probe", keep)
+    assert measure(killed)["probes"] == measure(straight)["probes"]
+
+
+def test_a_run_that_lacks_probes_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    cell = cell_in(tmp_path)
+    with pytest.raises(OutOfTime):  # in the second epoch: the network of the first is gone
+        train_cell(dataclasses.replace(cell, deadline=after_checks(4)))
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained"))
+    with pytest.raises(CheckpointError, match="holds a run without what is measured after every epoch"):
+        probed_cell(cell)
 
 
 @at_every_scale
@@ -403,6 +483,29 @@ def test_operations_are_those_of_the_edges(tmp_path):
     edges = [2 * 9 * n * n * c * k for n, c, k in ((16, 1, 3), (8, 3, 5), (4, 5, 10), (2, 10, 10))]
     expected = 64 * (2 * sum(edges) + sum(edges[1:])) + 20 * sum(edges)
     assert cell["probes"] == [{"epoch": 1, "operations": expected}]
+
+
+def test_operations_of_an_epoch_that_was_stopped_are_counted(tmp_path):
+    """After the first of two batches of an epoch."""
+    straight, stopped = (cell_in(tmp_path / name) for name in ("straight", "stopped"))
+    with pytest.raises(OutOfTime):
+        operations_cell(dataclasses.replace(stopped, deadline=after_checks(1)))
+    assert operations_cell(stopped)["probes"] == operations_cell(straight)["probes"]
+
+
+def test_what_another_thread_counts_meanwhile_is_kept(rng):
+    net = ep.Network([ep.Linear((6,), 4)], classes=3, device="cpu")
+    learner = ep.Backpropagation(net)
+    counter = OperationCounter(learner)
+
+    def counted(*_):
+        counter.operations += 1
+        return 10
+
+    counter._of_batch = lambda count: SimpleNamespace(step=counted, prediction=counted)
+    learner.step(rng.uniform(0, 1, (2, 6)), np.array([0, 1]))
+    learner.evaluate(rng.uniform(0, 1, (2, 6)), np.array([0, 1]))
+    assert counter.operations == 22
 
 
 def test_cost_to_a_target():
@@ -482,6 +585,7 @@ def test_command_line(tmp_path):
         (["signals", "--scale", "medium"], 2, "experiment 'signals' has no scale 'medium', only small and full"),
         (["signals", "--scale", "medium", "--report-only"], 2, "has no scale 'medium'"),
         (["signals", "--seeds", "0"], 2, "0 is not in the range"),
+        (["signals", "--max-minutes", "nan"], 2, "--max-minutes must be a finite number (got nan)"),
         (["signals", "--precision", "float61"], 2, "unknown --precision 'float61'"),
         (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "holds no report"),
         (["signals", "--out", str(tmp_path / "thesis")], 1, "thesis' holds other files; give another --out"),

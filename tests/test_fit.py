@@ -174,3 +174,22 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "other").write_text("")
     with pytest.raises(CheckpointError, match="not an empty folder"):
         ep.fit(net, data, run_dir=tmp_path, **OPTIONS)
+
+
+def test_a_folder_without_a_run_is_no_run_to_go_on_with(tmp_path):
+    data = quadrant_data()
+    ep.fit(own_network(), data, run_dir=tmp_path, resume=True, epochs=1, **OPTIONS)
+    assert "epochs = 1" in (tmp_path / "config.toml").read_text().splitlines()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        ep.fit(own_network(), data, run_dir=tmp_path / "other", resume=True, **OPTIONS)
+
+
+def test_options_of_a_run_that_goes_on_are_written(quadrants, tmp_path):
+    """Those that only the command line has stay: where it finds the images."""
+    run({"epochs": 1, "data_dir": str(tmp_path)}, tmp_path / "run").run()
+    data = dataclasses.replace(quadrant_data(), name="cifar10")
+    ep.fit(built(data), data, run_dir=tmp_path / "run", resume=True, epochs=2, **OPTIONS)
+    config = RunDirectory.open(tmp_path / "run").config
+    assert (config.epochs, config.data_dir) == (2, str(tmp_path))

@@ -91,6 +91,8 @@ def test_info_of_a_network(invoke):
         (("memory", "--steps", "0"), "--steps must be up to 20 integers from 1 to 10000"),
         (("memory", "--steps", "2.5"), "--steps must be up to 20 integers from 1 to 10000"),
         (("memory", "--steps", "10,x"), "Invalid value for '--steps'"),
+        (("memory", "--steps", "inf"), "--steps must be up to 20 integers from 1 to 10000"),
+        (("memory", "--steps", "10,nan"), "--steps must be up to 20 integers from 1 to 10000"),
         (("memory", "--device-kind", "tpu"), "unknown --device-kind 'tpu'; did you mean 'gpu'? (choose from cpu, gpu)"),
         (("memory", "--device-kind", "gpu", "--measure", "--device", "cpu"), "--measure needs the device itself"),
         (("memory", "--json", "none/there.json"), "--json: there is no folder 'none'"),

@@ -90,6 +90,17 @@ def test_settling_shows_residuals_and_where_the_run_stops(layers):
     figure.canvas.draw()
 
 
+@pytest.mark.parametrize("tolerance", [5e-324, 1e-8, 1e3, 1.7e308])
+def test_settling_shows_a_tolerance_far_from_all_residuals(tolerance):
+    trace = {"epoch": 1, "images": 8, "schedule": "sweeps", "tolerance": tolerance,
+             "free": {"steps": 2, "residual": [[0.2], [0.1], [0.05]]}}  # fmt: skip
+    figure = curves.settling(trace, "run: settling")
+    figure.canvas.draw()  # a layout that collapses warns
+    low, high = figure.axes[0].get_ylim()
+    assert low <= max(min(tolerance, 0.05), 1e-29)
+    assert high >= min(max(tolerance, 0.2), 1e29)
+
+
 @pytest.mark.parametrize(("epochs", "layers"), [(1, 5), (3, 16), (300, 5)])
 @pytest.mark.parametrize("log", [False, True])
 def test_maps_show_every_value(epochs, layers, log):

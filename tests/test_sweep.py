@@ -183,9 +183,16 @@ def test_a_run_that_fails_leaves_the_others(quadrants, invoke, tmp_path):
     assert out.splitlines()[-1].startswith("signal_layers=2")
 
 
-def test_a_run_whose_patience_is_at_an_end_is_finished(quadrants, tmp_path):
-    config = {"epochs": 9, "patience": 1, "learning_rate": 1e-12}
-    (point,) = grid({"seed": [0]}, tmp_path / "s", {**TINY, **config})
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"patience": 1, "learning_rate": 1e-12},
+        {"free_steps": "auto", "on_unsettled": "stop", "feedback": 1.0, "gain": 3.0},
+    ],
+    ids=["its patience is at an end", "it does not settle"],
+)
+def test_a_run_that_ended_early_is_finished(config, quadrants, tmp_path):
+    (point,) = grid({"seed": [0]}, tmp_path / "s", {**TINY, **config, "epochs": 9})
     assert train_point(point, {})[1]
     assert len(metrics(point.folder)) < 9
     assert train_point(point, {})[2].startswith("finished before")

@@ -240,6 +240,17 @@ def test_arrays_and_state_dict(trained, invoke, tmp_path):
         np.testing.assert_array_equal(tensor.numpy(), weights[name])
 
 
+@pytest.mark.parametrize(
+    ("form", "package"), [("npz", "numpy"), *[(name, name) for name in ("onnx", "safetensors", "torch")]]
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc takes no files")
+def test_an_export_that_cannot_be_written_is_one_line(form, package, trained, invoke):
+    pytest.importorskip(package)
+    code, _, err = invoke("export", trained()[0], "--format", form, "--output", "/proc/net.file")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "cannot write '/proc/net.file'" in err
+
+
 def test_a_free_phase_in_pytorch_needs_nothing_but_the_export(trained, invoke, tmp_path):
     """Sweeps: the layers upwards with fresh drives, then downwards with fresh feedback, all from zeros."""
     torch = pytest.importorskip("torch")

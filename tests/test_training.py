@@ -248,6 +248,15 @@ def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
         runs.resume_run(tmp_path / "short", {"beta": 0.3}, display=SILENT)
 
 
+def test_a_list_of_one_number_is_that_number_on_resume(quadrants, tmp_path):
+    """As the command line gives such options."""
+    run({"epochs": 1, "gain": 0.9}, tmp_path / "run").run()
+    same = {"epochs": 2, "learning_rate": [1e-3], "gain": [0.9]}
+    runs.resume_run(tmp_path / "run", same, display=SILENT, stretch=True).run()
+    with pytest.raises(ConfigurationError, match=r"--gain 0\.8 is not the run's 0\.9"):
+        runs.resume_run(tmp_path / "run", {"epochs": 3, "gain": [0.8]}, display=SILENT)
+
+
 def test_labels_are_smoothed_in_training_only(quadrants, tmp_path):
     """Oracle: the cross-entropy of the last batch of the test images with smoothed targets, of the same network."""
     values = {"epochs": 1, "algorithm": "bp", "learning_rate": 1e-9, "crop": False, "flip": False, "batch_size": 40}

@@ -135,7 +135,7 @@ def memory(
     With --ranks also how much of N cores, cards or machines a training uses, with as large a batch on every rank (a
     rank) or one shared out (in all), and up to how many it is 80 %; see docs/scaling.md.
     """
-    whole = all(number == int(number) for number in steps)
+    whole = all(number.is_integer() for number in steps)  # inf and nan are none
     right = whole and len(steps) <= MOST_NUMBERS and all(1 <= number <= planning.MOST_STEPS for number in steps)
     require(right, f"--steps must be up to {MOST_NUMBERS} integers from 1 to {planning.MOST_STEPS}")
     alone = {"--link": link, "--latency-us": latency_us, "--step-ms": step_ms}

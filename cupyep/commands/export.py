@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from cupyep._version import __version__
 from cupyep.errors import CheckpointError, choose, needing, reporting, require
 from cupyep.export import onnx_model, torch_layout
-from cupyep.files import replacing
+from cupyep.files import replacing, write_file
 from cupyep.layers import Conv2d
 from cupyep.training.trained import TrainedRun, load_trained
 
@@ -80,17 +81,17 @@ def _write_torch(run: TrainedRun, output: Path, steps: int) -> list[str]:
     with needing(f"--format torch needs PyTorch; {remedy}"):
         import torch
     state = {name: torch.from_numpy(array) for name, array in torch_layout(run.network).items()}
-    with replacing(output) as temporary:
-        torch.save(state, temporary)
+    content = io.BytesIO()  # into a file torch.save raises no OSError
+    torch.save(state, content)
+    write_file(output, content.getvalue())
     return [f"state dict: {', '.join(state)}", _normalisation(run)]
 
 
 def _write_safetensors(run: TrainedRun, output: Path, steps: int) -> list[str]:
     with needing("--format safetensors needs safetensors; pip install safetensors, or use --format npz"):
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     arrays = torch_layout(run.network)
-    with replacing(output) as temporary:
-        save_file(arrays, temporary)
+    write_file(output, save(arrays))  # save_file raises no OSError
     return [f"tensors {', '.join(arrays)}", _normalisation(run)]
 
 

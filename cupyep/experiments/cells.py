@@ -20,10 +20,10 @@ from cupyep.errors import CheckpointError, DivergenceError
 from cupyep.experiments.design import Cell
 from cupyep.experiments.sweep import is_finished
 from cupyep.files import read_text, write_json
-from cupyep.learning import Backpropagation, EquilibriumPropagation, Learner
+from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
 from cupyep.learning.gradients import layer_of
-from cupyep.learning.operations import OperationCounter
+from cupyep.learning.operations import OperationCounter, Operations
 from cupyep.network import Network
 from cupyep.settling import default_relaxation
 from cupyep.training.build import (
@@ -34,7 +34,7 @@ from cupyep.training.build import (
     evaluation_batches,
     first_test_images,
 )
-from cupyep.training.config import TrainConfig, differing, make_config, option_name
+from cupyep.training.config import AUTO, TrainConfig, differing, make_config, option_name
 from cupyep.training.display import Display
 from cupyep.training.interruption import stopped_by
 from cupyep.training.results import at_rest
@@ -61,7 +61,7 @@ def train_cell(
     cell: Cell,
     probe: Probe | None = None,
     every_epoch: bool = False,
-    prepare: Callable[[Learner], None] | None = None,
+    prepare: Callable[[Trainer], None] | None = None,
 ) -> dict[str, Any]:
     """Train the cell's network in its folder, or go on with it there; return its courses.
 
@@ -75,7 +75,7 @@ def train_cell(
     every_epoch : bool
         Probe the network after every epoch, instead of that of the last checkpoint (with `ema` the running average).
     prepare : callable, optional
-        Takes the learner before it is trained (further).
+        Takes the trainer before it trains (further).
 
     Returns
     -------
@@ -92,20 +92,21 @@ def train_cell(
     """
     display, folder = _Watch(cell.quiet, cell.report), cell.folder
     with stopped_by(cell.deadline):
+        if probe and every_epoch and (folder / CONFIG).is_file():
+            _probe_cut_off(cell, probe)
         trainer = _trainer(cell, display)
         if trainer is not None:
             if probe and every_epoch:
                 config = trainer.directory.config
                 display.after = lambda epoch: _keep_probe(folder, epoch, probe(trainer.network, config))
             if prepare:
-                prepare(trainer.learner)
+                prepare(trainer)
             trainer.run()
     records = RunDirectory.open(folder).metrics()
     if probe and not every_epoch:
         _probe_kept(cell, probe, len(records))
     if probe and every_epoch and len(_probes(folder)) < len(records):
-        told = "holds a run without what is measured after every epoch; remove it or give another --out"
-        raise CheckpointError(f"'{folder}' {told}")
+        raise _lacking(folder)
     return _courses(records, _probes(folder))
 
 
@@ -136,6 +137,31 @@ def _probe_kept(cell: Cell, probe: Probe, epoch: int) -> None:
         given = {name: cell.options[name] for name in MACHINE if name in cell.options}
         run = load_trained(cell.folder, "last", given)
         _keep_probe(cell.folder, epoch, probe(run.network, run.config))
+
+
+def _probe_cut_off(cell: Cell, probe: Probe) -> None:
+    """Probe the last epoch of a run that was killed between checkpoint and probe; refuse one that lacks more."""
+    directory = RunDirectory.open(cell.folder)
+    check_same(make_config(cell.options), directory)
+    try:
+        saved = directory.load("last")
+    except CheckpointError:
+        return  # where the training goes on, it is said what is wrong
+    lacking = set(range(1, saved.epoch + 1)) - {kept["epoch"] for kept in _probes(cell.folder)}
+    if not lacking:
+        return
+    if lacking != {saved.epoch} or saved.batch > 0:
+        raise _lacking(cell.folder)
+    given = {name: cell.options[name] for name in MACHINE if name in cell.options}
+    network = load_trained(cell.folder, "last", given).network
+    own = {path: saved.parameters[path] for path in network.parameters()}
+    network.load_parameters(own)  # themselves, as after other epochs, and not their running average
+    _keep_probe(cell.folder, saved.epoch, probe(network, replace(directory.config, **given)))
+
+
+def _lacking(folder: Path) -> CheckpointError:
+    told = "holds a run without what is measured after every epoch; remove it or give another --out"
+    return CheckpointError(f"'{folder}' {told}")
 
 
 class _Watch(Display):
@@ -193,14 +219,33 @@ def _short(number: float | None) -> float | None:
 
 
 def operations_cell(cell: Cell) -> dict[str, Any]:
-    """Train, counting the operations of every epoch (its evaluation included)."""
+    """Train, counting the operations of every epoch (its evaluation included).
+
+    Of batches before the training was stopped, those of all their steps: how many a tolerance took, nobody knows.
+    """
     counters: list[OperationCounter] = []
 
+    def begin(trainer: Trainer) -> None:
+        counters.append(OperationCounter(trainer.learner))
+        done = min(trainer.batches_done * trainer.train.batch_size, len(trainer.train.split))
+        counters[-1].operations = Operations(trainer.network, done).step(trainer.learner)
+
     def count(network: Network, config: TrainConfig) -> dict[str, Any]:
+        if not counters:  # nobody counted: the epoch was done when the training was killed
+            if config.tolerance is not None or AUTO in (config.free_steps, config.nudged_steps):
+                raise _lacking(cell.folder)
+            return {"operations": _of_epoch(network, config)}
         found, counters[-1].operations = counters[-1].operations, 0
         return {"operations": found}
 
-    return train_cell(cell, count, every_epoch=True, prepare=lambda learner: counters.append(OperationCounter(learner)))
+    return train_cell(cell, count, every_epoch=True, prepare=begin)
+
+
+def _of_epoch(network: Network, config: TrainConfig) -> int:
+    """Return the operations of an epoch whose phases do all their steps, and of its evaluation."""
+    dataset, learner = build_dataset(config), build_learner(config, network, [], np.random.default_rng(config.seed))
+    judged = len(dataset.test) + len(dataset.validation or ())
+    return Operations(network, len(dataset.train)).step(learner) + Operations(network, judged).prediction(learner)
 
 
 def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | None]]:

@@ -77,12 +77,14 @@ def reproduce(
         One clear line for whatever stands in the way.
     """
     require(jobs >= 1, f"--jobs must be at least 1 (got {jobs})")
+    finite = max_minutes is None or math.isfinite(max_minutes)
+    require(finite, f"--max-minutes must be a finite number (got {max_minutes}); leave it out for no end")
     folder, header = Path(out), {"experiment": experiment.name, "scale": scale}
     end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     cells = cells_of(experiment, folder, scale, seeds, overrides, defaults, report, quiet, partial(_in_time, end))
     plan, count = experiment.at(scale), cells[-1].seed + 1
     about = {**header, **_circumstances(command), "seeds": count}
-    with _claimed(folder, header), Interruptions(at_once=True):
+    with _claimed(folder, header, count), Interruptions(at_once=True):
         measured = {cell.name: content for cell in cells if (content := kept(cell)) is not None}
         left = [cell for cell in cells if cell.name not in measured]
         new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, left, jobs)
@@ -161,7 +163,7 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
     Raises
     ------
     CheckpointError
-        If there are none, or they are of another experiment.
+        If there are none, or they are damaged, or of another experiment.
     """
     path = Path(out) / RESULTS
     told = f"'{out}' holds no report: it has no {RESULTS}; leave out --report-only to measure first"
@@ -169,14 +171,18 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
     content = _read_json(path)
     held = content.get("experiment")
     _check(held == experiment.name, f"'{path}' is of experiment '{held}', not '{experiment.name}'")
-    rows = experiment.at(content["scale"]).rows
-    known = {cell_name(row.key, seed) for row in rows for seed in range(content["seeds"])}
-    cells = {name: cell for name, cell in content.pop("cells").items() if name in known}
-    return Results(rows, cells, content["seeds"]), content
+    scale, seeds, measured = content.get("scale"), content.get("seeds"), content.pop("cells", None)
+    _check(scale in list(experiment.scales), f"'{path}' is damaged (no scale of '{held}'); give another --out")
+    anew = "leave out --report-only, and it is written anew"
+    _check(type(seeds) is int and isinstance(measured, dict), f"'{path}' is damaged (no seeds or no cells); {anew}")
+    _check(seeds > 0, f"'{path}': nothing has been measured yet; leave out --report-only to measure")
+    rows = experiment.at(scale).rows
+    known = {cell_name(row.key, seed) for row in rows for seed in range(seeds)}
+    return Results(rows, {name: cell for name, cell in measured.items() if name in known}, seeds), content
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, header: dict[str, Any]) -> Iterator[None]:
+def _claimed(folder: Path, header: dict[str, Any], seeds: int) -> Iterator[None]:
     """Keep other processes from measuring in the report folder, which is made, or checked to be of `header`."""
     path = folder / RESULTS
     if path.is_file():
@@ -190,7 +196,7 @@ def _claimed(folder: Path, header: dict[str, Any]) -> Iterator[None]:
         _check(ours, f"'{folder}' holds other files; give another --out")
         with reporting(CheckpointError, f"cannot write report folder '{folder}'"):
             (folder / CELLS).mkdir(parents=True, exist_ok=True)
-        write_json(path, {**header, "seeds": 0, "cells": {}}, indent=1)
+        write_json(path, {**header, "seeds": seeds, "cells": {}}, indent=1)
     lock = FolderLock(folder)
     holder = lock.acquire()
     _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --out")

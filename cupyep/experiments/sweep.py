@@ -202,11 +202,13 @@ def _trained(
 
 
 def is_finished(run: RunDirectory) -> bool:
-    """Return whether all epochs of a run are done, or its patience is at an end, and its last checkpoint says so."""
+    """Return whether a run has done all epochs, or ended early by its options, and its last checkpoint says so."""
     records, config = run.metrics(), run.config
     done = len(records)
     stale = done > 0 and config.patience is not None and done - best_record(records)["epoch"] >= config.patience
+    found = records[-1].get("findings") or () if records else ()
+    stopped = config.on_unsettled == "stop" and any(each["signature"] == "contraction" for each in found)
     try:
-        return (done >= config.epochs or stale) and run.load("last").epoch >= done
+        return (done >= config.epochs or stale or stopped) and run.load("last").epoch >= done
     except CheckpointError:
         return False  # `resume_run` says what is wrong, or goes on from checkpoint.previous.h5

@@ -6,6 +6,7 @@ Those of the large products, without the readout's and the signals'.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -110,19 +111,24 @@ class OperationCounter:
 
     def __init__(self, learner: Learner):
         self.operations = 0
+        self._lock = threading.Lock()  # parts of a batch are counted by several threads
         self._of_batch = functools.cache(functools.partial(Operations, learner.network))
         add, settled = learner._add, learner.settled
 
         def counted_add(gradients: Gradients, part: Batch, total: int, draw: Any) -> StepResult:
             result = add(gradients, part, total, draw)
             steps = (result.free.steps, result.nudged.steps) if result.nudged else ()
-            self.operations += self._of_batch(len(part)).step(learner, *steps)
+            self._count(self._of_batch(len(part)).step(learner, *steps))
             return result
 
         def counted_settled(batch: Batch) -> State:
             state = settled(batch)
             steps = state.stats.steps if isinstance(learner, EquilibriumPropagation) else None
-            self.operations += self._of_batch(len(state.layers[0])).prediction(learner, steps)
+            self._count(self._of_batch(len(state.layers[0])).prediction(learner, steps))
             return state
 
         learner._add, learner.settled = counted_add, counted_settled
+
+    def _count(self, operations: int) -> None:
+        with self._lock:
+            self.operations += operations

@@ -22,7 +22,7 @@ from cupyep.signals import Augmenter
 from cupyep.training.config import AUTO, OPTIONS, TrainConfig, make_config, require_used
 from cupyep.training.display import Display
 from cupyep.training.results import TrainSummary
-from cupyep.training.run_directory import RunDirectory, check_free
+from cupyep.training.run_directory import CONFIG, RunDirectory, check_free
 from cupyep.training.runs import prepare, show_start
 from cupyep.training.teacher import keep_teacher
 
@@ -30,6 +30,7 @@ OF_THE_NETWORK = {name for name, spec in OPTIONS.items() if spec.metadata["group
 OF_THE_NETWORK |= {"device", "scratch_mb", "precision", "exact"}
 OWN = "own"  # a network that no builder made
 OF_THE_DATA = {"dataset", "data_dir", "image_size", "limit_train", "limit_test", "validation", "test_fraction"}
+KEPT = ("data_dir", "plugin")  # of a run that the command line began, which asks for them again
 
 
 @dataclass
@@ -118,10 +119,9 @@ def fit(
     signals = items("signals", signals, Augmenter, "Augmenters")
     require(not flag("resume", resume) or run_dir is not None, "resume needs run_dir")
     path, display = None if run_dir is None else checked_path("run_dir", run_dir), Display(flag("quiet", quiet))
-    going_on = resume and path.exists()
-    if going_on:
-        _as_begun(net, RunDirectory(path, None))
-    config = _config(net, data, options)
+    going_on = resume and (path / CONFIG).is_file()
+    begun = _as_begun(net, RunDirectory(path, None)) if going_on else {}
+    config = _config(net, data, {name: begun.get(name) for name in KEPT}, options)
     require(not signals or config.aug == "none", "give either signals or the option aug")
     net.settling = config.settling
     if path is not None and not going_on:
@@ -130,6 +130,7 @@ def fit(
     if going_on:
         trainer.directory = RunDirectory(path, config)
         trainer.resume()
+        trainer.directory.write_config()
     elif path is not None:
         trainer.directory = RunDirectory.create(path, config)
     if path is not None:
@@ -157,8 +158,11 @@ def fit(
     return FitResult(net, best, trainer.records, summary)
 
 
-def _config(net: Network, data: Dataset, options: dict[str, Any]) -> TrainConfig:
-    """Return the options of a training, those of network and data as far as the table has words for them."""
+def _config(net: Network, data: Dataset, kept: dict[str, Any], options: dict[str, Any]) -> TrainConfig:
+    """Return the options of a training: those `kept`, those of network and data as far as the table has words for them.
+
+    Then `options`, which come last.
+    """
     for name in options:
         choose("option", name, OPTIONS)
         require(name not in OF_THE_NETWORK, f"the option {name} belongs to the network; build it so")
@@ -175,7 +179,7 @@ def _config(net: Network, data: Dataset, options: dict[str, Any]) -> TrainConfig
         own |= {names[name]: value for name, value in net.settling.items() if name in names}
         if AUTO in (options.get("free_steps"), options.get("nudged_steps")):
             own.pop("tolerance", None)
-    config = make_config(built, own, options)
+    config = make_config(kept, built, own, options)
     used = {name: value for name, value in options.items() if name != "flip"}
     require_used(used, vars(config))
     require("flip" not in options or data.flip or not config.flip, "this data set forbids flip")
@@ -185,15 +189,19 @@ def _config(net: Network, data: Dataset, options: dict[str, Any]) -> TrainConfig
     return config
 
 
-def _as_begun(net: Network, run: RunDirectory) -> None:
-    """Give `net` the feedback that a run began with, where it has one to which ``on_unsettled`` lowered it since."""
+def _as_begun(net: Network, run: RunDirectory) -> dict[str, Any]:
+    """Give `net` the feedback that a run began with, where it has one to which ``on_unsettled`` lowered it since.
+
+    Returned are the options of the run, as its last checkpoint has them; nothing if there is none of use.
+    """
     for which in ("last", "previous"):
         with contextlib.suppress(CheckpointError):  # what is wrong with the run is said where it is taken up
             saved = run.load(which)
             lowered = [record.get("feedback") for record in run.metrics()] + [saved.settling.get("feedback")]
             if net.feedback in lowered:
                 net.feedback = saved.config.get("feedback", net.feedback)
-            return
+            return saved.config
+    return {}
 
 
 def _copies(net: Network) -> dict[str, np.ndarray]:

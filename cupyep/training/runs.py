@@ -27,9 +27,10 @@ from cupyep.training.build import (
     evaluation_batches,
     first_images,
 )
-from cupyep.training.config import RESUME_OPTIONS, TrainConfig, option_name, require_used
+from cupyep.training.config import OPTIONS, RESUME_OPTIONS, TrainConfig, option_name, require_used
 from cupyep.training.display import Display
 from cupyep.training.initial import load_initial
+from cupyep.training.options import checked
 from cupyep.training.results import evaluate, top_k_accuracy
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
 from cupyep.training.sharing import check_same, run_directory
@@ -130,6 +131,7 @@ def _change_options(directory: RunDirectory, given: Mapping[str, Any]) -> None:
     """Take the options `given` over those of a run, where that may be."""
     for name, value in given.items():
         old = getattr(directory.config, name)
+        value = checked(OPTIONS[name], value, option_name(name))  # as the run has it: a list of one is a number
         value = absolute_name(value) if name == "dataset" else value
         same = value == old or name in RESUME_OPTIONS
         allowed = ", ".join(map(option_name, RESUME_OPTIONS))

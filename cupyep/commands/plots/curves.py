@@ -109,15 +109,17 @@ def draw_settling(axis: Any, phase: str, trace: Record) -> None:
     axis.annotate(
         " had it gone on", (own, 0.98), xycoords=("data", "axes fraction"), va="top", fontsize="small", color="0.35"
     )
-    if trace["tolerance"] is not None:
-        axis.axhline(trace["tolerance"], color="#D55E00", linestyle="--", linewidth=1)
+    tolerance = trace["tolerance"]
+    if tolerance is not None:
+        tolerance = np.clip(tolerance, 1e-30, 1e30)  # near the ends of float64 matplotlib draws nothing
+        axis.axhline(tolerance, color="#D55E00", linestyle="--", linewidth=1)
         axis.annotate(
-            "tolerance", (1, trace["tolerance"]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+            "tolerance", (1, tolerance), xycoords=("axes fraction", "data"), ha="right", va="bottom",
             fontsize="small", color="#D55E00",
         )  # fmt: skip
     what = "states" if phase == "free" else "responses"
     axis.set(yscale="log", xlabel=unit, ylabel=f"RMS change in a {unit}", title=f"{phase} phase: {what}")
-    axis.set(xlim=(0.5, total + 0.5), ylim=whole_decades(residual))
+    axis.set(xlim=(0.5, total + 0.5), ylim=whole_decades([*residual.flat, tolerance]))
     integer_ticks(axis.xaxis)
     label_decades(axis.yaxis)
 
