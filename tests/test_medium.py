@@ -30,6 +30,9 @@ NET = "--arch hopfield-resnet13 --activation relu --weights standardized --reado
 BEST = f"{NET} --epochs 30 --optimizer adam --lr 0.004 --cutout 8 --ema 0.999 --seed 0"
 EP = "--feedback 0.03 --scheme tangent --free-steps 1 --nudged-steps 1 --schedule sweeps"
 VGG = "--width 0.25 --batch-size 64"
+CONTRACTING = (
+    "--feedback 1 --gain 0.5 --weights standardized --lr 2e-3 --scheme tangent --free-steps 12 --nudged-steps 6"
+)
 #: docs/results/predictions.md as command lines: experiment, row -> options.
 PREDICTED = {
     ("best-cifar10", "ep"): f"{BEST} --width 0.5 --dataset cifar10 {EP}",
@@ -38,8 +41,12 @@ PREDICTED = {
     ("best-cifar100", "bp"): f"{BEST} --width 0.5 --dataset cifar100 --feedback 0.03 --algorithm bp",
     ("best-fashion-mnist", "ep"): f"{BEST} --width 0.25 --dataset fashion-mnist {EP}",
     ("best-svhn", "bp"): f"{BEST} --width 0.25 --dataset svhn --feedback 0.03 --algorithm bp",
-    ("vgg7-kd-cifar10", "feedback0.1"): f"{VGG} --arch vgg7 --epochs 20 --feedback 0.1 --free-steps 2 --nudged-steps 1",
-    ("vgg7-kd-cifar10", "bp"): f"{VGG} --arch vgg7 --epochs 20 --feedback 0.1 --algorithm bp",
+    ("vgg7-kd-cifar10", "feedback0.1"): f"{VGG} --arch vgg7 --epochs 10 --feedback 0.1 --free-steps 2 --nudged-steps 1",
+    ("vgg7-kd-cifar10", "bp"): f"{VGG} --arch vgg7 --epochs 10 --feedback 0.1 --algorithm bp",
+    (
+        "vgg7-kd-cifar10",
+        "kd",
+    ): f"{VGG} --arch vgg7 --epochs 10 {CONTRACTING} --aug kd --kappa 0.3 --temperature 2 --teacher-epochs 20",
     ("vgg11-kd-cifar100", "bp"): f"{VGG} --arch vgg11 --dataset cifar100 --epochs 10 --feedback 0.03 --algorithm bp",
     ("hopfield-resnet13", "bp"): f"{NET} --lr 0.004 --width 0.25 --epochs 15 --feedback 0.1 --algorithm bp",
 }

@@ -209,8 +209,9 @@ def test_gradients_that_are_added_in_pieces_are_the_same_bits(monkeypatch, piece
     monkeypatch.setattr("cupyep.learning.learner.ADDED_AT_ONCE", piece)
     for count in (1, 2, 3, 8):
         ep.set_threads(count)
+        learner = ep.EquilibriumPropagation(net, 0.3, 3, 2)
         np.testing.assert_array_equal(learner.step(batch).gradients.packed, expected)
-    assert len(learner._gradients) <= len(learner.parts(SAMPLES)), "the first part's are the batch's"
+        assert len(learner._gradients) <= len(learner.parts(SAMPLES)), "the first part's are the batch's"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, ep.ConfigurationError])
