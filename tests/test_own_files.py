@@ -17,6 +17,7 @@ from cupyep.data import stored as storing
 from cupyep.data.pictures import read_picture
 from cupyep.data.sources import absolute_name, short_name
 from cupyep.errors import ConfigurationError, DataError
+from cupyep.training.config import make_config
 from cupyep.training.run_directory import RunDirectory
 
 pytest.importorskip("PIL")
@@ -158,6 +159,7 @@ def test_names():
     assert short_name("folder:/a/b/shapes/") == "folder:shapes"
     assert absolute_name("file:x.npz") == f"file:{os.getcwd()}/x.npz"
     assert absolute_name("cifar10") == short_name("cifar10") == "cifar10"
+    assert make_config({"data_dir": "data"}).data_dir == f"{os.getcwd()}/data"
 
 
 def folder_of(tmp_path, *files):

@@ -29,7 +29,7 @@ else:
 
 
 def test_toml_holds_every_kind_of_value():
-    text = 'a "quoted" \\ back\nslash \x7f é \U0001f600'
+    text = '/a "quoted" \\ back\nslash \x7f é \U0001f600'
     changed = TrainConfig(data_dir=text, learning_rate=[0.25, 1e-5], gain=2, crop=False, limit_train=7, tolerance=1e-7)
     parsed = tomllib.loads(changed.to_toml())
     assert parsed["data_dir"] == text

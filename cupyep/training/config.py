@@ -7,6 +7,7 @@ What an option `needs` is in its field, too: given where it would change nothing
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from cupyep.data import DATASETS
 from cupyep.data.sources import absolute_name, check_name
 from cupyep.diagnostics.pace import ON_UNSETTLED
 from cupyep.errors import ConfigurationError, nearest, require
-from cupyep.files import read_text
+from cupyep.files import expanded, read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
@@ -203,6 +204,7 @@ class TrainConfig:
         for spec in fields(self):
             setattr(self, spec.name, checked(spec, getattr(self, spec.name), option_name(spec.name), self.plugin))
         self.dataset = absolute_name(self.dataset)
+        self.data_dir = self.data_dir and os.path.abspath(expanded(self.data_dir))  # from wherever the run goes on
         own = architecture(self.arch)
         self.activation, self.weights = self.activation or own.activation, self.weights or own.weights
         if self.weight_decay is None:
