@@ -62,7 +62,7 @@ WRONG = {
     ),
     "evaluate nothing": (["evaluate", "none"], 1, "'none' is not a run directory"),
     "evaluate without folder": (["evaluate"], 2, "Missing argument 'RUN'"),
-    "missing data": (["train", "--data-dir", "empty"], 1, "data set cifar10 not found in empty"),
+    "missing data": (["train", "--data-dir", "empty"], 1, "/empty (no "),
     "missing teacher": (["train", "--aug", "kd", "--teacher", "t.h5"], 1, "teacher file t.h5 does not exist"),
     "layers without signals": (["train", "--signal-layers", "2"], 2, "--signal-layers needs --aug le or kd"),
     "checked layers without signals": (["check", "--signal-layers", "2"], 2, "--signal-layers needs --aug le or kd"),
@@ -103,7 +103,7 @@ WRONG = {
     "a file for the data": (
         ["train", "--data-dir", "../data/cifar-10-batches-bin/test_batch.bin"],
         1,
-        "data set cifar10 not found in ../data/cifar-10-batches-bin/test_batch.bin",
+        "/data/cifar-10-batches-bin/test_batch.bin",
     ),
     "unknown device": (["train", "--device", "gpu"], 2, "unknown device 'gpu'"),
     "json nowhere": (["check", "--json", "no/check.json"], 2, "there is no folder 'no'"),

@@ -666,7 +666,7 @@ WRONG = {
     "layout misspelt": ([*MODEL, "--layout", "nhcw", *OUT], 2, "unknown --layout 'nhcw'; did you mean 'nhwc'?"),
     "option misspelt": (["--onyx", "model.onnx", *OUT], 2, "no such option '--onyx'; did you mean '--onnx'?"),
     "unknown data set": ([*MODEL, "--dataset", "cifar11", *OUT], 2, "unknown --dataset 'cifar11'"),
-    "missing data": ([*MODEL, "--data-dir", "empty", *OUT], 1, "data set cifar10 not found in empty"),
+    "missing data": ([*MODEL, "--data-dir", "empty", *OUT], 1, "/empty (no "),
     "too few means": ([*MODEL, "--mean", "0,0", *OUT], 2, "--mean needs 3 numbers for cifar10, one a channel"),
     "mean is not finite": ([*MODEL, "--mean", "0,nan,0", *OUT], 2, "--mean needs 3 numbers"),
     "mean is no number": ([*MODEL, "--mean", "0,a", *OUT], 2, "'0,a' is neither a number nor numbers with commas"),
