@@ -212,6 +212,10 @@ def test_a_taken_folder_is_refused(tmp_path):
     RunDirectory.create(tmp_path / "run", TrainConfig())
     with pytest.raises(CheckpointError, match="holds another run; continue it with --resume"):
         RunDirectory.create(tmp_path / "run", TrainConfig())
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "checkpoint.h5").touch()
+    with pytest.raises(CheckpointError, match="holds a checkpoint.h5 without its config.toml; bring that back"):
+        check_free(tmp_path / "half")
     (tmp_path / "other").mkdir()
     assert check_free(tmp_path / "other") == tmp_path / "other"
     (tmp_path / "other" / "thesis.txt").touch()

@@ -212,8 +212,12 @@ class RunDirectory:
 def check_free(path: str | Path) -> Path:
     """Return `path` if a new run can be written there, else raise `CheckpointError`."""
     path = Path(path)
-    if (path / CONFIG).exists() or (path / CHECKPOINT).exists():
+    if (path / CONFIG).exists():
         raise CheckpointError(f"'{path}' holds another run; continue it with --resume or choose another --run-dir")
+    if (path / CHECKPOINT).exists():
+        raise CheckpointError(
+            f"'{path}' holds a {CHECKPOINT} without its {CONFIG}; bring that back or choose another --run-dir"
+        )
     if path.exists() and (not path.is_dir() or not all(map(is_leftover, path.iterdir()))):
         raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another --run-dir")
     _require_writable(path)
