@@ -62,9 +62,20 @@ class TrainSummary:
 
 
 def evaluate(learner: Any, batches: Iterable[Any], communicator: Communicator | None = None) -> tuple[float, float]:
-    """Return (mean loss, accuracy) of `learner` over `batches` (of a `Loader` without augmentation).
+    """Return how well `learner` does on labelled images.
 
-    With a `communicator` they are those of all ranks, of which each has its share of every batch.
+    Parameters
+    ----------
+    learner : Learner
+    batches : iterable of Batch
+        Of a `Loader` without augmentation.
+    communicator : Communicator, optional
+        Of several ranks, each of which has its share of every batch; the figures are those of all.
+
+    Returns
+    -------
+    loss, accuracy : float
+        Mean readout loss; fraction of right answers in [0, 1].
     """
     loss, correct, count = 0.0, 0, 0
     with np.errstate(over="ignore", invalid="ignore"):

@@ -91,11 +91,28 @@ def resume_run(
     stretch: bool = False,
     communicator: Communicator | None = None,
 ) -> Trainer:
-    """Prepare to go on with the run in `path` where its last checkpoint left it.
+    """Prepare to go on with a run where its last checkpoint left it.
 
-    Of the options `given` now only `RESUME_OPTIONS` may differ from the run's own. The rest is as in `start_run`; there
-    may be more or fewer processes than before. With `stretch` learning rate and kappa of a run that had finished rise
-    again, where more epochs stretch their schedules: that it would do so, and nobody asked for it, is an error.
+    Parameters
+    ----------
+    path : path
+        Run directory.
+    given : mapping
+        Options given now; only `RESUME_OPTIONS` may differ from the run's own.
+    display, communicator : optional
+        As in `start_run`; there may be more or fewer processes than before.
+    stretch : bool
+        Let learning rate and kappa of a run that had finished rise again, where more epochs stretch their schedules.
+
+    Returns
+    -------
+    Trainer
+        Call its `run`.
+
+    Raises
+    ------
+    CupyepError
+        One clear line for whatever stands in the way; a schedule that would be stretched without `stretch` is one.
     """
     ranks = communicator or Communicator()
     with ranks.together():
@@ -180,10 +197,29 @@ def show_start(trainer: Trainer, text: str) -> None:
 def evaluate_run(
     path: str | Path, which: str, given: Mapping[str, Any], display: Display | None = None, split: str = "test"
 ) -> list[str]:
-    """Measure a split with the checkpoint `which` ("best" or "last") of the run in `path`, and options `given` now.
+    """Measure a trained network on a split of its data set; no images are augmented, the training images neither.
 
-    No images of a split ("test", "validation" or "train") are augmented, the training images neither. Returned are
-    lines: what was measured; accuracy and loss; for 100 classes or more also the top-5 accuracy.
+    Parameters
+    ----------
+    path : path
+        Run directory.
+    which : {"best", "last"}
+        Checkpoint.
+    given : mapping
+        Options that are to differ from the run's.
+    display : Display, optional
+        Shows progress.
+    split : {"test", "validation", "train"}
+
+    Returns
+    -------
+    list of str
+        Lines: what was measured; accuracy and loss; for 100 classes or more also the top-5 accuracy.
+
+    Raises
+    ------
+    CupyepError
+        If run, checkpoint or data set cannot be read, or an option given has no effect.
     """
     run = load_trained(path, which, given)
     config = run.config

@@ -81,12 +81,26 @@ def train_teacher(
 ) -> Network:
     """Train a teacher by backpropagation and return its network.
 
-    The `config` is of the teacher itself, as `teacher_config` gives it; `device`, `display` and `communicator` are as
-    in `Trainer`. With a run directory `path` the training that was broken off there goes on; without one nothing is
-    written.
+    Parameters
+    ----------
+    config : TrainConfig
+        Of the teacher itself, as `teacher_config` gives it.
+    dataset : Dataset
+    device, display, communicator : optional
+        As in `Trainer`.
+    path : path, optional
+        Run directory; a training that was broken off there goes on. Without one nothing is written.
 
-    `Interrupted` if a signal came; with a run directory, the training has been saved. `CheckpointError` if the run
-    directory cannot be written, or what lies there is of no use.
+    Returns
+    -------
+    Network
+
+    Raises
+    ------
+    Interrupted
+        If a signal came; with a run directory, the training has been saved.
+    CheckpointError
+        If the run directory cannot be written, or what lies there is of no use.
     """
     network = build_network(config, dataset, device)
     trainer = build_trainer(config, dataset, network, display=display, communicator=communicator)
@@ -152,14 +166,34 @@ def export_logits(
 ) -> dict[str, float]:
     """Write a teacher file: the logits of every training and test image, in every view that the data set allows.
 
-    `predict` takes normalised images (B, H, W, C), float32 on `device`, `batch_size` at a time, and returns raw logits
-    (B, classes). With `features`, the shapes (H, W, C) of activations by name that are to be written too, it returns
-    the pair of logits and a dict of activations (B, *shape). Where the data set forbids mirrored images, only the
-    identity view is written. The file at `path` is replaced when the new one is complete; `teacher` says what made the
-    logits, in free text.
+    Parameters
+    ----------
+    predict : callable
+        Takes normalised images (B, H, W, C), float32 on `device`, and returns raw logits (B, classes); with `features`
+        the pair of logits and a dict of activations (B, *shape).
+    dataset : Dataset
+        One that forbids mirrored images gets the identity view only.
+    path : path
+        What is there stays until the new file is complete.
+    teacher : str
+        What made the logits, in free text.
+    features : mapping of str to (H, W, C), optional
+        Shapes of the activations by name that are to be written too.
+    device : Device or str
+    batch_size : int
+        Images at a time.
+    display : Display, optional
+        Shows progress.
 
-    Returns the accuracy of each split, in [0, 1]. `TeacherError` if logits are not finite or of the wrong shape, or the
-    file cannot be written.
+    Returns
+    -------
+    dict of str to float
+        Accuracy of each split, in [0, 1].
+
+    Raises
+    ------
+    TeacherError
+        If logits are not finite or of the wrong shape, or the file cannot be written.
     """
     views = VIEWS if dataset.flip else VIEWS[:1]
     total = len(views) * (len(dataset.train) + len(dataset.test))
