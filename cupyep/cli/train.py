@@ -118,6 +118,7 @@ def train(
         require(stretches, "--stretch-schedule needs --resume and --epochs")
         require(jobs is None or sweeps, "--jobs needs --sweep")
         if sweeps:
+            require(ranks.size == 1, "--sweep is for one process: start it without mpirun; --jobs runs several")
             require(
                 log_format == "text", "--sweep writes no --log-format json; the runs' metrics.jsonl is for programs"
             )
