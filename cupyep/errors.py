@@ -131,7 +131,7 @@ def shown(value: Any) -> str:
         return f"an array ({kind}) of shape {value.shape}"
     try:
         text = repr(value)
-    except ValueError:  # integers of more digits than Python prints
+    except (ValueError, RecursionError):  # integers of more digits than Python prints, lists in lists in lists
         return f"a huge {kind}"
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}... ({kind})"
 

@@ -59,6 +59,15 @@ def test_it_is_the_run_of_the_command_line(more, quadrants, tmp_path):
     assert len(repr(result)) < 400
 
 
+def test_options_may_be_numbers_of_numpy(tmp_path):
+    data, files = quadrant_data(), []
+    for kinds in ((int, float), (np.int64, np.float32)):
+        path = tmp_path / kinds[1].__name__
+        ep.fit(own_network(), data, run_dir=path, epochs=kinds[0](1), learning_rate=kinds[1](0.125), **OPTIONS)
+        files.append((path / "config.toml").read_text())
+    assert files[0] == files[1]
+
+
 def test_a_run_of_a_named_data_set_is_one_for_all_commands(quadrants, tmp_path):
     data = dataclasses.replace(quadrant_data(), name="cifar10")
     result = ep.fit(built(data), data, run_dir=tmp_path / "run", epochs=1, **OPTIONS)
