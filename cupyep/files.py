@@ -107,6 +107,17 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     write_file(path, f"{text}\n".encode())
 
 
+def read_json(path: str | Path, limit: int) -> Any:
+    """Return what a JSON file of at most `limit` bytes holds; see `read_text` for the errors.
+
+    `ValueError` also if it is not JSON, or lists are in lists so deep that nobody meant it.
+    """
+    try:
+        return json.loads(read_text(path, limit))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -273,9 +273,11 @@ def test_folders_that_are_not_ours(tmp_path):
     with pytest.raises(CheckpointError, match="was measured with other options"):
         reproduce(study(Measure(), base={"width": 9.0}), tmp_path, report=silent)
     path = tmp_path / "cells" / "one-seed0.json"
-    path.write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged"):
-        reproduce(study(Measure()), tmp_path, report=silent)
+    for content in ("{", "[]", "[" * 100_000, '{"a": "\xff"}'):
+        path.write_text(content, encoding="latin-1")
+        with pytest.raises(CheckpointError, match="is damaged .*; remove it") as error:
+            reproduce(study(Measure()), tmp_path, report=silent)
+        assert "\n" not in str(error.value)
     with pytest.raises(CheckpointError, match="is of experiment 'study', not 'signals'"):
         load_results(find("signals"), tmp_path)
 
@@ -359,6 +361,16 @@ def test_probes_are_kept_by_epoch(tmp_path):
         {"epoch": 1, "cosines": [1.0], "beta": 0.5},
         {"epoch": 2, "cosines": [2.0], "beta": 0.5},
     ]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[", "{}x", "[" * 100_000, "[3]", "{}", "[{}]", '[{"epoch": "1"}]', "7", "[[]]"]
+)
+def test_damaged_probes_are_one_clear_line(content, tmp_path):
+    (tmp_path / "probes.json").write_text(content)
+    with pytest.raises(CheckpointError, match="probes.json' is damaged .*; remove it to measure anew") as error:
+        cells._probes(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def probed_cell(cell):

@@ -130,8 +130,9 @@ class TeacherFile:
         group = hdf5.find(self._file, name)
         self._check(isinstance(group, h5py.Group), f"has no group '{name}'")
         labels, logits = self._array(f"{name}/labels"), self._array(f"{name}/logits")
-        integers = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) <= MOST_SAMPLES
-        self._check(integers, f"{name}/labels is not a list of integers")
+        self._check(labels.ndim == 1 and labels.dtype.kind in "iu", f"{name}/labels is not a list of integers")
+        number = f"{name}/labels holds {len(labels)} samples, expected 1 to {MOST_SAMPLES}"
+        self._check(0 < len(labels) <= MOST_SAMPLES, number)
         shape = (len(self.views), len(labels), len(self.classes))
         self._check_values(logits, f"{name}/logits", shape)
         if "index" in group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,10 +15,10 @@ from cupyep.backend import get_device
 from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
 from cupyep.data import Loader
-from cupyep.errors import CheckpointError, DivergenceError
+from cupyep.errors import CheckpointError, DivergenceError, one_line
 from cupyep.experiments.design import Cell
 from cupyep.experiments.sweep import is_finished
-from cupyep.files import read_text, write_json
+from cupyep.files import read_json, write_json
 from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
 from cupyep.learning.gradients import layer_of
@@ -195,7 +194,15 @@ def _courses(records: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dic
 
 def _probes(folder: Path) -> list[dict[str, Any]]:
     path = folder / PROBES
-    return json.loads(read_text(path, PROBES_BYTES)) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        probes = read_json(path, PROBES_BYTES)
+        if not isinstance(probes, list) or any(type(probe["epoch"]) is not int for probe in probes):
+            raise TypeError("not a list of epochs")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"'{path}' is damaged ({one_line(error)}); remove it to measure anew") from error
+    return probes
 
 
 def _keep_probe(folder: Path, epoch: int, probed: dict[str, Any]) -> None:

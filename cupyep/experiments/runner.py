@@ -21,7 +21,7 @@ from cupyep.commands.system import system_report
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, reporting, require
 from cupyep.experiments.design import WORK, Cell, Experiment, Results, cell_name
 from cupyep.experiments.processes import check_stop, side_by_side
-from cupyep.files import FolderLock, is_leftover, read_text, write_json
+from cupyep.files import FolderLock, is_leftover, read_json, write_json
 from cupyep.training.interruption import Interruptions
 
 CELLS, RESULTS = "cells", "results.json"
@@ -257,7 +257,7 @@ def _circumstances(command: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(path, JSON_BYTES))
+        content = read_json(path, JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:

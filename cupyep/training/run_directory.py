@@ -19,7 +19,7 @@ from cupyep._version import __version__
 from cupyep.data.sources import short_name
 from cupyep.diagnostics.checkup import check_trace
 from cupyep.errors import CheckpointError, ConfigurationError, choose, is_number, reporting
-from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
+from cupyep.files import FolderLock, can_write, is_leftover, read_json, read_text, remove_leftovers, write_file
 from cupyep.models import slug
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.config import WRITTEN, TrainConfig, make_config, read_toml
@@ -142,9 +142,9 @@ class RunDirectory:
         """Return what settling.json holds, None if there is none; `CheckpointError` if it is damaged."""
         path = self.path / SETTLING
         try:
-            return check_trace(json.loads(read_text(path, METRICS_BYTES))) if path.is_file() else None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise CheckpointError(f"'{path}' is not a record of settling: {error}") from error
+            return check_trace(read_json(path, METRICS_BYTES)) if path.is_file() else None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"'{path}' is damaged, no record of settling ({error}); remove it") from error
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write checkpoint.h5; the old one becomes checkpoint.previous.h5 if it stood between two epochs."""
