@@ -163,7 +163,14 @@ def test_evaluate_shows_top_5_for_many_classes(invoke, tmp_path, monkeypatch):
     write_files(tmp_path / "cifar-100-binary", cifar_binary_files("cifar100", arrays))
     options = ["--dataset", "cifar100", "--data-dir", tmp_path, "--run-dir", tmp_path / "run", "--quiet"]
     assert invoke("train", *TINY, *options, "--epochs", 1)[0] == 0
-    assert ", top-5 accuracy " in invoke("evaluate", tmp_path / "run")[1]
+    settled, settle = [], ep.EquilibriumPropagation.settled
+    monkeypatch.setattr(
+        ep.EquilibriumPropagation, "settled", lambda self, batch: settled.append(len(batch)) or settle(self, batch)
+    )
+    line = invoke("evaluate", tmp_path / "run")[1].splitlines()[1]
+    assert sum(settled) == len(arrays[1][0]), "every image once"
+    record = records(tmp_path / "run")[-1]
+    assert f"accuracy {record['test_accuracy']:.2%}, loss {record['test_loss']:.4f}, top-5 accuracy " in line
 
 
 def test_a_recipe_fills_what_is_not_given(cifar, invoke, tmp_path):

@@ -195,9 +195,14 @@ class Learner(Shown):
         return self.network.outputs(self.settled(part).layers[-1])
 
     @exclusive
-    def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
-        """Return the summed readout loss and the number of correct samples, 0-d arrays."""
+    def evaluate(self, x: Any, targets: Any = None, scores: Any = None) -> tuple[Any, Any]:
+        """Return the summed readout loss and the number of correct samples, 0-d arrays.
+
+        Nothing is settled where `scores` are given, those of `Learner.scores`.
+        """
         batch = self._placed(x, targets)
+        if scores is not None:
+            return self._judge(scores, batch)
         figures = self.network.run_parts(
             batch, lambda part, *_: self._judge(self._scores(part), part), self.micro_batch
         )
