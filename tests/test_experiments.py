@@ -268,7 +268,7 @@ def test_report_is_made_of_results_json(tmp_path):
 
 def test_folders_that_are_not_ours(tmp_path):
     reproduce(study(Measure(1.0, 5.0, 2.0, 6.0)), tmp_path, report=silent)
-    with pytest.raises(CheckpointError, match=r"holds experiment 'study' at scale 'small'; give another --out"):
+    with pytest.raises(CheckpointError, match=r"holds experiment 'study' at scale 'small'; give another --output"):
         reproduce(study(Measure()), tmp_path, scale="full", report=silent)
     with pytest.raises(CheckpointError, match="was measured with other options"):
         reproduce(study(Measure(), base={"width": 9.0}), tmp_path, report=silent)
@@ -599,8 +599,8 @@ def test_command_line(tmp_path):
         (["signals", "--seeds", "0"], 2, "0 is not in the range"),
         (["signals", "--max-minutes", "nan"], 2, "--max-minutes must be a finite number (got nan)"),
         (["signals", "--precision", "float61"], 2, "unknown --precision 'float61'"),
-        (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "holds no report"),
-        (["signals", "--out", str(tmp_path / "thesis")], 1, "thesis' holds other files; give another --out"),
+        (["signals", "--report-only", "--output", str(tmp_path / "none")], 1, "holds no report"),
+        (["signals", "--output", str(tmp_path / "thesis")], 1, "thesis' holds other files; give another --output"),
     ):
         result = run(main, ["reproduce", *arguments])
         assert result.exit_code == code, result.output
@@ -615,7 +615,7 @@ def test_the_precision_of_a_report_is_in_its_command(tmp_path, monkeypatch):
     peaks = []
     for words in ([], ["--precision", "float16"]):
         out = tmp_path / f"report{len(words)}"
-        command = ["reproduce", "memory", "--scale", "full", "--device", "cpu", "--out", str(out), *words]
+        command = ["reproduce", "memory", "--scale", "full", "--device", "cpu", "--output", str(out), *words]
         assert CliRunner().invoke(main, command).exit_code == 0
         assert f"`{' '.join(['cupyep reproduce memory --scale full', *words])}`" in (out / "REPORT.md").read_text()
         peaks.append(load_results(find("memory"), out)[0].cells["vgg5/0"]["planned"]["ep"][0])

@@ -49,7 +49,7 @@ Examples:
     type=click.FloatRange(0, min_open=True),
     help="Stop after that, at the end of a batch; go on by the same command.",
 )
-@click.option("--out", type=FilePath(), help="Report folder.  [default: reports/NAME-SCALE]")
+@click.option("--output", "--out", "output", type=FilePath(), help="Report folder.  [default: reports/NAME-SCALE]")
 @click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
 @threads_option
 @click.option("--device", help="What computes: auto, cpu, cuda or cuda:N.  [default: auto]")
@@ -85,7 +85,7 @@ def reproduce(
     scale: str,
     seeds: int | None,
     max_minutes: float | None,
-    out: Path | None,
+    output: Path | None,
     data_dir: str | None,
     device: str | None,
     precision: str | None,
@@ -109,7 +109,7 @@ def reproduce(
             click.echo(f"{experiment.name:<20} {experiment.title}")
         return
     require(name is not None, "reproduce what? give the NAME of an experiment; --list shows them")
-    experiment, folder = find(name), out or Path("reports") / f"{name}-{scale}"
+    experiment, folder = find(name), output or Path("reports") / f"{name}-{scale}"
     experiment.at(scale)
     chosen = {"--seeds": seeds, "--precision": precision}
     place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}

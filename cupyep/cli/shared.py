@@ -279,7 +279,7 @@ def _instead(option: str, known: Iterable[str]) -> str:
         return "; leave it out: images are in memory, nothing waits for them"
     if words and words.split()[0] in known:
         return f"; did you mean '{words}'?"
-    return "" if words else nearest(option, known)
+    return nearest(option, known)
 
 
 def _config_option(name: str, default: Any, with_word: bool) -> Any:

@@ -126,7 +126,7 @@ def check_same(config: TrainConfig, held: RunDirectory) -> None:
     for name in differing(config, held.config):
         if name not in NO_MATTER:
             ours, theirs = (getattr(each, name) for each in (config, held.config))
-            told = f"holds a run with {option_name(name)} {theirs}, not {ours}; remove it or give another --out"
+            told = f"holds a run with {option_name(name)} {theirs}, not {ours}; remove it or give another --output"
             raise CheckpointError(f"'{held.path}' {told}")
 
 
@@ -159,7 +159,7 @@ def _probe_cut_off(cell: Cell, probe: Probe) -> None:
 
 
 def _lacking(folder: Path) -> CheckpointError:
-    told = "holds a run without what is measured after every epoch; remove it or give another --out"
+    told = "holds a run without what is measured after every epoch; remove it or give another --output"
     return CheckpointError(f"'{folder}' {told}")
 
 

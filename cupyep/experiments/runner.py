@@ -172,7 +172,7 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
     held = content.get("experiment")
     _check(held == experiment.name, f"'{path}' is of experiment '{held}', not '{experiment.name}'")
     scale, seeds, measured = content.get("scale"), content.get("seeds"), content.pop("cells", None)
-    _check(scale in list(experiment.scales), f"'{path}' is damaged (no scale of '{held}'); give another --out")
+    _check(scale in list(experiment.scales), f"'{path}' is damaged (no scale of '{held}'); give another --output")
     anew = "leave out --report-only, and it is written anew"
     _check(type(seeds) is int and isinstance(measured, dict), f"'{path}' is damaged (no seeds or no cells); {anew}")
     _check(seeds > 0, f"'{path}': nothing has been measured yet; leave out --report-only to measure")
@@ -187,19 +187,19 @@ def _claimed(folder: Path, header: dict[str, Any], seeds: int) -> Iterator[None]
     path = folder / RESULTS
     if path.is_file():
         held = {name: _read_json(path).get(name) for name in header}
-        told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
+        told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --output"
         _check(held == header, told)
     else:
         ours = not folder.is_dir() or all(
             entry.name in (CELLS, WORK) or is_leftover(entry) for entry in folder.iterdir()
         )
-        _check(ours, f"'{folder}' holds other files; give another --out")
+        _check(ours, f"'{folder}' holds other files; give another --output")
         with reporting(CheckpointError, f"cannot write report folder '{folder}'"):
             (folder / CELLS).mkdir(parents=True, exist_ok=True)
         write_json(path, {**header, "seeds": seeds, "cells": {}}, indent=1)
     lock = FolderLock(folder)
     holder = lock.acquire()
-    _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --out")
+    _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --output")
     try:
         yield
     finally:
@@ -218,7 +218,7 @@ def kept(cell: Cell) -> dict[str, Any] | None:
         return None
     content = _read_json(path)
     same = content.get("options") == _options(cell)
-    _check(same, f"'{path}' was measured with other options; remove it or give another --out")
+    _check(same, f"'{path}' was measured with other options; remove it or give another --output")
     return content
 
 
