@@ -76,8 +76,8 @@ WRONG = {
         2,
         "needs --algorithm ep or bptt",
     ),
-    "beta of no nudge": (["check", "--scheme", "tangent", "--betas", "0.1,0.2"], 2, "--betas: --beta needs --scheme"),
-    "beta and betas": (["check", "--beta", "0.1", "--betas", "0.1,0.2"], 2, "--betas takes the place of --beta"),
+    "beta of no nudge": (["check", "--scheme", "tangent", "--beta", "0.1,0.2"], 2, "Error: --beta needs --scheme"),
+    "the second beta": (["check", "--beta", "0.1,nan"], 2, "--beta must be a number (got nan)"),
     "test images of another split": (
         ["evaluate", "none", "--split", "train", "--limit-test", "5"],
         2,

@@ -12,6 +12,7 @@ from cupyep.cli.help import SectionedCommand
 from cupyep.cli.shared import (
     checkpoint_option,
     choice,
+    is_given,
     json_option,
     run_options,
     run_plugin_option,
@@ -207,6 +208,7 @@ def diagnose(
     exit code is 0 for an unhealthy network, too.
     """
     check_picture(plot_path)
+    require(not (is_given("checkpoint") and path.is_file()), f"--checkpoint is for a run: '{path}' is one checkpoint")
     report = diagnosing.diagnose(path, checkpoint, given, bptt)
     for line in report.lines():
         click.echo(line)

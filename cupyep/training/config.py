@@ -116,13 +116,13 @@ class TrainConfig:
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
     beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0, needs=("ep", "finite"))
-    free_steps: int | str | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance), or auto: "
-                                            "after every epoch as many as it was found to need; unset: 2 sweeps, 6 "
-                                            "with a feedback above 0.3, 60 of the other schedules.", low=1, word=AUTO,
-                                            needs=("settling",))
-    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase, or auto; for bptt the steps "
-                                              "unrolled; unset: 2 sweeps, 4 with a feedback above 0.3, 20 otherwise.",
-                                              low=1, word=AUTO, needs=("settling",))
+    free_steps: int | str | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
+                                            "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
+                                            word=AUTO, word_text=", or auto: after every epoch as many as it was found "
+                                            "to need", needs=("settling",))
+    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase (of bptt those unrolled); unset: 2 "
+                                              "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1, word=AUTO,
+                                              word_text=", or auto", needs=("settling",))
     on_unsettled: str = GRADIENT("warn", str, "With auto steps, when a phase does not contract or needs more than 8 "
                                  "sweeps (200 other steps): say so, also halve the feedback, or also stop.",
                                  choices=ON_UNSETTLED, needs=("auto",))

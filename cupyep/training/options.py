@@ -75,8 +75,9 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
         ``list`` is one number, or several (one a layer).
     **rule
         `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
-        `word`, which may stand for the number; `check` (of a text, a function of value and name that raises; its
-        `choices` are suggestions then); `needs` (names of `NEEDS`), without which the option has no effect.
+        `word`, which may stand for the number in a training, and `word_text`, what the line says of it; `check` (of a
+        text, a function of value and name that raises; its `choices` are suggestions then); `needs` (names of
+        `NEEDS`), without which the option has no effect.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
