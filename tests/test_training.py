@@ -390,7 +390,7 @@ def test_top_k_accuracy_by_hand():
     scores = np.array([[5.0, 4.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0], [0.0, 9.0, 1.0, 2.0]])
     learner = SimpleNamespace(
         scores=lambda batch: scores[batch.index],
-        evaluate=lambda batch, scores: (scores.sum(), 0),
+        judge=lambda scores, batch: (scores.sum(), 0),
         network=SimpleNamespace(device=ep.get_device("cpu")),
     )
     batches = [

@@ -173,8 +173,11 @@ def info(device_kind: str | None, given: dict[str, Any]) -> None:
     """
     if not given.keys() - {"data_dir", "device"} and device_kind is None:
         ranks, name = join(), given.get("device", "auto")
-        lines = [f"{word:<14} {value}" for word, value in system_report(given.get("data_dir"), name)]
-        click.echo("\n".join(ranks.gather(rank_report(ranks, name)) if ranks.size > 1 else lines))
+        if ranks.size > 1:
+            lines = ranks.gather(rank_report(ranks, name))
+        else:
+            lines = [f"{word:<14} {value}" for word, value in system_report(given.get("data_dir"), name)]
+        click.echo("\n".join(lines))
         return
     require("data_dir" not in given, "--data-dir says nothing of a network; give it alone")
     require(given.keys() != {"plugin"}, "--plugin says nothing by itself; give --arch, too")

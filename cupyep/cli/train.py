@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -137,17 +138,15 @@ def train(
             run = runs.resume_run(run_dir, given, display, stretch_schedule, ranks)
         else:
             run = runs.start_run(chosen_config(given, recipe), run_dir, display, ranks)
-        ranks.remedy = f"go on with: cupyep train --run-dir {run.directory.path} --resume"
-        ranks.remedy += f" --plugin {given['plugin']}" if "plugin" in given else ""
+        words = ["cupyep", "train", "--run-dir", str(run.directory.path), "--resume"]
+        words += ["--plugin", given["plugin"]] if "plugin" in given else []
+        ranks.remedy = f"go on with: {shlex.join(words)}"
         if tensorboard and ranks.rank == 0:
             run.events = EventLog(run.directory.path / FOLDER, run.records)
         try:
             summary = run.run()
         except Interrupted as error:
             raise Interrupted(f"{error}; {ranks.remedy}", error.number) from None
-        finally:
-            if run.events is not None:
-                run.events.close()
         display.show("end", str(summary), status="done", **summary.values())
 
 

@@ -13,6 +13,7 @@ line that names the file and the remedy.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class TeacherFile:
         if option := MODELS.get(self.path.suffix.lower()):
             raise TeacherError(
                 f"'{self.path}' is a model, no teacher file; make one of it by: cupyep teacher "
-                f"--dataset NAME {option.format(self.path)} --output teacher.h5"
+                f"--dataset NAME {option.format(shlex.quote(str(self.path)))} --output teacher.h5"
             )
         with self._disk():
             self._file = hdf5.open_file(self.path)

@@ -195,14 +195,9 @@ class Learner(Shown):
         return self.network.outputs(self.settled(part).layers[-1])
 
     @exclusive
-    def evaluate(self, x: Any, targets: Any = None, scores: Any = None) -> tuple[Any, Any]:
-        """Return the summed readout loss and the number of correct samples, 0-d arrays.
-
-        Nothing is settled where `scores` are given, those of `Learner.scores`.
-        """
+    def evaluate(self, x: Any, targets: Any = None) -> tuple[Any, Any]:
+        """Return the summed readout loss and the number of correct samples, 0-d arrays."""
         batch = self._placed(x, targets)
-        if scores is not None:
-            return self._judge(scores, batch)
         figures = self.network.run_parts(
             batch, lambda part, *_: self._judge(self._scores(part), part), self.micro_batch
         )
@@ -210,6 +205,10 @@ class Learner(Shown):
         for more_loss, more_correct in figures[1:]:
             loss, correct = loss + more_loss, correct + more_correct
         return loss, correct
+
+    def judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
+        """Return what `evaluate` does of a batch whose `scores` are known: nothing is settled."""
+        return self._judge(scores, self._placed(batch, None))
 
     def _judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
         network = self.network

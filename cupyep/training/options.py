@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import Field, field
 from typing import Any
@@ -99,7 +100,7 @@ def checked(spec: Field, value: Any, name: str, plugin: Any = None) -> Any:
     except ConfigurationError:
         if spec.name not in REGISTERED or not isinstance(value, str) or not isinstance(plugin, str):
             raise
-        told = f"{name} '{value}' is of a plugin, which is code; if you trust it, give --plugin {plugin}"
+        told = f"{name} '{value}' is of a plugin, which is code; if you trust it, give --plugin {shlex.quote(plugin)}"
         raise ConfigurationError(printable(told)) from None
 
 

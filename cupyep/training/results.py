@@ -92,7 +92,7 @@ def evaluate(
             if top:
                 scores = learner.scores(batch)
                 hits = hits + _hits(learner, scores, batch, top)
-                batch_loss, batch_correct = learner.evaluate(batch, scores=scores)
+                batch_loss, batch_correct = learner.judge(scores, batch)
             else:
                 batch_loss, batch_correct = learner.evaluate(batch)
             loss, correct, count = loss + batch_loss, correct + batch_correct, count + own

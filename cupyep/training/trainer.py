@@ -159,10 +159,15 @@ class Trainer:
         Interrupted
             If a signal came; the run has been saved.
         """
-        self.check_unfinished()
-        sharing.share_parameters(self.learner, self.communicator)
-        if self.directory is None:
-            return self._train()
+        try:
+            self.check_unfinished()
+            sharing.share_parameters(self.learner, self.communicator)
+            return self._train() if self.directory is None else self._train_and_save()
+        finally:
+            if self.events is not None:
+                self.events.close()
+
+    def _train_and_save(self) -> TrainSummary | None:
         with self.directory.locked(), self.interruptions:
             try:
                 return self._train()
