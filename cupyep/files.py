@@ -69,10 +69,15 @@ def read_text(path: str | Path, limit: int, errors: str = "strict") -> str:
         raise ValueError(f"not text in {kind} (byte {error.start} is wrong); save it as UTF-8") from error
 
 
+def temporary_path(path: Path) -> Path:
+    """Return where this process keeps what becomes `path`; `remove_leftovers` knows such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path` durably, on failure it disappears."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:

@@ -231,9 +231,7 @@ def _draw(report: diagnosing.Diagnosis, path: Path, plot_path: Path | None) -> l
             return []
         plot_path = path / "plots" / "diagnosis.png"
     try:
-        lines = report.lines()
-        verdicts = [line for line in lines if line.startswith(("warning:", "healthy:"))]
-        figure = diagnosis(report.rows, report.trace, report.title, verdicts)
+        figure = diagnosis(report.rows, report.trace, report.title, report.verdicts())
     except ConfigurationError as error:
         click.echo(f"not drawn: {error}")
         return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import numpy as np
 from cupyep.data import Dataset
 from cupyep.data.sources import SOURCES, short_name
 from cupyep.errors import CheckpointError, reporting, require
-from cupyep.files import LOCK, write_file
+from cupyep.files import LOCK, temporary_path, write_file
 from cupyep.learning import Backpropagation
 from cupyep.persistence import Checkpoint, save_checkpoint
 from cupyep.training.build import build_dataset, evaluation_batches, first_test_images
@@ -90,7 +89,7 @@ def halved(checkpoint: Checkpoint) -> Checkpoint:
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, which becomes `path` at the end, or disappears."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with reporting(CheckpointError, f"cannot write '{path}'"):
             yield temporary

@@ -15,12 +15,14 @@ from cupyep.backend import get_device
 from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
 from cupyep.data import Loader
+from cupyep.diagnostics.checkup import PROBE_IMAGES
 from cupyep.errors import CheckpointError, DivergenceError, one_line
 from cupyep.experiments.design import Cell
 from cupyep.experiments.sweep import is_finished
 from cupyep.files import read_json, write_json
 from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
+from cupyep.learning.equilibrium import FORMS
 from cupyep.learning.gradients import layer_of
 from cupyep.learning.operations import OperationCounter, Operations
 from cupyep.network import Network
@@ -48,8 +50,6 @@ PROBES, PROBES_BYTES = "probes.json", 1 << 28
 MACHINE = ("device", "scratch_mb", "data_dir")
 PORTABLE = (*MACHINE, "teacher")  # may change when a training goes on
 NO_MATTER = (*PORTABLE, "checkpoint_minutes", "plugin")  # to what comes of a training
-FORMS = ("classical", "deviation")
-PROBE_IMAGES = 32
 SETTLE = 300  # iterations before gradients are compared
 STEPS = (10, 50, 250)  # T, of memory plans
 

@@ -24,11 +24,13 @@ from cupyep.diagnostics.pace import ON_UNSETTLED
 from cupyep.errors import ConfigurationError, nearest, require
 from cupyep.files import expanded, read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
+from cupyep.losses import LOSSES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.plugins import SIGNALS as AUGMENTERS
 from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_relaxation, default_relaxation, default_steps
 from cupyep.signals import ANNEALINGS
+from cupyep.training.divergence import ON_DIVERGENCE
 from cupyep.training.options import checked, missing, option
 from cupyep.weights import PARAMETRISATIONS
 
@@ -42,7 +44,6 @@ DOTS = 200  # in a line; the parser's memory grows with the square of the parts 
 MOST_LAYERS = 10000
 AUTO = "auto"  # steps that follow the settling
 WRITTEN = "# Written by cupyep"  # how the config.toml of a run begins
-LOSSES = ("cross_entropy", "squared_error")
 
 
 def check_readout_pool(value: str, name: str) -> None:
@@ -194,7 +195,7 @@ class TrainConfig:
                                     "after every batch.", low=0)
     on_divergence: str = RUN("stop", str, "When numbers stop being finite or the loss stays far above its start: stop, "
                              "or go back to the end of the last epoch and halve the learning rate (up to five times).",
-                             choices=("stop", "halve-lr"))
+                             choices=ON_DIVERGENCE)
     plugin: str | None = RUN(None, str, "Python module, or file .py, that registers architectures, activations, "
                              "signals of your own; imported because you name it here, never because a run or recipe "
                              "does; unset: none.")
