@@ -86,7 +86,7 @@ def test_run_folders_get_numbers_and_given_ones_are_not_overwritten(cifar, invok
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     code, out, err = invoke("train", *TINY, "--run-dir", path)
     assert (code, out) == (1, "")
-    assert err == f"Error: '{path}' holds another run; continue it with --resume or choose another --run-dir\n"
+    assert err == f"Error: '{path}' holds another run; resume that or choose another folder\n"
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 

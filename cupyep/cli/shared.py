@@ -1,4 +1,4 @@
-"""What the commands share: types of options, the options of `TrainConfig`, errors as one line, exit codes."""
+"""What the commands share: the options of `TrainConfig` as click's, errors as one line, exit codes, streams."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from cupyep.experiments.sweep import grid, sweep
 from cupyep.parallel import join
 from cupyep.recipes import read_recipe
 from cupyep.training import runs
-from cupyep.training.config import OPTIONS, check_name, option_name
+from cupyep.training.config import OPTIONS, check_option, option_name
 from cupyep.training.display import DISPLAYS, Display
 from cupyep.training.options import checked
 from cupyep.training.run_directory import CONFIG
@@ -159,7 +159,7 @@ def swept_values(texts: Iterable[str], given: Mapping[str, Any]) -> dict[str, li
         word = word.strip().removeprefix("--")
         name = also.get(word, word.replace("-", "_"))
         require(bool(equals and values), f"--sweep must be like kappa=0.1,0.3 (got '{text}')")
-        check_name(name)
+        check_option(name)
         require(name not in found, f"--sweep names {name} twice; give all its values at once")
         require(name not in given, f"{option_name(name)} is swept, leave it out; or leave out its --sweep")
         parts = [part.strip() for part in values.split(";" if ";" in values else ",")]

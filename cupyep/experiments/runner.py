@@ -1,4 +1,4 @@
-"""Runs the cells of an experiment, one after the other, and keeps each as soon as it is measured.
+"""Runs the cells of an experiment, one after the other or side by side, and keeps each as soon as it is measured.
 
 A report folder holds ``cells/ROW-seedK.json`` for every measured cell and ``work/ROW-seedK`` (run directories, probes)
 for those that go on later. Whoever runs the same command again measures what is missing.

@@ -19,7 +19,7 @@ from typing import Any
 from cupyep.activations import ACTIVATIONS
 from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
-from cupyep.data.sources import absolute_name, check_name
+from cupyep.data.sources import absolute_name, check_dataset
 from cupyep.diagnostics.pace import ON_UNSETTLED
 from cupyep.errors import ConfigurationError, nearest, require
 from cupyep.files import expanded, read_text
@@ -94,7 +94,7 @@ class TrainConfig:
                               "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 
     dataset: str = DATA("cifar10", str, "Data set, by name or of your own: file:PATH (.npz, .h5 with x and y) or "
-                        "folder:PATH (pictures, a sub-folder a class).", choices=DATASETS, check=check_name)
+                        "folder:PATH (pictures, a sub-folder a class).", choices=DATASETS, check=check_dataset)
     data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
     image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are, pictures of a "
                                   "folder 32 x 32.", low=1, needs=("sizes",))
@@ -295,7 +295,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigurationError(f"'{path}' is not valid TOML: {error}") from error
     for name, value in values.items():
         try:
-            check_name(name)
+            check_option(name)
             checked(OPTIONS[name], value, name, values.get("plugin"))
         except ConfigurationError as error:
             of_fit = name in OF_FIT and "is of a plugin" not in str(error) and text.startswith(WRITTEN)
@@ -308,7 +308,7 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     """Return the configuration in which later `layers` (such as recipe, command line) override earlier ones."""
     merged = {name: value for layer in layers for name, value in layer.items()}
     for name in merged:
-        check_name(name)
+        check_option(name)
     return TrainConfig(**merged)
 
 
@@ -332,7 +332,7 @@ def differing(config: TrainConfig, other: TrainConfig) -> list[str]:
     return [spec.name for spec in other if not (missing(spec, ours) and missing(spec, theirs))]
 
 
-def check_name(name: str) -> None:
+def check_option(name: str) -> None:
     """Raise `ConfigurationError` if there is no option of that name."""
     if name not in OPTIONS:
         raise ConfigurationError(f"unknown option '{name}'{nearest(name, OPTIONS)}")

@@ -86,7 +86,7 @@ class RunDirectory:
         with reporting(CheckpointError, f"cannot write run directory '{self.path}'"):
             holder = self._lock.acquire()
         if holder:
-            raise CheckpointError(f"'{self.path}' is in use by {holder}; wait for it or choose another --run-dir")
+            raise CheckpointError(f"'{self.path}' is in use by {holder}; wait for it or choose another folder")
 
     def unlock(self) -> None:
         """Let other processes write here."""
@@ -213,13 +213,13 @@ def check_free(path: str | Path) -> Path:
     """Return `path` if a new run can be written there, else raise `CheckpointError`."""
     path = Path(path)
     if (path / CONFIG).exists():
-        raise CheckpointError(f"'{path}' holds another run; continue it with --resume or choose another --run-dir")
+        raise CheckpointError(f"'{path}' holds another run; resume that or choose another folder")
     if (path / CHECKPOINT).exists():
         raise CheckpointError(
-            f"'{path}' holds a {CHECKPOINT} without its {CONFIG}; bring that back or choose another --run-dir"
+            f"'{path}' holds a {CHECKPOINT} without its {CONFIG}; bring that back or choose another folder"
         )
     if path.exists() and (not path.is_dir() or not all(map(is_leftover, path.iterdir()))):
-        raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another --run-dir")
+        raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another one")
     _require_writable(path)
     return path
 

@@ -203,7 +203,7 @@ def evaluate_run(
     ----------
     path : path
         Run directory.
-    which : {"best", "last"}
+    which : {"best", "last", "previous"}
         Checkpoint.
     given : mapping
         Options that are to differ from the run's.
