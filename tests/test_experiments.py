@@ -432,7 +432,9 @@ def test_rows_of_a_table_see_the_same_images(experiment, scale):
 
 def test_what_is_not_given_is_the_default():
     assert seen({"dataset": "mnist"}) == seen({"dataset": "mnist", "crop": make_config({}).crop, "limit_train": None})
-    assert seen({"epochs": 3}) != seen({"epochs": 4})
+    for name, value in {"epochs": 4, "validation": 5, "test_fraction": 0.5, "class_weights": "balanced"}.items():
+        assert seen({name: value}) != seen({})
+    assert seen({"data_dir": "elsewhere", "device": "cpu", "seed": 3}) == seen({})
 
 
 def products_by_hand(free, nudged, form, schedule):

@@ -15,11 +15,11 @@ from cupyep.commands.plots.style import matplotlib_figure
 from cupyep.errors import Interrupted, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report
 from cupyep.experiments import reproduce as run_experiment
-from cupyep.experiments.cells import MACHINE, UNTRAINED
+from cupyep.experiments.cells import UNTRAINED
 from cupyep.experiments.progress import status
 from cupyep.experiments.report import open_text
 from cupyep.experiments.runner import cells_of
-from cupyep.training.config import option_name
+from cupyep.training.config import MACHINE, option_name
 
 EXAMPLES = """\b
 Examples:

@@ -18,14 +18,13 @@ from cupyep.files import LOCK, temporary_path, write_file
 from cupyep.learning import Backpropagation
 from cupyep.persistence import Checkpoint, save_checkpoint
 from cupyep.training.build import build_dataset, evaluation_batches, first_test_images
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import MACHINE, OPTIONS, TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.results import LONGER, at_rest, evaluate
 from cupyep.training.run_directory import BEST, METRICS, SETTLING, RunDirectory, check_free
 from cupyep.training.trained import TrainedRun, load_trained
 
 CARD = "README.md"
-OF_A_MACHINE = ("data_dir", "teacher", "device", "scratch_mb", "init_from")  # options that say nothing elsewhere
 
 
 def release_run(path: str | Path, output: Path, which: str = "best", display: Display | None = None) -> list[str]:
@@ -44,7 +43,7 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
     checkpoint = halved(run.load(which))
     dataset = build_dataset(run.config)
     with _folder(output) as folder:
-        config = dataclasses.replace(run.config, **{name: getattr(TrainConfig(), name) for name in OF_A_MACHINE})
+        config = dataclasses.replace(run.config, **{name: OPTIONS[name].default for name in (*MACHINE, "init_from")})
         new = RunDirectory.create(folder, config)
         for name in filter(lambda name: (run.path / name).is_file(), (METRICS, SETTLING)):
             shutil.copyfile(run.path / name, folder / name)

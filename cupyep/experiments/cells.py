@@ -35,7 +35,7 @@ from cupyep.training.build import (
     evaluation_batches,
     first_test_images,
 )
-from cupyep.training.config import AUTO, TrainConfig, differing, make_config, option_name
+from cupyep.training.config import AUTO, MACHINE, TrainConfig, differing, make_config, option_name
 from cupyep.training.display import Display
 from cupyep.training.interruption import stopped_by
 from cupyep.training.results import at_rest
@@ -47,9 +47,7 @@ from cupyep.training.trainer import Trainer
 COURSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 LAYER_COURSES = ("nudge_response", "gradient_norm", "activity")
 PROBES, PROBES_BYTES = "probes.json", 1 << 28
-MACHINE = ("device", "scratch_mb", "data_dir")
-PORTABLE = (*MACHINE, "teacher")  # may change when a training goes on
-NO_MATTER = (*PORTABLE, "checkpoint_minutes", "plugin")  # to what comes of a training
+NO_MATTER = (*MACHINE, "checkpoint_minutes", "plugin")  # to what comes of a training
 SETTLE = 300  # iterations before gradients are compared
 STEPS = (10, 50, 250)  # T, of memory plans
 
@@ -118,7 +116,12 @@ def _trainer(cell: Cell, display: Display) -> Trainer | None:
     check_same(config, directory)
     if is_finished(directory):
         return None
-    return resume_run(folder, {name: cell.options[name] for name in PORTABLE if name in cell.options}, display)
+    return resume_run(folder, _of_machine(cell), display)
+
+
+def _of_machine(cell: Cell, but: str = "") -> dict[str, Any]:
+    """Return the options of a cell that the machine decides."""
+    return {name: cell.options[name] for name in MACHINE if name in cell.options and name != but}
 
 
 def check_same(config: TrainConfig, held: RunDirectory) -> None:
@@ -133,7 +136,7 @@ def check_same(config: TrainConfig, held: RunDirectory) -> None:
 def _probe_kept(cell: Cell, probe: Probe, epoch: int) -> None:
     """Probe the network of the last checkpoint, unless that was done."""
     if all(kept["epoch"] != epoch for kept in _probes(cell.folder)):
-        given = {name: cell.options[name] for name in MACHINE if name in cell.options}
+        given = _of_machine(cell, but="teacher")  # no network of a run asks it again
         run = load_trained(cell.folder, "last", given)
         _keep_probe(cell.folder, epoch, probe(run.network, run.config))
 
@@ -151,7 +154,7 @@ def _probe_cut_off(cell: Cell, probe: Probe) -> None:
         return
     if lacking != {saved.epoch} or saved.batch > 0:
         raise _lacking(cell.folder)
-    given = {name: cell.options[name] for name in MACHINE if name in cell.options}
+    given = _of_machine(cell, but="teacher")
     network = load_trained(cell.folder, "last", given).network
     own = {path: saved.parameters[path] for path in network.parameters()}
     network.load_parameters(own)  # themselves, as after other epochs, and not their running average

@@ -22,6 +22,7 @@ from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTi
 from cupyep.experiments.design import WORK, Cell, Experiment, Results, cell_name
 from cupyep.experiments.processes import check_stop, side_by_side
 from cupyep.files import FolderLock, is_leftover, read_json, write_json
+from cupyep.training.config import MACHINE
 from cupyep.training.interruption import Interruptions
 
 CELLS, RESULTS = "cells", "results.json"
@@ -227,7 +228,7 @@ def _file(cell: Cell) -> Path:
 
 
 def _options(cell: Cell) -> dict[str, Any]:
-    return json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in ("device", "data_dir")}))
+    return json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in MACHINE}))
 
 
 def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class TrainConfig:
 
     dataset: str = DATA("cifar10", str, "Data set, by name or of your own: file:PATH (.npz, .h5 with x and y) or "
                         "folder:PATH (pictures, a sub-folder a class).", choices=DATASETS, check=check_dataset)
-    data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
+    data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.",
+                                machine=True)
     image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are, pictures of a "
                                   "folder 32 x 32.", low=1, needs=("sizes",))
     limit_train: int | None = DATA(None, int, "Use N training images, the first of each class, equally many of each; "
@@ -155,7 +156,8 @@ class TrainConfig:
                                  needs=("kd", "maps"))
     teacher_features: bool = SIGNALS(False, bool, "Follow the teacher's own activations of the same shape, unweighted, "
                                      "instead of its outputs (kd; needs --no-crop).", needs=("kd",))
-    teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.", needs=("kd",))
+    teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.", needs=("kd",),
+                                  machine=True)
     teacher_epochs: int = SIGNALS(30, int, "Epochs of the teacher that kd trains without --teacher.", low=1,
                                   needs=("kd", "own teacher"))
 
@@ -184,9 +186,10 @@ class TrainConfig:
                                      "best.h5 (--validation); unset: never.", low=1)
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
-    device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.")
+    device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.",
+                      machine=True)
     scratch_mb: float | None = RUN(None, float, "Scratch of a chunk of a batch in MB: more is fewer, larger products, "
-                                   "outside the cache; unset: what stays in it.", above=0, below=1e6)
+                                   "outside the cache; unset: what stays in it.", above=0, below=1e6, machine=True)
     precision: str = RUN("float32", str, "Number format; parameters and optimizer are float32 in all but float64.",
                          choices=PRECISIONS)
     exact: bool = RUN(False, bool, "Direct sums in place of Winograd's products, which a CPU takes in float32: slower, "
@@ -263,14 +266,12 @@ OF_FIT = {
     "dataset": "a run on data made in Python goes on there, by ep.fit(resume=True)",
 }
 
-# What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
-RESUME_OPTIONS = (
-    "epochs", "device", "scratch_mb", "data_dir", "teacher", "checkpoint_minutes", "on_divergence", "on_unsettled",
-    "patience", "plugin",
-)  # fmt: skip
-
 #: The options by name, in the order of ``--help-all``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}
+# Each machine's own affair: of every rank, where a run goes on, where it is passed on to others.
+MACHINE = tuple(name for name, spec in OPTIONS.items() if spec.metadata.get("machine"))
+# What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
+RESUME_OPTIONS = ("epochs", *MACHINE, "checkpoint_minutes", "on_divergence", "on_unsettled", "patience", "plugin")
 
 
 def option_name(name: str) -> str:

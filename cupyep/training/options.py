@@ -78,7 +78,7 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
         `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
         `word`, which may stand for the number in a training, and `word_text`, what the line says of it; `check` (of a
         text, a function of value and name that raises; its `choices` are suggestions then); `needs` (names of
-        `NEEDS`), without which the option has no effect.
+        `NEEDS`), without which the option has no effect; `machine` (True) of what says nothing on another machine.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
