@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,6 +86,11 @@ class Batch:
             rows *= 1 - self.label_smoothing
             rows += self.label_smoothing / rows.shape[-1]
         return rows
+
+
+def is_dtype(value: Any, names: Sequence[str]) -> bool:
+    """Return whether `value` is one of some types of numbers: a name, a class or a dtype of NumPy."""
+    return isinstance(value, (str, type, np.dtype)) and str(getattr(value, "__name__", value)) in names
 
 
 def shared_out(batch: Any) -> tuple[int, int]:

@@ -109,6 +109,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def few(names: Iterable[Any], most: int) -> str:
+    """Return the first `most` of some names with commas between them, and how many more there are."""
+    names = list(map(str, names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def choose(what: str, name: str, known: Iterable[str]) -> str:
     """Return `name` if it is one of `known`, else raise `ConfigurationError` that lists them."""
     known = list(known)
@@ -131,7 +137,7 @@ def shown(value: Any) -> str:
         return f"an array ({kind}) of shape {value.shape}"
     try:
         text = repr(value)
-    except ValueError:  # integers of more digits than Python prints
+    except (ValueError, RecursionError):  # integers of more digits than Python prints, lists in lists in lists
         return f"a huge {kind}"
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}... ({kind})"
 

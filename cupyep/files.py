@@ -69,10 +69,15 @@ def read_text(path: str | Path, limit: int, errors: str = "strict") -> str:
         raise ValueError(f"not text in {kind} (byte {error.start} is wrong); save it as UTF-8") from error
 
 
+def temporary_path(path: Path) -> Path:
+    """Return where this process keeps what becomes `path`; `remove_leftovers` knows such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path` durably, on failure it disappears."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -105,6 +110,17 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write `content` as `write_file` does; numbers that are not finite, which JSON does not have, become null."""
     text = json.dumps(_finite(content), indent=indent, allow_nan=False)
     write_file(path, f"{text}\n".encode())
+
+
+def read_json(path: str | Path, limit: int) -> Any:
+    """Return what a JSON file of at most `limit` bytes holds; see `read_text` for the errors.
+
+    `ValueError` also if it is not JSON, or lists are in lists so deep that nobody meant it.
+    """
+    try:
+        return json.loads(read_text(path, limit))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _finite(value: Any) -> Any:

@@ -438,7 +438,7 @@ def test_on_a_gpu_replays_are_timed_beside_plain_launches(load, fake_gpu):
     net = ep.vgg(5, 4, (16, 16, 3), 1 / 32, device=fake_gpu, feedback=1.0)
     watch = load("measuring").Stopwatch(fake_gpu, net.precision, 8, repeats=1, shortest=0)
     tool = load("benchmark")
-    run = tool.Run({}, net, tool.random_batch(net, 2), watch)
+    run = tool.Run({}, net, tool.noise(net, 2), watch)
     rows = tool.time_settle_steps(run)
     names = [f"settle step, {name}" for name in ("synchronous", "evenodd", "sweeps")]
     assert list(rows) == [row for name in names for row in (name, f"{name}, plain launches")]

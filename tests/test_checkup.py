@@ -121,6 +121,7 @@ HEAD = '{"epoch": 1, "images": 2, "schedule": "sweeps", "tolerance": '
         "",
         "[]",
         "{}",
+        "[" * 100_000,
         HEAD + '"x"}',
         HEAD + 'null, "free": {"steps": 3, "residual": [[1, 2]]}}',
         HEAD + 'null, "free": {"steps": 1, "residual": [[1], [1, 2]]}}',
@@ -129,7 +130,7 @@ HEAD = '{"epoch": 1, "images": 2, "schedule": "sweeps", "tolerance": '
 )
 def test_damaged_records_of_settling_are_one_clear_line(content, tmp_path):
     (tmp_path / "settling.json").write_text(content)
-    with pytest.raises(CheckpointError, match="settling.json' is not a record of settling") as error:
+    with pytest.raises(CheckpointError, match="settling.json' is damaged, .*; remove it$") as error:
         RunDirectory(tmp_path, make_config({})).settling()
     assert "\n" not in str(error.value)
 

@@ -86,7 +86,7 @@ def test_run_folders_get_numbers_and_given_ones_are_not_overwritten(cifar, invok
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     code, out, err = invoke("train", *TINY, "--run-dir", path)
     assert (code, out) == (1, "")
-    assert err == f"Error: '{path}' holds another run; continue it with --resume or choose another --run-dir\n"
+    assert err == f"Error: '{path}' holds another run; resume that or choose another folder\n"
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
@@ -163,7 +163,14 @@ def test_evaluate_shows_top_5_for_many_classes(invoke, tmp_path, monkeypatch):
     write_files(tmp_path / "cifar-100-binary", cifar_binary_files("cifar100", arrays))
     options = ["--dataset", "cifar100", "--data-dir", tmp_path, "--run-dir", tmp_path / "run", "--quiet"]
     assert invoke("train", *TINY, *options, "--epochs", 1)[0] == 0
-    assert ", top-5 accuracy " in invoke("evaluate", tmp_path / "run")[1]
+    settled, settle = [], ep.EquilibriumPropagation.settled
+    monkeypatch.setattr(
+        ep.EquilibriumPropagation, "settled", lambda self, batch: settled.append(len(batch)) or settle(self, batch)
+    )
+    line = invoke("evaluate", tmp_path / "run")[1].splitlines()[1]
+    assert sum(settled) == len(arrays[1][0]), "every image once"
+    record = records(tmp_path / "run")[-1]
+    assert f"accuracy {record['test_accuracy']:.2%}, loss {record['test_loss']:.4f}, top-5 accuracy " in line
 
 
 def test_a_recipe_fills_what_is_not_given(cifar, invoke, tmp_path):
@@ -209,7 +216,7 @@ def test_check_of_a_precision_prints_a_table_for_every_beta(cifar, invoke, tmp_p
     path = tmp_path / "check.json"
     options = ["--width", 0.02, "--batch-size", 4, "--precision", "tf32", "--pooling", "average", "--aug", "le"]
     options += ["--device", "cpu"]  # which rounds what it multiplies for certain
-    code, out, err = invoke("check", *options, "--activation", "sigmoid", "--betas", "0.1,0.02", "--json", path)
+    code, out, err = invoke("check", *options, "--activation", "sigmoid", "--beta", "0.1,0.02", "--json", path)
     assert (code, err) == (0, "")
     assert out.index("beta 0.1 ") < out.index("beta 0.02 ")
     assert out.count("to float32") == out.count("from zeros") == 4
@@ -221,8 +228,9 @@ def test_check_of_a_precision_prints_a_table_for_every_beta(cifar, invoke, tmp_p
             assert 0.99 < row["cosine"] < 1 - 1e-9
             assert 0.999 < row["cosine_float32"] < 1 - 1e-9
             assert 0.999 < row["cosine_from_zeros"] < 1 - 1e-9
-    code, _, err = invoke("check", "--betas", "0.1,-0.02")
-    assert (code, err) == (2, "Error: --betas must be positive numbers with commas between them\n")
+    for beta in ("0.1,-0.02", "-0.02"):
+        code, _, err = invoke("check", "--beta", beta)
+        assert (code, err) == (2, "Error: --beta must be above 0 (got -0.02)\n")
 
 
 def test_check_of_a_recipe_takes_what_it_nudges_but_not_how_it_settles(cifar, invoke, tmp_path):
@@ -249,6 +257,19 @@ def test_info_names_device_libraries_and_data_folder(invoke, tmp_path):
     usable, reason = ep.gpu_status()
     assert usable or reason in out
     assert str(tmp_path) in out
+
+
+def test_info_of_a_device_is_of_the_machine(invoke):
+    """A plan of some network is not what was asked for."""
+    machine = invoke("info")[1].splitlines()
+    code, out, err = invoke("info", "--device", "cpu")
+    changed = [line for line in out.splitlines() if line not in machine]
+    assert (code, err) == (0, "")
+    assert [line.split() for line in changed] == [["device", "cpu", "cpu"]]
+    assert out.count("\n") == len(machine)
+    code, out, err = invoke("info", "--device", "tpu")
+    assert (code, out) == (2, "")
+    assert "tpu" in err
 
 
 def test_version_help_and_no_command(invoke):

@@ -12,7 +12,9 @@ import pytest
 
 import cupyep as ep
 from cupyep.cli import main
+from cupyep.cli.types import NewFile
 from cupyep.recipes import recipe_names
+from cupyep.training.config import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cli.md"
@@ -53,6 +55,30 @@ def test_the_reference_has_every_command_and_option():
         assert f"## cupyep {name}\n" in page
         for param in command.params:
             assert param.param_type_name == "argument" or param.opts[0] in page
+
+
+def test_what_all_commands_have_is_called_alike():
+    """One word for what is written, with its other spelling where it was called so before; --json takes a path."""
+    options = [(name, param) for name, command in COMMANDS.items() for param in command.params]
+    assert {name: param.opts for name, param in options if param.name in ("out", "output")} == {
+        "export": ["--output"],
+        "plot": ["--output", "--out"],
+        "reproduce": ["--output", "--out"],
+        "teacher": ["--output"],
+    }
+    assert all(isinstance(param.type, NewFile) for _, param in options if "--json" in param.opts)
+
+
+def test_auto_is_promised_where_it_is_taken():
+    """Of the options that take a word in a training; what a training says of them besides is said everywhere."""
+    words = {option: spec.metadata["word"] for option, spec in OPTIONS.items() if "word" in spec.metadata}
+    assert words
+    for name, command in COMMANDS.items():
+        for param in command.params:
+            if param.name in words:
+                takes = words[param.name] in param.make_metavar(click.Context(command))
+                assert takes == (name == "train")
+                assert (f"or {words[param.name]}" in param.help) == takes
 
 
 @pytest.mark.parametrize("name", COMMANDS)

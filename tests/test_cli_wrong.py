@@ -76,8 +76,8 @@ WRONG = {
         2,
         "needs --algorithm ep or bptt",
     ),
-    "beta of no nudge": (["check", "--scheme", "tangent", "--betas", "0.1,0.2"], 2, "--betas: --beta needs --scheme"),
-    "beta and betas": (["check", "--beta", "0.1", "--betas", "0.1,0.2"], 2, "--betas takes the place of --beta"),
+    "beta of no nudge": (["check", "--scheme", "tangent", "--beta", "0.1,0.2"], 2, "Error: --beta needs --scheme"),
+    "the second beta": (["check", "--beta", "0.1,nan"], 2, "--beta must be a number (got nan)"),
     "test images of another split": (
         ["evaluate", "none", "--split", "train", "--limit-test", "5"],
         2,
@@ -96,7 +96,7 @@ WRONG = {
     "half a character": (["train", "--data-dir", "\udcff"], 2, "--data-dir must be a text of valid characters"),
     "teacher without kd": (["train", "--teacher", "t.h5"], 2, "--teacher needs --aug kd"),
     "a report of nothing": (
-        ["reproduce", "signals", "--report-only", "--out", "no"],
+        ["reproduce", "signals", "--report-only", "--output", "no"],
         1,
         "'no' holds no report: it has no results.json; leave out --report-only",
     ),
@@ -310,6 +310,13 @@ def test_options_of_other_programs_are_named_as_here(invoke, option):
 def test_an_option_that_this_command_has_not_is_not_suggested(invoke):
     assert invoke("evaluate", "run", "--wd", 1)[::2] == (2, "Error: no such option '--wd'\n")
     assert "; leave it out: images are in memory" in invoke("train", "--workers", 4)[2]
+
+
+def test_an_option_of_another_program_may_be_near_to_one_here(invoke):
+    """--out is --run-dir of a training; where something is written to a file it is --output."""
+    for command, option in (("train", "--run-dir"), ("export", "--output"), ("teacher", "--output")):
+        wanted = f"Error: no such option '--out'; did you mean '{option}'?\n"
+        assert invoke(command, "--out", "x")[::2] == (2, wanted)
 
 
 def test_every_suggestion_is_an_option_with_a_right_value():

@@ -213,12 +213,14 @@ def test_the_picture_lies_in_the_run_unless_there_is_none(run, invoke, tmp_path,
         (["none", "--json", "no/d.json"], 2, "--json: there is no folder 'no'"),
         (["none", "--plot", "d.gif"], 2, "--plot must end in .png or .svg (got 'd.gif')"),
         (["none", "--checkpoint", "bst"], 2, "did you mean 'best'?"),
+        (["best.h5", "--checkpoint", "previous"], 2, "--checkpoint is for a run: 'best.h5' is one checkpoint"),
         (["none", "--epochs", "3"], 2, "no such option '--epochs'"),
     ],
 )
 def test_wrong_use_is_one_line(arguments, code, words, invoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.toml").write_text("epochs = 1\n")
+    (tmp_path / "best.h5").write_bytes(b"")
     found, out, err = invoke("diagnose", *arguments)
     assert (found, out) == (code, "")
     assert words in err

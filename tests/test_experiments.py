@@ -268,14 +268,16 @@ def test_report_is_made_of_results_json(tmp_path):
 
 def test_folders_that_are_not_ours(tmp_path):
     reproduce(study(Measure(1.0, 5.0, 2.0, 6.0)), tmp_path, report=silent)
-    with pytest.raises(CheckpointError, match=r"holds experiment 'study' at scale 'small'; give another --out"):
+    with pytest.raises(CheckpointError, match=r"holds experiment 'study' at scale 'small'; give another --output"):
         reproduce(study(Measure()), tmp_path, scale="full", report=silent)
     with pytest.raises(CheckpointError, match="was measured with other options"):
         reproduce(study(Measure(), base={"width": 9.0}), tmp_path, report=silent)
     path = tmp_path / "cells" / "one-seed0.json"
-    path.write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged"):
-        reproduce(study(Measure()), tmp_path, report=silent)
+    for content in ("{", "[]", "[" * 100_000, '{"a": "\xff"}'):
+        path.write_text(content, encoding="latin-1")
+        with pytest.raises(CheckpointError, match="is damaged .*; remove it") as error:
+            reproduce(study(Measure()), tmp_path, report=silent)
+        assert "\n" not in str(error.value)
     with pytest.raises(CheckpointError, match="is of experiment 'study', not 'signals'"):
         load_results(find("signals"), tmp_path)
 
@@ -361,6 +363,16 @@ def test_probes_are_kept_by_epoch(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[", "{}x", "[" * 100_000, "[3]", "{}", "[{}]", '[{"epoch": "1"}]', "7", "[[]]"]
+)
+def test_damaged_probes_are_one_clear_line(content, tmp_path):
+    (tmp_path / "probes.json").write_text(content)
+    with pytest.raises(CheckpointError, match="probes.json' is damaged .*; remove it to measure anew") as error:
+        cells._probes(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def probed_cell(cell):
     def probe(network, config):
         return {"sum": float(sum(abs(p).sum() for p in network.parameters().values())), "epochs": config.epochs}
@@ -420,7 +432,9 @@ def test_rows_of_a_table_see_the_same_images(experiment, scale):
 
 def test_what_is_not_given_is_the_default():
     assert seen({"dataset": "mnist"}) == seen({"dataset": "mnist", "crop": make_config({}).crop, "limit_train": None})
-    assert seen({"epochs": 3}) != seen({"epochs": 4})
+    for name, value in {"epochs": 4, "validation": 5, "test_fraction": 0.5, "class_weights": "balanced"}.items():
+        assert seen({name: value}) != seen({})
+    assert seen({"data_dir": "elsewhere", "device": "cpu", "seed": 3}) == seen({})
 
 
 def products_by_hand(free, nudged, form, schedule):
@@ -587,8 +601,8 @@ def test_command_line(tmp_path):
         (["signals", "--seeds", "0"], 2, "0 is not in the range"),
         (["signals", "--max-minutes", "nan"], 2, "--max-minutes must be a finite number (got nan)"),
         (["signals", "--precision", "float61"], 2, "unknown --precision 'float61'"),
-        (["signals", "--report-only", "--out", str(tmp_path / "none")], 1, "holds no report"),
-        (["signals", "--out", str(tmp_path / "thesis")], 1, "thesis' holds other files; give another --out"),
+        (["signals", "--report-only", "--output", str(tmp_path / "none")], 1, "holds no report"),
+        (["signals", "--output", str(tmp_path / "thesis")], 1, "thesis' holds other files; give another --output"),
     ):
         result = run(main, ["reproduce", *arguments])
         assert result.exit_code == code, result.output
@@ -603,7 +617,7 @@ def test_the_precision_of_a_report_is_in_its_command(tmp_path, monkeypatch):
     peaks = []
     for words in ([], ["--precision", "float16"]):
         out = tmp_path / f"report{len(words)}"
-        command = ["reproduce", "memory", "--scale", "full", "--device", "cpu", "--out", str(out), *words]
+        command = ["reproduce", "memory", "--scale", "full", "--device", "cpu", "--output", str(out), *words]
         assert CliRunner().invoke(main, command).exit_code == 0
         assert f"`{' '.join(['cupyep reproduce memory --scale full', *words])}`" in (out / "REPORT.md").read_text()
         peaks.append(load_results(find("memory"), out)[0].cells["vgg5/0"]["planned"]["ep"][0])

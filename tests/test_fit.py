@@ -59,6 +59,15 @@ def test_it_is_the_run_of_the_command_line(more, quadrants, tmp_path):
     assert len(repr(result)) < 400
 
 
+def test_options_may_be_numbers_of_numpy(tmp_path):
+    data, files = quadrant_data(), []
+    for kinds in ((int, float), (np.int64, np.float32)):
+        path = tmp_path / kinds[1].__name__
+        ep.fit(own_network(), data, run_dir=path, epochs=kinds[0](1), learning_rate=kinds[1](0.125), **OPTIONS)
+        files.append((path / "config.toml").read_text())
+    assert files[0] == files[1]
+
+
 def test_a_run_of_a_named_data_set_is_one_for_all_commands(quadrants, tmp_path):
     data = dataclasses.replace(quadrant_data(), name="cifar10")
     result = ep.fit(built(data), data, run_dir=tmp_path / "run", epochs=1, **OPTIONS)
@@ -66,7 +75,7 @@ def test_a_run_of_a_named_data_set_is_one_for_all_commands(quadrants, tmp_path):
     assert f"test accuracy {result.summary.test_accuracy:.2%}" in lines[1]
 
 
-@pytest.mark.parametrize("stop", [True, "stop"])
+@pytest.mark.parametrize("stop", [True, np.True_, "stop"])
 @pytest.mark.parametrize("where", ["epoch", "batch"])
 def test_a_callback_ends_a_run_of_ones_own_parts_and_it_goes_on(stop, where, tmp_path):
     """A layer, an activation and a signal of one's own; stopped in the second of three epochs."""
@@ -96,6 +105,14 @@ def test_a_callback_ends_a_run_of_ones_own_parts_and_it_goes_on(stop, where, tmp
         one, other = (getattr(r, name).parameters() for r in (longer, straight))
         for path, p in one.items():
             np.testing.assert_array_equal(p, other[path])
+
+
+@pytest.mark.parametrize("answer", [1, 1.0, 0, "stopped", "", np.ones(2), np.ones(()), [True], None, np.False_])
+def test_only_true_and_stop_end_a_run(answer):
+    """`write(".")` returns 1; whatever a loss was computed with may return an array."""
+    calls = {f"on_{where}": lambda _: answer for where in ("batch", "epoch")}
+    result = ep.fit(own_network(), quadrant_data(), epochs=2, **{**OPTIONS, "batch_size": 64}, **calls)
+    assert [record["epoch"] for record in result.history] == [1, 2]
 
 
 def test_it_settles_as_the_network_does_and_leaves_it_so(tmp_path):
@@ -165,6 +182,8 @@ def test_what_is_refused(tmp_path):
         "this data set forbids flip": {"flip": True},
         "either signals or the option aug": {"aug": "le", "signals": [Sparsity(layers=[1])]},
         "resume needs run_dir": {"resume": True},
+        "on_divergence='halve-lr' needs run_dir": {"on_divergence": "halve-lr"},
+        "checkpoint_minutes needs run_dir": {"checkpoint_minutes": 10},
     }
     for message, options in cases.items():
         with pytest.raises(ConfigurationError, match=message):

@@ -159,7 +159,7 @@ def test_a_run_with_other_options_is_refused(mini, tmp_path, untrained):
     train(f"{SMALL} {EP} --lr 0.002", place)
     before = (place / "metrics.jsonl").read_bytes()
     untrained()
-    told = f"'{place}' holds a run with --learning-rate 0.002, not 0.004; remove it or give another --out"
+    told = f"'{place}' holds a run with --learning-rate 0.002, not 0.004; remove it or give another --output"
     with pytest.raises(CheckpointError) as error:
         run(mini, tmp_path / "report")
     assert str(error.value) == told
@@ -195,7 +195,7 @@ def test_a_run_without_what_is_measured_every_epoch(mini, tmp_path):
 
 def test_status_reads_how_far_cells_are(mini, tmp_path, monkeypatch, invoke):
     out = tmp_path / "report"
-    command = ("reproduce", "best-cifar10", "--scale", "medium", "--out", out)
+    command = ("reproduce", "best-cifar10", "--scale", "medium", "--output", out)
     code, text, _ = invoke(*command, "--status")
     assert (code, text.splitlines()) == (0, [
         "ep/0  not started", "bp/0  not started", f"run directories: {out}/work/ROW-seedK"])  # fmt: skip

@@ -336,7 +336,7 @@ def test_rows_are_the_true_classes(run, monkeypatch):
     assert matrix.tolist() == [[0, 10], [0, 10]]
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"epoch": 0, "classes": ["a"], "matrix": [[1]]}',
+@pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, '{"epoch": 0, "classes": ["a"], "matrix": [[1]]}',
                                      '{"epoch": 1, "classes": ["a"], "matrix": [[-1]]}'])  # fmt: skip
 def test_a_stale_or_damaged_confusion_is_made_anew(content, run):
     path = run()

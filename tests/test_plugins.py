@@ -210,7 +210,7 @@ def test_control_codes_in_a_name_do_not_reach_the_terminal(invoke):
     assert code == 2
     assert err.count("\n") == 1
     assert err.strip().isprintable()
-    assert "give --plugin a\\x1b[2J b.py" in err
+    assert "give --plugin 'a\\x1b[2J b.py'" in err
 
 
 def test_a_wrong_name_without_a_plugin_is_answered_as_before(invoke):
@@ -362,9 +362,10 @@ def test_an_interrupted_run_says_how_it_goes_on(invoke, monkeypatch):
         raise Interrupted
 
     monkeypatch.setattr("cupyep.training.trainer.Trainer.run", interrupted)
-    code, _, err = invoke(*TRAIN, "--plugin", "mine.py", "--arch", "short")
-    assert code == 130
-    assert "go on with: cupyep train --run-dir run --resume --plugin mine.py" in err
+    for folder, word in (("run", "run"), ("my run", "'my run'")):
+        code, _, err = invoke(*TRAIN, "--plugin", "mine.py", "--arch", "short", "--run-dir", folder)
+        assert code == 130
+        assert f"go on with: cupyep train --run-dir {word} --resume --plugin mine.py" in err
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_teacher_and_metrics_are_those_of_float32(cifar, cache, invoke, tmp_path
 @pytest.mark.filterwarnings("default::cupyep.errors.PrecisionWarning")
 def test_check_tells_what_halves_cost_and_warns(cifar, invoke, tmp_path):
     path = tmp_path / "check.json"
-    options = ["--width", 0.05, "--batch-size", 4, "--precision", "float16", "--feedback", 0.1, "--betas", "0.5,0.01"]
+    options = ["--width", 0.05, "--batch-size", 4, "--precision", "float16", "--feedback", 0.1, "--beta", "0.5,0.01"]
     code, out, err = invoke("check", *options, "--json", path)
     assert code == 0
     assert err.count("Warning: precision float16 with nudge 'classical'") == err.count("Warning") == 1

@@ -153,7 +153,7 @@ WRONG = {
     "wrong kind": (["recipes", "kind.toml"], "'kind.toml': crop must be true or false (got 1)"),
     "contradiction": (["recipes", "both.toml"], "--nesterov needs a --momentum above 0"),
     "no TOML": (["recipes", "broken.toml"], "'broken.toml' is not valid TOML"),
-    "a table": (["recipes", "table.toml"], "'table.toml': width must be a number (got a table)"),
+    "a table": (["recipes", "table.toml"], "'table.toml': width must be a number (got {'a': 1})"),
     "a folder": (["recipes", "."], "no recipe and no file '.'"),
 }
 FILES = {

@@ -50,7 +50,7 @@ INNER = {
     r"\w+\.(bind|make_term|target|loss|gradient|nudges|term|targets)": "how networks and signals work together",
     r"Network\.(free_shape|nudged_shape|run_parts|settles|checked_feedback|outputs|wide|check_start)": "learners call",
     r"Network\.judges": "scores and predict call",
-    r"\w+\.(parts|needs|settled|betas)": "how learners and memory work together",
+    r"\w+\.(parts|needs|settled|betas|judge)": "how learners, memory and training work together",
     r"\w+\.facts": "without arguments",
     r"(State|StepResult|SettleStats|Nudge|FitResult)(\.\w+)?": "a record that the package makes",
     r"HopfieldEnergy\.(states|deviations|correlate|pass_up|add_\w+|winners_at|send_\w+)": "phases and learners call it",

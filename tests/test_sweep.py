@@ -12,6 +12,7 @@ from quadrants import SILENT, TINY, numbers
 from cupyep.cli.train import swept_values
 from cupyep.errors import ConfigurationError
 from cupyep.experiments.sweep import grid, sweep, train_point
+from cupyep.parallel import Communicator
 from cupyep.training import runs, trainer
 from cupyep.training.config import make_config
 from cupyep.training.run_directory import RunDirectory
@@ -113,6 +114,17 @@ def test_what_a_sweep_needs(invoke, tmp_path):
     assert "--jobs needs --sweep" in invoke("train", "--jobs", 2)[2]
     code, _, err = invoke("train", "--sweep", "seed=0,1", "--run-dir", tmp_path / "none", "--resume")
     assert (code, "there is no sweep in" in err) == (1, True)
+
+
+def test_one_process_sweeps(invoke, tmp_path, monkeypatch):
+    """Of two that mpirun starts, each would train every run."""
+    two = Communicator()
+    two.size = 2
+    monkeypatch.setattr("cupyep.cli.train.join", lambda: two)
+    code, out, err = invoke("train", "--sweep", "seed=0,1", "--run-dir", tmp_path / "s")
+    told = "Error: --sweep is for one process: start it without mpirun; --jobs runs several\n"
+    assert (code, out, err) == (2, "", told)
+    assert not (tmp_path / "s").exists()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

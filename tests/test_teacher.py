@@ -292,6 +292,19 @@ def replace(name, change):
     return edit
 
 
+def empty(name):
+    """A split of no samples, whole in itself."""
+
+    def edit(file):
+        for array in ("labels", "logits", "features/layer1", "features/layer2"):
+            values = file[f"{name}/{array}"][...]
+            del file[f"{name}/{array}"]
+            file[f"{name}/{array}"] = values[:0] if array == "labels" else values[:, :0]
+        file[f"{name}/index"] = np.zeros(0, np.int64)
+
+    return edit
+
+
 def external_link(file):
     del file["train/logits"]
     file["train/logits"] = h5py.ExternalLink("elsewhere.h5", "/train/logits")
@@ -336,6 +349,8 @@ def group_as_array(file):
         (replace("train/labels", lambda v: v[:-1]), r"expected \(2, 22, 3\)"),
         (replace("train/labels", lambda v: v.astype(float)), "train/labels is not a list of integers"),
         (replace("train/labels", lambda v: v[None]), "train/labels is not a list of integers"),
+        (empty("train"), "train/labels holds 0 samples, expected 1 to 67108864; make the file again"),
+        (empty("test"), "test/labels holds 0 samples, expected 1 to 67108864"),
         (replace("test/logits", lambda v: v.astype(np.float64)), "test/logits is float64, expected float32 or float16"),
         (replace("test/logits", lambda v: v.astype(np.int32)), "test/logits is int32"),
         (replace("test/logits", lambda v: v[0]), r"has shape \(7, 3\), expected \(2, 7, 3\)"),

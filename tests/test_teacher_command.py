@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import shlex
 import sys
 from pathlib import Path
 
@@ -377,13 +378,13 @@ def test_logits_are_found_in_what_a_module_returns(factory, export):
     check_file(Path("t.h5"), out)
 
 
-@pytest.mark.parametrize("name", ["net.pt", "net.PTH", "net.safetensors", "net.onnx"])
+@pytest.mark.parametrize("name", ["net.pt", "net.PTH", "net.safetensors", "my net.onnx"])
 def test_a_model_given_as_teacher_file_is_told_how_to_become_one(name):
     """The command that is named has options that there are."""
     Path(name).write_bytes(b"whatever")
     with pytest.raises(ep.TeacherError, match=f"'{name}' is a model, no teacher file; make one of it by: ") as error:
         ep.TeacherFile(name)
-    command = str(error.value).partition("make one of it by: ")[2].split()
+    command = shlex.split(str(error.value).partition("make one of it by: ")[2])
     assert command[:2] == ["cupyep", "teacher"]
     known = {option for parameter in teacher.params for option in parameter.opts}
     assert {word for word in command if word.startswith("--")} < known

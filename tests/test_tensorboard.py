@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import sys
 
 import pytest
+from quadrants import run
 from test_cli import TINY
 
 pytest.importorskip("tensorboardX")
@@ -80,6 +82,20 @@ def test_what_an_older_file_says_is_void(tmp_path):
     EventLog(tmp_path, [{"epoch": 1, "train_loss": 3.0, "activity": [1.0]}]).close()
     assert len(first) == 1
     assert shown(events(tmp_path)) == {("loss/train", 1): 3.0, ("activity/1", 1): 1.0}
+
+
+def test_a_run_closes_its_file_however_it_ends(quadrants, tmp_path):
+    def fails(result):
+        raise ArithmeticError
+
+    for name, on_batch in (("ends", None), ("fails", fails)):
+        trainer, closed = run({"epochs": 1}, tmp_path / name), []
+        trainer.on_batch, trainer.events = on_batch, EventLog(tmp_path / name / "events")
+        close = trainer.events.close
+        trainer.events.close = lambda close=close, closed=closed: closed.append(True) or close()
+        with contextlib.suppress(ArithmeticError):
+            trainer.run()
+        assert closed == [True]
 
 
 def test_without_the_library_one_line_and_no_run(cifar, invoke, tmp_path, monkeypatch):

@@ -157,6 +157,28 @@ def test_unreadable_pictures_are_named_and_the_others_answered(trained, invoke, 
     assert json.loads(out.splitlines()[3])["error"].startswith(str(tmp_path / "photos" / "03.png"))
 
 
+def test_predictions_are_written_to_a_file(trained, invoke, tmp_path):
+    """As to the other commands' --json; what follows the option may be a picture, which is not written over."""
+    path, data = trained()
+    save_pictures(tmp_path / "photos", data.test.images[:3])
+    pictures = sorted((tmp_path / "photos").iterdir())
+    _, objects, _ = invoke("predict", path, tmp_path / "photos", "--json")
+    _, lines, _ = invoke("predict", path, tmp_path / "photos")
+    for name in ("p.json", "p.jsonl"):
+        code, out, err = invoke("predict", path, *pictures, "--json", tmp_path / name)
+        assert (code, out, err) == (0, f"{lines}written to {tmp_path / name}\n", "")
+        assert (tmp_path / name).read_text() == objects
+    content = pictures[0].read_bytes()
+    for words, message in [
+        (["--json", *pictures], f"--json: a file to write ends in .json or .jsonl (got '{pictures[0]}')"),
+        (["photos", "--json", tmp_path / "none" / "p.json"], f"--json: there is no folder '{tmp_path / 'none'}'"),
+    ]:
+        code, out, err = invoke("predict", path, *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert pictures[0].read_bytes() == content
+
+
 def test_a_network_that_grows_without_bounds_gives_no_answer_and_valid_json(trained, invoke, tmp_path):
     path, data = trained("--activation", "relu", "--feedback", "1", "--gain", "3")
     save_pictures(tmp_path / "photos", data.test.images[:2])

@@ -22,7 +22,7 @@ from cupyep.memory.workspace import Workspace
 from cupyep.settling import SettleStats
 from cupyep.training import runs
 from cupyep.training.config import TrainConfig
-from cupyep.training.results import evaluate, top_k_accuracy
+from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import EpochStatistics
 from cupyep.training.trained import load_trained
@@ -389,13 +389,13 @@ def test_layer_wise_rates_need_one_number_a_layer(quadrants, tmp_path):
 def test_top_k_accuracy_by_hand():
     scores = np.array([[5.0, 4.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0], [0.0, 9.0, 1.0, 2.0]])
     learner = SimpleNamespace(
-        scores=lambda batch: scores[batch.index], network=SimpleNamespace(device=ep.get_device("cpu"))
+        scores=lambda batch: scores[batch.index],
+        judge=lambda scores, batch: (scores.sum(), 0),
+        network=SimpleNamespace(device=ep.get_device("cpu")),
     )
-
-    class Batches(list):
-        split = range(3)
-
-    batches = Batches(
-        [ep.Batch(None, np.array([1, 0]), np.array([0, 1])), ep.Batch(None, np.array([3]), np.array([2]))]
-    )
-    assert [top_k_accuracy(learner, batches, k) for k in (1, 2, 3, 4)] == [0, 2 / 3, 2 / 3, 1]
+    batches = [
+        ep.Batch(np.zeros((len(labels), 1, 1, 1)), np.array(labels), np.array(index))
+        for labels, index in (([1, 0], [0, 1]), ([3], [2]))
+    ]
+    assert [evaluate(learner, batches, top=k)[2] for k in (1, 2, 3, 4)] == [0, 2 / 3, 2 / 3, 1]
+    assert evaluate(learner, batches, top=1)[:2] == (scores.sum() / 3, 0)

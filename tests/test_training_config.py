@@ -6,6 +6,7 @@ Oracles: the TOML parser, published settings.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -66,6 +67,13 @@ def test_every_numeric_rule_of_the_table_is_enforced():
         ({"epochs": 1.5}, "--epochs must be an integer"),
         ({"epochs": True}, "--epochs must be an integer"),
         ({"epochs": None}, "--epochs must be an integer"),
+        ({"epochs": np.float64(1)}, "--epochs must be an integer"),
+        ({"epochs": np.True_}, "--epochs must be an integer"),
+        ({"epochs": np.ones(3, int)}, r"--epochs must be an integer \(got an array \(ndarray\) of shape \(3,\)\)"),
+        ({"epochs": 2**63}, "--epochs must be an integer"),
+        ({"epochs": 10**5000}, r"--epochs must be an integer \(got a huge int\)"),
+        ({"beta": np.float32("nan")}, "--beta must be a number"),
+        ({"beta": 10**400}, "--beta must be a number"),
         ({"beta": math.inf}, "--beta must be a number"),
         ({"beta": math.nan}, "--beta must be a number"),
         ({"crop": 1}, "--crop must be true or false"),
@@ -86,6 +94,20 @@ def test_wrong_values_are_refused_in_one_line(values, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         TrainConfig(**values)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+@pytest.mark.parametrize("real", [np.float64, np.float32])
+def test_numbers_of_numpy_are_those_of_python(integer, real):
+    """Wherever the table has a number or a boolean: 3, 0.5 and True; what is kept can be written as TOML and JSON."""
+    twins = {int: (3, integer(3)), float: (0.5, real(0.5)), list: ([0.5, 3], [real(0.5), integer(3)])}
+    twins |= {bool: (True, np.True_)}
+    for name, spec in OPTIONS.items():
+        if spec.metadata["kind"] in twins:
+            plain, of_numpy = (TrainConfig(**{name: value}) for value in twins[spec.metadata["kind"]])
+            assert of_numpy.to_toml() == plain.to_toml()
+            assert json.loads(json.dumps(dataclasses.asdict(of_numpy))) == dataclasses.asdict(plain)
+    assert TrainConfig(beta=integer(3), learning_rate=real(0.5)) == TrainConfig(beta=3, learning_rate=0.5)
 
 
 @pytest.mark.parametrize(

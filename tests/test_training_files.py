@@ -210,7 +210,7 @@ def test_run_directory_round_trip(tmp_path):
 
 def test_a_taken_folder_is_refused(tmp_path):
     RunDirectory.create(tmp_path / "run", TrainConfig())
-    with pytest.raises(CheckpointError, match="holds another run; continue it with --resume"):
+    with pytest.raises(CheckpointError, match="holds another run; resume that or choose another"):
         RunDirectory.create(tmp_path / "run", TrainConfig())
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "checkpoint.h5").touch()

@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
-import json
 import platform
 import shlex
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
-from gate import BETA, check_results, learner, random_batch, torch_reference
+from gate import BETA, check_results, learner, torch_reference
 from measuring import SHORTEST, Case, Stopwatch, Timing, limit_threads
 from parts import (
     TrainingStep,
@@ -33,12 +32,13 @@ from parts import (
 from scaling import rank_table, thread_table
 
 import cupyep as ep
+from cupyep import files
 from cupyep.backend import PRECISIONS
 from cupyep.backend.threads import available_cpus, get_threads, set_threads
 from cupyep.cli.shared import OneLineErrors
 from cupyep.cli.types import FilePath, Names, Numbers
+from cupyep.commands.memory import noise
 from cupyep.commands.system import system_report
-from cupyep.files import replacing
 from cupyep.learning.operations import Operations
 from cupyep.memory.plan import peak_bytes
 from cupyep.models import architecture
@@ -102,7 +102,7 @@ def build_run(options: dict[str, Any]) -> Run:
     reference = None
     if options["against"] == "torch":
         reference = torch_reference().TorchReference(network, "cuda" if device.is_gpu else "cpu")
-    return Run(options, network, random_batch(network, options["batch_size"]), stopwatch, reference)
+    return Run(options, network, noise(network, options["batch_size"]), stopwatch, reference)
 
 
 # ------------------------------------------------------------------------------------------------- what is timed
@@ -385,8 +385,7 @@ def write_json(path: Path, run: Run) -> None:
         "system": dict(system_report()),
         "options": run.options,
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files.write_json(path, content, indent=1)
 
 
 def measure_all(run: Run) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import cupyep as ep
+from cupyep.commands.memory import noise
 from cupyep.learning.check import compare
 
 BETA = 0.5
@@ -33,12 +34,6 @@ def torch_reference() -> Any:
     return torch_reference
 
 
-def random_batch(network: ep.Network, samples: int) -> ep.Batch:
-    generator = np.random.default_rng(0)
-    images = generator.standard_normal((samples, *network.input_shape)).astype(np.float32)
-    return ep.Batch(network.batch(images).images, generator.integers(0, network.classes, samples))
-
-
 def check_results(device: ep.Device, reference: Any = None) -> None:
     """Show on a small network that the gradient is right and, given its module, that the reference agrees.
 
@@ -51,7 +46,7 @@ def check_results(device: ep.Device, reference: Any = None) -> None:
         network = ep.vgg(
             5, input_shape=(16, 16, 3), width=1 / 16, feedback=1.0, gain=0.9, device=device, precision=precision
         )
-        batch = random_batch(network, 4)
+        batch = noise(network, 4)
         rows = ep.check_gradients(network, batch, free_steps=60, nudged_steps=20)
         worst = min(rows, key=lambda row: row["cosine"])
         if not worst["cosine"] > 0.98:

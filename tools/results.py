@@ -18,7 +18,7 @@ from cupyep.experiments.design import SEEN, seen
 from cupyep.experiments.findings import COLUMNS
 from cupyep.experiments.report import OPEN, table
 from cupyep.experiments.runner import RESULTS
-from cupyep.files import replacing
+from cupyep.files import write_file
 from cupyep.learning.operations import Operations
 from cupyep.memory.plan import BlankDevice
 from cupyep.training.config import TrainConfig, make_config
@@ -179,8 +179,7 @@ def main(check: bool) -> None:
             continue
         if check:
             raise ConfigurationError(f"{path.relative_to(ROOT)} is not up to date; run: python tools/results.py")
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(path, text.encode())
         click.echo(f"written: {path.relative_to(ROOT)}")
 
 

@@ -13,7 +13,7 @@ from cupyep.data.download import fetch
 from cupyep.data.formats import layouts_found
 from cupyep.data.sources import SOURCES, Source
 from cupyep.data.verify import verify
-from cupyep.errors import DataError
+from cupyep.errors import DataError, few
 
 EXAMPLES = """\b
 Examples:
@@ -51,10 +51,9 @@ def list_(names: tuple[str, ...], given: dict[str, str]) -> None:
 
 
 def _details(source: Source, folder: Path, all_classes: bool) -> list[tuple[str, str]]:
-    shown = source.classes if all_classes else source.classes[:SHOWN]
-    more = len(source.classes) - len(shown)
+    count = len(source.classes)
     return [
-        ("classes", f"{len(source.classes)}: {', '.join(shown)}" + (f" and {more} more" if more else "")),
+        ("classes", f"{count}: {few(source.classes, count if all_classes else SHOWN)}"),
         ("found", _found(source, folder)),
         ("licence", source.licence),
         ("source", source.homepage),

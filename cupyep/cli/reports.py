@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from cupyep.memory.plan import KINDS
 from cupyep.parallel import join
 from cupyep.parallel.planning import LATENCY_US, LINK_GB, MOST
 from cupyep.recipes import recipe_names, recipe_summary, recipe_text
-from cupyep.training.config import require_used
+from cupyep.training.config import OPTIONS
+from cupyep.training.options import checked
 
 CHECK_EXAMPLES = """\b
 Examples:
@@ -39,36 +39,34 @@ Examples:
 """
 
 
-CHECK_COMMON = ("recipe", "arch", "width", "dataset", "image_size", "feedback", "beta", "betas", "aug", "kappa")
+CHECK_COMMON = ("recipe", "arch", "width", "dataset", "image_size", "feedback", "beta", "aug", "kappa")
 
 
 @click.command(cls=SectionedCommand, common=(*CHECK_COMMON, "device", "json_path"), epilog=CHECK_EXAMPLES)
-@config_options(gradient_check.CHECK_OPTIONS, gradient_check.CHECK_DEFAULTS)
+@config_options((name for name in gradient_check.CHECK_OPTIONS if name != "beta"), gradient_check.CHECK_DEFAULTS)
 @recipe_option(
     "Take network, data, nudge and signals that are not given from a recipe; the phases settle as said here."
 )
 @click.option(
+    "--beta",
     "--betas",
+    "beta",
     type=Numbers(),
-    help="Several strengths of the nudge, a table each, such as 0.5,0.05.  [default: the one of --beta]",
+    help=f"{OPTIONS['beta'].metadata['text'].rstrip('.')}, or several, such as 0.5,0.05, for a table each.  "
+    f"[default: {gradient_check.CHECK_DEFAULTS['beta']}]",
 )
 @json_option("the table")
-def check(recipe: str | None, betas: list[float] | None, json_path: Path | None, given: dict[str, Any]) -> None:
+def check(recipe: str | None, beta: list[float] | None, json_path: Path | None, given: dict[str, Any]) -> None:
     """Compare EP's gradient with BPTT's.
 
     Layer by layer, from the same settled free state, for the nudge form asked for and the other one. In tf32, float16
     and bfloat16 with BPTT in float64 and with EP in float32 ("to float32"), each settled on from the free state of
     float32; "from zeros" is the cosine to float32 where that precision has found its free state by itself.
     """
-    require(
-        betas is None or all(beta > 0 and math.isfinite(beta) for beta in betas),
-        "--betas must be positive numbers with commas between them",
-    )
+    betas = [checked(OPTIONS["beta"], number, "--beta") for number in beta or ()]
+    given |= {"beta": betas[0]} if betas else {}
     config = chosen_config(given, recipe, gradient_check.CHECK_DEFAULTS, gradient_check.recipe_options)
-    if betas is not None:
-        require("beta" not in given, "--betas takes the place of --beta: give one of them")
-        require_used({"beta": betas}, vars(config), where="--betas: ")
-    report = gradient_check.check_gradient(config, betas or (), report=click.echo)
+    report = gradient_check.check_gradient(config, betas, report=click.echo)
     click.echo(report.table())
     write_json(report, json_path)
 
@@ -173,19 +171,18 @@ def info(device_kind: str | None, given: dict[str, Any]) -> None:
     layers with their shapes, its parameters, its products, and the planned peak memory of a training step by purpose
     (see cupyep memory).
     """
-    if not given.keys() - {"data_dir"} and device_kind is None:
-        ranks = join()
-        lines = ranks.gather(rank_report(ranks)) if ranks.size > 1 else _machine(given.get("data_dir"))
+    if not given.keys() - {"data_dir", "device"} and device_kind is None:
+        ranks, name = join(), given.get("device", "auto")
+        if ranks.size > 1:
+            lines = ranks.gather(rank_report(ranks, name))
+        else:
+            lines = [f"{word:<14} {value}" for word, value in system_report(given.get("data_dir"), name)]
         click.echo("\n".join(lines))
         return
     require("data_dir" not in given, "--data-dir says nothing of a network; give it alone")
     require(given.keys() != {"plugin"}, "--plugin says nothing by itself; give --arch, too")
     config = chosen_config(given)
     click.echo(planning.network_report(config, device_kind))
-
-
-def _machine(data_dir: str | None) -> list[str]:
-    return [f"{name:<14} {value}" for name, value in system_report(data_dir)]
 
 
 RECIPES_EXAMPLES = """\b

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cupyep.backend import PRECISIONS
 from cupyep.backend.threads import set_threads
-from cupyep.cli.shared import choice, threads_option
+from cupyep.cli.shared import choice, config_options
 from cupyep.cli.types import FilePath, Names
 from cupyep.commands.plots.style import matplotlib_figure
 from cupyep.errors import Interrupted, require
@@ -19,6 +19,7 @@ from cupyep.experiments.cells import UNTRAINED
 from cupyep.experiments.progress import status
 from cupyep.experiments.report import open_text
 from cupyep.experiments.runner import cells_of
+from cupyep.training.config import MACHINE, option_name
 
 EXAMPLES = """\b
 Examples:
@@ -49,16 +50,8 @@ Examples:
     type=click.FloatRange(0, min_open=True),
     help="Stop after that, at the end of a batch; go on by the same command.",
 )
-@click.option("--out", type=FilePath(), help="Report folder.  [default: reports/NAME-SCALE]")
-@click.option("--data-dir", help="Folder with the data sets' files.  [default: $CUPYEP_DATA or the user's cache]")
-@threads_option
-@click.option("--device", help="What computes: auto, cpu, cuda or cuda:N.  [default: auto]")
-@choice(
-    "--precision",
-    among=PRECISIONS,
-    text="Number format of the rows that do not name one; on a GPU tf32 and halves use its tensor cores.  [default: "
-    "float32]",
-)
+@click.option("--output", "--out", "output", type=FilePath(), help="Report folder.  [default: reports/NAME-SCALE]")
+@config_options(("data_dir", "device", "precision"), {"precision": "float32, or what the row names"})
 @click.option(
     "--jobs",
     type=click.IntRange(1),
@@ -85,15 +78,13 @@ def reproduce(
     scale: str,
     seeds: int | None,
     max_minutes: float | None,
-    out: Path | None,
-    data_dir: str | None,
-    device: str | None,
-    precision: str | None,
+    output: Path | None,
     jobs: int,
     show_status: bool,
     estimate: bool,
     report_only: bool,
     quiet: bool,
+    given: dict[str, Any],
 ) -> None:
     """Run an experiment and write its report.
 
@@ -109,14 +100,14 @@ def reproduce(
             click.echo(f"{experiment.name:<20} {experiment.title}")
         return
     require(name is not None, "reproduce what? give the NAME of an experiment; --list shows them")
-    experiment, folder = find(name), out or Path("reports") / f"{name}-{scale}"
+    experiment, folder = find(name), output or Path("reports") / f"{name}-{scale}"
     experiment.at(scale)
-    chosen = {"--seeds": seeds, "--precision": precision}
-    place = {key: value for key, value in (("data_dir", data_dir), ("device", device)) if value is not None}
-    defaults = {} if precision is None else {"precision": precision}
+    place = {name: value for name, value in given.items() if name in MACHINE}
+    defaults = {name: value for name, value in given.items() if name not in MACHINE}
+    chosen = {"--seeds": seeds, **{option_name(name): value for name, value in defaults.items()}}
     looks = [word for word, given in (("--status", show_status), ("--estimate", estimate)) if given]
     if report_only:
-        idle = {**chosen, "--max-minutes": max_minutes, "--data-dir": data_dir, "--device": device}
+        idle = {**chosen, "--max-minutes": max_minutes, **{option_name(name): value for name, value in place.items()}}
         for option, value in idle.items():
             require(value is None, f"{option} is for measuring: leave it or --report-only out")
     if looks:

@@ -12,12 +12,13 @@ from cupyep.cli.help import SectionedCommand
 from cupyep.cli.shared import (
     checkpoint_option,
     choice,
+    is_given,
     json_option,
     run_options,
     run_plugin_option,
     write_json,
 )
-from cupyep.cli.types import FilePath, Names, NewFile
+from cupyep.cli.types import FilePath, Names, NewFile, NewJson
 from cupyep.commands import compare as comparing
 from cupyep.commands import diagnose as diagnosing
 from cupyep.commands.export import FORMS, export_run
@@ -28,7 +29,7 @@ from cupyep.commands.predict import Prediction, predict_pictures
 from cupyep.commands.release import release_run
 from cupyep.data.pictures import find_pictures
 from cupyep.errors import ConfigurationError, DataError, require
-from cupyep.files import can_write
+from cupyep.files import can_write, write_file
 from cupyep.training.display import Display
 from cupyep.training.runs import evaluate_run
 from cupyep.training.trained import load_trained
@@ -67,6 +68,7 @@ PREDICT_EXAMPLES = """\b
 Examples:
   cupyep predict runs/mine cat.png                     the three likeliest classes
   cupyep predict runs/mine photos --top 1 --json       every picture of a folder, an object a line
+  cupyep predict runs/mine photos --json photos.json   the same lines, in a file
   cupyep predict runs/mine cat.png --free-steps 200 --tolerance 1e-4
 """
 
@@ -75,12 +77,24 @@ Examples:
 @click.argument("run", type=FilePath())
 @click.argument("pictures", nargs=-1, required=True, type=FilePath(), metavar="PICTURE|FOLDER...")
 @click.option("--top", type=int, help="Number of classes shown.  [default: 3, or all of fewer]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture.")
+@click.option(
+    "--json",
+    "json_path",
+    type=NewJson(),
+    is_flag=False,
+    flag_value="-",
+    help="Also write a JSON object a picture, a line each, to this file; without PATH print these lines only.",
+)
 @checkpoint_option("best")
 @run_options("free_steps", "tolerance", "batch_size", "device")
 @run_plugin_option
 def predict(
-    run: Path, pictures: tuple[Path, ...], top: int | None, as_json: bool, checkpoint: str, given: dict[str, Any]
+    run: Path,
+    pictures: tuple[Path, ...],
+    top: int | None,
+    json_path: Path | None,
+    checkpoint: str,
+    given: dict[str, Any],
 ) -> None:
     """Classify pictures with a trained run.
 
@@ -94,10 +108,14 @@ def predict(
     """
     files = find_pictures(list(pictures))
     trained, failed = load_trained(run, checkpoint, given), 0
-    width = max(len(str(file)) for file in files)
+    width, lines, alone = max(len(str(file)) for file in files), [], json_path == Path("-")
     for prediction in predict_pictures(trained, files, top):
         failed += bool(prediction.error)
-        click.echo(json.dumps(prediction.to_json(), allow_nan=False) if as_json else _line(prediction, width))
+        lines.append(json.dumps(prediction.to_json(), allow_nan=False) + "\n")
+        click.echo(lines[-1] if alone else _line(prediction, width), nl=not alone)
+    if json_path is not None and not alone:
+        write_file(json_path, "".join(lines).encode())
+        click.echo(f"written to {json_path}")
     if failed:
         raise DataError(f"{failed} of {len(files)} pictures could not be classified; see above")
 
@@ -190,6 +208,7 @@ def diagnose(
     exit code is 0 for an unhealthy network, too.
     """
     check_picture(plot_path)
+    require(not (is_given("checkpoint") and path.is_file()), f"--checkpoint is for a run: '{path}' is one checkpoint")
     report = diagnosing.diagnose(path, checkpoint, given, bptt)
     for line in report.lines():
         click.echo(line)
@@ -212,9 +231,7 @@ def _draw(report: diagnosing.Diagnosis, path: Path, plot_path: Path | None) -> l
             return []
         plot_path = path / "plots" / "diagnosis.png"
     try:
-        lines = report.lines()
-        verdicts = [line for line in lines if line.startswith(("warning:", "healthy:"))]
-        figure = diagnosis(report.rows, report.trace, report.title, verdicts)
+        figure = diagnosis(report.rows, report.trace, report.title, report.verdicts())
     except ConfigurationError as error:
         click.echo(f"not drawn: {error}")
         return []
@@ -225,7 +242,7 @@ def _draw(report: diagnosing.Diagnosis, path: Path, plot_path: Path | None) -> l
 PLOT_EXAMPLES = """\b
 Examples:
   cupyep plot runs/mine                         pictures in runs/mine/plots
-  cupyep plot runs/ep runs/bp --out figures     loss and accuracy of both in one picture
+  cupyep plot runs/ep runs/bp --output figures  loss and accuracy of both in one picture
   cupyep plot runs/mine --format both           PNG and SVG
 """
 
@@ -233,7 +250,9 @@ Examples:
 @click.command(epilog=PLOT_EXAMPLES)
 @click.argument("run", nargs=-1, required=True, type=FilePath(), metavar="RUN...")
 @click.option(
+    "--output",
     "--out",
+    "output",
     type=FilePath(file_okay=False),
     help="Folder of the pictures.  [default: plots in the run directory; plots here for several runs]",
 )
@@ -241,7 +260,7 @@ Examples:
 @run_options("data_dir", "batch_size", "device")
 @run_plugin_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def plot(run: tuple[Path, ...], out: Path | None, form: str, quiet: bool, given: dict[str, Any]) -> None:
+def plot(run: tuple[Path, ...], output: Path | None, form: str, quiet: bool, given: dict[str, Any]) -> None:
     """Draw runs, finished or not.
 
     Pictures: learning (loss and accuracy, up to eight runs in one), overview (of a run: loss, accuracy, residuals,
@@ -252,7 +271,7 @@ def plot(run: tuple[Path, ...], out: Path | None, form: str, quiet: bool, given:
 
     Needs the extra plot: pip install "cupyep[plot]".
     """
-    for line in draw_runs(run, out, FORMATS[form], given, Display(quiet)):
+    for line in draw_runs(run, output, FORMATS[form], given, Display(quiet)):
         click.echo(line)
 
 

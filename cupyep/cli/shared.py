@@ -1,4 +1,4 @@
-"""What the commands share: types of options, the options of `TrainConfig`, errors as one line, exit codes."""
+"""What the commands share: the options of `TrainConfig` as click's, errors as one line, exit codes, streams."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def _instead(option: str, known: Iterable[str]) -> str:
         return "; leave it out: images are in memory, nothing waits for them"
     if words and words.split()[0] in known:
         return f"; did you mean '{words}'?"
-    return "" if words else nearest(option, known)
+    return nearest(option, known)
 
 
 def _config_option(name: str, default: Any, with_word: bool) -> Any:
@@ -290,7 +290,8 @@ def _config_option(name: str, default: Any, with_word: bool) -> Any:
         return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", name, default=None, help=text)
     if name == "plugin":  # before the options whose names it registers
         return click.option(flag, is_eager=True, callback=_load, metavar=PLUGIN, help=rule["text"])
-    text = rule["text"]
+    text, unset, rest = rule["text"].partition("; unset:")
+    text += (rule.get("word_text", "") if with_word else "") + unset + rest
     if default is not None:  # then what happens when it is unset says nothing
         text = f"{text.partition('; unset:')[0].rstrip('.')}.  [default: {default}]"
     return click.option(flag, *ALIASES.get(name, ()), name, type=value_type(name, with_word), default=None, help=text)

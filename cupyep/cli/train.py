@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -29,7 +30,7 @@ from cupyep.experiments.sweep import grid, sweep
 from cupyep.parallel import join
 from cupyep.recipes import read_recipe
 from cupyep.training import runs
-from cupyep.training.config import OPTIONS, check_name, option_name
+from cupyep.training.config import OPTIONS, check_option, option_name
 from cupyep.training.display import DISPLAYS, Display
 from cupyep.training.options import checked
 from cupyep.training.run_directory import CONFIG
@@ -118,6 +119,7 @@ def train(
         require(stretches, "--stretch-schedule needs --resume and --epochs")
         require(jobs is None or sweeps, "--jobs needs --sweep")
         if sweeps:
+            require(ranks.size == 1, "--sweep is for one process: start it without mpirun; --jobs runs several")
             require(
                 log_format == "text", "--sweep writes no --log-format json; the runs' metrics.jsonl is for programs"
             )
@@ -136,17 +138,15 @@ def train(
             run = runs.resume_run(run_dir, given, display, stretch_schedule, ranks)
         else:
             run = runs.start_run(chosen_config(given, recipe), run_dir, display, ranks)
-        ranks.remedy = f"go on with: cupyep train --run-dir {run.directory.path} --resume"
-        ranks.remedy += f" --plugin {given['plugin']}" if "plugin" in given else ""
+        words = ["cupyep", "train", "--run-dir", str(run.directory.path), "--resume"]
+        words += ["--plugin", given["plugin"]] if "plugin" in given else []
+        ranks.remedy = f"go on with: {shlex.join(words)}"
         if tensorboard and ranks.rank == 0:
             run.events = EventLog(run.directory.path / FOLDER, run.records)
         try:
             summary = run.run()
         except Interrupted as error:
             raise Interrupted(f"{error}; {ranks.remedy}", error.number) from None
-        finally:
-            if run.events is not None:
-                run.events.close()
         display.show("end", str(summary), status="done", **summary.values())
 
 
@@ -159,7 +159,7 @@ def swept_values(texts: Iterable[str], given: Mapping[str, Any]) -> dict[str, li
         word = word.strip().removeprefix("--")
         name = also.get(word, word.replace("-", "_"))
         require(bool(equals and values), f"--sweep must be like kappa=0.1,0.3 (got '{text}')")
-        check_name(name)
+        check_option(name)
         require(name not in found, f"--sweep names {name} twice; give all its values at once")
         require(name not in given, f"{option_name(name)} is swept, leave it out; or leave out its --sweep")
         parts = [part.strip() for part in values.split(";" if ";" in values else ",")]

@@ -84,3 +84,13 @@ class NewFile(FilePath):
         require(path.parent.is_dir(), f"{name}: there is no folder '{path.parent}'")
         require(not path.is_dir(), f"{name}: '{path}' is a folder, not a file")
         return path
+
+
+class NewJson(NewFile):
+    """As `NewFile`, or ``-``; other endings than .json and .jsonl are refused: what follows may be no file to write."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path, name = super().convert(value, param, ctx), param.opts[0]
+        right = str(value) == "-" or path.suffix in (".json", ".jsonl")
+        require(right, f"{name}: a file to write ends in .json or .jsonl (got '{path}'); without one, put {name} last")
+        return path

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from cupyep.files import can_write, read_text, write_json
+from cupyep.files import can_write, read_json, write_json
 from cupyep.training.build import build_dataset, evaluation_batches
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
@@ -48,7 +47,7 @@ def _kept(run: RunDirectory, epoch: int) -> tuple[np.ndarray, list[str]] | None:
     """Return what confusion.json holds if it is of that epoch and sound: it is made anew otherwise."""
     path = run.path / CONFUSION
     try:
-        content = json.loads(read_text(path, 1 << 24))
+        content = read_json(path, 1 << 24)
         matrix, classes = np.array(content["matrix"]), [str(name) for name in content["classes"]]
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -70,8 +70,11 @@ class Diagnosis:
 
     def lines(self) -> list[str]:
         """Return title, table, notes and verdicts."""
-        verdict = [f"warning: {finding.message}" for finding in self.findings]
-        return [self.title, *self._table(), *(f"note: {note}" for note in self.notes), *(verdict or [self._healthy()])]
+        return [self.title, *self._table(), *(f"note: {note}" for note in self.notes), *self.verdicts()]
+
+    def verdicts(self) -> list[str]:
+        """Return what is wrong, a line each, or why the network is healthy."""
+        return [f"warning: {finding.message}" for finding in self.findings] or [self._healthy()]
 
     def _healthy(self) -> str:
         """Return what was measured and by which limit it is healthy; backpropagation has neither phases nor a nudge."""

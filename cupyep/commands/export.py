@@ -1,4 +1,4 @@
-"""A trained run as a file for other programs: npz, ONNX or a PyTorch state dict."""
+"""A trained run as a file for other programs: npz, ONNX, safetensors or a PyTorch state dict."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cupyep.training.trained import TrainedRun, load_trained
 def export_run(path: str | Path, form: str, output: Path, which: str = "best", steps: int | None = None) -> list[str]:
     """Write the network of the run in `path` to the file `output`, which is replaced when the new one is complete.
 
-    The data set of the run is not needed; `which` checkpoint is "best" or "last". The `form` is ``npz``: arrays by name
-    (`torch_layout`), with ``mean``, ``std``, ``classes`` and ``settings`` (JSON); ``torch`` or ``safetensors``: the
-    same names as a state dict and nothing else; ``onnx``: `onnx_model`, pixels in, scores out, of so many settling
-    `steps`, by default the run's.
+    The data set of the run is not needed; `which` checkpoint is "best", "last" or "previous". The `form` is ``npz``:
+    arrays by name (`torch_layout`), with ``mean``, ``std``, ``classes`` and ``settings`` (JSON); ``torch`` or
+    ``safetensors``: the same names as a state dict and nothing else; ``onnx``: `onnx_model`, pixels in, scores out, of
+    so many settling `steps`, by default the run's.
 
     Returns lines that say what was written and what to feed it. `ConfigurationError` if a package is not installed, or
     an argument has no meaning for this form; `CheckpointError` if the run cannot be loaded, or the file not be written.

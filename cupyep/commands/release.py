@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,18 +14,17 @@ import numpy as np
 from cupyep.data import Dataset
 from cupyep.data.sources import SOURCES, short_name
 from cupyep.errors import CheckpointError, reporting, require
-from cupyep.files import LOCK, write_file
+from cupyep.files import LOCK, temporary_path, write_file
 from cupyep.learning import Backpropagation
 from cupyep.persistence import Checkpoint, save_checkpoint
 from cupyep.training.build import build_dataset, evaluation_batches, first_test_images
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import MACHINE, OPTIONS, TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.results import LONGER, at_rest, evaluate
 from cupyep.training.run_directory import BEST, METRICS, SETTLING, RunDirectory, check_free
 from cupyep.training.trained import TrainedRun, load_trained
 
 CARD = "README.md"
-OF_A_MACHINE = ("data_dir", "teacher", "device", "scratch_mb", "init_from")  # options that say nothing elsewhere
 
 
 def release_run(path: str | Path, output: Path, which: str = "best", display: Display | None = None) -> list[str]:
@@ -45,7 +43,7 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
     checkpoint = halved(run.load(which))
     dataset = build_dataset(run.config)
     with _folder(output) as folder:
-        config = dataclasses.replace(run.config, **{name: getattr(TrainConfig(), name) for name in OF_A_MACHINE})
+        config = dataclasses.replace(run.config, **{name: OPTIONS[name].default for name in (*MACHINE, "init_from")})
         new = RunDirectory.create(folder, config)
         for name in filter(lambda name: (run.path / name).is_file(), (METRICS, SETTLING)):
             shutil.copyfile(run.path / name, folder / name)
@@ -90,7 +88,7 @@ def halved(checkpoint: Checkpoint) -> Checkpoint:
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, which becomes `path` at the end, or disappears."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with reporting(CheckpointError, f"cannot write '{path}'"):
             yield temporary

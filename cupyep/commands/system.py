@@ -39,9 +39,13 @@ LIBRARIES = (
 THREAD_VARIABLES = (VARIABLE, OMP_VARIABLE, "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
-    """Return (name, value) lines: cupyep, Python, device, GPU or why not, libraries, BLAS, threads, data folder."""
-    device = get_device("auto")
+def system_report(data_dir: str | Path | None = None, name: str = "auto") -> list[tuple[str, str]]:
+    """Return (name, value) lines: cupyep, Python, device, GPU or why not, libraries, BLAS, threads, data folder.
+
+    `name` is that of the device; `DeviceError` if it cannot be used.
+    """
+    device = get_device(name)
+    gpu = device if device.is_gpu else get_device("auto")
     usable, reason = gpu_status()
     try:
         folder = data_directory(data_dir)
@@ -51,9 +55,9 @@ def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
     return [
         ("cupyep", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("device auto", device.name),
-        ("gpu", _gpu_name(device) if usable else f"none: {reason}"),
-        *(cuda_libraries(device) if usable else []),
+        (f"device {name}", device.name),
+        ("gpu", _gpu_name(gpu) if usable else f"none: {reason}"),
+        *(cuda_libraries(gpu) if usable else []),
         *((name, _version(name)) for name in LIBRARIES),
         ("blas", _blas()),
         ("threads", _threads()),
@@ -61,9 +65,9 @@ def system_report(data_dir: str | Path | None = None) -> list[tuple[str, str]]:
     ]
 
 
-def rank_report(ranks: Communicator) -> str:
-    """Return one line: which process this is, where, and what it computes with."""
-    device = get_device(ranks.own_device("auto"))
+def rank_report(ranks: Communicator, name: str = "auto") -> str:
+    """Return one line: which process this is, where, and what it computes with if it is asked for a device by name."""
+    device = get_device(ranks.own_device(name))
     computes = f"{device.name}, {_gpu_name(device)}" if device.is_gpu else f"{device.name}, {_threads()}"
     versions = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "mpi4py"))
     return f"rank {ranks.rank} of {ranks.size} on {platform.node()}: {computes}; cupyep {__version__}, {versions}"

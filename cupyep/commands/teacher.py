@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from cupyep import plugins
 from cupyep.data import Dataset
 from cupyep.data.images import bilinear
-from cupyep.errors import DeviceError, TeacherError, needing, require
+from cupyep.errors import DeviceError, TeacherError, few, needing, require
 from cupyep.plugins import imported, is_module_name, working_folder
 
 SHOWN = 4  # names of a kind in a message
@@ -83,7 +83,7 @@ def onnx_teacher(path: Path, device: str = "auto", chosen: str | None = None) ->
     if chosen is not None:
         number = None if chosen in outputs else _number(chosen, outputs)
         first = chosen if number is None else outputs[number]
-    require(first in outputs, f"--logits: {path} has no output '{chosen}', but {_few(outputs)}")
+    require(first in outputs, f"--logits: {path} has no output '{chosen}', but {few(outputs, SHOWN)}")
 
     def predict(images: np.ndarray) -> np.ndarray:
         # A model exported for a fixed batch gets that many images at a time, the last ones padded.
@@ -215,7 +215,7 @@ def unwrapped(found: Any, names: Collection[str], path: Path) -> dict[str, Any]:
         if isinstance(found, Mapping) and not found.keys() & set(names):
             found = next((found[key] for key in HOLDERS if isinstance(found.get(key), Mapping)), found)
     if not isinstance(found, Mapping) or not any(hasattr(value, "shape") for value in found.values()):
-        holds = f"'{_few(found)}'" if isinstance(found, Mapping) else type(found).__name__
+        holds = f"'{few(found, SHOWN)}'" if isinstance(found, Mapping) else type(found).__name__
         raise TeacherError(f"{path} holds {holds} and no state dict (looked for below {', '.join(HOLDERS)})")
     state = {str(name): value for name, value in found.items() if name != "n_averaged"}  # of torch's AveragedModel
     for _ in range(DEPTH):
@@ -238,16 +238,10 @@ def _load_weights(model: Any, state: dict[str, Any], path: str, factory: str) ->
                 if shape is not None and n in state and state[n].shape != shape
             ],
         }
-        texts = [f"{what}: {_few(names)}" for what, names in problems.items() if names]
+        texts = [f"{what}: {few(names, SHOWN)}" for what, names in problems.items() if names]
         if texts:
             raise TeacherError(f"{path} does not hold the weights of {factory}; {'; '.join(texts)}")
         model.load_state_dict(state, strict=False)  # only counters of batches may be missing
-
-
-def _few(names: Iterable[Any]) -> str:
-    names = [str(name) for name in names]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _call_factory(factory: str) -> Any:

@@ -16,10 +16,10 @@ from cupyep.data.files import Layout, check_labels
 from cupyep.data.formats import layouts_found
 from cupyep.data.images import channel_statistics, resize
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Source, check_name, is_own
+from cupyep.data.sources import DATASETS, SOURCES, Source, check_dataset, is_own
 from cupyep.data.stored import StoredImages, chosen
 from cupyep.data.verify import check_original
-from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, number, require, shown
+from cupyep.errors import DataError, choose, few, flag, instance, integer, is_integer, items, number, require, shown
 from cupyep.files import expanded
 from cupyep.showing import Shown
 
@@ -263,7 +263,7 @@ def load_dataset(
     DataError
         If files are missing and cannot be downloaded, or are not what they should be.
     """
-    check_name(instance("data set", name, str, "a text"), "data set")
+    check_dataset(instance("data set", name, str, "a text"), "data set")
     flag("download", download)
     errors.seed("seed", seed)
     if data_dir is not None:
@@ -380,5 +380,4 @@ def _seen(folder: Path) -> str:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         return f"the folder cannot be read: {error.strerror}"
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"seen there: {', '.join(names[:SHOWN]) or 'nothing'}{more}"
+    return f"seen there: {few(names, SHOWN) or 'nothing'}"

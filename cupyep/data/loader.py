@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import Device, get_device, threads
-from cupyep.batch import Batch
+from cupyep.batch import Batch, is_dtype
 from cupyep.data.dataset import Dataset
 from cupyep.data.selection import evened
 from cupyep.data.stored import StoredImages
@@ -123,8 +123,7 @@ class Loader:
         require(generator is not None or not (augment or shuffle), "shuffle and augment need a generator")
         if generator is not None:
             instance("generator", generator, np.random.Generator)
-        named = isinstance(dtype, (str, type, np.dtype)) and str(getattr(dtype, "__name__", dtype)) in DTYPES
-        require(named, f"dtype must be {' or '.join(DTYPES)}, not {shown(dtype)}")
+        require(is_dtype(dtype, DTYPES), f"dtype must be {' or '.join(DTYPES)}, not {shown(dtype)}")
         self.split = dataset.split(split_name)
         self.device = get_device(device)
         self.dtype = np.dtype(dtype)

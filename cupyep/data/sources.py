@@ -288,7 +288,7 @@ def is_own(name: str) -> bool:
     return name.partition(":")[0] in OWN and ":" in name
 
 
-def check_name(name: str, what: str) -> None:
+def check_dataset(name: str, what: str) -> None:
     """Raise `ConfigurationError` unless `name` is that of a data set, or of a user's own with a path."""
     if not is_own(name):
         choose(what, name, (*DATASETS, *(f"{kind}:PATH" for kind in OWN)))

@@ -13,6 +13,7 @@ line that names the file and the remedy.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class TeacherFile:
         if option := MODELS.get(self.path.suffix.lower()):
             raise TeacherError(
                 f"'{self.path}' is a model, no teacher file; make one of it by: cupyep teacher "
-                f"--dataset NAME {option.format(self.path)} --output teacher.h5"
+                f"--dataset NAME {option.format(shlex.quote(str(self.path)))} --output teacher.h5"
             )
         with self._disk():
             self._file = hdf5.open_file(self.path)
@@ -130,8 +131,9 @@ class TeacherFile:
         group = hdf5.find(self._file, name)
         self._check(isinstance(group, h5py.Group), f"has no group '{name}'")
         labels, logits = self._array(f"{name}/labels"), self._array(f"{name}/logits")
-        integers = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) <= MOST_SAMPLES
-        self._check(integers, f"{name}/labels is not a list of integers")
+        self._check(labels.ndim == 1 and labels.dtype.kind in "iu", f"{name}/labels is not a list of integers")
+        number = f"{name}/labels holds {len(labels)} samples, expected 1 to {MOST_SAMPLES}"
+        self._check(0 < len(labels) <= MOST_SAMPLES, number)
         shape = (len(self.views), len(labels), len(self.classes))
         self._check_values(logits, f"{name}/logits", shape)
         if "index" in group:

@@ -12,10 +12,11 @@ import h5py
 import numpy as np
 
 from cupyep import errors
-from cupyep.batch import as_array
+from cupyep.batch import as_array, is_dtype
 from cupyep.data.dataset import VIEWS, Dataset
 from cupyep.data.teacher import DTYPES, FORMAT, SPLITS, VERSION, views_problem
 from cupyep.errors import LARGEST, TeacherError, instance, integer, items, one_line, shown
+from cupyep.files import temporary_path
 from cupyep.persistence import hdf5
 
 
@@ -68,11 +69,10 @@ class TeacherWriter:
         instance("teacher", teacher, str, "a text")
         self.accuracy: dict[str, float] = {}
         self._check(not views_problem(self.views), views_problem(self.views))
-        named = isinstance(dtype, (str, type, np.dtype)) and str(getattr(dtype, "__name__", dtype)) in DTYPES
-        self._check(named, f"dtype is {shown(dtype)}: choose from {', '.join(DTYPES)}")
+        self._check(is_dtype(dtype, DTYPES), f"dtype is {shown(dtype)}: choose from {', '.join(DTYPES)}")
         named = all(isinstance(name, str) and name and "/" not in name and name != "." for name in self.features)
         self._check(named, "layer names must not hold '/'")
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_path(self.path)
         self._labels = {name: dataset.split(name).labels for name in SPLITS}
         self._written = {name: np.zeros((len(self.views), len(y)), bool) for name, y in self._labels.items()}
         self._right = {name: np.zeros(len(y), bool) for name, y in self._labels.items()}  # of the identity view

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,12 +15,14 @@ from cupyep.backend import get_device
 from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
 from cupyep.data import Loader
-from cupyep.errors import CheckpointError, DivergenceError
+from cupyep.diagnostics.checkup import PROBE_IMAGES
+from cupyep.errors import CheckpointError, DivergenceError, one_line
 from cupyep.experiments.design import Cell
 from cupyep.experiments.sweep import is_finished
-from cupyep.files import read_text, write_json
+from cupyep.files import read_json, write_json
 from cupyep.learning import Backpropagation, EquilibriumPropagation
 from cupyep.learning.check import bptt_gradients, compare, compare_forms
+from cupyep.learning.equilibrium import FORMS
 from cupyep.learning.gradients import layer_of
 from cupyep.learning.operations import OperationCounter, Operations
 from cupyep.network import Network
@@ -34,7 +35,7 @@ from cupyep.training.build import (
     evaluation_batches,
     first_test_images,
 )
-from cupyep.training.config import AUTO, TrainConfig, differing, make_config, option_name
+from cupyep.training.config import AUTO, MACHINE, TrainConfig, differing, make_config, option_name
 from cupyep.training.display import Display
 from cupyep.training.interruption import stopped_by
 from cupyep.training.results import at_rest
@@ -46,11 +47,7 @@ from cupyep.training.trainer import Trainer
 COURSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 LAYER_COURSES = ("nudge_response", "gradient_norm", "activity")
 PROBES, PROBES_BYTES = "probes.json", 1 << 28
-MACHINE = ("device", "scratch_mb", "data_dir")
-PORTABLE = (*MACHINE, "teacher")  # may change when a training goes on
-NO_MATTER = (*PORTABLE, "checkpoint_minutes", "plugin")  # to what comes of a training
-FORMS = ("classical", "deviation")
-PROBE_IMAGES = 32
+NO_MATTER = (*MACHINE, "checkpoint_minutes", "plugin")  # to what comes of a training
 SETTLE = 300  # iterations before gradients are compared
 STEPS = (10, 50, 250)  # T, of memory plans
 
@@ -119,7 +116,12 @@ def _trainer(cell: Cell, display: Display) -> Trainer | None:
     check_same(config, directory)
     if is_finished(directory):
         return None
-    return resume_run(folder, {name: cell.options[name] for name in PORTABLE if name in cell.options}, display)
+    return resume_run(folder, _of_machine(cell), display)
+
+
+def _of_machine(cell: Cell, but: str = "") -> dict[str, Any]:
+    """Return the options of a cell that the machine decides."""
+    return {name: cell.options[name] for name in MACHINE if name in cell.options and name != but}
 
 
 def check_same(config: TrainConfig, held: RunDirectory) -> None:
@@ -127,14 +129,14 @@ def check_same(config: TrainConfig, held: RunDirectory) -> None:
     for name in differing(config, held.config):
         if name not in NO_MATTER:
             ours, theirs = (getattr(each, name) for each in (config, held.config))
-            told = f"holds a run with {option_name(name)} {theirs}, not {ours}; remove it or give another --out"
+            told = f"holds a run with {option_name(name)} {theirs}, not {ours}; remove it or give another --output"
             raise CheckpointError(f"'{held.path}' {told}")
 
 
 def _probe_kept(cell: Cell, probe: Probe, epoch: int) -> None:
     """Probe the network of the last checkpoint, unless that was done."""
     if all(kept["epoch"] != epoch for kept in _probes(cell.folder)):
-        given = {name: cell.options[name] for name in MACHINE if name in cell.options}
+        given = _of_machine(cell, but="teacher")  # no network of a run asks it again
         run = load_trained(cell.folder, "last", given)
         _keep_probe(cell.folder, epoch, probe(run.network, run.config))
 
@@ -152,7 +154,7 @@ def _probe_cut_off(cell: Cell, probe: Probe) -> None:
         return
     if lacking != {saved.epoch} or saved.batch > 0:
         raise _lacking(cell.folder)
-    given = {name: cell.options[name] for name in MACHINE if name in cell.options}
+    given = _of_machine(cell, but="teacher")
     network = load_trained(cell.folder, "last", given).network
     own = {path: saved.parameters[path] for path in network.parameters()}
     network.load_parameters(own)  # themselves, as after other epochs, and not their running average
@@ -160,7 +162,7 @@ def _probe_cut_off(cell: Cell, probe: Probe) -> None:
 
 
 def _lacking(folder: Path) -> CheckpointError:
-    told = "holds a run without what is measured after every epoch; remove it or give another --out"
+    told = "holds a run without what is measured after every epoch; remove it or give another --output"
     return CheckpointError(f"'{folder}' {told}")
 
 
@@ -195,7 +197,15 @@ def _courses(records: list[dict[str, Any]], probes: list[dict[str, Any]]) -> dic
 
 def _probes(folder: Path) -> list[dict[str, Any]]:
     path = folder / PROBES
-    return json.loads(read_text(path, PROBES_BYTES)) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        probes = read_json(path, PROBES_BYTES)
+        if not isinstance(probes, list) or any(type(probe["epoch"]) is not int for probe in probes):
+            raise TypeError("not a list of epochs")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"'{path}' is damaged ({one_line(error)}); remove it to measure anew") from error
+    return probes
 
 
 def _keep_probe(folder: Path, epoch: int, probed: dict[str, Any]) -> None:

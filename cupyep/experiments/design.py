@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from cupyep.errors import require
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import MACHINE, OPTIONS
 
 SCALES = ("small", "medium", "full")
 #: Options that say which images are seen, how and how often: rows of one table share them.
-SEEN = ("dataset", "image_size", "limit_train", "limit_test", "epochs", "crop", "flip", "cutout")
+SEEN = tuple(name for name, spec in OPTIONS.items() if spec.metadata["group"] == "Data" and name not in MACHINE)
+SEEN += ("epochs",)
 WORK = "work"  # folder of a report folder with a folder a cell, of its run
 
 Value = Callable[[Mapping[str, Any]], float | None]  # of what a cell measured; None where it has none
@@ -85,8 +85,7 @@ class Column:
 
 def seen(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the values of `SEEN` in the options of a cell, those that are not given by their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    return tuple(options.get(name, defaults[name]) for name in SEEN)
+    return tuple(options.get(name, OPTIONS[name].default) for name in SEEN)
 
 
 def cell_name(key: str, seed: int) -> str:

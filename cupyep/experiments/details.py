@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.data.sources import SOURCES
+from cupyep.diagnostics.checkup import PROBE_IMAGES
 from cupyep.experiments.design import SEEN, Results, Row, cell_name
 from cupyep.experiments.findings import COLUMNS
 from cupyep.models import architecture, default_gain
@@ -150,8 +151,9 @@ def _layers(results: Results) -> str:
     if not tables:
         return ""
     told = (
-        "Of 32 training images: the response is mean |s+ - s-| of the layer that the weight leads to; the cosines are "
-        "those of EP's gradient without signals, after the steps that training takes and from a well settled state."
+        f"Of {PROBE_IMAGES} training images: the response is mean |s+ - s-| of the layer that the weight leads to; the "
+        "cosines are those of EP's gradient without signals, after the steps that training takes and from a well "
+        "settled state."
     )
     return "\n\n".join([told, *(markdown_table(["", *weights], lines) for weights, lines in tables.items())])
 

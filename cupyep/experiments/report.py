@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.commands.plots.style import save
+from cupyep.errors import few
 from cupyep.experiments.design import Column, Experiment, Results, Row, cell_name
 from cupyep.experiments.details import details, markdown_table, mean_and_deviation
-from cupyep.files import replacing
+from cupyep.files import write_file
 
 REPORT = "REPORT.md"
 OPEN = "open"
@@ -28,8 +29,7 @@ def write_report(experiment: Experiment, results: Results, about: Mapping[str, A
     path = Path(out) / REPORT
     for name, draw in experiment.figures.items() if results.cells else ():
         save(draw(results), path.with_name(name))
-    with replacing(path) as temporary:
-        temporary.write_text(report_text(experiment, results, about), encoding="utf-8")
+    write_file(path, report_text(experiment, results, about).encode())
     return path
 
 
@@ -56,8 +56,7 @@ def open_text(results: Results) -> str:
     """Return which cells are not measured yet."""
     names = [cell_name(row.key, seed) for seed in range(results.seeds) for row in results.rows]
     left = [name for name in names if name not in results.cells]
-    more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-    return f"open: {len(left)} of {len(names)} cells are not measured yet ({', '.join(left[:SHOWN])}{more})"
+    return f"open: {len(left)} of {len(names)} cells are not measured yet ({few(left, SHOWN)})"
 
 
 def table(experiment: Experiment, results: Results) -> str:

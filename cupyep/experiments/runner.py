@@ -1,4 +1,4 @@
-"""Runs the cells of an experiment, one after the other, and keeps each as soon as it is measured.
+"""Runs the cells of an experiment, one after the other or side by side, and keeps each as soon as it is measured.
 
 A report folder holds ``cells/ROW-seedK.json`` for every measured cell and ``work/ROW-seedK`` (run directories, probes)
 for those that go on later. Whoever runs the same command again measures what is missing.
@@ -21,7 +21,8 @@ from cupyep.commands.system import system_report
 from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, reporting, require
 from cupyep.experiments.design import WORK, Cell, Experiment, Results, cell_name
 from cupyep.experiments.processes import check_stop, side_by_side
-from cupyep.files import FolderLock, is_leftover, read_text, write_json
+from cupyep.files import FolderLock, is_leftover, read_json, write_json
+from cupyep.training.config import MACHINE
 from cupyep.training.interruption import Interruptions
 
 CELLS, RESULTS = "cells", "results.json"
@@ -172,7 +173,7 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
     held = content.get("experiment")
     _check(held == experiment.name, f"'{path}' is of experiment '{held}', not '{experiment.name}'")
     scale, seeds, measured = content.get("scale"), content.get("seeds"), content.pop("cells", None)
-    _check(scale in list(experiment.scales), f"'{path}' is damaged (no scale of '{held}'); give another --out")
+    _check(scale in list(experiment.scales), f"'{path}' is damaged (no scale of '{held}'); give another --output")
     anew = "leave out --report-only, and it is written anew"
     _check(type(seeds) is int and isinstance(measured, dict), f"'{path}' is damaged (no seeds or no cells); {anew}")
     _check(seeds > 0, f"'{path}': nothing has been measured yet; leave out --report-only to measure")
@@ -187,19 +188,19 @@ def _claimed(folder: Path, header: dict[str, Any], seeds: int) -> Iterator[None]
     path = folder / RESULTS
     if path.is_file():
         held = {name: _read_json(path).get(name) for name in header}
-        told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --out"
+        told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --output"
         _check(held == header, told)
     else:
         ours = not folder.is_dir() or all(
             entry.name in (CELLS, WORK) or is_leftover(entry) for entry in folder.iterdir()
         )
-        _check(ours, f"'{folder}' holds other files; give another --out")
+        _check(ours, f"'{folder}' holds other files; give another --output")
         with reporting(CheckpointError, f"cannot write report folder '{folder}'"):
             (folder / CELLS).mkdir(parents=True, exist_ok=True)
         write_json(path, {**header, "seeds": seeds, "cells": {}}, indent=1)
     lock = FolderLock(folder)
     holder = lock.acquire()
-    _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --out")
+    _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --output")
     try:
         yield
     finally:
@@ -218,7 +219,7 @@ def kept(cell: Cell) -> dict[str, Any] | None:
         return None
     content = _read_json(path)
     same = content.get("options") == _options(cell)
-    _check(same, f"'{path}' was measured with other options; remove it or give another --out")
+    _check(same, f"'{path}' was measured with other options; remove it or give another --output")
     return content
 
 
@@ -227,7 +228,7 @@ def _file(cell: Cell) -> Path:
 
 
 def _options(cell: Cell) -> dict[str, Any]:
-    return json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in ("device", "data_dir")}))
+    return json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in MACHINE}))
 
 
 def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def _circumstances(command: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(path, JSON_BYTES))
+        content = read_json(path, JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:

@@ -194,11 +194,7 @@ def _trained(
         run = resume_run(point.folder, given, display, stretch)
     if tensorboard:
         run.events = EventLog(point.folder / FOLDER, run.records)
-    try:
-        return str(dataclasses.replace(run.run(), path=None))
-    finally:
-        if run.events is not None:
-            run.events.close()
+    return str(dataclasses.replace(run.run(), path=None))
 
 
 def is_finished(run: RunDirectory) -> bool:

@@ -206,6 +206,10 @@ class Learner(Shown):
             loss, correct = loss + more_loss, correct + more_correct
         return loss, correct
 
+    def judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
+        """Return what `evaluate` does of a batch whose `scores` are known: nothing is settled."""
+        return self._judge(scores, self._placed(batch, None))
+
     def _judge(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
         network = self.network
         loss = network.readout.criterion.value(scores, network.targets(batch)).sum()

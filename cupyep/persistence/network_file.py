@@ -1,6 +1,6 @@
 """What a network is, in plain values, and a network as one file, version 1 (HDF5). Nothing is ever executed.
 
-`describe` is the identity of a network: model files and checkpoints keep it, and `differences` says what another one is
+`describe` is the identity of a network: model files and checkpoints keep it, and `difference` says what another one is
 not. A file holds the structure as JSON and the parameters as arrays.
 
 Root attributes: ``format="cupyep-network"``, ``version=1``, ``cupyep`` (version of the writer) and ``network`` (JSON:

@@ -14,7 +14,7 @@ from typing import Any
 from cupyep.errors import ConfigurationError, nearest
 from cupyep.files import expanded, read_text
 from cupyep.training.config import OPTIONS, WRITTEN, make_config, read_toml
-from cupyep.training.options import NEEDS
+from cupyep.training.options import missing
 
 FOLDER = Path(__file__).parent
 
@@ -49,11 +49,8 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     if not recipe_text(recipe).startswith(WRITTEN):
         return values
     case = {name: spec.default for name, spec in OPTIONS.items()} | values
-    return {name: value for name, value in values.items() if _has_effect(name, case) and not _follows(name, values)}
-
-
-def _has_effect(name: str, case: Mapping[str, Any]) -> bool:
-    return all(NEEDS[need][1](case) for need in OPTIONS[name].metadata.get("needs", ()))
+    idle = {name for name in values if missing(OPTIONS[name], case) or _follows(name, values)}
+    return {name: value for name, value in values.items() if name not in idle}
 
 
 def _follows(name: str, values: Mapping[str, Any]) -> bool:

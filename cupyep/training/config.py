@@ -19,16 +19,18 @@ from typing import Any
 from cupyep.activations import ACTIVATIONS
 from cupyep.backend import PRECISIONS
 from cupyep.data import DATASETS
-from cupyep.data.sources import absolute_name, check_name
+from cupyep.data.sources import absolute_name, check_dataset
 from cupyep.diagnostics.pace import ON_UNSETTLED
 from cupyep.errors import ConfigurationError, nearest, require
 from cupyep.files import expanded, read_text
 from cupyep.learning.equilibrium import FORMS, SCHEMES
+from cupyep.losses import LOSSES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.plugins import SIGNALS as AUGMENTERS
 from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_relaxation, default_relaxation, default_steps
 from cupyep.signals import ANNEALINGS
+from cupyep.training.divergence import ON_DIVERGENCE
 from cupyep.training.options import checked, missing, option
 from cupyep.weights import PARAMETRISATIONS
 
@@ -42,7 +44,6 @@ DOTS = 200  # in a line; the parser's memory grows with the square of the parts 
 MOST_LAYERS = 10000
 AUTO = "auto"  # steps that follow the settling
 WRITTEN = "# Written by cupyep"  # how the config.toml of a run begins
-LOSSES = ("cross_entropy", "squared_error")
 
 
 def check_readout_pool(value: str, name: str) -> None:
@@ -93,8 +94,9 @@ class TrainConfig:
                               "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 
     dataset: str = DATA("cifar10", str, "Data set, by name or of your own: file:PATH (.npz, .h5 with x and y) or "
-                        "folder:PATH (pictures, a sub-folder a class).", choices=DATASETS, check=check_name)
-    data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.")
+                        "folder:PATH (pictures, a sub-folder a class).", choices=DATASETS, check=check_dataset)
+    data_dir: str | None = DATA(None, str, "Folder with the data set's files; unset: $CUPYEP_DATA or the user's cache.",
+                                machine=True)
     image_size: int | None = DATA(None, int, "Resize the images to N x N pixels; unset: as they are, pictures of a "
                                   "folder 32 x 32.", low=1, needs=("sizes",))
     limit_train: int | None = DATA(None, int, "Use N training images, the first of each class, equally many of each; "
@@ -116,13 +118,13 @@ class TrainConfig:
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
     beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0, needs=("ep", "finite"))
-    free_steps: int | str | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance), or auto: "
-                                            "after every epoch as many as it was found to need; unset: 2 sweeps, 6 "
-                                            "with a feedback above 0.3, 60 of the other schedules.", low=1, word=AUTO,
-                                            needs=("settling",))
-    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase, or auto; for bptt the steps "
-                                              "unrolled; unset: 2 sweeps, 4 with a feedback above 0.3, 20 otherwise.",
-                                              low=1, word=AUTO, needs=("settling",))
+    free_steps: int | str | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
+                                            "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
+                                            word=AUTO, word_text=", or auto: after every epoch as many as it was found "
+                                            "to need", needs=("settling",))
+    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase (of bptt those unrolled); unset: 2 "
+                                              "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1, word=AUTO,
+                                              word_text=", or auto", needs=("settling",))
     on_unsettled: str = GRADIENT("warn", str, "With auto steps, when a phase does not contract or needs more than 8 "
                                  "sweeps (200 other steps): say so, also halve the feedback, or also stop.",
                                  choices=ON_UNSETTLED, needs=("auto",))
@@ -154,7 +156,8 @@ class TrainConfig:
                                  needs=("kd", "maps"))
     teacher_features: bool = SIGNALS(False, bool, "Follow the teacher's own activations of the same shape, unweighted, "
                                      "instead of its outputs (kd; needs --no-crop).", needs=("kd",))
-    teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.", needs=("kd",))
+    teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.", needs=("kd",),
+                                  machine=True)
     teacher_epochs: int = SIGNALS(30, int, "Epochs of the teacher that kd trains without --teacher.", low=1,
                                   needs=("kd", "own teacher"))
 
@@ -183,9 +186,10 @@ class TrainConfig:
                                      "best.h5 (--validation); unset: never.", low=1)
 
     seed: int = RUN(0, int, "Seed of weights, signal maps, order of the images and their crops.", low=0)
-    device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.")
+    device: str = RUN("auto", str, "What computes: auto (a GPU if one can be used, else the CPU), cpu, cuda or cuda:N.",
+                      machine=True)
     scratch_mb: float | None = RUN(None, float, "Scratch of a chunk of a batch in MB: more is fewer, larger products, "
-                                   "outside the cache; unset: what stays in it.", above=0, below=1e6)
+                                   "outside the cache; unset: what stays in it.", above=0, below=1e6, machine=True)
     precision: str = RUN("float32", str, "Number format; parameters and optimizer are float32 in all but float64.",
                          choices=PRECISIONS)
     exact: bool = RUN(False, bool, "Direct sums in place of Winograd's products, which a CPU takes in float32: slower, "
@@ -194,7 +198,7 @@ class TrainConfig:
                                     "after every batch.", low=0)
     on_divergence: str = RUN("stop", str, "When numbers stop being finite or the loss stays far above its start: stop, "
                              "or go back to the end of the last epoch and halve the learning rate (up to five times).",
-                             choices=("stop", "halve-lr"))
+                             choices=ON_DIVERGENCE)
     plugin: str | None = RUN(None, str, "Python module, or file .py, that registers architectures, activations, "
                              "signals of your own; imported because you name it here, never because a run or recipe "
                              "does; unset: none.")
@@ -262,14 +266,12 @@ OF_FIT = {
     "dataset": "a run on data made in Python goes on there, by ep.fit(resume=True)",
 }
 
-# What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
-RESUME_OPTIONS = (
-    "epochs", "device", "scratch_mb", "data_dir", "teacher", "checkpoint_minutes", "on_divergence", "on_unsettled",
-    "patience", "plugin",
-)  # fmt: skip
-
 #: The options by name, in the order of ``--help-all``.
 OPTIONS: dict[str, Field] = {spec.name: spec for spec in fields(TrainConfig)}
+# Each machine's own affair: of every rank, where a run goes on, where it is passed on to others.
+MACHINE = tuple(name for name, spec in OPTIONS.items() if spec.metadata.get("machine"))
+# What may differ when a run is resumed: how long it goes on, where it finds machine and files, how it survives.
+RESUME_OPTIONS = ("epochs", *MACHINE, "checkpoint_minutes", "on_divergence", "on_unsettled", "patience", "plugin")
 
 
 def option_name(name: str) -> str:
@@ -294,7 +296,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigurationError(f"'{path}' is not valid TOML: {error}") from error
     for name, value in values.items():
         try:
-            check_name(name)
+            check_option(name)
             checked(OPTIONS[name], value, name, values.get("plugin"))
         except ConfigurationError as error:
             of_fit = name in OF_FIT and "is of a plugin" not in str(error) and text.startswith(WRITTEN)
@@ -307,7 +309,7 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     """Return the configuration in which later `layers` (such as recipe, command line) override earlier ones."""
     merged = {name: value for layer in layers for name, value in layer.items()}
     for name in merged:
-        check_name(name)
+        check_option(name)
     return TrainConfig(**merged)
 
 
@@ -331,7 +333,7 @@ def differing(config: TrainConfig, other: TrainConfig) -> list[str]:
     return [spec.name for spec in other if not (missing(spec, ours) and missing(spec, theirs))]
 
 
-def check_name(name: str) -> None:
+def check_option(name: str) -> None:
     """Raise `ConfigurationError` if there is no option of that name."""
     if name not in OPTIONS:
         raise ConfigurationError(f"unknown option '{name}'{nearest(name, OPTIONS)}")

@@ -118,6 +118,10 @@ def fit(
         require(call is None or callable(call), f"{name} must be a function, not {shown(call)}")
     signals = items("signals", signals, Augmenter, "Augmenters")
     require(not flag("resume", resume) or run_dir is not None, "resume needs run_dir")
+    needs = {"checkpoint_minutes": "checkpoint_minutes" in options}
+    needs["on_divergence='halve-lr'"] = options.get("on_divergence") == "halve-lr"
+    for name, there in needs.items():
+        require(run_dir is not None or not there, f"{name} needs run_dir, the folder of the checkpoints")
     path, display = None if run_dir is None else checked_path("run_dir", run_dir), Display(flag("quiet", quiet))
     going_on = resume and (path / CONFIG).is_file()
     begun = _as_begun(net, RunDirectory(path, None)) if going_on else {}

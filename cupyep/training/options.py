@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import operator
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import Field, field
 from typing import Any
 
-from cupyep.data.sources import SOURCES, is_own
-from cupyep.errors import ConfigurationError, choose, printable, require
+import numpy as np
 
-LARGEST = 1 << 63  # of integers
+from cupyep.data.sources import SOURCES, is_own
+from cupyep.errors import LARGEST, ConfigurationError, choose, is_integer, is_number, printable, require, shown
+
 KIND_NAMES = {
     int: "an integer",
     float: "a number",
@@ -74,8 +76,9 @@ def option(group: str, default: Any, kind: type, text: str, **rule: Any) -> Any:
         ``list`` is one number, or several (one a layer).
     **rule
         `choices` (names), `low` (at least), `above`, `high` (at most), `below`; for lists they hold for every number;
-        `word`, which may stand for the number; `check` (of a text, a function of value and name that raises; its
-        `choices` are suggestions then); `needs` (names of `NEEDS`), without which the option has no effect.
+        `word`, which may stand for the number in a training, and `word_text`, what the line says of it; `check` (of a
+        text, a function of value and name that raises; its `choices` are suggestions then); `needs` (names of
+        `NEEDS`), without which the option has no effect; `machine` (True) of what says nothing on another machine.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "text": text, **rule})
 
@@ -89,6 +92,7 @@ def missing(spec: Field, values: Mapping[str, Any]) -> list[str]:
 def checked(spec: Field, value: Any, name: str, plugin: Any = None) -> Any:
     """Return `value` in the kind of the option `spec`, or raise ConfigurationError with its `name`, rule and value.
 
+    Numbers and booleans are Python's or NumPy's, and returned as Python's, which TOML and JSON can write.
     `plugin` is what stands beside it as the option of that name: the message says so of a text that it may know.
     """
     try:
@@ -96,7 +100,7 @@ def checked(spec: Field, value: Any, name: str, plugin: Any = None) -> Any:
     except ConfigurationError:
         if spec.name not in REGISTERED or not isinstance(value, str) or not isinstance(plugin, str):
             raise
-        told = f"{name} '{value}' is of a plugin, which is code; if you trust it, give --plugin {plugin}"
+        told = f"{name} '{value}' is of a plugin, which is code; if you trust it, give --plugin {shlex.quote(plugin)}"
         raise ConfigurationError(printable(told)) from None
 
 
@@ -113,7 +117,8 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
         return numbers[0] if len(numbers) == 1 else numbers
     if kind in (list, float, int):
         return _number(spec, name, value, float if kind is list else kind)
-    require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {_shown(value)})")
+    value = bool(value) if isinstance(value, np.bool_) else value
+    require(isinstance(value, kind), f"{name} must be {KIND_NAMES[kind]} (got {shown(value)})")
     if kind is str:
         require(not re.search("[\0\ud800-\udfff]", value), f"{name} must be a text of valid characters (got {value!r})")
     if "check" in spec.metadata:
@@ -124,20 +129,13 @@ def _checked(spec: Field, value: Any, name: str) -> Any:
 
 
 def _number(spec: Field, name: str, value: Any, kind: type) -> Any:
-    accepted = (int, float) if kind is float else (int,)
-    is_number = isinstance(value, accepted) and not isinstance(value, bool)
-    is_number = is_number and (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value))
+    is_right = is_number(value) and math.isfinite(value)
+    if kind is int:
+        is_right = is_integer(value) and abs(value) <= LARGEST
     word = spec.metadata.get("word")
     rule = KIND_NAMES[spec.metadata["kind"]] + (f" or {word}" if word else "")
-    require(is_number, f"{name} must be {rule} (got {_shown(value)})")
+    require(is_right, f"{name} must be {rule} (got {shown(value)})")
     for key, (words, holds) in RULES.items():
         limit = spec.metadata.get(key)
         require(limit is None or holds(value, limit), f"{name} must be {words} {limit} (got {value})")
     return kind(value)
-
-
-def _shown(value: Any) -> str:
-    """Return a wrong value for a message; containers and huge integers cannot always be written down."""
-    if isinstance(value, (str, float, bool)) or (isinstance(value, int) and abs(value) < LARGEST):
-        return repr(value)
-    return {dict: "a table", list: "a list", int: "a huge number"}.get(type(value), f"a {type(value).__name__}")

@@ -61,7 +61,9 @@ class TrainSummary:
         return {**dataclasses.asdict(self), "path": None if self.path is None else str(self.path)}
 
 
-def evaluate(learner: Any, batches: Iterable[Any], communicator: Communicator | None = None) -> tuple[float, float]:
+def evaluate(
+    learner: Any, batches: Iterable[Any], communicator: Communicator | None = None, top: int = 0
+) -> tuple[float, ...]:
     """Return how well `learner` does on labelled images.
 
     Parameters
@@ -71,23 +73,39 @@ def evaluate(learner: Any, batches: Iterable[Any], communicator: Communicator | 
         Of a `Loader` without augmentation.
     communicator : Communicator, optional
         Of several ranks, each of which has its share of every batch; the figures are those of all.
+    top : int, default 0
+        If not 0, look also for the label among so many highest scores.
 
     Returns
     -------
     loss, accuracy : float
         Mean readout loss; fraction of right answers in [0, 1].
+    top_accuracy : float
+        Only with `top`: the fraction whose label is among the highest scores.
     """
-    loss, correct, count = 0.0, 0, 0
+    loss, correct, hits, count = 0.0, 0, 0, 0
     with np.errstate(over="ignore", invalid="ignore"):
         for batch in batches:
             own, _ = shared_out(batch)
             if own == 0:
                 continue
-            batch_loss, batch_correct = learner.evaluate(batch)
+            if top:
+                scores = learner.scores(batch)
+                hits = hits + _hits(learner, scores, batch, top)
+                batch_loss, batch_correct = learner.judge(scores, batch)
+            else:
+                batch_loss, batch_correct = learner.evaluate(batch)
             loss, correct, count = loss + batch_loss, correct + batch_correct, count + own
-    ranks = (communicator or Communicator()).gather((float(loss), int(correct), count))
-    loss, correct, count = map(sum, zip(*ranks, strict=True))
-    return loss / count, correct / count
+    ranks = (communicator or Communicator()).gather((float(loss), int(correct), int(hits), count))
+    loss, correct, hits, count = map(sum, zip(*ranks, strict=True))
+    return (loss / count, correct / count, hits / count)[: 3 if top else 2]
+
+
+def _hits(learner: Any, scores: Any, batch: Any, k: int) -> Any:
+    """Return the number of samples whose label is among the `k` highest scores."""
+    device = learner.network.device
+    own = scores[device.xp.arange(len(batch)), device.asarray(batch.labels)]
+    return ((scores > own[:, None]).sum(axis=1) < k).sum()
 
 
 def at_rest(learner: Any, batches: Loader) -> dict[str, Any]:
@@ -98,14 +116,3 @@ def at_rest(learner: Any, batches: Loader) -> dict[str, Any]:
         return found | {"longer": evaluate(learner, batches)[1]}
     finally:
         learner.free_steps = steps
-
-
-def top_k_accuracy(learner: Any, batches: Loader, k: int) -> float:
-    """Return the fraction of samples whose label is among the `k` highest scores of `learner`."""
-    hits = 0
-    for batch in batches:
-        scores = learner.scores(batch)
-        device = learner.network.device
-        own = scores[device.xp.arange(len(batch)), device.asarray(batch.labels)]
-        hits = hits + ((scores > own[:, None]).sum(axis=1) < k).sum()
-    return int(hits) / len(batches.split)

@@ -19,7 +19,7 @@ from cupyep._version import __version__
 from cupyep.data.sources import short_name
 from cupyep.diagnostics.checkup import check_trace
 from cupyep.errors import CheckpointError, ConfigurationError, choose, is_number, reporting
-from cupyep.files import FolderLock, can_write, is_leftover, read_text, remove_leftovers, write_file
+from cupyep.files import FolderLock, can_write, is_leftover, read_json, read_text, remove_leftovers, write_file
 from cupyep.models import slug
 from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cupyep.training.config import WRITTEN, TrainConfig, make_config, read_toml
@@ -86,7 +86,7 @@ class RunDirectory:
         with reporting(CheckpointError, f"cannot write run directory '{self.path}'"):
             holder = self._lock.acquire()
         if holder:
-            raise CheckpointError(f"'{self.path}' is in use by {holder}; wait for it or choose another --run-dir")
+            raise CheckpointError(f"'{self.path}' is in use by {holder}; wait for it or choose another folder")
 
     def unlock(self) -> None:
         """Let other processes write here."""
@@ -142,9 +142,9 @@ class RunDirectory:
         """Return what settling.json holds, None if there is none; `CheckpointError` if it is damaged."""
         path = self.path / SETTLING
         try:
-            return check_trace(json.loads(read_text(path, METRICS_BYTES))) if path.is_file() else None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise CheckpointError(f"'{path}' is not a record of settling: {error}") from error
+            return check_trace(read_json(path, METRICS_BYTES)) if path.is_file() else None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"'{path}' is damaged, no record of settling ({error}); remove it") from error
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write checkpoint.h5; the old one becomes checkpoint.previous.h5 if it stood between two epochs."""
@@ -213,13 +213,13 @@ def check_free(path: str | Path) -> Path:
     """Return `path` if a new run can be written there, else raise `CheckpointError`."""
     path = Path(path)
     if (path / CONFIG).exists():
-        raise CheckpointError(f"'{path}' holds another run; continue it with --resume or choose another --run-dir")
+        raise CheckpointError(f"'{path}' holds another run; resume that or choose another folder")
     if (path / CHECKPOINT).exists():
         raise CheckpointError(
-            f"'{path}' holds a {CHECKPOINT} without its {CONFIG}; bring that back or choose another --run-dir"
+            f"'{path}' holds a {CHECKPOINT} without its {CONFIG}; bring that back or choose another folder"
         )
     if path.exists() and (not path.is_dir() or not all(map(is_leftover, path.iterdir()))):
-        raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another --run-dir")
+        raise CheckpointError(f"'{path}' exists and is not an empty folder; choose another one")
     _require_writable(path)
     return path
 

@@ -31,7 +31,7 @@ from cupyep.training.config import OPTIONS, RESUME_OPTIONS, TrainConfig, option_
 from cupyep.training.display import Display
 from cupyep.training.initial import load_initial
 from cupyep.training.options import checked
-from cupyep.training.results import evaluate, top_k_accuracy
+from cupyep.training.results import evaluate
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
 from cupyep.training.sharing import check_same, run_directory
 from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
@@ -203,7 +203,7 @@ def evaluate_run(
     ----------
     path : path
         Run directory.
-    which : {"best", "last"}
+    which : {"best", "last", "previous"}
         Checkpoint.
     given : mapping
         Options that are to differ from the run's.
@@ -225,15 +225,16 @@ def evaluate_run(
     config = run.config
     dataset = build_dataset(config)
     batches = evaluation_batches(config, dataset, run.network, split)
-    loss, accuracy = evaluate(run.learner, (display or Display()).over(batches, f"{split} images"))
+    top = 5 if run.network.classes >= 100 else 0
+    shown = (display or Display()).over(batches, f"{split} images")
+    loss, accuracy, *of_top = evaluate(run.learner, shown, top=top)
     chosen = f"best, chosen by {'test' if dataset.validation is None else 'validation'} accuracy"
     lines = [
         f"{config.arch} on the {len(batches.split)} {split} images of {config.dataset}, epoch {run.epoch} "
         f"({chosen if which == 'best' else which})",
         f"{split} accuracy {accuracy:.2%}, loss {loss:.4f}",
     ]
-    if run.network.classes >= 100:
-        lines[1] += f", top-5 accuracy {top_k_accuracy(run.learner, batches, 5):.2%}"
+    lines[1] += "".join(f", top-{top} accuracy {fraction:.2%}" for fraction in of_top)
     return lines
 
 

@@ -14,11 +14,9 @@ from cupyep.data.images import add_to_digest
 from cupyep.errors import require
 from cupyep.learning.learner import StepResult
 from cupyep.parallel import Communicator
-from cupyep.training.config import TrainConfig, option_name
+from cupyep.training.config import MACHINE, TrainConfig, option_name
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.statistics import means_of
-
-OWN = ("device", "scratch_mb", "data_dir", "teacher")  # options that are each rank's own affair
 
 
 def step(learner: Any, batch: Batch, communicator: Communicator) -> tuple[StepResult, Mapping[str, Any], int]:
@@ -60,7 +58,7 @@ def check_same(config: TrainConfig, dataset: Dataset, communicator: Communicator
     if communicator.size == 1:
         return
     communicator.same(version_of_cupyep=__version__)
-    communicator.same(**{option_name(name): value for name, value in vars(config).items() if name not in OWN})
+    communicator.same(**{option_name(name): value for name, value in vars(config).items() if name not in MACHINE})
     communicator.same(images_and_labels=_fingerprint(dataset))
     require(
         config.batch_size >= communicator.size,

@@ -29,7 +29,7 @@ from cupyep.models import Architecture, architecture, slug
 from cupyep.network import Network
 from cupyep.parallel import Communicator
 from cupyep.training.build import build_network, build_trainer, feature_name, signal_layers
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import MACHINE, TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions
 from cupyep.training.run_directory import CONFIG, PREVIOUS, RunDirectory
@@ -54,7 +54,7 @@ TEACHER_SETTINGS = {
     "lr_schedule": "cosine",
 }
 # To what becomes of a teacher, beside the images that it is trained on.
-NO_MATTER = {"device", "scratch_mb", "data_dir", "checkpoint_minutes", "on_divergence", "dataset", "test_fraction"}
+NO_MATTER = {*MACHINE, "checkpoint_minutes", "on_divergence", "dataset", "test_fraction"}
 WAIT_S = 1.0
 KEPT, CHECKSUM = "teacher.h5", "teacher.sha256"  # in the folder of a run
 

@@ -39,6 +39,11 @@ class _Stopped(Exception):
     """A callback has ended the run within an epoch."""
 
 
+def _ends(answer: Any) -> bool:
+    """Return whether a callback ends the run: 1, as `write` returns, is not True, nor is an array."""
+    return isinstance(answer, (bool, np.bool_, str)) and answer in (True, "stop")
+
+
 class Trainer:
     """Trains a learner and keeps its run directory.
 
@@ -154,10 +159,15 @@ class Trainer:
         Interrupted
             If a signal came; the run has been saved.
         """
-        self.check_unfinished()
-        sharing.share_parameters(self.learner, self.communicator)
-        if self.directory is None:
-            return self._train()
+        try:
+            self.check_unfinished()
+            sharing.share_parameters(self.learner, self.communicator)
+            return self._train() if self.directory is None else self._train_and_save()
+        finally:
+            if self.events is not None:
+                self.events.close()
+
+    def _train_and_save(self) -> TrainSummary | None:
         with self.directory.locked(), self.interruptions:
             try:
                 return self._train()
@@ -316,7 +326,7 @@ class Trainer:
         self.watch.add(means["loss"])
         self.batches_done += 1
         if self.on_batch is not None:
-            self._stopped = self.on_batch(result) in (True, "stop")
+            self._stopped = _ends(self.on_batch(result))
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield `batches`; raise `Interrupted` when one is done and a signal has come."""
@@ -352,7 +362,7 @@ class Trainer:
         for finding in record.get("findings", ()):
             text = f"epoch {record['epoch']}: {finding['message']}"
             self.display.show("warning", text, epoch=record["epoch"], **finding)
-        called = self.on_epoch is not None and self.on_epoch(record) in (True, "stop")
+        called = self.on_epoch is not None and _ends(self.on_epoch(record))
         self._stopped = called or (self.checkup is not None and self.checkup.ends)
 
     def _save(self) -> None:

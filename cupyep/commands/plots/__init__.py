@@ -43,11 +43,10 @@ def draw_runs(
     damaged.
     """
     matplotlib_figure()
-    runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}
-    records = {name: run.metrics() for name, run in runs.items()}
+    runs, records = _opened(paths)
     out = out or (paths[0] / "plots" if len(paths) == 1 else Path("plots"))
     out.mkdir(parents=True, exist_ok=True)
-    yield from map(str, save(learning_of(paths), out / "learning", formats))
+    yield from map(str, save(_learning(runs, records), out / "learning", formats))
     for name, run in runs.items():
         prefix = "" if len(runs) == 1 else f"{name}-"
         for kind, made in _figures(name, run, records[name], given or {}, display or Display()):
@@ -59,8 +58,17 @@ def draw_runs(
 
 def learning_of(paths: Sequence[Path]) -> Any:
     """Return the figure of loss and accuracy of the runs in some directories."""
+    return _learning(*_opened(paths))
+
+
+def _opened(paths: Sequence[Path]) -> tuple[dict[str, RunDirectory], dict[str, list[Record]]]:
+    """Return the runs in some directories and their records, by their names in figures."""
     runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}
-    return curves.learning({name: run.metrics() for name, run in runs.items()}, [r.config.loss for r in runs.values()])
+    return runs, {name: run.metrics() for name, run in runs.items()}
+
+
+def _learning(runs: Mapping[str, RunDirectory], records: Mapping[str, list[Record]]) -> Any:
+    return curves.learning(records, [run.config.loss for run in runs.values()])
 
 
 def _figures(
