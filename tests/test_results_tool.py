@@ -87,10 +87,11 @@ def test_medium_scale_takes_the_place_of_small(tool, tmp_path):
     assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | open | open |" in lines
     assert "| VGG-12 on CIFAR-100: EP, lambda = 1, KD | 64.75 | open | - |" in lines
     assert not any("CIFAR-100: EP, lambda = 0.03 |" in line and "residual" in line for line in lines)
+    assert not any("EP, lambda = 1, LE" in line for line in lines), "nothing published, nothing measured"
     (settings,) = (line for line in lines if line.startswith("Medium scale, "))
     assert "`best-cifar10`: Hopfield-ResNet13's graph" in settings
     page = tool.results_page(tool.collect(tmp_path))
-    assert "[`best-svhn`](results/best-svhn-medium/REPORT.md) | medium | EP, lambda = 0.03: 95.00 %" in page
+    assert "[`best-svhn`](results/best-svhn-medium/REPORT.md) | medium | EP, lambda = 0.01: 95.00 %" in page
     assert "[`graphs`](results/graphs-small/REPORT.md) | small |" in page
     assert "**small** ([report](results/vgg7-kd-cifar10-small/REPORT.md)" in page
     assert "**medium** ([report](results/best-cifar10-medium/REPORT.md)" in page

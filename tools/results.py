@@ -53,7 +53,8 @@ def collect(folder: Path) -> dict[str, Found]:
 def readme_table(found: dict[str, Found]) -> str:
     """Return the table of README.md: the headline rows beside the published figures.
 
-    Beside full size it shows medium scale where there is a report of it, else small scale; never both.
+    Beside full size it shows medium scale where there is a report of it, else small scale; never both. Rows of which
+    nothing is published and nothing measured are left out.
     """
     best = [name for name in BEST if "medium" in found[name]]
     size = "medium" if best or any("medium" in found[name] for name in HEADLINES) else "small"
@@ -64,6 +65,8 @@ def readme_table(found: dict[str, Found]) -> str:
         for row in experiment.at("full" if "full" in experiment.scales else size).rows:
             published = row.published.get(COLUMNS["accuracy"].title)
             ours = [_accuracy(experiment, scale, found[name], row.key) for scale in ("full", size)]
+            if published is None and not set(ours) - {OPEN, "-"}:
+                continue  # nothing to compare
             label = f"{experiment.title.partition(',')[0]}: {row.label}"
             lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
     settings = [f"`{name}`: {EXPERIMENTS[name].at(size).setting}" for name in names if size in EXPERIMENTS[name].scales]
