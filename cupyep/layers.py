@@ -43,15 +43,16 @@ class Edge:
         Whether the drive comes with max-pooling winners.
     has_bias : bool
         Whether the bias is a parameter. Without, `bias` stays zero.
-    reads_image : bool
-        Whether its network feeds it images, so that it never has to give a top-down product; the network says so.
+    reads_image : bool or None
+        Whether its network feeds it images, so that it never has to give a top-down product; the network says so. None
+        before it has one.
     arguments : tuple of str
         The names of what the class is made with; all are attributes (`cupyep.persistence.network_file`).
     """
 
     has_winners = False
     has_bias = True
-    reads_image = False
+    reads_image: bool | None = None
     arguments: tuple[str, ...] = ()
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
