@@ -26,6 +26,7 @@ from cupyep.ops.winograd import WinogradOps
 from cupyep.weights import Parametrisation, Plain, get_parametrisation
 
 POOLINGS = ("none", "max", "average")
+LARGEST_WINDOW = 16  # of max-pooling: the place of a winner is one byte (`cupyep.ops.pooling`)
 
 
 class Edge:
@@ -123,7 +124,7 @@ class Conv2d(Edge):
         Square kernel; zero padding, less than `kernel`.
     pooling : {"none", "max", "average"}
     pool : int
-        Edge of the non-overlapping pooling window.
+        Edge of the non-overlapping pooling window; of max-pooling at most 16.
     bias : bool
 
     Raises
@@ -150,9 +151,9 @@ class Conv2d(Edge):
         self.kernel = kernel = integer("kernel", kernel)
         self.stride = stride = integer("stride", stride)
         self.padding = padding = integer("padding", padding, 0, kernel - 1)
-        pool = integer("pool", pool)
         self.has_bias = flag("bias", bias)
         self.pooling = choose("pooling", pooling, POOLINGS)
+        pool = integer("pool of max-pooling", pool, 1, LARGEST_WINDOW) if pooling == "max" else integer("pool", pool)
         self.pool = 1 if pooling == "none" else pool
         self.has_winners = pooling == "max"
         height, width, _ = in_shape
