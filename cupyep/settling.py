@@ -236,7 +236,8 @@ def settle(
         return SettleStats(step, _residual(phase), trace=trace, host=phase.host)
     stats = SettleStats(step, per_sample, converged, tolerance, False, trace)
     if not converged:
-        stats.oscillating = watch_period and bool(phase.distance_from_remembered() < 0.1 * per_sample.max(axis=1).max())
+        near = 0.1 * float(per_sample.max())
+        stats.oscillating = watch_period and phase.distance_from_remembered() / phase.scale < near
         _warn(stats, name, phase.label)
     return stats
 
