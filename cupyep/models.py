@@ -128,7 +128,7 @@ def default_gain(activation: str | Activation, feedback: float, gains: tuple[flo
 
 def vgg(depth: int, *args: Any, **options: Any) -> Network:
     """Build VGG-`depth`, of 5, 7, 9, 11, 12 or 16 weight layers, the readout included; the rest as `build`."""
-    known = [int(name[3:]) for name in TABLE if name.startswith("vgg")]
+    known = [int(name[3:]) for name in ARCHITECTURES if name.startswith("vgg")]
     require(
         is_integer(depth) and depth in known,
         f"there is no VGG of depth {shown(depth)} (choose from {', '.join(map(str, known))})",

@@ -365,6 +365,8 @@ DEFECTS = [
            'least = -np.inf if name == "best_accuracy" else 0', "least = -np.inf", "test_training_files"),
     Defect("kappa annealed at the wrong end", "signals.py",
            "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(", "test_signals"),
+    Defect("a signal that is given twice counts twice", "learning/learner.py",
+           "len({id(signal) for signal in given}) == len(given)", "True", "test_learner"),
     Defect("kappa forgotten for learned maps", "learning/learner.py",
            "share * weight / total", "share / total", "test_signals test_bptt"),
     Defect("lambda forgotten in the deviation's drive", "phases.py",
