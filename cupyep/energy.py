@@ -53,7 +53,8 @@ class HopfieldEnergy:
         lambda.
     device : Device
     precision : Precision
-        Of phases. `value`, `phi`, `force` and `parameter_gradient`, which define, store nothing in halves.
+        Of phases. `value`, `phi`, `force` and `parameter_gradient`, which define, store nothing in halves; their units,
+        too, are direct sums if it is exact.
 
     Attributes
     ----------
@@ -237,7 +238,8 @@ class HopfieldEnergy:
         return beta
 
     def _workspace(self, x: Any) -> Workspace:
-        return Memory(self.graph, self.device, get_precision(self.dtype.name)).workspace(len(x))
+        precision = get_precision(self.dtype.name, self.precision.exact)
+        return Memory(self.graph, self.device, precision).workspace(len(x))
 
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
         """Return the drive of each node and the winners of each connection."""
