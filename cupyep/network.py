@@ -17,7 +17,7 @@ from cupyep.errors import choose, flag, integer, is_number, items, number, requi
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Nudge
-from cupyep.settling import check_settling, reads_start, settle, watched
+from cupyep.settling import check_betas, check_settling, reads_start, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.state import State, joined
 from cupyep.structure import Structure, exclusive
@@ -279,10 +279,7 @@ class Network(Structure):
         nudges = items("nudges", nudges, Nudge)
         betas = [number("beta", beta) for beta in items("betas", betas)]
         require(len(betas) > 0 and 0 not in betas, f"each beta must be a number other than 0, not {betas}")
-        require(
-            form == "tangent" or not self.readout.identity or all(abs(b) < 1 for b in betas),
-            f"squared error needs beta between -1 and 1, not {list(betas)}: s <- d - beta (s - y) never settles beyond",
-        )
+        check_betas(betas, self.readout.criterion.name, form == "tangent")
         batch = self.batch(batch)
         samples, phases = len(batch.images), len(betas)
         self.check_start(free, samples, "free")

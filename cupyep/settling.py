@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from cupyep.backend import array_module
 from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, require
+from cupyep.losses import SquaredError
 from cupyep.program import SCHEDULES
 from cupyep.showing import Shown
 
@@ -147,6 +148,18 @@ def check_relaxation(relaxation: float, schedule: str) -> None:
     require(
         relaxation <= 1 or schedule != "synchronous",
         f"relaxation {relaxation:g} with synchronous updates would not settle: use schedule 'evenodd', or at most 1",
+    )
+
+
+def check_betas(betas: Sequence[float], loss: str, tangent: bool) -> None:
+    """Raise ConfigurationError for nudges with which the output of squared error, a state, would not settle.
+
+    In the tangent, the limit of weak nudges, any does.
+    """
+    require(
+        loss != SquaredError.name or tangent or all(abs(beta) < 1 for beta in betas),
+        f"squared error needs beta between -1 and 1, not {', '.join(map(str, betas))}: "
+        "s <- d - beta (s - y) never settles beyond",
     )
 
 
