@@ -20,11 +20,10 @@ from cupyep.backend.precision import Precision, get_precision
 from cupyep.batch import checked_images
 from cupyep.errors import instance, is_number, items, number, require, shown
 from cupyep.graph import Graph
+from cupyep.heads import Nudge
 from cupyep.layers import Edge
-from cupyep.memory.layout import PhaseBuffers, PhaseShape
 from cupyep.memory.workspace import Memory, Workspace, update_ops
 from cupyep.ops.update import UpdateOps
-from cupyep.phases import Classical, Deviation, Nudge
 from cupyep.state import State
 
 
@@ -105,34 +104,6 @@ class HopfieldEnergy:
         whole = [max((r for r, end in zip(self.ratios, ends, strict=True) if end == n), default=0.0) for n in nodes]
         whole = [scale or 1.0 for scale in whole]
         return whole, [r / whole[end - 1] if r else 1.0 for r, end in zip(self.ratios, ends, strict=True)]
-
-    def states(
-        self,
-        shape: PhaseShape,
-        memory: Memory,
-        buffers: PhaseBuffers,
-        warm: bool,
-        images: Any,
-        nudges: Sequence[Nudge] = (),
-        betas: Sequence[float] = (0.0,),
-    ) -> Classical:
-        """Return the phase that updates states, `warm` from a given start, free or nudged."""
-        program, ops = memory.layout.program(shape, warm), memory.workspace(shape.samples).ops
-        workspace = memory.workspace(shape.rows)
-        return Classical(self, workspace, buffers, program, images, ops, nudges, betas)
-
-    def deviations(
-        self,
-        shape: PhaseShape,
-        memory: Memory,
-        buffers: PhaseBuffers,
-        free: State,
-        nudges: Sequence[Nudge],
-        betas: Sequence[float],
-    ) -> Deviation:
-        """Return the phase that updates scaled deviations from a free state."""
-        program, workspace = memory.layout.program(shape, True), memory.workspace(shape.rows)
-        return Deviation(self, workspace, buffers, program, free, nudges, betas, shape.form == "tangent")
 
     def pass_up(self, images: Any, state: State, terms: Sequence[Any], ops: Sequence[Any]) -> None:
         """Write feed-forward states, drives and winners into `state`: node by node, no top-down input, no settling.

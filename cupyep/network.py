@@ -14,9 +14,10 @@ from cupyep import errors
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, integer, is_number, items, number, require
+from cupyep.heads import Nudge
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.persistence.network_file import describe, read_network, write_network
-from cupyep.phases import Nudge
+from cupyep.phases import Classical, Deviation
 from cupyep.settling import check_betas, check_settling, reads_start, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.state import State, joined
@@ -259,7 +260,7 @@ class Network(Structure):
                 shape = replace(shape, base=start.buffers.top)
                 buffers = self.memory.phase(shape)
         self._fill(buffers, start, shape, how)
-        phase = self.energy.states(shape, self.memory, buffers, start is not None, batch.images)
+        phase = Classical(self.energy, self.memory, shape, buffers, start is not None, batch.images)
         stats = settle(phase, **_loop(how), name="free")
         return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
 
@@ -287,7 +288,7 @@ class Network(Structure):
         buffers = self.memory.phase(shape)
         if form == "classical":
             self._fill(buffers, free, shape, how)
-            phase = self.energy.states(shape, self.memory, buffers, True, batch.images, nudges, betas)
+            phase = Classical(self.energy, self.memory, shape, buffers, True, batch.images, nudges, betas)
             state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
         else:
             require(
@@ -295,7 +296,7 @@ class Network(Structure):
                 "deviations start at a settled state with its drives and winners: pass what settle() returned",
             )
             self._fill(buffers, None, shape, how)
-            phase = self.energy.deviations(shape, self.memory, buffers, free, nudges, betas)
+            phase = Deviation(self.energy, self.memory, shape, buffers, free, nudges, betas)
             state = State([], None, free.winners, None, buffers.states, phase.weights, buffers)
         state.stats = settle(phase, **_loop(how), name="nudged")
         return state

@@ -17,9 +17,8 @@ from cupyep.backend.device import Device
 from cupyep.batch import Batch
 from cupyep.data.teacher import SPLITS, TeacherFile
 from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
-from cupyep.heads import Head, LossTerm
+from cupyep.heads import Head, LossTerm, Nudge
 from cupyep.losses import SquaredError, get_loss
-from cupyep.phases import Nudge
 
 ANNEALINGS = ("constant", "cosine")
 

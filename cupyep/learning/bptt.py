@@ -17,12 +17,13 @@ import numpy as np
 
 from cupyep.batch import Batch
 from cupyep.errors import integer
+from cupyep.heads import Nudge
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
-from cupyep.phases import Nudge
+from cupyep.phases import Classical
 from cupyep.settling import STRONG, UNROLLED_STEPS, SettleStats, check_settling, iterate, stats_of
 from cupyep.signals import Augmenter
 from cupyep.state import State
@@ -187,7 +188,7 @@ class BackpropagationThroughTime(Learner):
         network, phase = self.network, unrolled.phase
         for s, first in zip(phase.states, start.layers, strict=True):
             s[...] = first
-        settling = network.energy.states(step, network.memory, phase, True, batch.images)
+        settling = Classical(network.energy, network.memory, step, phase, True, batch.images)
         for before in unrolled.history:
             _copy(phase.states, before.layers)
             iterate(settling, measure=True)

@@ -20,13 +20,13 @@ from cupyep.backend import threads
 from cupyep.batch import Batch
 from cupyep.energy import Change
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
+from cupyep.heads import Nudge
 from cupyep.layers import Conv2d
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.winograd import tile_size
-from cupyep.phases import Nudge
 from cupyep.settling import check_betas, check_settling, default_steps
 from cupyep.signals import Augmenter
 from cupyep.state import State

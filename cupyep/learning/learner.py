@@ -9,14 +9,13 @@ from typing import Any
 from cupyep.backend.threads import Turns, number_for
 from cupyep.batch import Batch
 from cupyep.errors import instance, integer, items, require
-from cupyep.heads import LossTerm, accuracy_count
+from cupyep.heads import LossTerm, Nudge, accuracy_count
 from cupyep.learning.gradients import Gradients, packed_size
 from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.conv import chunked
 from cupyep.ops.reduction import levels
-from cupyep.phases import Nudge
 from cupyep.settling import SettleStats
 from cupyep.showing import Shown
 from cupyep.signals import Augmenter
