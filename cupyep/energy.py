@@ -181,17 +181,6 @@ class HopfieldEnergy:
                 edge.drive(nodes[below], work, winners[c], ops[c])
         return found
 
-    def send_down(self, connection: int, q: Any, winners: Any, out: Any, ops: Any) -> Any:
-        """Write into `out`, and return, what ``q = mu sigma'`` of the node above sends down a connection."""
-        self.edges[connection].topdown(q, winners, out, ops)
-        return out
-
-    def send_up(self, connection: int, q: Any, scaled: Any, winners: Any, out: Any, ops: Any) -> Any:
-        """Write into `out`, and return, what q of the node below sends up; `scaled` gets q times a_above / a_below."""
-        self.device.xp.multiply(q, self.ratios[connection], out=scaled)
-        self.edges[connection].linear_drive(scaled, out, winners, ops)
-        return out
-
     def _wide(self, x: Any, layers: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return images and states in the type to compute in, after the gate: images as `Network.batch` takes them."""
         x = checked_images(x, self.graph.input_shape, self.dtype)

@@ -231,13 +231,19 @@ class BackpropagationThroughTime(Learner):
             energy.correlate(c, unrolled.scaled[below - 1], nodes[above], winners, gradients, ops[c], bias=False)
 
     def _down(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        energy = self.network.energy
-        return energy.send_down(c, q, state.winners[c], unrolled.down[energy.graph.below[c] - 1], ops[c])
+        """Return what ``q = mu sigma'`` of the node above sends down a connection."""
+        graph = self.network.graph
+        out = unrolled.down[graph.below[c] - 1]
+        graph.edges[c].topdown(q, state.winners[c], out, ops[c])
+        return out
 
     def _up(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        energy = self.network.energy
-        below, above = energy.graph.below[c] - 1, energy.graph.above[c] - 1
-        return energy.send_up(c, q, unrolled.scaled[below], state.winners[c], unrolled.up[above], ops[c])
+        """Return what q of the node below sends up; that times a_above / a_below is left in ``scaled``."""
+        graph, xp = self.network.graph, self.network.device.xp
+        scaled, out = unrolled.scaled[graph.below[c] - 1], unrolled.up[graph.above[c] - 1]
+        xp.multiply(q, self.network.energy.ratios[c], out=scaled)
+        graph.edges[c].linear_drive(scaled, out, state.winners[c], ops[c])
+        return out
 
 
 @dataclass(frozen=True)
