@@ -88,6 +88,10 @@ class Edge:
         if not self.parametrisation.shares:
             self.parametrisation.forward(self._trained, self.weight)
 
+    def refresh(self, ops: Any) -> None:
+        """Let operations take up the current weight, for what is made of it once a settle and not once a step."""
+        ops.refresh(self.weight)
+
     def pull_back(self, gradients: dict[str, Any]) -> None:
         """Turn the gradient of the weight, ``gradients["weight"]``, into those of its parameters, in place."""
         if not self.parametrisation.shares:
@@ -190,10 +194,6 @@ class Conv2d(Edge):
             return WinogradOps(self.geometry, batch, nbytes, precision, device.xp, m)
         return ConvOps(self.geometry, batch, nbytes, precision, device.xp, **topdown)
 
-    def refresh(self, ops: ConvOps) -> None:
-        """Take up the current weights, for what is made of them once a settle and not once a step."""
-        ops.refresh(self.weight)
-
     def drive(self, s: Any, out: Any, winners: Any, ops: ConvOps) -> None:
         """Write ``d = P(w * s + b)`` into `out` and the pooling winners into `winners` (None without max-pooling).
 
@@ -269,10 +269,6 @@ class Linear(Edge):
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> LinearOps:
         """Return products and scratch for `batch` samples."""
         return LinearOps(self.weight_shape, batch, precision, device)
-
-    def refresh(self, ops: LinearOps) -> None:
-        """Take up the current weights."""
-        ops.refresh(self.weight)
 
     def drive(self, s: Any, out: Any, winners: Any, ops: LinearOps) -> None:
         """Write ``s w + b`` into `out` (B, units)."""

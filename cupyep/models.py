@@ -40,6 +40,7 @@ from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.learning import Backpropagation
 from cupyep.losses import LOSSES
 from cupyep.network import Network
+from cupyep.settling import STRONG
 
 GRAMMAR = "layers as in '32 32p 64s 64+64' (s: stride 2, p: pooling, +: residual block) or 'mlp:512,512'"
 MOST_LAYERS = 256
@@ -122,7 +123,7 @@ def default_gain(activation: str | Activation, feedback: float, gains: tuple[flo
     high a gain saturates or never settles. The halved hard sigmoid has slope 1/2 and wants twice the gain.
     """
     name = get_activation(activation).name
-    gain = gains[0] if number("feedback", feedback) > 0.3 else gains[1]
+    gain = gains[0] if number("feedback", feedback) > STRONG else gains[1]
     return 2 * gain if name == "half_hard_sigmoid" else gain
 
 

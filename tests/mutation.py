@@ -364,7 +364,7 @@ DEFECTS = [
     Defect("checkpoints: progress below zero", "persistence/checkpoint.py",
            'least = -np.inf if name == "best_accuracy" else 0', "least = -np.inf", "test_training_files"),
     Defect("kappa annealed at the wrong end", "signals.py",
-           "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(", "test_signals"),
+           "[self.annealing](progress)", "[self.annealing](1 - progress)", "test_signals"),
     Defect("a signal that is given twice counts twice", "learning/learner.py",
            "len({id(signal) for signal in given}) == len(given)", "True", "test_learner"),
     Defect("energy: products of an exact network take large tiles", "energy.py",

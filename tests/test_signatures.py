@@ -54,7 +54,7 @@ INNER = {
     r"\w+\.facts": "without arguments",
     r"(State|StepResult|SettleStats|Nudge|FitResult)(\.\w+)?": "a record that the package makes",
     r"HopfieldEnergy\.(correlate|pass_up|add_\w+|winners_at)": "phases and learners call it",
-    r"Graph\.(weights|feedback|label|describe|apart|\w*depths)": "what follows from a graph that was looked at",
+    r"Graph\.(weights|feedback|label|describe|\w*depths)": "what follows from a graph that was looked at",
     r"Connection": "looked at by `Graph`",
     r"\w+\.make_weights": "without arguments",
     r"SGD.slots": "of a momentum that was looked at",
