@@ -22,8 +22,8 @@ from cupyep.errors import instance, is_number, items, number, require, shown
 from cupyep.graph import Graph
 from cupyep.heads import Nudge
 from cupyep.layers import Edge
-from cupyep.memory.workspace import Memory, Workspace, update_ops
-from cupyep.ops.update import UpdateOps
+from cupyep.memory.workspace import Memory, Workspace
+from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 from cupyep.state import State
 
 
@@ -87,7 +87,10 @@ class HopfieldEnergy:
     @functools.cached_property
     def updates(self) -> UpdateOps:
         """What updates states."""
-        return update_ops(self.activation, self.device)
+        device = self.device
+        if device.is_gpu and self.activation.code is not None:
+            return CudaUpdateOps(device.xp, self.activation, device.launcher(SOURCE))
+        return UpdateOps(device.xp, self.activation)
 
     @functools.cached_property
     def topdown_scales(self) -> tuple[list[float], list[float]]:
