@@ -561,7 +561,7 @@ DEFECTS = [
     Defect("kernel of standardized weights: sums for the threads of the first row only", "ops/rows.cuh",
            "shared[i * BLOCK + thread % lanes];", "shared[i * BLOCK + thread];", "test_weights"),
     Defect("LSUV: scaled by the variance", "initialization.py",
-           "scale(name, 1 / deviation)", "scale(name, 1 / deviation**2)", "test_initialization"),
+           "edge.parameters(), 1 / deviation)", "edge.parameters(), 1 / deviation**2)", "test_initialization"),
     Defect("LSUV: the last factor for that of all", "initialization.py",
            "factor /= deviation", "factor = 1 / deviation", "test_initialization"),
     Defect("weights taken back: the input flattened as it comes", "export/weights.py",
