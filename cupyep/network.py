@@ -356,9 +356,10 @@ class Network(Structure):
 
     @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
-        """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`.
+        """Return what the readout says of the settled state, shape (N, classes).
 
-        Without arguments the network judges as its training did, see `settling`.
+        `how` are ``steps``, ``schedule``, ``tolerance``, ``relaxation``, ``check_every`` and ``record``, all as in
+        `settle`. Without them the network judges as its training did, see `settling`. `ConfigurationError` for others.
         """
         batch, how = self.batch(x), self.judges(how, start is None)
         if start is not None:
@@ -385,7 +386,7 @@ class Network(Structure):
         return state
 
     def predict(self, x: Any, k: int = 1, **how: Any) -> np.ndarray:
-        """Return the most likely classes on the host: shape (N,) for ``k = 1``, else (N, k) in falling order."""
+        """Return the most likely classes on the host, (N,), or (N, k) in falling order; the rest as `scores`."""
         k = integer("k", k, 1, self.classes)
         scores = self.device.to_numpy(self.scores(x, **how))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -29,6 +29,7 @@ from cupyep.settling import check_relaxation, default_relaxation, default_steps
 from cupyep.state import State
 from cupyep.weights import PARAMETRISATIONS
 
+JUDGING = ("steps", "schedule", "tolerance", "relaxation", "check_every", "record")
 SETTLING = ("steps", "schedule", "relaxation", "tolerance", "unrolled_steps", "feedforward")
 
 
@@ -259,6 +260,8 @@ class Structure:
 
         A network of ``feedforward`` settles if it is told how to, or is not to begin at a start (`is_new`) of its own.
         """
+        for name in given:
+            choose("argument of scores or predict", name, JUDGING)
         names = ("steps", "schedule", "relaxation")
         how = dict(given) | dict(zip(names, self.settles(*(given.get(name) for name in names)), strict=True))
         own = self._settling if how["schedule"] == self._settling.get("schedule", "sweeps") else {}

@@ -78,6 +78,19 @@ def test_scores_are_the_readout_of_the_settled_state(device, loss):
     np.testing.assert_allclose(net.device.to_numpy(scores), expected, rtol=1e-11, err_msg="scores were overwritten")
 
 
+@pytest.mark.parametrize("ask", ["scores", "predict"])
+def test_scores_and_predictions_name_what_they_do_not_take(ask):
+    """What `settle` takes besides has no meaning for them; all that they take, they take."""
+    net = network("dense", "cpu")
+    batch, start = batch_of(net), net.settle(batch_of(net))
+    for name in ("copy", "targets", "retain", "feedforward", "unrolled_steps", "stepps"):
+        with pytest.raises(ep.ConfigurationError) as error:
+            getattr(net, ask)(batch, **{name: False})
+        one_line(error, f"unknown argument of scores or predict '{name}'", "steps, schedule, tolerance")
+    how = {"steps": 3, "schedule": "sweeps", "tolerance": 1e9, "relaxation": 1.0, "check_every": 2, "record": True}
+    assert len(getattr(net, ask)(batch, start=start, **how)) == len(batch)
+
+
 def test_predict_top_k(device):
     net = network("conv", device)
     images = net.device.to_numpy(batch_of(net, samples=6).images)
