@@ -593,6 +593,8 @@ DEFECTS = [
     Defect("clip by the norm of all units", "ops/optimizer.py",
            "most, length = xp.sqrt(squares, out=squares)",
            "most, length = xp.sqrt(squares, out=squares)\n    length[...] = length.max()", "test_optim"),
+    Defect("clip: a piece of some units is added to the sums of the first", "ops/optimizer.py",
+           "sums[piece[-1]] if len(piece) == array.ndim else sums", "sums[: part.shape[-1]]", "test_optim"),
     Defect("clip of the readout", "optim.py", '("readout.", "signals.")', '("signals.",)', "test_optim"),
     Defect("gradient norms recorded after the clip", "training/trainer.py",
            "self.statistics.add_means(means, result.gradients, count)  # before a clip\n"
