@@ -217,7 +217,7 @@ class HopfieldEnergy:
         return drives, winners
 
     def phi(self, x: Any, layers: Sequence[Any]) -> Any:
-        """Return ``<s^j, drive^j>`` node by node, shape (L, B)."""
+        """Return ``<s^j, drive^j>`` node by node, shape (L, B); arguments and errors as `value`."""
         x, layers = self._wide(x, layers)
         drives, _ = self._drives(x, layers, self._workspace(x))
         xp = self.device.xp
@@ -233,6 +233,11 @@ class HopfieldEnergy:
             Inside the range of the activation.
         nudges : sequence of Nudge
         beta : float or array of shape (B,)
+
+        Raises
+        ------
+        ConfigurationError
+            If images, states, nudges or beta are none, or of other shapes; or the activation has no potential.
         """
         x, layers = self._wide(x, layers)
         beta = self._beta(beta, len(x))
@@ -246,7 +251,8 @@ class HopfieldEnergy:
     def force(self, x: Any, layers: Sequence[Any], nudges: Sequence[Nudge] = (), beta: Any = 0.0) -> list[Any]:
         """Return ``a_j g^j`` of each node, g^j the sum of its inputs: the part of -dF/ds^j not from the potential.
 
-        -dF/ds^j is this minus ``a_j sigma^-1(s^j)`` (``a_j s^j`` for a clip of slope one).
+        -dF/ds^j is this minus ``a_j sigma^-1(s^j)`` (``a_j s^j`` for a clip of slope one). An array (B, *shape) of each
+        node; arguments and errors as `value`.
         """
         x, layers = self._wide(x, layers)
         workspace = self._workspace(x)
@@ -264,7 +270,11 @@ class HopfieldEnergy:
         return forces
 
     def parameter_gradient(self, x: Any, layers: Sequence[Any]) -> dict[str, Any]:
-        """Return dF/dtheta summed over the batch, ``-a_j corr(s^i, U(s^j))`` for effective weights, by path."""
+        """Return dF/dtheta summed over the batch, ``-a_j corr(s^i, U(s^j))``, by path: ``layers.1.weight`` and so on.
+
+        Of the weights that multiply, and of biases; each has the shape of its parameter. Arguments and errors as
+        `value`.
+        """
         x, layers = self._wide(x, layers)
         workspace, nodes = self._workspace(x), [x, *layers]
         _, winners = self._drives(x, layers, workspace)

@@ -182,8 +182,8 @@ class Network(Structure):
         targets : array of shape (N,) or Batch, optional
             Labels. With them the phase is nudged.
         beta : float or sequence of float
-            Strength of the nudge, not 0. Several betas are settled as one batch; the state then holds the phases one
-            after the other.
+            Strength of the nudge; 0, for the free phase, where there are no targets. Several betas are settled as one
+            batch; the state then holds the phases one after the other.
         nudge : {"classical", "deviation", "tangent"}
             How nudged states are represented; the last two give ``State.deviations`` too (`cupyep.phases`).
         signals : sequence of Augmenter
