@@ -21,7 +21,7 @@ from cupyep.errors import (
     TeacherError,
 )
 from cupyep.graph import Connection, Graph
-from cupyep.heads import Head, LossTerm
+from cupyep.heads import Head, LossTerm, Nudge
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.learning import (
     Backpropagation,
@@ -37,7 +37,6 @@ from cupyep.losses import CrossEntropy, SquaredError
 from cupyep.models import ARCHITECTURES, build, vgg
 from cupyep.network import Network
 from cupyep.optim import SGD, Adam, AdamW
-from cupyep.phases import Nudge
 from cupyep.plugins import register_activation, register_architecture, register_signal
 from cupyep.settling import SettleStats
 from cupyep.signals import Augmenter, Distillation, FeatureDistillation, LocalError

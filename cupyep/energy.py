@@ -20,11 +20,10 @@ from cupyep.backend.precision import Precision, get_precision
 from cupyep.batch import checked_images
 from cupyep.errors import instance, is_number, items, number, require, shown
 from cupyep.graph import Graph
+from cupyep.heads import Nudge
 from cupyep.layers import Edge
-from cupyep.memory.layout import PhaseBuffers, PhaseShape
-from cupyep.memory.workspace import Memory, Workspace, update_ops
-from cupyep.ops.update import UpdateOps
-from cupyep.phases import Classical, Deviation, Nudge
+from cupyep.memory.workspace import Memory, Workspace
+from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 from cupyep.state import State
 
 
@@ -53,7 +52,8 @@ class HopfieldEnergy:
         lambda.
     device : Device
     precision : Precision
-        Of phases. `value`, `phi`, `force` and `parameter_gradient`, which define, store nothing in halves.
+        Of phases. `value`, `phi`, `force` and `parameter_gradient`, which define, store nothing in halves; their units,
+        too, are direct sums if it is exact.
 
     Attributes
     ----------
@@ -87,7 +87,10 @@ class HopfieldEnergy:
     @functools.cached_property
     def updates(self) -> UpdateOps:
         """What updates states."""
-        return update_ops(self.activation, self.device)
+        device = self.device
+        if device.is_gpu and self.activation.code is not None:
+            return CudaUpdateOps(device.xp, self.activation, device.launcher(SOURCE))
+        return UpdateOps(device.xp, self.activation)
 
     @functools.cached_property
     def topdown_scales(self) -> tuple[list[float], list[float]]:
@@ -104,34 +107,6 @@ class HopfieldEnergy:
         whole = [max((r for r, end in zip(self.ratios, ends, strict=True) if end == n), default=0.0) for n in nodes]
         whole = [scale or 1.0 for scale in whole]
         return whole, [r / whole[end - 1] if r else 1.0 for r, end in zip(self.ratios, ends, strict=True)]
-
-    def states(
-        self,
-        shape: PhaseShape,
-        memory: Memory,
-        buffers: PhaseBuffers,
-        warm: bool,
-        images: Any,
-        nudges: Sequence[Nudge] = (),
-        betas: Sequence[float] = (0.0,),
-    ) -> Classical:
-        """Return the phase that updates states, `warm` from a given start, free or nudged."""
-        program, ops = memory.layout.program(shape, warm), memory.workspace(shape.samples).ops
-        workspace = memory.workspace(shape.rows)
-        return Classical(self, workspace, buffers, program, images, ops, nudges, betas)
-
-    def deviations(
-        self,
-        shape: PhaseShape,
-        memory: Memory,
-        buffers: PhaseBuffers,
-        free: State,
-        nudges: Sequence[Nudge],
-        betas: Sequence[float],
-    ) -> Deviation:
-        """Return the phase that updates scaled deviations from a free state."""
-        program, workspace = memory.layout.program(shape, True), memory.workspace(shape.rows)
-        return Deviation(self, workspace, buffers, program, free, nudges, betas, shape.form == "tangent")
 
     def pass_up(self, images: Any, state: State, terms: Sequence[Any], ops: Sequence[Any]) -> None:
         """Write feed-forward states, drives and winners into `state`: node by node, no top-down input, no settling.
@@ -209,17 +184,6 @@ class HopfieldEnergy:
                 edge.drive(nodes[below], work, winners[c], ops[c])
         return found
 
-    def send_down(self, connection: int, q: Any, winners: Any, out: Any, ops: Any) -> Any:
-        """Write into `out`, and return, what ``q = mu sigma'`` of the node above sends down a connection."""
-        self.edges[connection].topdown(q, winners, out, ops)
-        return out
-
-    def send_up(self, connection: int, q: Any, scaled: Any, winners: Any, out: Any, ops: Any) -> Any:
-        """Write into `out`, and return, what q of the node below sends up; `scaled` gets q times a_above / a_below."""
-        self.device.xp.multiply(q, self.ratios[connection], out=scaled)
-        self.edges[connection].linear_drive(scaled, out, winners, ops)
-        return out
-
     def _wide(self, x: Any, layers: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return images and states in the type to compute in, after the gate: images as `Network.batch` takes them."""
         x = checked_images(x, self.graph.input_shape, self.dtype)
@@ -237,7 +201,8 @@ class HopfieldEnergy:
         return beta
 
     def _workspace(self, x: Any) -> Workspace:
-        return Memory(self.graph, self.device, get_precision(self.dtype.name)).workspace(len(x))
+        precision = get_precision(self.dtype.name, self.precision.exact)
+        return Memory(self.graph, self.device, precision).workspace(len(x))
 
     def _drives(self, x: Any, layers: Sequence[Any], workspace: Workspace) -> tuple[list[Any], list[Any]]:
         """Return the drive of each node and the winners of each connection."""
@@ -252,7 +217,7 @@ class HopfieldEnergy:
         return drives, winners
 
     def phi(self, x: Any, layers: Sequence[Any]) -> Any:
-        """Return ``<s^j, drive^j>`` node by node, shape (L, B)."""
+        """Return ``<s^j, drive^j>`` node by node, shape (L, B); arguments and errors as `value`."""
         x, layers = self._wide(x, layers)
         drives, _ = self._drives(x, layers, self._workspace(x))
         xp = self.device.xp
@@ -268,6 +233,11 @@ class HopfieldEnergy:
             Inside the range of the activation.
         nudges : sequence of Nudge
         beta : float or array of shape (B,)
+
+        Raises
+        ------
+        ConfigurationError
+            If images, states, nudges or beta are none, or of other shapes; or the activation has no potential.
         """
         x, layers = self._wide(x, layers)
         beta = self._beta(beta, len(x))
@@ -281,7 +251,8 @@ class HopfieldEnergy:
     def force(self, x: Any, layers: Sequence[Any], nudges: Sequence[Nudge] = (), beta: Any = 0.0) -> list[Any]:
         """Return ``a_j g^j`` of each node, g^j the sum of its inputs: the part of -dF/ds^j not from the potential.
 
-        -dF/ds^j is this minus ``a_j sigma^-1(s^j)`` (``a_j s^j`` for a clip of slope one).
+        -dF/ds^j is this minus ``a_j sigma^-1(s^j)`` (``a_j s^j`` for a clip of slope one). An array (B, *shape) of each
+        node; arguments and errors as `value`.
         """
         x, layers = self._wide(x, layers)
         workspace = self._workspace(x)
@@ -299,7 +270,11 @@ class HopfieldEnergy:
         return forces
 
     def parameter_gradient(self, x: Any, layers: Sequence[Any]) -> dict[str, Any]:
-        """Return dF/dtheta summed over the batch, ``-a_j corr(s^i, U(s^j))`` for effective weights, by path."""
+        """Return dF/dtheta summed over the batch, ``-a_j corr(s^i, U(s^j))``, by path: ``layers.1.weight`` and so on.
+
+        Of the weights that multiply, and of biases; each has the shape of its parameter. Arguments and errors as
+        `value`.
+        """
         x, layers = self._wide(x, layers)
         workspace, nodes = self._workspace(x), [x, *layers]
         _, winners = self._drives(x, layers, workspace)

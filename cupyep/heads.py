@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,6 +97,14 @@ class LossTerm:
 
         `scratch` is as that of `add_force`, of ``gradient_scratch_size(B)`` elements.
         """
+
+
+class Nudge(NamedTuple):
+    """One summand ``weight * term.loss(s^layer, target)`` of the loss that nudges."""
+
+    term: LossTerm
+    weight: float
+    target: Any
 
 
 class Head(LossTerm):

@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from cupyep.errors import ConfigurationError, integer, number
+from cupyep.errors import ConfigurationError, require
+from cupyep.layers import Edge, Identity
+from cupyep.learning import Backpropagation
+from cupyep.network import Network
+
+TOLERANCE = 0.02  # of the standard deviation of a drive
+TRIES = 10  # one is enough for a drive that is linear in the weights, without a bias
 
 
-def lsuv(
-    names: Iterable[str],
-    drive: Callable[[str], Any],
-    scale: Callable[[str, float], None],
-    tolerance: float = 0.02,
-    tries: int = 10,
-) -> dict[str, float]:
-    """Scale weights, node by node, until each node's drive has unit variance on one batch; return the factors.
+def lsuv(network: Network, images: Any) -> dict[str, float]:
+    """Scale weights until the drive of each node, feed-forward, has unit variance on some images.
 
-    The nodes `names` come each after all that drive it. `drive` returns a node's drive (an array) on the batch, by the
-    weights as they are by then; `scale` multiplies all weights into a node by a factor
-    (`cupyep.weights.Parametrisation.scale`). The `tolerance` is of the standard deviation. A node may be scaled in so
-    many `tries`; one is enough for a drive that is linear in the weights, without a bias.
+    Node by node in topological order, all connections into a node alike; a node that an identity leads into is left as
+    it is, for its drive is not that of its weights alone.
 
-    `ConfigurationError` if a drive is constant or not finite, or does not come to unit variance.
+    Parameters
+    ----------
+    network : Network
+    images : array of shape (N, H, W, C), or Batch
+        Normalised.
+
+    Returns
+    -------
+    dict
+        The factor of each node that was scaled, by its name.
+
+    Raises
+    ------
+    ConfigurationError
+        If a drive is constant or not finite, or does not come to unit variance, or gains are fixed: they are not saved.
     """
-    tolerance, tries = number("tolerance", tolerance, above=0), integer("tries", tries)
-    return {name: _unit_drive(name, drive, scale, tolerance, tries) for name in names}
+    require(network.weights != "standardized-fixed", "LSUV scales gains; fixed ones stay: use weights standardized")
+    graph, feed_forward, batch = network.graph, Backpropagation(network), network.batch(images)
+    factors = {}
+    for node, name in enumerate(graph.names, 1):
+        edges = [graph.edges[c] for c in graph.into[node]]
+        if not any(isinstance(edge, Identity) for edge in edges):
+            factors[name] = _unit_drive(name, edges, lambda n=node: feed_forward.settled(batch).drives[n - 1])
+    return factors
 
 
-def _unit_drive(name: str, drive: Callable, scale: Callable, tolerance: float, tries: int) -> float:
+def _unit_drive(name: str, edges: Sequence[Edge], drive: Callable[[], Any]) -> float:
     factor = 1.0
-    for left in range(tries, -1, -1):
+    for left in range(TRIES, -1, -1):
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-            deviation = math.sqrt(float(drive(name).var(dtype=np.float64)))
+            deviation = math.sqrt(float(drive().var(dtype=np.float64)))
         found = f"the drive of '{name}' has a standard deviation of {deviation:.3g} on this batch"
-        if abs(deviation - 1) <= tolerance:
+        if abs(deviation - 1) <= TOLERANCE:
             return factor
         if not 0 < deviation < math.inf:
             raise ConfigurationError(f"{found}, and no scaling makes it 1; look for equal images, weights of 0 or NaN")
         if left:
-            scale(name, 1 / deviation)
+            for edge in edges:
+                edge.parametrisation.scale(edge.parameters(), 1 / deviation)
             factor /= deviation
-    raise ConfigurationError(f"{found} after {tries} scalings, not 1; start with smaller biases, or allow more tries")
+    raise ConfigurationError(f"{found} after {TRIES} scalings, not 1; start with smaller biases")

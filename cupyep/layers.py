@@ -26,6 +26,7 @@ from cupyep.ops.winograd import WinogradOps
 from cupyep.weights import Parametrisation, Plain, get_parametrisation
 
 POOLINGS = ("none", "max", "average")
+LARGEST_WINDOW = 16  # of max-pooling: the place of a winner is one byte (`cupyep.ops.pooling`)
 
 
 class Edge:
@@ -43,15 +44,16 @@ class Edge:
         Whether the drive comes with max-pooling winners.
     has_bias : bool
         Whether the bias is a parameter. Without, `bias` stays zero.
-    reads_image : bool
-        Whether its network feeds it images, so that it never has to give a top-down product; the network says so.
+    reads_image : bool or None
+        Whether its network feeds it images, so that it never has to give a top-down product; the network says so. None
+        before it has one.
     arguments : tuple of str
         The names of what the class is made with; all are attributes (`cupyep.persistence.network_file`).
     """
 
     has_winners = False
     has_bias = True
-    reads_image = False
+    reads_image: bool | None = None
     arguments: tuple[str, ...] = ()
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -85,6 +87,10 @@ class Edge:
         """Make the weight of its parameters, as they are now."""
         if not self.parametrisation.shares:
             self.parametrisation.forward(self._trained, self.weight)
+
+    def refresh(self, ops: Any) -> None:
+        """Let operations take up the current weight, for what is made of it once a settle and not once a step."""
+        ops.refresh(self.weight)
 
     def pull_back(self, gradients: dict[str, Any]) -> None:
         """Turn the gradient of the weight, ``gradients["weight"]``, into those of its parameters, in place."""
@@ -122,7 +128,7 @@ class Conv2d(Edge):
         Square kernel; zero padding, less than `kernel`.
     pooling : {"none", "max", "average"}
     pool : int
-        Edge of the non-overlapping pooling window.
+        Edge of the non-overlapping pooling window; of max-pooling at most 16.
     bias : bool
 
     Raises
@@ -149,9 +155,9 @@ class Conv2d(Edge):
         self.kernel = kernel = integer("kernel", kernel)
         self.stride = stride = integer("stride", stride)
         self.padding = padding = integer("padding", padding, 0, kernel - 1)
-        pool = integer("pool", pool)
         self.has_bias = flag("bias", bias)
         self.pooling = choose("pooling", pooling, POOLINGS)
+        pool = integer("pool of max-pooling", pool, 1, LARGEST_WINDOW) if pooling == "max" else integer("pool", pool)
         self.pool = 1 if pooling == "none" else pool
         self.has_winners = pooling == "max"
         height, width, _ = in_shape
@@ -187,10 +193,6 @@ class Conv2d(Edge):
         if m := winograd.tile_size(self.geometry, batch, precision):
             return WinogradOps(self.geometry, batch, nbytes, precision, device.xp, m)
         return ConvOps(self.geometry, batch, nbytes, precision, device.xp, **topdown)
-
-    def refresh(self, ops: ConvOps) -> None:
-        """Take up the current weights, for what is made of them once a settle and not once a step."""
-        ops.refresh(self.weight)
 
     def drive(self, s: Any, out: Any, winners: Any, ops: ConvOps) -> None:
         """Write ``d = P(w * s + b)`` into `out` and the pooling winners into `winners` (None without max-pooling).
@@ -267,10 +269,6 @@ class Linear(Edge):
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> LinearOps:
         """Return products and scratch for `batch` samples."""
         return LinearOps(self.weight_shape, batch, precision, device)
-
-    def refresh(self, ops: LinearOps) -> None:
-        """Take up the current weights."""
-        ops.refresh(self.weight)
 
     def drive(self, s: Any, out: Any, winners: Any, ops: LinearOps) -> None:
         """Write ``s w + b`` into `out` (B, units)."""

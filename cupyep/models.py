@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cupyep import initialization
 from cupyep.activations import Activation, get_activation
 from cupyep.backend import Device
 from cupyep.errors import (
@@ -35,11 +36,10 @@ from cupyep.errors import (
     shown,
 )
 from cupyep.graph import IMAGE, Connection
-from cupyep.initialization import lsuv as lsuv_of
 from cupyep.layers import Conv2d, Edge, Identity, Linear
-from cupyep.learning import Backpropagation
 from cupyep.losses import LOSSES
 from cupyep.network import Network
+from cupyep.settling import STRONG
 
 GRAMMAR = "layers as in '32 32p 64s 64+64' (s: stride 2, p: pooling, +: residual block) or 'mlp:512,512'"
 MOST_LAYERS = 256
@@ -122,13 +122,13 @@ def default_gain(activation: str | Activation, feedback: float, gains: tuple[flo
     high a gain saturates or never settles. The halved hard sigmoid has slope 1/2 and wants twice the gain.
     """
     name = get_activation(activation).name
-    gain = gains[0] if number("feedback", feedback) > 0.3 else gains[1]
+    gain = gains[0] if number("feedback", feedback) > STRONG else gains[1]
     return 2 * gain if name == "half_hard_sigmoid" else gain
 
 
 def vgg(depth: int, *args: Any, **options: Any) -> Network:
     """Build VGG-`depth`, of 5, 7, 9, 11, 12 or 16 weight layers, the readout included; the rest as `build`."""
-    known = [int(name[3:]) for name in TABLE if name.startswith("vgg")]
+    known = [int(name[3:]) for name in ARCHITECTURES if name.startswith("vgg")]
     require(
         is_integer(depth) and depth in known,
         f"there is no VGG of depth {shown(depth)} (choose from {', '.join(map(str, known))})",
@@ -173,7 +173,7 @@ def build(
     loss, feedback, seed, device, precision, exact
         See `Network`.
     lsuv : array of shape (N, H, W, C), optional
-        Normalised images: the weights start from data, see `unit_drives`.
+        Normalised images: the weights start from data, see `cupyep.initialization.lsuv`.
 
     Raises
     ------
@@ -193,34 +193,8 @@ def build(
     built = {"arch": arch, "classes": classes, "input_shape": tuple(input_shape), "width": width, "pooling": pooling}
     network.config = built | {"activation": network.activation.name, "gain": gain} | options
     if lsuv is not None:
-        unit_drives(network, lsuv)
+        initialization.lsuv(network, lsuv)
     return network
-
-
-def unit_drives(network: Network, images: Any) -> dict[str, float]:
-    """Scale weights until the drive of each node, feed-forward, has unit variance on `images`, or a `Batch` (LSUV).
-
-    Node by node in topological order, all connections into a node alike; a node that an identity leads into is left as
-    it is, for its drive is not that of its weights alone. Returns the factor of each node that was scaled.
-    `ConfigurationError` if a drive is constant or does not come to unit variance, or gains are fixed: they are not
-    saved.
-
-    Mishkin & Matas, "All you need is a good init", arXiv 1511.06422.
-    """
-    require(network.weights != "standardized-fixed", "LSUV scales gains; fixed ones stay: use weights standardized")
-    graph, feed_forward, batch = network.graph, Backpropagation(network), network.batch(images)
-    names = [
-        name
-        for name, into in zip(graph.names, graph.into[1:], strict=True)
-        if not any(isinstance(graph.edges[c], Identity) for c in into)
-    ]
-
-    def scale(name: str, factor: float) -> None:
-        for c in graph.into[graph.node(name)]:
-            edge = graph.edges[c]
-            edge.parametrisation.scale(edge.parameters(), factor)
-
-    return lsuv_of(names, lambda name: feed_forward.settled(batch).drives[graph.node(name) - 1], scale)
 
 
 def takes(arch: str, input_shape: Sequence[int], width: float = 1.0, pooling: str = "max") -> bool:

@@ -14,10 +14,11 @@ from cupyep import errors
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, integer, is_number, items, number, require
+from cupyep.heads import Nudge
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.persistence.network_file import describe, read_network, write_network
-from cupyep.phases import Nudge
-from cupyep.settling import check_settling, reads_start, settle, watched
+from cupyep.phases import Classical, Deviation
+from cupyep.settling import check_betas, check_settling, reads_start, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.state import State, joined
 from cupyep.structure import Structure, exclusive
@@ -181,8 +182,8 @@ class Network(Structure):
         targets : array of shape (N,) or Batch, optional
             Labels. With them the phase is nudged.
         beta : float or sequence of float
-            Strength of the nudge, not 0. Several betas are settled as one batch; the state then holds the phases one
-            after the other.
+            Strength of the nudge; 0, for the free phase, where there are no targets. Several betas are settled as one
+            batch; the state then holds the phases one after the other.
         nudge : {"classical", "deviation", "tangent"}
             How nudged states are represented; the last two give ``State.deviations`` too (`cupyep.phases`).
         signals : sequence of Augmenter
@@ -259,7 +260,7 @@ class Network(Structure):
                 shape = replace(shape, base=start.buffers.top)
                 buffers = self.memory.phase(shape)
         self._fill(buffers, start, shape, how)
-        phase = self.energy.states(shape, self.memory, buffers, start is not None, batch.images)
+        phase = Classical(self.energy, self.memory, shape, buffers, start is not None, batch.images)
         stats = settle(phase, **_loop(how), name="free")
         return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
 
@@ -279,10 +280,7 @@ class Network(Structure):
         nudges = items("nudges", nudges, Nudge)
         betas = [number("beta", beta) for beta in items("betas", betas)]
         require(len(betas) > 0 and 0 not in betas, f"each beta must be a number other than 0, not {betas}")
-        require(
-            form == "tangent" or not self.readout.identity or all(abs(b) < 1 for b in betas),
-            f"squared error needs beta between -1 and 1, not {list(betas)}: s <- d - beta (s - y) never settles beyond",
-        )
+        check_betas(betas, self.readout.criterion.name, form == "tangent")
         batch = self.batch(batch)
         samples, phases = len(batch.images), len(betas)
         self.check_start(free, samples, "free")
@@ -290,7 +288,7 @@ class Network(Structure):
         buffers = self.memory.phase(shape)
         if form == "classical":
             self._fill(buffers, free, shape, how)
-            phase = self.energy.states(shape, self.memory, buffers, True, batch.images, nudges, betas)
+            phase = Classical(self.energy, self.memory, shape, buffers, True, batch.images, nudges, betas)
             state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
         else:
             require(
@@ -298,7 +296,7 @@ class Network(Structure):
                 "deviations start at a settled state with its drives and winners: pass what settle() returned",
             )
             self._fill(buffers, None, shape, how)
-            phase = self.energy.deviations(shape, self.memory, buffers, free, nudges, betas)
+            phase = Deviation(self.energy, self.memory, shape, buffers, free, nudges, betas)
             state = State([], None, free.winners, None, buffers.states, phase.weights, buffers)
         state.stats = settle(phase, **_loop(how), name="nudged")
         return state
@@ -358,9 +356,10 @@ class Network(Structure):
 
     @exclusive
     def scores(self, x: Any, start: State | None = None, **how: Any) -> Any:
-        """Return what the readout says of the settled state, shape (N, classes); arguments as `settle`.
+        """Return what the readout says of the settled state, shape (N, classes).
 
-        Without arguments the network judges as its training did, see `settling`.
+        `how` are ``steps``, ``schedule``, ``tolerance``, ``relaxation``, ``check_every`` and ``record``, all as in
+        `settle`. Without them the network judges as its training did, see `settling`. `ConfigurationError` for others.
         """
         batch, how = self.batch(x), self.judges(how, start is None)
         if start is not None:
@@ -387,7 +386,7 @@ class Network(Structure):
         return state
 
     def predict(self, x: Any, k: int = 1, **how: Any) -> np.ndarray:
-        """Return the most likely classes on the host: shape (N,) for ``k = 1``, else (N, k) in falling order."""
+        """Return the most likely classes on the host, (N,), or (N, k) in falling order; the rest as `scores`."""
         k = integer("k", k, 1, self.classes)
         scores = self.device.to_numpy(self.scores(x, **how))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -1,8 +1,9 @@
 """Optimizers (SGD, Adam, AdamW) and learning-rate schedules.
 
 An optimizer updates the parameter arrays in place, so a network whose `parameters()` it was given learns by
-`optimizer.step(result.gradients)`. All buffers exist after construction: a step allocates no array. The same code
-runs on NumPy and CuPy arrays and keeps each parameter's dtype; on a GPU a step is one kernel a parameter.
+`optimizer.step(result.gradients)`. All buffers exist after construction: a step allocates nothing of the size of a
+parameter, but on a GPU the squares of each weight that is clipped, one at a time. The same code runs on NumPy and CuPy
+arrays and keeps each parameter's dtype; on a GPU a step is one kernel a parameter.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ class Optimizer:
         L2 penalty; adds ``weight_decay * p`` to the gradient of *every* parameter, biases included, as PyTorch's
         optimizers and both published EP code bases (Laborieux 2021, Scellier 2023) do. At least 0.
     clip_unit_norm : float, optional
-        Adaptive gradient clipping (Brock et al., arXiv 2102.06171): the gradient of a unit (a filter, a row of a dense
-        map) is at most so many times as long as the unit's weights, which count as `SHORTEST_UNIT` long at least. For
-        every weight but the readout's and those of signals; the gradients given to `step` are changed then.
+        Adaptive gradient clipping (Brock et al., arXiv 2102.06171): the gradient of a unit (a filter, a column of a
+        dense map's (in, units)) is at most so many times as long as the unit's weights, which count as `SHORTEST_UNIT`
+        long at least. For every weight but the readout's and those of signals; the gradients given to `step` are
+        changed then.
     slots : tuple of str
         Names of the buffers kept for every parameter.
     ema : float, optional
@@ -143,7 +145,8 @@ class Optimizer:
         if self.clip_unit_norm is not None:
             for path, parameter in self.parameters.items():
                 if path.endswith(".weight") and not path.startswith(("readout.", "signals.")):
-                    clip_units(gradients[path], parameter, self.clip_unit_norm)
+                    scratch = self._scratch.get(parameter.dtype)
+                    clip_units(gradients[path], parameter, self.clip_unit_norm, scratch)
         for path, parameter in self.parameters.items():
             arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
             rate = self.rates[path] * factor

@@ -10,31 +10,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cupyep.backend.cuda import identity
 from cupyep.backend.graphs import Replays
-from cupyep.heads import LossTerm
-from cupyep.memory.layout import PhaseBuffers
-from cupyep.memory.workspace import Workspace
-from cupyep.program import Drive, Instruction, Program, TopDown, Update, Value
-
-
-class Nudge(NamedTuple):
-    """One summand ``weight * term.loss(s^layer, target)`` of the loss that nudges."""
-
-    term: LossTerm
-    weight: float
-    target: Any
+from cupyep.energy import HopfieldEnergy
+from cupyep.heads import LossTerm, Nudge
+from cupyep.memory.layout import PhaseBuffers, PhaseShape
+from cupyep.memory.workspace import Memory
+from cupyep.program import Drive, Instruction, TopDown, Update, Value
 
 
 class Phase:
     """What both kinds share: inputs of the nodes, nudges, the residual, captured iterations.
 
     There is one of `betas` a phase; phases are settled as one batch of ``len(betas) * N``. By the `divisors` a force on
-    each node is divided.
+    each node is divided. The `buffers` are those of the `shape`; a `warm` phase goes on from a given start.
     """
 
     form = ""  # as `Network.settle` names it
@@ -45,10 +38,11 @@ class Phase:
 
     def __init__(
         self,
-        energy: Any,
-        workspace: Workspace,
+        energy: HopfieldEnergy,
+        memory: Memory,
+        shape: PhaseShape,
         buffers: PhaseBuffers,
-        program: Program,
+        warm: bool,
         nudges: Sequence[Nudge],
         betas: Sequence[float],
         divisors: Sequence[float],
@@ -57,12 +51,11 @@ class Phase:
         self.weights, self.device, self.xp = energy.weights, energy.device, energy.device.xp
         self.feedback, self.shares = energy.drive_scales if self.scales_drives else energy.topdown_scales
         self.updates = energy.updates
-        self.workspace = workspace
+        self.workspace = workspace = memory.workspace(shape.rows)
         self.buffers = buffers
-        self.program = program
-        self.phases = len(betas)
-        self.samples = workspace.batch // self.phases
-        self.precision = workspace.precision
+        self.program = program = memory.layout.program(shape, warm)
+        self.phases, self.samples = shape.phases, shape.samples
+        self.precision = memory.precision
         self.residual = buffers.residual
         self.states = buffers.states
         started = program.start if self.drives_current else ()
@@ -214,16 +207,16 @@ class Classical(Phase):
     """States: ``s^j <- sigma(sum of drives + sum of (a_k / a_j) * top-down products - (beta / a_j) dL/ds^j)``.
 
     The `states` of `buffers` are the start; they are overwritten, and so are `drives` (those of measured updates) and
-    `winners`. The connections from the `images` are done once a phase, by `image_ops` for N samples. A free phase has
-    no nudges.
+    `winners`. The connections from the `images` are done once for all phases. A free phase has no nudges.
     """
 
     form = "classical"
 
-    def __init__(self, energy, workspace, buffers, program, images, image_ops, nudges=(), betas=(0.0,)):
+    def __init__(self, energy, memory, shape, buffers, warm, images, nudges=(), betas=(0.0,)):
         self.winners, self.drives = buffers.winners, buffers.drives
-        super().__init__(energy, workspace, buffers, program, nudges, betas, energy.weights)
-        for connection in program.unfound:
+        image_ops = memory.workspace(shape.samples).ops
+        super().__init__(energy, memory, shape, buffers, warm, nudges, betas, energy.weights)
+        for connection in self.program.unfound:
             self.winners[connection][...] = 0
         for connection in self.graph.out_of[0]:
             self._drive_from_image(connection, images, image_ops[connection])
@@ -276,20 +269,19 @@ class Deviation(Phase):
     drives_current = True  # all zero, as at the free state
     scales_drives = True
 
-    def __init__(self, energy, workspace, buffers, program, free, nudges, betas, tangent=False):
+    def __init__(self, energy, memory, shape, buffers, free, nudges, betas):
         strength = max((abs(weight) for _, weight, _ in nudges), default=1.0) * max(map(abs, betas))
-        self.scale = workspace.precision.scale(strength)
+        self.scale = memory.precision.scale(strength)
         divisors = [1 / self.scale] * len(energy.weights)
-        super().__init__(energy, workspace, buffers, program, nudges, betas, divisors)
+        super().__init__(energy, memory, shape, buffers, True, nudges, betas, divisors)
         self.weights = [self.scale * a for a in self.weights]
-        self.tangent = tangent
-        self.form = "tangent" if tangent else "deviation"
+        self.form, self.tangent = shape.form, shape.form == "tangent"
         self.rest = free.drives
         self.winners = list(free.winners)
         if self.phases > 1:
             tiled = zip(free.winners, buffers.winners, strict=True)
             self.winners = [None if w is None else self._tile(w, out) for w, out in tiled]
-        if tangent:
+        if self.tangent:
             for g, slope in zip(self.rest, buffers.slopes, strict=True):
                 self.updates.slope(g, slope)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from cupyep.backend import array_module
 from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, require
+from cupyep.losses import SquaredError
 from cupyep.program import SCHEDULES
 from cupyep.showing import Shown
 
@@ -150,6 +151,18 @@ def check_relaxation(relaxation: float, schedule: str) -> None:
     )
 
 
+def check_betas(betas: Sequence[float], loss: str, tangent: bool) -> None:
+    """Raise ConfigurationError for nudges with which the output of squared error, a state, would not settle.
+
+    In the tangent, the limit of weak nudges, any does.
+    """
+    require(
+        loss != SquaredError.name or tangent or all(abs(beta) < 1 for beta in betas),
+        f"squared error needs beta between -1 and 1, not {', '.join(map(str, betas))}: "
+        "s <- d - beta (s - y) never settles beyond",
+    )
+
+
 def check_settling(
     schedule: str,
     steps: Mapping[str, int],
@@ -236,7 +249,8 @@ def settle(
         return SettleStats(step, _residual(phase), trace=trace, host=phase.host)
     stats = SettleStats(step, per_sample, converged, tolerance, False, trace)
     if not converged:
-        stats.oscillating = watch_period and bool(phase.distance_from_remembered() < 0.1 * per_sample.max(axis=1).max())
+        near = 0.1 * float(per_sample.max())
+        stats.oscillating = watch_period and phase.distance_from_remembered() / phase.scale < near
         _warn(stats, name, phase.label)
     return stats
 

@@ -5,7 +5,6 @@ The nudged phase descends ``L + kappa * sum_{i in layers} L_i(s^i, target_i)``; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from cupyep.backend.device import Device
 from cupyep.batch import Batch
 from cupyep.data.teacher import SPLITS, TeacherFile
 from cupyep.errors import ConfigurationError, choose, flag, instance, integer, is_integer, items, number, require, shown
-from cupyep.heads import Head, LossTerm
+from cupyep.heads import Head, LossTerm, Nudge
 from cupyep.losses import SquaredError, get_loss
-from cupyep.phases import Nudge
+from cupyep.optim import LR_SCHEDULES
 
-ANNEALINGS = ("constant", "cosine")
+ANNEALINGS = ("constant", "cosine")  # of `LR_SCHEDULES`
 
 
 class _LayerTerm(LossTerm):
@@ -85,12 +84,10 @@ class Augmenter:
 
     def anneal(self, progress: float) -> None:
         """Set `kappa` for training progress from 0 to 1: ``kappa_0 (1 + cos(pi progress)) / 2`` if annealed."""
-        number("progress", progress, 0, 1)
-        factor = 0.5 * (1 + math.cos(math.pi * progress)) if self.annealing == "cosine" else 1.0
-        self.kappa = self.initial_kappa * factor
+        self.kappa = self.initial_kappa * LR_SCHEDULES[self.annealing](progress)
 
     def bind(self, shapes: Sequence[tuple[int, ...]], classes: int, device: Device, dtype: Any) -> None:
-        """Prepare for a network; called once by the learner.
+        """Prepare for a network, whose `bind` calls this once, with `layers` as numbers by then.
 
         Parameters
         ----------
@@ -103,15 +100,10 @@ class Augmenter:
         Raises
         ------
         ConfigurationError
-            If a layer does not exist.
+            If a layer repeats, by its name and its number.
         """
         if self.every_layer:
             self.layers = list(range(1, len(shapes) + 1))
-        for layer in self.layers:
-            require(
-                1 <= layer <= len(shapes),
-                f"signal layer {layer} does not exist: the network has layers 1 to {len(shapes)}",
-            )
         require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
         self.device, self.dtype, self.classes = device, dtype, classes
         self._terms = {layer: self.make_term(layer, shapes[layer - 1]) for layer in self.layers}

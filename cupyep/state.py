@@ -24,7 +24,8 @@ class State(Shown):
     drives : list of arrays or None
         Total drive g^n of the last update, ``s^n = sigma(g^n)``.
     winners : list of uint8 arrays or None
-        Max-pooling winners of the last drive of each connection, None for edges without.
+        Max-pooling winners of the last drive of each connection, None for edges without. After a phase in deviation
+        form those of the free state, of N samples however many phases.
     stats : SettleStats or None
     deviations : list of arrays or None
         Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.

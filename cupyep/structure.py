@@ -20,7 +20,7 @@ from cupyep.energy import HopfieldEnergy
 from cupyep.errors import choose, flag, instance, integer, is_number, items, number, require
 from cupyep.graph import Connection, Graph
 from cupyep.heads import Head, readout_window
-from cupyep.layers import Edge
+from cupyep.layers import Edge, Identity
 from cupyep.losses import get_loss
 from cupyep.memory.workspace import Effective, Memory
 from cupyep.ops.conv import chunked
@@ -29,6 +29,7 @@ from cupyep.settling import check_relaxation, default_relaxation, default_steps
 from cupyep.state import State
 from cupyep.weights import PARAMETRISATIONS
 
+JUDGING = ("steps", "schedule", "tolerance", "relaxation", "check_every", "record")
 SETTLING = ("steps", "schedule", "relaxation", "tolerance", "unrolled_steps", "feedforward")
 
 
@@ -81,8 +82,7 @@ class Structure:
         self.precision = get_precision(choose("precision", precision, PRECISIONS), flag("exact", exact))
         self.dtype = self.precision.number
         self.feedback = self.checked_feedback(feedback)
-        for edge, below in zip(self.layers, self.graph.below, strict=True):
-            edge.reads_image = below == 0
+        self._check_edges_are_new()
         self.readout = self._make_readout(loss, readout_pool)
         self.weights = choose("parametrisation of weights", weights, PARAMETRISATIONS)
         self._initialize(gain, seed)
@@ -120,12 +120,22 @@ class Structure:
         )
         return Head(self.depth, shape, criterion, self.classes, identity=True)
 
+    def _check_edges_are_new(self) -> None:
+        for c in self.graph.connections:
+            require(
+                isinstance(c.edge, Identity) or c.edge.reads_image is None,
+                f"the edge from {c.below} to {c.above} has the weights of another network; make new edges for each: "
+                "weights are not shared",
+            )
+
     def _initialize(self, gain: float | Sequence[float], seed: int) -> None:
         generator = np.random.default_rng(errors.seed("seed", seed))
         count = len(self.layers)
         gains = [gain] * count if is_number(gain) else items("gain", gain)
         require(len(gains) == count, f"give one gain or {count}, one a layer, not {len(gains)}")
-        for edge, layer_gain in zip(self.layers, gains, strict=True):
+        gains = [number("gain", each, above=0) for each in gains]  # before an edge is this network's
+        for edge, layer_gain, below in zip(self.layers, gains, self.graph.below, strict=True):
+            edge.reads_image = below == 0
             more = {} if self.weights == "plain" else {"weights": self.weights}  # a user's own edge may know only that
             edge.initialize(generator, layer_gain, self.device, self.dtype, **more)
         self.readout.initialize(generator, 1.0, self.device, self.dtype)
@@ -250,6 +260,8 @@ class Structure:
 
         A network of ``feedforward`` settles if it is told how to, or is not to begin at a start (`is_new`) of its own.
         """
+        for name in given:
+            choose("argument of scores or predict", name, JUDGING)
         names = ("steps", "schedule", "relaxation")
         how = dict(given) | dict(zip(names, self.settles(*(given.get(name) for name in names)), strict=True))
         own = self._settling if how["schedule"] == self._settling.get("schedule", "sweeps") else {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupyep.backend.cuda import address, instance, kernel_argument
+from cupyep.backend.cuda import address, kernel_argument, name_expression
 
 SHIM = Path(__file__).parent / "shim"
 WARNINGS = ("-Wall", "-Wno-unknown-pragmas")
@@ -46,63 +46,65 @@ def _conv_instances():
     names = []
     for t in WIDTHS:
         for vec in _widths(t):
-            names += [instance(kernel, [t, vec]) for kernel in ("im2col", "im2col_rows")[: 2 if vec > 1 else 1]]
-            names += [instance("unpool_im2col", [t, vec, pool]) for pool in (0, 1, 2)]
-            names += [instance("unpool", [t, vec, pool]) for pool in (1, 2)]
+            names += [name_expression(kernel, [t, vec]) for kernel in ("im2col", "im2col_rows")[: 2 if vec > 1 else 1]]
+            names += [name_expression("unpool_im2col", [t, vec, pool]) for pool in (0, 1, 2)]
+            names += [name_expression("unpool", [t, vec, pool]) for pool in (1, 2)]
     for product, out in PAIRS:
         for vec in _widths(product, out):
-            names += [instance("bias_pool", [product, out, vec, pool]) for pool in (0, 1, 2)]
-            names += [instance("gather", [product, out, vec, pool]) for pool in (1, 2)]
-            names.append(instance("col2im", [product, out, vec]))
+            names += [name_expression("bias_pool", [product, out, vec, pool]) for pool in (0, 1, 2)]
+            names += [name_expression("gather", [product, out, vec, pool]) for pool in (1, 2)]
+            names.append(name_expression("col2im", [product, out, vec]))
     for half, _ in HALVES:  # without pooling a product is stored before its bias is added
-        names += [instance("bias_pool", [half, half, vec, 0]) for vec in _widths(half)]
+        names += [name_expression("bias_pool", [half, half, vec, 0]) for vec in _widths(half)]
     return names
 
 
 def _update_instances():
-    names = [instance("add_partials", [t]) for t in ("float", "double")]
+    names = [name_expression("add_partials", [t]) for t in ("float", "double")]
     for drive, state in PAIRS + HALVES:
         for vec, measure in itertools.product(_widths(drive, state), ("false", "true")):
-            names += [instance("update_states", [state, drive, vec, rule, measure]) for rule in (0, 1)]
-            names += [instance("update_deviations", [state, drive, vec, rule, measure]) for rule in (0, 1, 2)]
+            names += [name_expression("update_states", [state, drive, vec, rule, measure]) for rule in (0, 1)]
+            names += [name_expression("update_deviations", [state, drive, vec, rule, measure]) for rule in (0, 1, 2)]
     for seen, state in PAIRS + HALVES:
-        names += [instance("see", [state, seen, vec, rule]) for vec in _widths(seen, state) for rule in (0, 1, 3)]
+        names += [
+            name_expression("see", [state, seen, vec, rule]) for vec in _widths(seen, state) for rule in (0, 1, 3)
+        ]
     for t in WIDTHS:
-        names += [instance("compare_phases", [t, vec, rule]) for vec in _widths(t) for rule in (0, 1)]
+        names += [name_expression("compare_phases", [t, vec, rule]) for vec in _widths(t) for rule in (0, 1)]
     for t in ("float", "double"):
-        names += [instance("slopes", [t, vec, rule]) for vec in _widths(t) for rule in (0, 1)]
+        names += [name_expression("slopes", [t, vec, rule]) for vec in _widths(t) for rule in (0, 1)]
     return names
 
 
 def _head_instances():
     pairs = [("float", "float"), ("double", "double"), ("float", "__half"), ("float", "__nv_bfloat16")]
-    names = [instance("scaled_error", [*pair, loss]) for pair in pairs for loss in (0, 1)]
+    names = [name_expression("scaled_error", [*pair, loss]) for pair in pairs for loss in (0, 1)]
     for t in WIDTHS:
         number = "double" if t == "double" else "float"
-        names += [instance("window_means", [t, number, vec]) for vec in _widths(t)]
+        names += [name_expression("window_means", [t, number, vec]) for vec in _widths(t)]
     numbers, flags = ("float", "double"), ("true", "false")
-    return names + [instance("spread", [t, add, vec]) for t in numbers for add in flags for vec in _widths(t)]
+    return names + [name_expression("spread", [t, add, vec]) for t in numbers for add in flags for vec in _widths(t)]
 
 
 def _optimizer_instances():
     kernels = ("sgd_step", "adam_step", "average_step")
-    return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
+    return [name_expression(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
 
 
 def _reduction_instances():
     kernels = ("column_sums", "column_levels")
-    names = [instance(kernel, [t, vec]) for kernel in kernels for t in WIDTHS for vec in _widths(t)]
+    names = [name_expression(kernel, [t, vec]) for kernel in kernels for t in WIDTHS for vec in _widths(t)]
     kernels = ("level_shares", "segment_squares", "segment_norms")
-    return names + [instance(kernel, [t]) for kernel in kernels for t in ("float", "double")]
+    return names + [name_expression(kernel, [t]) for kernel in kernels for t in ("float", "double")]
 
 
 def _standardize_instances():
     kernels = ("standardize", "standardize_pullback")
-    return [instance(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
+    return [name_expression(kernel, [t, vec]) for kernel in kernels for t in ("float", "double") for vec in _widths(t)]
 
 
 def _crop_instances():
-    return [instance("crop", [stored, t]) for stored in ("unsigned char", "float") for t in ("float", "double")]
+    return [name_expression("crop", [stored, t]) for stored in ("unsigned char", "float") for t in ("float", "double")]
 
 
 _INSTANCES = {
@@ -190,7 +192,7 @@ class ShimLauncher:
 
     def prepared(self, kernel, type_arguments, grid, block, arguments):
         """Return a function that does the launch, as often as it is called."""
-        name = instance(kernel, type_arguments)
+        name = name_expression(kernel, type_arguments)
         assert max(grid[1:]) <= 65535, f"no GPU has a grid of {grid}"
         assert block[0] <= 1024, f"no GPU has a block of {block}"
         assert block[1:] == (1, 1)

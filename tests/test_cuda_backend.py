@@ -18,7 +18,7 @@ from cuda_cpu import SHIM, compiler
 from fake_gpu import FakeCublas
 
 from cupyep.backend import cuda, gpu_status, libraries
-from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher, instance, kernel_argument, source_text
+from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher, kernel_argument, name_expression, source_text
 from cupyep.commands.system import system_report
 from cupyep.errors import DeviceError
 
@@ -117,7 +117,7 @@ def test_arguments_that_a_kernel_would_misread_are_refused():
 
 
 def test_name_of_an_instance():
-    assert instance("pool", ["float", "__half", 8, "true"]) == "pool<float, __half, 8, true>"
+    assert name_expression("pool", ["float", "__half", 8, "true"]) == "pool<float, __half, 8, true>"
 
 
 # --- Cublas --------------------------------------------------------------------------------------------------------

@@ -372,3 +372,20 @@ def test_all_layers():
     assert [nudge.term.layer for nudge in signal.nudges(batch_of(net))] == [1, 2, 3]
     with pytest.raises(ep.ConfigurationError, match="numbers, a list of names, or 'all', not '2,3'"):
         ep.LocalError(layers="2,3")
+
+
+def test_a_check_leaves_an_edge_as_it_is():
+    """Whoever draws into arrays that are there already, too: a copy is looked at, and may be used afterwards."""
+
+    class InPlace(ep.Linear):
+        def initialize(self, generator, gain, device, dtype):
+            if getattr(self, "weight", None) is None or self.weight.dtype != dtype:
+                super().initialize(generator, gain, device, dtype)
+            self.weight[...] = generator.standard_normal(self.weight.shape) * gain
+
+    edge = InPlace((4,), 3)
+    ep.check_edge(edge)
+    net = ep.Network([edge], 3, device="cpu", precision="float64", seed=5)
+    kept = edge.weight.copy()
+    ep.check_edge(edge)
+    np.testing.assert_array_equal(net.parameters()["layers.1.weight"], kept)

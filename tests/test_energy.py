@@ -142,3 +142,20 @@ def test_what_a_node_takes_is_weighted_once_but_for_the_shares_of_skips():
     energy, shares = residual(feedback=0.5).energy, [1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 0.5]  # stem to b and b to d skip
     assert energy.topdown_scales == ([0.5, 0.5, 0.5, 0.5, 1.0], shares), "nothing is above d"
     assert energy.drive_scales == ([1.0, 0.5, 0.5, 0.5, 0.5], shares), "images do not deviate"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_the_units_of_an_exact_network_are_direct_sums(precision, exact, monkeypatch):
+    made, prepare = [], ep.Conv2d.prepare
+
+    def kept(*args):
+        made.append(prepare(*args))
+        return made[-1]
+
+    net = ep.Network([ep.Conv2d((16, 16, 48), 48)], 3, device="cpu", precision=precision, exact=exact)
+    x, layers = (np.full((16, 16, 16, 48), 0.5, np.float32) for _ in range(2))
+    monkeypatch.setattr(ep.Conv2d, "prepare", kept)
+    for ask in (net.energy.value, net.energy.phi, net.energy.force, net.energy.parameter_gradient):
+        ask(x, [layers])
+    assert {type(ops).__name__ for ops in made} == {"ConvOps" if exact else "WinogradOps"}

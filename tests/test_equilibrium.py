@@ -366,6 +366,24 @@ def test_wrong_arguments_are_one_line(options, word):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("nudge", ["classical", "deviation"])
+def test_squared_error_takes_nudges_below_one(nudge):
+    """``s <- d - beta (s - y)`` falls by beta each step; the tangent, the limit of weak nudges, has no beta."""
+    net = network("dense", "cpu", loss="squared_error")
+    word = "squared error needs beta between -1 and 1, not 1.0"
+    with pytest.raises(ep.ConfigurationError, match=word) as error:
+        ep.EquilibriumPropagation(net, beta=1.0, nudge=nudge)
+    assert "\n" not in str(error.value)
+    learner, batch = ep.EquilibriumPropagation(net, beta=0.99, nudge=nudge), batch_of(net)
+    with pytest.raises(ep.ConfigurationError, match=word):
+        net.settle(batch, net.settle(batch), targets=batch, beta=1.0, nudge=nudge)
+    learner.beta = 1.0
+    with pytest.raises(ep.ConfigurationError, match=f"{word}, -1.0"):
+        learner.step(batch)
+    ep.EquilibriumPropagation(net, beta=1.0, scheme="tangent").step(batch)
+    ep.EquilibriumPropagation(network("dense", "cpu"), beta=1.0, nudge=nudge).step(batch)
+
+
 def test_classical_gradient_uses_the_winners_of_the_nudged_states():
     """Far from rest winners still change: those of the last drives would belong to the states before."""
     layers = [

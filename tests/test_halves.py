@@ -342,6 +342,20 @@ def test_the_oscillation_test_is_done_in_float32():
     assert not stats.oscillating
 
 
+@pytest.mark.parametrize(("beta", "swings"), [(0.99, True), (0.5, False)])
+@pytest.mark.parametrize("nudge", ["classical", "deviation"])
+@pytest.mark.parametrize("name", [*HALVES, "float32"])
+def test_an_oscillation_is_seen_however_what_moves_is_stored(name, nudge, beta, swings):
+    """``s <- d - beta (s - y)`` moves by ``-beta`` times its last move: two steps undo 0.99 of it, or a half."""
+    wide = ep.Clip("wide", 1.0, -10.0, 10.0)
+    net = ep.Network([ep.Linear((2,), 2)], 2, activation=wide, loss="squared_error", device="cpu", precision=name)
+    x, y = np.ones((3, 2), np.float32), np.array([0, 1, 0])
+    free = net.settle(x, steps=4)
+    how = {"nudge": nudge, "steps": 6, "schedule": "synchronous", "tolerance": 1e-6}
+    with pytest.warns(ep.ConvergenceWarning):
+        assert net.settle(x, free, targets=y, beta=beta, **how).stats.oscillating is swings
+
+
 @pytest.mark.parametrize("name", HALVES)
 def test_energy_is_that_of_the_states_in_float32(name):
     net, exact = deep(name, 0.5, 0.9), deep("float64", 0.5, 0.9)

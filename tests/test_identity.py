@@ -51,8 +51,9 @@ class Bare(ep.Edge):
         ops.add_gradient(s_below, self.strength * s, weight)
 
 
-def bare(strength=1.0):
-    return ep.Network([Bare(6, 5, strength), Bare(5, 4)], 3, seed=3, activation="sigmoid", device="cpu", feedback=1.0)
+def bare(strength=1.0, **options):
+    options = {"seed": 3, "activation": "sigmoid", "device": "cpu", "feedback": 1.0} | options
+    return ep.Network([Bare(6, 5, strength), Bare(5, 4)], 3, **options)
 
 
 def dense(bias):
@@ -60,11 +61,11 @@ def dense(bias):
     return ep.Network(layers, 3, seed=3, activation="sigmoid", device="cpu", feedback=1.0)
 
 
-def conv(bias, pooling="max"):
+def conv(bias, pooling="max", **options):
     first = ep.Conv2d((7, 6, 2), 3, pooling=pooling, bias=bias)
     second = ep.Conv2d(first.out_shape, 4, kernel=2, bias=bias)
     layers = [first, second, ep.Linear(second.out_shape, 5, bias=bias)]
-    return ep.Network(layers, 3, seed=3, activation="sigmoid", feedback=0.5, device="cpu")
+    return ep.Network(layers, 3, seed=3, activation="sigmoid", device="cpu", **{"feedback": 0.5, **options})
 
 
 def images_of(net):
@@ -98,10 +99,10 @@ def test_without_a_bias_all_is_as_with_one_that_stays_zero(kind, learner):
     np.testing.assert_allclose(one.evaluate(x, y)[0], two.evaluate(x, y)[0], rtol=0.2)
 
 
-@pytest.mark.parametrize("net", [bare(2.0), conv(False)], ids=["own", "conv"])
-def test_energy_without_a_bias(net):
+@pytest.mark.parametrize(("make", "first"), [(bare, 2.0), (conv, False)], ids=["own", "conv"])
+def test_energy_without_a_bias(make, first):
     """dF/dw of the energy is that of finite differences."""
-    double = ep.Network(net.layers, 3, seed=3, activation="sigmoid", feedback=0.5, device="cpu", precision="float64")
+    double = make(first, feedback=0.5, precision="float64")
     x, _ = images_of(double)
     layers = [np.random.default_rng(n).uniform(0.2, 0.8, (4, *s)) for n, s in enumerate(double.state_shapes)]
     gradients = double.energy.parameter_gradient(x, layers)

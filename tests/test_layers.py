@@ -25,6 +25,8 @@ GEOMETRIES = [  # in_shape, channels, kernel, stride, padding, pooling, pool
     ((7, 7, 1), 2, 3, 1, 2, "max", 3),
     ((3, 3, 4), 5, 1, 1, 0, "none", 2),
     ((4, 4, 2), 3, 4, 1, 0, "none", 2),
+    ((16, 16, 1), 2, 1, 1, 0, "max", 16),  # the largest window whose winner is one byte
+    ((17, 17, 1), 2, 1, 1, 0, "average", 17),
 ]
 WINOGRAD = [  # the same, for WinogradOps: maps of whole tiles and others, dropped rows and columns, one tile
     ((6, 6, 2), 3, 3, 1, 1, "none", 2),
@@ -74,7 +76,7 @@ def naive_pool(u, pooling, p):
     if pooling == "none":
         return u, None
     d = np.zeros((len(u), u.shape[1] // p, u.shape[2] // p, u.shape[3]))
-    winners = np.zeros(d.shape, np.uint8)
+    winners = np.zeros(d.shape, int)
     for n, y, x, c in np.ndindex(*d.shape):
         values = [u[n, y * p + dy, x * p + dx, c] for dy in range(p) for dx in range(p)]
         winners[n, y, x, c] = values.index(max(values))
@@ -327,6 +329,7 @@ def test_initial_weights_have_the_variance_of_their_gain(device):
         ({"padding": 3}, "padding must be an integer from 0 to 2, not 3"),
         ({"pooling": "maximum"}, "did you mean 'max'"),
         ({"pooling": "max", "pool": 0}, "pool"),
+        ({"in_shape": (17, 17, 1), "pooling": "max", "pool": 17}, "pool of max-pooling must be .* 1 to 16, not 17"),
         ({"in_shape": (1, 9, 2), "pooling": "max"}, "1x9 map is too small"),
         ({"in_shape": (2, 2, 2), "padding": 0}, "2x2 map is too small"),
     ],

@@ -61,3 +61,13 @@ def test_what_a_learner_trains_is_what_it_evaluates(device, name, micro_batch):
         device.to_numpy(shared), device.to_numpy(learner.scores(batch)), atol=1e-6
     )
     assert same == (name in ("ep", "tangent")), "BPTT's state after its free steps is another one"
+
+
+def test_a_signal_is_taken_once():
+    """Twice it would count twice, and an optimizer would find its maps under two paths; an equal one is another."""
+    net = network("conv", "cpu")
+    one, other = ep.LocalError([1]), ep.LocalError([1])
+    for make in (ep.EquilibriumPropagation, ep.BackpropagationThroughTime, ep.Backpropagation):
+        with pytest.raises(ep.ConfigurationError, match="a signal is given twice; raise its kappa instead"):
+            make(net, signals=[one, other, one])
+        assert make(net, signals=[one, other]).signals == [one, other]

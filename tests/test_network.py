@@ -78,6 +78,19 @@ def test_scores_are_the_readout_of_the_settled_state(device, loss):
     np.testing.assert_allclose(net.device.to_numpy(scores), expected, rtol=1e-11, err_msg="scores were overwritten")
 
 
+@pytest.mark.parametrize("ask", ["scores", "predict"])
+def test_scores_and_predictions_name_what_they_do_not_take(ask):
+    """What `settle` takes besides has no meaning for them; all that they take, they take."""
+    net = network("dense", "cpu")
+    batch, start = batch_of(net), net.settle(batch_of(net))
+    for name in ("copy", "targets", "retain", "feedforward", "unrolled_steps", "stepps"):
+        with pytest.raises(ep.ConfigurationError) as error:
+            getattr(net, ask)(batch, **{name: False})
+        one_line(error, f"unknown argument of scores or predict '{name}'", "steps, schedule, tolerance")
+    how = {"steps": 3, "schedule": "sweeps", "tolerance": 1e9, "relaxation": 1.0, "check_every": 2, "record": True}
+    assert len(getattr(net, ask)(batch, start=start, **how)) == len(batch)
+
+
 def test_predict_top_k(device):
     net = network("conv", device)
     images = net.device.to_numpy(batch_of(net, samples=6).images)
@@ -395,3 +408,23 @@ def test_calls_run_on_the_networks_own_device():
         used.clear()
         call()
         assert used
+
+
+def test_edges_belong_to_one_network():
+    """A second network would draw their weights anew. What refuses it changes nothing, and takes what never had one."""
+    edges = [ep.Linear((4,), 5), ep.Linear((5,), 3)]
+    with pytest.raises(ep.ConfigurationError, match="gain"):
+        ep.Network(edges, 3, device="cpu", gain=[1.0, -1.0])
+    net = ep.Network(edges, 3, device="cpu", seed=0)
+    kept = {path: p.copy() for path, p in net.parameters().items()}
+    for shared in (edges, edges[1:], net.graph, [ep.Connection("image", "a", edges[1])]):
+        with pytest.raises(ep.ConfigurationError) as error:
+            ep.Network(shared, 3, device="cpu", seed=1)
+        one_line(error, "has the weights of another network", "make new edges")
+    for path, p in net.parameters().items():
+        np.testing.assert_array_equal(p, kept[path])
+    assert [edge.reads_image for edge in edges] == [True, False]
+    same = ep.Identity((4,))  # nothing to share
+    for _ in range(2):
+        ends = [("image", "a", ep.Linear((4,), 4)), ("a", "b", ep.Linear((4,), 4)), ("image", "b", same)]
+        ep.Network([ep.Connection(*each) for each in ends], 3, device="cpu")

@@ -128,8 +128,10 @@ def clipped_by_a_loop(gradient, weight, limit):
     return out
 
 
-def test_clip_by_unit_norm_against_a_plain_loop(rng):
-    """Convolutions, dense maps; a unit that is zero; not the readout, not signals, no biases and gains."""
+@pytest.mark.parametrize("at_once", [1 << 19, 50, 4])
+def test_clip_by_unit_norm_against_a_plain_loop(rng, at_once, monkeypatch):
+    """Convolutions, dense maps; a unit that is zero; not the readout, not signals, no biases and gains; in pieces."""
+    monkeypatch.setattr("cupyep.ops.optimizer.UPDATED_AT_ONCE", at_once)
     shapes = {"layers.1.weight": (3, 3, 4, 6), "layers.2.weight": (20, 5), "layers.2.bias": (5,), "layers.1.gain": (6,)}
     shapes |= {"readout.weight": (5, 3), "signals.0.layer1.weight": (6, 3), "layers.stem.image.weight": (2, 2, 1, 3)}
     parameters = {path: rng.standard_normal(shape) for path, shape in shapes.items()}
@@ -145,6 +147,19 @@ def test_clip_by_unit_norm_against_a_plain_loop(rng):
     SGD(parameters, 0.5, momentum=0.0, clip_unit_norm=0.2).step(gradients)
     for path, p in parameters.items():
         np.testing.assert_allclose(p, wanted[path], rtol=1e-12, atol=1e-15, err_msg=path)
+
+
+def test_a_step_allocates_nothing_of_a_weights_size():
+    """A weight of 6 MB: what a clip squares lies in the scratch of the update, a piece at a time."""
+    parameters = {"layers.1.weight": np.ones((500, 3000), np.float32)}
+    optimizer = Adam(parameters, 0.1, clip_unit_norm=0.1)
+    gradients = {"layers.1.weight": np.ones((500, 3000), np.float32)}
+    tracemalloc.start()
+    try:
+        optimizer.step(gradients)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_clip_hides_no_divergence():

@@ -142,10 +142,9 @@ def test_the_steps_leave_no_more_than_wanted():
 
 def test_the_response_of_a_linear_network_is_proportional_and_a_clipped_one_is_not():
     """Squared error of linear layers responds by ``beta / (1 + beta)``; a unit at its limit does not."""
-    layers = [ep.Linear((2,), 2)]
     for low, high, expected in ((-1e300, 1e300, 0.0), (0.0, 0.1, 0.5)):
-        net = ep.Network(layers, 2, activation=Clip("c", 1.0, low, high), loss="squared_error", device="cpu",
-                         precision="float64")  # fmt: skip
+        net = ep.Network([ep.Linear((2,), 2)], 2, activation=Clip("c", 1.0, low, high), loss="squared_error",
+                         device="cpu", precision="float64")  # fmt: skip
         for array in net.parameters().values():
             array[...] = 0.0
         net.parameters()["layers.1.bias"][...] = 0.05

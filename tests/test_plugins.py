@@ -434,6 +434,13 @@ def test_wrong_registrations(call, message):
     assert tuple(plugins.SIGNALS) == plugins.BUILT_IN
 
 
+def test_a_registered_name_that_begins_like_a_vgg_is_none():
+    ep.register_architecture("vgg-small", "4p 6")
+    assert ep.vgg(5, width=0.01, device="cpu").depth == 4
+    with pytest.raises(ep.ConfigurationError, match=r"no VGG of depth 6 \(choose from 5, 7, 9, 11, 12, 16\)"):
+        ep.vgg(6)
+
+
 def test_a_shell_that_completes_runs_no_code(monkeypatch, capsys):
     monkeypatch.setenv("_CUPYEP_COMPLETE", "bash_complete")
     monkeypatch.setenv("COMP_WORDS", "cupyep train --plugin mine.py --ar")

@@ -218,13 +218,17 @@ def test_a_dense_edge_in_float32_copies_nothing():
 
 def test_the_classical_form_is_not_left_to_the_rounding_of_large_tiles():
     """Small responses of states are lost in it: a run takes direct sums, a network of one's own is warned of."""
-    layers = [ep.Conv2d((16, 16, 3), 32), ep.Conv2d((16, 16, 32), 32, pooling="max")]
-    net = ep.Network(layers, 3, device="cpu", feedback=1.0)
+
+    def network(**options):
+        layers = [ep.Conv2d((16, 16, 3), 32), ep.Conv2d((16, 16, 32), 32, pooling="max")]
+        return ep.Network(layers, 3, device="cpu", feedback=1.0, **options)
+
+    net = network()
     with pytest.warns(ep.PrecisionWarning, match="build the network with exact=True"):
         ep.EquilibriumPropagation(net, nudge="classical")
     ep.EquilibriumPropagation(net, nudge="deviation")
     for quiet in ({"exact": True}, {"precision": "float64"}):
-        ep.EquilibriumPropagation(ep.Network(layers, 3, device="cpu", feedback=1.0, **quiet), nudge="classical")
+        ep.EquilibriumPropagation(network(**quiet), nudge="classical")
     images = ImageFormat("noise", tuple("abc"), (32, 32, 3), np.zeros(3), np.ones(3))
     for options, exact in (({}, False), ({"nudge": "classical"}, True), ({"exact": True}, True)):
         config = make_config({"arch": "vgg5", "width": 0.1, "algorithm": "ep"}, options)

@@ -53,8 +53,8 @@ INNER = {
     r"\w+\.(parts|needs|settled|betas|judge)": "how learners, memory and training work together",
     r"\w+\.facts": "without arguments",
     r"(State|StepResult|SettleStats|Nudge|FitResult)(\.\w+)?": "a record that the package makes",
-    r"HopfieldEnergy\.(states|deviations|correlate|pass_up|add_\w+|winners_at|send_\w+)": "phases and learners call it",
-    r"Graph\.(weights|feedback|label|describe|apart|\w*depths)": "what follows from a graph that was looked at",
+    r"HopfieldEnergy\.(correlate|pass_up|add_\w+|winners_at)": "phases and learners call it",
+    r"Graph\.(weights|feedback|label|describe|\w*depths)": "what follows from a graph that was looked at",
     r"Connection": "looked at by `Graph`",
     r"\w+\.make_weights": "without arguments",
     r"SGD.slots": "of a momentum that was looked at",
@@ -90,9 +90,11 @@ class World:
         self.theta = {"w": np.ones((2, 3), np.float32)}
 
     @staticmethod
-    def network():
-        edges = [ep.Conv2d(SHAPE, 4, pooling="max"), ep.Linear((2, 2, 4), 6)]
-        return ep.Network(edges, CLASSES, device="cpu", feedback=1.0)
+    def edges():
+        return [ep.Conv2d(SHAPE, 4, pooling="max"), ep.Linear((2, 2, 4), 6)]
+
+    def network(self):
+        return ep.Network(self.edges(), CLASSES, device="cpu", feedback=1.0)
 
     def writer(self, path):
         return ep.TeacherWriter(path, self.data, "a teacher", ["identity"], {"f": (2, 2, 4)})
@@ -152,7 +154,7 @@ VALID = {
     "Graph.node": lambda w: (w.net.graph.node, {"name": 1}),
     "Network": lambda w: (
         ep.Network,
-        {"layers": w.network().layers, "classes": CLASSES, "device": "cpu"},
+        {"layers": w.edges(), "classes": CLASSES, "device": "cpu"},
     ),
     "Network.batch": lambda w: (w.net.batch, {"x": w.x, "targets": w.y}),
     "Network.labelled": lambda w: (w.net.labelled, {"x": w.x, "targets": w.y}),

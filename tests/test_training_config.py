@@ -86,6 +86,7 @@ def test_every_numeric_rule_of_the_table_is_enforced():
         ({"readout_pool": "0"}, "--readout-pool must be global or the side of a window"),
         ({"readout_pool": "whole"}, "--readout-pool must be global or the side of a window"),
         ({"weights": "standard"}, "unknown --weights 'standard'; did you mean 'standardized'"),
+        ({"loss": "squared_error", "beta": 1.0}, "squared error needs beta between -1 and 1, not 1.0"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum above 0"),
         ({"signal_layers": "2..4"}, "--signal-layers must be like"),
     ],

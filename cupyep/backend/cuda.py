@@ -62,7 +62,7 @@ class Launcher:
         The `arguments` are C-contiguous arrays, NumPy scalars of the parameters' types, and None for a null pointer.
         `DeviceError` if CUDA's run-time compiler or its headers cannot be found.
         """
-        expression = instance(kernel, type_arguments)
+        expression = name_expression(kernel, type_arguments)
         function = self._kernels.get(expression)
         if function is None:
             function = self._kernels[expression] = self._compile(expression)
@@ -81,7 +81,7 @@ class Launcher:
             raise DeviceError(f"CUDA kernels cannot be compiled: {reason}; {COMPILER_REMEDY}") from error
 
 
-def instance(kernel: str, type_arguments: Sequence[Any]) -> str:
+def name_expression(kernel: str, type_arguments: Sequence[Any]) -> str:
     """Return the name expression of one instance of a kernel template."""
     return f"{kernel}<{', '.join(map(str, type_arguments))}>"
 

@@ -66,10 +66,9 @@ class Checkup:
 def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, epoch: int) -> dict[str, Any]:
     """Return how the phases settled, as settling.json holds it.
 
-    ``epoch``, ``images``, ``schedule``, ``tolerance``, and of each phase there is ``steps``, the learner's own,
-    ``contraction``, and
-    ``residual``: for every step, also those beyond, a number a layer (None where it is not finite). ``nodes``, their
-    names, where the network is no chain.
+    ``epoch``, ``images``, ``schedule`` and ``tolerance``; where the network is no chain ``nodes``, their names. Of each
+    phase, by its name, ``steps``, the learner's own, ``contraction``, and ``residual``: for every step, also those
+    beyond, a number a layer (None where it is not finite).
     """
     phases = {
         phase: {

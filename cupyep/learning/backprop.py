@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cupyep.batch import Batch
+from cupyep.heads import Nudge
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.layout import Layout, Stack
 from cupyep.memory.workspace import Needs
-from cupyep.phases import Nudge
 from cupyep.state import State
 
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from cupyep.batch import Batch
 from cupyep.errors import integer
+from cupyep.heads import Nudge
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult, term_scratch_size
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
-from cupyep.phases import Nudge
+from cupyep.phases import Classical
 from cupyep.settling import STRONG, UNROLLED_STEPS, SettleStats, check_settling, iterate, stats_of
 from cupyep.signals import Augmenter
 from cupyep.state import State
@@ -187,7 +188,7 @@ class BackpropagationThroughTime(Learner):
         network, phase = self.network, unrolled.phase
         for s, first in zip(phase.states, start.layers, strict=True):
             s[...] = first
-        settling = network.energy.states(step, network.memory, phase, True, batch.images)
+        settling = Classical(network.energy, network.memory, step, phase, True, batch.images)
         for before in unrolled.history:
             _copy(phase.states, before.layers)
             iterate(settling, measure=True)
@@ -230,13 +231,19 @@ class BackpropagationThroughTime(Learner):
             energy.correlate(c, unrolled.scaled[below - 1], nodes[above], winners, gradients, ops[c], bias=False)
 
     def _down(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        energy = self.network.energy
-        return energy.send_down(c, q, state.winners[c], unrolled.down[energy.graph.below[c] - 1], ops[c])
+        """Return what ``q = mu sigma'`` of the node above sends down a connection."""
+        graph = self.network.graph
+        out = unrolled.down[graph.below[c] - 1]
+        graph.edges[c].topdown(q, state.winners[c], out, ops[c])
+        return out
 
     def _up(self, c: int, q: Any, state: State, unrolled: Unrolled, ops: Sequence[Any]) -> Any:
-        energy = self.network.energy
-        below, above = energy.graph.below[c] - 1, energy.graph.above[c] - 1
-        return energy.send_up(c, q, unrolled.scaled[below], state.winners[c], unrolled.up[above], ops[c])
+        """Return what q of the node below sends up; that times a_above / a_below is left in ``scaled``."""
+        graph, xp = self.network.graph, self.network.device.xp
+        scaled, out = unrolled.scaled[graph.below[c] - 1], unrolled.up[graph.above[c] - 1]
+        xp.multiply(q, self.network.energy.ratios[c], out=scaled)
+        graph.edges[c].linear_drive(scaled, out, state.winners[c], ops[c])
+        return out
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,7 @@ class _EdgeCheck:
     """A copy of an edge in float64, with drawn parameters, two inputs and something above."""
 
     def __init__(self, edge: Edge, device: Device):
-        self.edge, self.device, self.name = copy.copy(edge), device, type(edge).__name__
+        self.edge, self.device, self.name = copy.deepcopy(edge), device, type(edge).__name__
         self.edge.reads_image = False  # all of it is checked, wherever it will be
         self.generator = np.random.default_rng(0)
         self.edge.initialize(np.random.default_rng(0), 1.0, device, np.dtype(np.float64))

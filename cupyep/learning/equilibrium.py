@@ -20,14 +20,14 @@ from cupyep.backend import threads
 from cupyep.batch import Batch
 from cupyep.energy import Change
 from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
+from cupyep.heads import Nudge
 from cupyep.layers import Conv2d
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.winograd import tile_size
-from cupyep.phases import Nudge
-from cupyep.settling import check_settling, default_steps
+from cupyep.settling import check_betas, check_settling, default_steps
 from cupyep.signals import Augmenter
 from cupyep.state import State
 from cupyep.structure import exclusive
@@ -43,7 +43,7 @@ class EquilibriumPropagation(Learner):
     ----------
     network : Network
     beta : float
-        Strength of the nudge, positive; unused by the tangent scheme.
+        Strength of the nudge, positive, with squared error below 1; unused by the tangent scheme.
     free_steps, nudged_steps : int, optional
         Iterations of each phase (the maximum, where a tolerance is given); by default as many as the network settles
         with (`Network.settling`), and `cupyep.settling.default_steps` of the nudged ones.
@@ -102,6 +102,7 @@ class EquilibriumPropagation(Learner):
         self.nudge = choose("nudge", nudge, FORMS)
         if scheme == "tangent" and nudge == "classical":
             raise ConfigurationError("the tangent scheme is the limit of the deviation form; use nudge 'deviation'")
+        check_betas([self.beta], network.readout.criterion.name, self.scheme == "tangent")
         steps = {"free_steps": self.free_steps, "nudged_steps": self.nudged_steps}
         check_settling(self.schedule, steps, tolerance, self.relaxation)
         generator = np.random.default_rng(0) if generator is None else generator

@@ -8,15 +8,14 @@ from typing import Any
 
 from cupyep.backend.threads import Turns, number_for
 from cupyep.batch import Batch
-from cupyep.errors import instance, integer, items
-from cupyep.heads import LossTerm, accuracy_count
+from cupyep.errors import instance, integer, items, require
+from cupyep.heads import LossTerm, Nudge, accuracy_count
 from cupyep.learning.gradients import Gradients, packed_size
 from cupyep.memory.layout import Layout
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.conv import chunked
 from cupyep.ops.reduction import levels
-from cupyep.phases import Nudge
 from cupyep.settling import SettleStats
 from cupyep.showing import Shown
 from cupyep.signals import Augmenter
@@ -78,6 +77,7 @@ class Learner(Shown):
     ----------
     network : Network
     signals : sequence of Augmenter
+        Each once.
     micro_batch : int, optional
         Process a batch in equal parts of at most so many samples, one after the other, to save memory. Gradients and
         statistics are those of the whole batch (with a tolerance, each part stops by itself).
@@ -89,7 +89,9 @@ class Learner(Shown):
     def __init__(self, network: Network, signals: Sequence[Augmenter] = (), micro_batch: int | None = None):
         self.network = instance("network", network, Network)
         self.micro_batch = None if micro_batch is None else integer("micro_batch", micro_batch)
-        self.signals = [network.bind(signal) for signal in items("signals", signals, Augmenter)]
+        given = items("signals", signals, Augmenter)
+        require(len({id(signal) for signal in given}) == len(given), "a signal is given twice; raise its kappa instead")
+        self.signals = [network.bind(signal) for signal in given]
         self._gradients: dict[int, Gradients] = {}  # 0: of a batch; n: of the part that thread n - 1 has in hand
         # By what the gradients of each node are multiplied when all parts of a batch are in, the same for all. The
         # states must not be: halves might not hold them then.

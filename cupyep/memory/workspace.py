@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.activations import Activation
 from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replayer
 from cupyep.backend.precision import Precision
@@ -20,7 +19,6 @@ from cupyep.graph import Graph
 from cupyep.layers import Edge
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
 from cupyep.ops.buffers import Arena
-from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 
 
 class Workspace:
@@ -225,10 +223,3 @@ class Needs:
 def derived_key(n: int, ops: Any) -> Hashable:
     """Return what operations of edge n have in common that share what they make of its weights."""
     return (n, type(ops), *((shape, np.dtype(dtype)) for shape, dtype in ops.derived))
-
-
-def update_ops(activation: Activation, device: Device) -> UpdateOps:
-    """Return what updates states with `activation` on `device`."""
-    if device.is_gpu and activation.code is not None:
-        return CudaUpdateOps(device.xp, activation, device.launcher(SOURCE))
-    return UpdateOps(device.xp, activation)

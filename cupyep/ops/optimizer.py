@@ -36,15 +36,19 @@ def pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
             yield (slice(start, start + rows),)
 
 
-def clip_units(gradient: Any, parameter: Any, limit: float) -> None:
+def clip_units(gradient: Any, parameter: Any, limit: float, scratch: Any) -> None:
     """Shorten each unit's part of `gradient` (.., K) to `limit` times the norm of the unit in `parameter`, in place.
 
-    A unit is what leads to one of K outputs; it counts as `SHORTEST_UNIT` long at least.
+    A unit is what leads to one of K outputs; it counts as `SHORTEST_UNIT` long at least. Squares are taken piece by
+    piece in `scratch` (1-D), or without one of the whole array: more launches would cost a GPU more than the memory.
     """
     xp = array_module(parameter)
     squares = xp.zeros((2, parameter.shape[-1]), parameter.dtype)
-    for array, out in zip((parameter, gradient), squares, strict=True):
-        add_sum(array * array, out)
+    for array, sums in zip((parameter, gradient), squares, strict=True):
+        for piece in [(...,)] if scratch is None else pieces(array.shape):
+            part, out = array[piece], sums[piece[-1]] if len(piece) == array.ndim else sums
+            kept = None if scratch is None else scratch[: part.size].reshape(part.shape)
+            add_sum(xp.multiply(part, part, out=kept), out)
     most, length = xp.sqrt(squares, out=squares)
     xp.maximum(most, SHORTEST_UNIT, out=most)
     most *= limit

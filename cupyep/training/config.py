@@ -28,7 +28,7 @@ from cupyep.losses import LOSSES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.plugins import SIGNALS as AUGMENTERS
-from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_relaxation, default_relaxation, default_steps
+from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_betas, check_relaxation, default_relaxation, default_steps
 from cupyep.signals import ANNEALINGS
 from cupyep.training.divergence import ON_DIVERGENCE
 from cupyep.training.options import checked, missing, option
@@ -230,6 +230,8 @@ class TrainConfig:
         require(self.nudged_steps != AUTO or self.algorithm != "bptt", "--nudged-steps auto needs --algorithm ep")
         self.relaxation = self.relaxation or default_relaxation(self.schedule, self.feedback)
         check_relaxation(self.relaxation, self.schedule)
+        if self.algorithm == "ep":
+            check_betas([self.beta], self.loss, self.scheme == "tangent")
 
     def take(self, *names: str) -> dict[str, Any]:
         """Return the options of some names, for whatever takes arguments called like them; auto steps as they begin."""

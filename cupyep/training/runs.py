@@ -14,7 +14,7 @@ from cupyep.data import Dataset
 from cupyep.data.sources import absolute_name
 from cupyep.errors import CheckpointError, ConfigurationError, require
 from cupyep.files import expanded
-from cupyep.models import unit_drives
+from cupyep.initialization import lsuv
 from cupyep.network import Network
 from cupyep.parallel import Communicator
 from cupyep.persistence.checkpoint import versions
@@ -262,7 +262,7 @@ def prepare(
         if config.init_from and run is None:
             load_initial(network, expanded(config.init_from))
         elif config.lsuv and run is None:
-            unit_drives(network, first_images(dataset, network, config.batch_size))
+            lsuv(network, first_images(dataset, network, config.batch_size))
     display.show("note", _headline(config, dataset, network))
     if counts := _unequal(dataset):
         display.show("note", counts)
