@@ -39,16 +39,16 @@ PREDICTED = {
     ("best-cifar10", "bp"): f"{BEST} --width 0.5 --dataset cifar10 --feedback 0.03 --algorithm bp",
     ("best-cifar100", "ep"): f"{BEST} --width 0.5 --dataset cifar100 {EP} --feedback 0.01",
     ("best-cifar100", "bp"): f"{BEST} --width 0.5 --dataset cifar100 --feedback 0.03 --algorithm bp",
-    ("best-fashion-mnist", "ep"): f"{BEST} --width 0.25 --dataset fashion-mnist {EP}",
-    ("best-svhn", "bp"): f"{BEST} --width 0.25 --dataset svhn --feedback 0.03 --algorithm bp",
-    ("vgg7-kd-cifar10", "feedback0.1"): f"{VGG} --arch vgg7 --epochs 10 --feedback 0.1 --free-steps 2 --nudged-steps 1",
-    ("vgg7-kd-cifar10", "bp"): f"{VGG} --arch vgg7 --epochs 10 --feedback 0.1 --algorithm bp",
+    ("best-fashion-mnist", "ep"): f"{BEST} --width 0.25 --epochs 10 --dataset fashion-mnist {EP} --feedback 0.01",
+    ("best-svhn", "bp"): f"{BEST} --width 0.25 --epochs 10 --dataset svhn --feedback 0.03 --algorithm bp",
+    ("vgg7-kd-cifar10", "feedback0.1"): f"{VGG} --arch vgg7 --epochs 5 --feedback 0.1 --free-steps 2 --nudged-steps 1",
+    ("vgg7-kd-cifar10", "bp"): f"{VGG} --arch vgg7 --epochs 5 --feedback 0.1 --algorithm bp",
     (
         "vgg7-kd-cifar10",
         "kd",
-    ): f"{VGG} --arch vgg7 --epochs 10 {CONTRACTING} --aug kd --kappa 0.3 --temperature 2 --teacher-epochs 20",
-    ("vgg11-kd-cifar100", "bp"): f"{VGG} --arch vgg11 --dataset cifar100 --epochs 10 --feedback 0.03 --algorithm bp",
-    ("hopfield-resnet13", "bp"): f"{NET} --lr 0.004 --width 0.25 --epochs 15 --feedback 0.1 --algorithm bp",
+    ): f"{VGG} --arch vgg7 --epochs 5 {CONTRACTING} --aug kd --kappa 0.3 --temperature 2 --teacher-epochs 15",
+    ("vgg11-kd-cifar100", "bp"): f"{VGG} --arch vgg11 --dataset cifar100 --epochs 5 --feedback 0.03 --algorithm bp",
+    ("hopfield-resnet13", "bp"): f"{NET} --lr 0.004 --width 0.25 --epochs 5 --feedback 0.1 --algorithm bp",
 }
 
 
