@@ -318,6 +318,8 @@ DEFECTS = [
            "isinstance(c.edge, Identity) or c.edge.reads_image is None,", "True,", "test_network"),
     Defect("an edge that is checked loses its weights", "learning/custom.py",
            "copy.deepcopy(edge), device", "copy.copy(edge), device", "test_custom"),
+    Defect("threads: parts on a GPU in several of them", "structure.py",
+           "of, 1 if self.device.is_gpu else None)", "of)", "test_threads"),
     Defect("threads: nobody waits", "structure.py",
            "with network.lock, one_blas_thread():", "with one_blas_thread():", "test_processes"),
     Defect("pickle: a state keeps the address of memory that is no more", "state.py",
