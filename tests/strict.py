@@ -237,7 +237,7 @@ def _read(name):
 
 for _name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "T"):
     setattr(DeviceArray, _name, _attribute(_name))
-METHODS = "sum mean var max min argmax all any astype copy reshape transpose ravel view clip"
+METHODS = "sum mean std var max min argmax all any astype copy reshape transpose ravel view clip"
 for _name in METHODS.split():
     setattr(DeviceArray, _name, _method(_name))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "mod", "and", "or"):

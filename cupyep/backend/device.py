@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
+from cupyep.backend.cuda import COMPILER_REMEDY, Cublas, CublasLibrary, Launcher, missing_compiler
 from cupyep.backend.graphs import GraphCapture, graphs_wanted
-from cupyep.errors import DeviceError, instance, number, require, shown
+from cupyep.errors import DeviceError, instance, number, one_line, require, shown
 
 GPU_SCRATCH_SHARE = 0.8  # of L2; the rest is for weights and results passing by
 ON_GPU = (2, 13)  # kinds of memory in DLPack: CUDA's, and CUDA's managed one
@@ -40,7 +40,8 @@ def _import_cupy() -> tuple[ModuleType | None, str]:
         probe = cupy.ones((8, 8), dtype=cupy.float32)
         total = float((probe @ probe).sum())
     except Exception as error:  # any failure of driver, cuBLAS or NVRTC means "unusable", and is reported
-        return None, f"CuPy sees a GPU but cannot compute on it ({type(error).__name__}: {error})"
+        remedy = f"; {COMPILER_REMEDY}" if missing_compiler(error) else ""  # cuBLAS comes with the same parts
+        return None, f"CuPy sees a GPU but cannot compute on it ({one_line(error)}){remedy}"
     if total != 512.0:
         return None, f"CuPy computes wrongly on this GPU (8x8 product sums to {total}, not 512)"
     return cupy, ""
@@ -63,7 +64,7 @@ def array_module(array: Any) -> ModuleType:
     own = getattr(array, "array_module", None)
     if own is not None:
         return own
-    if type(array).__module__.startswith("cupy"):
+    if type(array).__module__.partition(".")[0] == "cupy":  # not cupyep
         cupy, reason = _import_cupy()
         if cupy is None:
             raise DeviceError(reason)
