@@ -141,10 +141,12 @@ class _Namespace:
         function = getattr(self._module, name)
         return lambda *args, **kwargs: _call(function, *args, **kwargs)
 
-    def asarray(self, array, dtype=None):
-        """The crossing from the host."""
+    def asarray(self, array, dtype=None, order=None):
+        """The crossing from the host; unless told otherwise CuPy keeps the order of what is Fortran-contiguous."""
         _refuse_while_recording("a transfer")
-        return DeviceArray(np.array(array._host if isinstance(array, DeviceArray) else array, dtype=dtype))
+        host = np.asarray(array._host if isinstance(array, DeviceArray) else array)
+        order = order or ("F" if host.flags.f_contiguous else "C")
+        return DeviceArray(np.array(host, dtype=dtype, order=order))
 
     def asnumpy(self, array):
         """The crossing to the host."""

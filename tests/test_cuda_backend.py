@@ -400,3 +400,45 @@ def test_objects_of_this_package_are_not_taken_for_cupys():
             device.array_module(thing)
         with pytest.raises(ep.ConfigurationError, match="images"):
             net.settle(thing)
+
+
+def test_a_device_speaks_of_its_own_gpu_whichever_is_the_current_one(monkeypatch):
+    """What CuPy allocates, counts and waits for is the current GPU's; of a new thread that is the first."""
+    current, waited = [0], []
+
+    class Gpu:
+        def __init__(self, index):
+            self.index = index
+
+        def use(self):
+            current[0] = self.index
+
+    pool = SimpleNamespace(free_bytes=lambda: current[0], total_bytes=lambda: 7 + current[0])
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(
+            Device=Gpu,
+            runtime=SimpleNamespace(
+                getDeviceCount=lambda: 2,
+                cudaDevAttrL2CacheSize=38,
+                deviceGetAttribute=lambda attribute, index: 1 << 20,
+                memGetInfo=lambda: (100 * current[0], 1000),
+            ),
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: waited.append(current[0])),
+        ),
+        get_default_memory_pool=lambda: pool,
+        asarray=lambda array, dtype, order: (current[0], order),
+    )
+    monkeypatch.setattr(device, "_import_cupy", lambda: (cupy, ""))
+    monkeypatch.setenv("CUPYEP_GRAPHS", "0")
+    gpus = [ep.get_device(f"cuda:{index}") for index in (0, 1)]
+    for other in (0, 1):
+        for index, gpu in enumerate(gpus):
+            current[0] = other
+            assert gpu.asarray([1.0]) == (index, "C")
+            current[0] = other
+            assert gpu.free_bytes() == 101 * index
+            current[0] = other
+            assert gpu.peak_memory_bytes() == 7 + index
+            current[0] = other
+            gpu.synchronize()
+    assert waited == [0, 1, 0, 1]

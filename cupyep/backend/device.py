@@ -161,8 +161,11 @@ class Device:
             self.xp.cuda.Device(self.index).use()
 
     def asarray(self, array: Any, dtype: Any = None) -> Any:
-        """Copy `array` to this device if it is not there yet."""
-        return self.xp.asarray(array, dtype=dtype)
+        """Copy `array` to this device if it is not there yet; on a GPU it is C-contiguous, as kernels take it."""
+        if not self.is_gpu:
+            return self.xp.asarray(array, dtype=dtype)
+        self.use()
+        return self.xp.asarray(array, dtype=dtype, order="C")  # CuPy keeps Fortran's order unless it is told
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return an array whose content is yet to be written."""
@@ -180,6 +183,7 @@ class Device:
         """Return the memory that is left on a GPU, what CuPy's pool holds in reserve included; None on the CPU."""
         if not self.is_gpu:
             return None
+        self.use()
         pool = self.xp.get_default_memory_pool()
         return int(self.xp.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
 
@@ -190,6 +194,7 @@ class Device:
     def synchronize(self) -> None:
         """Wait until all work on this device is done."""
         if self.is_gpu:
+            self.use()
             self.xp.cuda.get_current_stream().synchronize()
 
     def peak_memory_bytes(self) -> int | None:
@@ -198,6 +203,7 @@ class Device:
         None where the platform does not tell (Windows).
         """
         if self.is_gpu:
+            self.use()
             return int(self.xp.get_default_memory_pool().total_bytes())
         try:
             import resource
