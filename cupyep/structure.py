@@ -91,7 +91,7 @@ class Structure:
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name not in ("lock", "_memories", "effective")}
-        return own | {"_energy": None}
+        return {"device": self.device} | own | {"_energy": None}  # first: CuPy unpickles arrays on the current GPU
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
