@@ -84,3 +84,17 @@ def test_images_of_any_layout_are_cropped(fake_gpu, rng, monkeypatch, layout, la
     )
     for own, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(fake_gpu.to_numpy(own.images), theirs.images, rtol=1e-6, atol=1e-6)
+
+
+def test_images_are_sent_to_a_gpu_piece_by_piece(fake_gpu, rng, monkeypatch):
+    """CuPy page-locks as much memory as it sends at once, and keeps it."""
+    images, sent = rng.integers(0, 256, (10, 4, 4, 3)).astype(np.uint8), []
+    split = ep.data.Split("train", images, np.arange(10) % 2)
+    data, inner = ep.data.Dataset.from_splits("noise", ("a", "b"), split, split, flip=True, pad=0), fake_gpu.asarray
+    monkeypatch.setattr(fake_gpu, "asarray", lambda array, *how: sent.append(np.shape(array)) or inner(array, *how))
+    for at_once, lengths in ((3 * 48 + 47, [3, 3, 3, 1]), (1, [1] * 10), (10**9, [10])):
+        monkeypatch.setattr("cupyep.data.loader.SENT_AT_ONCE", at_once)
+        sent.clear()
+        loader = ep.Loader(data, "train", 4, fake_gpu, "float32")
+        assert [shape[0] for shape in sent if len(shape) == 4] == lengths
+        np.testing.assert_array_equal(fake_gpu.to_numpy(loader._images), images)

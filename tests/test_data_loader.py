@@ -271,6 +271,7 @@ def fake_xp():
         __name__="fake",
         asarray=lambda array, dtype=None, order=None: np.array(array, dtype, order=order).view(FakeDeviceArray),
         arange=on_device(np.arange),
+        empty=on_device(np.empty),
         take=on_device(np.take),
         where=on_device(np.where),
     )
