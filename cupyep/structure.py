@@ -91,7 +91,7 @@ class Structure:
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name not in ("lock", "_memories", "effective")}
-        return own | {"_energy": None}
+        return {"device": self.device} | own | {"_energy": None}  # first: CuPy unpickles arrays on the current GPU
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
@@ -208,8 +208,8 @@ class Structure:
             return work(parts[number], number, turns)
 
         _ = self.energy  # made before threads ask for it
-        with self.effective.constant():
-            return run_parts(self, len(parts), of)
+        with self.effective.constant():  # a new thread would launch on GPU 0, and captures share one stream
+            return run_parts(self, len(parts), of, 1 if self.device.is_gpu else None)
 
     def parts(self, samples: int, most: int | None = None) -> list[slice]:
         """Return the rows of a batch that are processed together, nearly equally many each, the longest first.

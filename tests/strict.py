@@ -123,9 +123,9 @@ class _Namespace:
     FUNCTIONS = {
         "abs", "absolute", "add", "arange", "arctanh", "argmax", "argsort", "as_strided", "ascontiguousarray",
         "bitwise_and", "concatenate", "copysign", "copyto", "divide", "dot", "empty", "empty_like", "equal", "exp",
-        "expm1", "full", "greater", "greater_equal", "isfinite", "less", "log", "log1p", "matmul", "max", "maximum",
-        "mean", "min", "minimum", "multiply", "ones", "ones_like", "right_shift", "sign", "sqrt", "stack", "subtract",
-        "sum", "take", "tanh", "where", "zeros", "zeros_like",
+        "expm1", "full", "greater", "greater_equal", "isfinite", "isnan", "less", "log", "log1p", "matmul", "max",
+        "maximum", "mean", "min", "minimum", "multiply", "ones", "ones_like", "right_shift", "sign", "sqrt", "stack",
+        "subtract", "sum", "take", "tanh", "where", "zeros", "zeros_like",
     }
     # fmt: on
 
@@ -141,10 +141,12 @@ class _Namespace:
         function = getattr(self._module, name)
         return lambda *args, **kwargs: _call(function, *args, **kwargs)
 
-    def asarray(self, array, dtype=None):
-        """The crossing from the host."""
+    def asarray(self, array, dtype=None, order=None):
+        """The crossing from the host; unless told otherwise CuPy keeps the order of what is Fortran-contiguous."""
         _refuse_while_recording("a transfer")
-        return DeviceArray(np.array(array._host if isinstance(array, DeviceArray) else array, dtype=dtype))
+        host = np.asarray(array._host if isinstance(array, DeviceArray) else array)
+        order = order or ("F" if host.flags.f_contiguous else "C")
+        return DeviceArray(np.array(host, dtype=dtype, order=order))
 
     def asnumpy(self, array):
         """The crossing to the host."""
@@ -237,7 +239,8 @@ def _read(name):
 
 for _name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "T"):
     setattr(DeviceArray, _name, _attribute(_name))
-for _name in ("sum", "mean", "max", "min", "argmax", "astype", "copy", "reshape", "transpose", "ravel", "view", "clip"):
+METHODS = "sum mean std var max min argmax all any astype copy reshape transpose ravel view clip"
+for _name in METHODS.split():
     setattr(DeviceArray, _name, _method(_name))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "mod", "and", "or"):
     setattr(DeviceArray, f"__{_name}__", _method(f"__{_name}__"))

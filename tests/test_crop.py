@@ -65,3 +65,36 @@ def test_a_batch_is_one_launch(fake_gpu):
             assert len(fake_gpu.launcher(SOURCE).launched) == len(loader)
     for found, expected in zip(batches["cuda:0"], batches["cpu"], strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
+@pytest.mark.parametrize("large", [False, True], ids=["kept on the device", "sent batch by batch"])
+@pytest.mark.parametrize("layout", ["Fortran's", "channels first"])
+def test_images_of_any_layout_are_cropped(fake_gpu, rng, monkeypatch, layout, large):
+    """CuPy keeps the order of a Fortran-contiguous array, which a kernel cannot read."""
+    images = rng.integers(0, 256, (10, 3, 6, 5)).astype(np.uint8).transpose(0, 2, 3, 1)
+    images = np.asfortranarray(images) if layout == "Fortran's" else images
+    split = ep.data.Split("train", images, np.arange(10) % 2)
+    data = ep.data.Dataset.from_splits("noise", ("a", "b"), split, split, flip=True, pad=2)
+    if large:
+        monkeypatch.setattr(ep.Loader, "_has_room", lambda loader: False)
+    found, expected = (
+        ep.Loader(data, "train", 4, device, "float32", True, True, np.random.default_rng(1))
+        for device in (fake_gpu, ep.get_device("cpu"))
+    )
+    for own, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(fake_gpu.to_numpy(own.images), theirs.images, rtol=1e-6, atol=1e-6)
+
+
+def test_images_are_sent_to_a_gpu_piece_by_piece(fake_gpu, rng, monkeypatch):
+    """CuPy page-locks as much memory as it sends at once, and keeps it."""
+    images, sent = rng.integers(0, 256, (10, 4, 4, 3)).astype(np.uint8), []
+    split = ep.data.Split("train", images, np.arange(10) % 2)
+    data, inner = ep.data.Dataset.from_splits("noise", ("a", "b"), split, split, flip=True, pad=0), fake_gpu.asarray
+    monkeypatch.setattr(fake_gpu, "asarray", lambda array, *how: sent.append(np.shape(array)) or inner(array, *how))
+    for at_once, lengths in ((3 * 48 + 47, [3, 3, 3, 1]), (1, [1] * 10), (10**9, [10])):
+        monkeypatch.setattr("cupyep.data.loader.SENT_AT_ONCE", at_once)
+        sent.clear()
+        loader = ep.Loader(data, "train", 4, fake_gpu, "float32")
+        assert [shape[0] for shape in sent if len(shape) == 4] == lengths
+        np.testing.assert_array_equal(fake_gpu.to_numpy(loader._images), images)

@@ -17,7 +17,8 @@ import pytest
 from cuda_cpu import SHIM, compiler
 from fake_gpu import FakeCublas
 
-from cupyep.backend import cuda, gpu_status, libraries
+import cupyep as ep
+from cupyep.backend import cuda, device, gpu_status, libraries
 from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher, kernel_argument, name_expression, source_text
 from cupyep.commands.system import system_report
 from cupyep.errors import DeviceError
@@ -365,3 +366,79 @@ def test_libraries_of_a_gpu_and_where_they_lie(fake_gpu, monkeypatch, tmp_path):
 def test_without_a_gpu_nothing_is_said_of_its_libraries():
     usable, _ = gpu_status()
     assert usable or not {"cublas", "nvrtc", "cudart"} & dict(system_report()).keys()
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (ImportError('Failure finding "libcublasLt.so.13 or libcublasLt.so.12": No such file: ...\n'), True),
+        (RuntimeError('k.cu(3): catastrophic error: cannot open source file "cuda_fp16.h"\n\n1 error'), True),
+        (RuntimeError("cudaErrorECCUncorrectable: uncorrectable ECC error encountered"), False),
+    ],
+)
+def test_a_gpu_without_cudas_libraries_is_one_line_with_the_remedy(monkeypatch, error, remedy):
+    """CuPy's wheels hold none of them, and its own message on cuBLAS ends with a new line."""
+
+    def ones(*_, **__):
+        raise error
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True), ones=ones, float32=np.float32)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    module, reason = device._import_cupy.__wrapped__()
+    assert module is None
+    assert reason.startswith(f"CuPy sees a GPU but cannot compute on it ({type(error).__name__}: {str(error)[:20]}")
+    assert "\n" not in reason
+    assert ('pip install "cupy-cuda12x[ctk]"' in reason) == remedy
+
+
+def test_objects_of_this_package_are_not_taken_for_cupys():
+    """Its name begins like CuPy's."""
+    net = ep.Network([ep.Linear((4,), 3)], 3, device="cpu")
+    state = net.settle(np.zeros((2, 4), np.float32))
+    for thing in (state, net):
+        with pytest.raises(TypeError, match="expected a NumPy or CuPy array"):
+            device.array_module(thing)
+        with pytest.raises(ep.ConfigurationError, match="images"):
+            net.settle(thing)
+
+
+def test_a_device_speaks_of_its_own_gpu_whichever_is_the_current_one(monkeypatch):
+    """What CuPy allocates, counts and waits for is the current GPU's; of a new thread that is the first."""
+    current, waited = [0], []
+
+    class Gpu:
+        def __init__(self, index):
+            self.index = index
+
+        def use(self):
+            current[0] = self.index
+
+    pool = SimpleNamespace(free_bytes=lambda: current[0], total_bytes=lambda: 7 + current[0])
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(
+            Device=Gpu,
+            runtime=SimpleNamespace(
+                getDeviceCount=lambda: 2,
+                cudaDevAttrL2CacheSize=38,
+                deviceGetAttribute=lambda attribute, index: 1 << 20,
+                memGetInfo=lambda: (100 * current[0], 1000),
+            ),
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: waited.append(current[0])),
+        ),
+        get_default_memory_pool=lambda: pool,
+        asarray=lambda array, dtype, order: (current[0], order),
+    )
+    monkeypatch.setattr(device, "_import_cupy", lambda: (cupy, ""))
+    monkeypatch.setenv("CUPYEP_GRAPHS", "0")
+    gpus = [ep.get_device(f"cuda:{index}") for index in (0, 1)]
+    for other in (0, 1):
+        for index, gpu in enumerate(gpus):
+            current[0] = other
+            assert gpu.asarray([1.0]) == (index, "C")
+            current[0] = other
+            assert gpu.free_bytes() == 101 * index
+            current[0] = other
+            assert gpu.peak_memory_bytes() == 7 + index
+            current[0] = other
+            gpu.synchronize()
+    assert waited == [0, 1, 0, 1]

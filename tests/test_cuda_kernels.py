@@ -411,6 +411,21 @@ def test_states_of_another_type_are_refused():
             call()
 
 
+def test_winners_of_another_type_are_refused():
+    """A kernel would take each byte of a larger integer for a winner."""
+    edge = Conv2d((6, 6, 8), 8, pooling="max")
+    ops, s = operations(edge, np.dtype("float32")), np.zeros((1, 3, 3, 8), np.float32)
+    winners, u = np.zeros(s.shape, np.int64), np.zeros((1, 6, 6, 8), np.float32)
+    for call in (
+        lambda: ops.columns_up(s, winners, 1),
+        lambda: ops.unpool(s, winners, 1),
+        lambda: ops.gather(u, winners, s, 1),
+        lambda: ops.pool(u, np.zeros(8, np.float32), s, winners, 1),
+    ):
+        with pytest.raises(TypeError, match="a kernel for uint8 cannot read an array of int64"):
+            call()
+
+
 def test_a_sample_with_columns_beyond_32_bits_is_refused():
     edge = Conv2d((1024, 1024, 256), 256)
     with pytest.raises(ConfigurationError, match="2415919104 elements"):

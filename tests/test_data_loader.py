@@ -269,8 +269,9 @@ def fake_xp():
 
     return types.SimpleNamespace(
         __name__="fake",
-        asarray=lambda array, dtype=None: np.array(array, dtype=dtype).view(FakeDeviceArray),
+        asarray=lambda array, dtype=None, order=None: np.array(array, dtype, order=order).view(FakeDeviceArray),
         arange=on_device(np.arange),
+        empty=on_device(np.empty),
         take=on_device(np.take),
         where=on_device(np.where),
     )
@@ -280,7 +281,7 @@ def fake_xp():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_host_and_device_arrays_never_meet(augment, shuffle):
     device = Device("cpu")
-    device.xp, device.is_gpu, device.free_bytes = fake_xp(), True, lambda: None
+    device.xp, device.is_gpu, device.free_bytes, device.use = fake_xp(), True, lambda: None, lambda: None
     options = {"augment": augment, "shuffle": shuffle, "generator": np.random.default_rng(3)}
     dataset = make_dataset()
     on_host = make_loader(dataset, augment=augment, shuffle=shuffle)

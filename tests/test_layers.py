@@ -81,7 +81,7 @@ def naive_pool(u, pooling, p):
         values = [u[n, y * p + dy, x * p + dx, c] for dy in range(p) for dx in range(p)]
         winners[n, y, x, c] = values.index(max(values))
         d[n, y, x, c] = max(values) if pooling == "max" else sum(values) / p**2
-    return (d, winners) if pooling == "max" else (d, None)
+    return (d, winners.astype(np.uint8)) if pooling == "max" else (d, None)  # as kernels read them
 
 
 def naive_unpool(s, winners, map_shape, pooling, p):

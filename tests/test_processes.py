@@ -139,3 +139,34 @@ def test_copied_batches_data_sets_and_loaders(how):
         np.testing.assert_array_equal(one.images, copied.images)
         np.testing.assert_array_equal(one.index, copied.index)
     np.testing.assert_array_equal(COPIES[how](dataset).train.images, dataset.train.images)
+
+
+class Told(ep.Device):
+    """A device that notes when it is unpickled, as a GPU becomes the current one then."""
+
+    events: list = []
+
+    def __reduce__(self):
+        return _told, ("device", "cpu")
+
+
+class Placed(np.ndarray):
+    """An array that notes when it is unpickled; one of CuPy's is made on the current GPU then."""
+
+    def __reduce__(self):
+        return _told, ("array", np.array(self))
+
+
+def _told(what, value):
+    Told.events.append(what)
+    return Told(value) if what == "device" else value
+
+
+def test_the_device_of_a_network_is_unpickled_before_its_arrays():
+    net = network("dense", Told("cpu"))
+    for edge in net.layers:
+        edge.weight = edge.weight.view(Placed)
+    for thing in (net, ep.Backpropagation(net)):
+        Told.events.clear()
+        pickle.loads(pickle.dumps(thing))
+        assert Told.events == ["device", *["array"] * len(net.layers)]

@@ -22,10 +22,10 @@ def sent(monkeypatch):
     """The shapes of the host arrays that cross to the strict device."""
     shapes, inner = [], strict.XP.asarray
 
-    def asarray(array, dtype=None):
+    def asarray(array, dtype=None, order=None):
         if isinstance(array, np.ndarray):
             shapes.append(array.shape)
-        return inner(array, dtype)
+        return inner(array, dtype, order)
 
     monkeypatch.setattr(strict.XP, "asarray", asarray, raising=False)
     return shapes

@@ -81,6 +81,25 @@ def test_a_step_gives_the_same_bits_for_any_number_of_threads(name, precision, w
         assert_same_bits(contents, found[0])
 
 
+def test_parts_on_a_gpu_are_done_by_one_thread(fake_gpu, monkeypatch):
+    """Another one would launch on GPU 0, take memory of its own, and capture on the stream of the first."""
+
+    def no_others():
+        raise AssertionError("another thread is asked for")
+
+    monkeypatch.setattr(threads, "_pool", no_others)
+    net = network("conv", fake_gpu, precision="float32")
+    learner, inside, settle = ep.EquilibriumPropagation(net, 0.3, 3, 2, micro_batch=2), [], net.settle_free
+    monkeypatch.setattr(net, "settle_free", lambda *a, **how: inside.append(threading.get_ident()) or settle(*a, **how))
+    ep.set_threads(3)
+    batch = batch_of(net, 12)
+    for work in (learner.step, learner.evaluate, learner.scores):
+        inside.clear()
+        work(batch)
+        assert inside == [threading.get_ident()] * 6
+    assert list(net._memories) == [0]
+
+
 def test_parts_are_the_whole_batch_to_rounding(monkeypatch):
     net = network("conv")
     learner, batch = ep.EquilibriumPropagation(net, 0.3, 6, 4, schedule="synchronous"), batch_of(net, SAMPLES)

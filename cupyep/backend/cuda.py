@@ -75,7 +75,7 @@ class Launcher:
         try:
             return module.get_function(expression)
         except Exception as error:
-            reason = _missing_compiler(error)
+            reason = missing_compiler(error)
             if reason is None:
                 raise
             raise DeviceError(f"CUDA kernels cannot be compiled: {reason}; {COMPILER_REMEDY}") from error
@@ -113,7 +113,7 @@ def kernel_argument(argument: Any) -> Any:
     return argument
 
 
-def _missing_compiler(error: Exception) -> str | None:
+def missing_compiler(error: Exception) -> str | None:
     """Return why the compiler cannot be used, or None if `error` says something else."""
     text = str(error)
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__

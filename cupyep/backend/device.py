@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.backend.cuda import Cublas, CublasLibrary, Launcher
+from cupyep.backend.cuda import COMPILER_REMEDY, Cublas, CublasLibrary, Launcher, missing_compiler
 from cupyep.backend.graphs import GraphCapture, graphs_wanted
-from cupyep.errors import DeviceError, instance, number, require, shown
+from cupyep.errors import DeviceError, instance, number, one_line, require, shown
 
 GPU_SCRATCH_SHARE = 0.8  # of L2; the rest is for weights and results passing by
 ON_GPU = (2, 13)  # kinds of memory in DLPack: CUDA's, and CUDA's managed one
@@ -40,7 +40,8 @@ def _import_cupy() -> tuple[ModuleType | None, str]:
         probe = cupy.ones((8, 8), dtype=cupy.float32)
         total = float((probe @ probe).sum())
     except Exception as error:  # any failure of driver, cuBLAS or NVRTC means "unusable", and is reported
-        return None, f"CuPy sees a GPU but cannot compute on it ({type(error).__name__}: {error})"
+        remedy = f"; {COMPILER_REMEDY}" if missing_compiler(error) else ""  # cuBLAS comes with the same parts
+        return None, f"CuPy sees a GPU but cannot compute on it ({one_line(error)}){remedy}"
     if total != 512.0:
         return None, f"CuPy computes wrongly on this GPU (8x8 product sums to {total}, not 512)"
     return cupy, ""
@@ -63,7 +64,7 @@ def array_module(array: Any) -> ModuleType:
     own = getattr(array, "array_module", None)
     if own is not None:
         return own
-    if type(array).__module__.startswith("cupy"):
+    if type(array).__module__.partition(".")[0] == "cupy":  # not cupyep
         cupy, reason = _import_cupy()
         if cupy is None:
             raise DeviceError(reason)
@@ -160,8 +161,11 @@ class Device:
             self.xp.cuda.Device(self.index).use()
 
     def asarray(self, array: Any, dtype: Any = None) -> Any:
-        """Copy `array` to this device if it is not there yet."""
-        return self.xp.asarray(array, dtype=dtype)
+        """Copy `array` to this device if it is not there yet; on a GPU it is C-contiguous, as kernels take it."""
+        if not self.is_gpu:
+            return self.xp.asarray(array, dtype=dtype)
+        self.use()
+        return self.xp.asarray(array, dtype=dtype, order="C")  # CuPy keeps Fortran's order unless it is told
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return an array whose content is yet to be written."""
@@ -179,6 +183,7 @@ class Device:
         """Return the memory that is left on a GPU, what CuPy's pool holds in reserve included; None on the CPU."""
         if not self.is_gpu:
             return None
+        self.use()
         pool = self.xp.get_default_memory_pool()
         return int(self.xp.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
 
@@ -189,6 +194,7 @@ class Device:
     def synchronize(self) -> None:
         """Wait until all work on this device is done."""
         if self.is_gpu:
+            self.use()
             self.xp.cuda.get_current_stream().synchronize()
 
     def peak_memory_bytes(self) -> int | None:
@@ -197,6 +203,7 @@ class Device:
         None where the platform does not tell (Windows).
         """
         if self.is_gpu:
+            self.use()
             return int(self.xp.get_default_memory_pool().total_bytes())
         try:
             import resource

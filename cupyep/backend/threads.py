@@ -164,18 +164,19 @@ class _Abandoned(Exception):
     """Another part failed."""
 
 
-def run_parts(owner: Any, count: int, work: Callable[[int, Turns], Any]) -> list[Any]:
+def run_parts(owner: Any, count: int, work: Callable[[int, Turns], Any], most: int | None = None) -> list[Any]:
     """Return ``[work(0, turns), work(1, turns), ...]``, done by up to `get_threads` threads, this one among them.
 
     Each begins the first part that nobody has begun. In a thread that does a part already they are done one after the
-    other.
+    other. `most` limits the threads.
 
     Raises
     ------
     BaseException
         What the first of the parts that failed raised, after all threads have stopped.
     """
-    turns, threads = Turns(), 1 if getattr(_here, "owner", None) is not None else min(get_threads(), count)
+    most, turns = most or count, Turns()
+    threads = 1 if getattr(_here, "owner", None) is not None else min(get_threads(), count, most)
     if threads == 1:
         return [work(part, turns) for part in range(count)]
     parts, results, errors = itertools.count(), [None] * count, {}

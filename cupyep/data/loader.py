@@ -20,6 +20,7 @@ from cupyep.ops.crop import crop
 
 DTYPES = ("float32", "float64")
 ROOM_SHARE = 0.5  # of the memory that a GPU has left; the network needs some, too
+SENT_AT_ONCE = 32 << 20  # bytes: what CuPy sends goes through page-locked memory, of which it keeps as much for ever
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Loader:
         require(len(share) == 2, f"share must be two integers, not {shown(share)}")
         parts = integer("the second of share", share[1])
         self.share = (integer("the first of share", share[0], 0, parts - 1), parts)
-        self._images = self.device.asarray(self.split.images[:]) if self._has_room() else None
+        self._images = self._placed() if self._has_room() else None
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype, dataset.unit)
 
     def _has_room(self) -> bool:
@@ -146,6 +147,17 @@ class Loader:
         images, free = self.split.images, self.device.free_bytes()
         is_large = isinstance(images, StoredImages) and images.is_large
         return not is_large and (free is None or images.nbytes <= ROOM_SHARE * free)
+
+    def _placed(self) -> Any:
+        """Return all images, on the device."""
+        images, device = self.split.images, self.device
+        if not device.is_gpu:
+            return device.asarray(images[:])
+        device.use()
+        there = device.empty(images.shape, images.dtype)
+        for part, _ in chunked(len(images), SENT_AT_ONCE * len(images) // images.nbytes):
+            there[part] = device.asarray(images[part])
+        return there
 
     def __len__(self) -> int:
         """Return the number of batches."""

@@ -20,7 +20,7 @@ from cupyep.backend.precision import Precision
 from cupyep.errors import require
 from cupyep.ops.buffers import Arena
 from cupyep.ops.conv import ConvGeometry, ConvOps, part_of
-from cupyep.ops.launch import ACCESS_BYTES, launch_map, type_name, vector_width
+from cupyep.ops.launch import ACCESS_BYTES, launch_map, require_type, type_name, vector_width
 from cupyep.ops.reduction import add_sum
 
 SOURCE = Path(__file__).with_name("conv.cu")
@@ -153,6 +153,7 @@ class CudaConvOps(ConvOps):
         height, width, _ = g.in_shape
         ho, wo, channels = g.map_shape
         columns = self._view(self._columns, (m * height * width, g.kernel**2 * channels), self.precision.stored)
+        require_type(np.uint8, winners)
         vec = vector_width(channels, s, winners, columns)
         self._launch(
             ("unpool_im2col", [self._checked(s), vec, POOLING[g.pooling]]),
@@ -177,6 +178,7 @@ class CudaConvOps(ConvOps):
 
     def pool(self, u: Any, bias: Any, out: Any, winners: Any, m: int) -> None:
         g = self.geometry
+        require_type(np.uint8, winners)
         vec = vector_width(g.out_shape[2], u, bias, out, winners)
         self._launch(
             ("bias_pool", [type_name(u.dtype), type_name(out.dtype), vec, POOLING[g.pooling]]),
@@ -189,6 +191,7 @@ class CudaConvOps(ConvOps):
         g = self.geometry
         if g.pooling == "none":
             return  # `u` is `out`
+        require_type(np.uint8, winners)
         vec = vector_width(g.out_shape[2], u, out, winners)
         self._launch(
             ("gather", [type_name(u.dtype), type_name(out.dtype), vec, POOLING[g.pooling]]),
@@ -203,6 +206,7 @@ class CudaConvOps(ConvOps):
             return s
         ho, wo, channels = g.map_shape
         u = self._view(self._map, (m, ho, wo, channels), self.precision.stored)
+        require_type(np.uint8, winners)
         vec = vector_width(channels, s, winners, u)
         self._launch(
             ("unpool", [self._checked(s), vec, POOLING[g.pooling]]),
