@@ -124,6 +124,14 @@ class Augmenter:
         """Return dloss/dstate, shape of `state`."""
         raise NotImplementedError(f"{type(self).__name__} must define gradient(layer, state, target)")
 
+    def describe(self) -> dict[str, Any]:
+        """Return what sets this signal apart, as JSON has it: a run that goes on must have the signals it began with.
+
+        One of your own with further settings adds them.
+        """
+        found = {"type": type(self).__name__, "layers": self.layers, "kappa": self.initial_kappa}
+        return found | {"annealing": self.annealing}
+
     def nudges(self, batch: Batch) -> list[Nudge]:
         """Return the summands of the nudging loss for a batch, none while kappa is 0."""
         if self.kappa == 0:
@@ -158,6 +166,10 @@ class _MapAugmenter(Augmenter):
         head = Head(layer, shape, self.criterion, self.classes, learned=self.learned, pool=self.pool)
         head.initialize(np.random.default_rng([self.seed, layer]), self.gain, self.device, self.dtype)
         return head
+
+    def describe(self):
+        settings = {name: getattr(self, name) for name in ("pool", "learned", "gain", "seed")}
+        return super().describe() | {"loss": self.criterion.name, "temperature": self.criterion.temperature} | settings
 
     def nudges(self, batch):
         if self.kappa == 0:
@@ -319,6 +331,9 @@ class FeatureDistillation(Augmenter):
         head = Head(layer, shape, SquaredError(), identity=True)
         head.initialize(np.random.default_rng(0), 1.0, self.device, self.dtype)
         return head
+
+    def describe(self):
+        return super().describe() | {"features": list(self.features.values())}
 
     def target(self, layer, batch):
         _require_index(batch)

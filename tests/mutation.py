@@ -674,6 +674,8 @@ DEFECTS = [
            'images not in ("", trainer.images.fingerprint)', "False", "test_own_files"),
     Defect("own images: a run goes on with others of them for training", "training/snapshot.py",
            'samples not in ("", trainer.images.samples)', "False", "test_plugins"),
+    Defect("fit: a run goes on with other signals", "training/snapshot.py",
+           "    if others:\n", "    if False:\n", "test_fit"),
     Defect("fit: lowered feedback is not known again", "training/fit.py",
            "if net.feedback in lowered:", "if False:", "test_pace"),
     Defect("own images: parts drawn without regard to the classes", "data/selection.py",

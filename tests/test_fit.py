@@ -212,3 +212,25 @@ def test_options_of_a_run_that_goes_on_are_written(quadrants, tmp_path):
     ep.fit(built(data), data, run_dir=tmp_path / "run", resume=True, epochs=2, **OPTIONS)
     config = RunDirectory.open(tmp_path / "run").config
     assert (config.epochs, config.data_dir) == (2, str(tmp_path))
+
+
+def test_other_signals_than_it_began_with_are_refused(tmp_path):
+    """Fixed maps are no parameters, and the options of a run say nothing of signals that `fit` is given."""
+
+    def fit(*signals, **more):
+        how = {"run_dir": tmp_path, "resume": True, "epochs": 2, "signals": signals}
+        return ep.fit(own_network(), data, **how, **OPTIONS, **more)
+
+    data = quadrant_data()
+    fit(ep.LocalError([1], kappa=0.2), Sparsity([2], kappa=1e-4), on_epoch=lambda _: True)
+    cases = {
+        "number of signals: saved 2, this network 0": (),
+        "signals 1 kappa: saved 0.2, this network 0.1": (ep.LocalError([1], kappa=0.1), Sparsity([2], kappa=1e-4)),
+        "signals 1 seed: saved 0, this network 1": (ep.LocalError([1], kappa=0.2, seed=1), Sparsity([2], kappa=1e-4)),
+        "signals 2 layers: saved .2., this network .1.": (ep.LocalError([1], kappa=0.2), Sparsity([1], kappa=1e-4)),
+        "signals 1 type: saved LocalError": (Sparsity([1], kappa=0.2), Sparsity([2], kappa=1e-4)),
+    }
+    for message, signals in cases.items():
+        with pytest.raises(CheckpointError, match=f"belongs to a run with other signals: {message}"):
+            fit(*signals)
+    assert len(fit(ep.LocalError([1], kappa=0.2), Sparsity([2], kappa=1e-4)).history) == 2

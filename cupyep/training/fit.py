@@ -89,7 +89,7 @@ def fit(
     run_dir : path, optional
         A new folder for config.toml, metrics, checkpoints; without one nothing is written.
     resume : bool, default False
-        Go on with the run in `run_dir`, if there is one: same network, data and options.
+        Go on with the run in `run_dir`, if there is one: same network, data, signals and options.
     signals : sequence of Augmenter, optional
         Intermediate signals; or give the options of some, such as ``aug="le"``.
     on_epoch, on_batch : callable, optional
