@@ -234,3 +234,20 @@ def test_other_signals_than_it_began_with_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match=f"belongs to a run with other signals: {message}"):
             fit(*signals)
     assert len(fit(ep.LocalError([1], kappa=0.2), Sparsity([2], kappa=1e-4)).history) == 2
+
+
+def test_the_history_is_that_of_the_file_whatever_a_callback_does_to_its_record(tmp_path):
+    """With a tolerance out of reach every epoch has findings, which name layers."""
+
+    def strip(record):
+        record["findings"].clear()
+        del record["test_accuracy"], record["train_accuracy"]
+
+    result = ep.fit(
+        own_network(), quadrant_data(), run_dir=tmp_path, epochs=2, tolerance=1e-9, on_epoch=strip, **OPTIONS
+    )
+    assert [[finding["signature"] for finding in record["findings"]][:1] for record in result.history] == [
+        ["convergence"]
+    ] * 2
+    assert result.history == RunDirectory(tmp_path, None).metrics()
+    assert result.summary.test_accuracy == result.history[-1]["test_accuracy"]
