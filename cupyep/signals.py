@@ -136,7 +136,7 @@ class Augmenter:
         """Return the summands of the nudging loss for a batch, none while kappa is 0."""
         if self.kappa == 0:
             return []
-        return [Nudge(term, self.kappa, self.target(layer, batch)) for layer, term in self._terms.items()]
+        return [Nudge(term, self.kappa, _target(self, layer, batch)) for layer, term in self._terms.items()]
 
     def parameters(self) -> dict[str, Any]:
         """Return learned maps as ``{"layer3.weight": ...}``; empty where all maps are fixed."""
@@ -174,7 +174,7 @@ class _MapAugmenter(Augmenter):
     def nudges(self, batch):
         if self.kappa == 0:
             return []
-        target = self.target(self.layers[0], batch)  # one target serves all layers
+        target = _target(self, self.layers[0], batch)  # one serves all layers
         return [Nudge(term, self.kappa, target) for term in self._terms.values()]
 
 
@@ -340,6 +340,18 @@ class FeatureDistillation(Augmenter):
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
         _expect(self.teacher, self.split, batch, self.features[layer])
         return self.device.asarray(feature.astype(self.dtype))
+
+
+def _target(signal: Augmenter, layer: int, batch: Batch) -> Any:
+    """Return a signal's target for a layer if it has a row a sample, or is None."""
+    target = signal.target(layer, batch)
+    rows = getattr(target, "shape", ())[:1]
+    require(
+        target is None or rows == (len(batch),),
+        f"{type(signal).__name__}, layer {layer}: a target is an array with a row for each of the {len(batch)} "
+        f"samples, not {shown(target)}",
+    )
+    return target
 
 
 def _layer(name: str, layer: Any) -> int | str:

@@ -60,8 +60,8 @@ class Checkup:
         if self.pace is not None:
             more, found = self.pace.follow(probes, ranks)
             seen, findings = seen | more, [*findings, *found]
-        plain = [finding._asdict() | {"layers": list(finding.layers)} for finding in findings]  # as a file gives it back
-        return {**seen, "findings": plain}
+        # Lists, as a file gives them back.
+        return {**seen, "findings": [finding._asdict() | {"layers": list(finding.layers)} for finding in findings]}
 
 
 def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, epoch: int) -> dict[str, Any]:
