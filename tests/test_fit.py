@@ -251,3 +251,15 @@ def test_the_history_is_that_of_the_file_whatever_a_callback_does_to_its_record(
     ] * 2
     assert result.history == RunDirectory(tmp_path, None).metrics()
     assert result.summary.test_accuracy == result.history[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("done", [1, 2], ids=["unfinished", "finished"])
+def test_other_epochs_than_before_say_what_they_do_to_the_schedules(done, tmp_path, capsys):
+    """From a half cosine over 2 epochs to one over 4, at the beginning of the next epoch."""
+    data, how = quadrant_data(), {"run_dir": tmp_path, "resume": True, "learning_rate": 0.01, **OPTIONS}
+    ep.fit(own_network(), data, epochs=2, on_epoch=lambda record: record["epoch"] == done, **how)
+    assert "stretch" not in capsys.readouterr().err
+    ep.fit(own_network(), data, epochs=4, **how)
+    before, now = (f"{0.005 * (1 + np.cos(np.pi * done / total)):.3g}" for total in (2, 4))
+    text = f"4 epochs in place of 2 stretch the schedules: learning rate {before} -> {now}"
+    assert f"Warning: {text}\n" in capsys.readouterr().err

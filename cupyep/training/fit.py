@@ -23,7 +23,7 @@ from cupyep.training.config import AUTO, OPTIONS, TrainConfig, make_config, requ
 from cupyep.training.display import Display
 from cupyep.training.results import TrainSummary
 from cupyep.training.run_directory import CONFIG, RunDirectory, check_free
-from cupyep.training.runs import prepare, show_start
+from cupyep.training.runs import prepare, show_start, stretch_text
 from cupyep.training.teacher import keep_teacher
 
 OF_THE_NETWORK = {name for name, spec in OPTIONS.items() if spec.metadata["group"] == "Network"}
@@ -89,7 +89,8 @@ def fit(
     run_dir : path, optional
         A new folder for config.toml, metrics, checkpoints; without one nothing is written.
     resume : bool, default False
-        Go on with the run in `run_dir`, if there is one: same network, data, signals and options.
+        Go on with the run in `run_dir`, if there is one: same network, data, signals and options. Other `epochs`
+        stretch the schedules, which is warned of.
     signals : sequence of Augmenter, optional
         Intermediate signals; or give the options of some, such as ``aug="le"``.
     on_epoch, on_batch : callable, optional
@@ -134,6 +135,8 @@ def fit(
     if going_on:
         trainer.directory = RunDirectory(path, config)
         trainer.resume()
+        if text := stretch_text(trainer, begun.get("epochs", trainer.epochs)):
+            display.show("warning", text)
         trainer.directory.write_config()
     elif path is not None:
         trainer.directory = RunDirectory.create(path, config)

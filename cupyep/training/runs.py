@@ -165,14 +165,28 @@ def _check_teacher(path: Path, given: Mapping[str, Any]) -> None:
 
 def _show_stretch(trainer: Trainer, epochs: int, asked: bool) -> None:
     """Say what other `epochs` than before do to the next step; refuse it after the last one unless `asked`."""
-    done = trainer.epochs_done + trainer.batches_done / len(trainer.train)
+    text = stretch_text(trainer, epochs)
+    if not text:
+        return
+    require(
+        _done(trainer) < epochs or asked,
+        f"the run has finished; {text}; add --stretch-schedule if that is what you want",
+    )
+    trainer.display.show("note" if asked else "warning", text)
+
+
+def stretch_text(trainer: Trainer, epochs: int) -> str:
+    """Return what other `epochs` than before do to the next step; empty if nothing."""
+    done = _done(trainer)
     before, now = (trainer.schedules.values(done, total, trainer.halvings) for total in (epochs, trainer.epochs))
     if done == 0 or before == now:
-        return
+        return ""
     parts = [f"{name.replace('_', ' ')} {_short(before[name])} -> {_short(now[name])}" for name in now if now[name]]
-    text = f"{trainer.epochs} epochs in place of {epochs} stretch the schedules: {', '.join(parts)}"
-    require(done < epochs or asked, f"the run has finished; {text}; add --stretch-schedule if that is what you want")
-    trainer.display.show("note" if asked else "warning", text)
+    return f"{trainer.epochs} epochs in place of {epochs} stretch the schedules: {', '.join(parts)}"
+
+
+def _done(trainer: Trainer) -> float:
+    return trainer.epochs_done + trainer.batches_done / len(trainer.train)
 
 
 def _short(value: float | list[float]) -> str:
