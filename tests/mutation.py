@@ -673,7 +673,7 @@ DEFECTS = [
     Defect("own images: a run goes on with other images", "training/snapshot.py",
            'images not in ("", trainer.images.fingerprint)', "False", "test_own_files"),
     Defect("own images: a run goes on with others of them for training", "training/snapshot.py",
-           'samples not in ("", trainer.images.samples)', "False", "test_plugins"),
+           'images not in ("", getattr(trainer.images, name))', "False", "test_plugins"),
     Defect("fit: a run goes on with other signals", "training/snapshot.py",
            "    if others:\n", "    if False:\n", "test_fit"),
     Defect("fit: lowered feedback is not known again", "training/fit.py",

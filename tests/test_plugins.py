@@ -265,7 +265,10 @@ def test_a_run_of_a_network_put_together_by_hand_goes_on_where_a_plugin_register
     assert "own on the 8 test images" in invoke("evaluate", "run", "--plugin", "own.py")[1]
 
 
-@pytest.mark.parametrize("how", [{"seed": 4}, {"seed": 3, "limit_train": 20}, {"seed": 3, "test_fraction": 0.3}])
+@pytest.mark.parametrize(
+    "how",
+    [{"seed": 4}, {"seed": 3, "limit_train": 20}, {"seed": 3, "test_fraction": 0.3}, {"seed": 3, "limit_test": 4}],
+)
 def test_other_images_than_it_began_with_are_refused(how, invoke):
     """A run by `fit` does not know how its data were loaded: no image of a test may become one of a training."""
     ep.fit(by_hand(), ep.load_dataset("file:own.npz", **how), run_dir="run", epochs=1, **FIT)

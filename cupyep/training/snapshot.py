@@ -135,12 +135,14 @@ def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
             f"checkpoint '{path}' belongs to a run on other images or labels: {trainer.images.name} has changed since "
             "it began; bring back what was there, or start a new run"
         )
-    samples = saved.images.get("samples", "") if saved.images else ""
-    if trainer.images is not None and samples not in ("", trainer.images.samples):
-        raise CheckpointError(
-            f"checkpoint '{path}' belongs to a run on other images of {trainer.images.name}: limits, or a seed that "
-            "holds images out, are others; give those that it began with (a run by ep.fit goes on by fit(resume=True))"
-        )
+    for name in ("samples", "judged"):
+        images = saved.images.get(name, "") if saved.images else ""
+        if trainer.images is not None and images not in ("", getattr(trainer.images, name)):
+            raise CheckpointError(
+                f"checkpoint '{path}' belongs to a run on other images of {trainer.images.name}: limits, or a seed "
+                "that holds images out, are others; give those that it began with (a run by ep.fit goes on by "
+                "fit(resume=True))"
+            )
     if set(saved.generators) != set(trainer.generators):
         raise CheckpointError(f"checkpoint '{path}' lacks the state of a random generator; it is of another version")
     try:
