@@ -127,7 +127,8 @@ def test_images_of_a_wrong_shape_are_one_line(device, shape):
     for call in (net.settle, net.scores, net.predict):
         with pytest.raises(ep.ConfigurationError) as error:
             call(device.xp.zeros(shape))
-        one_line(error, str(shape), "(N, 6, 6, 2)")
+        hints = {(0, 6, 6, 2): "N is at least 1", (2, 2, 6, 6): "x.transpose(0, 2, 3, 1)"}
+        one_line(error, str(shape), "(N, 6, 6, 2)", hints.get(shape, ""))
 
 
 X = np.zeros((2, 6, 6, 2))
@@ -142,6 +143,10 @@ X = np.zeros((2, 6, 6, 2))
         (
             lambda net, free: net.settle(X, free, targets=[0, 1, 2], beta=0.5, schedule="synchronous"),
             ["2 images need 2 labels"],
+        ),
+        (
+            lambda net, free: net.settle(X, free, targets=np.eye(3)[:2], beta=0.5, schedule="synchronous"),
+            ["2 images need 2 labels", "of one-hot rows take y.argmax(axis=1)"],
         ),
         (lambda net, free: net.settle(X, free, targets=[0, 3], beta=0.5, schedule="synchronous"), ["from 0 to 2"]),
         (
