@@ -263,3 +263,41 @@ def test_other_epochs_than_before_say_what_they_do_to_the_schedules(done, tmp_pa
     before, now = (f"{0.005 * (1 + np.cos(np.pi * done / total)):.3g}" for total in (2, 4))
     text = f"4 epochs in place of 2 stretch the schedules: learning rate {before} -> {now}"
     assert f"Warning: {text}\n" in capsys.readouterr().err
+
+
+def teacher_of(data, path):
+    """Write a teacher that is certain of the labels, and return where it is."""
+    with ep.TeacherWriter(path, dataset=data, teacher="labels", views=("identity",)) as writer:
+        for name in ("train", "test"):
+            writer.write(name, "identity", 0, 9 * np.eye(2, dtype=np.float32)[data.split(name).labels])
+    return path
+
+
+def test_a_network_and_images_of_ones_own_may_have_a_teacher(tmp_path):
+    """As the same signal made by hand; none can be trained where nobody could make the network again."""
+    data = dataclasses.replace(quadrant_data(flip=False), name="mine")
+    path = teacher_of(data, tmp_path / "t.h5")
+    how = {"epochs": 2, **OPTIONS}
+    made = {"kappa": 0.3, "temperature": 2.0}
+    one, two = own_network(), own_network()
+    ep.fit(one, data, aug="kd", teacher=str(path), signal_layers="1", learned_maps=False, **made, **how)
+    ep.fit(two, data, signals=[ep.Distillation.from_file(path, [1], **made)], **how)
+    for name, p in one.parameters().items():
+        np.testing.assert_array_equal(p, two.parameters()[name])
+    with pytest.raises(ConfigurationError, match="give one for others: teacher="):
+        ep.fit(own_network(), data, aug="kd", **how)
+
+
+def test_a_teacher_of_other_images_is_refused(tmp_path):
+    """Its logits are looked up by number: of another data set they would be those of other images."""
+    data = quadrant_data(flip=False)
+    path = teacher_of(data, tmp_path / "t.h5")
+    labels = data.train.labels.copy()
+    labels[:2] = 1 - labels[:2]
+    other = dataclasses.replace(data, train=dataclasses.replace(data.train, labels=labels))
+    for images, message in {
+        dataclasses.replace(data, name="x"): "data set quadrants, not x",
+        other: "disagree",
+    }.items():
+        with pytest.raises(ep.TeacherError, match=message):
+            ep.fit(own_network(), images, signals=[ep.Distillation.from_file(path, [1])], epochs=1, **OPTIONS)

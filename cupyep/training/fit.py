@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from cupyep.activations import ACTIVATIONS
-from cupyep.data import DATASETS, Dataset
-from cupyep.data.sources import absolute_name
+from cupyep.data import DATASETS, Dataset, TeacherFile
+from cupyep.data.sources import absolute_name, is_own
 from cupyep.errors import CheckpointError, choose, flag, instance, items, require, shown
 from cupyep.errors import path as checked_path
 from cupyep.network import Network
@@ -128,6 +128,14 @@ def fit(
     begun = _as_begun(net, RunDirectory(path, None)) if going_on else {}
     config = _config(net, data, {name: begun.get(name) for name in KEPT}, options)
     require(not signals or config.aug == "none", "give either signals or the option aug")
+    known = config.arch != OWN and (config.dataset in DATASETS or is_own(config.dataset))
+    require(
+        known or config.aug != "kd" or config.teacher is not None,
+        "aug='kd' trains a teacher of networks and data sets that have a name; give one for others: teacher=...",
+    )
+    for teacher in (getattr(signal, "teacher", None) for signal in signals):
+        if isinstance(teacher, TeacherFile):
+            teacher.check(data)
     net.settling = config.settling
     if path is not None and not going_on:
         check_free(path)

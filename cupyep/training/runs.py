@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -284,7 +285,8 @@ def prepare(
     display.show("note", f"{several}device {device.name}" + (f": {device.reason}" if device.reason else ""))
     if config.aug == "kd":
         # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
-        trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
+        trial = copy.copy(config)  # of a network and images by any name
+        trial.aug, trial.teacher, trial.learned_maps = "le", None, False
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
     teacher = _teacher(config, dataset, device, display, ranks, run)
     signals = signals or build_signals(config, network, dataset, teacher, display)
