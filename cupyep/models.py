@@ -192,10 +192,18 @@ def build(
     drawn = default_gain(activation, feedback, own.gains) if gain is None else gain
     network = Network(layers, classes, activation=activation, gain=drawn, device=device, exact=exact, **options)
     built = {"arch": arch, "classes": classes, "input_shape": tuple(input_shape), "width": width, "pooling": pooling}
-    network.config = built | {"activation": network.activation.name, "gain": gain} | options
+    built |= {"activation": network.activation.name, "gain": gain} | options
+    network.config = {name: _plain(value) for name, value in built.items()}
     if lsuv is not None:
         initialization.lsuv(network, lsuv)
     return network
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument as JSON has it: numbers and arrays of NumPy as Python's."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def takes(arch: str, input_shape: Sequence[int], width: float = 1.0, pooling: str = "max") -> bool:
