@@ -123,7 +123,7 @@ class Network(Structure):
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
         require(batch.labels is not None, "a nudge needs targets (labels)")
         readout = Nudge(self.readout, 1.0, self.targets(batch))
-        with self.effective.lock:  # a signal need not know of threads when it looks up its targets
+        with self.effective.lock, self.memory.at_work(False):  # a signal that looks up targets need not know of this
             return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
 
     def targets(self, batch: Batch) -> Any:
