@@ -106,11 +106,10 @@ def checked_images(x: Any, shape: tuple[int, ...], stored: Any, values: bool = T
     """
     x = as_array("images", x)
     takes = f"this network takes (N, {', '.join(map(str, shape))}), channels last"
-    hint = "; transpose them: x.transpose(0, 2, 3, 1)" if x.shape[1:] == (*shape[2:], *shape[:2]) else ""
-    require(
-        x.ndim == len(shape) + 1 and x.shape[1:] == shape and len(x) > 0,
-        f"images have shape {tuple(x.shape)}, {takes}{hint}",
-    )
+    fits = x.ndim == len(shape) + 1 and x.shape[1:] == shape
+    transposed = "; transpose them: x.transpose(0, 2, 3, 1)" if x.shape[1:] == (*shape[2:], *shape[:2]) else ""
+    hint = "; N is at least 1" if fits else transposed
+    require(fits and len(x) > 0, f"images have shape {tuple(x.shape)}, {takes}{hint}")
     require(
         x.dtype.kind == "f" or x.dtype.name == "bfloat16",
         f"images are {x.dtype}, not normalised floats: take (x / 255 - mean) / std, with the data set's mean and std "
@@ -137,7 +136,11 @@ def checked_labels(labels: Any, samples: int, classes: int) -> np.ndarray:
     """
     labels = as_array("labels", labels)
     labels = labels if isinstance(labels, np.ndarray) else array_module(labels).asnumpy(labels)
-    require(labels.shape == (samples,), f"{samples} images need {samples} labels, not an array of shape {labels.shape}")
+    hint = "; of one-hot rows take y.argmax(axis=1)" if labels.shape == (samples, classes) else ""
+    require(
+        labels.shape == (samples,),
+        f"{samples} images need {samples} labels, not an array of shape {labels.shape}{hint}",
+    )
     require(labels.dtype.kind in "iu", f"labels must be integers from 0 to {classes - 1}, not {labels.dtype}")
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:

@@ -133,7 +133,7 @@ def require(condition: bool, message: str) -> None:
 def shown(value: Any) -> str:
     """Return a wrong value for a message: of an array type and shape alone, of what has no short text its type."""
     kind = type(value).__name__
-    if getattr(value, "shape", ()) != ():
+    if getattr(value, "shape", ()) != () and not isinstance(value, type):
         return f"an array ({kind}) of shape {value.shape}"
     try:
         text = repr(value)

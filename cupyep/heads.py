@@ -11,7 +11,7 @@ from cupyep.backend import array_module
 from cupyep.backend.cuda import identity
 from cupyep.backend.device import Device, add_gemm, gemm
 from cupyep.backend.precision import Precision, get_precision
-from cupyep.errors import is_integer, require, shown
+from cupyep.errors import DivergenceError, is_integer, require, shown
 from cupyep.losses import CrossEntropy, SquaredError
 from cupyep.ops.columns import output_size
 from cupyep.ops.factors import Factors
@@ -370,3 +370,17 @@ def readout_window(pool: int | str | None, shape: tuple[int, ...]) -> int | None
 def accuracy_count(z: Any, labels: Any) -> Any:
     """Return how many rows of `z` (N, classes) have their maximum at `labels` (N,), as a 0-d array."""
     return (z.argmax(axis=-1) == labels).sum()
+
+
+def ranked(scores: np.ndarray) -> np.ndarray:
+    """Return the classes of each row of `scores` (N, classes) in falling order, of equals the first one first.
+
+    `DivergenceError` if a row is not finite: it would have the first class.
+    """
+    finite = np.isfinite(scores).all(axis=1)
+    if not finite.all():
+        raise DivergenceError(
+            f"image {finite.argmin()}: its scores are NaN or infinite, the network does not settle on it; lower the "
+            "feedback, the gain or the steps, or look at the parameters"
+        )
+    return np.argsort(-scores, axis=1, kind="stable")

@@ -16,7 +16,7 @@ of blocks), ``block1_1``, ``block1_2`` (the layers of the first block), ``output
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from cupyep.errors import (
     shape,
     shown,
 )
-from cupyep.graph import IMAGE, Connection
+from cupyep.graph import IMAGE, Connection, Graph
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.losses import LOSSES
 from cupyep.network import Network
@@ -44,6 +44,7 @@ from cupyep.settling import STRONG
 GRAMMAR = "layers as in '32 32p 64s 64+64' (s: stride 2, p: pooling, +: residual block) or 'mlp:512,512'"
 MOST_LAYERS = 256
 MOST_WIDTH = 1e6
+OUTPUT = "output"  # the node of a layer of squared error
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,18 @@ def build(
     drawn = default_gain(activation, feedback, own.gains) if gain is None else gain
     network = Network(layers, classes, activation=activation, gain=drawn, device=device, exact=exact, **options)
     built = {"arch": arch, "classes": classes, "input_shape": tuple(input_shape), "width": width, "pooling": pooling}
-    network.config = built | {"activation": network.activation.name, "gain": gain} | options
+    built |= {"activation": network.activation.name, "gain": gain} | options
+    network.config = {name: _plain(value) for name, value in built.items()}
     if lsuv is not None:
         initialization.lsuv(network, lsuv)
     return network
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument as JSON has it: numbers and arrays of NumPy as Python's."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def takes(arch: str, input_shape: Sequence[int], width: float = 1.0, pooling: str = "max") -> bool:
@@ -232,7 +241,7 @@ def _layers(
     choose("pooling", pooling, ("max", "average"))
     tower = _Tower(shape("input_shape", input_shape, "H, W, C"), width, pooling)
     if callable(own.layers):
-        return _custom_layers(arch, list(own.layers(tower.shape, width, pooling)), classes, loss)
+        return _custom_layers(arch, own.layers(tower.shape, width, pooling), classes, loss)
     if own.layers.startswith("mlp:"):
         for n, units in enumerate(_units(own.layers), 1):
             tower.add(str(n), Linear(tower.shape, tower.scaled(units)))
@@ -242,20 +251,24 @@ def _layers(
         for block in blocks:
             tower.add_block(block, valid=own.valid and block is blocks[-1])
     if loss == "squared_error":
-        tower.add("output", Linear(tower.shape, classes))
+        tower.add(OUTPUT, Linear(tower.shape, classes))
     edges = [connection.edge for connection in tower.connections]
     return tower.connections if tower.blocks else edges
 
 
-def _custom_layers(arch: str, found: list[Any], classes: int, loss: str) -> list[Edge] | list[Connection]:
-    """Return the layers that a builder made, with those of squared error on top."""
+def _custom_layers(arch: str, made: Any, classes: int, loss: str) -> list[Edge] | list[Connection]:
+    """Return the layers that a builder made, with that of squared error on top."""
+    if isinstance(made, Graph):
+        made = made.edges if made.is_chain else made.connections
+    found = list(made) if isinstance(made, Iterable) else []
     connected = all(isinstance(layer, Connection) for layer in found)
     right = found and (connected or all(isinstance(layer, Edge) for layer in found))
     require(bool(right), f"the builder of {arch} must return Edges, or Connections, as Network takes them")
     if loss == "squared_error":
-        top = found[-1].edge if connected else found[-1]
-        edge = Linear(top.out_shape, classes)
-        found.append(Connection(found[-1].above, "output", edge) if connected else edge)
+        graph = Graph(found)  # in whose order the output is last
+        require(OUTPUT not in graph.names, f"squared error adds a node '{OUTPUT}'; give that of {arch} another name")
+        edge = Linear(graph.shapes[-1], classes)
+        found.append(Connection(graph.names[-1], OUTPUT, edge) if connected else edge)
     return found
 
 

@@ -14,7 +14,7 @@ from cupyep import errors
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch, checked_images, checked_labels
 from cupyep.errors import choose, flag, integer, is_number, items, number, require
-from cupyep.heads import Nudge
+from cupyep.heads import Nudge, ranked
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.persistence.network_file import describe, read_network, write_network
 from cupyep.phases import Classical, Deviation
@@ -123,7 +123,7 @@ class Network(Structure):
         """Return the summands of the nudging loss: the readout's with weight 1, the signals' with their kappa."""
         require(batch.labels is not None, "a nudge needs targets (labels)")
         readout = Nudge(self.readout, 1.0, self.targets(batch))
-        with self.effective.lock:  # a signal need not know of threads when it looks up its targets
+        with self.effective.lock, self.memory.at_work(False):  # a signal that looks up targets need not know of this
             return [readout, *(nudge for signal in signals for nudge in self.bind(signal).nudges(batch))]
 
     def targets(self, batch: Batch) -> Any:
@@ -386,10 +386,12 @@ class Network(Structure):
         return state
 
     def predict(self, x: Any, k: int = 1, **how: Any) -> np.ndarray:
-        """Return the most likely classes on the host, (N,), or (N, k) in falling order; the rest as `scores`."""
+        """Return the most likely classes on the host, (N,), or (N, k) in falling order; the rest as `scores`.
+
+        `DivergenceError` for an image whose scores are not finite.
+        """
         k = integer("k", k, 1, self.classes)
-        scores = self.device.to_numpy(self.scores(x, **how))
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        order = ranked(self.device.to_numpy(self.scores(x, **how)))[:, :k]
         return order[:, 0] if k == 1 else order
 
 

@@ -124,11 +124,19 @@ class Augmenter:
         """Return dloss/dstate, shape of `state`."""
         raise NotImplementedError(f"{type(self).__name__} must define gradient(layer, state, target)")
 
+    def describe(self) -> dict[str, Any]:
+        """Return what sets this signal apart, as JSON has it: a run that goes on must have the signals it began with.
+
+        One of your own with further settings adds them.
+        """
+        found = {"type": type(self).__name__, "layers": self.layers, "kappa": self.initial_kappa}
+        return found | {"annealing": self.annealing}
+
     def nudges(self, batch: Batch) -> list[Nudge]:
         """Return the summands of the nudging loss for a batch, none while kappa is 0."""
         if self.kappa == 0:
             return []
-        return [Nudge(term, self.kappa, self.target(layer, batch)) for layer, term in self._terms.items()]
+        return [Nudge(term, self.kappa, _target(self, layer, batch)) for layer, term in self._terms.items()]
 
     def parameters(self) -> dict[str, Any]:
         """Return learned maps as ``{"layer3.weight": ...}``; empty where all maps are fixed."""
@@ -159,10 +167,14 @@ class _MapAugmenter(Augmenter):
         head.initialize(np.random.default_rng([self.seed, layer]), self.gain, self.device, self.dtype)
         return head
 
+    def describe(self):
+        settings = {name: getattr(self, name) for name in ("pool", "learned", "gain", "seed")}
+        return super().describe() | {"loss": self.criterion.name, "temperature": self.criterion.temperature} | settings
+
     def nudges(self, batch):
         if self.kappa == 0:
             return []
-        target = self.target(self.layers[0], batch)  # one target serves all layers
+        target = _target(self, self.layers[0], batch)  # one serves all layers
         return [Nudge(term, self.kappa, target) for term in self._terms.values()]
 
 
@@ -320,11 +332,26 @@ class FeatureDistillation(Augmenter):
         head.initialize(np.random.default_rng(0), 1.0, self.device, self.dtype)
         return head
 
+    def describe(self):
+        return super().describe() | {"features": list(self.features.values())}
+
     def target(self, layer, batch):
         _require_index(batch)
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
         _expect(self.teacher, self.split, batch, self.features[layer])
         return self.device.asarray(feature.astype(self.dtype))
+
+
+def _target(signal: Augmenter, layer: int, batch: Batch) -> Any:
+    """Return a signal's target for a layer if it has a row a sample, or is None."""
+    target = signal.target(layer, batch)
+    rows = getattr(target, "shape", ())[:1]
+    require(
+        target is None or rows == (len(batch),),
+        f"{type(signal).__name__}, layer {layer}: a target is an array with a row for each of the {len(batch)} "
+        f"samples, not {shown(target)}",
+    )
+    return target
 
 
 def _layer(name: str, layer: Any) -> int | str:

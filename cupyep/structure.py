@@ -205,7 +205,8 @@ class Structure:
         parts = [batch.part(rows) for rows in self.parts(len(batch.images), most)]
 
         def of(number: int, turns: Turns) -> Any:
-            return work(parts[number], number, turns)
+            with self.memory.at_work():
+                return work(parts[number], number, turns)
 
         _ = self.energy  # made before threads ask for it
         with self.effective.constant():  # a new thread would launch on GPU 0, and captures share one stream

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 
 from cupyep import errors
@@ -25,3 +26,8 @@ def test_messages_are_one_printable_line(kind, text, message):
     assert str(error) == message
     assert error.args == (message,)
     assert str(pickle.loads(pickle.dumps(error))) == message
+
+
+def test_a_type_is_shown_by_its_name():
+    """One of NumPy has a shape, as its numbers do."""
+    assert errors.shown(np.float16) == "<class 'numpy.float16'>"

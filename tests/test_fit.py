@@ -212,3 +212,92 @@ def test_options_of_a_run_that_goes_on_are_written(quadrants, tmp_path):
     ep.fit(built(data), data, run_dir=tmp_path / "run", resume=True, epochs=2, **OPTIONS)
     config = RunDirectory.open(tmp_path / "run").config
     assert (config.epochs, config.data_dir) == (2, str(tmp_path))
+
+
+def test_other_signals_than_it_began_with_are_refused(tmp_path):
+    """Fixed maps are no parameters, and the options of a run say nothing of signals that `fit` is given."""
+
+    def fit(*signals, **more):
+        how = {"run_dir": tmp_path, "resume": True, "epochs": 2, "signals": signals}
+        return ep.fit(own_network(), data, **how, **OPTIONS, **more)
+
+    data = quadrant_data()
+    fit(ep.LocalError([1], kappa=0.2), Sparsity([2], kappa=1e-4), on_epoch=lambda _: True)
+    cases = {
+        "number of signals: saved 2, this network 0": (),
+        "signals 1 kappa: saved 0.2, this network 0.1": (ep.LocalError([1], kappa=0.1), Sparsity([2], kappa=1e-4)),
+        "signals 1 seed: saved 0, this network 1": (ep.LocalError([1], kappa=0.2, seed=1), Sparsity([2], kappa=1e-4)),
+        "signals 2 layers: saved .2., this network .1.": (ep.LocalError([1], kappa=0.2), Sparsity([1], kappa=1e-4)),
+        "signals 1 type: saved LocalError": (Sparsity([1], kappa=0.2), Sparsity([2], kappa=1e-4)),
+    }
+    for message, signals in cases.items():
+        with pytest.raises(CheckpointError, match=f"belongs to a run with other signals: {message}"):
+            fit(*signals)
+    assert len(fit(ep.LocalError([1], kappa=0.2), Sparsity([2], kappa=1e-4)).history) == 2
+
+
+def test_the_history_is_that_of_the_file_whatever_a_callback_does_to_its_record(tmp_path):
+    """With a tolerance out of reach every epoch has findings, which name layers."""
+
+    def strip(record):
+        record["findings"].clear()
+        del record["test_accuracy"], record["train_accuracy"]
+
+    result = ep.fit(
+        own_network(), quadrant_data(), run_dir=tmp_path, epochs=2, tolerance=1e-9, on_epoch=strip, **OPTIONS
+    )
+    assert [[finding["signature"] for finding in record["findings"]][:1] for record in result.history] == [
+        ["convergence"]
+    ] * 2
+    assert result.history == RunDirectory(tmp_path, None).metrics()
+    assert result.summary.test_accuracy == result.history[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("done", [1, 2], ids=["unfinished", "finished"])
+def test_other_epochs_than_before_say_what_they_do_to_the_schedules(done, tmp_path, capsys):
+    """From a half cosine over 2 epochs to one over 4, at the beginning of the next epoch."""
+    data, how = quadrant_data(), {"run_dir": tmp_path, "resume": True, "learning_rate": 0.01, **OPTIONS}
+    ep.fit(own_network(), data, epochs=2, on_epoch=lambda record: record["epoch"] == done, **how)
+    assert "stretch" not in capsys.readouterr().err
+    ep.fit(own_network(), data, epochs=4, **how)
+    before, now = (f"{0.005 * (1 + np.cos(np.pi * done / total)):.3g}" for total in (2, 4))
+    text = f"4 epochs in place of 2 stretch the schedules: learning rate {before} -> {now}"
+    assert f"Warning: {text}\n" in capsys.readouterr().err
+
+
+def teacher_of(data, path):
+    """Write a teacher that is certain of the labels, and return where it is."""
+    with ep.TeacherWriter(path, dataset=data, teacher="labels", views=("identity",)) as writer:
+        for name in ("train", "test"):
+            writer.write(name, "identity", 0, 9 * np.eye(2, dtype=np.float32)[data.split(name).labels])
+    return path
+
+
+def test_a_network_and_images_of_ones_own_may_have_a_teacher(tmp_path):
+    """As the same signal made by hand; none can be trained where nobody could make the network again."""
+    data = dataclasses.replace(quadrant_data(flip=False), name="mine")
+    path = teacher_of(data, tmp_path / "t.h5")
+    how = {"epochs": 2, **OPTIONS}
+    made = {"kappa": 0.3, "temperature": 2.0}
+    one, two = own_network(), own_network()
+    ep.fit(one, data, aug="kd", teacher=str(path), signal_layers="1", learned_maps=False, **made, **how)
+    ep.fit(two, data, signals=[ep.Distillation.from_file(path, [1], **made)], **how)
+    for name, p in one.parameters().items():
+        np.testing.assert_array_equal(p, two.parameters()[name])
+    with pytest.raises(ConfigurationError, match="give one for others: teacher="):
+        ep.fit(own_network(), data, aug="kd", **how)
+
+
+def test_a_teacher_of_other_images_is_refused(tmp_path):
+    """Its logits are looked up by number: of another data set they would be those of other images."""
+    data = quadrant_data(flip=False)
+    path = teacher_of(data, tmp_path / "t.h5")
+    labels = data.train.labels.copy()
+    labels[:2] = 1 - labels[:2]
+    other = dataclasses.replace(data, train=dataclasses.replace(data.train, labels=labels))
+    for images, message in {
+        dataclasses.replace(data, name="x"): "data set quadrants, not x",
+        other: "disagree",
+    }.items():
+        with pytest.raises(ep.TeacherError, match=message):
+            ep.fit(own_network(), images, signals=[ep.Distillation.from_file(path, [1])], epochs=1, **OPTIONS)

@@ -91,6 +91,20 @@ def test_scores_and_predictions_name_what_they_do_not_take(ask):
     assert len(getattr(net, ask)(batch, start=start, **how)) == len(batch)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_image_without_a_finite_score_has_no_class(device, k):
+    """It would be of class 0. With weights of 1 states grow without bound; without a drive they stay 0."""
+    net = ep.Network([ep.Linear((3,), 4), ep.Linear((4,), 4)], 3, activation="relu", feedback=1.0, device=device)
+    for name, p in net.parameters().items():
+        p[...] = 1.0 if name.endswith("weight") else 0.0
+    x = device.xp.stack([-device.xp.ones(3), device.xp.ones(3)])
+    how = {"steps": 90, "schedule": "synchronous"}
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert net.predict(x[:1], **how) == [0]
+        with pytest.raises(ep.DivergenceError, match="image 1: its scores are NaN or infinite"):
+            net.predict(x, k, **how)
+
+
 def test_predict_top_k(device):
     net = network("conv", device)
     images = net.device.to_numpy(batch_of(net, samples=6).images)
@@ -127,7 +141,8 @@ def test_images_of_a_wrong_shape_are_one_line(device, shape):
     for call in (net.settle, net.scores, net.predict):
         with pytest.raises(ep.ConfigurationError) as error:
             call(device.xp.zeros(shape))
-        one_line(error, str(shape), "(N, 6, 6, 2)")
+        hints = {(0, 6, 6, 2): "N is at least 1", (2, 2, 6, 6): "x.transpose(0, 2, 3, 1)"}
+        one_line(error, str(shape), "(N, 6, 6, 2)", hints.get(shape, ""))
 
 
 X = np.zeros((2, 6, 6, 2))
@@ -142,6 +157,10 @@ X = np.zeros((2, 6, 6, 2))
         (
             lambda net, free: net.settle(X, free, targets=[0, 1, 2], beta=0.5, schedule="synchronous"),
             ["2 images need 2 labels"],
+        ),
+        (
+            lambda net, free: net.settle(X, free, targets=np.eye(3)[:2], beta=0.5, schedule="synchronous"),
+            ["2 images need 2 labels", "of one-hot rows take y.argmax(axis=1)"],
         ),
         (lambda net, free: net.settle(X, free, targets=[0, 3], beta=0.5, schedule="synchronous"), ["from 0 to 2"]),
         (

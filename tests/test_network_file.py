@@ -51,6 +51,24 @@ def test_a_loaded_network_is_the_saved_one(tmp_path, options):
     assert [p.name for p in tmp_path.iterdir()] == ["net.h5"]
 
 
+ARGUMENTS = {"classes": 3, "input_shape": (4, 4, 1), "width": 0.5, "feedback": 0.5, "seed": 2, "readout_pool": 2}
+
+
+@pytest.mark.parametrize("gain", [0.5, (0.5, 0.75)])
+def test_arguments_may_be_numbers_of_numpy(tmp_path, gain):
+    """As `labels.max() + 1` is: the file is the one that the same numbers of Python make."""
+    files = []
+    for name, kind in {"own": lambda value: value, "numpy": lambda value: np.array(value)[()]}.items():
+        net = ep.build("4p 4", **{key: kind(value) for key, value in ARGUMENTS.items()}, gain=kind(gain), device="cpu")
+        net.save(tmp_path / name)
+        with h5py.File(tmp_path / name) as file:
+            files.append(json.loads(file.attrs["network"]))
+        np.testing.assert_array_equal(
+            ep.Network.load(tmp_path / name, "cpu").scores(np.ones((2, 4, 4, 1))), net.scores(np.ones((2, 4, 4, 1)))
+        )
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("gain", [None, [0.4, 0.7]])
 def test_fixed_gains_are_saved_with_it(tmp_path, gain):
     """They are no parameters, and scores depend on them."""

@@ -265,7 +265,10 @@ def test_a_run_of_a_network_put_together_by_hand_goes_on_where_a_plugin_register
     assert "own on the 8 test images" in invoke("evaluate", "run", "--plugin", "own.py")[1]
 
 
-@pytest.mark.parametrize("how", [{"seed": 4}, {"seed": 3, "limit_train": 20}, {"seed": 3, "test_fraction": 0.3}])
+@pytest.mark.parametrize(
+    "how",
+    [{"seed": 4}, {"seed": 3, "limit_train": 20}, {"seed": 3, "test_fraction": 0.3}, {"seed": 3, "limit_test": 4}],
+)
 def test_other_images_than_it_began_with_are_refused(how, invoke):
     """A run by `fit` does not know how its data were loaded: no image of a test may become one of a training."""
     ep.fit(by_hand(), ep.load_dataset("file:own.npz", **how), run_dir="run", epochs=1, **FIT)
@@ -449,3 +452,36 @@ def test_a_shell_that_completes_runs_no_code(monkeypatch, capsys):
         main([], prog_name="cupyep")
     assert "--arch" in capsys.readouterr().out
     assert not Path("imported").exists()
+
+
+def in_any_order(shape, width, pooling):
+    connections = [("a", "b", ep.Linear((4,), 5)), ("image", "a", ep.Linear(shape, 4))]
+    return [ep.Connection(*each) for each in connections]
+
+
+@pytest.mark.parametrize("made", [list, ep.Graph, iter], ids=["list", "graph", "iterator"])
+def test_a_builder_may_return_what_a_network_takes(made, forget):
+    """In any order: squared error's layer stands on the output."""
+    ep.register_architecture("mine", lambda *given: made(in_any_order(*given)))
+    for loss, tops in {"cross_entropy": "ab", "squared_error": ["a", "b", "output"]}.items():
+        net = ep.build("mine", 3, (2, 2, 1), loss=loss, device="cpu")
+        assert net.graph.names == list(tops)
+        assert [c.below for c in net.graph.connections] == ["image", *tops[:-1]]
+    ep.register_architecture("mine", lambda shape, *_: ep.Graph([ep.Linear(shape, 4)]))
+    assert ep.build("mine", 3, (2, 2, 1), loss="squared_error", device="cpu").graph.is_chain
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, "the builder of mine must return Edges, or Connections"),
+        (
+            [ep.Connection("image", "output", ep.Linear((2, 2, 1), 4))],
+            "squared error adds a node 'output'; give that of",
+        ),
+    ],
+)
+def test_a_builder_may_return_what_none_takes(made, message, forget):
+    ep.register_architecture("mine", lambda *_: made)
+    with pytest.raises(ep.ConfigurationError, match=message):
+        ep.build("mine", 3, (2, 2, 1), loss="squared_error", device="cpu")

@@ -302,6 +302,17 @@ def test_teacher_of_other_classes_is_refused():
         learner.step(batch_of(net))
 
 
+@pytest.mark.parametrize("target", [np.zeros((1, 1)), np.zeros((4, 1)), np.zeros(()), [0.0] * 3, 0.0])
+def test_a_target_has_a_row_for_each_sample(target):
+    """One row would be spread over all samples, a teacher's too."""
+    net, batch = network(), batch_of(network())
+    own = type("Own", (Quartic,), {"target": lambda *_: target})([1])
+    teacher = type("Few", (), {"logits": lambda *_: np.zeros((1, CLASSES))})()
+    for signal in (own, ep.Distillation(teacher, [1])):
+        with pytest.raises(ep.ConfigurationError, match="layer 1: a target is an array with a row for each of the 3 "):
+            net.nudges(batch, [signal])
+
+
 def test_an_unfinished_signal_says_what_it_lacks():
     net = network()
     learner = ep.Backpropagation(net, [ep.Augmenter([1])])

@@ -48,6 +48,7 @@ INNER = {
     r"Batch.(placed|one_hot)|TeacherFile.(table|places|expect)": "how learners and signals keep targets on the device",
     r"Device\.\w+": "transfers of the package's own arrays",
     r"\w+\.(bind|make_term|target|loss|gradient|nudges|term|targets)": "how networks and signals work together",
+    r"(Augmenter|LocalError|\w*Distillation)\.describe": "without arguments",
     r"Network\.(free_shape|nudged_shape|run_parts|settles|checked_feedback|outputs|wide|check_start)": "learners call",
     r"Network\.judges": "scores and predict call",
     r"\w+\.(parts|needs|settled|betas|judge)": "how learners, memory and training work together",

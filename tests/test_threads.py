@@ -370,6 +370,33 @@ def test_a_signal_may_ask_another_network():
     assert_same_bits(*found)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_signal_may_ask_its_own_network_for_targets_alone(name, count):
+    """While it settles its memory is in use: gradients were others without a word. As targets, what is known before."""
+
+    def step(net, signal):
+        return LEARNERS[name](net, signals=[signal]).step(batch).gradients.packed.copy()
+
+    class Asking(Watcher):
+        def gradient(self, layer, state, target):
+            self.network.predict(batch.images[:2])
+            return super().gradient(layer, state, target)
+
+    class Knowing(Watcher):
+        def target(self, layer, batch):
+            return known[batch.index - 5]
+
+    ep.set_threads(count)
+    net, other = network("conv"), network("conv")
+    batch = batch_of(net, SAMPLES)
+    known = net.scores(batch.images, steps=2, schedule="synchronous").sum(axis=1)
+    np.testing.assert_allclose(step(net, Watcher(net)), step(other, Knowing(other)), rtol=1e-12)
+    with pytest.raises(ep.ConfigurationError, match="must not settle it; ask it in `target`, or another network"):
+        step(net, Asking(other))
+    np.testing.assert_array_equal(step(net, Watcher(other)), step(network("conv"), Watcher(other)), "it works on")
+
+
 def test_warnings_as_errors_and_error_states_of_numpy_hold_in_every_thread():
     net = network("conv")
     learner = ep.EquilibriumPropagation(net, 0.3, 2, 2, tolerance=1e-15, schedule="synchronous")

@@ -12,7 +12,7 @@ import numpy as np
 from cupyep.data.dataset import Dataset, Split
 from cupyep.data.images import add_to_digest
 
-SUMS = ("fingerprint", "samples")
+SUMS = ("fingerprint", "samples", "judged")
 LOOKED_AT = 100  # images in a checksum
 
 
@@ -28,18 +28,20 @@ class ImageFormat:
     unit: float = 255.0
     fingerprint: str = ""  # see `Dataset`
     samples: str = ""  # checksum of which images are for training: their numbers and labels, and a few of them
+    judged: str = ""  # the same of those for validation and test
 
     @classmethod
     def of(cls, dataset: Dataset) -> ImageFormat:
         """Return the format of the images of `dataset`."""
         names = ("name", "classes", "image_shape", "mean", "std", "unit", "fingerprint")
-        return cls(*(getattr(dataset, name) for name in names), _checksum(dataset.train))
+        sums = _checksum(dataset.train), _checksum(dataset.validation, dataset.test)
+        return cls(*(getattr(dataset, name) for name in names), *sums)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes; numbers come back bit for bit."""
         lists = {"classes": list(self.classes), "image_shape": list(self.image_shape)}
         numbers = {"mean": self.mean.tolist(), "std": self.std.tolist(), "unit": self.unit}
-        return {"name": self.name, **lists, **numbers, "fingerprint": self.fingerprint, "samples": self.samples}
+        return {"name": self.name, **lists, **numbers, **{key: getattr(self, key) for key in SUMS}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ImageFormat:
@@ -56,12 +58,10 @@ class ImageFormat:
         return cls(name, classes, shape, mean, std, float(unit), *sums)
 
 
-def _checksum(split: Split) -> str:
+def _checksum(*splits: Split | None) -> str:
     digest = hashlib.sha256()
-    for array in (
-        split.index,
-        split.labels,
-        split.images[np.unique(np.linspace(0, len(split) - 1, LOOKED_AT, dtype=int))],
-    ):
-        add_to_digest(digest, array)
+    for split in filter(None, splits):
+        some = np.unique(np.linspace(0, len(split) - 1, LOOKED_AT, dtype=int))
+        for array in (split.index, split.labels, split.images[some]):
+            add_to_digest(digest, array)
     return digest.hexdigest()[:12]

@@ -60,7 +60,8 @@ class Checkup:
         if self.pace is not None:
             more, found = self.pace.follow(probes, ranks)
             seen, findings = seen | more, [*findings, *found]
-        return {**seen, "findings": [finding._asdict() for finding in findings]}
+        # Lists, as a file gives them back.
+        return {**seen, "findings": [finding._asdict() | {"layers": list(finding.layers)} for finding in findings]}
 
 
 def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, epoch: int) -> dict[str, Any]:

@@ -78,8 +78,9 @@ class BackpropagationThroughTime(Learner):
         return self.network.settle_free(batch, self.settle_free(batch), **unrolled)
 
     def _add(self, gradients: Gradients, part: Batch, total: int, draw: None) -> StepResult:
-        self.network.memory.expect(self.needs(len(part), self.network.nudges(part, self.signals)))
-        return self._unroll_and_back(gradients, part, total, self.settle_free(part))
+        nudges = self.network.nudges(part, self.signals)  # before its memory has states: a signal may ask the network
+        self.network.memory.expect(self.needs(len(part), nudges))
+        return self._unroll_and_back(gradients, part, nudges, total, self.settle_free(part))
 
     def needs(self, samples: int, nudges: Sequence[Nudge]) -> Needs:
         network, shape = self.network, self._shape(samples, nudges)
@@ -91,7 +92,8 @@ class BackpropagationThroughTime(Learner):
         """Return the gradients of unrolling `unrolled_steps` steps from `start`, in one part."""
         batch, gradients = self.network.labelled(batch), self._zero_gradients()
         self.network.check_start(start, len(batch))
-        result = self._unroll_and_back(gradients, batch, len(batch), start)
+        nudges = self.network.nudges(batch, self.signals)
+        result = self._unroll_and_back(gradients, batch, nudges, len(batch), start)
         self._finish(gradients)
         return result
 
@@ -109,7 +111,8 @@ class BackpropagationThroughTime(Learner):
         integer("max_iterations", max_iterations)
         batch, gradients = self.network.labelled(batch), self._zero_gradients()
         self.network.check_start(free, len(batch), "free")
-        unrolled, ops, result = self._unrolled(gradients, batch, len(batch), free, steps=1)
+        nudges = self.network.nudges(batch, self.signals)
+        unrolled, ops, result = self._unrolled(gradients, batch, nudges, len(batch), free, steps=1)
         state = unrolled.history[0]
         self._slopes(state)
         mu, q, losses = unrolled.mu, unrolled.other, [array.copy() for array in unrolled.mu]
@@ -154,8 +157,10 @@ class BackpropagationThroughTime(Learner):
         scratch = term_scratch_size(self.network.memory.layout, nudges, samples)
         return UnrolledShape(replace(step, base=base), self.unrolled_steps, scratch)
 
-    def _unroll_and_back(self, gradients: Gradients, batch: Batch, total: int, start: State) -> StepResult:
-        unrolled, ops, result = self._unrolled(gradients, batch, total, start, self.unrolled_steps)
+    def _unroll_and_back(
+        self, gradients: Gradients, batch: Batch, nudges: Sequence[Nudge], total: int, start: State
+    ) -> StepResult:
+        unrolled, ops, result = self._unrolled(gradients, batch, nudges, total, start, self.unrolled_steps)
         mu, other = unrolled.mu, unrolled.other
         for state in reversed(unrolled.history):
             self._slopes(state)
@@ -164,11 +169,10 @@ class BackpropagationThroughTime(Learner):
         return result
 
     def _unrolled(
-        self, gradients: Gradients, batch: Batch, total: int, start: State, steps: int
+        self, gradients: Gradients, batch: Batch, nudges: Sequence[Nudge], total: int, start: State, steps: int
     ) -> tuple[Unrolled, Sequence[Any], StepResult]:
         """Unroll `steps` steps from `start`, and begin their adjoint: dL/ds of the last state in ``mu``."""
         network, memory = self.network, self.network.memory
-        nudges = network.nudges(batch, self.signals)
         shape = replace(self._shape(len(batch), nudges, start.end), steps=steps)
         lay_out = functools.partial(lay_out_unrolled, memory.layout, shape=shape)
         unrolled = memory.laid_out(shape, start.end, lay_out)

@@ -15,6 +15,7 @@ import numpy as np
 from cupyep.backend.device import Device
 from cupyep.backend.graphs import Replayer
 from cupyep.backend.precision import Precision
+from cupyep.errors import require
 from cupyep.graph import Graph
 from cupyep.layers import Edge
 from cupyep.memory.layout import Layout, PhaseBuffers, PhaseShape, Stack
@@ -127,6 +128,24 @@ class Memory:
         self._block: Any = None
         self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
         self._laid_out: OrderedDict[Hashable, Any] = OrderedDict()
+        self._at_work = False
+
+    @contextlib.contextmanager
+    def at_work(self, at_work: bool = True) -> Iterator[None]:
+        """Say that states are in here within this scope, or are not yet: what settles others meanwhile is refused.
+
+        A signal might: its gradient is asked for while the network settles, its target before.
+        """
+        require(
+            not (at_work and self._at_work),
+            "this network is in the middle of a step: a signal's gradient must not settle it; ask it in `target`, or "
+            "another network, made before by copy.deepcopy",
+        )
+        before, self._at_work = self._at_work, at_work
+        try:
+            yield
+        finally:
+            self._at_work = before
 
     def workspace(self, batch: int) -> Workspace:
         """Return the operations for a batch size, the current weights taken up; those of the last few sizes are kept.

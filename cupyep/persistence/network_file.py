@@ -98,16 +98,10 @@ def difference(saved: Any, own: Any, where: str = "") -> str:
     """
     if isinstance(saved, dict) and isinstance(own, dict):
         pairs = [(f"{where} {key}".strip(), saved[key], own[key]) for key in own if key in saved]
-    elif (
-        isinstance(saved, list)
-        and isinstance(own, list)
-        and len(saved) == len(own)
-        and own
-        and isinstance(own[0], dict)
-    ):
+    elif isinstance(saved, list) and isinstance(own, list) and any(isinstance(item, dict) for item in saved + own):
+        if len(saved) != len(own):
+            return f"number of {where}: saved {len(saved)}, this network {len(own)}"
         pairs = [(f"{where} {n}", *pair) for n, pair in enumerate(zip(saved, own, strict=True), 1)]
-    elif isinstance(saved, list) and isinstance(own, list) and own and isinstance(own[0], dict):
-        return f"number of {where}: saved {len(saved)}, this network {len(own)}"
     else:
         return "" if saved == own else f"{where}: saved {saved}, this network {own}"
     return next(filter(None, (difference(*pair[1:], pair[0]) for pair in pairs)), "")

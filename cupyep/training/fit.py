@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from cupyep.activations import ACTIVATIONS
-from cupyep.data import DATASETS, Dataset
-from cupyep.data.sources import absolute_name
+from cupyep.data import DATASETS, Dataset, TeacherFile
+from cupyep.data.sources import absolute_name, is_own
 from cupyep.errors import CheckpointError, choose, flag, instance, items, require, shown
 from cupyep.errors import path as checked_path
 from cupyep.network import Network
@@ -23,7 +23,7 @@ from cupyep.training.config import AUTO, OPTIONS, TrainConfig, make_config, requ
 from cupyep.training.display import Display
 from cupyep.training.results import TrainSummary
 from cupyep.training.run_directory import CONFIG, RunDirectory, check_free
-from cupyep.training.runs import prepare, show_start
+from cupyep.training.runs import prepare, show_start, stretch_text
 from cupyep.training.teacher import keep_teacher
 
 OF_THE_NETWORK = {name for name, spec in OPTIONS.items() if spec.metadata["group"] == "Network"}
@@ -89,7 +89,8 @@ def fit(
     run_dir : path, optional
         A new folder for config.toml, metrics, checkpoints; without one nothing is written.
     resume : bool, default False
-        Go on with the run in `run_dir`, if there is one: same network, data and options.
+        Go on with the run in `run_dir`, if there is one: same network, data, signals and options. Other `epochs`
+        stretch the schedules, which is warned of.
     signals : sequence of Augmenter, optional
         Intermediate signals; or give the options of some, such as ``aug="le"``.
     on_epoch, on_batch : callable, optional
@@ -127,6 +128,14 @@ def fit(
     begun = _as_begun(net, RunDirectory(path, None)) if going_on else {}
     config = _config(net, data, {name: begun.get(name) for name in KEPT}, options)
     require(not signals or config.aug == "none", "give either signals or the option aug")
+    known = config.arch != OWN and (config.dataset in DATASETS or is_own(config.dataset))
+    require(
+        known or config.aug != "kd" or config.teacher is not None,
+        "aug='kd' trains a teacher of networks and data sets that have a name; give one for others: teacher=...",
+    )
+    for teacher in (getattr(signal, "teacher", None) for signal in signals):
+        if isinstance(teacher, TeacherFile):
+            teacher.check(data)
     net.settling = config.settling
     if path is not None and not going_on:
         check_free(path)
@@ -134,6 +143,8 @@ def fit(
     if going_on:
         trainer.directory = RunDirectory(path, config)
         trainer.resume()
+        if text := stretch_text(trainer, begun.get("epochs", trainer.epochs)):
+            display.show("warning", text)
         trainer.directory.write_config()
     elif path is not None:
         trainer.directory = RunDirectory.create(path, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,14 +166,28 @@ def _check_teacher(path: Path, given: Mapping[str, Any]) -> None:
 
 def _show_stretch(trainer: Trainer, epochs: int, asked: bool) -> None:
     """Say what other `epochs` than before do to the next step; refuse it after the last one unless `asked`."""
-    done = trainer.epochs_done + trainer.batches_done / len(trainer.train)
+    text = stretch_text(trainer, epochs)
+    if not text:
+        return
+    require(
+        _done(trainer) < epochs or asked,
+        f"the run has finished; {text}; add --stretch-schedule if that is what you want",
+    )
+    trainer.display.show("note" if asked else "warning", text)
+
+
+def stretch_text(trainer: Trainer, epochs: int) -> str:
+    """Return what other `epochs` than before do to the next step; empty if nothing."""
+    done = _done(trainer)
     before, now = (trainer.schedules.values(done, total, trainer.halvings) for total in (epochs, trainer.epochs))
     if done == 0 or before == now:
-        return
+        return ""
     parts = [f"{name.replace('_', ' ')} {_short(before[name])} -> {_short(now[name])}" for name in now if now[name]]
-    text = f"{trainer.epochs} epochs in place of {epochs} stretch the schedules: {', '.join(parts)}"
-    require(done < epochs or asked, f"the run has finished; {text}; add --stretch-schedule if that is what you want")
-    trainer.display.show("note" if asked else "warning", text)
+    return f"{trainer.epochs} epochs in place of {epochs} stretch the schedules: {', '.join(parts)}"
+
+
+def _done(trainer: Trainer) -> float:
+    return trainer.epochs_done + trainer.batches_done / len(trainer.train)
 
 
 def _short(value: float | list[float]) -> str:
@@ -270,7 +285,8 @@ def prepare(
     display.show("note", f"{several}device {device.name}" + (f": {device.reason}" if device.reason else ""))
     if config.aug == "kd":
         # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
-        trial = dataclasses.replace(config, aug="le", teacher=None, learned_maps=False)
+        trial = copy.copy(config)  # of a network and images by any name
+        trial.aug, trial.teacher, trial.learned_maps = "le", None, False
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
     teacher = _teacher(config, dataset, device, display, ranks, run)
     signals = signals or build_signals(config, network, dataset, teacher, display)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def take_snapshot(trainer: Any) -> Checkpoint:
         optimizer=optimizer,
         statistics=statistics,
         generators=generators,
-        network=trainer.network.describe(),
+        network=trainer.network.describe() | {"signals": _signals(trainer)},
         config={} if trainer.directory is None else dataclasses.asdict(trainer.directory.config),
         settling={} if _pace(trainer) is None else _pace(trainer).state_dict(),
         images={} if trainer.images is None else trainer.images.to_json(),
@@ -125,24 +126,33 @@ def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
         old = saved.config.get(name, value)
         if old != value and name not in RESUME_OPTIONS:
             raise CheckpointError(f"checkpoint '{path}' belongs to a run with {option_name(name)} {old}, not {value}")
+    others = difference(saved.network, {"signals": _signals(trainer)})
+    if others:
+        raise CheckpointError(f"checkpoint '{path}' belongs to a run with other signals: {others}")
     images = saved.images.get("fingerprint", "") if saved.images else ""
     if trainer.images is not None and images not in ("", trainer.images.fingerprint):
         raise CheckpointError(
             f"checkpoint '{path}' belongs to a run on other images or labels: {trainer.images.name} has changed since "
             "it began; bring back what was there, or start a new run"
         )
-    samples = saved.images.get("samples", "") if saved.images else ""
-    if trainer.images is not None and samples not in ("", trainer.images.samples):
-        raise CheckpointError(
-            f"checkpoint '{path}' belongs to a run on other images of {trainer.images.name}: limits, or a seed that "
-            "holds images out, are others; give those that it began with (a run by ep.fit goes on by fit(resume=True))"
-        )
+    for name in ("samples", "judged"):
+        images = saved.images.get(name, "") if saved.images else ""
+        if trainer.images is not None and images not in ("", getattr(trainer.images, name)):
+            raise CheckpointError(
+                f"checkpoint '{path}' belongs to a run on other images of {trainer.images.name}: limits, or a seed "
+                "that holds images out, are others; give those that it began with (a run by ep.fit goes on by "
+                "fit(resume=True))"
+            )
     if set(saved.generators) != set(trainer.generators):
         raise CheckpointError(f"checkpoint '{path}' lacks the state of a random generator; it is of another version")
     try:
         _try_state(trainer, saved)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"checkpoint '{path}' is damaged: {one_line(error)}") from error
+
+
+def _signals(trainer: Any) -> list[dict[str, Any]]:
+    return json.loads(json.dumps([signal.describe() for signal in trainer.learner.signals]))
 
 
 def _try_state(trainer: Any, saved: Checkpoint) -> None:

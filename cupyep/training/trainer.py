@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -362,7 +363,7 @@ class Trainer:
         for finding in record.get("findings", ()):
             text = f"epoch {record['epoch']}: {finding['message']}"
             self.display.show("warning", text, epoch=record["epoch"], **finding)
-        called = self.on_epoch is not None and _ends(self.on_epoch(record))
+        called = self.on_epoch is not None and _ends(self.on_epoch(deepcopy(record)))  # what is done to it is its own
         self._stopped = called or (self.checkup is not None and self.checkup.ends)
 
     def _save(self) -> None:
