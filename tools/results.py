@@ -69,7 +69,7 @@ def readme_table(found: dict[str, Found]) -> str:
                 continue  # nothing to compare
             label = f"{experiment.title.partition(',')[0]}: {row.label}"
             lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
-    settings = [f"`{name}`: {EXPERIMENTS[name].at(size).setting}" for name in names if size in EXPERIMENTS[name].scales]
+    settings = [f"`{name}`: {EXPERIMENTS[name].at(size).setting}" for name in names if size in found[name]]
     lines += ["", f"{size.capitalize()} scale, " + " ".join(settings)]
     return "\n".join(lines)
 
