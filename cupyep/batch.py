@@ -20,7 +20,7 @@ class Batch:
     ----------
     images : array of float, shape (N, H, W, C), on the device
         Normalised images.
-    labels : ndarray of int64, shape (N,), on the host
+    labels : ndarray of int64, shape (N,), on the host, or None
     index : ndarray of int64, shape (N,), on the host, optional
         Canonical index of each sample (`Split.index`); teacher logits are looked up by it.
     view : ndarray of uint8, shape (N,), on the host, optional

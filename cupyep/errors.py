@@ -44,7 +44,7 @@ class CheckpointError(CupyepError, ValueError):
 
 
 class DivergenceError(CupyepError, ArithmeticError):
-    """States, gradients, parameters or the loss stopped being finite, or the loss stays far above its start."""
+    """States, scores, gradients, parameters or the loss are not finite, or the loss stays far above its start."""
 
 
 class Interrupted(CupyepError):

@@ -62,7 +62,7 @@ class Network(Structure):
     Raises
     ------
     ConfigurationError
-        If shapes do not fit or a value is out of range.
+        If shapes do not fit, a value is out of range, or another network has one of the edges.
 
     Notes
     -----

@@ -40,7 +40,7 @@ def register_architecture(
         Letters, digits, ``-`` and ``_``, a letter first. One that was registered before is replaced.
     layers : str or callable
         Layers as a text (`cupyep.models`); or a function of `input_shape` (H, W, C), `width` and `pooling` that returns
-        what `Network` takes: a list of Edges or of Connections, the last one into the top; no readout.
+        what `Network` takes: Edges, Connections in any order, or a Graph, without the readout.
     **defaults
         ``activation``, ``weights``, ``readout_pool``, ``gains``: see `cupyep.models.Architecture`.
 

@@ -159,8 +159,8 @@ def export(run: Path, form: str, output: Path, checkpoint: str, steps: int | Non
     steps written out, and takes pixels in [0, 1], which it normalises.
 
     run is a run directory again, but of a twentieth of the size or less: the parameters as float16, and README.md with
-    accuracies of the test images by these files, options, settling, licence. evaluate, predict, diagnose, plot and
-    export take it, and train --init-from its best.h5.
+    accuracies of the test images by these files, options, settling, licence. evaluate, predict, plot, export
+    and diagnose --checkpoint best take it, train --init-from its best.h5.
     """
     if form == "run":
         require(steps is None, "--steps is for --format onnx")

@@ -81,7 +81,7 @@ def fit(
     Parameters
     ----------
     net : Network
-        Trained in place; layers, activation and energy may be of your own. It settles as its `settling` says, unless
+        Trained in place; layers and activation may be of your own. It settles as its `settling` says, unless
         options say otherwise, and from then on as it was trained.
     data : Dataset, or tuple of images and labels
         A pair becomes ``Dataset.from_arrays(images, labels)``. The validation split, where there is one, chooses the
