@@ -76,7 +76,7 @@ class Edge:
             A name of `cupyep.weights.PARAMETRISATIONS`.
         """
         gain = number("gain", gain, above=0)
-        self.parametrisation = get_parametrisation(weights, gain)
+        self.parametrisation = get_parametrisation(weights, self.weight_shape, gain)
         scale = (gain if self.parametrisation.shares else 1.0) / math.sqrt(math.prod(self.weight_shape[:-1]))
         drawn = device.drawn(lambda shape: generator.standard_normal(shape) * scale, self.weight_shape, dtype)
         self._trained = self.parametrisation.parameters(drawn)  # of plain weights the weight itself
@@ -112,7 +112,7 @@ class Edge:
 
     def parameter_shapes(self, weights: str = "plain") -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter, before there are any."""
-        shapes = get_parametrisation(weights).shapes(self.weight_shape)
+        shapes = get_parametrisation(weights, self.weight_shape).shapes(self.weight_shape)
         return shapes | ({"bias": self.weight_shape[-1:]} if self.has_bias else {})
 
 

@@ -127,7 +127,7 @@ class Standardized(Parametrisation):
     and is orthogonal to v - mean(v), but for epsilon. It is of the order of dL/dw / (std(v) sqrt(fan_in)).
 
     A constant filter has w = 0, but for rounding, and a finite gradient. A filter of one weight would have w = 0
-    whatever v, and no gradient: `parameters` refuses it.
+    whatever v, and no gradient: `parameters` refuses it, and `get_parametrisation` gives it plain weights.
 
     References
     ----------
@@ -227,9 +227,13 @@ PARAMETRISATIONS: dict[str, Callable[[float], Parametrisation]] = {
 }
 
 
-def get_parametrisation(weights: str, gain: float = 1.0) -> Parametrisation:
-    """Return a new parametrisation of the given name."""
-    return PARAMETRISATIONS[choose("parametrisation of weights", weights, PARAMETRISATIONS)](gain)
+def get_parametrisation(weights: str, shape: tuple[int, ...], gain: float = 1.0) -> Parametrisation:
+    """Return a new parametrisation of the given name, for a weight of a shape; where a filter is one number, plain.
+
+    Such a filter leads from an image of one channel along a skip; standardized it would be 0.
+    """
+    made = PARAMETRISATIONS[choose("parametrisation of weights", weights, PARAMETRISATIONS)](gain)
+    return made if _fan_in(shape) > 1 else Plain()
 
 
 def _write(parameter: Any, values: np.ndarray) -> None:

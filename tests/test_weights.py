@@ -18,6 +18,7 @@ from strict import StrictDevice, no_host_reads
 import cupyep as ep
 from cupyep import weights
 from cupyep.errors import ConfigurationError
+from cupyep.export import load_torch_layout, torch_layout
 from cupyep.ops import standardize
 from cupyep.ops.standardize import SOURCE, CudaStandardizeOps, StandardizeOps
 from cupyep.weights import PARAMETRISATIONS, Plain, Standardized, get_parametrisation
@@ -329,15 +330,15 @@ def test_statistics_are_those_of_one_weight(rng):
 
 
 def test_names_and_settings():
-    found = {name: get_parametrisation(name, 0.5) for name in PARAMETRISATIONS}
+    found = {name: get_parametrisation(name, (3, 4), 0.5) for name in PARAMETRISATIONS}
     assert [type(how) for how in found.values()] == [Plain, Standardized, Standardized]
     assert [(how.gain, how.trained) for how in list(found.values())[1:]] == [(0.5, True), (0.5, False)]
     with pytest.raises(
         ConfigurationError, match="unknown parametrisation of weights 'stand.*; did you mean 'standardized'"
     ):
-        get_parametrisation("standardised")
+        get_parametrisation("standardised", (3, 4))
     with pytest.raises(ConfigurationError, match="unknown parametrisation of weights '3'"):
-        get_parametrisation(3)
+        get_parametrisation(3, (3, 4))
     for how, message in [({"gain": 0}, "gain must be above 0"), ({"epsilon": 0.0}, "epsilon must be above 0"),
                          ({"trained": 1}, "trained must be True or False")]:  # fmt: skip
         with pytest.raises(ConfigurationError, match=message):
@@ -383,3 +384,30 @@ def test_kernels_are_for_their_type(ops):
         with pytest.raises(TypeError, match="a kernel for float32 cannot read an array of float64"):
             how.forward(how.parameters(np.ones((4, 4), np.float32)), np.empty((4, 4)))
     assert StandardizeOps().scratch_shape((5, 3))[1] == 3
+
+
+@pytest.mark.parametrize("weights", ["standardized", "standardized-fixed"])
+def test_a_graph_of_standardized_weights_takes_images_of_one_channel(weights, tmp_path):
+    """Its skip from the image has filters of one number: they stay plain, learn, are saved, exported and read."""
+    options = {"width": 1 / 16, "input_shape": (8, 8, 1), "weights": weights, "device": "cpu", "feedback": 0.1}
+    net = ep.build("hopfield-resnet13", 10, **options)
+    skip = next(edge for edge in net.layers if edge.weight_shape[:-1] == (1, 1, 1))
+    assert isinstance(skip.parametrisation, Plain)
+    assert all(isinstance(edge.parametrisation, Standardized) for edge in net.layers if edge is not skip)
+    assert skip.weight.any()
+    x = np.random.default_rng(0).random((3, 8, 8, 1), dtype=np.float32)
+    batch, path = ep.Batch(x, np.array([0, 1, 2])), "layers.block1_2.image.weight"
+    settled = net.settle(x, steps=200, schedule="evenodd")
+    ours = ep.EquilibriumPropagation(net, scheme="tangent", nudged_steps=60, schedule="sweeps")
+    truth = ep.BackpropagationThroughTime(net, unrolled_steps=120).step_from(batch, settled).gradients[path].copy()
+    np.testing.assert_allclose(ours.step_from(batch, settled).gradients[path], truth, rtol=1e-4, atol=1e-6)
+    before = skip.weight.copy()
+    ep.SGD(ours.parameters(), learning_rate=0.1).step(ours.step(batch).gradients)
+    assert (skip.weight != before).any()
+    net.save(tmp_path / "net.h5")
+    again = ep.Network.load(tmp_path / "net.h5", device="cpu")
+    other = ep.build("hopfield-resnet13", 10, **options, seed=1)
+    if weights == "standardized":
+        load_torch_layout(other, torch_layout(net))
+        np.testing.assert_allclose(other.scores(x), net.scores(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(again.scores(x), net.scores(x))
