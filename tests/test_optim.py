@@ -267,6 +267,8 @@ def test_a_restored_state_continues_bit_for_bit(make):
     run(second)
     for path, p in straight.parameters.items():
         np.testing.assert_array_equal(parameters[path], p)
+    for name, array in straight.state_dict().items():
+        np.testing.assert_array_equal(second.state_dict()[name], array, err_msg=name)
 
 
 def averaging(parameters, **how):

@@ -134,6 +134,29 @@ def test_warmup_rises_linearly_under_every_schedule(name):
     np.testing.assert_allclose(trainer.learner.kappas, cosine, rtol=1e-12)
 
 
+def test_a_callback_sees_a_batch_when_its_update_is_done():
+    """Gradient 1, rate 0.1, 3 epochs of 2 steps."""
+    seen = []
+    trainer = fake_trainer(on_batch=lambda result: seen.append(float(trainer.learner.parameter[0])))
+    trainer.run()
+    np.testing.assert_allclose(seen, -0.1 * np.arange(1, 7), rtol=1e-12)
+
+
+def test_every_split_is_judged_by_the_average():
+    """Gradient 1, rate 0.1, 2 epochs of 2 steps: after step t the parameter is -0.1 t."""
+    trainer = fake_trainer((0.5,) * 4, validation=FakeBatches([range(4)]), epochs=2)
+    trainer.optimizer = ep.SGD(trainer.learner.parameters(), 0.1, momentum=0.0, ema=0.6)
+    seen, judge = [], trainer.learner.evaluate
+    trainer.learner.evaluate = lambda batch: seen.append(float(trainer.learner.parameter[0])) or judge(batch)
+    trainer.run()
+    average, wanted = 0.0, []
+    for t in range(1, 5):
+        d = min(0.6, (1 + t) / (10 + t))
+        average = d * average + (1 - d) * -0.1 * t
+        wanted += [average, average] if t % 2 == 0 else []  # validation and test
+    np.testing.assert_allclose(seen, wanted, rtol=1e-12)
+
+
 def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path):
     """Accuracies 0.5, 0.75, 0.75, 0.5, 0.25, 1: epochs 3 and 4 are no better than 2."""
     display = Recorder()
@@ -379,6 +402,7 @@ def test_layer_wise_rates_need_one_number_a_layer(quadrants, tmp_path):
     trainer = run({"learning_rate": [0.5, 0.4, 0.3, 0.2, 0.1]}, tmp_path / "run")
     assert trainer.optimizer.rates["layers.2.bias"] == 0.4
     assert trainer.optimizer.rates["readout.weight"] == 0.1
+    assert trainer.schedules.values(0, 2)["learning_rate"] == [0.5, 0.4, 0.3, 0.2, 0.1], "as given, input side first"
     with pytest.raises(
         ConfigurationError, match="--learning-rate has 2 numbers, but the layers are layers.1, .*readout"
     ):

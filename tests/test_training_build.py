@@ -231,7 +231,8 @@ def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkey
 def test_activations_of_the_teacher(quadrants, tmp_path):
     """In the file are the feed-forward states of the trained teacher, and the signal pulls towards them."""
     options = {"aug": "kd", "teacher_epochs": 1, "data_dir": str(tmp_path), "teacher_features": True, "crop": False}
-    student = make_config(TINY, options, {"signal_layers": "2-3", "activation": "tanh"})
+    own = {"signal_layers": "2-3", "activation": "tanh", "kappa": 0.3, "kappa_annealing": "constant"}
+    student = make_config(TINY, options, own)
     trained = teacher.train_teacher(teacher.teacher_config(student), quadrants, "cpu", SILENT)
     assert trained.activation.name == "tanh"
     path = teacher.cached_teacher(student, quadrants, "cpu", SILENT)
@@ -242,7 +243,7 @@ def test_activations_of_the_teacher(quadrants, tmp_path):
         found = file.feature("layer3", "train", np.arange(3), np.ones(3, np.uint8))
     np.testing.assert_allclose(found, states[2], rtol=1e-4, atol=1e-5)
     (signal,) = build.build_signals(student, trained, quadrants, path)
-    assert (signal.layers, signal.kappa) == ([2, 3], student.kappa)
+    assert (signal.layers, signal.kappa, signal.annealing) == ([2, 3], 0.3, "constant")
     ep.EquilibriumPropagation(trained, signals=[signal], schedule="synchronous")
     batch = ep.Batch(mirrored, quadrants.train.labels[:3], np.arange(3), np.ones(3, np.uint8))
     nudges = {nudge.term.layer: nudge for nudge in signal.nudges(batch)}
