@@ -964,6 +964,8 @@ DEFECTS = [
            "communicator.sum(packed, figures)", "communicator.sum(packed)", RANKS),
     Defect("ranks: each begins with parameters of its own", "training/sharing.py",
            "        array[...] = device.asarray(first[path])\n", "        pass\n", RANKS),
+    Defect("ranks: each begins with an average of its own", "training/sharing.py",
+           "learner.parameters() | averages", "learner.parameters()", RANKS),
     Defect("ranks: of different versions", "training/sharing.py",
            "communicator.same(version_of_cupyep=__version__)", "pass", RANKS),
     Defect("ranks: shares that overlap", "data/loader.py",
