@@ -299,13 +299,18 @@ def test_labels_are_smoothed_in_training_only(quadrants, tmp_path):
 
 
 def test_the_gradient_norms_of_a_record_are_those_before_a_clip(quadrants, tmp_path):
-    values = {"epochs": 1, "algorithm": "bp", "batch_size": 40, "crop": False, "flip": False}
-    plain, clipped = run(values, tmp_path / "plain"), run({**values, "clip_unit_norm": 1e-6}, tmp_path / "clipped")
+    """One step of plain SGD: a unit moves by the rate times the limit, in terms of its length, and not further."""
+    values = {"epochs": 1, "algorithm": "bp", "batch_size": 40, "crop": False, "flip": False, "optimizer": "sgd"}
+    values |= {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    plain, clipped = run(values, tmp_path / "plain"), run({**values, "clip_unit_norm": 1e-3}, tmp_path / "clipped")
     start = plain.network.parameters()["layers.1.weight"].copy()
     plain.run()
     clipped.run()
     np.testing.assert_allclose(clipped.records[0]["gradient_norm"], plain.records[0]["gradient_norm"], rtol=1e-6)
-    assert not np.array_equal(plain.network.parameters()["layers.1.weight"], start)
+    moved = [trainer.network.parameters()["layers.1.weight"] - start for trainer in (plain, clipped)]
+    free, held, length = (np.linalg.norm(a.reshape(-1, a.shape[-1]).astype(float), axis=0) for a in (*moved, start))
+    assert (free > 2e-3 * length).any()
+    np.testing.assert_allclose(held, np.minimum(free, 1e-3 * length), rtol=1e-3)
 
 
 def test_an_average_is_judged_and_used_and_the_parameters_go_on(quadrants, tmp_path):

@@ -148,6 +148,16 @@ def test_generators_of_a_run_are_those_of_its_seed(quadrants):
     assert (trainer.train.shuffle, trainer.test.shuffle, trainer.test.augment) == (True, False, False)
 
 
+def test_options_of_the_trainer(quadrants):
+    values = {"epochs": 7, "lr_schedule": "step", "warmup": 2, "patience": 3, "checkpoint_minutes": 2}
+    settings = make_config(TINY, values, {"on_divergence": "halve-lr"})
+    trainer = build.build_trainer(settings, quadrants, build.build_network(settings, quadrants, "cpu"))
+    assert (trainer.epochs, trainer.patience, trainer.checkpoint_s, trainer.on_divergence) == (7, 3, 120, "halve-lr")
+    # 3 batches an epoch: a sixth of the warm-up is over when the first is done; then 1, and 0.1 from epoch 3.5 on
+    factors = [trainer.schedules.set(done, 7) for done in (0, 5 / 3, 3, 3.5)]
+    np.testing.assert_allclose(factors, [1 / 6, 1, 1, 0.1], rtol=1e-12)
+
+
 def test_options_of_the_optimizer():
     parameters = {"layers.1.weight": np.zeros(2), "signals.0.layer1.weight": np.zeros(1)}
     values = {"optimizer": "sgd", "learning_rate": [0.3], "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
@@ -157,6 +167,9 @@ def test_options_of_the_optimizer():
     assert sgd.rates == dict.fromkeys(parameters, 0.3)
     adam = build.build_optimizer(TrainConfig(optimizer="adam", weight_decay=0.02, learning_rate=1e-3), parameters)
     assert isinstance(adam, ep.Adam)
+    assert (adam.ema, adam.clip_unit_norm) == (None, None)
+    more = build.build_optimizer(TrainConfig(optimizer="adamw", ema=0.9, clip_unit_norm=0.01), parameters)
+    assert (type(more), more.ema, more.clip_unit_norm) == (ep.AdamW, 0.9, 0.01)
     assert (adam.weight_decay, adam.rates["layers.1.weight"]) == (0.02, 1e-3)
 
 
@@ -169,6 +182,9 @@ def test_options_of_the_batches(crop, flip, augment, pad, quadrants):
     network = build.build_network(settings, quadrants, "cpu")
     loader = build.training_batches(settings, quadrants, network, np.random.default_rng(0))
     assert (loader.augment, loader.pad, loader.flip, loader.shuffle, loader.batch_size) == (augment, pad, flip, True, 7)
+    more = dataclasses.replace(settings, cutout=5, crop=True, label_smoothing=0.2, class_weights="balanced")
+    loader = build.training_batches(more, quadrants, network, np.random.default_rng(0))
+    assert (loader.cutout, loader.label_smoothing, loader.balance) == (5, 0.2, True)
     plain = build.evaluation_batches(settings, quadrants, network)
     assert (plain.augment, plain.shuffle, plain.split.name) == (False, False, "test")
 
