@@ -24,6 +24,7 @@ from cupyep.training import runs
 from cupyep.training.config import TrainConfig
 from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
+from cupyep.training.schedules import Schedules
 from cupyep.training.statistics import EpochStatistics
 from cupyep.training.trained import load_trained
 
@@ -155,6 +156,19 @@ def test_every_split_is_judged_by_the_average():
         average = d * average + (1 - d) * -0.1 * t
         wanted += [average, average] if t % 2 == 0 else []  # validation and test
     np.testing.assert_allclose(seen, wanted, rtol=1e-12)
+
+
+def test_kappas_of_several_signals_are_recorded_one_by_one():
+    """After a third of a half cosine, 3/4 is left."""
+    optimizer = ep.SGD({"layers.1.weight": np.zeros(1)}, 0.1)
+
+    def recorded(*signals):
+        return Schedules(SimpleNamespace(signals=signals), optimizer, "constant").values(2, 6)["kappa"]
+
+    first, second = ep.LocalError([1], kappa=0.8), ep.LocalError([1], kappa=0.4, annealing="constant")
+    assert recorded(first, second) == pytest.approx([0.6, 0.4])
+    assert recorded(first, ep.LocalError([1], kappa=0.8)) == pytest.approx(0.6)
+    assert recorded() is None
 
 
 def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path):
