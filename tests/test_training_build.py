@@ -16,6 +16,7 @@ from small import Teacher
 import cupyep as ep
 from cupyep.commands.gradient_check import CHECK_DEFAULTS
 from cupyep.errors import TeacherError
+from cupyep.parallel import Communicator
 from cupyep.training import build, runs, teacher
 from cupyep.training.config import TrainConfig, make_config
 
@@ -156,6 +157,20 @@ def test_options_of_the_trainer(quadrants):
     # 3 batches an epoch: a sixth of the warm-up is over when the first is done; then 1, and 0.1 from epoch 3.5 on
     factors = [trainer.schedules.set(done, 7) for done in (0, 5 / 3, 3, 3.5)]
     np.testing.assert_allclose(factors, [1 / 6, 1, 1, 0.1], rtol=1e-12)
+
+
+def test_every_rank_has_its_share_of_all_batches(quadrants):
+    """Rank 1 of 3 has 13 of 40 images, 7 of 20, and 11 of the 32 that the checkup looks at."""
+    ranks = Communicator()
+    ranks.rank, ranks.size = 1, 3
+    settings = make_config(TINY, {"batch_size": 40})
+    held = dataclasses.replace(quadrants, validation=dataclasses.replace(quadrants.train, name="validation"))
+    trainer = build.build_trainer(
+        settings, held, build.build_network(settings, held, "cpu"), communicator=ranks, display=SILENT
+    )
+    shares = [next(iter(batches)).share for batches in (trainer.train, trainer.validation, trainer.test)]
+    assert shares == [(13, 40), (13, 40), (7, 20)]
+    assert trainer.checkup.batch.share == (11, 32)
 
 
 def test_options_of_the_optimizer():
