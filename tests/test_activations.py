@@ -76,6 +76,15 @@ def test_slope_is_the_derivative(device, name):
     np.testing.assert_allclose(call(device, activation.slope, inner), numeric, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["hard_sigmoid", "half_hard_sigmoid", "relu6", "relu"])
+def test_a_clip_has_no_slope_at_its_ends(device, name):
+    """Units that no input reaches lie just there: their drive is exactly 0."""
+    gain, ends = (0.5 if name == "half_hard_sigmoid" else 1.0), [end for end in RANGES[name] if end < math.inf]
+    g = np.array([end / gain for end in ends])
+    np.testing.assert_array_equal(call(device, ep.ACTIVATIONS[name].slope, g), 0.0)
+    np.testing.assert_array_equal(call(device, ep.ACTIVATIONS[name].slope, np.array([0.001, 0.999])), gain)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_range(device, name):
     activation = ep.ACTIVATIONS[name]

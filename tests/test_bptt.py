@@ -75,6 +75,22 @@ def test_loss_and_hits_are_those_of_the_last_state(device):
     assert result.nudge_response is None
 
 
+def test_the_free_phase_ends_at_the_tolerance(device):
+    """Far from rest: what comes of a free state that was settled to the tolerance, not of all the free steps."""
+    net = network("dense", device, gain=0.8)
+    batch, how = batch_of(net), {"schedule": "synchronous", "tolerance": 0.02}
+    free = net.settle(batch, steps=60, **how)
+    assert free.stats.converged
+    assert free.stats.steps < 60
+    learner = ep.BackpropagationThroughTime(net, 60, 3, **how)
+    wanted = on_host(net, learner.step_from(batch, free).gradients)
+    found = on_host(net, learner.step(batch).gradients)
+    further = on_host(net, learner.step_from(batch, net.settle(batch, steps=60, schedule="synchronous")).gradients)
+    for path, gradient in found.items():
+        np.testing.assert_allclose(gradient, wanted[path], rtol=1e-12, atol=1e-15)
+    assert not np.allclose(found["layers.1.weight"], further["layers.1.weight"], rtol=1e-6, atol=0)
+
+
 def test_unrolling_starts_where_it_is_told(device):
     """`step_from` uses the given state and leaves it as it was."""
     net = network("dense", device)

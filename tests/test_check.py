@@ -68,6 +68,21 @@ def test_rows_compare_ep_with_bptt_from_one_free_state(device, signal, schedule)
         assert row["nudge_response"] == (expected if expected is None else pytest.approx(expected, rel=1e-9))
 
 
+def test_both_phases_are_relaxed_as_told():
+    """Three nudged steps, far from rest: as those of a learner with this relaxation, and not with the network's own."""
+    net, how = network("conv"), {"schedule": "evenodd", "relaxation": 0.7}
+    batch = batch_of(net)
+    rows = ep.check_gradients(net, batch, beta=0.2, free_steps=40, nudged_steps=3, **how)
+    free = net.settle(batch, steps=40, **how)
+    norms = []
+    for relaxation in (0.7, None):
+        learner = ep.EquilibriumPropagation(net, 0.2, 40, 3, **how | {"relaxation": relaxation})
+        gradients = on_host(net, learner.step_from(batch, free).gradients)
+        norms.append([np.linalg.norm(gradients[f"{row['name']}.weight"]) for row in rows])
+    np.testing.assert_allclose([row["gradient_norm"] for row in rows], norms[0], rtol=1e-9)
+    assert not np.allclose(*norms, rtol=0.01)
+
+
 def test_a_truth_that_does_not_converge_is_said():
     net = network("conv", activation="tanh", gain=4.0)
     with pytest.raises(ep.DivergenceError, match="no stable equilibrium; raise --free-steps, or lower --feedback"):

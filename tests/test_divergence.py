@@ -245,7 +245,15 @@ def test_the_rate_is_halved_from_the_last_epoch_on(quadrants, tmp_path):
     halved = run({**HALVED, "lr_schedule": "constant"}, tmp_path / "halved")
     halved.display = recorder = Recorder()
     poison(halved, 2)
+    seen, add = {}, halved.watch.add
+
+    def added(loss):
+        seen.setdefault(halved.halvings, halved.watch.state_dict() if halved.epochs_done else {})
+        add(loss)
+
+    halved.watch.add = added
     halved.run()
+    assert seen[1]["mean"] == seen[1]["peak"] == seen[1]["start"], "what the loss had come to is forgiven"
     assert recorder.texts("warning") == [
         "the gradient of layers.1 is not finite in epoch 2, batch 2; lower --beta; back to the end of epoch 1 with "
         "half the learning rate (time 1 of at most 5)"

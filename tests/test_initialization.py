@@ -118,9 +118,11 @@ def test_a_builder_starts_from_data(rng, weights):
         assert abs(drives[name].std() - 1) < 0.02, name
     trained = "gain" if weights == "standardized" else "weight"
     before, after = plain.parameters(), net.parameters()
-    for path in (f"layers.block2_2.{trained}", f"layers.block2_2.block1_2.{trained}"):
-        factor = after[path] / before[path]
-        np.testing.assert_allclose(factor, factor.flat[0], rtol=1e-5)
+    paths = (f"layers.block2_2.{trained}", f"layers.block2_2.block1_2.{trained}")
+    one, other = (after[path] / before[path] for path in paths)
+    assert abs(one.flat[0] - 1) > 0.05
+    np.testing.assert_allclose(one, one.flat[0], rtol=1e-5)
+    np.testing.assert_allclose(other, one.flat[0], rtol=1e-5)
     np.testing.assert_array_equal(after[f"layers.block1_2.{trained}"], before[f"layers.block1_2.{trained}"])
     if weights == "standardized":
         np.testing.assert_array_equal(after["layers.conv1.weight"], before["layers.conv1.weight"])

@@ -34,6 +34,15 @@ def test_half_a_permille_is_still_dead_and_two_are_not():
     assert (float(result.dead[0]), float(result.saturated[0])) == (0.25, 0.25)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-2.0, 1.0), (-1.0, 2.0)])
+def test_saturated_at_the_end_that_is_further_from_zero(low, high):
+    net = ep.Network([ep.Linear((1,), 4)], 2, activation=ep.Clip("skew", 1.0, low, high), device="cpu",
+                     precision="float64", feedback=1.0)  # fmt: skip
+    net.parameters()["layers.1.weight"][...] = [[-3.0, -0.5, 1.0, 3.0]]
+    result = ep.Backpropagation(net).step(np.ones((3, 1)), np.array([0, 1, 0]))
+    assert float(result.saturated[0]) == 0.25
+
+
 LEARNERS = {
     "ep": lambda net, signals: ep.EquilibriumPropagation(net, 0.3, 3, 2, signals=signals, schedule="synchronous"),
     "tangent": lambda net, signals: ep.EquilibriumPropagation(

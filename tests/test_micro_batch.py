@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from small import Teacher, batch_of, network, on_host, signals_of
+from oracle import Oracle
+from small import Teacher, batch_of, hosts, network, on_host, signals_of
 
 import cupyep as ep
 from cupyep.ops import factors
@@ -82,6 +83,23 @@ def test_parts_in_every_schedule_and_other_networks(device, schedule):
     batch, options = batch_of(net, SAMPLES), {"schedule": schedule, "signals": signals_of("kd")}
     whole = kept(net, ep.EquilibriumPropagation(net, 0.3, **STEPS, **options).step(batch))
     assert_same(net, ep.EquilibriumPropagation(net, 0.3, **STEPS, **options, micro_batch=4).step(batch), whole)
+
+
+def test_levels_are_the_means_over_the_parts(device):
+    """Saturated units, and channels that no image of a part moves: counted on the states of parts of 3, 3, 1."""
+    net = network("conv", device, activation="hard_sigmoid", gain=9.0, pooling="max")
+    net.parameters()["layers.2.weight"][..., 1] = 0
+    net.parameters()["layers.2.bias"][1] = 0
+    batch = batch_of(net, SAMPLES)
+    result = ep.Backpropagation(net, micro_batch=3).step(batch)
+    states = Oracle(net).forward(net.device.to_numpy(batch.images))
+    np.testing.assert_allclose(hosts(net, [result.saturated])[0], [np.mean(s >= 0.99) for s in states], rtol=1e-12)
+    still = [
+        sum(len(p) * np.mean(p.reshape(-1, p.shape[-1]).max(axis=0) <= 1e-3) for p in (s[:3], s[3:6], s[6:])) / SAMPLES
+        for s in states
+    ]
+    np.testing.assert_allclose(hosts(net, [result.dead])[0], still, rtol=1e-12)
+    assert still[1] >= 1 / 4, "the channel that was switched off is among the four"
 
 
 def test_all_parts_are_nudged_to_the_same_side(device, monkeypatch):

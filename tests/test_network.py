@@ -258,6 +258,8 @@ def test_gain_a_layer(device):
     # N(0, gain^2 / fan_in): 0.5 / 20 and 2 / 10; 40000 draws each
     assert float(net.layers[0].weight.std()) == pytest.approx(0.025, rel=0.02)
     assert float(net.layers[1].weight.std()) == pytest.approx(0.2, rel=0.02)
+    assert float(net.readout.weight.std()) == pytest.approx(1 / 20, rel=0.1)  # 1 / sqrt(400), whatever the gains
+    assert not device.to_numpy(net.readout.bias).any()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from cupyep.ops import optimizer as ops
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS, SGD, Adam, AdamW
 
 START = {"layers.1.weight": [[1.0, -2.0], [0.5, 3.0]], "layers.1.bias": [0.25, -0.75]}
+FALL = 0.8  # of the learning rate, each step
 GRADIENTS = [0.3, -0.7, 1.1, 0.2, -0.4]  # times (1 + index of the element): every element has its own sequence
 
 
@@ -30,8 +31,9 @@ def gradient_sequence(parameters):
 
 
 def run(optimizer):
-    for gradients in gradient_sequence(optimizer.parameters):
-        optimizer.step(gradients)
+    """Under a schedule: its factor changes from step to step."""
+    for n, gradients in enumerate(gradient_sequence(optimizer.parameters)):
+        optimizer.step(gradients, FALL**n)
 
 
 def scalar_sgd(p, scale, rate, momentum, nesterov, decay):
@@ -40,6 +42,7 @@ def scalar_sgd(p, scale, rate, momentum, nesterov, decay):
         g = g0 * scale + decay * p
         v = momentum * v + g
         p = p - rate * ((g + momentum * v) if nesterov else v)
+        rate *= FALL
     return p
 
 
@@ -50,6 +53,7 @@ def scalar_adam(p, scale, rate, b1, b2, epsilon, decay):
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
         p = p - rate * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + epsilon)
+        rate *= FALL
     return p
 
 
@@ -61,6 +65,7 @@ def scalar_adamw(p, scale, rate, b1, b2, epsilon, decay):
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
         p = p - rate * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + epsilon)
+        rate *= FALL
     return p
 
 
@@ -267,6 +272,8 @@ def test_a_restored_state_continues_bit_for_bit(make):
     run(second)
     for path, p in straight.parameters.items():
         np.testing.assert_array_equal(parameters[path], p)
+    for name, array in straight.state_dict().items():
+        np.testing.assert_array_equal(second.state_dict()[name], array, err_msg=name)
 
 
 def averaging(parameters, **how):

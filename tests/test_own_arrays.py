@@ -253,11 +253,12 @@ def test_balanced_epochs():
     data = ep.Dataset.from_arrays(x, labels, (x, labels))
     generator = np.random.default_rng(0)
     batches = Loader(data, "train", 8, "cpu", "float64", shuffle=True, balance=True, generator=generator)
-    seen = []
-    for _ in range(3):
+    seen, fewer = [], set()
+    for _ in range(12):
         epoch = list(batches)
         index = np.concatenate([batch.index for batch in epoch])
         assert sorted(np.bincount(labels[index])) == [16, 17, 17]
+        fewer.add(int(np.bincount(labels[index]).argmin()))
         for c in (1, 2):
             times = np.bincount(index, minlength=50)[labels == c]
             assert times.max() - times.min() <= 1
@@ -267,6 +268,7 @@ def test_balanced_epochs():
         seen.append(set(index[labels[index] == 0]))
     assert len(seen[0]) == 16 or len(seen[0]) == 17
     assert seen[0] != seen[1]
+    assert fewer == {0, 1, 2}, "what does not divide evenly falls to other classes every time"
     with pytest.raises(ConfigurationError, match="balance needs shuffle"):
         Loader(data, "train", 8, "cpu", "float64", balance=True)
 

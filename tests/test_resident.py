@@ -58,6 +58,14 @@ def test_targets_are_the_logits_as_stored(tmp_path, monkeypatch, views, stored, 
         assert signal.nbytes == (logits["train"].astype(stored).nbytes if limit else 0)
 
 
+def test_the_table_is_that_of_the_signals_split(tmp_path):
+    logits, _ = write_file(tmp_path / "t.h5", make_dataset())
+    net = network("cpu")
+    signal = net.bind(ep.Distillation.from_file(tmp_path / "t.h5", [1], loss="squared_error", split="test"))
+    (nudge,) = signal.nudges(replace(batch_on(net), index=np.array([3, 6, 0, 3, 1])))
+    np.testing.assert_array_equal(nudge.target, logits["test"][VIEW, [3, 6, 0, 3, 1]])
+
+
 def test_a_step_sends_labels_and_places(tmp_path, sent):
     """From the second step on: labels, and which rows of the teacher's table; nothing with a number a class."""
     write_file(tmp_path / "t.h5", make_dataset())

@@ -1,5 +1,7 @@
 """Intermediate signals. Oracle: hand values, finite differences through the network of oracle.py, labels themselves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from oracle import Oracle, Term, finite_difference, relative_error
@@ -168,7 +170,8 @@ def test_distillation_looks_up_sample_and_view(device):
     assert np.abs(other - expected).max() > 0.01
 
 
-def test_split_of_the_teacher_is_passed_on(device):
+@pytest.mark.parametrize("kind", ["logits", "features"])
+def test_split_of_the_teacher_is_passed_on(device, kind):
     asked = []
 
     class Listening(Teacher):
@@ -176,10 +179,39 @@ def test_split_of_the_teacher_is_passed_on(device):
             asked.append((split, list(index), list(view)))
             return super().logits("train", index, view)
 
+        def feature(self, layer, split, index, view):
+            asked.append((split, list(index), list(view)))
+            return super().feature(layer, "train", index, view)
+
     net = network("conv", device)
-    signal = net.bind(ep.Distillation(Listening(), [1], split="test"))
-    signal.nudges(batch_of(net))
+    make = {
+        "logits": lambda: ep.Distillation(Listening(), [1], split="test"),
+        "features": lambda: ep.FeatureDistillation(Listening(), {2: "middle"}, split="test"),
+    }[kind]
+    net.bind(make()).nudges(batch_of(net))
     assert asked == [("test", [5, 6, 7], [0, 1, 0])]
+
+
+def test_labels_of_local_errors_are_smoothed_as_those_of_the_readout(device):
+    net = network("conv", device)
+    batch = replace(batch_of(net), label_smoothing=0.3)
+    nudges = net.nudges(batch, [ep.LocalError([1, 2])])
+    assert [nudge.term.layer for nudge in nudges] == [3, 1, 2]
+    for nudge in nudges:
+        np.testing.assert_allclose(net.device.to_numpy(nudge.target), 0.7 * np.eye(3) + 0.1, rtol=1e-12)
+
+
+def test_gain_and_pool_of_a_signal_reach_its_maps(device):
+    """Maps of one seed are in proportion to their gain; a pooled one sees the means of windows, written out here."""
+    net = network("conv", device)
+    one, other = (net.bind(ep.LocalError([1], gain=gain, loss="squared_error", pool=3)) for gain in (1.0, 2.5))
+    maps = [net.device.to_numpy(signal.term(1).weight) for signal in (one, other)]
+    np.testing.assert_allclose(maps[1], 2.5 * maps[0], rtol=1e-14)
+    batch, s = batch_of(net), np.random.default_rng(0).uniform(0, 1, (3, 3, 3, 3))
+    (nudge,) = other.nudges(batch)
+    z = s.mean(axis=(1, 2)) @ maps[1]
+    loss = net.device.to_numpy(nudge.term.loss(net.device.asarray(s), nudge.target))
+    np.testing.assert_allclose(loss, ((z - np.eye(CLASSES)[batch.labels]) ** 2).sum(axis=1) / 2, rtol=1e-12)
 
 
 def test_annealing_by_hand():

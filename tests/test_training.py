@@ -24,6 +24,7 @@ from cupyep.training import runs
 from cupyep.training.config import TrainConfig
 from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
+from cupyep.training.schedules import Schedules
 from cupyep.training.statistics import EpochStatistics
 from cupyep.training.trained import load_trained
 
@@ -132,6 +133,42 @@ def test_warmup_rises_linearly_under_every_schedule(name):
     np.testing.assert_allclose([r["learning_rate"] for r in trainer.records], 0.1 * np.array(moves[::2]), rtol=1e-12)
     cosine = [0.8 * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
     np.testing.assert_allclose(trainer.learner.kappas, cosine, rtol=1e-12)
+
+
+def test_a_callback_sees_a_batch_when_its_update_is_done():
+    """Gradient 1, rate 0.1, 3 epochs of 2 steps."""
+    seen = []
+    trainer = fake_trainer(on_batch=lambda result: seen.append(float(trainer.learner.parameter[0])))
+    trainer.run()
+    np.testing.assert_allclose(seen, -0.1 * np.arange(1, 7), rtol=1e-12)
+
+
+def test_every_split_is_judged_by_the_average():
+    """Gradient 1, rate 0.1, 2 epochs of 2 steps: after step t the parameter is -0.1 t."""
+    trainer = fake_trainer((0.5,) * 4, validation=FakeBatches([range(4)]), epochs=2)
+    trainer.optimizer = ep.SGD(trainer.learner.parameters(), 0.1, momentum=0.0, ema=0.6)
+    seen, judge = [], trainer.learner.evaluate
+    trainer.learner.evaluate = lambda batch: seen.append(float(trainer.learner.parameter[0])) or judge(batch)
+    trainer.run()
+    average, wanted = 0.0, []
+    for t in range(1, 5):
+        d = min(0.6, (1 + t) / (10 + t))
+        average = d * average + (1 - d) * -0.1 * t
+        wanted += [average, average] if t % 2 == 0 else []  # validation and test
+    np.testing.assert_allclose(seen, wanted, rtol=1e-12)
+
+
+def test_kappas_of_several_signals_are_recorded_one_by_one():
+    """After a third of a half cosine, 3/4 is left."""
+    optimizer = ep.SGD({"layers.1.weight": np.zeros(1)}, 0.1)
+
+    def recorded(*signals):
+        return Schedules(SimpleNamespace(signals=signals), optimizer, "constant").values(2, 6)["kappa"]
+
+    first, second = ep.LocalError([1], kappa=0.8), ep.LocalError([1], kappa=0.4, annealing="constant")
+    assert recorded(first, second) == pytest.approx([0.6, 0.4])
+    assert recorded(first, ep.LocalError([1], kappa=0.8)) == pytest.approx(0.6)
+    assert recorded() is None
 
 
 def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path):
@@ -276,13 +313,18 @@ def test_labels_are_smoothed_in_training_only(quadrants, tmp_path):
 
 
 def test_the_gradient_norms_of_a_record_are_those_before_a_clip(quadrants, tmp_path):
-    values = {"epochs": 1, "algorithm": "bp", "batch_size": 40, "crop": False, "flip": False}
-    plain, clipped = run(values, tmp_path / "plain"), run({**values, "clip_unit_norm": 1e-6}, tmp_path / "clipped")
+    """One step of plain SGD: a unit moves by the rate times the limit, in terms of its length, and not further."""
+    values = {"epochs": 1, "algorithm": "bp", "batch_size": 40, "crop": False, "flip": False, "optimizer": "sgd"}
+    values |= {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    plain, clipped = run(values, tmp_path / "plain"), run({**values, "clip_unit_norm": 1e-3}, tmp_path / "clipped")
     start = plain.network.parameters()["layers.1.weight"].copy()
     plain.run()
     clipped.run()
     np.testing.assert_allclose(clipped.records[0]["gradient_norm"], plain.records[0]["gradient_norm"], rtol=1e-6)
-    assert not np.array_equal(plain.network.parameters()["layers.1.weight"], start)
+    moved = [trainer.network.parameters()["layers.1.weight"] - start for trainer in (plain, clipped)]
+    free, held, length = (np.linalg.norm(a.reshape(-1, a.shape[-1]).astype(float), axis=0) for a in (*moved, start))
+    assert (free > 2e-3 * length).any()
+    np.testing.assert_allclose(held, np.minimum(free, 1e-3 * length), rtol=1e-3)
 
 
 def test_an_average_is_judged_and_used_and_the_parameters_go_on(quadrants, tmp_path):
@@ -379,6 +421,7 @@ def test_layer_wise_rates_need_one_number_a_layer(quadrants, tmp_path):
     trainer = run({"learning_rate": [0.5, 0.4, 0.3, 0.2, 0.1]}, tmp_path / "run")
     assert trainer.optimizer.rates["layers.2.bias"] == 0.4
     assert trainer.optimizer.rates["readout.weight"] == 0.1
+    assert trainer.schedules.values(0, 2)["learning_rate"] == [0.5, 0.4, 0.3, 0.2, 0.1], "as given, input side first"
     with pytest.raises(
         ConfigurationError, match="--learning-rate has 2 numbers, but the layers are layers.1, .*readout"
     ):

@@ -16,6 +16,7 @@ from small import Teacher
 import cupyep as ep
 from cupyep.commands.gradient_check import CHECK_DEFAULTS
 from cupyep.errors import TeacherError
+from cupyep.parallel import Communicator
 from cupyep.training import build, runs, teacher
 from cupyep.training.config import TrainConfig, make_config
 
@@ -148,6 +149,30 @@ def test_generators_of_a_run_are_those_of_its_seed(quadrants):
     assert (trainer.train.shuffle, trainer.test.shuffle, trainer.test.augment) == (True, False, False)
 
 
+def test_options_of_the_trainer(quadrants):
+    values = {"epochs": 7, "lr_schedule": "step", "warmup": 2, "patience": 3, "checkpoint_minutes": 2}
+    settings = make_config(TINY, values, {"on_divergence": "halve-lr"})
+    trainer = build.build_trainer(settings, quadrants, build.build_network(settings, quadrants, "cpu"))
+    assert (trainer.epochs, trainer.patience, trainer.checkpoint_s, trainer.on_divergence) == (7, 3, 120, "halve-lr")
+    # 3 batches an epoch: a sixth of the warm-up is over when the first is done; then 1, and 0.1 from epoch 3.5 on
+    factors = [trainer.schedules.set(done, 7) for done in (0, 5 / 3, 3, 3.5)]
+    np.testing.assert_allclose(factors, [1 / 6, 1, 1, 0.1], rtol=1e-12)
+
+
+def test_every_rank_has_its_share_of_all_batches(quadrants):
+    """Rank 1 of 3 has 13 of 40 images, 7 of 20, and 11 of the 32 that the checkup looks at."""
+    ranks = Communicator()
+    ranks.rank, ranks.size = 1, 3
+    settings = make_config(TINY, {"batch_size": 40})
+    held = dataclasses.replace(quadrants, validation=dataclasses.replace(quadrants.train, name="validation"))
+    trainer = build.build_trainer(
+        settings, held, build.build_network(settings, held, "cpu"), communicator=ranks, display=SILENT
+    )
+    shares = [next(iter(batches)).share for batches in (trainer.train, trainer.validation, trainer.test)]
+    assert shares == [(13, 40), (13, 40), (7, 20)]
+    assert trainer.checkup.batch.share == (11, 32)
+
+
 def test_options_of_the_optimizer():
     parameters = {"layers.1.weight": np.zeros(2), "signals.0.layer1.weight": np.zeros(1)}
     values = {"optimizer": "sgd", "learning_rate": [0.3], "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
@@ -157,6 +182,9 @@ def test_options_of_the_optimizer():
     assert sgd.rates == dict.fromkeys(parameters, 0.3)
     adam = build.build_optimizer(TrainConfig(optimizer="adam", weight_decay=0.02, learning_rate=1e-3), parameters)
     assert isinstance(adam, ep.Adam)
+    assert (adam.ema, adam.clip_unit_norm) == (None, None)
+    more = build.build_optimizer(TrainConfig(optimizer="adamw", ema=0.9, clip_unit_norm=0.01), parameters)
+    assert (type(more), more.ema, more.clip_unit_norm) == (ep.AdamW, 0.9, 0.01)
     assert (adam.weight_decay, adam.rates["layers.1.weight"]) == (0.02, 1e-3)
 
 
@@ -169,6 +197,9 @@ def test_options_of_the_batches(crop, flip, augment, pad, quadrants):
     network = build.build_network(settings, quadrants, "cpu")
     loader = build.training_batches(settings, quadrants, network, np.random.default_rng(0))
     assert (loader.augment, loader.pad, loader.flip, loader.shuffle, loader.batch_size) == (augment, pad, flip, True, 7)
+    more = dataclasses.replace(settings, cutout=5, crop=True, label_smoothing=0.2, class_weights="balanced")
+    loader = build.training_batches(more, quadrants, network, np.random.default_rng(0))
+    assert (loader.cutout, loader.label_smoothing, loader.balance) == (5, 0.2, True)
     plain = build.evaluation_batches(settings, quadrants, network)
     assert (plain.augment, plain.shuffle, plain.split.name) == (False, False, "test")
 
@@ -231,7 +262,8 @@ def test_the_teacher_is_trained_once_and_found_again(quadrants, tmp_path, monkey
 def test_activations_of_the_teacher(quadrants, tmp_path):
     """In the file are the feed-forward states of the trained teacher, and the signal pulls towards them."""
     options = {"aug": "kd", "teacher_epochs": 1, "data_dir": str(tmp_path), "teacher_features": True, "crop": False}
-    student = make_config(TINY, options, {"signal_layers": "2-3", "activation": "tanh"})
+    own = {"signal_layers": "2-3", "activation": "tanh", "kappa": 0.3, "kappa_annealing": "constant"}
+    student = make_config(TINY, options, own)
     trained = teacher.train_teacher(teacher.teacher_config(student), quadrants, "cpu", SILENT)
     assert trained.activation.name == "tanh"
     path = teacher.cached_teacher(student, quadrants, "cpu", SILENT)
@@ -242,7 +274,7 @@ def test_activations_of_the_teacher(quadrants, tmp_path):
         found = file.feature("layer3", "train", np.arange(3), np.ones(3, np.uint8))
     np.testing.assert_allclose(found, states[2], rtol=1e-4, atol=1e-5)
     (signal,) = build.build_signals(student, trained, quadrants, path)
-    assert (signal.layers, signal.kappa) == ([2, 3], student.kappa)
+    assert (signal.layers, signal.kappa, signal.annealing) == ([2, 3], 0.3, "constant")
     ep.EquilibriumPropagation(trained, signals=[signal], schedule="synchronous")
     batch = ep.Batch(mirrored, quadrants.train.labels[:3], np.arange(3), np.ones(3, np.uint8))
     nudges = {nudge.term.layer: nudge for nudge in signal.nudges(batch)}

@@ -278,6 +278,17 @@ def test_parameters_have_the_shapes_that_are_told(kind, shape):
     assert how.shapes(shape) == {name: p.shape for name, p in how.parameters(np.ones(shape)).items()}
 
 
+@pytest.mark.parametrize("weights", ["standardized", "standardized-fixed"])
+def test_a_standardized_weight_is_drawn_without_its_gain(weights):
+    """Variance 1 / fan_in: the gain is beside it, and must not change how fast v turns."""
+    edge = ep.Conv2d((8, 8, 20), 60)
+    edge.initialize(np.random.default_rng(0), 3.0, ep.get_device("cpu"), np.float64, weights)
+    v = edge.parameters()["weight"]
+    assert v.std() == pytest.approx(1 / np.sqrt(180), rel=0.02)  # 10800 draws
+    edge.make_weight()
+    np.testing.assert_allclose(np.linalg.norm(edge.weight.reshape(180, 60), axis=0), 3.0, rtol=1e-4)
+
+
 @pytest.mark.parametrize("epsilon", [1e-8, 1e-3, 0.5])
 def test_a_weight_that_is_assigned_is_what_is_made_of_it(rng, epsilon):
     """However large epsilon is; v is as large as one that is drawn, the mean square of a filter 1 / fan_in."""

@@ -13,6 +13,7 @@ from cupyep.data import Dataset
 from cupyep.data.images import add_to_digest
 from cupyep.errors import require
 from cupyep.learning.learner import StepResult
+from cupyep.optim import AVERAGE, Optimizer
 from cupyep.parallel import Communicator
 from cupyep.training.config import MACHINE, TrainConfig, option_name
 from cupyep.training.run_directory import RunDirectory
@@ -117,11 +118,12 @@ def run_directory(make: Callable[[], RunDirectory], communicator: Communicator) 
     return make() if communicator.size == 1 else SharedDirectory(make, communicator)
 
 
-def share_parameters(learner: Any, communicator: Communicator) -> None:
-    """Give all ranks the parameters of rank 0."""
+def share_parameters(learner: Any, optimizer: Optimizer, communicator: Communicator) -> None:
+    """Give all ranks the parameters of rank 0, and the average of them that it has, if any."""
     if communicator.size == 1:
         return
-    device, parameters = learner.network.device, learner.parameters()
-    first = communicator.first(lambda: {path: device.to_numpy(array) for path, array in parameters.items()})
-    for path, array in parameters.items():
+    averages = {name: array for name, array in optimizer.state_dict().items() if name.startswith(f"{AVERAGE}.")}
+    device, arrays = learner.network.device, learner.parameters() | averages
+    first = communicator.first(lambda: {path: device.to_numpy(array) for path, array in arrays.items()})
+    for path, array in arrays.items():
         array[...] = device.asarray(first[path])

@@ -162,7 +162,7 @@ class Trainer:
         """
         try:
             self.check_unfinished()
-            sharing.share_parameters(self.learner, self.communicator)
+            sharing.share_parameters(self.learner, self.optimizer, self.communicator)
             return self._train() if self.directory is None else self._train_and_save()
         finally:
             if self.events is not None:
