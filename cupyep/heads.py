@@ -368,8 +368,9 @@ def readout_window(pool: int | str | None, shape: tuple[int, ...]) -> int | None
 
 
 def accuracy_count(z: Any, labels: Any) -> Any:
-    """Return how many rows of `z` (N, classes) have their maximum at `labels` (N,), as a 0-d array."""
-    return (z.argmax(axis=-1) == labels).sum()
+    """Return how many rows of `z` (N, classes) are finite and have their maximum at `labels` (N,), as a 0-d array."""
+    finite = (abs(z) < float("inf")).all(axis=-1)  # the maximum of a row with NaN would be at the first of them
+    return ((z.argmax(axis=-1) == labels) & finite).sum()
 
 
 def ranked(scores: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ class Augmenter:
 
     nbytes = 0
 
-    def __init__(self, layers: int | Sequence[int | str] | str, kappa: float = 0.5, annealing: str = "cosine"):
+    def __init__(self, layers: int | Sequence[int | str] | str, kappa: float = 0.1, annealing: str = "cosine"):
         self.every_layer = isinstance(layers, str) and layers == "all"
         require(
             self.every_layer or not isinstance(layers, str),
@@ -197,7 +197,7 @@ class LocalError(_MapAugmenter):
     def __init__(
         self,
         layers: int | Sequence[int | str] | str,
-        kappa: float = 0.5,
+        kappa: float = 0.1,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
         pool: int | None = None,
@@ -223,7 +223,7 @@ class Distillation(_MapAugmenter):
         See `LocalError`.
     temperature : float
         T, positive; used by the cross-entropy.
-    learned : bool
+    learned : bool, default True
         Train the maps A_i together with the network instead of keeping them as drawn.
     split : str
         Which part of the teacher file a batch's indices refer to.
@@ -233,11 +233,11 @@ class Distillation(_MapAugmenter):
         self,
         teacher: TeacherFile,
         layers: int | Sequence[int | str] | str,
-        kappa: float = 0.5,
+        kappa: float = 0.1,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
         temperature: float = 1.0,
-        learned: bool = False,
+        learned: bool = True,
         pool: int | None = None,
         gain: float = 1.0,
         seed: int = 0,
@@ -302,7 +302,7 @@ class FeatureDistillation(Augmenter):
         self,
         teacher: TeacherFile,
         features: dict[int | str, str],
-        kappa: float = 0.5,
+        kappa: float = 0.1,
         annealing: str = "cosine",
         split: str = "train",
     ):

@@ -149,6 +149,12 @@ def test_accuracy_count(device):
     assert int(accuracy_count(z, device.asarray(np.array([1, 1, 1])))) == 2
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_not_right(device, wrong):
+    z = device.asarray(np.array([[wrong, 0.9], [0.8, 0.2], [0.8, 0.2]]))
+    assert int(accuracy_count(z, device.asarray(np.array([0, 0, 1])))) == 1
+
+
 def test_a_term_of_ones_own_must_say_its_loss():
     with pytest.raises(NotImplementedError):
         LossTerm().loss(None, None)

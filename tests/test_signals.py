@@ -164,7 +164,7 @@ def test_distillation_looks_up_sample_and_view(device):
     expected = np.exp(z / 4) / np.exp(z / 4).sum(axis=1, keepdims=True)
     for nudge in (first, second):
         np.testing.assert_allclose(net.device.to_numpy(nudge.target), expected, rtol=1e-12)
-    assert (first.term.layer, second.term.layer, first.weight) == (1, 2, 0.5)
+    assert (first.term.layer, second.term.layer, first.weight) == (1, 2, 0.1)
     mirrored = ep.Batch(batch.images, batch.labels, batch.index, 1 - batch.view)
     other = net.device.to_numpy(signal.nudges(mirrored)[0].target)
     assert np.abs(other - expected).max() > 0.01

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.files import can_write, read_json, write_json
+from cupyep.heads import ranked
 from cupyep.training.build import build_dataset, evaluation_batches
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
@@ -36,7 +37,7 @@ def confusion_of(
     matrix = np.zeros((trained.network.classes,) * 2, np.int64)
     for batch in (display or Display()).over(batches, "test images"):
         scores = trained.network.device.to_numpy(trained.learner.scores(batch))
-        np.add.at(matrix, (batch.labels, scores.argmax(axis=1)), 1)
+        np.add.at(matrix, (batch.labels, ranked(scores)[:, 0]), 1)
     classes = list(trained.images.classes)
     if can_write(run.path):
         write_json(run.path / CONFUSION, {"epoch": epoch, "classes": classes, "matrix": matrix.tolist()})

@@ -32,7 +32,6 @@ KIND = "checkpoint"
 VERSION = 2
 GROUPS = ("parameters", "optimizer", "statistics")
 TEXTS = ("network", "generators", "config", "images", "versions", "settling")
-LATER = ("images", "settling")  # what files from before there was one lack
 
 
 def versions() -> dict[str, str]:
@@ -140,10 +139,7 @@ def _read_number(file: h5py.File, name: str) -> int | float:
 
 
 def _read_text(file: h5py.File, name: str) -> dict[str, Any]:
-    text = hdf5.attribute(file, name)
-    if text is None and name in LATER:
-        return {}
-    value = json.loads(text)
+    value = json.loads(hdf5.attribute(file, name))
     if not isinstance(value, dict):
         raise TypeError(f"'{name}' is not an object")
     for key, number in value.items() if name == "settling" else ():

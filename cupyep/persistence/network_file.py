@@ -32,7 +32,6 @@ KIND, VERSION = "network", 1
 LAYERS: dict[str, type[Edge]] = {"Conv2d": Conv2d, "Linear": Linear, "Identity": Identity}
 OPTIONS = ("classes", "activation", "loss", "feedback", "precision", "weights", "readout_pool")
 FIXED = "standardized-fixed"
-LATER = {"weights": "plain", "readout_pool": None}  # what older files do not say, and what they mean by that
 
 
 def describe(network: Any) -> dict[str, Any]:
@@ -150,8 +149,7 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
             hdf5.check_format(file, path, KIND, VERSION)
             structure = json.loads(hdf5.attribute(file, "network"))
             graph = _graph(structure)
-            given = LATER | structure["options"]
-            options = {name: given[name] for name in OPTIONS}
+            options = {name: structure["options"][name] for name in OPTIONS}
             parameters = {name: _array(file, name, shape) for name, shape in _shapes(graph, options)}
         network = build(graph, gain=structure.get("gains", 1.0), **options)
         network.load_parameters(parameters)
@@ -172,7 +170,7 @@ def _layer(values: dict[str, Any]) -> Edge:
     arguments = {name: values[name] for name in kind.arguments if name != "has_bias"}
     numbers = [*arguments["in_shape"], *(v for name, v in arguments.items() if name not in ("in_shape", "pooling"))]
     if "has_bias" in kind.arguments:
-        arguments["bias"] = values.get("has_bias", True)  # files from before there was a choice
+        arguments["bias"] = values["has_bias"]
     if type(arguments.get("bias", True)) is not bool or not all(type(number) is int for number in numbers):
         raise TypeError(f"{values['type']} with {arguments}")
     return kind(**arguments | {"in_shape": tuple(arguments["in_shape"])})

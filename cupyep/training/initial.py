@@ -46,7 +46,7 @@ def load_initial(network: Network, path: Path) -> None:
 def _check_weights(path: Path, about: Mapping[str, Any], network: Network) -> None:
     """Raise `ConfigurationError` unless a network described so makes its weights of parameters as `network` does."""
     own = network.describe()
-    theirs = about.get("weights", network_file.LATER["weights"])
+    theirs = about.get("weights", "plain")
     remedy = "give the options of its network, or what `cupyep export --format npz` makes of it"
     require(
         theirs == own["weights"],

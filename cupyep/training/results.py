@@ -105,7 +105,8 @@ def _hits(learner: Any, scores: Any, batch: Any, k: int) -> Any:
     """Return the number of samples whose label is among the `k` highest scores."""
     device = learner.network.device
     own = scores[device.xp.arange(len(batch)), device.asarray(batch.labels)]
-    return ((scores > own[:, None]).sum(axis=1) < k).sum()
+    lower = (scores <= own[:, None]).sum(axis=1)  # which a row with NaN has fewer of
+    return (lower > scores.shape[1] - k).sum()
 
 
 def at_rest(learner: Any, batches: Loader) -> dict[str, Any]:

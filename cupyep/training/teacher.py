@@ -20,7 +20,7 @@ import numpy as np
 
 from cupyep._version import __version__
 from cupyep.backend import Device
-from cupyep.data import VIEWS, Dataset, Loader, TeacherWriter, cache_directory, data_directory
+from cupyep.data import VIEWS, Dataset, Loader, TeacherWriter, cache_directory
 from cupyep.data.images import add_to_digest
 from cupyep.errors import CheckpointError, ConfigurationError, Interrupted, TeacherError, reporting
 from cupyep.files import FolderLock, can_write, link, read_text, remove_leftovers, replacing, write_file
@@ -218,15 +218,12 @@ def export_logits(
 def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
     """Return where the teacher file for the student `config` is kept if none is given.
 
-    It lies in the folder ``teachers`` of the cache (`cache_directory`), or of the data folder, where they were kept in
-    earlier versions, if it is found there. Its name holds a hash of all that determines it: options, images, labels and
-    the version of cupyep.
+    It lies in the folder ``teachers`` of the cache (`cache_directory`). Its name holds a hash of all that determines it:
+    options, images, labels and the version of cupyep.
     """
     own = teacher_config(config)
     digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
-    name = Path("teachers") / f"{slug(own.arch)}-{slug(dataset.name)}-{digest}.h5"
-    old = data_directory(config.data_dir) / name
-    return old if old.is_file() else cache_directory() / name
+    return cache_directory() / "teachers" / f"{slug(own.arch)}-{slug(dataset.name)}-{digest}.h5"
 
 
 def keep_teacher(path: Path, run: Path) -> None:
