@@ -717,7 +717,7 @@ DEFECTS = [
     Defect("teacher rows taken for sample numbers", "data/teacher.py",
            "rows = np.searchsorted(known, index).clip(0, count - 1)", "rows = index.clip(0, count - 1)",
            "test_data_selection"),
-    Defect("whatever images lie there are the data set", "data/dataset.py",
+    Defect("whatever images lie there are the data set", "data/loading.py",
            "    check_original(source, arrays, layout.place)\n", "", "test_data_verify"),
     Defect("data: any pickle is opened", "data/formats.py",
            "check_sum(content, source.sums[Path(where).name], where, remedy)", "pass", "test_pickles"),

@@ -117,7 +117,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_line_and_leaves_nothing(case, cifar, invoke, tmp_path, monkeypatch):
-    monkeypatch.setattr("cupyep.data.dataset.fetch", lambda *_: "no network")
+    monkeypatch.setattr("cupyep.data.loading.fetch", lambda *_: "no network")
     args, wanted, message = WRONG[case]
     tiny = TINY[:2] if args[0] in ("train", "check") else []
     code, _, err = invoke(args[0], *tiny, *args[1:])

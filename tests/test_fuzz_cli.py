@@ -108,7 +108,7 @@ def work(cifar, invoke, monkeypatch):
     assert invoke("train", *tiny, "--limit-train", 10, "--epochs", 1, "--run-dir", "run", "--quiet")[0] == 0
     monkeypatch.setitem(sys.modules, "sklearn", None)  # which takes seconds to import
     monkeypatch.setattr(Trainer, "run", lambda self: TrainSummary(1, 0.5, 1.0, 0.5, 1, 0.5, "test", 2.0, None))
-    monkeypatch.setattr("cupyep.data.dataset.fetch", lambda *_: "no network")
+    monkeypatch.setattr("cupyep.data.loading.fetch", lambda *_: "no network")
     monkeypatch.setattr("cupyep.cli.data.fetch", lambda *_: "no network")
     monkeypatch.setattr("cupyep.cli.reproduce.run_experiment", lambda *_, **__: None)
     monkeypatch.setattr("cupyep.commands.memory.measured_step", lambda *_: 1)

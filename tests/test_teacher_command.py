@@ -695,7 +695,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_one_line_and_leaves_nothing(case, refused, monkeypatch):
-    monkeypatch.setattr("cupyep.data.dataset.fetch", lambda *_: "no network")
+    monkeypatch.setattr("cupyep.data.loading.fetch", lambda *_: "no network")
     onnx_model("model.onnx")
     onnx_model("large.onnx", shape=(3, 64, 64))
     onnx_model("seven.onnx", classes=7)

@@ -14,7 +14,7 @@ import numpy as np
 from cupyep.backend import Device, get_device
 from cupyep.batch import Batch
 from cupyep.data import ImageFormat
-from cupyep.data.dataset import image_shape
+from cupyep.data.loading import image_shape
 from cupyep.data.sources import SOURCES, is_own
 from cupyep.errors import require
 from cupyep.files import write_json

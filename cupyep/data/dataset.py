@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupyep import errors
-from cupyep.data.download import fetch
-from cupyep.data.files import Layout, check_labels
-from cupyep.data.formats import layouts_found
-from cupyep.data.images import channel_statistics, resize
+from cupyep.data.files import check_labels
+from cupyep.data.images import channel_statistics
 from cupyep.data.selection import balanced, held_out
-from cupyep.data.sources import DATASETS, SOURCES, Source, check_dataset, is_own
 from cupyep.data.stored import StoredImages, chosen
-from cupyep.data.verify import check_original
-from cupyep.errors import DataError, choose, few, flag, instance, integer, is_integer, items, number, require, shown
-from cupyep.files import expanded
+from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, require, shown
 from cupyep.showing import Shown
 
 VIEWS = ("identity", "hflip")
 """The views of an image; a batch and a teacher file number them by their place here."""
 SPLITS = ("train", "validation", "test")
-SHOWN = 8  # names in a message
 CLASSES_SHOWN = 10  # of a data set that is printed
 
 
@@ -220,103 +211,6 @@ class Dataset(Shown):
         return split
 
 
-def load_dataset(
-    name: str,
-    data_dir: str | Path | None = None,
-    download: bool = True,
-    image_size: int | None = None,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-    validation: int | None = None,
-    seed: int = 0,
-    test_fraction: float = 0.2,
-) -> Dataset:
-    """Load a data set from its original files, looking below `data_dir` and downloading what is not there.
-
-    A user's own are loaded by ``file:PATH`` and ``folder:PATH``; see `cupyep.data.own` and `cupyep.data.folder`.
-
-    Parameters
-    ----------
-    name : str
-        One of `DATASETS`, or a user's own.
-    data_dir : path, optional
-        See `data_directory`. Accepted: the extracted folders, the original archives, or such a folder itself.
-    download : bool, default True
-        Whether to fetch the original archives (with checksum) when none is there.
-    image_size : int, optional
-        Height and width of the images: theirs divided by an integer, by averaging areas, rounded half up; or theirs
-        times 2, 3 or 4, by repeating pixels. Of a folder of pictures any size, 32 by default.
-    limit_train, limit_test : int, optional
-        Keep so many samples only, the first ones of each class, equally many of each. `mean` and `std` stay those of
-        the whole training part, so that a network can be evaluated with other limits than it was trained with.
-    validation : int, optional
-        Hold so many training samples out, equally many of each class, before `limit_train` is applied.
-    seed : int
-        Which samples are held out.
-    test_fraction : float
-        Share of a user's own images that are for testing, drawn by `seed`, where none are set apart.
-
-    Raises
-    ------
-    ConfigurationError
-        If the name, the image size or a limit is not possible.
-    DataError
-        If files are missing and cannot be downloaded, or are not what they should be.
-    """
-    check_dataset(instance("data set", name, str, "a text"), "data set")
-    flag("download", download)
-    errors.seed("seed", seed)
-    if data_dir is not None:
-        errors.path("data_dir", data_dir)
-    number("test_fraction", test_fraction, above=0, below=1)
-    if is_own(name):
-        from cupyep.data.own import load_own  # here: it makes objects of this module
-
-        limits = {"limit_train": limit_train, "limit_test": limit_test}
-        return load_own(name, image_size, validation, seed=seed, test_fraction=test_fraction, **limits)
-    source = SOURCES[name]
-    check_limits(name, source.train_count, source.test_count, limit_train, limit_test, validation)
-    size = _checked_size(source, image_size)
-    layout = _find(source, data_directory(data_dir), download)
-    arrays = layout.read()
-    check_original(source, arrays, layout.place)
-    train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
-    mean, std = channel_statistics(train.images)
-    train, held = train.hold_out(validation, seed) if validation else (train, None)
-    train = train.balanced(limit_train) if limit_train else train
-    test = test.balanced(limit_test) if limit_test else test
-    pad = max(1, source.pad * size // source.shape[0])
-    return Dataset(name, source.classes, train, test, mean, std, source.flip, pad, held)
-
-
-def data_directory(data_dir: str | Path | None = None) -> Path:
-    """Return the folder of data files: the argument, else ``CUPYEP_DATA``, else the user's cache folder.
-
-    The cache folder is ``$XDG_CACHE_HOME/cupyep``, or ``~/.cache/cupyep``.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cupyep"
-    return _at_home(data_dir or os.environ.get("CUPYEP_DATA") or cache, "data folder", "--data-dir or CUPYEP_DATA")
-
-
-def cache_directory() -> Path:
-    """Return the folder of what can be made again, teachers above all: ``CUPYEP_CACHE``, else the platform's place.
-
-    That is ``cupyep`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, on macOS in ``~/Library/Caches``, on Windows in
-    ``%LOCALAPPDATA%``.
-    """
-    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
-    place = os.environ.get("XDG_CACHE_HOME") or base.get(sys.platform, "~/.cache")
-    folder = os.environ.get("CUPYEP_CACHE") or Path(place) / "cupyep"
-    return _at_home(folder, "cache folder", "CUPYEP_CACHE")
-
-
-def _at_home(folder: str | Path, what: str, remedy: str) -> Path:
-    try:
-        return expanded(folder)
-    except errors.ConfigurationError as error:
-        raise errors.ConfigurationError(f"{what} {error}; by {remedy}") from error
-
-
 def check_limits(
     name: str,
     train_count: int,
@@ -338,46 +232,3 @@ def check_limits(
             limit is None or (is_integer(limit) and 1 <= limit <= count - held),
             f"limit-{what} is {shown(limit)}: {name} has {count} {what} images{note}, choose from 1 to {count - held}",
         )
-
-
-def image_shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:
-    """Return (H, W, C) of the images that `load_dataset` would give, without looking for files."""
-    source = SOURCES[choose("data set", name, DATASETS)]
-    size = _checked_size(source, image_size)
-    return (size, size, source.shape[2])
-
-
-def _checked_size(source: Source, image_size: int | None) -> int:
-    size = source.shape[0]
-    if image_size is None:
-        return size
-    sizes = [n for n in range(2, 4 * size + 1) if size % n == 0 or n % size == 0]
-    require(
-        is_integer(image_size) and image_size in sizes,
-        f"image-size is {shown(image_size)}: {source.name} is {size} x {size} and can become "
-        f"{', '.join(map(str, sizes))}",
-    )
-    return image_size
-
-
-def _find(source: Source, folder: Path, download: bool) -> Layout:
-    """Return the first complete layout below `folder`, downloading the original archives if there is none."""
-    layouts, note = layouts_found(source.name, folder)
-    if not layouts:
-        reason = fetch(source, folder) if download else "download not asked for"
-        layouts = [] if reason else layouts_found(source.name, folder)[0]
-        if not layouts:
-            raise DataError(
-                f"data set {source.name} not found in {folder} ({note}{reason}; {_seen(folder)}): put there "
-                f"{source.accepts}, or name the folder that has it by --data-dir or CUPYEP_DATA"
-            )
-    return layouts[0]
-
-
-def _seen(folder: Path) -> str:
-    """Return what lies in `folder`, in words."""
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        return f"the folder cannot be read: {error.strerror}"
-    return f"seen there: {few(names, SHOWN) or 'nothing'}"

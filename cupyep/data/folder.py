@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.dataset import cache_directory
+from cupyep.data.directories import cache_directory
 from cupyep.data.pictures import SUFFIXES, is_grey, read_picture
 from cupyep.errors import DataError, reporting
 from cupyep.files import can_write, read_text, replacing

@@ -218,8 +218,8 @@ def export_logits(
 def teacher_path(config: TrainConfig, dataset: Dataset) -> Path:
     """Return where the teacher file for the student `config` is kept if none is given.
 
-    It lies in the folder ``teachers`` of the cache (`cache_directory`). Its name holds a hash of all that determines it:
-    options, images, labels and the version of cupyep.
+    It lies in the folder ``teachers`` of the cache (`cache_directory`). Its name holds a hash of all that determines
+    it: options, images, labels and the version of cupyep.
     """
     own = teacher_config(config)
     digest = _digest(own, dataset, config.signal_layers if config.teacher_features else "")
