@@ -179,13 +179,15 @@ class _MapAugmenter(Augmenter):
 
 
 class LocalError(_MapAugmenter):
-    """Local error: ``L_i = CE(softmax(B_i s^i), y)`` or ``1/2 |B_i s^i - y|^2`` with B_i random and fixed.
+    """Local error: ``L_i = CE(softmax(B_i s^i), y)`` or ``1/2 |B_i s^i - y|^2`` with B_i random, fixed or learned.
 
     Parameters
     ----------
     layers, kappa, annealing
         See `Augmenter`.
     loss : {"cross_entropy", "squared_error"}
+    learned : bool, default False
+        Train the maps B_i together with the network instead of keeping them as drawn.
     pool : int, optional
         Average the state over ``pool x pool`` windows before the map.
     gain : float
@@ -200,11 +202,12 @@ class LocalError(_MapAugmenter):
         kappa: float = 0.1,
         annealing: str = "cosine",
         loss: str = "cross_entropy",
+        learned: bool = False,
         pool: int | None = None,
         gain: float = 1.0,
         seed: int = 0,
     ):
-        super().__init__(layers, kappa, annealing, loss, 1.0, pool, False, gain, seed)
+        super().__init__(layers, kappa, annealing, loss, 1.0, pool, learned, gain, seed)
 
     def target(self, layer, batch):
         return batch.one_hot(self.classes, self.dtype, self.device)
@@ -224,7 +227,7 @@ class Distillation(_MapAugmenter):
     temperature : float
         T, positive; used by the cross-entropy.
     learned : bool, default True
-        Train the maps A_i together with the network instead of keeping them as drawn.
+        As of `LocalError`.
     split : str
         Which part of the teacher file a batch's indices refer to.
     """

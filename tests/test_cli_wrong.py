@@ -69,7 +69,7 @@ WRONG = {
     "kappa without signals": (["train", "--kappa", "0.5"], 2, "--kappa needs --aug le or kd"),
     "checked kappa without signals": (["check", "--kappa", "0.5"], 2, "--kappa needs --aug le or kd"),
     "temperature without kd": (["train", "--aug", "le", "--temperature", "2"], 2, "--temperature needs --aug kd"),
-    "maps without kd": (["train", "--no-learned-maps"], 2, "--no-learned-maps needs --aug kd"),
+    "maps without kd": (["train", "--no-learned-maps"], 2, "--no-learned-maps needs --aug le or kd"),
     "beta of backpropagation": (["train", "--algorithm", "bp", "--beta", "0.1"], 2, "--beta needs --algorithm ep"),
     "steps of backpropagation": (
         ["info", "--algorithm", "bp", "--nudged-steps", "3"],

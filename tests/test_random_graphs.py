@@ -118,7 +118,7 @@ def draw_signal(rng, net):
         return ep.FeatureDistillation(FeatureTeacher(net.state_shapes), features, kappa=0.5)
     options = {"kappa": 0.5, "loss": choose(rng, "cross_entropy", "squared_error"), "seed": 3}
     if kind == "local":
-        return ep.LocalError(layers, **options)
+        return ep.LocalError(layers, learned=len(layers) == 2, **options)
     return ep.Distillation(Teacher(), layers, learned=kind == "learned", temperature=2.0, **options)
 
 

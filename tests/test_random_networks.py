@@ -85,7 +85,7 @@ def draw_signal(rng, net):
     pool = 2 if maps and min(min(shape[:2]) for shape in maps) >= 2 and rng.random() < 0.5 else None
     options = {"kappa": 0.5, "loss": choose(rng, "cross_entropy", "squared_error"), "seed": 3, "pool": pool}
     if kind == "local":
-        return ep.LocalError(layers, **options)
+        return ep.LocalError(layers, learned=len(layers) == 2, **options)
     return ep.Distillation(Teacher(), layers, learned=kind == "learned", temperature=2.0, **options)
 
 

@@ -87,12 +87,18 @@ def test_options_of_the_signals(quadrants, tmp_path):
     assert isinstance(signal, ep.LocalError)
     assert (signal.layers, signal.kappa, signal.annealing, signal.pool, signal.seed) == ([2, 3], 0.3, "constant", 2, 9)
     assert signal.criterion.name == "squared_error"
+    assert not signal.learned, "unset: le has fixed maps"
+    learned = dataclasses.replace(settings, learned_maps=True)
+    assert build.build_signals(learned, network, quadrants, None)[0].learned
     path = tmp_path / "t.h5"
     teacher.export_logits(lambda x: np.ones((len(x), 2)), quadrants, path, teacher="constant", display=SILENT)
     more = {"aug": "kd", "temperature": 2.5, "learned_maps": True, "signal_loss": "cross_entropy"}
     (signal,) = build.build_signals(dataclasses.replace(settings, **more), network, quadrants, path)
     assert isinstance(signal, ep.Distillation)
     assert (signal.criterion.temperature, signal.learned, signal.layers) == (2.5, True, [2, 3])
+    assert make_config(TINY, {"aug": "kd"}).learned_maps, "unset: kd learns its maps"
+    fixed = dataclasses.replace(settings, **more | {"learned_maps": False})
+    assert not build.build_signals(fixed, network, quadrants, path)[0].learned
     assert build.build_signals(make_config(TINY), network, quadrants, None) == []
 
 

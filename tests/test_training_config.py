@@ -324,10 +324,10 @@ def refusal(name, values):
     return ""
 
 
-SGD, EP_ONLY, KD_ONLY = {"momentum", "nesterov"}, {"beta", "scheme", "nudge"}, {"temperature", "learned_maps"}
+SGD, EP_ONLY, KD_ONLY = {"momentum", "nesterov"}, {"beta", "scheme", "nudge"}, {"temperature"}
 PHASES = {"free_steps", "nudged_steps", "schedule", "relaxation", "tolerance"}
 LE, TEACHER = {"signal_layers", "kappa", "kappa_annealing"}, {"teacher_features", "teacher", "teacher_epochs"}
-MAPS = {"signal_loss", "signal_pool"}
+MAPS = {"signal_loss", "signal_pool", "learned_maps"}
 NO_SIGNALS = LE | MAPS | KD_ONLY | TEACHER
 
 

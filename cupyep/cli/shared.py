@@ -286,7 +286,8 @@ def _config_option(name: str, default: Any, with_word: bool) -> Any:
     rule, flag = OPTIONS[name].metadata, option_name(name)
     kind = rule["kind"]
     if kind is bool:
-        text = f"{rule['text']}  [default: {flag if default else flag.replace('--', '--no-', 1)}]"
+        shown = "" if default is None else f"  [default: {flag if default else flag.replace('--', '--no-', 1)}]"
+        text = rule["text"] + shown
         return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", name, default=None, help=text)
     if name == "plugin":  # before the options whose names it registers
         return click.option(flag, is_eager=True, callback=_load, metavar=PLUGIN, help=rule["text"])

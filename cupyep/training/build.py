@@ -98,6 +98,7 @@ def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> 
         "annealing": config.kappa_annealing,
         "loss": config.signal_loss,
         "pool": config.signal_pool,
+        "learned": config.learned_maps,
         "seed": config.seed,
     }
     if config.aug == "le":
@@ -105,7 +106,7 @@ def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> 
     if config.teacher_features:
         names = {layer: feature_name(layer) for layer in common["layers"]}
         return [FeatureDistillation(teacher, names, config.kappa, config.kappa_annealing)]
-    return [Distillation(teacher, temperature=config.temperature, learned=config.learned_maps, **common)]
+    return [Distillation(teacher, temperature=config.temperature, **common)]
 
 
 def signal_layers(config: TrainConfig, network: Network) -> list[int]:

@@ -152,8 +152,8 @@ class TrainConfig:
                                       needs=("mapped", "maps"))
     temperature: float = SIGNALS(1.0, float, "Temperature of the teacher's outputs (kd).", above=0,
                                  needs=("kd", "maps", "softmax"))
-    learned_maps: bool = SIGNALS(True, bool, "Learn the maps of the signals (kd) instead of fixing them.",
-                                 needs=("kd", "maps"))
+    learned_maps: bool | None = SIGNALS(None, bool, "Learn the maps of the signals instead of fixing them; unset: kd "
+                                        "learns them, le does not.", needs=("mapped", "maps"))
     teacher_features: bool = SIGNALS(False, bool, "Follow the teacher's own activations of the same shape, unweighted, "
                                      "instead of its outputs (kd; needs --no-crop).", needs=("kd",))
     teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.", needs=("kd",),
@@ -222,6 +222,7 @@ class TrainConfig:
             "--teacher-features needs --no-crop and no --cutout: a teacher's activations belong to the image as it is",
         )
         parse_layers(self.signal_layers, sys.maxsize, None)
+        self.learned_maps = self.aug == "kd" if self.learned_maps is None else self.learned_maps
         free, nudged = default_steps(self.schedule, self.feedback)
         nudged = UNROLLED_STEPS if self.algorithm == "bptt" else nudged
         self.free_steps, self.nudged_steps = self.free_steps or free, self.nudged_steps or nudged

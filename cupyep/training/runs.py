@@ -286,7 +286,7 @@ def prepare(
     if config.aug == "kd":
         # Whatever else is wrong is said before a teacher is trained; le takes the same layers and needs none.
         trial = copy.copy(config)  # of a network and images by any name
-        trial.aug, trial.teacher, trial.learned_maps = "le", None, False
+        trial.aug, trial.teacher = "le", None
         build_trainer(trial, dataset, network, build_signals(trial, network, dataset, None))
     teacher = _teacher(config, dataset, device, display, ranks, run)
     signals = signals or build_signals(config, network, dataset, teacher, display)
