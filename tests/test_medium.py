@@ -31,7 +31,8 @@ BEST = f"{NET} --epochs 30 --optimizer adam --lr 0.004 --cutout 8 --ema 0.999 --
 EP = "--feedback 0.03 --scheme tangent --free-steps 1 --nudged-steps 1 --schedule sweeps"
 VGG = "--width 0.25 --batch-size 64"
 CONTRACTING = (
-    "--feedback 1 --gain 0.5 --weights standardized --lr 2e-3 --scheme tangent --free-steps 12 --nudged-steps 6"
+    "--feedback 1 --gain 0.5 --weights standardized --lr 2e-3 --scheme tangent --schedule evenodd --free-steps 8 "
+    "--nudged-steps 4"
 )
 #: docs/results/predictions.md as command lines: experiment, row -> options.
 PREDICTED = {
