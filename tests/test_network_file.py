@@ -162,18 +162,6 @@ def edited(change):
     return damage
 
 
-def test_a_file_from_before_biases_were_a_choice(tmp_path):
-    net = make_network()
-    net.save(tmp_path / "net.h5")
-    with hdf5.open_file(tmp_path / "net.h5") as file:
-        structure = json.loads(file.attrs["network"])
-    arguments = [layer.pop("has_bias") for layer in structure["layers"]]
-    assert arguments == [True] * 4
-    from cupyep.persistence.network_file import _layer
-
-    assert [repr(_layer(values)) for values in structure["layers"]] == [repr(edge) for edge in net.layers]
-
-
 def set_attribute(name, value):
     return lambda file: file.attrs.__setitem__(name, value)
 

@@ -107,7 +107,7 @@ def test_names_and_contents_agree():
 def test_rows_that_are_compared_differ_in_what_is_compared_only():
     plain, le, kd = (vars(load(f"vgg11-{aug}-cifar10")) for aug in ("none", "le", "kd"))
     assert {key for key in plain if plain[key] != le[key]} <= {"aug", "kappa"}
-    assert {key for key in le if le[key] != kd[key]} == {"aug", "temperature"}
+    assert {key for key in le if le[key] != kd[key]} == {"aug", "temperature", "learned_maps"}
     ep, bp = vars(load("vgg11-feedback0.1-cifar10")), vars(load("vgg11-bp-cifar10"))
     assert {key for key in ep if ep[key] != bp[key]} == {"algorithm"}
 

@@ -289,17 +289,6 @@ def test_a_link_given_as_teacher_is_kept_as_a_file(quadrants, tmp_path, straight
     assert (tmp_path / "run" / "teacher.h5").read_bytes() == straight.read_bytes()
 
 
-def test_a_run_of_an_earlier_version_takes_the_cached_teacher_and_keeps_it(begun, tmp_path, monkeypatch):
-    """Earlier versions kept teachers in the data folder, and nothing with the run."""
-    for name in ("teacher.h5", "teacher.sha256"):
-        (tmp_path / "run" / name).unlink()
-    (tmp_path / "cache").rename(tmp_path / "data")
-    monkeypatch.setenv("CUPYEP_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(teacher, "train_teacher", lambda *_: pytest.fail("the teacher was trained again"))
-    assert go_on(tmp_path) == begun
-    assert (tmp_path / "run" / "teacher.h5").is_file()
-
-
 def test_a_given_teacher_is_kept_too_where_there_are_no_links(quadrants, tmp_path, monkeypatch, straight):
     values = {"aug": "kd", "teacher": str(straight), "epochs": 1}
     content = straight.read_bytes()
