@@ -179,7 +179,7 @@ class _MapAugmenter(Augmenter):
 
 
 class LocalError(_MapAugmenter):
-    """Local error: ``L_i = CE(softmax(B_i s^i), y)`` or ``1/2 |B_i s^i - y|^2`` with B_i random, fixed or learned.
+    """Local error: ``L_i = CE(softmax(B_i s^i), y)`` or ``1/2 |B_i s^i - y|^2`` with B_i random and fixed, or learned.
 
     Parameters
     ----------

@@ -304,7 +304,7 @@ DEFECTS = [
            'self.learned_maps = self.aug == "kd" if', "self.learned_maps = True if", "test_training_build"),
     Defect("a row that is not finite is right", "heads.py", "== labels) & finite)", "== labels))", "test_heads"),
     Defect("a label among the highest scores of NaN", "training/results.py",
-           "lower = (scores <= own[:, None])", "lower = ~(scores > own[:, None])", "test_training"),
+           "< k) & finite)", "< k))", "test_training"),
     Defect("own signals: another shape is spread over the state", "signals.py",
            "        if shape != state.shape:\n", "        if False:\n", "test_custom"),
     Defect("own parts: a sign passes", "learning/custom.py",

@@ -90,19 +90,6 @@ def test_how_a_network_settles_is_saved_with_it(tmp_path):
     np.testing.assert_array_equal(loaded.scores(IMAGES), net.scores(IMAGES, **same))
 
 
-def test_a_file_from_before_settling_was_saved(tmp_path):
-    net = make_network()
-    net.settling = {"steps": 5, "schedule": "evenodd"}
-    net.save(tmp_path / "net.h5")
-    with h5py.File(tmp_path / "net.h5", "r+") as file:
-        edited(lambda structure: structure.pop("settling"))(file)
-    hdf5.seal(tmp_path / "net.h5")
-    loaded = ep.Network.load(tmp_path / "net.h5", device="cpu")
-    assert loaded.settling == {}
-    same = {"steps": 2, "schedule": "sweeps", "relaxation": 1.0}
-    np.testing.assert_array_equal(loaded.scores(IMAGES), net.scores(IMAGES, **same))
-
-
 def test_built_networks_keep_their_configuration(tmp_path):
     net = ep.vgg(5, width=0.05, input_shape=(16, 16, 1), pooling="average", device="cpu", feedback=1.0)
     net.save(tmp_path / "net.h5")

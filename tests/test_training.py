@@ -442,5 +442,10 @@ def test_top_k_accuracy_by_hand():
     ]
     assert [evaluate(learner, batches, top=k)[2] for k in (1, 2, 3, 4)] == [0, 2 / 3, 2 / 3, 1]
     assert evaluate(learner, batches, top=1)[:2] == (scores.sum() / 3, 0)
-    scores[2, 3] = np.nan
-    assert evaluate(learner, batches, top=4)[2] == 2 / 3, "a row with NaN has no right answer"
+    for place in (0, 3):  # the label's is 3
+        for wrong in (np.nan, np.inf):
+            spoilt = scores.copy()
+            spoilt[2, place] = wrong
+            learner.scores = lambda batch, spoilt=spoilt: spoilt[batch.index]
+            assert evaluate(learner, batches, top=4)[2] == 2 / 3, "a row that is not finite has no right answer"
+            assert evaluate(learner, batches, top=3)[2] == 1 / 3

@@ -26,7 +26,7 @@ def confusion_of(
     may differ from the run's: ``data_dir``, ``batch_size``, ``device``.
 
     The matrix, int64 (classes, classes), has the numbers of test images of a class (row) that are taken for a class
-    (column). `CupyepError` if there is no best checkpoint, or the data set is not there.
+    (column). `CupyepError` if there is no best checkpoint, the data set is not there, or scores are not finite.
     """
     epoch = run.load("best").epoch
     kept = _kept(run, epoch)
@@ -36,7 +36,8 @@ def confusion_of(
     batches = evaluation_batches(trained.config, build_dataset(trained.config), trained.network, "test")
     matrix = np.zeros((trained.network.classes,) * 2, np.int64)
     for batch in (display or Display()).over(batches, "test images"):
-        scores = trained.network.device.to_numpy(trained.learner.scores(batch))
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+            scores = trained.network.device.to_numpy(trained.learner.scores(batch))
         np.add.at(matrix, (batch.labels, ranked(scores)[:, 0]), 1)
     classes = list(trained.images.classes)
     if can_write(run.path):

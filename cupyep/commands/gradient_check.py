@@ -26,8 +26,8 @@ from cupyep.training.config import TrainConfig
 CHECK_OPTIONS = (
     "arch", "width", "activation", "weights", "readout_pool", "pooling", "loss", "gain", "feedback", "dataset",
     "data_dir", "image_size", "beta", "free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "scheme",
-    "nudge", "aug", "signal_layers", "kappa", "signal_loss", "signal_pool", "batch_size", "seed", "device",
-    "scratch_mb", "precision", "exact", "plugin",
+    "nudge", "aug", "signal_layers", "kappa", "signal_loss", "signal_pool", "learned_maps", "batch_size", "seed",
+    "device", "scratch_mb", "precision", "exact", "plugin",
 )  # fmt: skip
 # How well the phases settle is the check's own business, whatever a recipe trains with.
 SETTLING = ("free_steps", "nudged_steps", "schedule", "relaxation", "tolerance", "batch_size")

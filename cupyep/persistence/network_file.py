@@ -154,7 +154,7 @@ def read_network(path: str | Path, build: Callable[..., Any]) -> Any:
         network = build(graph, gain=structure.get("gains", 1.0), **options)
         network.load_parameters(parameters)
         network.config = dict(structure["config"])
-        network.settling = structure.get("settling", {})
+        network.settling = structure["settling"]
     except CheckpointError:
         raise
     except ConfigurationError as error:

@@ -102,11 +102,11 @@ def evaluate(
 
 
 def _hits(learner: Any, scores: Any, batch: Any, k: int) -> Any:
-    """Return the number of samples whose label is among the `k` highest scores."""
+    """Return the number of samples whose scores are finite and whose label is among the `k` highest."""
     device = learner.network.device
     own = scores[device.xp.arange(len(batch)), device.asarray(batch.labels)]
-    lower = (scores <= own[:, None]).sum(axis=1)  # which a row with NaN has fewer of
-    return (lower > scores.shape[1] - k).sum()
+    finite = device.xp.isfinite(scores).all(axis=1)
+    return (((scores > own[:, None]).sum(axis=1) < k) & finite).sum()
 
 
 def at_rest(learner: Any, batches: Loader) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Teachers for knowledge distillation: trained by backpropagation, exported, kept in the cache and with a run.
 
 A run holds the teacher that it started with, ``teacher.h5``, and in ``teacher.sha256`` its checksum, as ``sha256sum``
-writes it: it goes on with this one and no other, whatever became of cache and data folder.
+writes it: it goes on with this one and no other, whatever became of the cache.
 """
 
 from __future__ import annotations
