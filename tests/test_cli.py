@@ -192,16 +192,19 @@ def test_numbers_with_commas(cifar, invoke, tmp_path):
     assert settings["gain"] == 0.5
 
 
-def test_check_prints_both_forms_and_writes_json(cifar, invoke, tmp_path):
+@pytest.mark.parametrize(
+    ("signals", "maps"), [([], []), (["--aug", "le", "--learned-maps"], [f"signals.0.layer{n}" for n in range(1, 5)])]
+)
+def test_check_prints_both_forms_and_writes_json(cifar, invoke, tmp_path, signals, maps):
     path = tmp_path / "check.json"
     options = ["--width", 0.02, "--batch-size", 4, "--precision", "float64", "--beta", 0.01, "--pooling", "average"]
-    code, out, err = invoke("check", *options, "--activation", "sigmoid", "--json", path)
+    code, out, err = invoke("check", *options, *signals, "--activation", "sigmoid", "--json", path)
     assert (code, err) == (0, "")
     assert "deviation form" in out
     assert "classical form" in out
     content = json.loads(path.read_text())
     names = ["layers.1", "layers.2", "layers.3", "layers.4", "readout"]
-    assert [row["name"] for row in content["layers"]] == names
+    assert [row["name"] for row in content["layers"]] == names + maps
     assert (content["nudge"], content["other"]["nudge"]) == ("deviation", "classical")
     for row in content["layers"] + content["other"]["layers"]:
         assert row["cosine"] > 0.99, "smooth activation and pooling: both forms are close to the truth"
