@@ -217,8 +217,9 @@ def _beside(rows: Rows) -> str:
     parts = []
     for key, row in rows.items():
         bp = rows.get(row.row.beside)
-        text = f"{row.label}: {row.accuracy:.2f} %"
-        if bp is not None and key != bp.row.key:
+        failed = row.accuracy == FAILED["accuracy"]
+        text = f"{row.label}: {'failed' if failed else f'{row.accuracy:.2f} %'}"
+        if not failed and bp is not None and key != bp.row.key:
             text += (
                 f" ({row.accuracy - bp.accuracy:+.2f} points from BP, in {row.minutes / bp.minutes:.1f} times its time)"
             )
