@@ -369,7 +369,7 @@ def readout_window(pool: int | str | None, shape: tuple[int, ...]) -> int | None
 
 def accuracy_count(z: Any, labels: Any) -> Any:
     """Return how many rows of `z` (N, classes) are finite and have their maximum at `labels` (N,), as a 0-d array."""
-    finite = (abs(z) < float("inf")).all(axis=-1)  # the maximum of a row with NaN would be at the first of them
+    finite = array_module(z).isfinite(z).all(axis=-1)  # the maximum of a row with NaN would be at the first of them
     return ((z.argmax(axis=-1) == labels) & finite).sum()
 
 
