@@ -29,6 +29,7 @@ pytest.importorskip("matplotlib")
 NET = "--arch hopfield-resnet13 --activation relu --weights standardized --readout-pool global --batch-size 100"
 BEST = f"{NET} --epochs 30 --optimizer adam --lr 0.004 --cutout 8 --ema 0.999 --seed 0"
 EP = "--feedback 0.03 --scheme tangent --free-steps 1 --nudged-steps 1 --schedule sweeps"
+BEST100 = f"{BEST} --width 0.5 --dataset cifar100 --epochs 16 --label-smoothing 0.1"
 VGG = "--width 0.25 --batch-size 64"
 CONTRACTING = (
     "--feedback 1 --gain 0.5 --weights standardized --lr 2e-3 --scheme tangent --schedule evenodd --free-steps 8 "
@@ -38,8 +39,8 @@ CONTRACTING = (
 PREDICTED = {
     ("best-cifar10", "ep"): f"{BEST} --width 0.5 --dataset cifar10 {EP}",
     ("best-cifar10", "bp"): f"{BEST} --width 0.5 --dataset cifar10 --feedback 0.03 --algorithm bp",
-    ("best-cifar100", "ep"): f"{BEST} --width 0.5 --dataset cifar100 {EP} --feedback 0.01",
-    ("best-cifar100", "bp"): f"{BEST} --width 0.5 --dataset cifar100 --feedback 0.03 --algorithm bp",
+    ("best-cifar100", "ep"): f"{BEST100} {EP} --feedback 0.01",
+    ("best-cifar100", "bp"): f"{BEST100} --feedback 0.03 --algorithm bp",
     ("best-fashion-mnist", "ep"): f"{BEST} --width 0.25 --epochs 10 --dataset fashion-mnist {EP} --feedback 0.01",
     ("best-svhn", "bp"): f"{BEST} --width 0.25 --epochs 10 --dataset svhn --feedback 0.03 --algorithm bp",
     ("vgg7-kd-cifar10", "feedback0.1"): f"{VGG} --arch vgg7 --epochs 5 --feedback 0.1 --free-steps 2 --nudged-steps 1",
