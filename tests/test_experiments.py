@@ -207,6 +207,22 @@ def test_cells_are_measured_once_seed_by_seed(tmp_path):
     more = Measure(3.0, 7.0)
     reproduce(study(more, base={"width": 0.25, "arch": "vgg7"}), tmp_path, seeds=3, report=silent)
     assert [cell[:2] for cell in more.cells] == [("one", 2), ("two", 2)]
+    fewer = reproduce(study(Measure(), base={"width": 0.25, "arch": "vgg7"}), tmp_path, seeds=1, report=silent)
+    assert sorted(fewer.cells) == ["one/0", "two/0"]
+    whole = reproduce(study(Measure(), base={"width": 0.25, "arch": "vgg7"}), tmp_path, seeds=3, report=silent)
+    np.testing.assert_array_equal(whole.values("one", lambda cell: cell["loss"]), [1.0, 2.0, 3.0])
+
+
+def test_a_report_without_its_work_is_gone_on_with(tmp_path):
+    """As those in docs/results are: of a folder, REPORT.md and results.json."""
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(RuntimeError, match="power cut"):
+        reproduce(study(Measure(1.0, 5.0, RuntimeError("power cut"))), tmp_path / "report", report=silent)
+    (tmp_path / "report" / "results.json").rename(tmp_path / "kept" / "results.json")
+    rest = Measure(2.0, 6.0)
+    results = reproduce(study(rest), tmp_path / "kept", report=silent)
+    assert [cell[:2] for cell in rest.cells] == [("one", 1), ("two", 1)]
+    np.testing.assert_array_equal(results.values("two", lambda cell: cell["loss"]), [5.0, 6.0])
 
 
 def test_a_failed_measurement_keeps_those_before(tmp_path):
@@ -272,22 +288,24 @@ def test_folders_that_are_not_ours(tmp_path):
         reproduce(study(Measure()), tmp_path, scale="full", report=silent)
     with pytest.raises(CheckpointError, match="was measured with other options"):
         reproduce(study(Measure(), base={"width": 9.0}), tmp_path, report=silent)
-    path = tmp_path / "cells" / "one-seed0.json"
-    for content in ("{", "[]", "[" * 100_000, '{"a": "\xff"}'):
+    with pytest.raises(CheckpointError, match="is of experiment 'study', not 'signals'"):
+        load_results(find("signals"), tmp_path)
+    path = tmp_path / "results.json"
+    header = json.dumps({"experiment": "study", "scale": "small", "seeds": 2})[:-1]
+    wrong = ("{", "[]", "[" * 100_000, '{"a": "\xff"}', header + "}", header + ', "cells": {"one/0": 1}}')
+    for content in wrong:
         path.write_text(content, encoding="latin-1")
         with pytest.raises(CheckpointError, match="is damaged .*; remove it") as error:
             reproduce(study(Measure()), tmp_path, report=silent)
         assert "\n" not in str(error.value)
-    with pytest.raises(CheckpointError, match="is of experiment 'study', not 'signals'"):
-        load_results(find("signals"), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"scale": None}, "is damaged (no scale of 'study')"),
-        ({"seeds": None}, "is damaged (no seeds or no cells); leave out --report-only"),
-        ({"cells": None}, "is damaged (no seeds or no cells); leave out --report-only"),
+        ({"seeds": None}, "is damaged (no seeds); leave out --report-only"),
+        ({"cells": None}, "is damaged (no cells); remove it to measure anew"),
         ({"seeds": 0}, "nothing has been measured yet; leave out --report-only"),
     ],
 )
@@ -300,7 +318,7 @@ def test_results_that_lack_something_are_one_line(more, message, tmp_path):
 
 
 def test_stopped_before_its_first_cell_a_report_is_open(tmp_path, monkeypatch):
-    def stop(cell):
+    def stop(cells):
         raise Interrupted
 
     monkeypatch.setattr(runner, "kept", stop)

@@ -182,7 +182,7 @@ def test_a_probe_that_was_cut_off_is_made_up_for(mini, tmp_path, untrained):
     """Killed behind the last checkpoint: the network is there, what it was to be asked is not."""
     whole = run(mini, tmp_path / "report")
     (tmp_path / "report" / "work" / "ep-seed0" / "probes.json").unlink()
-    (tmp_path / "report" / "cells" / "ep-seed0.json").unlink()
+    (tmp_path / "report" / "results.json").unlink()
     untrained()
     assert run(mini, tmp_path / "report").cells["ep/0"]["probes"] == whole.cells["ep/0"]["probes"]
 
@@ -206,13 +206,14 @@ def test_status_reads_how_far_cells_are(mini, tmp_path, monkeypatch, invoke):
     directory = RunDirectory.open(out / "work" / "bp-seed0")
     first = {**directory.metrics()[0], "elapsed_s": 5400.0, "test_accuracy": 0.4567}
     (directory.path / "metrics.jsonl").write_text(json.dumps(first) + "\n")
-    (out / "cells" / "bp-seed0.json").unlink()
-    (out / "cells" / "ep-seed0.json").write_text(
-        (out / "cells" / "ep-seed0.json").read_text().replace('"minutes":', '"minutes": 90, "x":')
-    )
+    path = out / "results.json"
+    results = json.loads(path.read_text())
+    del results["cells"]["bp/0"]
+    results["cells"]["ep/0"]["minutes"] = 90
+    path.write_text(json.dumps(results))
     code, text, _ = invoke(*command, "--status")
     assert code == 0
-    accuracy = json.loads((out / "cells" / "ep-seed0.json").read_text())["test_accuracy"][-1]
+    accuracy = results["cells"]["ep/0"]["test_accuracy"][-1]
     assert text.splitlines()[:2] == [
         f"ep/0  done, accuracy {accuracy:.2%}, 1.5 hours",
         "bp/0  epoch 1 of 2, accuracy 45.67%, 1.5 hours so far, 1.5 hours left",

@@ -89,8 +89,8 @@ def reproduce(
     """Run an experiment and write its report.
 
     The report folder holds REPORT.md (claim, setting, table beside the published figures, verdict), figures,
-    results.json and, per cell of the table, what lets the same command go on where it was stopped. Stopped by
-    --max-minutes (exit code 0) or a signal (128 + its number), it reports the cells that are finished.
+    results.json and work, the runs that the same command goes on with. Stopped by --max-minutes (exit code 0) or a
+    signal (128 + its number), it reports the cells that are finished.
 
     A cell is a row with a seed; its run directory is work/ROW-seedK of the report folder, by the row's key. A run of
     `cupyep train` with the same options may be put there, finished or not, and is taken as it is.

@@ -38,9 +38,9 @@ def status(cells: Sequence[Cell], estimate: bool = False, jobs: int = 1) -> Iter
     Only reads files, unless `estimate` asks for the hours of cells that have no epoch yet: some steps of each are timed
     then, as `hours_of` says, and a last line sums up, for so many `jobs`.
     """
-    width, left = max(len(cell.name) for cell in cells), []
+    width, left, measured = max(len(cell.name) for cell in cells), [], kept(cells)
     for cell in cells:
-        text, hours = _state(cell)
+        text, hours = _state(cell, measured.get(cell.name))
         if hours is None and estimate:
             hours, rate = hours_of(make_config(cell.options))
             text += f", about {_time(hours)} by steps timed now ({rate:.0f} images/s)"
@@ -60,10 +60,10 @@ def longest(hours: Sequence[float], jobs: int) -> float:
     return max(ends)
 
 
-def _state(cell: Cell) -> tuple[str, float | None]:
+def _state(cell: Cell, measured: dict[str, Any] | None) -> tuple[str, float | None]:
     """Return how far a cell is, and the hours that are left; None where its run tells nothing."""
-    if (content := kept(cell)) is not None:
-        return f"done, {_measured(content)}", 0.0
+    if measured is not None:
+        return f"done, {_measured(measured)}", 0.0
     if not (cell.folder / CONFIG).is_file():
         return "not started", None
     directory = RunDirectory.open(cell.folder)

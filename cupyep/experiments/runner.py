@@ -1,7 +1,7 @@
 """Runs the cells of an experiment, one after the other or side by side, and keeps each as soon as it is measured.
 
-A report folder holds ``cells/ROW-seedK.json`` for every measured cell and ``work/ROW-seedK`` (run directories, probes)
-for those that go on later. Whoever runs the same command again measures what is missing.
+A report folder holds ``results.json`` with every measured cell and ``work/ROW-seedK`` (run directories, probes) for
+those that go on later. Whoever runs the same command again measures what is missing, ``work`` kept or not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cupyep.files import FolderLock, is_leftover, read_json, write_json
 from cupyep.training.config import MACHINE
 from cupyep.training.interruption import Interruptions
 
-CELLS, RESULTS = "cells", "results.json"
+RESULTS = "results.json"
 JSON_BYTES = 1 << 28  # at most
 
 
@@ -85,16 +85,16 @@ def reproduce(
     cells = cells_of(experiment, folder, scale, seeds, overrides, defaults, report, quiet, partial(_in_time, end))
     plan, count = experiment.at(scale), cells[-1].seed + 1
     about = {**header, **_circumstances(command), "seeds": count}
-    with _claimed(folder, header, count), Interruptions(at_once=True):
-        measured = {cell.name: content for cell in cells if (content := kept(cell)) is not None}
+    with _claimed(folder, header, count) as held, Interruptions(at_once=True):
+        measured = kept(cells)
         left = [cell for cell in cells if cell.name not in measured]
         new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, left, jobs)
         try:
-            write_json(folder / RESULTS, {**about, "cells": measured}, indent=1)
+            write_json(folder / RESULTS, {**about, "cells": held}, indent=1)
             with contextlib.closing(new):
                 for name, content in new:
-                    measured[name] = content
-                    write_json(folder / RESULTS, {**about, "cells": measured}, indent=1)
+                    held[name] = measured[name] = content
+                    write_json(folder / RESULTS, {**about, "cells": held}, indent=1)
         except Interrupted as error:
             done = f"{len(measured)} of {len(cells)} cells are measured; the same command goes on"
             raise Interrupted(f"{error}: {done}", error.number) from None
@@ -172,10 +172,10 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
     content = _read_json(path)
     held = content.get("experiment")
     _check(held == experiment.name, f"'{path}' is of experiment '{held}', not '{experiment.name}'")
-    scale, seeds, measured = content.get("scale"), content.get("seeds"), content.pop("cells", None)
+    scale, seeds, measured = content.get("scale"), content.get("seeds"), _cells(path, content)
+    content.pop("cells")
     _check(scale in list(experiment.scales), f"'{path}' is damaged (no scale of '{held}'); give another --output")
-    anew = "leave out --report-only, and it is written anew"
-    _check(type(seeds) is int and isinstance(measured, dict), f"'{path}' is damaged (no seeds or no cells); {anew}")
+    _check(type(seeds) is int, f"'{path}' is damaged (no seeds); leave out --report-only, and it is written anew")
     _check(seeds > 0, f"'{path}': nothing has been measured yet; leave out --report-only to measure")
     rows = experiment.at(scale).rows
     known = {cell_name(row.key, seed) for row in rows for seed in range(seeds)}
@@ -183,26 +183,27 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, header: dict[str, Any], seeds: int) -> Iterator[None]:
-    """Keep other processes from measuring in the report folder, which is made, or checked to be of `header`."""
+def _claimed(folder: Path, header: dict[str, Any], seeds: int) -> Iterator[dict[str, Any]]:
+    """Keep other processes from measuring in the report folder, which is made, or checked to be of `header`.
+
+    What it holds of cells, those of more seeds among them, is given.
+    """
     path = folder / RESULTS
     if path.is_file():
         held = {name: _read_json(path).get(name) for name in header}
         told = f"'{folder}' holds experiment '{held['experiment']}' at scale '{held['scale']}'; give another --output"
         _check(held == header, told)
     else:
-        ours = not folder.is_dir() or all(
-            entry.name in (CELLS, WORK) or is_leftover(entry) for entry in folder.iterdir()
-        )
+        ours = not folder.is_dir() or all(entry.name == WORK or is_leftover(entry) for entry in folder.iterdir())
         _check(ours, f"'{folder}' holds other files; give another --output")
         with reporting(CheckpointError, f"cannot write report folder '{folder}'"):
-            (folder / CELLS).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {**header, "seeds": seeds, "cells": {}}, indent=1)
     lock = FolderLock(folder)
     holder = lock.acquire()
     _check(not holder, f"'{folder}' is in use by {holder}; wait for it or give another --output")
     try:
-        yield
+        yield _cells(path, _read_json(path))
     finally:
         lock.release()
 
@@ -212,19 +213,26 @@ def _check(condition: bool, message: str) -> None:
         raise CheckpointError(message)
 
 
-def kept(cell: Cell) -> dict[str, Any] | None:
-    """Return what an earlier run with the same options has measured; None if there is none."""
-    path = _file(cell)
-    if not path.is_file():
-        return None
-    content = _read_json(path)
-    same = content.get("options") == _options(cell)
-    _check(same, f"'{path}' was measured with other options; remove it or give another --output")
-    return content
+def kept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Return by name what earlier runs have measured of `cells`, which are of one report folder.
+
+    `CheckpointError` if it was with other options.
+    """
+    path = cells[0].out / RESULTS
+    held = _cells(path, _read_json(path)) if path.is_file() else {}
+    for cell in cells:
+        same = cell.name not in held or held[cell.name].get("options") == _options(cell)
+        told = "was measured with other options; remove that entry, or give another --output"
+        _check(same, f"'{path}': '{cell.name}' {told}")
+    return {cell.name: held[cell.name] for cell in cells if cell.name in held}
 
 
-def _file(cell: Cell) -> Path:
-    return cell.out / CELLS / f"{cell.place}.json"
+def _cells(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the cells in the content of the results.json at `path`."""
+    cells = content.get("cells")
+    whole = isinstance(cells, dict) and all(isinstance(cell, dict) for cell in cells.values())
+    _check(whole, f"'{path}' is damaged (no cells); remove it to measure anew")
+    return cells
 
 
 def _options(cell: Cell) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def _options(cell: Cell) -> dict[str, Any]:
 
 
 def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
-    """Measure the cell and keep what it measured."""
+    """Return what the cell measures, or how it failed."""
     cell.deadline()
     cell.report(f"== {experiment.name}: {cell.row.label}, seed {cell.seed}")
     begin = time.monotonic()
@@ -242,9 +250,6 @@ def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         content = {"failed": str(error)}
     content = {"options": _options(cell), **content}
     content.setdefault("minutes", (time.monotonic() - begin) / 60)
-    path = _file(cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content, indent=1)
     return content
 
 
