@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import cupyep as ep
 from cupyep.cli import main
-from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime
+from cupyep.errors import CheckpointError, ConfigurationError, DivergenceError, Interrupted, OutOfTime
 from cupyep.experiments import EXPERIMENTS, cells, find, findings, load_results, reproduce, runner, write_report
 from cupyep.experiments.cells import operations_cell, train_cell
 from cupyep.experiments.design import Column, Experiment, Results, Row, Scale, cell_name, seen
@@ -243,6 +243,30 @@ def test_time_that_is_up(tmp_path):
     text = report_text(study(Measure()), results, {"scale": "small"})
     assert "Open: 3 of 4 cells are not measured yet (two/0, one/1, two/1)." in text
     assert "| second row | open | - |" in text
+
+
+def test_rows_by_name_come_first(tmp_path):
+    lines, measure = [], Measure(5.0, 6.0)
+    results = reproduce(study(measure), tmp_path, rows=["two"], report=lines.append)
+    assert [cell[:2] for cell in measure.cells] == [("two", 0), ("two", 1)]
+    assert (results.complete, [line for line in lines if "used up" in line]) == (False, [])
+    rest = Measure(1.0, 2.0)
+    assert reproduce(study(rest), tmp_path, report=silent).complete
+    assert [cell[:2] for cell in rest.cells] == [("one", 0), ("one", 1)]
+    with pytest.raises(ConfigurationError, match="unknown row .tow.*two"):
+        reproduce(study(rest), tmp_path, rows=["one", "tow"], report=silent)
+
+
+def test_dates_are_those_of_the_cells(tmp_path):
+    results = reproduce(study(Measure(1.0, 5.0, 2.0, 6.0)), tmp_path, report=silent)
+    today = results.cells["one/0"]["date"]
+    assert f"on {today}; " in report_text(study(None), results, {"scale": "small", "date": "1999-12-31"})
+    results.cells["one/0"]["date"] = "2001-02-03"
+    assert f"from 2001-02-03 to {today}; " in report_text(study(None), results, {"scale": "small"})
+    del results.cells["two/0"]["date"]
+    assert f"from 1999-12-31 to {today}; " in report_text(
+        study(None), results, {"scale": "small", "date": "1999-12-31"}
+    )
 
 
 def test_defaults_are_for_rows_that_do_not_name_them(tmp_path):

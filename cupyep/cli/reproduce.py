@@ -28,7 +28,8 @@ Examples:
   cupyep reproduce signals --max-minutes 10        ten of them; the same command goes on later
   cupyep reproduce best-cifar10 --scale medium --estimate   how many hours here, by steps timed now
   cupyep reproduce best-cifar10 --scale medium     hours; stopped, the same command goes on
-  cupyep reproduce best-cifar10 --scale medium --status     how far it is
+  cupyep reproduce best-cifar10 --scale medium --status     how far it is, by the rows' keys
+  cupyep reproduce vgg7-kd-cifar10 --scale medium --rows bp,kd   some rows of the table first
   cupyep reproduce vgg7-kd-cifar10 --scale full    the paper's size, hours on a GPU
   cupyep reproduce baseline --precision float16    in halves
 """
@@ -45,6 +46,7 @@ Examples:
     "cores; full: the paper's size, hours on a GPU. Not every experiment has every scale.",
 )
 @click.option("--seeds", type=click.IntRange(1), help="Number of seeds.  [default: the experiment's]")
+@click.option("--rows", help="Keys of rows, as a,b, to measure now; the others are left for later.  [default: all]")
 @click.option(
     "--max-minutes",
     type=click.FloatRange(0, min_open=True),
@@ -77,6 +79,7 @@ def reproduce(
     show_list: bool,
     scale: str,
     seeds: int | None,
+    rows: str | None,
     max_minutes: float | None,
     output: Path | None,
     jobs: int,
@@ -107,11 +110,20 @@ def reproduce(
     chosen = {"--seeds": seeds, **{option_name(name): value for name, value in defaults.items()}}
     looks = [word for word, given in (("--status", show_status), ("--estimate", estimate)) if given]
     if report_only:
-        idle = {**chosen, "--max-minutes": max_minutes, **{option_name(name): value for name, value in place.items()}}
+        idle = {
+            **chosen,
+            "--rows": rows,
+            "--max-minutes": max_minutes,
+            **{option_name(name): value for name, value in place.items()},
+        }
         for option, value in idle.items():
             require(value is None, f"{option} is for measuring: leave it or --report-only out")
     if looks:
-        for option, given in (("--max-minutes", max_minutes is not None), ("--report-only", report_only)):
+        for option, given in (
+            ("--rows", rows is not None),
+            ("--max-minutes", max_minutes is not None),
+            ("--report-only", report_only),
+        ):
             require(not given, f"{looks[0]} measures nothing: leave it or {option} out")
         require(not estimate or experiment.measure not in UNTRAINED, f"experiment '{name}' trains nothing to estimate")
         if jobs > 1:
@@ -124,6 +136,7 @@ def reproduce(
         words = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         command = shlex.join(["cupyep", "reproduce", name, "--scale", scale, *words])
         how = {"command": command, "quiet": quiet, "report": click.echo, "jobs": jobs, "defaults": defaults}
+        how["rows"] = [key.strip() for key in rows.split(",")] if rows else ()
         try:
             run_experiment(experiment, folder, scale, seeds, max_minutes, place, **how)
         except Interrupted:

@@ -100,8 +100,10 @@ def _circumstances(results: Results, about: Mapping[str, Any]) -> str:
     where = system.get("gpu", "") if not system.get("gpu", "none").startswith("none") else "CPU"
     seeds = f"± is the standard deviation over {results.seeds} seeds." if results.seeds > 1 else "One seed."
     versions = f"cupyep {system.get('cupyep')}, NumPy {system.get('numpy')}, Python {system.get('python')}"
+    dates = sorted({cell.get("date", about.get("date", "")) for cell in results.cells.values()})
+    when = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}" if dates else ""
     return (
-        f"---\n\nMade by `{about.get('command', '')}` on {about.get('date', '')}; {where}, {minutes:.0f} minutes of "
+        f"---\n\nMade by `{about.get('command', '')}` {when}; {where}, {minutes:.0f} minutes of "
         f"training and measuring in all ({system.get('threads', '')}); {versions}. {seeds} All figures are in "
         "results.json."
     )

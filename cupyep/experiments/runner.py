@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cupyep.commands.system import system_report
-from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, reporting, require
+from cupyep.errors import CheckpointError, DivergenceError, Interrupted, OutOfTime, choose, reporting, require
 from cupyep.experiments.design import WORK, Cell, Experiment, Results, cell_name
 from cupyep.experiments.processes import check_stop, side_by_side
 from cupyep.files import FolderLock, is_leftover, read_json, write_json
@@ -41,6 +41,7 @@ def reproduce(
     report: Callable[[str], None] = print,
     jobs: int = 1,
     defaults: dict[str, Any] | None = None,
+    rows: Sequence[str] = (),
 ) -> Results:
     """Measure every cell that the report folder `out` lacks and write its results.json.
 
@@ -64,11 +65,13 @@ def reproduce(
         `find` knows. Narrow networks leave a second core idle.
     defaults : dict, optional
         Options for the rows that do not name them: precision.
+    rows : sequence of str
+        Keys of the rows to measure now, the others are left for later; none named, all.
 
     Returns
     -------
     Results
-        Incomplete where the minutes did not suffice.
+        Incomplete where the minutes or the rows named did not suffice.
 
     Raises
     ------
@@ -84,10 +87,11 @@ def reproduce(
     end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     cells = cells_of(experiment, folder, scale, seeds, overrides, defaults, report, quiet, partial(_in_time, end))
     plan, count = experiment.at(scale), cells[-1].seed + 1
+    now = {choose("row", key, [row.key for row in plan.rows]) for key in rows} or {row.key for row in plan.rows}
     about = {**header, **_circumstances(command), "seeds": count}
     with _claimed(folder, header, count) as held, Interruptions(at_once=True):
         measured = kept(cells)
-        left = [cell for cell in cells if cell.name not in measured]
+        left = [cell for cell in cells if cell.name not in measured and cell.row.key in now]
         new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, left, jobs)
         try:
             write_json(folder / RESULTS, {**about, "cells": held}, indent=1)
@@ -98,7 +102,7 @@ def reproduce(
         except Interrupted as error:
             done = f"{len(measured)} of {len(cells)} cells are measured; the same command goes on"
             raise Interrupted(f"{error}: {done}", error.number) from None
-    if len(measured) < len(cells):
+    if any(cell.name not in measured for cell in left):
         report(f"{max_minutes:g} minutes are used up: {len(measured)} of {len(cells)} cells are measured")
     return Results(plan.rows, measured, count)
 
@@ -248,7 +252,7 @@ def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         content = experiment.measure(cell)
     except DivergenceError as error:  # that a setting fails is a result
         content = {"failed": str(error)}
-    content = {"options": _options(cell), **content}
+    content = {"options": _options(cell), "date": _today(), **content}
     content.setdefault("minutes", (time.monotonic() - begin) / 60)
     return content
 
@@ -257,8 +261,11 @@ def _circumstances(command: str) -> dict[str, Any]:
     """Return what the figures depend on besides the options."""
     system = dict(system_report())
     names = ("cupyep", "python", "device auto", "gpu", "numpy", "blas", "threads")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return {"command": command, "date": now.date().isoformat(), "system": {name: system[name] for name in names}}
+    return {"command": command, "date": _today(), "system": {name: system[name] for name in names}}
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
