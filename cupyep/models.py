@@ -78,7 +78,8 @@ def _resnet(layers: str) -> Architecture:
 
 # VGG-N has N weight layers, the readout included. VGG-5 is the network of Laborieux et al. (2021, arXiv 2101.05536).
 # The widths of the deeper ones are not published in arXiv 2508.15989; they are this project's own choice. Hopfield-
-# ResNet13 (arXiv 2509.26003) has 13, its skips and the readout included. The resnets are our own, for weak feedback.
+# ResNet13 (arXiv 2509.26003) has 13, its skips and the readout included. The resnets are for weak feedback: resnet9 has
+# the layers of D. Page's (DAWNBench, 2018), without batch normalization; resnet18 is our own.
 TABLE = {
     "vgg5": Architecture("128p 256p 512p 512p", valid=True),
     "vgg7": Architecture("128 128p 256 256p 512p 512p"),
@@ -87,7 +88,7 @@ TABLE = {
     "vgg12": Architecture("128 128p 256 256 256p 512 512 512p 512 512 512p"),
     "vgg16": Architecture("128 128p 256 256 256p 512 512 512p 512 512 512p 512 512 512 512p"),
     "hopfield-resnet13": Architecture("128+128s 256+256s 512+512s 512+512s", "relu6", gains=(0.7, 1.0)),
-    "resnet9": _resnet("64 128s 128+128 256s 512s 512+512"),
+    "resnet9": _resnet("64 128p 128+128 256p 512p 512+512"),
     "resnet18": _resnet("64 64+64 64+64 128s+128 128+128 256s+256 256+256 512s+512 512+512"),
 }
 ARCHITECTURES = tuple(TABLE)  # others in the table are of plugins

@@ -29,7 +29,7 @@ pytest.importorskip("matplotlib")
 NET = "--arch hopfield-resnet13 --activation relu --weights standardized --readout-pool global --batch-size 100"
 BEST = f"{NET} --epochs 30 --optimizer adam --lr 0.004 --cutout 8 --ema 0.999 --seed 0"
 EP = "--feedback 0.03 --scheme tangent --free-steps 1 --nudged-steps 1 --schedule sweeps"
-BEST100 = f"{BEST} --width 0.5 --dataset cifar100 --epochs 16 --label-smoothing 0.1"
+BEST100 = f"{BEST} --arch resnet9 --width 0.5 --dataset cifar100 --epochs 16 --label-smoothing 0.1"
 VGG = "--width 0.25 --batch-size 64"
 CONTRACTING = (
     "--feedback 1 --gain 0.5 --weights standardized --lr 2e-3 --scheme tangent --schedule evenodd --free-steps 8 "
@@ -83,7 +83,7 @@ def test_rows_are_what_was_predicted(name, key, parsed):
 def test_the_recipe_of_the_best_network_is_its_row(data):
     (row,) = (row for row in find(f"best-{data}").at("medium").rows if row.key == "ep")
     config = make_config(row.options)
-    recipe = make_config(read_recipe(f"hopfield-resnet13-feedback{config.feedback}-{data}"))
+    recipe = make_config(read_recipe(f"{config.arch}-feedback{config.feedback}-{data}"))
     assert differing(recipe, make_config({**row.options, "seed": 0})) == []
 
 
