@@ -279,12 +279,13 @@ def test_mlp():
     assert squared.state_shapes == [(12,), (10,)]
 
 
-@pytest.mark.parametrize(("arch", "weights", "side"), [("resnet9", 9, 4), ("resnet18", 18, 4)])
-def test_resnets_of_our_own(arch, weights, side):
-    """The skips aside, N weights; the readout sees one average a channel."""
+@pytest.mark.parametrize(("arch", "weights", "side", "pooled"), [("resnet9", 9, 4, 3), ("resnet18", 18, 4, 0)])
+def test_resnets_for_weak_feedback(arch, weights, side, pooled):
+    """The skips aside, N weights; ResNet-9 pools three times; the readout sees one average a channel."""
     net = ep.build(arch, **PLAIN)
     own = [path for path in net.parameters() if path.endswith("weight") and path.count(".") == 2]
     assert len(own) + 1 == weights
+    assert sum(edge.has_winners for edge in net.graph.edges) == pooled
     assert net.state_shapes[-1] == (side, side, 16)
     assert net.readout.pool == side
     assert net.parameters()["readout.weight"].shape == (16, 10)
