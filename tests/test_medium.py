@@ -29,7 +29,9 @@ pytest.importorskip("matplotlib")
 NET = "--arch hopfield-resnet13 --activation relu --weights standardized --readout-pool global --batch-size 100"
 BEST = f"{NET} --epochs 30 --optimizer adam --lr 0.004 --cutout 8 --ema 0.999 --seed 0"
 EP = "--feedback 0.03 --scheme tangent --free-steps 1 --nudged-steps 1 --schedule sweeps"
-BEST100 = f"{BEST} --arch resnet9 --width 0.5 --dataset cifar100 --epochs 16 --label-smoothing 0.1"
+RESNET9 = f"{BEST} --arch resnet9 --width 0.5"
+BEST10 = f"{RESNET9} --dataset cifar10 --epochs 20"
+BEST100 = f"{RESNET9} --dataset cifar100 --epochs 16 --label-smoothing 0.1"
 VGG = "--width 0.25 --batch-size 64"
 CONTRACTING = (
     "--feedback 1 --gain 0.5 --weights standardized --lr 2e-3 --scheme tangent --schedule evenodd --free-steps 8 "
@@ -39,6 +41,8 @@ CONTRACTING = (
 PREDICTED = {
     ("best-cifar10", "ep"): f"{BEST} --width 0.5 --dataset cifar10 {EP}",
     ("best-cifar10", "bp"): f"{BEST} --width 0.5 --dataset cifar10 --feedback 0.03 --algorithm bp",
+    ("resnet9-cifar10", "ep"): f"{BEST10} {EP} --feedback 0.01",
+    ("resnet9-cifar10", "bp"): f"{BEST10} --feedback 0.03 --algorithm bp",
     ("best-cifar100", "ep"): f"{BEST100} {EP} --feedback 0.01",
     ("best-cifar100", "bp"): f"{BEST100} --feedback 0.03 --algorithm bp",
     ("best-fashion-mnist", "ep"): f"{BEST} --width 0.25 --epochs 10 --dataset fashion-mnist {EP} --feedback 0.01",
@@ -79,16 +83,16 @@ def test_rows_are_what_was_predicted(name, key, parsed):
     assert differing(make_config({**row.options, "seed": 0}), parsed(PREDICTED[name, key])) == []
 
 
-@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
-def test_the_recipe_of_the_best_network_is_its_row(data):
-    (row,) = (row for row in find(f"best-{data}").at("medium").rows if row.key == "ep")
+@pytest.mark.parametrize("name", ["best-cifar10", "resnet9-cifar10", "best-cifar100"])
+def test_the_recipe_of_the_best_network_is_its_row(name):
+    (row,) = (row for row in find(name).at("medium").rows if row.key == "ep")
     config = make_config(row.options)
-    recipe = make_config(read_recipe(f"{config.arch}-feedback{config.feedback}-{data}"))
+    recipe = make_config(read_recipe(f"{config.arch}-feedback{config.feedback}-{config.dataset}"))
     assert differing(recipe, make_config({**row.options, "seed": 0})) == []
 
 
 def test_rows_of_weak_feedback_begin_as_bp():
-    for name in ("best-cifar10", "best-cifar100", "hopfield-resnet13", "vgg7-kd-cifar10", "vgg11-kd-cifar100"):
+    for name in ("best-cifar10", "resnet9-cifar10", "best-cifar100", "hopfield-resnet13", "vgg7-kd-cifar10", "vgg11-kd-cifar100"):
         rows = {row.key: make_config(row.options) for row in find(name).at("medium").rows}
         for key, config in rows.items():
             if config.feedback < 0.3 and config.algorithm == "ep":
