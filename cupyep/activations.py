@@ -42,11 +42,11 @@ class Activation:
 
     def value(self, g: Any, out: Any) -> None:
         """Write sigma(g) into `out`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define value(g, out)")
 
     def slope(self, g: Any, out: Any) -> None:
         """Write the derivative sigma'(g) into `out`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define slope(g, out)")
 
     def slope_bytes(self, shape: tuple[int, ...]) -> int:
         """Return how many bytes `slope` takes on the way, for arrays of this shape."""
@@ -64,11 +64,11 @@ class Activation:
         scratch : pair of arrays
             All four have one shape.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define increment(g, dg, scratch)")
 
     def potential(self, s: Any) -> Any:
         """Return an integral of sigma^-1 at `s`, element by element (up to a constant)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define potential(s)")
 
 
 class Clip(Activation):

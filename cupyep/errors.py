@@ -7,6 +7,7 @@ import difflib
 import math
 import numbers
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ class PrecisionWarning(UserWarning):
 
 class GraphWarning(UserWarning):
     """Work could not be captured in a CUDA graph; it is done by plain launches, slower and with the same results."""
+
+
+def outside() -> int:
+    """Return the `stacklevel` with which a warning of the function that asks shows the line that called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("cupyep."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @contextlib.contextmanager

@@ -187,8 +187,11 @@ class Graph:
 
 
 def node_weights(depths: Sequence[int], feedback: float) -> list[float]:
-    """Return ``a_j = feedback^-(D - depth_j)`` of nodes of some depths, D that of the last."""
-    return [feedback ** -(depths[-1] - depth) for depth in depths]
+    """Return ``a_j = feedback^-(D - depth_j)`` of nodes of some depths, D that of the last; infinite beyond floats."""
+    try:
+        return [feedback ** -(depths[-1] - depth) for depth in depths]
+    except OverflowError:
+        return [math.inf] * len(depths)
 
 
 def _check_names(connections: Sequence[Connection]) -> None:

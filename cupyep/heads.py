@@ -54,7 +54,7 @@ class LossTerm:
 
     def loss(self, state: Any, target: Any) -> Any:
         """Return the loss a sample, shape (B,), of `state` (B, *shape)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define loss(state, target)")
 
     def scratch_size(self, samples: int) -> int:
         """Return the elements of scratch that `add_force` wants for a batch."""
@@ -72,7 +72,7 @@ class LossTerm:
         scratch : array of shape (scratch_size(B),), optional
             Of the type of `force`; what it needs is allocated otherwise.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define add_force(state, target, scale, force, scratch)")
 
     def capture_key(self) -> tuple[Any, ...] | None:
         """Return all that `add_force` depends on besides its arguments: settings, and addresses of arrays.

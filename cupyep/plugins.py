@@ -19,7 +19,7 @@ from typing import Any
 
 from cupyep import activations, models
 from cupyep.activations import ACTIVATIONS, Activation
-from cupyep.errors import ConfigurationError, CupyepError, instance, one_line, require, shown
+from cupyep.errors import ConfigurationError, CupyepError, instance, items, number, one_line, require, shown
 from cupyep.files import expanded
 from cupyep.models import TABLE, Architecture, architecture
 from cupyep.signals import Augmenter
@@ -58,6 +58,8 @@ def register_architecture(
     known = ("activation", "weights", "readout_pool", "gains")
     wrong = next((key for key in defaults if key not in known), None)
     require(wrong is None, f"an architecture has the defaults {', '.join(known)}, not '{wrong}'")
+    gains = [number("gains", gain, above=0) for gain in items("gains", defaults.get("gains", (1, 1)))]
+    require(len(gains) == 2, f"gains are two, of strong and of weak feedback, not {len(gains)}")
     TABLE[name] = Architecture(layers, **defaults)
 
 

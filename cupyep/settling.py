@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import array_module
-from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, require
+from cupyep.errors import ConvergenceWarning, choose, flag, integer, number, outside, require
 from cupyep.losses import SquaredError
 from cupyep.program import SCHEDULES
 from cupyep.showing import Shown
@@ -274,5 +274,5 @@ def _warn(stats: SettleStats, phase: str, label: Callable[[int], str]) -> None:
         f"{stats.per_sample[layer - 1].max():.2g} > {stats.tolerance:.2g} "
         f"({unsettled} of {stats.per_sample.shape[1]} samples); {remedy}",
         ConvergenceWarning,
-        stacklevel=4,
+        stacklevel=outside(),
     )

@@ -21,6 +21,7 @@ class State(Shown):
     ----------
     layers : list of arrays (B, *shape)
         s^1 .. s^L, of the nodes in topological order. With several phases in one batch, B = phases * N, phase-major.
+        None where `settle_nudged` leaves deviations alone.
     drives : list of arrays or None
         Total drive g^n of the last update, ``s^n = sigma(g^n)``.
     winners : list of uint8 arrays or None
@@ -44,10 +45,11 @@ class State(Shown):
     buffers: PhaseBuffers | None = None
 
     def facts(self) -> dict[str, str]:
-        states = ", ".join("x".join(map(str, s.shape[1:])) for s in self.layers)
+        arrays = self.layers or self.deviations or []
+        states = ", ".join("x".join(map(str, s.shape[1:])) for s in arrays)
         ended = {} if self.stats is None else self.stats.facts()
         form = {} if self.deviations is None else {"form": "deviations from the free state"}
-        return {"samples": str(len(self.layers[0])), "layers": states, **form, **ended}
+        return {"samples": str(len(arrays[0]) if arrays else 0), "layers": states, **form, **ended}
 
     @property
     def end(self) -> int:

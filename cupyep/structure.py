@@ -166,6 +166,7 @@ class Structure:
         """The energy that this network's free phase settles in."""
         made_of = (self.activation, self.feedback)
         if self._energy is None or (self._energy.activation, self._energy.feedback) != made_of:
+            self.checked_feedback(self.feedback)  # which may have been assigned
             self._energy = HopfieldEnergy(self.graph, *made_of, self.device, self.precision)
         return self._energy
 
@@ -273,10 +274,12 @@ class Structure:
     def check_start(self, start: State, samples: int, name: str = "start") -> None:
         """Raise ConfigurationError unless the argument `name` is a state of so many samples of this network."""
         instance(name, start, State, "a state that settle() returned")
+        found, wanted = [tuple(s.shape) for s in start.layers], [(samples, *shape) for shape in self.state_shapes]
+        count = found[0][0] if found else 0  # none: deviations alone, which settle_nudged returns
         require(
-            [tuple(s.shape) for s in start.layers] == [(samples, *shape) for shape in self.state_shapes],
-            f"the {name} state has {len(start.layers[0])} samples in {len(start.layers)} layers, "
-            f"the batch {samples} in {self.depth}, and their shapes must agree",
+            found == wanted,
+            f"the {name} state has {count} samples in {len(found)} layers, the batch {samples} in {self.depth}, and "
+            "their shapes must agree",
         )
 
     def outputs(self, last: Any) -> Any:

@@ -154,3 +154,10 @@ def test_a_precision_is_compared_where_it_holds_the_free_state_and_where_it_find
     for key, values in expected.items():
         np.testing.assert_allclose([row[key] for row in rows], values, rtol=1e-12, err_msg=key)
     assert not np.allclose(expected["cosine_float32"], expected["cosine_from_zeros"], rtol=1e-6)
+
+
+def test_no_unrolled_steps_are_refused():
+    net = network()
+    batch = batch_of(net, 2)
+    with pytest.raises(ep.ConfigurationError, match="unrolled_steps"):
+        ep.check_gradients(net, batch.images, batch.labels, unrolled_steps=0)

@@ -140,19 +140,19 @@ class Learned(ep.Augmenter):
 
 SIGNALS = [
     (WrongSign([1, 2]), "WrongSign, layer 1: the gradient has the wrong sign"),
-    (Doubled([1, 2]), "Doubled, layer 1: the gradient is 2 times that of the loss"),
+    (Doubled([1, 2]), "Doubled, layer 1: the gradient is 2 times what it should be"),
     (Mean([1, 2]), "the gradient is 0.3333 times"),
     (Narrow([1]), r"Narrow, layer 1: the gradient has shape \(3, 1, 3, 3\), the state \(3, 3, 3, 3\)"),
     (Summed([1]), r"the loss has shape \(\), not one number a sample, \(3,\)"),
     (Unsummed([1]), r"the loss has shape \(3, 3, 3, 3\), not one number a sample"),
     (Mixed([1]), "the loss of a sample depends on the others"),
-    (OtherLayer([1, 2]), "OtherLayer, layer 2: the gradient is not the derivative"),
+    (OtherLayer([1, 2]), "OtherLayer, layer 2: the gradient is not what finite differences give"),
     (InPlace([1]), "the gradient changes the state"),
     (Short([1]), "the target has 1 rows for 3 samples"),
     (NoKappa([1, 2]), r"does not follow kappa \(layers \[1, 2\]\)"),
     (WithTerm("written"), "the gradient is written over what was there"),
     (WithTerm("unscaled"), "without its scale"),
-    (WithTerm("half"), "not the derivative"),
+    (WithTerm("half"), "not what finite differences give"),
     (WithTerm("layer"), "its term for layer 2 says that it looks at layer 3"),
     (Learned(2.0), "the gradient of 'weight' is 2 times"),
     (Learned(-1.0), "the gradient of 'weight' has the wrong sign"),
@@ -251,7 +251,7 @@ class Soft(ep.Activation):
         ("unwritten", r"value\(g, out\) does not write into all"),
         ("slope", "slope is 2 times what it should be"),
         ("slope sign", "slope has the wrong sign"),
-        ("power", "slope is .* where differences of values say"),
+        ("power", "slope is not what finite differences give"),
         ("alias", r"slope\(g, out\) is another one where `out` is g itself"),
         ("increment", "increment is 0.5 times"),
         ("difference", "increment for a small dg"),
@@ -389,3 +389,29 @@ def test_a_check_leaves_an_edge_as_it_is():
     kept = edge.weight.copy()
     ep.check_edge(edge)
     np.testing.assert_array_equal(net.parameters()["layers.1.weight"], kept)
+
+
+class Unfinished(ep.Activation):
+    name = "unfinished"
+
+    def value(self, g, out):
+        np.tanh(g, out=out)
+
+
+class Empty(ep.Edge):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: ep.check_activation(Unfinished()), r"activation unfinished: .* must define slope\(g, out\)"),
+        (lambda: ep.check_edge(Empty()), "^Empty: .*weight_shape"),
+        (lambda: ep.check_signal(ep.Augmenter([1]), network()), r"^Augmenter: .* must define loss\(layer, state, target\)"),
+        (lambda: ep.check_signal(Right([1]), network(), batch_of(network(), 3).images), "targets are missing"),
+    ],
+)
+def test_what_was_forgotten_is_named_in_one_line(check, message):
+    with pytest.raises(ep.ConfigurationError, match=message) as found:
+        check()
+    assert "\n" not in str(found.value)

@@ -430,3 +430,12 @@ def test_relaxation_that_cannot_settle_is_refused(learner):
         ep.ConfigurationError, match=r"relaxation 1.5 with synchronous updates .* use schedule 'evenodd'"
     ):
         learner(network("dense"), schedule="synchronous", relaxation=1.5)
+
+
+def test_a_state_that_did_not_settle_has_no_winners_to_compare_with():
+    net = network()
+    batch = batch_of(net, 2)
+    arrays = [s.copy() for s in net.settle(batch).layers]
+    learner = ep.EquilibriumPropagation(net, scheme="onesided", nudge="classical")
+    with pytest.raises(ep.ConfigurationError, match=r"pass what settle\(\) returned"):
+        learner.step_from(batch, ep.State(arrays))

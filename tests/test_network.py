@@ -449,3 +449,15 @@ def test_edges_belong_to_one_network():
     for _ in range(2):
         ends = [("image", "a", ep.Linear((4,), 4)), ("a", "b", ep.Linear((4,), 4)), ("image", "b", same)]
         ep.Network([ep.Connection(*each) for each in ends], 3, device="cpu")
+
+
+@pytest.mark.parametrize(("layers", "feedback"), [("8 8 8", 1e-120), ("mlp:" + ",".join(["4"] * 40), 1e-8)])
+def test_feedback_too_weak_for_any_number(layers, feedback):
+    """lambda^-(L-1) beyond float64: when the network is made, and when it is assigned."""
+    shape = (4, 4, 1)
+    with pytest.raises(ep.ConfigurationError, match="makes layer weights of .*, too large for float32; raise"):
+        ep.build(layers, 3, shape, feedback=feedback, device="cpu")
+    net = ep.build(layers, 3, shape, feedback=0.9, device="cpu")
+    net.feedback = feedback
+    with pytest.raises(ep.ConfigurationError, match="too large for float32"):
+        net.settle(np.ones((1, *shape), np.float32))

@@ -485,3 +485,9 @@ def test_a_builder_may_return_what_none_takes(made, message, forget):
     ep.register_architecture("mine", lambda *_: made)
     with pytest.raises(ep.ConfigurationError, match=message):
         ep.build("mine", 3, (2, 2, 1), loss="squared_error", device="cpu")
+
+
+@pytest.mark.parametrize("gains", [0.5, (0.5,), (0.5, -1), "ab"])
+def test_gains_that_are_not_two_numbers(gains):
+    with pytest.raises(ep.ConfigurationError, match="gains"):
+        ep.register_architecture("gainless", "4p 6", gains=gains)

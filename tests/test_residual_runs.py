@@ -402,7 +402,7 @@ def test_a_wrong_signal_is_named_by_its_node():
         def gradient(self, layer, state, target):
             return 4 * state
 
-    with pytest.raises(ConfigurationError, match="^Doubled, node c: the gradient is 2 times that of the loss"):
+    with pytest.raises(ConfigurationError, match="^Doubled, node c: the gradient is 2 times what it should be"):
         check_signal(Doubled(["c"]), residual())
 
 

@@ -258,3 +258,10 @@ def test_watching_does_not_touch(device, nudge, schedule, relaxation, how):
     free = phases[True][0]
     for s, g in zip(free.layers, free.drives, strict=True):
         np.testing.assert_allclose(device.to_numpy(s), 1 / (1 + np.exp(2 - 4 * device.to_numpy(g))), rtol=1e-12)
+
+
+def test_the_warning_shows_the_line_that_asked():
+    net = ep.build("8 8", 4, (4, 4, 1), device="cpu", feedback=1.0)
+    with pytest.warns(ep.ConvergenceWarning) as caught:
+        net.settle(np.ones((2, 4, 4, 1)), steps=1, tolerance=1e-9)
+    assert caught[0].filename == __file__

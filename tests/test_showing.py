@@ -60,6 +60,14 @@ def test_states_say_how_they_settled():
     assert "residual" not in shown(free.part(slice(0, 1)))
     nudged = net.settle(batch, net.settle(batch, steps=5), targets=batch, beta=0.1, nudge="deviation", steps=3)
     assert shown(nudged)["form"] == "deviations from the free state"
+    learner = ep.EquilibriumPropagation(net)
+    alone = learner.settle_nudged(batch, learner.settle_free(batch), [0.5, -0.5], net.nudges(batch))
+    assert shown(alone)["samples"] == "6"
+    assert shown(alone)["layers"] == facts["layers"]
+    assert "samples: 0" in repr(ep.State([]))
+    for nothing in (alone, ep.State([])):
+        with pytest.raises(ep.ConfigurationError, match="the start state has 0 samples in 0 layers, the batch 3 in 3"):
+            net.settle(batch, nothing)
 
 
 @pytest.mark.parametrize("kind", ["ep", "bptt", "bp"])

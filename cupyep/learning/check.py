@@ -133,7 +133,7 @@ def bptt_gradients(
 
     `DivergenceError` if they never stop changing, as at a state that is no stable equilibrium.
     """
-    learner = BackpropagationThroughTime(network, unrolled_steps=steps or 1, signals=signals)
+    learner = BackpropagationThroughTime(network, unrolled_steps=1 if steps is None else steps, signals=signals)
     if steps is not None:
         return learner.step_from(batch, free).gradients
     result, residual = learner.step_from_equilibrium(batch, free)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.activations import ACTIVATIONS, BUILT_IN, Activation, Clip, Tanh
+from cupyep.activations import ACTIVATIONS, BUILT_IN, Activation
 from cupyep.backend import Device, get_device, get_precision
 from cupyep.batch import Batch
 from cupyep.errors import ConfigurationError, instance, require
@@ -20,6 +20,7 @@ from cupyep.heads import Head, LossTerm
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.memory.workspace import Memory
 from cupyep.network import Network
+from cupyep.plugins import foreign_code
 from cupyep.signals import Augmenter
 
 SAMPLES = 3
@@ -31,7 +32,7 @@ EXACT = 1e-9  # of sums in another order
 
 def check_parts(network: Network, signals: Sequence[Augmenter] = (), batch: Batch | None = None) -> None:
     """Check whatever in `network` and `signals` is not the package's own; see `check_signal` for the errors."""
-    if type(network.activation) not in (Clip, Tanh, *(type(ACTIVATIONS[name]) for name in BUILT_IN)):
+    if type(network.activation) not in {type(ACTIVATIONS[name]) for name in BUILT_IN}:
         check_activation(network.activation)
     for edge in network.layers:
         if type(edge) not in (Conv2d, Identity, Linear):
@@ -58,11 +59,15 @@ def check_signal(signal: Augmenter, network: Network, batch: Batch | None = None
         Says what is wrong: a shape, a sign, a factor, or what was forgotten.
     """
     batch = _few(instance("network", network, Network), batch)
-    twin = copy.copy(instance("signal", signal, Augmenter))
+    name = type(instance("signal", signal, Augmenter)).__name__
+    with foreign_code(name, ConfigurationError):
+        _check_signal(name, copy.copy(signal), network, batch)
+
+
+def _check_signal(name: str, twin: Augmenter, network: Network, batch: Batch) -> None:
     twin.network = None
     twin.layers = [network.graph.node(layer) for layer in twin.layers]
     twin.bind(network.state_shapes, network.classes, network.device, np.dtype(np.float64))
-    name = type(signal).__name__
     for layer in twin.layers:
         term = twin.term(layer)
         require(
@@ -75,7 +80,7 @@ def check_signal(signal: Augmenter, network: Network, batch: Batch | None = None
 
 def _few(network: Network, batch: Batch | None) -> Batch:
     if batch is not None:
-        return network.batch(batch).part(slice(0, SAMPLES))
+        return network.labelled(batch).part(slice(0, SAMPLES))
     generator, rows = np.random.default_rng(0), np.arange(SAMPLES)
     images = generator.uniform(size=(SAMPLES, *network.input_shape))
     return network.batch(Batch(images, rows % network.classes, rows, np.zeros(SAMPLES, np.uint8)))
@@ -155,15 +160,15 @@ def _check_parameter(
     judge(what, truth, added, written)
 
 
-def judge(what: str, truth: Any, added: Any, written: Any, scale: Any = None) -> None:
+def judge(what: str, truth: Any, added: Any, written: Any = None, scale: Any = None) -> None:
     """Raise `ConfigurationError` unless `added` is ``scale * truth``; it says in which way it is not.
 
     Each is a sequence of arrays (B,), a direction each: the difference quotient (`truth`), what was `added` along it,
-    and what lies there now (`written`). The `scale` (B,) is 1 by default.
+    and what lies there now (`written`, where it was not empty). The `scale` (B,) is 1 by default.
     """
     truth, added, written = (
         np.array([np.asarray(row.get() if hasattr(row, "get") else row, float) for row in rows])
-        for rows in (truth, added, written)
+        for rows in (truth, added, added if written is None else written)
     )
     expected = truth if scale is None else scale * truth
     size = max(np.abs(expected).max(), np.abs(added).max(), 1e-12)
@@ -182,10 +187,10 @@ def judge(what: str, truth: Any, added: Any, written: Any, scale: Any = None) ->
             raise ConfigurationError(f"{what} is added without its scale (-beta kappa a sample){word}")
     factor = float((added * expected).sum() / max((expected * expected).sum(), 1e-300))
     if factor != 0 and alike(added, factor * expected):
-        raise ConfigurationError(f"{what} is {factor:.4g} times that of the loss, a factor too much")
+        raise ConfigurationError(f"{what} is {factor:.4g} times what it should be")
     norms = np.linalg.norm(added) * np.linalg.norm(expected)
     cosine = float((added * expected).sum() / norms) if norms else 0.0
-    raise ConfigurationError(f"{what} is not the derivative: finite differences give another one (cosine {cosine:.3f})")
+    raise ConfigurationError(f"{what} is not what finite differences give (cosine {cosine:.3f})")
 
 
 def _check_kappa(name: str, twin: Augmenter, batch: Batch) -> None:
@@ -214,6 +219,11 @@ def check_activation(activation: Activation) -> None:
         Says what is wrong.
     """
     name = f"activation {instance('activation', activation, Activation).name or type(activation).__name__}"
+    with foreign_code(name, ConfigurationError):
+        _check_activation(name, activation)
+
+
+def _check_activation(name: str, activation: Activation) -> None:
     generator = np.random.default_rng(0)
     g = generator.uniform(-4, 4, (50, 8))
 
@@ -233,20 +243,17 @@ def check_activation(activation: Activation) -> None:
     right, middle, left = at(g + STEP), at(g), at(g - STEP)
     smooth = np.abs(right - 2 * middle + left) < STEP * STEP * 1e3  # no kink in between
     slope, quotient = at(g, "slope"), (right - left) / (2 * STEP)
-    _compare(f"{name}: slope", slope[smooth], quotient[smooth])
+    judge(f"{name}: slope", [quotient[smooth]], [slope[smooth]])
     steep = np.where(smooth & (np.abs(quotient) > 1e-2), slope, 0)
     for size in (1.0, 1e-3, 1e-20):
         dg = size * generator.uniform(-1, 1, g.shape)
         change, scratch = dg.copy(), (np.empty_like(g), np.empty_like(g))
         activation.increment(g, change, scratch)
         if size > 1e-6:
-            _compare(f"{name}: increment", change, at(g + dg) - middle)
+            judge(f"{name}: increment", [at(g + dg) - middle], [change])
         else:  # there only the slope is left; a difference of two values has no digits
-            _compare(
-                f"{name}: increment for a small dg (no difference of two values)",
-                (change * (steep != 0)) / size,
-                steep * dg / size,
-            )
+            what = f"{name}: increment for a small dg (no difference of two values)"
+            judge(what, [steep * dg / size], [change * (steep != 0) / size])
     _check_potential(name, activation, g, middle, steep)
 
 
@@ -260,22 +267,7 @@ def _check_potential(name: str, activation: Activation, g: Any, s: Any, steep: A
     except (ConfigurationError, NotImplementedError):
         return
     require(quotient.shape == g[rows].shape, f"{name}: potential(s) must have the shape of s")
-    _compare(f"{name}: the derivative of the potential at sigma(g), which must be g,", quotient, g[rows])
-
-
-def _compare(what: str, found: np.ndarray, expected: np.ndarray) -> None:
-    """Raise unless two arrays agree, by a sign or a factor if that is it."""
-    scale = np.abs(expected).max(initial=1e-300)
-    if np.abs(found - expected).max(initial=0) <= TOLERANCE * scale:
-        return
-    factor = float((found * expected).sum() / (expected * expected).sum())
-    if np.abs(found - factor * expected).max() <= TOLERANCE * abs(factor) * scale:
-        how = "has the wrong sign" if abs(factor + 1) < TOLERANCE else f"is {factor:.4g} times what it should be"
-        raise ConfigurationError(f"{what} {how}")
-    worst = int(np.abs(found - expected).argmax())
-    raise ConfigurationError(
-        f"{what} is {found.flat[worst]:.6g} where differences of values say {expected.flat[worst]:.6g}"
-    )
+    judge(f"{name}: the derivative of the potential at sigma(g), which must be g,", [g[rows]], [quotient])
 
 
 def check_edge(edge: Edge, device: Device | str = "cpu") -> None:
@@ -292,7 +284,8 @@ def check_edge(edge: Edge, device: Device | str = "cpu") -> None:
     ConfigurationError
         Says what is wrong.
     """
-    _EdgeCheck(instance("edge", edge, Edge), get_device(device)).run()
+    with foreign_code(type(instance("edge", edge, Edge)).__name__, ConfigurationError):
+        _EdgeCheck(edge, get_device(device)).run()
 
 
 class _EdgeCheck:

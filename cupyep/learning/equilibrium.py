@@ -19,7 +19,7 @@ import numpy as np
 from cupyep.backend import threads
 from cupyep.batch import Batch
 from cupyep.energy import Change
-from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number
+from cupyep.errors import ConfigurationError, PrecisionWarning, choose, instance, number, require
 from cupyep.heads import Nudge
 from cupyep.layers import Conv2d
 from cupyep.learning.gradients import Gradients
@@ -195,6 +195,7 @@ class EquilibriumPropagation(Learner):
         """
         network, samples, images = self.network, part.samples, part.batch.images
         energy, buffers, two = network.energy, nudged.buffers, part.phases == 2
+        require(two or free.winners is not None, "one phase is compared with a settled state: pass what settle() returned")
         ops, response = network.memory.workspace(part.phases * samples).ops, []
         free_nodes = [images, *(s[samples:] if two else free.layers[n] for n, s in enumerate(nudged.layers))]
         if two:
