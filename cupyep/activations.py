@@ -138,14 +138,11 @@ class Tanh(Activation):
         self.high = self.center + self.height
         self.code = ("tanh", (self.center, self.height, self.rate))
 
-    def _tanh(self, g, out):
+    def value(self, g, out):
         xp = array_module(g)
         xp.subtract(g, self.center, out=out)
         out *= self.rate
         xp.tanh(out, out=out)
-
-    def value(self, g, out):
-        self._tanh(g, out)
         out *= self.height
         out += self.center
 

@@ -21,7 +21,6 @@ from cupyep.batch import checked_images
 from cupyep.errors import instance, is_number, items, number, require, shown
 from cupyep.graph import Graph
 from cupyep.heads import Nudge
-from cupyep.layers import Edge
 from cupyep.memory.workspace import Memory, Workspace
 from cupyep.ops.update import SOURCE, CudaUpdateOps, UpdateOps
 from cupyep.state import State
@@ -57,6 +56,8 @@ class HopfieldEnergy:
 
     Attributes
     ----------
+    edges : list of Edge
+        Of each connection.
     weights : list of float
         a_j of each node.
     ratios : list of float
@@ -72,17 +73,13 @@ class HopfieldEnergy:
         precision: Precision,
     ):
         self.graph = layers if isinstance(layers, Graph) else Graph(layers)
+        self.edges = self.graph.edges
         self.activation = instance("activation", activation, Activation)
         self.feedback = number("feedback", feedback, above=0, high=1)
         self.weights, self.ratios = self.graph.weights(self.feedback), self.graph.feedback(self.feedback)
         self.device = instance("device", device, Device)
         self.precision = instance("precision", precision, Precision)
         self.dtype = precision.number
-
-    @property
-    def edges(self) -> list[Edge]:
-        """The edge of each connection."""
-        return self.graph.edges
 
     @functools.cached_property
     def updates(self) -> UpdateOps:

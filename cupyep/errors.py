@@ -80,7 +80,7 @@ class GraphWarning(UserWarning):
 
 
 def outside() -> int:
-    """Return the `stacklevel` with which a warning of the function that asks shows the line that called this package."""
+    """Return the `stacklevel` with which a warning of the caller shows the line that called this package."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("cupyep."):
         frame, level = frame.f_back, level + 1
@@ -103,6 +103,17 @@ def needing(what: str, kind: type[CupyepError] = ConfigurationError) -> Iterator
         yield
     except ImportError:
         raise kind(what) from None
+
+
+@contextlib.contextmanager
+def foreign_code(what: str, kind: type[CupyepError] = CupyepError) -> Iterator[None]:
+    """Turn whatever code that is not ours raises into one line of `kind` that begins with `what`."""
+    try:
+        yield
+    except (CupyepError, MemoryError):
+        raise
+    except Exception as error:  # such code raises anything
+        raise kind(f"{what}: {one_line(error, 300)}") from error
 
 
 def printable(text: str) -> str:

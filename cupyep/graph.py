@@ -47,6 +47,8 @@ class Graph:
     ----------
     connections : list of Connection
         Ordered by the node above; those into one node as given.
+    edges : list of Edge
+        Theirs.
     names : list of str
         Of the nodes 1..L.
     shapes : list of tuple
@@ -82,6 +84,7 @@ class Graph:
         self.names = _sorted_names(given)
         number = {name: n for n, name in enumerate([IMAGE, *self.names])}
         self.connections = sorted(given, key=lambda c: number[c.above])
+        self.edges = [c.edge for c in self.connections]
         self.below = [number[c.below] for c in self.connections]
         self.above = [number[c.above] for c in self.connections]
         nodes = range(len(self.names) + 1)
@@ -95,11 +98,6 @@ class Graph:
         for node in nodes[1:]:
             depths.append(1 + max(depths[self.below[c]] for c in self.into[node]))
         self.depths = depths[1:]
-
-    @functools.cached_property
-    def edges(self) -> list[Edge]:
-        """The edge of each connection."""
-        return [connection.edge for connection in self.connections]
 
     @functools.cached_property
     def paths(self) -> list[str]:

@@ -12,8 +12,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy as np
-
 from cupyep.backend.cuda import identity
 from cupyep.backend.graphs import Replays
 from cupyep.energy import HopfieldEnergy
@@ -50,6 +48,7 @@ class Phase:
         self.graph, self.edges, self.activation = energy.graph, energy.graph.edges, energy.activation
         self.weights, self.device, self.xp = energy.weights, energy.device, energy.device.xp
         self.feedback, self.shares = energy.drive_scales if self.scales_drives else energy.topdown_scales
+        self.label, self.host = energy.graph.label, energy.device.to_numpy  # of nodes in messages; what copies arrays
         self.updates = energy.updates
         self.workspace = workspace = memory.workspace(shape.rows)
         self.buffers = buffers
@@ -83,16 +82,6 @@ class Phase:
         """Write `array` (N, ...) into `out` (phases * N, ...), once a phase; return `out`."""
         out.reshape(self.phases, *array.shape)[...] = array
         return out
-
-    @property
-    def label(self) -> Callable[[int], str]:
-        """What names a node in messages."""
-        return self.graph.label
-
-    @property
-    def host(self) -> Callable[[Any], np.ndarray]:
-        """What copies an array to the host; it holds none of this phase's."""
-        return self.device.to_numpy
 
     def _force(self, n: int, part: slice) -> Any:
         """Return ``sum of scale * dloss/ds`` of layer n's nudges for some rows."""

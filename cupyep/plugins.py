@@ -19,7 +19,7 @@ from typing import Any
 
 from cupyep import activations, models
 from cupyep.activations import ACTIVATIONS, Activation
-from cupyep.errors import ConfigurationError, CupyepError, instance, items, number, one_line, require, shown
+from cupyep.errors import ConfigurationError, foreign_code, instance, items, number, one_line, require, shown
 from cupyep.files import expanded
 from cupyep.models import TABLE, Architecture, architecture
 from cupyep.signals import Augmenter
@@ -127,17 +127,6 @@ def load_plugin(text: str) -> None:
         except BaseException:
             del sys.modules[name]
             raise
-
-
-@contextlib.contextmanager
-def foreign_code(what: str, kind: type[CupyepError] = CupyepError) -> Iterator[None]:
-    """Turn whatever code that is not ours raises into one line of `kind` that begins with `what`."""
-    try:
-        yield
-    except (CupyepError, MemoryError):
-        raise
-    except Exception as error:  # such code raises anything
-        raise kind(f"{what}: {one_line(error, 300)}") from error
 
 
 @contextlib.contextmanager

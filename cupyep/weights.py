@@ -27,12 +27,9 @@ class Parametrisation:
     ----------
     shares : bool
         Whether w is the parameter ``"weight"`` itself, and no array of its own is needed.
-    arguments : tuple of str
-        The names of what the class is made with; all are attributes.
     """
 
     shares = False
-    arguments: tuple[str, ...] = ()
 
     def parameters(self, weight: Any) -> dict[str, Any]:
         """Return the parameters by name, ``"weight"`` the drawn `weight` itself.
@@ -135,8 +132,6 @@ class Standardized(Parametrisation):
     Brock et al., "Characterizing signal propagation to close the performance gap in unnormalized ResNets", arXiv
     2101.08692 (sqrt(fan_in) and gain).
     """
-
-    arguments = ("gain", "trained", "epsilon")
 
     def __init__(self, gain: float = 1.0, trained: bool = True, epsilon: float = 1e-8):
         self.gain = number("gain", gain, above=0)

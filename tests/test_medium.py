@@ -92,7 +92,8 @@ def test_the_recipe_of_the_best_network_is_its_row(name):
 
 
 def test_rows_of_weak_feedback_begin_as_bp():
-    for name in ("best-cifar10", "resnet9-cifar10", "best-cifar100", "hopfield-resnet13", "vgg7-kd-cifar10", "vgg11-kd-cifar100"):
+    best = ("best-cifar10", "resnet9-cifar10", "best-cifar100")
+    for name in (*best, "hopfield-resnet13", "vgg7-kd-cifar10", "vgg11-kd-cifar100"):
         rows = {row.key: make_config(row.options) for row in find(name).at("medium").rows}
         for key, config in rows.items():
             if config.feedback < 0.3 and config.algorithm == "ep":

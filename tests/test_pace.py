@@ -259,8 +259,9 @@ def test_a_feedback_that_cannot_be_lowered_stays_and_the_remedy_is_told(monkeypa
     """Weights of layers would be too large for the numbers."""
     net, batch = pair(3.0)
 
-    def refuse(_):
-        raise ConfigurationError("too large")
+    def refuse(feedback):
+        if feedback < 1:
+            raise ConfigurationError("too large")
 
     monkeypatch.setattr(net, "checked_feedback", refuse)
     pace, _, (finding,) = follow(net, batch, "lower")

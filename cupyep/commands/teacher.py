@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyep import plugins
+from cupyep import errors
 from cupyep.data import Dataset
 from cupyep.data.images import bilinear
 from cupyep.errors import DeviceError, TeacherError, few, needing, require
@@ -35,7 +35,7 @@ ONNX_TYPES = {
 }
 DTYPES = tuple(ONNX_TYPES.values())
 Predict = Callable[[np.ndarray], np.ndarray]
-foreign_code = partial(plugins.foreign_code, kind=TeacherError)
+foreign_code = partial(errors.foreign_code, kind=TeacherError)
 
 
 def gpu_chosen(device: str, usable: bool, reason: str) -> bool:

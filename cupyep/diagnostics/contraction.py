@@ -14,13 +14,11 @@ import numpy as np
 from cupyep.diagnostics.probe import PhaseProbe
 
 WANTED = 0.1  # of a layer's size may be left to go; seen: VGG-5 at lambda 0.1 has 0.05 after 2 sweeps
-MOST = {"sweeps": 8}  # iterations that are worth while
-MOST_OTHERS = 200
 
 
 def most_steps(schedule: str) -> int:
-    """Return the largest number of iterations that a phase is given."""
-    return MOST.get(schedule, MOST_OTHERS)
+    """Return the largest number of iterations that is worth while for a phase."""
+    return 8 if schedule == "sweeps" else 200
 
 
 def contraction(probe: PhaseProbe) -> float | None:

@@ -14,13 +14,12 @@ import numpy as np
 from cupyep.activations import ACTIVATIONS, BUILT_IN, Activation
 from cupyep.backend import Device, get_device, get_precision
 from cupyep.batch import Batch
-from cupyep.errors import ConfigurationError, instance, require
+from cupyep.errors import ConfigurationError, foreign_code, instance, require
 from cupyep.graph import Graph
 from cupyep.heads import Head, LossTerm
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.memory.workspace import Memory
 from cupyep.network import Network
-from cupyep.plugins import foreign_code
 from cupyep.signals import Augmenter
 
 SAMPLES = 3

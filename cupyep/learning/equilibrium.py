@@ -195,7 +195,7 @@ class EquilibriumPropagation(Learner):
         """
         network, samples, images = self.network, part.samples, part.batch.images
         energy, buffers, two = network.energy, nudged.buffers, part.phases == 2
-        require(two or free.winners is not None, "one phase is compared with a settled state: pass what settle() returned")
+        require(two or free.winners is not None, "a settled state has winners: pass what settle() returned")
         ops, response = network.memory.workspace(part.phases * samples).ops, []
         free_nodes = [images, *(s[samples:] if two else free.layers[n] for n, s in enumerate(nudged.layers))]
         if two:

@@ -16,7 +16,7 @@ from cupyep.learning.equilibrium import EquilibriumPropagation
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
 from cupyep.network import Network
-from cupyep.program import Instruction, Program, Update, make_program
+from cupyep.program import Instruction, Update, make_program
 from cupyep.state import State
 
 
@@ -38,12 +38,9 @@ class Operations:
         connections = (each.connection for each in instructions if not isinstance(each, Update))
         return sum(products[c] for c in connections if self.graph.below[c])
 
-    def _program(self, schedule: str, warm: bool, image: bool) -> Program:
-        return make_program(self.graph, schedule, warm, image)
-
     def settle_step(self, schedule: str = "synchronous") -> int:
         """Return the operations of one iteration."""
-        return self._of(self._program(schedule, False, True).body, self.edges)
+        return self._of(make_program(self.graph, schedule, False, True).body, self.edges)
 
     def free_phase(self, steps: int, schedule: str = "synchronous") -> int:
         """Return the operations of a free phase from zeros."""
@@ -57,7 +54,7 @@ class Operations:
         `form` is that of `Network.settle_nudged`; of `phases`, 1 or 2 nudged ones, the tangent form has one.
         """
         classical, two = form == "classical", phases == 2 and form != "tangent"
-        products, program = self.pairs if two else self.edges, self._program(schedule, True, classical)
+        products, program = self.pairs if two else self.edges, make_program(self.graph, schedule, True, classical)
         settled = self.free_phase(free_steps, schedule) + nudged_steps * self._of(program.body, products)
         if not classical:
             return settled + self.first + 2 * self.rest
