@@ -83,7 +83,11 @@ WRONG = {
         2,
         "--limit-test needs --split test",
     ),
-    "seeds of a report": (["reproduce", "signals", "--report-only", "--seeds", "2"], 2, "--seeds is for measuring"),
+    "seeds of a report": (
+        ["reproduce", "signals", "--report-only", "--seeds", "2"],
+        2,
+        "--report-only measures nothing: leave it or --seeds out",
+    ),
     "stretching a new run": (["train", "--stretch-schedule"], 2, "--stretch-schedule needs --resume and --epochs"),
     "momentum of adam": (["train", "--momentum", "0.5"], 2, "--momentum needs --optimizer sgd"),
     "epochs of a teacher that is there": (
@@ -92,6 +96,8 @@ WRONG = {
         "--teacher-epochs needs no --teacher",
     ),
     "json into a folder": (["check", "--json", "."], 2, "--json: '.' is a folder, not a file"),
+    "a device to write to": (["check", "--json", "/dev/null"], 2, "--json: '/dev/null' is not the name of a file"),
+    "standard output of a table": (["compare", "x", "--csv", "-"], 2, "--csv: '-' is not the name of a file"),
     "nobody's home": (["train", "--data-dir", "~nobody-here/data"], 2, "whose home that is, is not known"),
     "half a character": (["train", "--data-dir", "\udcff"], 2, "--data-dir must be a text of valid characters"),
     "teacher without kd": (["train", "--teacher", "t.h5"], 2, "--teacher needs --aug kd"),

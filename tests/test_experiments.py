@@ -24,6 +24,7 @@ from cupyep.experiments import EXPERIMENTS, cells, find, findings, load_results,
 from cupyep.experiments.cells import operations_cell, train_cell
 from cupyep.experiments.design import Column, Experiment, Results, Row, Scale, cell_name, seen
 from cupyep.experiments.loading import load_experiments
+from cupyep.experiments.processes import side_by_side
 from cupyep.experiments.report import open_text, report_text, table
 from cupyep.learning.operations import OperationCounter
 from cupyep.training.config import make_config
@@ -329,7 +330,8 @@ def test_folders_that_are_not_ours(tmp_path):
     [
         ({"scale": None}, "is damaged (no scale of 'study')"),
         ({"seeds": None}, "is damaged (no seeds); leave out --report-only"),
-        ({"cells": None}, "is damaged (no cells); remove it to measure anew"),
+        ({"cells": None}, "is damaged (no cells, or one without minutes); remove it to measure anew"),
+        ({"cells": {"one/0": {"loss": 1.0}}}, "is damaged (no cells, or one without minutes)"),
         ({"seeds": 0}, "nothing has been measured yet; leave out --report-only"),
     ],
 )
@@ -737,6 +739,12 @@ def test_workers_end_with_the_process_that_started_them():
         if not ended:
             os.kill(pid, signal.SIGKILL)
     assert ended, "the worker went on"
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    """As by a machine that has no memory left."""
+    with pytest.raises(ep.CupyepError, match="a process was killed, .* try fewer --jobs"):
+        list(side_by_side(os._exit, [(9,), (9,)], 2))
 
 
 def test_every_cell_is_in_results_json_as_soon_as_it_is_measured(tmp_path):

@@ -393,3 +393,13 @@ def test_wrong_runs_are_one_line(invoke, tmp_path):
     assert (code, err) == (1, f"Error: '{tmp_path}' is not a run directory: it has no config.toml\n")
     assert invoke("plot")[0] == 2
     assert "did you mean 'png'?" in invoke("plot", tmp_path, "--format", "pgn")[2]
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    """No mathematics, a name that begins with _, one that is no text."""
+    names = ["_old", "a$b^$c", "r\udcff"]
+    figure = curves.learning({name: records(2) for name in names}, ["cross_entropy"] * 3)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_old", r"a\$b^\$c", r"r\udcff"]
+    style.save(figure, tmp_path / "several")
+    for name in names:
+        style.save(curves.learning({name: records(2)}, ["cross_entropy"]), tmp_path / "one")

@@ -172,3 +172,12 @@ def test_a_network_in_the_documents_is_small_and_ready_without_its_data(path):
     scores = trained.network.scores(x)
     assert scores.shape == (2, len(trained.images.classes))
     assert abs(scores - trained.network.scores(x[::-1])[::-1]).max() < 1e-3 < np.ptp(scores)
+
+
+@pytest.mark.parametrize("damaged", ["", '{"epoch": 1, "test_accuracy": 0.5}\n{"epo', '{"epoch": 2}\n'])
+def test_a_run_whose_metrics_lack_its_epoch_is_one_line(quadrants, tmp_path, damaged):
+    run(OPTIONS, tmp_path / "run").run()
+    (tmp_path / "run" / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(CheckpointError, match=r"run/metrics.jsonl' lacks epoch 2, that of the weights"):
+        release.release_run(tmp_path / "run", tmp_path / "out", "last", display=SILENT)
+    assert not (tmp_path / "out").exists()

@@ -98,6 +98,7 @@ def test_values_are_read_as_the_options_are():
         (["scheme=centred"], "did you mean 'centered'?"),
         (["beta=0.1", "--beta", "0.2"], "--beta is swept, leave it out; or leave out its --sweep"),
         (["beta=0.1,nan"], "--beta must be a number (got nan)"),
+        (["plugin=a,b"], "--plugin cannot be swept"),
     ],
 )
 def test_wrong_sweeps_are_one_line(words, text, invoke, tmp_path):

@@ -656,7 +656,7 @@ WRONG = {
     "epochs of an ONNX model": ([*MODEL, "--epochs", 3, *OUT], 2, "--epochs is for --train-bp, not for --onnx"),
     "own mean for --train-bp": (["--train-bp", "vgg5", "--mean", 0, *OUT], 2, "--mean is for --onnx and --torch"),
     "no output": (MODEL, 2, "Missing option '--output'"),
-    "output nowhere": ([*MODEL, "--output", "no/t.h5"], 2, "--output: there is no folder no"),
+    "output nowhere": ([*MODEL, "--output", "no/t.h5"], 2, "--output: there is no folder 'no'"),
     "output is a folder": ([*MODEL, "--output", "."], 2, "is a folder"),
     "no model": (["--onnx", "none.onnx", *OUT], 2, "--onnx: there is no file none.onnx"),
     "no model but junk": (["--onnx", "junk.onnx", *OUT], 1, "junk.onnx is not an ONNX model that can be run"),

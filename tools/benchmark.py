@@ -36,7 +36,7 @@ from cupyep import files
 from cupyep.backend import PRECISIONS
 from cupyep.backend.threads import available_cpus, get_threads, set_threads
 from cupyep.cli.shared import OneLineErrors
-from cupyep.cli.types import FilePath, Names, Numbers
+from cupyep.cli.types import Names, NewFile, Numbers
 from cupyep.commands.memory import noise
 from cupyep.commands.system import system_report
 from cupyep.learning.operations import Operations
@@ -455,15 +455,13 @@ POSITIVE = click.IntRange(1)
 @click.option("--parts", is_flag=True, help="Only tell where the time of a training step goes.")
 @click.option("--scaling", is_flag=True, help="Only tell what threads and ranks give (tools/scaling.py tells more).")
 @click.option("--against", type=Names("--against", ("torch",)), help="Time a reference in PyTorch too.")
-@click.option("--json", "json_path", type=FilePath(), help="Also write the figures to this file.")
+@click.option("--json", "json_path", type=NewFile(), help="Also write the figures to this file.")
 @click.option("--quick", is_flag=True, help="Only show that everything runs: one repeat, a small product.")
 def main(json_path: Path | None, threads: int | None, **options: Any) -> None:
     """Time products, settle steps and learning steps on random images, and measure peak memory.
 
     The rate of a large matrix product, timed between all else, says what the machine can do at that moment.
     """
-    if json_path is not None:
-        ep.errors.require(json_path.parent.is_dir(), f"--json: there is no folder '{json_path.parent}'")
     ep.errors.require(
         not options["scaling"] or (json_path is None and not options["parts"]),
         "--scaling takes no --json and no --parts",

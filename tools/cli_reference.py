@@ -21,7 +21,7 @@ Written by `python tools/cli_reference.py` from the commands themselves; `cupyep
 `--help-all` where a command has many options.
 
 Exit codes: 0 done; 1 something failed (one line on stderr says what and what to do); 2 wrong usage; 130 interrupted
-(SIGINT), 143 terminated (SIGTERM).
+(SIGINT), 143 terminated (SIGTERM); 141 nobody reads the output (a closed pipe).
 
 Environment: `CUPYEP_DATA` names the folder of data sets; without it `$XDG_CACHE_HOME/cupyep`, or `~/.cache/cupyep`.
 `CUPYEP_CACHE` names the folder of teachers that were trained here; without it the same, or the platform's own

@@ -53,7 +53,13 @@ def milliseconds(batches: Callable[[], Any], work: Callable[[Any], Any], repeats
 @click.option("--size", default=32, show_default=True, help="Pixels a side.")
 @click.option("--batch-size", default=128, show_default=True, help="Images in a batch.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--repeats", default=1, show_default=True, help="Passes over the images, the fastest counts.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Passes over the images, the fastest counts.",
+)
 def main(arch: str, width: float, images: int, size: int, batch_size: int, device: str, repeats: int) -> None:
     """Time batches of images in memory and in a file, alone and with a step of EP."""
     warnings.simplefilter("ignore")

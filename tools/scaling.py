@@ -151,7 +151,7 @@ def main(
     learner = blank_learner(config, device)
     batch = noise(learner.network, config.batch_size)
     if each_threads is not None:
-        require(all(count >= 1 and count == int(count) for count in each_threads), "--each-threads are integers from 1")
+        require(all(count >= 1 and count.is_integer() for count in each_threads), "--each-threads are integers from 1")
         works = {config.algorithm: lambda: learner.step(batch), "evaluation": lambda: learner.evaluate(batch)}
         click.echo(f"{config.arch}, width {config.width:g}, batch {config.batch_size}, {device.name}")
         click.echo("\n".join(thread_table(works, [int(count) for count in each_threads], config.batch_size)))

@@ -267,9 +267,7 @@ def gpu_of(name: str, place: int) -> str:
 @functools.cache
 def _cublas_of(index: int, thread: int) -> Cublas:
     """Return the handle of one thread on one device: a handle has one stream at a time."""
-    cupy, reason = _import_cupy()
-    if cupy is None:
-        raise DeviceError(reason)
+    cupy, _ = _import_cupy()
     with cupy.cuda.Device(index):
         major = cupy.cuda.runtime.runtimeGetVersion() // 1000
         return Cublas(CublasLibrary(major), cupy, lambda: cupy.cuda.get_current_stream().ptr)
@@ -282,10 +280,7 @@ def _cublas(array: Any) -> Cublas:
 @functools.cache
 def _launcher_of(index: int, source: Path) -> Launcher:
     """Return what compiles and launches the kernels of a file on one device."""
-    cupy, reason = _import_cupy()
-    if cupy is None:
-        raise DeviceError(reason)
-    return Launcher(source, cupy)
+    return Launcher(source, _import_cupy()[0])
 
 
 def launcher_for(array: Any, source: Path) -> Launcher | None:

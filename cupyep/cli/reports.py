@@ -180,7 +180,7 @@ def info(device_kind: str | None, given: dict[str, Any]) -> None:
         click.echo("\n".join(lines))
         return
     require("data_dir" not in given, "--data-dir says nothing of a network; give it alone")
-    require(given.keys() != {"plugin"}, "--plugin says nothing by itself; give --arch, too")
+    require(given.keys() - {"device"} != {"plugin"}, "--plugin says nothing by itself; give --arch, too")
     config = chosen_config(given)
     click.echo(planning.network_report(config, device_kind))
 

@@ -108,23 +108,16 @@ def reproduce(
     place = {name: value for name, value in given.items() if name in MACHINE}
     defaults = {name: value for name, value in given.items() if name not in MACHINE}
     chosen = {"--seeds": seeds, **{option_name(name): value for name, value in defaults.items()}}
-    looks = [word for word, given in (("--status", show_status), ("--estimate", estimate)) if given]
-    if report_only:
-        idle = {
-            **chosen,
-            "--rows": rows,
-            "--max-minutes": max_minutes,
-            **{option_name(name): value for name, value in place.items()},
-        }
-        for option, value in idle.items():
-            require(value is None, f"{option} is for measuring: leave it or --report-only out")
-    if looks:
-        for option, given in (
-            ("--rows", rows is not None),
-            ("--max-minutes", max_minutes is not None),
-            ("--report-only", report_only),
-        ):
-            require(not given, f"{looks[0]} measures nothing: leave it or {option} out")
+    modes = {"--status": show_status, "--estimate": estimate, "--report-only": report_only}
+    mode = next((word for word, wanted in modes.items() if wanted), None)
+    idle = {"--rows": rows, "--max-minutes": max_minutes}
+    if mode == "--report-only":
+        idle |= chosen | {option_name(name): value for name, value in place.items()}
+    elif report_only:
+        idle["--report-only"] = True
+    for option, value in idle.items():
+        require(mode is None or value is None, f"{mode} measures nothing: leave it or {option} out")
+    if show_status or estimate:
         require(not estimate or experiment.measure not in UNTRAINED, f"experiment '{name}' trains nothing to estimate")
         if jobs > 1:
             set_threads(1)

@@ -12,7 +12,7 @@ from cupyep._version import __version__
 from cupyep.backend import get_device
 from cupyep.cli.help import LongCommand
 from cupyep.cli.shared import choice, config_options, is_given
-from cupyep.cli.types import FilePath, Names, Numbers
+from cupyep.cli.types import FilePath, Names, NewFile, Numbers
 from cupyep.commands.teacher import DTYPES, LAYOUTS, fed, onnx_teacher, torch_teacher
 from cupyep.data import Dataset, TeacherFile
 from cupyep.errors import require
@@ -82,7 +82,7 @@ COMMON = ("dataset", "onnx", "torch", "weights", "train_bp", "epochs", "resize",
     help="Standard deviations likewise; --mean 0,0,0 --std 1,1,1 means pixels in [0, 1].  [default: the data set's]",
 )
 @click.option("--teacher-name", help="Free text kept in the file.  [default: what was exported]")
-@click.option("--output", type=FilePath(), required=True, help="The teacher file to write (HDF5).")
+@click.option("--output", type=NewFile(), required=True, help="The teacher file to write (HDF5).")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def teacher(
     onnx: Path | None,
@@ -147,8 +147,6 @@ def _check_usage(teachers: dict[str, Any], output: Path) -> None:
     for name, flags in ONLY_WITH.items():
         right = not is_given(name) or kinds[0] in flags
         require(right, f"{option_name(name)} is for {' and '.join(flags)}, not for {kinds[0]}")
-    require(output.parent.is_dir(), f"--output: there is no folder {output.parent}")
-    require(not output.is_dir(), f"--output: {output} is a folder")
     require(os.access(output.parent, os.W_OK), f"--output: folder {output.parent} cannot be written")
 
 

@@ -160,6 +160,7 @@ def swept_values(texts: Iterable[str], given: Mapping[str, Any]) -> dict[str, li
         name = also.get(word, word.replace("-", "_"))
         require(bool(equals and values), f"--sweep must be like kappa=0.1,0.3 (got '{text}')")
         check_option(name)
+        require(name != "plugin", "--plugin cannot be swept: give it once, and sweep a name that it registers")
         require(name not in found, f"--sweep names {name} twice; give all its values at once")
         require(name not in given, f"{option_name(name)} is swept, leave it out; or leave out its --sweep")
         parts = [part.strip() for part in values.split(";" if ";" in values else ",")]

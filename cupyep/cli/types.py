@@ -77,12 +77,15 @@ class FilePath(click.Path):
 
 
 class NewFile(FilePath):
-    """The path of a file to be written, in a folder that is there."""
+    """The path of a file to be written, in a folder that is there; a link stands for what it leads to."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path, name = super().convert(value, param, ctx), param.opts[0]
+        path = path.resolve() if path.is_symlink() else path
         require(path.parent.is_dir(), f"{name}: there is no folder '{path.parent}'")
         require(not path.is_dir(), f"{name}: '{path}' is a folder, not a file")
+        regular = path.is_file() or not path.exists()  # a device would be replaced by a file
+        require(regular and str(path) != "-", f"{name}: '{path}' is not the name of a file")
         return path
 
 
@@ -90,7 +93,9 @@ class NewJson(NewFile):
     """As `NewFile`, or ``-``; other endings than .json and .jsonl are refused: what follows may be no file to write."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if str(value) == "-":
+            return Path(value)
         path, name = super().convert(value, param, ctx), param.opts[0]
-        right = str(value) == "-" or path.suffix in (".json", ".jsonl")
+        right = path.suffix in (".json", ".jsonl")
         require(right, f"{name}: a file to write ends in .json or .jsonl (got '{path}'); without one, put {name} last")
         return path

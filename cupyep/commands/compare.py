@@ -62,7 +62,7 @@ class Comparison:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([names, *([_plain(row[name]) for name in names] for row in self.rows)])
-        write_file(path, text.getvalue().encode())
+        write_file(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def compare(paths: Sequence[Path]) -> Comparison:

@@ -39,7 +39,7 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
     for float16, or the folder is there already or cannot be written.
     """
     check_free(output)
-    run = RunDirectory.open(path)
+    run, path = RunDirectory.open(path), Path(path)
     checkpoint = halved(run.load(which))
     dataset = build_dataset(run.config)
     with _folder(output) as folder:
@@ -48,6 +48,8 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
         for name in filter(lambda name: (run.path / name).is_file(), (METRICS, SETTLING)):
             shutil.copyfile(run.path / name, folder / name)
         require(checkpoint.epoch > 0, f"'{path}' has not finished an epoch; export it after one")
+        if not any(each["epoch"] == checkpoint.epoch and "test_accuracy" in each for each in new.metrics()):
+            raise CheckpointError(f"'{path / METRICS}' lacks epoch {checkpoint.epoch}, that of the weights")
         save_checkpoint(folder / BEST, checkpoint)
         trained = load_trained(folder)
         accuracies = measured(trained, dataset, display or Display())

@@ -99,9 +99,9 @@ def onnx_teacher(path: Path, device: str = "auto", chosen: str | None = None) ->
     return Teacher(predict, ONNX_TYPES.get(inputs[0].type, "float32"))
 
 
-def _number(chosen: str | None, outputs: Sequence[Any]) -> int | None:
+def _number(chosen: str, outputs: Sequence[Any]) -> int | None:
     """Return which of some outputs is chosen by its number, None if none is."""
-    is_number = chosen is not None and chosen.isdecimal() and len(chosen) < 7 and int(chosen) < len(outputs)
+    is_number = chosen.isdecimal() and len(chosen) < 7 and int(chosen) < len(outputs)
     return int(chosen) if is_number else None
 
 
@@ -163,13 +163,10 @@ def logits_of(output: Any, factory: str, chosen: str | None = None) -> Any:
 def _part(output: Any, chosen: str) -> Any:
     if isinstance(output, Mapping) and chosen in output:
         return output[chosen]
-    parts = list(output.values() if isinstance(output, Mapping) else output) if _is_several(output) else []
+    several = list(output.values()) if isinstance(output, Mapping) else output
+    parts = several if isinstance(several, (tuple, list)) else []
     number = _number(chosen, parts)
     return getattr(output, chosen, None) if number is None else parts[number]
-
-
-def _is_several(output: Any) -> bool:
-    return isinstance(output, (Mapping, tuple, list))
 
 
 def read_weights(path: Path) -> Any:

@@ -15,12 +15,9 @@ from cupyep.experiments.findings import COLUMNS
 
 AXES = {
     "train_loss": "training loss, nats",
-    "train_accuracy": "training accuracy",
-    "test_loss": "test loss, nats",
     "test_accuracy": "test accuracy",
     "nudge_response": "nudge response, mean $|s_+ - s_-|$",
     "gradient_norm": "norm of the gradient",
-    "activity": "activity, mean $|s|$",
 }
 BESIDE = {**KEY, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 COSINES = {"ylim": (-0.1, 1.05)}
@@ -52,22 +49,28 @@ def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mappi
                     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=title, **how)
         integer_ticks(axis.xaxis)
-    axes[-1].legend(**legend)
+    _add_key(axes[-1], legend)
     return figure
 
 
-def courses(results: Results, values: Sequence[str] = ("train_loss", "test_accuracy")) -> Any:
-    """Draw courses over the epochs."""
-    return _lines(results, "epoch", [(AXES[name], lambda cell, name=name: cell.get(name), {}) for name in values])
+def _add_key(axis: Any, how: Mapping[str, Any]) -> None:
+    if axis.get_legend_handles_labels()[0]:  # nothing is drawn of cells that failed
+        axis.legend(**how)
 
 
-def layers(results: Results, values: Sequence[str] = ("nudge_response", "gradient_norm")) -> Any:
-    """Draw what the layers had in the last epoch, on a logarithmic axis."""
+def courses(results: Results) -> Any:
+    """Draw loss and accuracy over the epochs."""
+    names = ("train_loss", "test_accuracy")
+    return _lines(results, "epoch", [(AXES[name], lambda cell, name=name: cell.get(name), {}) for name in names])
+
+
+def layers(results: Results) -> Any:
+    """Draw response and gradient of the layers in the last epoch, on a logarithmic axis."""
 
     def of(name: str) -> Callable[[Mapping[str, Any]], list[float]]:
         return lambda cell: [max(value, 1e-30) for value in cell.get(name, [[]])[-1]]
 
-    panels = [(AXES[name], of(name), {"yscale": "log"}) for name in values]
+    panels = [(AXES[name], of(name), {"yscale": "log"}) for name in ("nudge_response", "gradient_norm")]
     return _lines(results, LAYER, panels)
 
 
@@ -105,7 +108,7 @@ def against(results: Results, option: str, label: str, lines: Mapping[str, str],
                 x, mean, below, above = zip(*points, strict=True)
                 axis.errorbar(x, mean, yerr=[below, above], label=legend, capsize=3, **_style(number))
         axis.set(xlabel=label, ylabel=column.title, xscale="log")
-    axes[-1].legend(**BESIDE)
+    _add_key(axes[-1], BESIDE)
     return figure
 
 

@@ -6,14 +6,17 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from cupyep.commands.system import THREAD_VARIABLES
-from cupyep.errors import OutOfTime
+from cupyep.errors import CupyepError, OutOfTime
 from cupyep.training.interruption import NAMES
 
 _stop: Any = None  # in a process of `side_by_side`: the event that tells it to stop
@@ -36,9 +39,12 @@ def side_by_side(work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]],
         try:
             for future in as_completed(waiting):
                 yield future.result()
-        except BaseException:
+        except BaseException as error:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for what they save
+            if isinstance(error, BrokenProcessPool):
+                told = "a process was killed, for want of memory perhaps; the same command goes on, try fewer --jobs"
+                raise CupyepError(told) from error
             raise
 
 
@@ -55,6 +61,7 @@ def end_with(parent: int, stop: Any = None) -> None:
     """
     global _stop
     _stop = stop
+    warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr, flush=True)
     if stop is not None:
         for name in NAMES:
             if hasattr(signal, name):

@@ -97,7 +97,8 @@ def _failures(results: Results) -> list[str]:
 def _circumstances(results: Results, about: Mapping[str, Any]) -> str:
     system = about.get("system", {})
     minutes = math.fsum(cell["minutes"] for cell in results.cells.values())
-    where = system.get("gpu", "") if not system.get("gpu", "none").startswith("none") else "CPU"
+    on_gpu = not (system.get("gpu", "none").startswith("none") or system.get("device") == "cpu")
+    where = system["gpu"] if on_gpu else "CPU"
     seeds = f"± is the standard deviation over {results.seeds} seeds." if results.seeds > 1 else "One seed."
     versions = f"cupyep {system.get('cupyep')}, NumPy {system.get('numpy')}, Python {system.get('python')}"
     dates = sorted({cell.get("date", about.get("date", "")) for cell in results.cells.values()})

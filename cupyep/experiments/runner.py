@@ -88,15 +88,16 @@ def reproduce(
     cells = cells_of(experiment, folder, scale, seeds, overrides, defaults, report, quiet, partial(_in_time, end))
     plan, count = experiment.at(scale), cells[-1].seed + 1
     now = {choose("row", key, [row.key for row in plan.rows]) for key in rows} or {row.key for row in plan.rows}
-    about = {**header, **_circumstances(command), "seeds": count}
+    about = {**header, **_circumstances(command, cells[0].options.get("device", "auto"), jobs), "seeds": count}
     with _claimed(folder, header, count) as held, Interruptions(at_once=True):
         measured = kept(cells)
         left = [cell for cell in cells if cell.name not in measured and cell.row.key in now]
-        new = _in_turn(experiment, left) if jobs == 1 else _side_by_side(experiment, left, jobs)
+        told = [(experiment, cell) if jobs == 1 else
+                (experiment.name, replace(cell, report=partial(_print, cell.place))) for cell in left]  # fmt: skip
         try:
             write_json(folder / RESULTS, {**about, "cells": held}, indent=1)
-            with contextlib.closing(new):
-                for name, content in new:
+            with contextlib.closing(side_by_side(_measured, told, jobs)) as new:
+                for name, content in filter(None, new):
                     held[name] = measured[name] = content
                     write_json(folder / RESULTS, {**about, "cells": held}, indent=1)
         except Interrupted as error:
@@ -133,29 +134,6 @@ def _in_time(end: float) -> None:
     check_stop()
     if time.monotonic() > end:
         raise OutOfTime
-
-
-def _in_turn(experiment: Experiment, cells: Sequence[Cell]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure `cells` until all are done or the time is up; yield name and content of each."""
-    for cell in cells:
-        try:
-            yield cell.name, _measured(experiment, cell)
-        except OutOfTime:
-            return
-
-
-def _side_by_side(experiment: Experiment, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `_in_turn`, in `jobs` processes, in the order in which they end; a signal stops them all."""
-    told = [(experiment.name, replace(cell, report=partial(_print, cell.place))) for cell in cells]
-    with contextlib.closing(side_by_side(_measure_alone, told, jobs)) as found:
-        yield from (pair for pair in found if pair is not None)
-
-
-def _measure_alone(name: str, cell: Cell) -> tuple[str, dict[str, Any]] | None:
-    """Measure one cell in this process, return its name and content; None where the time is up."""
-    from cupyep.experiments import find
-
-    return next(_in_turn(find(name), [cell]), None)
 
 
 def _print(place: str, text: str) -> None:
@@ -234,8 +212,8 @@ def kept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 def _cells(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the cells in the content of the results.json at `path`."""
     cells = content.get("cells")
-    whole = isinstance(cells, dict) and all(isinstance(cell, dict) for cell in cells.values())
-    _check(whole, f"'{path}' is damaged (no cells); remove it to measure anew")
+    whole = isinstance(cells, dict) and all(isinstance(cell, dict) and "minutes" in cell for cell in cells.values())
+    _check(whole, f"'{path}' is damaged (no cells, or one without minutes); remove it to measure anew")
     return cells
 
 
@@ -243,24 +221,36 @@ def _options(cell: Cell) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in cell.options.items() if k not in MACHINE}))
 
 
-def _measured(experiment: Experiment, cell: Cell) -> dict[str, Any]:
-    """Return what the cell measures, or how it failed."""
-    cell.deadline()
-    cell.report(f"== {experiment.name}: {cell.row.label}, seed {cell.seed}")
+def _measured(experiment: Experiment | str, cell: Cell) -> tuple[str, dict[str, Any]] | None:
+    """Return the name of a cell and what it measures, or how it failed; None where the time is up.
+
+    Another process knows experiments by their names.
+    """
+    if isinstance(experiment, str):
+        from cupyep.experiments import find
+
+        experiment = find(experiment)
     begin = time.monotonic()
     try:
+        cell.deadline()
+        cell.report(f"== {experiment.name}: {cell.row.label}, seed {cell.seed}")
         content = experiment.measure(cell)
     except DivergenceError as error:  # that a setting fails is a result
         content = {"failed": str(error)}
+    except OutOfTime:
+        return None
     content = {"options": _options(cell), "date": _today(), **content}
     content.setdefault("minutes", (time.monotonic() - begin) / 60)
-    return content
+    return cell.name, content
 
 
-def _circumstances(command: str) -> dict[str, Any]:
+def _circumstances(command: str, device: str, jobs: int) -> dict[str, Any]:
     """Return what the figures depend on besides the options."""
-    system = dict(system_report())
-    names = ("cupyep", "python", "device auto", "gpu", "numpy", "blas", "threads")
+    system = dict(system_report(name=device))
+    system["device"] = system[f"device {device}"]
+    if jobs > 1:
+        system["threads"] = f"one thread each, {jobs} at a time"
+    names = ("cupyep", "python", "device", "gpu", "numpy", "blas", "threads")
     return {"command": command, "date": _today(), "system": {name: system[name] for name in names}}
 
 

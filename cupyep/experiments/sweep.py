@@ -120,7 +120,9 @@ def sweep(
     Raises
     ------
     CheckpointError
-        Before anything starts, if the folder holds other files, or runs with other options.
+        Before anything starts, if the folder holds other files.
+    ConfigurationError
+        Before anything starts, if it holds runs with other options.
     Interrupted
         If a signal came; every run is saved.
     """
@@ -141,7 +143,7 @@ def sweep(
 
 
 def _check_folder(points: Sequence[Point], resume: bool) -> None:
-    """Raise `CheckpointError` unless the runs can be trained where they are to be."""
+    """Raise `CheckpointError` or `ConfigurationError` unless the runs can be trained where they are to be."""
     folder = points[0].folder.parent
     there = [point for point in points if (point.folder / CONFIG).is_file()]
     if there and not resume:
@@ -152,8 +154,8 @@ def _check_folder(points: Sequence[Point], resume: bool) -> None:
         raise CheckpointError(f"there is no sweep in '{folder}' to go on with; leave out --resume to start one")
     for point in there:
         for name in differing(point.config, RunDirectory.open(point.folder).config):
-            require(name in RESUME_OPTIONS, f"'{point.folder}' was trained with another {option_name(name)}; choose "
-                    "another --run-dir")  # fmt: skip
+            told = f"'{point.folder}' was trained with another {option_name(name)}; choose another --run-dir"
+            require(name in RESUME_OPTIONS, told)
 
 
 def train_point(point: Point, how: Mapping[str, Any]) -> tuple[str, bool, str]:

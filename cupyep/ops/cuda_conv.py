@@ -73,17 +73,10 @@ class CudaConvOps(ConvOps):
         self.pack = ACCESS_BYTES // self.precision.stored.itemsize
         return -(-self.geometry.window // self.pack) * self.pack
 
-    def _sizes(self) -> tuple[int, int]:
-        """Return the elements a sample of the column matrices of drive and top-down product."""
-        g = self.geometry
-        return (
-            math.prod(g.map_shape[:2]) * self.inputs,
-            math.prod(g.in_shape[:2]) * g.kernel**2 * g.map_shape[2],
-        )
-
     def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
-        down, up = self._sizes()
-        up *= self.has_topdown
+        g = self.geometry  # elements a sample of the column matrices of drive and top-down product
+        down = math.prod(g.map_shape[:2]) * self.inputs
+        up = math.prod(g.in_shape[:2]) * g.kernel**2 * g.map_shape[2] * self.has_topdown
         require(
             max(down, up) < 2**31,
             f"the columns of one sample have {max(down, up)} elements, more than a GPU kernel can index; "

@@ -13,10 +13,12 @@ from cupyep.commands.plots.style import (
     LAYER,
     LAYERS,
     MOST_CURVES,
+    entitle,
     integer_ticks,
     label_decades,
     line_style,
     plain_axes,
+    plain_text,
     say,
     whole_decades,
 )
@@ -41,12 +43,12 @@ def learning(runs: Mapping[str, Sequence[Record]], losses: Sequence[str]) -> Any
     for axis, name, factor, label in zip(
         axes, ("loss", "accuracy"), (1, 100), (f"loss{unit}", "accuracy, %"), strict=True
     ):
-        for number, (run, records) in enumerate(runs.items()):
+        for number, records in enumerate(runs.values()):
             style = line_style(number)
             epochs = [record["epoch"] for record in records]
             mark = {"marker": "o", "markersize": 3} if len(epochs) <= FEW else {}
             test, train = (factor * course(records, f"{split}_{name}") for split in ("test", "train"))
-            axis.plot(epochs, test, label=run, **style, **mark)
+            axis.plot(epochs, test, **style, **mark)
             axis.plot(epochs, train, **{**style, "linestyle": ":"}, linewidth=1.2, markerfacecolor="w", **mark)
         axis.set(xlabel="epoch", ylabel=label)
         integer_ticks(axis.xaxis)
@@ -60,10 +62,10 @@ def learning(runs: Mapping[str, Sequence[Record]], losses: Sequence[str]) -> Any
     lines = [Line2D([], [], color="0.35", linestyle=style) for style in ("-", ":")]
     axes[0].legend(lines, ["test", "training"], loc="best", **KEY)
     if len(runs) > 1:
-        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", **KEY)
+        figure.legend(axes[1].get_lines()[::2], map(plain_text, runs), loc="outside right upper", **KEY)
     title = next(iter(runs), "") if count == 1 else "" if count == len(runs) else f"{len(runs)} of {count} runs"
     if title:
-        figure.suptitle(title, fontsize="medium")
+        entitle(figure, title)
     return figure
 
 
@@ -87,7 +89,7 @@ def settling(trace: Record, title: str) -> Any:
     for axis, phase in zip(axes, phases, strict=True):
         draw_settling(axis, phase, trace)
     layer_colours(figure, axes, len(trace[phases[0]]["residual"][0]), trace.get("nodes", ()))
-    figure.suptitle(title, fontsize="medium")
+    entitle(figure, title)
     return figure
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.commands.plots.curves import draw_settling, layer_colours
-from cupyep.commands.plots.style import COLOURS, KEY, LAYER, label_decades, new_figure, plain, whole_decades
+from cupyep.commands.plots.style import COLOURS, KEY, LAYER, entitle, label_decades, new_figure, plain, whole_decades
 from cupyep.diagnostics.rules import LIMITS, spans, unsettled_layers
 
 MOST_TICKS = 20
@@ -46,7 +46,7 @@ def diagnosis(rows: Sequence[dict[str, Any]], trace: dict[str, Any], title: str,
             _name_layers(axis, len(layers), nodes)
     if phases:
         layer_colours(above, axes[: len(phases)], len(layers), nodes)
-    figure.suptitle(title, fontsize="medium")
+    entitle(figure, title)
     below.text(0.02, 0.98, "\n".join(words), va="top", fontsize="small", family="monospace")
     return figure
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from cupyep.commands.plots.style import AMOUNTS, LAYER, LAYERS, integer_ticks, label_decades, new_figure, whole_decades
+from cupyep.commands.plots.style import (
+    AMOUNTS,
+    LAYER,
+    LAYERS,
+    entitle,
+    integer_ticks,
+    label_decades,
+    new_figure,
+    whole_decades,
+)
 
 NUMBERED_EPOCHS = 8  # so many epochs leave room for a number in every cell
 DECADES = 6  # a logarithmic scale shows no more below its largest value
@@ -51,7 +60,7 @@ def over_epochs(
     if log:
         label_decades(bar.ax.yaxis)
         bar.ax.minorticks_off()
-    figure.suptitle(title, fontsize="medium")
+    entitle(figure, title)
     return figure
 
 
@@ -100,7 +109,7 @@ def filters(weight: np.ndarray, title: str) -> Any:
         axis.set_axis_off()
         if number < count:
             axis.imshow(_tile(weight[..., number]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    figure.suptitle(title, fontsize="medium")
+    entitle(figure, title)
     return figure
 
 
@@ -132,7 +141,7 @@ def filters_by_epoch(filters: Mapping[int, np.ndarray], title: str) -> Any:
     axis.set(xlabel=f"filter (of {count})", ylabel="epoch")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize="medium")
+    entitle(figure, title)
     return figure
 
 

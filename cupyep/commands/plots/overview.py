@@ -9,7 +9,17 @@ import numpy as np
 
 from cupyep.commands.plots.curves import course
 from cupyep.commands.plots.maps import draw_map, log_scale
-from cupyep.commands.plots.style import COLOURS, KEY, LAYER, integer_ticks, label_decades, new_figure, plain, say
+from cupyep.commands.plots.style import (
+    COLOURS,
+    KEY,
+    LAYER,
+    entitle,
+    integer_ticks,
+    label_decades,
+    new_figure,
+    plain,
+    say,
+)
 from cupyep.diagnostics.rules import is_settled
 from cupyep.graph import node_weights
 
@@ -40,7 +50,7 @@ def overview(name: str, records: Sequence[Record], feedback: float) -> Any:
     settled = is_settled(records[-1])
     mark = {True: ": settled", False: ": not settled", None: ""}[settled]
     colour = COLOURS[1] if settled is False else "k"
-    figure.suptitle(f"{name}, epoch {epochs[-1]}{mark}", fontsize="medium", color=colour)
+    entitle(figure, f"{name}, epoch {epochs[-1]}{mark}", color=colour)
     return figure
 
 

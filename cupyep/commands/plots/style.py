@@ -82,6 +82,16 @@ def say(axis: Any, text: str) -> None:
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="0.4")
 
 
+def entitle(figure: Any, text: str, **how: Any) -> None:
+    """Write a title over a figure, as `plain_text`."""
+    figure.suptitle(plain_text(text), fontsize="medium", **how)
+
+
+def plain_text(text: str) -> str:
+    """Return a text, a file's name perhaps, as matplotlib shows it as it is: no mathematics, nothing undecodable."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def line_style(number: int) -> dict[str, Any]:
     """Return colour and line of the `number`-th of several things; beyond the colours the lines are broken."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
