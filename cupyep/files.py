@@ -164,10 +164,13 @@ def is_leftover(path: Path) -> bool:
     return path.name in (LOCK, OWNER) or TEMPORARY.fullmatch(path.name) is not None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`; the caller holds its lock."""
+def remove_leftovers(folder: Path, age_s: float = 0.0) -> None:
+    """Remove the temporary files that killed processes left in `folder`.
+
+    The caller holds its lock, or takes those that nobody has written to for `age_s` seconds.
+    """
     for path in folder.iterdir():
-        if TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime >= age_s:
             path.unlink()
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cupyep.data import Dataset, Loader, Split, TeacherFile, TeacherWriter, load_dataset
+from cupyep.data.dataset import assembled
 from cupyep.data.selection import balanced, held_out
 from cupyep.errors import ConfigurationError, DataError, TeacherError
 
@@ -118,12 +119,9 @@ def animals():
 
 
 def limited(train=None, validation=None):
-    whole, held = animals(), None
-    part = whole.train
-    if validation:
-        part, held = part.hold_out(validation, 5)
-    part = part.balanced(train) if train else part
-    return Dataset("animals", whole.classes, part, whole.test.balanced(6), whole.mean, whole.std, validation=held)
+    whole = animals()
+    held = held_out(whole.train.labels, validation, 5) if validation else None
+    return assembled("animals", whole.classes, whole.train, whole.test, held, (train, 6), False, 0)
 
 
 def write_teacher(path, dataset):
@@ -180,3 +178,18 @@ def test_damaged_index(tmp_path, index):
         file["train/index"] = np.array(index)
     with pytest.raises(TeacherError, match="train/index is not 3 increasing numbers from 0 on; make the file again"):
         TeacherFile(tmp_path / "t.h5")
+
+
+def test_a_teacher_that_does_not_fit_the_disk_is_one_line(tmp_path):
+    """RLIMIT_FSIZE as a disk that takes only so many bytes of a file; HDF5 would crash on it."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (100, 2000, 10_000, 90_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(TeacherError, match=r"cannot write teacher file .*t\.h5: .*File too large") as error:
+                write_teacher(tmp_path / "t.h5", animals())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(error.value)
+        assert list(tmp_path.iterdir()) == []

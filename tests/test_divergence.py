@@ -309,3 +309,22 @@ def test_halving_ends_after_some_times(quadrants, tmp_path):
     with pytest.raises(DivergenceError, match="in epoch 1, batch 2; lower --beta"):
         trainer.run()
     assert trainer.halvings == 5
+
+
+def test_an_epoch_whose_end_is_not_finite_leaves_no_record(quadrants, tmp_path):
+    """Found by the snapshot, after the record was made."""
+    trainer = run({**HALVED, "lr_schedule": "constant"}, tmp_path / "run")
+    evaluate, poisoned = trainer._evaluate, []
+
+    def poisoning(epoch):
+        found = evaluate(epoch)
+        if epoch == 2 and not poisoned:
+            poisoned.append(trainer.learner.parameters()["readout.bias"])
+            poisoned[0][...] = math.inf
+        return found
+
+    trainer._evaluate = poisoning
+    trainer.run()
+    assert poisoned
+    assert [record["epoch"] for record in trainer.records] == [1, 2, 3]
+    assert [record["epoch"] for record in trainer.directory.metrics()] == [1, 2, 3]

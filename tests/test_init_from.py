@@ -171,3 +171,21 @@ def test_what_draws_weights_needs_drawn_ones():
         with pytest.raises(ConfigurationError, match="needs no --init-from"):
             require_used(given, vars(make_config(values, given)))
     assert TrainConfig(init_from="net.npz").to_toml().count('init_from = "net.npz"') == 1
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_damaged_npz_is_one_line(tmp_path, compressed):
+    """Whatever byte is another one."""
+    net, path = make({"arch": "8 8p"}), tmp_path / "net.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **torch_layout(net))
+    content, generator = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        wrong = bytearray(content)
+        wrong[generator.integers(len(wrong))] ^= int(generator.integers(1, 256))
+        path.write_bytes(wrong)
+        try:
+            load_initial(net, path)
+        except (CheckpointError, ConfigurationError):
+            refused += 1
+    assert refused > 30

@@ -141,10 +141,17 @@ def test_samples_of_torch():
     np.testing.assert_array_equal(data.test.images, BYTES[:5])
     grey = [(BYTES[0, ..., 0], 0), (BYTES[1, ..., 0], 1)] * 3
     assert ep.Dataset.from_torch(grey).image_shape == (8, 10, 1)
+    deep = np.arange(6 * 16 * 16, dtype=np.uint16).reshape(6, 16, 16) * 40
+    for mode, kind in (("I;16", np.uint16), ("I", np.int32), ("F", np.float32)):  # more than bytes hold
+        images = [pictures.fromarray(pixels.astype(kind)) for pixels in deep]
+        assert {image.mode for image in images} == {mode}
+        data = ep.Dataset.from_torch(list(zip(images, [0, 1] * 3, strict=True)), test=[(images[0], 0)])
+        np.testing.assert_array_equal(data.train.images[..., 0], deep.astype(np.float32))
 
 
 WRONG = {
     "labels from one": ((X, Y + 1), "labels run from 1 to 3, and not every class from 0 on"),
+    "labels from one, an empty test": ((X, Y + 1, (X, Y[:0])), "labels run from 1 to 3, and not every class from 0 on"),
     "labels missing": ((X, Y[:-1]), "30 images, but 29 labels"),
     "labels as numbers with a point": ((X, Y / 2), "y holds float64; labels are integers from 0 on, or names"),
     "one-hot": ((X, np.eye(30)), "of one-hot rows take y.argmax"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import zipfile
 
 import h5py
@@ -105,6 +106,12 @@ def test_a_folder_of_classes(tmp_path):
     touched = ep.load_dataset(f"folder:{folder}", image_size=16)
     assert (touched.fingerprint, len(list((tmp_path / "cache" / "pictures").iterdir()))) == (data.fingerprint, 2)
     assert ep.load_dataset(f"folder:{folder}").image_shape == (32, 32, 3)
+    cache = tmp_path / "cache" / "pictures"
+    for name, age in ((".a.npz.1.tmp", 2 * 86400), (".b.npz.1.tmp", 60)):  # of a process that was killed, one at work
+        (cache / name).write_bytes(b"x")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    ep.load_dataset(f"folder:{folder}", image_size=8)
+    assert [path.name for path in cache.glob(".*")] == [".b.npz.1.tmp"]
 
 
 def test_pictures_stand_upright(tmp_path):
@@ -345,6 +352,10 @@ def test_a_run_goes_on_with_its_own_images_only(tmp_path, invoke):
     code, _, err = invoke(*more, 2)
     assert code == 1
     assert "belongs to a run on other images or labels: file:a.npz has changed since it began" in err
+    for command in (("evaluate", "run"), ("diagnose", "run"), ("export", "run", "--format", "run", "--output", "out")):
+        code, _, err = invoke(*command)
+        assert (code, "file:a.npz has changed since it began" in err) == (1, True), command
+    assert not (tmp_path / "out").exists()
     save(tmp_path / "a.npz", x=X, y=Y)
     code, _, err = invoke(*more, 2)
     assert code == 0, err

@@ -269,7 +269,6 @@ VALID = {
     "Split.select": lambda w: (w.split.select, {"rows": np.arange(2)}),
     "Split.take": lambda w: (w.split.take, {"count": 2}),
     "Split.balanced": lambda w: (w.split.balanced, {"count": 2}),
-    "Split.hold_out": lambda w: (w.split.hold_out, {"count": 2, "seed": 0}),
     "Dataset": lambda w: (
         ep.Dataset,
         {
@@ -398,12 +397,12 @@ MEANINGFUL = (
         "its range begins at 0",
     ),
     (r".*", "signals|nudges", "empty list|empty array", "a sequence of none"),
-    (r".*", "record|learned|nesterov|flip|augment|shuffle|balance|exact", "true", "a flag"),
+    (r".*", "record|learned|nesterov|flip|augment|shuffle|balance|exact|channels_first", "true", "a flag"),
     (r"Clip|Tanh|Dataset.*|Device|TeacherWriter", "name|teacher|reason|fingerprint", "text", "free text"),
     (r"Network.save|TeacherWriter", "path", "text", "a file that appears"),
     (r"fit", "run_dir", "text", "a folder"),
     (r"fit", "resume|quiet", "true", "they may be"),
-    (r"load_dataset", "test_fraction", "half", "a share"),
+    (r"load_dataset|Dataset.from_arrays", "test_fraction", "half", "a share"),
     (r"load_dataset", "data_dir", "text", "digits need no folder"),
 )
 ALIASES = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from cupyep.files import can_write, read_json, write_json
 from cupyep.heads import ranked
-from cupyep.training.build import build_dataset, evaluation_batches
+from cupyep.training.build import evaluation_batches
 from cupyep.training.display import Display
 from cupyep.training.run_directory import RunDirectory
 from cupyep.training.trained import load_trained
@@ -33,7 +33,7 @@ def confusion_of(
     if kept is not None:
         return kept
     trained = load_trained(run.path, "best", given)
-    batches = evaluation_batches(trained.config, build_dataset(trained.config), trained.network, "test")
+    batches = evaluation_batches(trained.config, trained.dataset(), trained.network, "test")
     matrix = np.zeros((trained.network.classes,) * 2, np.int64)
     for batch in (display or Display()).over(batches, "test images"):
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused

@@ -32,7 +32,7 @@ from cupyep.persistence.checkpoint import Checkpoint, load_checkpoint, restore_p
 from cupyep.training.build import build_dataset, build_learner, build_network, build_signals, first_images
 from cupyep.training.config import TrainConfig, make_config, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
-from cupyep.training.snapshot import check_same_network
+from cupyep.training.snapshot import check_same_network, check_unchanged
 from cupyep.training.statistics import LEVELS
 from cupyep.training.teacher import KEPT, teacher_path
 from cupyep.training.trained import as_settled
@@ -139,6 +139,7 @@ def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | N
     config = as_settled(config, saved, follows | given)
     require_used(given, vars(config))
     dataset = build_dataset(config)
+    check_unchanged(f"checkpoint '{file}'", saved.images.get("fingerprint", ""), dataset)
     network = build_network(config, dataset, get_device(config.device))
     check_same_network(file, saved, network)
     signals, notes = _signals(config, network, dataset, file.parent)

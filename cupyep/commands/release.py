@@ -22,6 +22,7 @@ from cupyep.training.config import MACHINE, OPTIONS, TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.results import LONGER, at_rest, evaluate
 from cupyep.training.run_directory import BEST, METRICS, SETTLING, RunDirectory, check_free
+from cupyep.training.snapshot import check_unchanged
 from cupyep.training.trained import TrainedRun, load_trained
 
 CARD = "README.md"
@@ -42,6 +43,7 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
     run, path = RunDirectory.open(path), Path(path)
     checkpoint = halved(run.load(which))
     dataset = build_dataset(run.config)
+    check_unchanged("this checkpoint", checkpoint.images.get("fingerprint", ""), dataset)
     with _folder(output) as folder:
         config = dataclasses.replace(run.config, **{name: OPTIONS[name].default for name in (*MACHINE, "init_from")})
         new = RunDirectory.create(folder, config)

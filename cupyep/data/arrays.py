@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyep import errors
 from cupyep.backend import host_array
-from cupyep.data.dataset import Dataset, Split, check_limits
-from cupyep.data.images import channel_statistics, first_not_finite
+from cupyep.data.images import first_not_finite
+from cupyep.data.pictures import GREY_16
 from cupyep.data.selection import stratified
 from cupyep.data.stored import StoredImages, chosen, joined
 from cupyep.errors import ConfigurationError, DataError, flag, is_integer, items, number, one_line, require, shown
@@ -19,57 +18,27 @@ from cupyep.errors import ConfigurationError, DataError, flag, is_integer, items
 PAD_SHARE = 8  # a crop may shift an image by this part of its side, as 4 of CIFAR's 32 pixels
 TEST, HELD = 2, 3  # streams of draws; see `stratified`
 KINDS = "uint8, other integers or floats"
+Part = tuple[Any, np.ndarray]
+"""Images (N, H, W, C) and labels (N,) as numbers."""
+NUMBERS = ("I", "F", *GREY_16)  # modes of pictures that hold more than bytes
 
 
-def dataset_of_arrays(
+def parts_of_arrays(
     x: Any,
     y: Any,
-    test: tuple[Any, Any] | None = None,
-    classes: Sequence[str] | None = None,
-    validation: int | tuple[Any, Any] | None = None,
-    *,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    name: str = "arrays",
-    flip: bool = False,
-    pad: int | None = None,
-    channels_first: bool = False,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-) -> Dataset:
-    """Return a data set of images of your own: ``Dataset.from_arrays``.
+    test: tuple[Any, Any] | None,
+    classes: Sequence[str] | None,
+    validation: int | tuple[Any, Any] | None,
+    test_fraction: float,
+    seed: int,
+    name: str,
+    channels_first: bool,
+) -> tuple[tuple[str, ...], Part, Part, np.ndarray | None]:
+    """Return names of the classes, the training and the test part, and the rows of the former that are to validate.
 
-    Parameters
-    ----------
-    x : array of shape (N, H, W, C) or (N, H, W)
-        Of NumPy, of CuPy or of anything with DLPack. uint8 images are kept as they are and divided by 255; others are
-        taken as float32 in whatever units they have. Either way networks see them minus the mean, divided by the
-        standard deviation of their channel, over the training part. A memory-mapped array is read batch by batch.
-    y : sequence of N labels
-        Integers that count from 0, or names of classes.
-    test : (x, y), optional
-        The test part; else `test_fraction` of the images are drawn by `seed`, of each class its share.
-    classes : sequence of str, optional
-        Names in the order of the labels; default the labels themselves, names sorted.
-    validation : int or (x, y), optional
-        The validation part, or how many training images to draw for it by `seed`, of each class its share.
-    name : str
-        Kept in checkpoints and teacher files.
-    flip : bool
-        Whether a mirrored image keeps its class.
-    pad : int, optional
-        Pixels by which a random crop may shift an image; default an eighth of the shorter side.
-    channels_first : bool
-        Whether x is (N, C, H, W), as in PyTorch.
-    limit_train, limit_test : int, optional
-        See `cupyep.data.load_dataset`.
-
-    Raises
-    ------
-    ConfigurationError, DataError
-        In one line, if an argument is no array, or arrays do not fit together.
+    Those that are given for it are among the training part; None where there are none. For the arguments and the
+    errors see `Dataset.from_arrays`.
     """
-    errors.seed("seed", seed)
     flag("channels_first", channels_first)
     images, labels = [_images("x", x, channels_first)], [_labels("y", y)]
     for what, pair in (("test", test), ("validation", None if is_integer(validation) else validation)):
@@ -92,46 +61,11 @@ def dataset_of_arrays(
         (pixels, own), count = others[0], len(train[1])
         train = joined(train[0], pixels), np.concatenate([train[1], own])
         held = np.arange(count, count + len(own))
-    counts = (len(train[1]), len(tested[1]))
-    check_limits(name, *counts, limit_train, limit_test, validation if held is None else len(held))
-    mean, std = channel_statistics(train[0])
-    whole = Split("train", *train)
-    if held is None and validation is not None:
-        held = stratified(whole.labels, int(validation), seed, HELD)
-    part = whole if held is None else whole.select(np.setdiff1d(np.arange(len(whole)), held, assume_unique=True))
-    train = part.balanced(limit_train) if limit_train else part
-    test = Split("test", *tested)
-    test = test.balanced(limit_test) if limit_test else test
-    pad = max(1, min(whole.images.shape[1:3]) // PAD_SHARE) if pad is None else pad
-    held = None if held is None else whole.select(held, "validation")
-    return Dataset(name, names, train, test, mean, std, flip, pad, held)
+    return names, train, tested, held
 
 
-def dataset_of_samples(samples: Any, test: Any = None, **options: Any) -> Dataset:
-    """Return the samples of map-style PyTorch data sets, all read once: ``Dataset.from_torch``.
-
-    Parameters
-    ----------
-    samples, test : torch.utils.data.Dataset, or anything with ``len`` and whole numbers as indices
-        Of pairs (image, label). An image is a PIL picture, a tensor (C, H, W) or (H, W), or a NumPy array (H, W, C);
-        all have one size. What a transformation draws at random is drawn once.
-    **options
-        Those of `dataset_of_arrays`. `classes` are by default those that the data set names, as torchvision's do.
-
-    Raises
-    ------
-    ConfigurationError, DataError
-        As `dataset_of_arrays`; also if a data set has no length.
-    """
-    named = getattr(samples, "classes", None)
-    if named is not None and not isinstance(named, (str, bytes)):
-        options.setdefault("classes", [str(item) for item in named])
-    if test is not None:
-        options["test"] = _gathered("test", test)
-    return dataset_of_arrays(*_gathered("samples", samples), **options)
-
-
-def _gathered(what: str, samples: Any) -> tuple[np.ndarray, np.ndarray]:
+def gathered(what: str, samples: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and labels of a map-style data set, all read once."""
     right = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
     require(right, f"{what} must be a map-style data set, with a length and numbered samples, not {shown(samples)}")
     require(len(samples) > 0, f"{what} holds no samples")
@@ -162,7 +96,7 @@ def _whole(what: str, label: Any) -> int:
 
 
 def _pixels(what: str, image: Any) -> np.ndarray:
-    if hasattr(image, "getbands") and image.mode not in ("L", "RGB"):
+    if hasattr(image, "getbands") and image.mode not in ("L", "RGB", *NUMBERS):
         image = image.convert("RGB")
     array, is_tensor = _array(what, image), hasattr(image, "__dlpack__") and not isinstance(image, np.ndarray)
     if array.ndim == 2:
@@ -233,8 +167,9 @@ def _numbered(labels: list[np.ndarray], classes: Sequence[str] | None) -> tuple[
             present = np.bincount(labels[0][labels[0] >= 0], minlength=1)[: most + 1] > 0 if most < 10**6 else [False]
             if least < 0 or not all(present) or len(present) < most + 1:
                 raise DataError(
-                    f"labels run from {int(min(array.min() for array in labels))} to {most}, and not every class from "
-                    "0 on has a training image; count from 0, or give the names of all classes as classes"
+                    f"labels run from {min(int(array.min()) for array in labels if len(array))} to {most}, and not "
+                    "every class from 0 on has a training image; count from 0, or give the names of all classes as "
+                    "classes"
                 )
         names = [str(n) for n in range(most + 1)] if classes is None else items("classes", classes, str)
         if least < 0 or most >= len(names):
@@ -265,9 +200,7 @@ def _share(name: str, count: int, fraction: float) -> int:
     return min(max(1, round(count * fraction)), count - 1)
 
 
-def _divided(
-    part: tuple[Any, np.ndarray], count: int, seed: int, stream: int
-) -> tuple[tuple[Any, np.ndarray], tuple[Any, np.ndarray]]:
+def _divided(part: Part, count: int, seed: int, stream: int) -> tuple[Part, Part]:
     """Return (the rest, `count` samples) of images and labels."""
     images, labels = part
     rows = stratified(labels, count, seed, stream)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cupyep import errors
+from cupyep.data.arrays import HELD, PAD_SHARE, gathered, parts_of_arrays
 from cupyep.data.files import check_labels
 from cupyep.data.images import channel_statistics
-from cupyep.data.selection import balanced, held_out
+from cupyep.data.selection import balanced, check_limits, stratified
 from cupyep.data.stored import StoredImages, chosen
 from cupyep.errors import DataError, choose, flag, instance, integer, is_integer, items, require, shown
 from cupyep.showing import Shown
@@ -91,12 +93,6 @@ class Split(Shown):
     def balanced(self, count: int) -> Split:
         """Return `count` samples, the first ones of each class, equally many of each; see `cupyep.data.selection`."""
         return self.select(balanced(self.labels, self._checked(count)))
-
-    def hold_out(self, count: int, seed: int) -> tuple[Split, Split]:
-        """Return (the rest, the validation split of `count` samples drawn by `seed`, equally many of each class)."""
-        rows = held_out(self.labels, self._checked(count), errors.seed("seed", seed))
-        rest = np.setdiff1d(np.arange(len(self)), rows, assume_unique=True)
-        return self.select(rest), self.select(rows, "validation")
 
     def _checked(self, count: int) -> int:
         right = is_integer(count) and 1 <= count <= len(self)
@@ -180,19 +176,90 @@ class Dataset(Shown):
 
     @classmethod
     def from_arrays(
-        cls, x: Any, y: Any, test: Any = None, classes: Any = None, validation: Any = None, **options: Any
+        cls,
+        x: Any,
+        y: Any,
+        test: tuple[Any, Any] | None = None,
+        classes: Sequence[str] | None = None,
+        validation: int | tuple[Any, Any] | None = None,
+        *,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        name: str = "arrays",
+        flip: bool = False,
+        pad: int | None = None,
+        channels_first: bool = False,
+        limit_train: int | None = None,
+        limit_test: int | None = None,
     ) -> Dataset:
-        """Return a data set of arrays of your own; see `cupyep.data.arrays.dataset_of_arrays` for all options."""
-        from cupyep.data.arrays import dataset_of_arrays  # here: it makes objects of this class
+        """Return a data set of images of your own.
 
-        return dataset_of_arrays(x, y, test, classes, validation, **options)
+        Parameters
+        ----------
+        x : array of shape (N, H, W, C) or (N, H, W)
+            Of NumPy, of CuPy or of anything with DLPack. uint8 images are kept as they are and divided by 255; others
+            are taken as float32 in whatever units they have. Either way networks see them minus the mean, divided by
+            the standard deviation of their channel, over the training part. A memory-mapped array is read batch by
+            batch.
+        y : sequence of N labels
+            Integers that count from 0, or names of classes.
+        test : (x, y), optional
+            The test part; else `test_fraction` of the images are drawn by `seed`, of each class its share.
+        classes : sequence of str, optional
+            Names in the order of the labels; default the labels themselves, names sorted.
+        validation : int or (x, y), optional
+            The validation part, or how many training images to draw for it by `seed`, of each class its share.
+        name : str
+            Kept in checkpoints and teacher files.
+        flip : bool
+            Whether a mirrored image keeps its class.
+        pad : int, optional
+            Pixels by which a random crop may shift an image; default an eighth of the shorter side.
+        channels_first : bool
+            Whether x is (N, C, H, W), as in PyTorch.
+        limit_train, limit_test : int, optional
+            See `cupyep.data.load_dataset`.
+
+        Raises
+        ------
+        ConfigurationError, DataError
+            In one line, if an argument is no array, or arrays do not fit together.
+        """
+        instance("name", name, str, "a text")
+        errors.seed("seed", seed)
+        names, train, tested, held = parts_of_arrays(
+            x, y, test, classes, validation, test_fraction, seed, name, channels_first
+        )
+        limits = (limit_train, limit_test)
+        check_limits(name, len(train[1]), len(tested[1]), *limits, validation if held is None else len(held))
+        if held is None and validation is not None:
+            held = stratified(train[1], int(validation), seed, HELD)
+        pad = max(1, min(train[0].shape[1:3]) // PAD_SHARE) if pad is None else pad
+        return assembled(name, names, Split("train", *train), Split("test", *tested), held, limits, flip, pad)
 
     @classmethod
     def from_torch(cls, samples: Any, test: Any = None, **options: Any) -> Dataset:
-        """Return the samples of a map-style PyTorch data set; see `cupyep.data.arrays.dataset_of_samples`."""
-        from cupyep.data.arrays import dataset_of_samples
+        """Return the samples of map-style PyTorch data sets, all read once.
 
-        return dataset_of_samples(samples, test, **options)
+        Parameters
+        ----------
+        samples, test : torch.utils.data.Dataset, or anything with ``len`` and whole numbers as indices
+            Of pairs (image, label). An image is a PIL picture, a tensor (C, H, W) or (H, W), or a NumPy array
+            (H, W, C); all have one size. What a transformation draws at random is drawn once.
+        **options
+            Those of `from_arrays`. `classes` are by default those that the data set names, as torchvision's do.
+
+        Raises
+        ------
+        ConfigurationError, DataError
+            As `from_arrays`; also if a data set has no length.
+        """
+        named = getattr(samples, "classes", None)
+        if named is not None and not isinstance(named, (str, bytes)):
+            options.setdefault("classes", [str(item) for item in named])
+        if test is not None:
+            options["test"] = gathered("test", test)
+        return cls.from_arrays(*gathered("samples", samples), **options)
 
     @property
     def unit(self) -> float:
@@ -211,24 +278,20 @@ class Dataset(Shown):
         return split
 
 
-def check_limits(
+def assembled(
     name: str,
-    train_count: int,
-    test_count: int,
-    limit_train: int | None,
-    limit_test: int | None,
-    validation: int | None,
-) -> None:
-    """Raise `ConfigurationError` unless so many images can be held out and used of so many."""
-    most = train_count - 1
-    require(
-        validation is None or (is_integer(validation) and 1 <= validation <= most),
-        f"validation is {shown(validation)}: {name} has {train_count} train images, choose from 1 to {most}",
-    )
-    limits = (("train", limit_train, train_count, validation or 0), ("test", limit_test, test_count, 0))
-    for what, limit, count, held in limits:
-        note = f", {held} of them held out" if held else ""
-        require(
-            limit is None or (is_integer(limit) and 1 <= limit <= count - held),
-            f"limit-{what} is {shown(limit)}: {name} has {count} {what} images{note}, choose from 1 to {count - held}",
-        )
+    classes: tuple[str, ...],
+    train: Split,
+    test: Split,
+    held: np.ndarray | None,
+    limits: tuple[int | None, int | None],
+    flip: bool,
+    pad: int,
+) -> Dataset:
+    """Return the data set of two whole parts: rows `held` of `train` validate, `limits` take of what is left."""
+    mean, std = channel_statistics(train.images)
+    validation = None if held is None else train.select(held, "validation")
+    if held is not None:
+        train = train.select(np.setdiff1d(np.arange(len(train)), held, assume_unique=True))
+    parts = (part if n is None else part.balanced(n) for part, n in zip((train, test), limits, strict=True))
+    return Dataset(name, classes, *parts, mean, std, flip, pad, validation)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,11 @@ from cupyep.errors import DataError, one_line
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Images (N, H, W, C) uint8 and labels (N,) int64."""
+#: What NumPy and zipfile raise on a damaged .npy or .npz file.
+ARRAY_ERRORS = (
+    OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, zipfile.BadZipFile,
+    zlib.error, tokenize.TokenError,
+)  # fmt: skip
 GZIP = b"\x1f\x8b"  # how a gzip file begins, and nothing else that is read here
 
 

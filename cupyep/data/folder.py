@@ -20,12 +20,13 @@ import numpy as np
 from cupyep.data.directories import cache_directory
 from cupyep.data.pictures import SUFFIXES, is_grey, read_picture
 from cupyep.errors import DataError, reporting
-from cupyep.files import can_write, read_text, replacing
+from cupyep.files import can_write, read_text, remove_leftovers, replacing
 
 DEFAULT_SIZE = 32  # pixels a side, as most recipes have them
 PARTS = {"": ("train", "training"), "_val": ("val", "valid", "validation"), "_test": ("test", "testing")}
 ANNOTATIONS = Path("val", "val_annotations.txt")  # of Tiny-ImageNet: a file's name, a tab, its class, a box
 TEXT_BYTES = 1 << 24
+DAY_S = 86400.0
 MADE_AS = 1  # of how images are made of pictures; another number makes all of them anew
 LAYOUT = "a sub-folder a class, or train, val and test with such sub-folders"
 Listing = dict[str, list[tuple[Path, str]]]
@@ -49,6 +50,7 @@ def pictures_file(folder: Path, size: int) -> Path:
             raise DataError(f"cannot keep the images of {folder} in {file.parent}: name another folder by CUPYEP_CACHE")
         with reporting(DataError, f"cannot keep the images of {folder} in {file.parent}"):
             file.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(file.parent, DAY_S)
             _write(file, listing, size)
     return file
 

@@ -9,14 +9,13 @@ import gzip
 import math
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from cupyep.data.files import Arrays, Layout, check_labels, check_length, find_file, read_bounded
+from cupyep.data.files import ARRAY_ERRORS, Arrays, Layout, check_labels, check_length, find_file, read_bounded
 from cupyep.data.sources import IDX_FILES, Source, emnist_file
 from cupyep.errors import DataError, one_line
 
@@ -93,6 +92,6 @@ def _member(archive: Path, member: Path, most: int) -> bytes:
     try:
         with zipfile.ZipFile(archive) as file, file.open(member.as_posix()) as raw, gzip.open(raw) as content:
             return content.read(most)
-    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except ARRAY_ERRORS as error:
         where = f"{archive}: {member.as_posix()}"
         raise DataError(f"{where}: cannot be read ({one_line(error)}); get the archive again") from error

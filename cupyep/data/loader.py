@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,8 @@ from cupyep.ops.crop import crop
 
 DTYPES = ("float32", "float64")
 ROOM_SHARE = 0.5  # of the memory that a GPU has left; the network needs some, too
+ORDER, FLIP = 0, 3  # columns of an epoch's draws that the host reads; of all six tells `CropOps.crop`
 SENT_AT_ONCE = 32 << 20  # bytes: what CuPy sends goes through page-locked memory, of which it keeps as much for ever
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """The random numbers of one epoch, one per position in it."""
-
-    order: np.ndarray  # (N,) place in the split
-    dy: np.ndarray  # (N,) first row of the crop in the padded image, 0 .. 2 pad
-    dx: np.ndarray  # (N,)
-    flip: np.ndarray  # (N,) 0 or 1
-    top: np.ndarray  # (N,) first row of the hidden square in the image that comes out; may lie outside of it
-    left: np.ndarray  # (N,)
 
 
 class Normaliser:
@@ -173,19 +161,15 @@ class Loader:
         """
         integer("first", first, 0)
         draws = self._draw()  # here, not in the generator below: an epoch's draws are made when it begins
-        there = None
-        if self.augment or self.shuffle:
-            there = self.device.asarray(
-                np.stack([getattr(draws, f.name) for f in fields(draws)], axis=1)
-            )  # once an epoch
+        there = self.device.asarray(draws) if self.augment or self.shuffle else None  # once an epoch
         starts = range(first * self.batch_size, len(self.split), self.batch_size)
         if self._images is None:
             return self._streamed(draws, there, starts)
         return (self._batch(draws, there, start) for start in starts)
 
-    def _streamed(self, draws: _Draws, there: Any, starts: Sequence[int]) -> Iterator[Batch]:
+    def _streamed(self, draws: np.ndarray, there: Any, starts: Sequence[int]) -> Iterator[Batch]:
         """Yield batches whose images are read while the one before is worked on."""
-        rows = [draws.order[self._own(start)[0]] for start in starts]
+        rows = [draws[self._own(start)[0], ORDER] for start in starts]
         with ThreadPoolExecutor(1, "cupyep-images") as reader:
             coming = [reader.submit(self.split.images.__getitem__, places) for places in rows[:1]]
             for number, start in enumerate(starts):
@@ -193,26 +177,27 @@ class Loader:
                 coming += [reader.submit(self.split.images.__getitem__, places) for places in rows[number + 1 :][:1]]
                 yield self._batch(draws, there, start, self.device.asarray(pixels))
 
-    def _draw(self) -> _Draws:
+    def _draw(self) -> np.ndarray:
+        """Return the random numbers of an epoch, a row for each position in it, as `CropOps.crop` takes them."""
         count, rng = len(self.split), self.generator
-        order = rng.permutation(count) if self.shuffle and not self.balance else np.arange(count)
-        order = evened(self.split.labels, rng) if self.balance else order
-        dy, dx = rng.integers(0, 2 * self.pad, (2, count), endpoint=True) if self.augment else np.zeros((2, count), int)
-        flip = rng.integers(0, 1, count, endpoint=True) if self.augment and self.flip else np.zeros(count, int)
-        # Drawn last: whoever hides nothing draws what was drawn before there were squares.
-        top, left = self._squares(count) if self.cutout else np.zeros((2, count), int)
-        return _Draws(order, dy, dx, flip, top, left)
+        draws = np.zeros((count, 6), np.int64)
+        draws[:, ORDER] = rng.permutation(count) if self.shuffle and not self.balance else np.arange(count)
+        if self.balance:
+            draws[:, ORDER] = evened(self.split.labels, rng)
+        if self.augment:
+            draws[:, 1:3] = rng.integers(0, 2 * self.pad, (2, count), endpoint=True).T
+            if self.flip:
+                draws[:, FLIP] = rng.integers(0, 1, count, endpoint=True)
+        if self.cutout:  # drawn last: whoever hides nothing draws what was drawn before there were squares
+            height, width = self.split.images.shape[1:3]
+            centres = rng.integers(0, [[height], [width]], (2, count))
+            draws[:, 4:] = (centres - self.cutout // 2).T
+        return draws
 
-    def _squares(self, count: int) -> np.ndarray:
-        """Return (2, count): first row and column of the hidden squares."""
-        height, width = self.split.images.shape[1:3]
-        centres = self.generator.integers(0, [[height], [width]], (2, count))
-        return centres - self.cutout // 2
-
-    def _batch(self, draws: _Draws, there: Any, start: int, pixels: Any = None) -> Batch:
+    def _batch(self, draws: np.ndarray, there: Any, start: int, pixels: Any = None) -> Batch:
         """Return a batch: of the images on the device, or of just its own `pixels`, which are there, too."""
         rows, share = self._own(start)
-        places = draws.order[rows]
+        places = draws[rows, ORDER]
         if self.augment:
             images = self._crops(self._images if pixels is None else pixels, there[rows], own=pixels is not None)
         elif pixels is not None:
@@ -234,9 +219,9 @@ class Loader:
         share = (last - first, whole) if parts > 1 else None
         return slice(first, max(last, first + 1)), share
 
-    def _looked_up(self, draws: _Draws, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _looked_up(self, draws: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return by what a teacher's logits are looked up."""
-        return self.split.index[draws.order[rows]], draws.flip[rows].astype(np.uint8)
+        return self.split.index[draws[rows, ORDER]], draws[rows, FLIP].astype(np.uint8)
 
     def _crops(self, stored: Any, draws: Any, own: bool) -> Any:
         """Return crops of `stored` by `draws` (B, 6), which are there; on a CPU each thread takes a part of them."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from cupyep import errors
-from cupyep.data.dataset import Dataset, Split, check_limits
+from cupyep.data.dataset import Dataset, Split, assembled
 from cupyep.data.directories import data_directory
 from cupyep.data.download import fetch
 from cupyep.data.files import Layout
 from cupyep.data.formats import layouts_found
-from cupyep.data.images import channel_statistics, resize
+from cupyep.data.images import resize
 from cupyep.data.own import load_own
+from cupyep.data.selection import check_limits, held_out
 from cupyep.data.sources import DATASETS, SOURCES, Source, check_dataset, is_own
 from cupyep.data.verify import check_original
 from cupyep.errors import DataError, choose, few, flag, instance, is_integer, number, require, shown
@@ -49,7 +50,8 @@ def load_dataset(
         Keep so many samples only, the first ones of each class, equally many of each. `mean` and `std` stay those of
         the whole training part, so that a network can be evaluated with other limits than it was trained with.
     validation : int, optional
-        Hold so many training samples out, equally many of each class, before `limit_train` is applied.
+        Hold so many training samples out, equally many of each class (of a user's own data in the proportions that they
+        have), before `limit_train` is applied.
     seed : int
         Which samples are held out.
     test_fraction : float
@@ -78,12 +80,9 @@ def load_dataset(
     arrays = layout.read()
     check_original(source, arrays, layout.place)
     train, test = (Split(s, resize(x, size), y) for s, (x, y) in zip(("train", "test"), arrays, strict=True))
-    mean, std = channel_statistics(train.images)
-    train, held = train.hold_out(validation, seed) if validation else (train, None)
-    train = train.balanced(limit_train) if limit_train else train
-    test = test.balanced(limit_test) if limit_test else test
+    held = held_out(train.labels, validation, seed) if validation else None
     pad = max(1, source.pad * size // source.shape[0])
-    return Dataset(name, source.classes, train, test, mean, std, source.flip, pad, held)
+    return assembled(name, source.classes, train, test, held, (limit_train, limit_test), source.flip, pad)
 
 
 def image_shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:

@@ -12,15 +12,14 @@ import hashlib
 import itertools
 import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from cupyep.data.arrays import dataset_of_arrays
 from cupyep.data.dataset import Dataset
+from cupyep.data.files import ARRAY_ERRORS
 from cupyep.data.folder import DEFAULT_SIZE, pictures_file
 from cupyep.data.images import add_to_digest
 from cupyep.data.sources import short_name
@@ -68,7 +67,7 @@ def _dataset(name: str, arrays: dict[str, Any], validation: int | None, options:
     require(held is None or validation is None, f"{name} has a validation part of its own; leave out --validation")
     classes = None if arrays.get("classes") is None else [str(item) for item in np.ravel(arrays["classes"])]
     held = validation if held is None else held
-    return dataset_of_arrays(*parts[""], parts["_test"], classes, held, name=name, flip=True, **options)
+    return Dataset.from_arrays(*parts[""], parts["_test"], classes, held, name=name, flip=True, **options)
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
         found = _npz(path) if ending == ".npz" else _h5(path)
     except DataError:
         raise
-    except (*hdf5.ERRORS, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
+    except ARRAY_ERRORS as error:
         raise DataError(f"{path}: is not a readable {ending} file ({one_line(error)}); {MADE_BY}") from error
     arrays = {ALIASES.get(name, name): array for name, array in found.items()}
     for name, array in arrays.items():

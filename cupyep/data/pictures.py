@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.data.files import ARRAY_ERRORS
 from cupyep.data.images import resize
 from cupyep.errors import DataError, needing, one_line
 
@@ -101,7 +102,7 @@ def read_array(path: Path, shape: tuple[int, int, int], dtype: np.dtype) -> np.n
     """
     try:
         image = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except ARRAY_ERRORS as error:
         raise DataError(f"{path}: is not a readable .npy file ({one_line(error)})") from error
     image = image[..., None] if image.ndim == 2 else image
     kinds = "u" if dtype == np.uint8 else "uif"

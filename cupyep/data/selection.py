@@ -1,11 +1,13 @@
 """Which samples of a split are used, the same ones on every machine.
 
-Of the named data sets as many of each class as of any other; of a user's own in the proportions that they have.
+Of each class as many as of any other; what is set apart of a user's own data in the proportions that they have.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from cupyep.errors import is_integer, require, shown
 
 
 def balanced(labels: np.ndarray, count: int, order: np.ndarray | None = None) -> np.ndarray:
@@ -74,3 +76,26 @@ def evened(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         turns = [generator.permutation(rows) for _ in range(-(-share // len(rows)))]
         order += [row for turn in turns for row in turn][:share]
     return generator.permutation(order)
+
+
+def check_limits(
+    name: str,
+    train_count: int,
+    test_count: int,
+    limit_train: int | None,
+    limit_test: int | None,
+    validation: int | None,
+) -> None:
+    """Raise `ConfigurationError` unless so many images can be held out and used of so many."""
+    most = train_count - 1
+    require(
+        validation is None or (is_integer(validation) and 1 <= validation <= most),
+        f"validation is {shown(validation)}: {name} has {train_count} train images, choose from 1 to {most}",
+    )
+    limits = (("train", limit_train, train_count, validation or 0), ("test", limit_test, test_count, 0))
+    for what, limit, count, held in limits:
+        note = f", {held} of them held out" if held else ""
+        require(
+            limit is None or (is_integer(limit) and 1 <= limit <= count - held),
+            f"limit-{what} is {shown(limit)}: {name} has {count} {what} images{note}, choose from 1 to {count - held}",
+        )

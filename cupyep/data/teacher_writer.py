@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from cupyep.data.teacher import DTYPES, FORMAT, SPLITS, VERSION, views_problem
 from cupyep.errors import LARGEST, TeacherError, instance, integer, items, one_line, shown
 from cupyep.files import temporary_path
 from cupyep.persistence import hdf5
+
+HEAD_BYTES = 1 << 17  # what a file has besides its numbers, at most
 
 
 class TeacherWriter:
@@ -76,14 +79,27 @@ class TeacherWriter:
         self._labels = {name: dataset.split(name).labels for name in SPLITS}
         self._written = {name: np.zeros((len(self.views), len(y)), bool) for name, y in self._labels.items()}
         self._right = {name: np.zeros(len(y), bool) for name, y in self._labels.items()}  # of the identity view
+        dtype = np.dtype(dtype)
         with self._disk():
+            self._find_room(len(dataset.classes), dtype)
             self._file = hdf5.create(self._temporary)
         try:
             with self._disk():
-                self._lay_out(dataset, teacher, np.dtype(dtype))
+                self._lay_out(dataset, teacher, dtype)
         except BaseException:
             self.abort()
             raise
+
+    def _find_room(self, classes: int, dtype: np.dtype) -> None:
+        """Raise `OSError` where the file would not fit: on a full disk HDF5 fails late, and not only by exceptions."""
+        values = classes + sum(map(math.prod, self.features.values()))
+        total = sum(written.size * values * dtype.itemsize + written[0].size * 16 for written in self._written.values())
+        try:
+            with open(self._temporary, "wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, total + HEAD_BYTES)
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def _lay_out(self, dataset: Dataset, teacher: str, dtype: np.dtype) -> None:
         self._file.attrs.update(format=FORMAT, version=VERSION, dataset=dataset.name, teacher=teacher)

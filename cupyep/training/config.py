@@ -103,9 +103,9 @@ class TrainConfig:
                                    "unset: all.", low=1)
     limit_test: int | None = DATA(None, int, "Use N test images, the first of each class, equally many of each; "
                                   "unset: all.", low=1)
-    validation: int | None = DATA(None, int, "Hold N training images out, equally many of each class, drawn by the "
-                                  "seed, and choose best.h5 by them; unset: none, the test images choose it.",
-                                  low=1)
+    validation: int | None = DATA(None, int, "Hold N training images out, equally many of each class (of your own data "
+                                  "in their proportions), drawn by the seed, and choose best.h5 by them; unset: none, "
+                                  "the test images choose it.", low=1)
     test_fraction: float = DATA(0.2, float, "Share of your own images that is for testing, of each class alike, drawn "
                                 "by the seed, where none are set apart.", above=0, below=1, needs=("own data",))
     class_weights: str = DATA("none", str, "balanced: classes of few images weigh as much as others, by being shown "

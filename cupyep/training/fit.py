@@ -169,7 +169,7 @@ def fit(
         best.load_parameters(kept)
         record = trainer.records[trainer.best_epoch - 1]
         best.feedback = record.get("feedback", best.feedback)
-        best.settling = best.settling | ({} if steps is None else {"steps": record["free_steps"]})
+        best.settling = best.settling | ({} if steps is None else {"steps": record.get("free_steps", steps)})
     return FitResult(net, best, trainer.records, summary)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cupyep.data.files import ARRAY_ERRORS
 from cupyep.errors import CheckpointError, ConfigurationError, needing, one_line, reporting, require
 from cupyep.export import load_torch_layout
 from cupyep.network import Network
@@ -79,7 +79,9 @@ def _read_npz(path: Path) -> Mapping[str, Any]:
     try:
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name not in ABOUT}
-    except (ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except ARRAY_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise CheckpointError(f"'{path}' is not a readable .npz file: {one_line(error)}") from error
 
 

@@ -238,7 +238,7 @@ def evaluate_run(
     """
     run = load_trained(path, which, given)
     config = run.config
-    dataset = build_dataset(config)
+    dataset = run.dataset()
     batches = evaluation_batches(config, dataset, run.network, split)
     top = 5 if run.network.classes >= 100 else 0
     shown = (display or Display()).over(batches, f"{split} images")

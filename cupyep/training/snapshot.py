@@ -129,15 +129,9 @@ def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
     others = difference(saved.network, {"signals": _signals(trainer)})
     if others:
         raise CheckpointError(f"checkpoint '{path}' belongs to a run with other signals: {others}")
-    images = saved.images.get("fingerprint", "") if saved.images else ""
-    if trainer.images is not None and images not in ("", trainer.images.fingerprint):
-        raise CheckpointError(
-            f"checkpoint '{path}' belongs to a run on other images or labels: {trainer.images.name} has changed since "
-            "it began; bring back what was there, or start a new run"
-        )
-    for name in ("samples", "judged"):
-        images = saved.images.get(name, "") if saved.images else ""
-        if trainer.images is not None and images not in ("", getattr(trainer.images, name)):
+    if trainer.images is not None:
+        check_unchanged(f"checkpoint '{path}'", saved.images.get("fingerprint", ""), trainer.images)
+        if any(saved.images.get(name, "") not in ("", getattr(trainer.images, name)) for name in ("samples", "judged")):
             raise CheckpointError(
                 f"checkpoint '{path}' belongs to a run on other images of {trainer.images.name}: limits, or a seed "
                 "that holds images out, are others; give those that it began with (a run by ep.fit goes on by "
@@ -149,6 +143,15 @@ def check_same_run(trainer: Any, path: Path, saved: Checkpoint) -> None:
         _try_state(trainer, saved)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"checkpoint '{path}' is damaged: {one_line(error)}") from error
+
+
+def check_unchanged(what: str, fingerprint: str, images: Any) -> None:
+    """Raise `CheckpointError` unless `images`, a data set or its format, are those of a run's `fingerprint`, if any."""
+    if fingerprint not in ("", images.fingerprint):
+        raise CheckpointError(
+            f"{what} belongs to a run on other images or labels: {images.name} has changed since it began; bring back "
+            "what was there, or start a new run"
+        )
 
 
 def _signals(trainer: Any) -> list[dict[str, Any]]:

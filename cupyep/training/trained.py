@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import get_device
-from cupyep.data import ImageFormat
+from cupyep.data import Dataset, ImageFormat
 from cupyep.errors import CheckpointError
 from cupyep.models import architecture, default_gain
 from cupyep.network import Network
@@ -20,7 +20,7 @@ from cupyep.persistence.network_file import FIXED
 from cupyep.training.build import build_dataset, build_learner, build_network
 from cupyep.training.config import OPTIONS, TrainConfig, require_used
 from cupyep.training.run_directory import CHECKPOINT_FILES, RunDirectory
-from cupyep.training.snapshot import check_same_network
+from cupyep.training.snapshot import check_same_network, check_unchanged
 
 
 @dataclass
@@ -32,6 +32,12 @@ class TrainedRun:
     images: ImageFormat  # classes, size and normalisation of the images
     network: Network  # with the checkpoint's parameters
     learner: Any  # its `scores` are those that the run's accuracies come from
+
+    def dataset(self) -> Dataset:
+        """Return the run's data set; `CheckpointError` if it has changed since."""
+        dataset = build_dataset(self.config)
+        check_unchanged("this checkpoint", self.images.fingerprint, dataset)
+        return dataset
 
 
 def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any] | None = None) -> TrainedRun:

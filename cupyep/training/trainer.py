@@ -349,12 +349,12 @@ class Trainer:
         if is_best:
             self.best_accuracy, self.best_epoch = accuracy, record["epoch"]
         self.epochs_done, self.batches_done, self.epoch_s = record["epoch"], 0, 0.0
-        self.records.append(record)
         if self.directory is not None:
             if self.checkup is not None:
                 self.directory.write_settling(self.checkup.trace)
             self.directory.commit(record, take_snapshot(self), is_best)
             self._show_saved()
+        self.records.append(record)  # behind the snapshot, which may find that the epoch has diverged
         if self.events is not None:
             self.events.write(record)
         left = self.elapsed_s / self.epochs_done * (self.epochs - self.epochs_done)
