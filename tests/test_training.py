@@ -379,6 +379,7 @@ def test_an_epoch_makes_no_workspace_that_another_has_made(quadrants, tmp_path, 
         begin(self, edges, batch, *others)
 
     monkeypatch.setattr(Workspace, "__init__", counted)
+    monkeypatch.setenv("CUPYEP_THREADS", "1")  # of several, each makes its own for the parts that it happens to take
     values = {"epochs": 3, "batch_size": 13, "micro_batch": 7, "validation": 12, "limit_test": 20}
     trainer = run(values, tmp_path / "run")
     trainer.run()
