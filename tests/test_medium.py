@@ -41,7 +41,7 @@ CONTRACTING = (
 PREDICTED = {
     ("best-cifar10", "ep"): f"{BEST} --width 0.5 --dataset cifar10 {EP}",
     ("best-cifar10", "bp"): f"{BEST} --width 0.5 --dataset cifar10 --feedback 0.03 --algorithm bp",
-    ("resnet9-cifar10", "ep"): f"{BEST10} {EP} --feedback 0.01",
+    ("resnet9-cifar10", "ep"): f"{BEST10} {EP} --feedback 0.003",
     ("resnet9-cifar10", "bp"): f"{BEST10} --feedback 0.03 --algorithm bp",
     ("best-cifar100", "ep"): f"{BEST100} {EP} --feedback 0.01",
     ("best-cifar100", "bp"): f"{BEST100} --feedback 0.03 --algorithm bp",
