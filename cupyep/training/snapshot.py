@@ -11,22 +11,14 @@ from typing import Any
 import numpy as np
 
 from cupyep.errors import CheckpointError, one_line
-from cupyep.persistence.checkpoint import Checkpoint, restore_parameters
+from cupyep.persistence.checkpoint import NUMBERS, Checkpoint, restore_parameters
 from cupyep.persistence.network_file import difference
 from cupyep.training.config import RESUME_OPTIONS, option_name
 from cupyep.training.divergence import LossWatch, check_arrays
 from cupyep.training.statistics import EpochStatistics, layer_names
 
 #: The numbers that say how far a run is: their names in a checkpoint, and as attributes of a trainer.
-PROGRESS = {
-    "epoch": "epochs_done",
-    "batch": "batches_done",
-    "best_accuracy": "best_accuracy",
-    "best_epoch": "best_epoch",
-    "elapsed_s": "elapsed_s",
-    "epoch_s": "epoch_s",
-    "halvings": "halvings",
-}
+PROGRESS = {name: {"epoch": "epochs_done", "batch": "batches_done"}.get(name, name) for name in NUMBERS}
 
 KEPT_FILTERS = 8  # epochs at most, whose first layer a run keeps
 
