@@ -214,6 +214,12 @@ def test_cells_are_measured_once_seed_by_seed(tmp_path):
     np.testing.assert_array_equal(whole.values("one", lambda cell: cell["loss"]), [1.0, 2.0, 3.0])
 
 
+def test_rows_are_measured_in_the_order_in_which_they_are_named(tmp_path):
+    measure = Measure(1.0, 5.0, 2.0, 6.0)
+    reproduce(study(measure), tmp_path, rows=["two", "one"], report=silent)
+    assert [cell[:2] for cell in measure.cells] == [("two", 0), ("one", 0), ("two", 1), ("one", 1)]
+
+
 def test_a_report_without_its_work_is_gone_on_with(tmp_path):
     """As those in docs/results are: of a folder, REPORT.md and results.json."""
     (tmp_path / "kept").mkdir()

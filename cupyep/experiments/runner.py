@@ -66,7 +66,7 @@ def reproduce(
     defaults : dict, optional
         Options for the rows that do not name them: precision.
     rows : sequence of str
-        Keys of the rows to measure now, the others are left for later; none named, all.
+        Keys of the rows to measure now, in this order, the others are left for later; none named, all.
 
     Returns
     -------
@@ -87,11 +87,13 @@ def reproduce(
     end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     cells = cells_of(experiment, folder, scale, seeds, overrides, defaults, report, quiet, partial(_in_time, end))
     plan, count = experiment.at(scale), cells[-1].seed + 1
-    now = {choose("row", key, [row.key for row in plan.rows]) for key in rows} or {row.key for row in plan.rows}
+    keys = [row.key for row in plan.rows]
+    now = [choose("row", key, keys) for key in rows] or keys
     about = {**header, **_circumstances(command, cells[0].options.get("device", "auto"), jobs), "seeds": count}
     with _claimed(folder, header, count) as held, Interruptions(at_once=True):
         measured = kept(cells)
         left = [cell for cell in cells if cell.name not in measured and cell.row.key in now]
+        left.sort(key=lambda cell: (cell.seed, now.index(cell.row.key)))
         told = [(experiment, cell) if jobs == 1 else
                 (experiment.name, replace(cell, report=partial(_print, cell.place))) for cell in left]  # fmt: skip
         try:
