@@ -594,6 +594,7 @@ def test_memory_is_planned_and_measured(tmp_path):
     options = {"device": "cpu", "batch_size": 16, "nudged_steps": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "STEPS", (1, 2, 8))
+        reproduce(narrow, tmp_path / "first", overrides=options, report=silent)  # what is imported and cached once
         results = reproduce(narrow, tmp_path / "small", overrides=options, report=silent)
     cell = results.cells["vgg5/0"]
     for algorithm, planned in cell["planned"].items():

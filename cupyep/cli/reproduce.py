@@ -46,7 +46,7 @@ Examples:
     "cores; full: the paper's size, hours on a GPU. Not every experiment has every scale.",
 )
 @click.option("--seeds", type=click.IntRange(1), help="Number of seeds.  [default: the experiment's]")
-@click.option("--rows", help="Keys of rows, as a,b, to measure now, in this order; others are left for later.  [default: all]")
+@click.option("--rows", help="Keys of rows to measure now, in this order, as a,b; others wait.  [default: all]")
 @click.option(
     "--max-minutes",
     type=click.FloatRange(0, min_open=True),
