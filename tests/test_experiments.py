@@ -807,3 +807,15 @@ def test_a_report_folder_is_measured_in_once_at_a_time(tmp_path):
         return {"loss": 1.0}
 
     assert reproduce(study(measure), tmp_path, seeds=1, report=silent).complete
+
+
+@pytest.mark.parametrize(
+    ("device", "where"), [("cpu", "CPU"), ("cuda:0", "NVIDIA X, 80 GiB"), (None, "NVIDIA X, 80 GiB")]
+)
+def test_a_report_names_what_it_was_measured_on(tmp_path, device, where):
+    """A GPU that is there, and was not used, is not named; a report of before says nothing of the device."""
+    results = reproduce(study(Measure(1.0, 5.0, 2.0, 6.0)), tmp_path, report=silent)
+    system = {"gpu": "NVIDIA X, 80 GiB"} | ({} if device is None else {"device": device})
+    assert f"; {where}, " in report_text(study(None), results, {"scale": "small", "system": system})
+    measured_on = json.loads((tmp_path / "results.json").read_text())["system"]["device"]
+    assert measured_on == ep.get_device("auto").name
