@@ -170,8 +170,10 @@ def remove_leftovers(folder: Path, age_s: float = 0.0) -> None:
     The caller holds its lock, or takes those that nobody has written to for `age_s` seconds.
     """
     for path in folder.iterdir():
-        if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime >= age_s:
-            path.unlink()
+        if TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # another process has just renamed or removed it
+                if time.time() - path.stat().st_mtime >= age_s:
+                    path.unlink()
 
 
 def can_write(folder: Path) -> bool:

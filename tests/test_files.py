@@ -273,3 +273,10 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space") as error:
         write_file(tmp_path / "x", b"1")
     assert error.value.filename == str(tmp_path / "x")
+
+
+def test_leftovers_that_another_process_has_just_renamed(tmp_path, monkeypatch):
+    ghost = tmp_path / ".a.npz.1.tmp"
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda folder: iter([ghost]))
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, 60.0)
