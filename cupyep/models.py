@@ -39,7 +39,7 @@ from cupyep.graph import IMAGE, Connection, Graph
 from cupyep.layers import Conv2d, Edge, Identity, Linear
 from cupyep.losses import LOSSES
 from cupyep.network import Network
-from cupyep.settling import STRONG
+from cupyep.settling import STRONG, WEAK
 
 GRAMMAR = "layers as in '32 32p 64s 64+64' (s: stride 2, p: pooling, +: residual block) or 'mlp:512,512'"
 MOST_LAYERS = 256
@@ -146,7 +146,7 @@ def build(
     activation: str | Activation | None = None,
     pooling: str = "max",
     loss: str = "cross_entropy",
-    feedback: float = 0.1,
+    feedback: float = WEAK,
     gain: float | Sequence[float] | None = None,
     seed: int = 0,
     device: str | Device = "auto",

@@ -25,7 +25,7 @@ from cupyep.losses import get_loss
 from cupyep.memory.workspace import Effective, Memory
 from cupyep.ops.conv import chunked
 from cupyep.program import SCHEDULES
-from cupyep.settling import check_relaxation, default_relaxation, default_steps
+from cupyep.settling import WEAK, check_relaxation, default_relaxation, default_steps
 from cupyep.state import State
 from cupyep.weights import PARAMETRISATIONS
 
@@ -63,7 +63,7 @@ class Structure:
         *,
         activation: str | Activation = "hard_sigmoid",
         loss: str = "cross_entropy",
-        feedback: float = 0.1,
+        feedback: float = WEAK,
         gain: float | Sequence[float] = 1.0,
         weights: str = "plain",
         seed: int = 0,

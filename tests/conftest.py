@@ -4,6 +4,10 @@ import os
 import signal
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; before NumPy reads it
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 import numpy as np
 import pytest
 from data_files import cifar_binary_files, random_arrays, shrink_source, write_files

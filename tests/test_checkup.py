@@ -97,7 +97,7 @@ def test_a_checkup_leaves_the_training_as_it_is(train, monkeypatch, tmp_path):
 
 
 def test_settling_is_kept_for_the_last_epoch(train):
-    trainer, _ = train(epochs=2, schedule="evenodd", free_steps=12, nudged_steps=3, tolerance=1e-3)
+    trainer, _ = train(epochs=2, feedback=0.1, schedule="evenodd", free_steps=12, nudged_steps=3, tolerance=1e-3)
     trace = trainer.directory.settling()
     assert trace == check_trace(json.loads((trainer.directory.path / "settling.json").read_text()))
     assert (trace["epoch"], trace["images"], trace["schedule"], trace["tolerance"]) == (2, 32, "evenodd", 1e-3)

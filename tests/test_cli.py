@@ -6,6 +6,7 @@ Oracle: the documented contract (exit 0 done, 1 failed, 2 wrong usage, 130 inter
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import warnings
@@ -167,8 +168,9 @@ def test_evaluate_shows_top_5_for_many_classes(invoke, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ep.EquilibriumPropagation, "settled", lambda self, batch: settled.append(len(batch)) or settle(self, batch)
     )
-    line = invoke("evaluate", tmp_path / "run")[1].splitlines()[1]
-    assert sum(settled) == len(arrays[1][0]), "every image once"
+    line, rest = invoke("evaluate", tmp_path / "run")[1].splitlines()[1:]
+    assert sum(settled) == 3 * len(arrays[1][0]), "every image once, then as trained and for longer"
+    assert re.fullmatch(r"at rest: .*% of 10 images settled 10 times as long, .*% of these as trained", rest)
     record = records(tmp_path / "run")[-1]
     assert f"accuracy {record['test_accuracy']:.2%}, loss {record['test_loss']:.4f}, top-5 accuracy " in line
 

@@ -232,7 +232,7 @@ DAMAGE = {
         "config.toml",
         b"width = 0.02\nfeedback = 0.3",
         1,
-        "another network: feedback: saved 0.1, this network 0.3",
+        "another network: feedback: saved 0.03, this network 0.3",
     ),
     "no metrics": ("metrics.jsonl", b"\xff\n\xfe", 1, "metrics.jsonl' line 1 is not a record of an epoch"),
 }

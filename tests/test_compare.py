@@ -54,7 +54,7 @@ def three(made):
 TABLE = """\
 run  feedback  algorithm  learning_rate  done  epochs  best_accuracy  best_epoch  last_accuracy  train_loss  test_loss  minutes  settled
 ep   0.25      ep         0.001          3     4       75.00%         2           75.00%         0.5000      0.7500     4.5      no
-bp   0.1       bp         0.1,0.01       1     4       87.50%         1           87.50%         1.5000      1.7500     1.5      -
+bp   0.03      bp         0.1,0.01       1     4       87.50%         1           87.50%         1.5000      1.7500     1.5      -
 new  0.25      ep         0.5            0     4       -              -           -              -           -          -        -
 """  # noqa: E501
 

@@ -289,7 +289,7 @@ def test_a_healthy_run_keeps_one_or_two_sweeps(quadrants, tmp_path):
         assert record["free_steps"] in (1, 2)
         assert record["nudged_steps"] in (1, 2, 3)
         assert 0 < record["free_contraction"] < 0.5
-        assert record["feedback"] == 0.1
+        assert record["feedback"] == 0.03
         assert record["nonlinearity"] < 0.5
     assert not [f for record in trainer.records for f in record["findings"] if f["signature"] == "contraction"]
     assert 'free_steps = "auto"' in (tmp_path / "run" / "config.toml").read_text()
@@ -299,7 +299,7 @@ def test_a_healthy_run_keeps_one_or_two_sweeps(quadrants, tmp_path):
 def test_a_run_without_auto_records_and_keeps_its_steps(quadrants, tmp_path):
     trainer = run({"epochs": 2}, tmp_path / "run")
     trainer.run()
-    assert [(r["free_steps"], r["nudged_steps"], r["feedback"]) for r in trainer.records] == [(6, 4, 0.1)] * 2
+    assert [(r["free_steps"], r["nudged_steps"], r["feedback"]) for r in trainer.records] == [(6, 4, 0.03)] * 2
     assert trainer.directory.load().settling == {}
 
 

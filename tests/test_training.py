@@ -20,7 +20,7 @@ from cupyep.learning.learner import StepResult
 from cupyep.losses import log_softmax
 from cupyep.memory.workspace import Workspace
 from cupyep.settling import SettleStats
-from cupyep.training import runs
+from cupyep.training import build, runs
 from cupyep.training.config import TrainConfig
 from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
@@ -416,6 +416,26 @@ def test_evaluation_repeats_the_record_of_its_epoch(quadrants, tmp_path):
         note = "best, chosen by test accuracy" if which == "best" else which
         assert first == f"vgg5 on the 20 test images of cifar10, epoch {epoch} ({note})"
         assert second == f"test accuracy {wanted['test_accuracy']:.2%}, loss {wanted['test_loss']:.4f}"
+
+
+def test_evaluation_says_what_is_left_at_rest(quadrants, tmp_path, monkeypatch):
+    """Of one sweep at lambda 1, which is not the same; the first images of each class."""
+    monkeypatch.setattr(build.rest_batches, "__defaults__", ("test", 16))
+    values = {"epochs": 5, "optimizer": "adam", "learning_rate": 1e-2, "batch_size": 16}
+    run({**values, "feedback": 1.0, "gain": 1.5, "free_steps": 1}, tmp_path / "run").run()
+    lines = []
+    for split in ("test", "train"):
+        *_, line = runs.evaluate_run(tmp_path / "run", "last", {}, display=SILENT, split=split)
+        trained = load_trained(tmp_path / "run", "last")
+        batch = next(iter(build.rest_batches(trained.config, trained.dataset(), trained.network, split)))
+        first = getattr(trained.dataset(), split).balanced(16)
+        np.testing.assert_array_equal(batch.labels, first.labels)
+        right = [(trained.network.predict(batch.images, steps=steps) == first.labels).mean() for steps in (10, 1)]
+        lines.append(line)
+        assert (
+            line == f"at rest: {right[0]:.2%} of 16 images settled 10 times as long, {right[1]:.2%} of these as trained"
+        )
+    assert len(set(right)) == len(set(lines)) == 2
 
 
 def test_layer_wise_rates_need_one_number_a_layer(quadrants, tmp_path):

@@ -17,7 +17,7 @@ from cupyep.errors import CheckpointError, reporting, require
 from cupyep.files import LOCK, temporary_path, write_file
 from cupyep.learning import Backpropagation
 from cupyep.persistence import Checkpoint, save_checkpoint
-from cupyep.training.build import build_dataset, evaluation_batches, first_test_images
+from cupyep.training.build import build_dataset, evaluation_batches, rest_batches
 from cupyep.training.config import MACHINE, OPTIONS, TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.results import LONGER, at_rest, evaluate
@@ -73,7 +73,7 @@ def measured(run: TrainedRun, dataset: Dataset, display: Display) -> dict[str, f
         if settles or name == "feed-forward"
     }
     if settles:
-        rest = at_rest(run.learner, evaluation_batches(run.config, first_test_images(dataset), run.network))
+        rest = at_rest(run.learner, rest_batches(run.config, dataset, run.network))
         found[f"the same, {rest['images']} of the images"] = rest["as_trained"]
         found[f"settled {LONGER} times as long, these {rest['images']}"] = rest["longer"]
     return found

@@ -32,8 +32,7 @@ from cupyep.training.build import (
     build_learner,
     build_network,
     build_signals,
-    evaluation_batches,
-    first_test_images,
+    rest_batches,
 )
 from cupyep.training.config import AUTO, MACHINE, TrainConfig, differing, make_config, option_name
 from cupyep.training.display import Display
@@ -301,7 +300,7 @@ def rest(network: Network, config: TrainConfig) -> dict[str, Any]:
     if config.algorithm == "bp":
         return {}
     learner = build_learner(config, network, [], np.random.default_rng(config.seed))
-    return {"rest": at_rest(learner, evaluation_batches(config, first_test_images(build_dataset(config)), network))}
+    return {"rest": at_rest(learner, rest_batches(config, build_dataset(config), network))}
 
 
 def _weights(network: Network, gradients: Mapping[str, Any]) -> dict[str, Any]:

@@ -195,9 +195,13 @@ def first_images(dataset: Dataset, network: Network, count: int, share: tuple[in
     return next(iter(Loader(few, "train", count, network.device, network.dtype, share=share)))
 
 
-def first_test_images(dataset: Dataset, count: int = REST_IMAGES) -> Dataset:
-    """Return the data set with `count` test images (or all there are), the first of each class."""
-    return dataclasses.replace(dataset, test=dataset.test.balanced(min(count, len(dataset.test))))
+def rest_batches(
+    config: TrainConfig, dataset: Dataset, network: Network, split: str = "test", count: int = REST_IMAGES
+) -> Loader:
+    """Return the batches of `count` images of a split (or all there are), the first of each class, for `at_rest`."""
+    images = getattr(dataset, split)
+    few = dataclasses.replace(dataset, **{split: images.balanced(min(count, len(images)))})
+    return evaluation_batches(config, few, network, split)
 
 
 def build_checkup(config: TrainConfig, learner: Any, batch: Batch) -> Checkup:

@@ -28,7 +28,15 @@ from cupyep.losses import LOSSES
 from cupyep.models import ARCHITECTURES, architecture
 from cupyep.optim import LR_SCHEDULES, OPTIMIZERS
 from cupyep.plugins import SIGNALS as AUGMENTERS
-from cupyep.settling import SCHEDULES, UNROLLED_STEPS, check_betas, check_relaxation, default_relaxation, default_steps
+from cupyep.settling import (
+    SCHEDULES,
+    UNROLLED_STEPS,
+    WEAK,
+    check_betas,
+    check_relaxation,
+    default_relaxation,
+    default_steps,
+)
 from cupyep.signals import ANNEALINGS
 from cupyep.training.divergence import ON_DIVERGENCE
 from cupyep.training.options import checked, missing, option
@@ -90,7 +98,7 @@ class TrainConfig:
                          "the first images (LSUV).", needs=("drawn",))
     init_from: str | None = NETWORK(None, str, "Start from the weights of this file (.h5 of a network or checkpoint, "
                                     ".npz or .safetensors of cupyep export); unset: they are drawn.")
-    feedback: float = NETWORK(0.1, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
+    feedback: float = NETWORK(WEAK, float, "Feedback weight lambda: 1 is the Hopfield network of the papers, "
                               "towards 0 backpropagation.", above=0, high=1, needs=("feedback",))
 
     dataset: str = DATA("cifar10", str, "Data set, by name or of your own: file:PATH (.npz, .h5 with x and y) or "

@@ -27,16 +27,17 @@ from cupyep.training.build import (
     build_trainer,
     evaluation_batches,
     first_images,
+    rest_batches,
 )
 from cupyep.training.config import OPTIONS, RESUME_OPTIONS, TrainConfig, option_name, require_used
 from cupyep.training.display import Display
 from cupyep.training.initial import load_initial
 from cupyep.training.options import checked
-from cupyep.training.results import evaluate
+from cupyep.training.results import LONGER, at_rest, evaluate
 from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
 from cupyep.training.sharing import check_same, run_directory
 from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
-from cupyep.training.trained import load_trained
+from cupyep.training.trained import TrainedRun, load_trained
 from cupyep.training.trainer import Trainer
 
 SHOWN_CLASSES = 10
@@ -229,7 +230,8 @@ def evaluate_run(
     Returns
     -------
     list of str
-        Lines: what was measured; accuracy and loss; for 100 classes or more also the top-5 accuracy.
+        Lines: what was measured; accuracy and loss, for 100 classes or more also the top-5 accuracy; unless it was
+        trained by BP, `at_rest` of `REST_IMAGES` images.
 
     Raises
     ------
@@ -250,7 +252,16 @@ def evaluate_run(
         f"{split} accuracy {accuracy:.2%}, loss {loss:.4f}",
     ]
     lines[1] += "".join(f", top-{top} accuracy {fraction:.2%}" for fraction in of_top)
-    return lines
+    return lines if config.algorithm == "bp" else [*lines, _rest_line(run, dataset, split)]
+
+
+def _rest_line(run: TrainedRun, dataset: Dataset, split: str) -> str:
+    """Return how much of the accuracy is left where the network comes to rest."""
+    rest = at_rest(run.learner, rest_batches(run.config, dataset, run.network, split))
+    return (
+        f"at rest: {rest['longer']:.2%} of {rest['images']} images settled {LONGER} times as long, "
+        f"{rest['as_trained']:.2%} of these as trained"
+    )
 
 
 def prepare(
