@@ -132,7 +132,7 @@ def default_steps(schedule: str, feedback: float) -> tuple[int, int]:
     """
     if schedule != "sweeps":
         return 60, UNROLLED_STEPS
-    return (2, 2) if feedback <= STRONG else (6, 4)
+    return (2, 1) if feedback <= WEAK else (2, 2) if feedback <= STRONG else (6, 4)
 
 
 UNROLLED_STEPS = 20  # of BPTT, which are synchronous

@@ -265,7 +265,8 @@ def test_gain_a_layer(device):
 @pytest.mark.parametrize(
     ("feedback", "schedule", "steps", "nudged", "relaxation"),
     [
-        (None, None, 2, 2, 1.0),
+        (None, None, 2, 1, 1.0),
+        (0.031, None, 2, 2, 1.0),
         (0.3, None, 2, 2, 1.0),
         (0.31, None, 6, 4, 1.0),
         (1.0, "sweeps", 6, 4, 1.0),
@@ -275,7 +276,7 @@ def test_gain_a_layer(device):
     ],
 )
 def test_defaults_are_what_the_documentation_says(device, feedback, schedule, steps, nudged, relaxation):
-    """Gain 1, feedback 0.03; all settle by 2 + 2 sweeps, 6 + 4 above feedback 0.3, or 60 + 20 steps."""
+    """Gain 1, feedback 0.03; by 2 + 1 sweeps, above it 2 + 2, above 0.3 6 + 4, or 60 + 20 steps."""
     given = {} if feedback is None else {"feedback": feedback}
     net = ep.Network([ep.Linear((400,), 100), ep.Linear((100,), 7)], 2, device=device, **given)
     assert net.feedback == (feedback or 0.03)

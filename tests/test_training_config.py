@@ -114,12 +114,13 @@ def test_numbers_of_numpy_are_those_of_python(integer, real):
 @pytest.mark.parametrize(
     ("values", "steps"),
     [
-        ({}, (2, 2)),
+        ({}, (2, 1)),
+        ({"feedback": 0.1}, (2, 2)),
         ({"feedback": 1.0}, (6, 4)),
         ({"schedule": "synchronous"}, (60, 20)),
         ({"schedule": "evenodd", "nudged_steps": 7}, (60, 7)),
         ({"algorithm": "bptt"}, (2, 20)),
-        ({"free_steps": 3}, (3, 2)),
+        ({"free_steps": 3}, (3, 1)),
     ],
 )
 def test_steps_that_are_not_given_follow_schedule_and_feedback(values, steps):

@@ -130,8 +130,8 @@ class TrainConfig:
                                             "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
                                             word=AUTO, word_text=", or auto: after every epoch as many as it was found "
                                             "to need", needs=("settling",))
-    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase (of bptt those unrolled); unset: 2 "
-                                              "sweeps, 4 with a feedback above 0.3, 20 otherwise.", low=1, word=AUTO,
+    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase (of bptt those unrolled); unset: 1 "
+                                              "sweep, 2 with a feedback above 0.03, 4 above 0.3, 20 otherwise.", low=1, word=AUTO,
                                               word_text=", or auto", needs=("settling",))
     on_unsettled: str = GRADIENT("warn", str, "With auto steps, when a phase does not contract or needs more than 8 "
                                  "sweeps (200 other steps): say so, also halve the feedback, or also stop.",
