@@ -131,8 +131,8 @@ class TrainConfig:
                                             word=AUTO, word_text=", or auto: after every epoch as many as it was found "
                                             "to need", needs=("settling",))
     nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase (of bptt those unrolled); unset: 1 "
-                                              "sweep, 2 with a feedback above 0.03, 4 above 0.3, 20 otherwise.", low=1, word=AUTO,
-                                              word_text=", or auto", needs=("settling",))
+                                              "sweep, 2 with a feedback above 0.03, 4 above 0.3, 20 otherwise.", low=1,
+                                              word=AUTO, word_text=", or auto", needs=("settling",))
     on_unsettled: str = GRADIENT("warn", str, "With auto steps, when a phase does not contract or needs more than 8 "
                                  "sweeps (200 other steps): say so, also halve the feedback, or also stop.",
                                  choices=ON_UNSETTLED, needs=("auto",))

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from cupyep._version import __version__
 from cupyep.batch import Batch, shared_out
 from cupyep.data import Dataset
@@ -58,7 +60,7 @@ def check_same(config: TrainConfig, dataset: Dataset, communicator: Communicator
     """Raise ConfigurationError unless all ranks have the same package, options and data, and each one has work."""
     if communicator.size == 1:
         return
-    communicator.same(version_of_cupyep=__version__)
+    communicator.same(version_of_cupyep=__version__, version_of_numpy=np.__version__)  # which draws the order of images
     communicator.same(**{option_name(name): value for name, value in vars(config).items() if name not in MACHINE})
     communicator.same(images_and_labels=_fingerprint(dataset))
     require(
