@@ -290,8 +290,10 @@ def outcome(values, monkeypatch):
         trainer.on_divergence,
         trainer.patience,
         settings.init_from,
+        settings.plugin,
         settings.init_from or (settings.lsuv, settings.gain),
         trainer.learner.micro_batch,
+        settings.exact,  # which this small network is anyway
     ]
     if settings.aug == "kd":
         told.append(settings.teacher or teacher_config(settings).epochs)
