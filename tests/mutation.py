@@ -594,7 +594,7 @@ DEFECTS = [
     Defect("weights taken back: v of another length", "weights.py",
            "drawn / np.where(deviation > 0", "1 / np.where(deviation > 0", "test_init_from"),
     Defect("trained parameters to begin with, not their average", "training/initial.py",
-           "in saved.weights().items()", "in saved.parameters.items()", "test_init_from"),
+           "saved.weights()", "saved.parameters", "test_init_from"),
     Defect("files with pickles are read", "training/initial.py",
            "allow_pickle=False", "allow_pickle=True", "test_init_from"),
     Defect("fit: the last epoch for the best one", "training/fit.py",

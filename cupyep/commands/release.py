@@ -81,7 +81,7 @@ def measured(run: TrainedRun, dataset: Dataset, display: Display) -> dict[str, f
 
 def halved(checkpoint: Checkpoint) -> Checkpoint:
     """Return what is needed to use a network, its parameters as float16."""
-    arrays = {name: array for name, array in checkpoint.weights().items() if not name.startswith("signals.")}
+    arrays = checkpoint.weights()
     largest = max(np.abs(array).max(initial=0) for array in arrays.values())
     if largest > np.finfo(np.float16).max:
         raise CheckpointError(f"a parameter is {largest:.3g}, beyond float16; use cupyep export --format npz")

@@ -69,8 +69,9 @@ class Checkpoint:
     settling: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Any]:
-        """Return what the network is used with: the running average of the parameters, where the run kept one."""
-        return {path: self.optimizer.get(f"average.{path}", array) for path, array in self.parameters.items()}
+        """Return what the network is used with: its parameters, or their running average, where the run kept one."""
+        own = {path: array for path, array in self.parameters.items() if not path.startswith("signals.")}
+        return {path: self.optimizer.get(f"average.{path}", array) for path, array in own.items()}
 
 
 #: The plain numbers of a checkpoint: name -> kind.

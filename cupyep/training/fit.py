@@ -162,8 +162,7 @@ def fit(
     steps = getattr(trainer.learner, "free_steps", None)  # as auto ones have become
     net.settling = net.settling | ({} if steps is None else {"steps": steps})
     if not kept and path is not None and trainer.best_epoch:  # before the run was taken up
-        saved = trainer.directory.load("best").weights()
-        kept.update((name, array) for name, array in saved.items() if not name.startswith("signals."))
+        kept.update(trainer.directory.load("best").weights())
     best = copy.deepcopy(net) if kept else None
     if best is not None:
         best.load_parameters(kept)

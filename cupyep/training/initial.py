@@ -72,7 +72,7 @@ def _read_h5(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         network = Network.load(path, device="cpu")
         return network.describe(), network.parameters()
     saved = load_checkpoint(path)
-    return saved.network, {name: a for name, a in saved.weights().items() if not name.startswith("signals.")}
+    return saved.network, saved.weights()
 
 
 def _read_npz(path: Path) -> Mapping[str, Any]:

@@ -55,8 +55,7 @@ def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any]
     images = _image_format(file, saved, config)
     network = build_network(config, images, get_device(config.device))
     check_same_network(file, saved, network)
-    own = {name: array for name, array in saved.weights().items() if not name.startswith("signals.")}
-    restore_parameters(file, own, network.parameters(), network.device)
+    restore_parameters(file, saved.weights(), network.parameters(), network.device)
     learner = build_learner(config, network, [], np.random.default_rng(config.seed))
     return TrainedRun(config, saved.epoch, images, network, learner)
 
