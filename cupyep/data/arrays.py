@@ -12,7 +12,7 @@ from cupyep.backend import host_array
 from cupyep.data.images import first_not_finite
 from cupyep.data.pictures import GREY_16
 from cupyep.data.selection import stratified
-from cupyep.data.stored import StoredImages, chosen, joined
+from cupyep.data.stored import StoredImages, chosen, joined, stored
 from cupyep.errors import ConfigurationError, DataError, flag, is_integer, items, number, one_line, require, shown
 
 PAD_SHARE = 8  # a crop may shift an image by this part of its side, as 4 of CIFAR's 32 pixels
@@ -40,25 +40,22 @@ def parts_of_arrays(
     errors see `Dataset.from_arrays`.
     """
     flag("channels_first", channels_first)
-    images, labels = [_images("x", x, channels_first)], [_labels("y", y)]
+    whose, images, labels = ["train"], [_images("x", x, channels_first)], [_labels("y", y)]
     for what, pair in (("test", test), ("validation", None if is_integer(validation) else validation)):
         if pair is not None:
             require(isinstance(pair, (tuple, list)) and len(pair) == 2, f"{what} must be (x, y), not {shown(pair)}")
+            whose.append(what)
             images.append(_images(f"x of {what}", pair[0], channels_first))
             labels.append(_labels(f"y of {what}", pair[1]))
     numbers, names = _numbered(labels, classes)
-    names_of = ["train", *(["test"] if test is not None else []), "validation"]
-    for what, pixels, own in zip(names_of, images, numbers, strict=False):
-        _check_part(name, what, pixels, own, images[0])
-    rest, held = list(zip(images, numbers, strict=True)), None
-    train, others = rest[0], rest[1:]
-    if test is None:
-        fraction = number("test_fraction", test_fraction, above=0, below=1)
-        train, tested = _divided(train, _share(name, len(train[1]), fraction), seed, TEST)
-    else:
-        tested, others = others[0], others[1:]
-    if others:
-        (pixels, own), count = others[0], len(train[1])
+    parts, held = dict(zip(whose, zip(images, numbers, strict=True), strict=True)), None
+    for what, part in parts.items():
+        _check_part(name, what, *part, images[0])
+    train, tested = parts["train"], parts.get("test")
+    if tested is None:
+        train, tested = _divided(name, train, number("test_fraction", test_fraction, above=0, below=1), seed)
+    if "validation" in parts:
+        (pixels, own), count = parts["validation"], len(train[1])
         train = joined(train[0], pixels), np.concatenate([train[1], own])
         held = np.arange(count, count + len(own))
     return names, train, tested, held
@@ -126,8 +123,7 @@ def _images(what: str, value: Any, channels_first: bool) -> Any:
         array = array.transpose(0, 2, 3, 1)
     elif array.ndim == 4 and array.shape[1] <= 4 < min(array.shape[2:]):
         raise DataError(f"{what} has shape {array.shape}, which looks like (N, C, H, W); give channels_first=True")
-    shape = (*array.shape, 1) if array.ndim == 3 else array.shape
-    images = StoredImages(array.__getitem__, shape, np.uint8 if array.dtype == np.uint8 else np.float32)
+    images = stored(array.__getitem__, array.shape, array.dtype)
     return images if isinstance(array, np.memmap) else images[:]
 
 
@@ -194,15 +190,11 @@ def _check_part(name: str, what: str, images: Any, labels: np.ndarray, like: Any
         raise DataError(f"data set {name}, {what}: image {wrong} has values that are NaN or infinite; leave it out")
 
 
-def _share(name: str, count: int, fraction: float) -> int:
+def _divided(name: str, part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
+    """Return (the rest, a `fraction` for testing) of images and labels, at least one each."""
+    (images, labels), count = part, len(part[1])
     if count < 2:
         raise DataError(f"data set {name} has one image; it takes two for a training and a test part")
-    return min(max(1, round(count * fraction)), count - 1)
-
-
-def _divided(part: Part, count: int, seed: int, stream: int) -> tuple[Part, Part]:
-    """Return (the rest, `count` samples) of images and labels."""
-    images, labels = part
-    rows = stratified(labels, count, seed, stream)
-    rest = np.setdiff1d(np.arange(len(labels)), rows, assume_unique=True)
+    rows = stratified(labels, min(max(1, round(count * fraction)), count - 1), seed, TEST)
+    rest = np.setdiff1d(np.arange(count), rows, assume_unique=True)
     return (chosen(images, rest), labels[rest]), (chosen(images, rows), labels[rows])

@@ -23,7 +23,7 @@ from cupyep.data.files import ARRAY_ERRORS
 from cupyep.data.folder import DEFAULT_SIZE, pictures_file
 from cupyep.data.images import add_to_digest
 from cupyep.data.sources import short_name
-from cupyep.data.stored import StoredImages
+from cupyep.data.stored import StoredImages, stored
 from cupyep.errors import ConfigurationError, DataError, integer, one_line, require
 from cupyep.files import expanded
 from cupyep.persistence import hdf5
@@ -157,17 +157,7 @@ def _in_place(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -
                     raise DataError(f"{path}: became shorter while it was read")
         return found
 
-    return StoredImages(read, _four(shape), _kept(dtype))
-
-
-def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if len(shape) == 4 else (*shape, 1)
-
-
-def _kept(dtype: np.dtype) -> type:
-    if dtype.kind not in "uifb":
-        raise ValueError(f"images of {dtype}; they should be uint8, other integers or floats")
-    return np.uint8 if dtype == np.uint8 else np.float32
+    return stored(read, shape, dtype)
 
 
 def _h5(path: Path) -> dict[str, Any]:
@@ -194,5 +184,5 @@ def _of_h5(array: h5py.Dataset) -> Any:
         unique, places = np.unique(rows, return_inverse=True)  # HDF5 reads increasing rows only
         return array[unique][places]
 
-    images = StoredImages(read, _four(array.shape), _kept(array.dtype))
+    images = stored(read, array.shape, array.dtype)
     return images if images.is_large else array[...]

@@ -51,6 +51,14 @@ class StoredImages:
         return StoredImages(self._read, self.shape, self.dtype, rows if self._rows is None else self._rows[rows])
 
 
+def stored(read: Callable[[Any], np.ndarray], shape: Sequence[int], dtype: np.dtype) -> StoredImages:
+    """Return images that `read` gives as (N, H, W, C) or (N, H, W) of any `dtype`; `ValueError` if it is no number."""
+    if dtype.kind not in "uifb":
+        raise ValueError(f"images of {dtype}; they should be uint8, other integers or floats")
+    shape = (*shape, 1) if len(shape) == 3 else shape
+    return StoredImages(read, shape, np.uint8 if dtype == np.uint8 else np.float32)
+
+
 def chosen(images: Any, rows: np.ndarray) -> Any:
     """Return some rows of an array of images: a copy, or as `StoredImages` where they are that."""
     return images.select(rows) if isinstance(images, StoredImages) else images[rows]
