@@ -27,12 +27,16 @@ def balanced(labels: np.ndarray, count: int, order: np.ndarray | None = None) ->
     The choice for a smaller `count` is part of the choice for a larger one.
     """
     order = np.arange(len(labels)) if order is None else order
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    sorted_labels = labels[by_class]
-    first = np.searchsorted(sorted_labels, sorted_labels, side="left")
-    turn = np.empty(len(labels), np.int64)  # of each row: how many of its class come before it
-    turn[by_class] = np.arange(len(labels)) - first
+    turn = _turns(labels, order)
     return np.sort(order[np.argsort(turn[order], kind="stable")[:count]])
+
+
+def _turns(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return of each row how many of its class come before it in `order`."""
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    turn = np.empty(len(labels), np.int64)
+    turn[by_class] = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class], side="left")
+    return turn
 
 
 def held_out(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -52,10 +56,7 @@ def stratified(labels: np.ndarray, count: int, seed: int, stream: int) -> np.nda
     sizes = np.bincount(labels)
     exact = sizes * (count / len(labels))
     # The place of a sample in its class, in terms of the class's share: what is below 1/2 more than the share is taken.
-    turn = np.empty(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    first = np.searchsorted(labels[by_class], labels[by_class], side="left")
-    turn[by_class] = np.arange(len(labels)) - first
+    turn = _turns(labels, order)
     is_last = turn == sizes[labels] - 1
     key = turn + 1 - exact[labels] + np.where(is_last, len(labels), 0)
     return np.sort(order[np.argsort(key[order], kind="stable")[:count]])
