@@ -79,7 +79,7 @@ def seal(path: str | Path) -> None:
 
 def _seal(file: BinaryIO) -> None:
     file.seek(SEAL_BYTES)
-    text = SEAL_TEXT + _digest(file) + b"\n"
+    text = SEAL_TEXT + checksum(file).encode() + b"\n"
     file.seek(0)
     file.write(text.ljust(SEAL_BYTES, b"\0"))
 
@@ -121,19 +121,19 @@ def _is_sealed(path: str | Path) -> bool:
         head = file.read(SEAL_BYTES)
         if not head.startswith(SEAL_TEXT):
             return False
-        if head[len(SEAL_TEXT) :].split(b"\n")[0] != _digest(file):
+        if head[len(SEAL_TEXT) :].split(b"\n")[0] != checksum(file).encode():
             raise OSError(
                 "its checksum is not that of its content: damaged, cut, or edited without cupyep.persistence.hdf5.seal"
             )
     return True
 
 
-def _digest(file: BinaryIO) -> bytes:
+def checksum(file: BinaryIO) -> str:
     """Return the SHA-256 of the rest of `file`, as text."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
-    return digest.hexdigest().encode()
+    return digest.hexdigest()
 
 
 def _probe(path: str | Path) -> None:

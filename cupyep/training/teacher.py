@@ -28,6 +28,7 @@ from cupyep.learning import Backpropagation
 from cupyep.models import Architecture, architecture, slug
 from cupyep.network import Network
 from cupyep.parallel import Communicator
+from cupyep.persistence import hdf5
 from cupyep.training.build import build_network, build_trainer, feature_name, signal_layers
 from cupyep.training.config import MACHINE, TrainConfig
 from cupyep.training.display import Display
@@ -265,11 +266,8 @@ def is_teacher_of(run: Path, path: Path) -> bool:
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hdf5.checksum(file)
 
 
 def cached_teacher(
