@@ -53,7 +53,7 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
     settings = {
         **run.config.take(*names),
         "steps": steps,
-        "unrolled_steps": _unrolled(run),
+        "unrolled_steps": run.config.settling.get("unrolled_steps", 0),
         "layers": [_geometry(edge) for edge in run.network.layers],
         "network": run.network.describe(),
         "cupyep": __version__,
@@ -62,11 +62,6 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
     with replacing(output) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, mean=run.images.mean, std=run.images.std, **texts)
     return [f"arrays {', '.join(arrays)}; mean, std, classes, settings", _normalisation(run)]
-
-
-def _unrolled(run: TrainedRun) -> int:
-    """Return the synchronous steps after those of the schedule, from whose end BPTT predicts."""
-    return run.config.nudged_steps if run.config.algorithm == "bptt" else 0
 
 
 def _geometry(edge: Any) -> dict[str, Any]:
@@ -98,7 +93,7 @@ def _write_safetensors(run: TrainedRun, output: Path, steps: int) -> list[str]:
 def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
     config, images = run.config, run.images
     feedforward = config.algorithm == "bp"
-    unrolled = _unrolled(run)
+    unrolled = config.settling.get("unrolled_steps", 0)
     model = onnx_model(
         run.network,
         steps,
@@ -110,8 +105,7 @@ def _write_onnx(run: TrainedRun, output: Path, steps: int) -> list[str]:
         classes=images.classes,
         feedforward=feedforward,
     )
-    with replacing(output) as temporary:
-        temporary.write_bytes(model.SerializeToString())
+    write_file(output, model.SerializeToString())
     many = f"{steps} step{'s' if steps > 1 else ''}"
     phase = "feed-forward pass" if feedforward else f"free phase of {many}, schedule {config.schedule}"
     phase += f", and {unrolled} synchronous steps" if unrolled else ""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cupyep._version import __version__
-from cupyep.activations import Activation, Clip, Gelu, Tanh
+from cupyep.activations import Clip, Gelu, Tanh
 from cupyep.errors import ConfigurationError, needing, require
 from cupyep.export.weights import torch_layout
 from cupyep.layers import Conv2d, Identity, Linear
@@ -83,10 +83,9 @@ def onnx_model(
         within, f"a graph writes every step out: --steps must be from 1 to {MOST_STEPS} (got {steps + unrolled_steps})"
     )
     graph = _Graph(network, helper)
-    images = graph.normalised(INPUT, mean, std)
     program = make_program(network.graph, schedule, warm=False, image=True)
     check_relaxation(relaxation, schedule)
-    graph.take_images(images)
+    graph.take_images(mean, std)
     if feedforward:
         graph.rise()
     else:
@@ -166,15 +165,13 @@ class _Graph:
 
     # --- input, settling, readout ----------------------------------------------------------------------------------
 
-    def normalised(self, images: str, mean: np.ndarray | None, std: np.ndarray | None) -> str:
-        if mean is None:
-            return images
-        mean, std = (np.asarray(a, np.float64).reshape(1, -1, 1, 1) for a in (mean, std))
-        scaled = self.node("Mul", images, self.constant(1 / std))
-        return self.node("Add", scaled, self.constant(-mean / std))
-
-    def take_images(self, images: str) -> None:
-        self.states[0] = images
+    def take_images(self, mean: np.ndarray | None, std: np.ndarray | None) -> None:
+        """Write the images, normalised if `mean` and `std` are given, and what they drive: the same at every step."""
+        self.states[0] = INPUT
+        if mean is not None:
+            mean, std = (np.asarray(a, np.float64).reshape(1, -1, 1, 1) for a in (mean, std))
+            scaled = self.node("Mul", INPUT, self.constant(1 / std))
+            self.states[0] = self.node("Add", scaled, self.constant(-mean / std))
         for c in self.network.graph.out_of[0]:
             self.values[Value("constant", self.above[c])] = self._drive(c)
 
@@ -182,7 +179,7 @@ class _Graph:
         """Write one pass upwards, in topological order."""
         for node, into in enumerate(self.network.graph.into[1:], 1):
             drives = [self._drive(c) for c in into]
-            self.states[node] = self._activation(self.network.activation, functools.reduce(self._sum, drives))
+            self.states[node] = self._activation(functools.reduce(self._sum, drives))
 
     def settle(self, program: Program, steps: int, relaxation: float) -> None:
         for step in range(1, steps + 1):
@@ -213,7 +210,7 @@ class _Graph:
     def _update(self, update: Update, relaxation: float) -> None:
         n = update.node
         total = self._sum(self.values.get(update.drive), self.values.get(update.topdown))
-        fresh, old = self._activation(self.network.activation, total), self.states[n]
+        fresh, old = self._activation(total), self.states[n]
         if relaxation != 1:  # old + omega (fresh - old)
             fresh = self.node("Mul", fresh, self.constant(relaxation))
             if old is not None:
@@ -286,7 +283,8 @@ class _Graph:
         spare = [height % edge.pool, width % edge.pool]
         return self.node("Pad", u, self.constant([0] * 6 + spare, np.int64)) if any(spare) else u
 
-    def _activation(self, activation: Activation, total: str) -> str:
+    def _activation(self, total: str) -> str:
+        activation = self.network.activation
         if type(activation) is Clip:
             scaled = total if activation.gain == 1 else self.node("Mul", total, self.constant(activation.gain))
             ends = [self.constant(activation.low)] + [self.constant(activation.high)] * (activation.high < math.inf)
