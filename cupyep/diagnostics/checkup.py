@@ -5,7 +5,6 @@ It costs about as much as one or two batches, draws no random numbers and leaves
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +74,7 @@ def trace_of(probes: Mapping[str, PhaseProbe], setting: Setting, images: int, ep
         phase: {
             "steps": probe.steps,
             "contraction": finite(contraction(probe)),
-            "residual": [[_rounded(r) for r in row] for row in probe.residual],
+            "residual": [[finite(float(f"{r:.{DIGITS}g}")) for r in row] for row in probe.residual],
         }
         for phase, probe in probes.items()
     }
@@ -108,7 +107,3 @@ def check_trace(trace: Any) -> dict[str, Any]:
             ):
                 raise ValueError(f"'nodes' is {names!r}")
     return trace
-
-
-def _rounded(number: float) -> float | None:
-    return float(f"{number:.{DIGITS}g}") if math.isfinite(number) else None

@@ -152,7 +152,7 @@ def is_settled(record: Record) -> bool | None:
 
 def unsettled_layers(fractions: Sequence[float]) -> tuple[int, ...]:
     """Return the layers, counted from 1, in which too large a fraction of the samples is unsettled."""
-    return _above(np.asarray(fractions), LIMITS["unsettled samples"].value)
+    return _numbers(np.asarray(fractions) > LIMITS["unsettled samples"].value)
 
 
 # --- convergence ---------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def _vanishing(record: Record, setting: Setting) -> Finding | None:
     weak = (response < LIMITS["response"].value) | (gradient < LIMITS["gradient"].value)
     unsettled = np.asarray(record.get("nudged_unsettled") or 0.0) > LIMITS["unsettled samples"].value
     weak &= ~(unsettled & (response == 0))  # the nudge has not got there yet, which `_unsettled` says
-    layers = tuple((np.flatnonzero(weak) + 1).tolist())
+    layers = _numbers(weak)
     if not layers:
         return None
     worst = layers[int(response[[n - 1 for n in layers]].argmin())] - 1
@@ -230,7 +230,7 @@ def _rounding(record: Record, setting: Setting) -> Finding | None:
     activity = np.asarray(record["activity"])
     share = np.asarray(record["nudge_response"]) / np.where(activity > 0, activity, 1)
     limit = LIMITS["rounding"].value * setting.precision
-    layers = tuple(n for n, (s, a) in enumerate(zip(share, activity, strict=True), 1) if a > 0 and s < limit)
+    layers = _numbers((activity > 0) & (share < limit))
     if not layers:
         return None
     message = (
@@ -250,7 +250,7 @@ def _idle(record: Record, setting: Setting, history: Sequence[Record]) -> Findin
     saturated, dead = np.asarray(record["saturated"]), np.asarray(record["dead"])
     if setting.batch_size < DEAD_IMAGES:
         dead = np.zeros_like(saturated)
-    layers = _above(saturated + dead, LIMITS["idle"].value)
+    layers = _numbers(saturated + dead > LIMITS["idle"].value)
     if not layers:
         return None
     worst = int((saturated + dead).argmax())
@@ -290,8 +290,9 @@ def _kappa(record: Record) -> float:
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
-def _above(values: np.ndarray, limit: float) -> tuple[int, ...]:
-    return tuple((np.flatnonzero(values > limit) + 1).tolist())
+def _numbers(found: np.ndarray) -> tuple[int, ...]:
+    """Return the layers, counted from 1, that are `found`."""
+    return tuple((np.flatnonzero(found) + 1).tolist())
 
 
 def spans(layers: Sequence[int], names: Sequence[str] = ()) -> str:
