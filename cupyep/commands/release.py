@@ -66,12 +66,11 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
 def measured(run: TrainedRun, dataset: Dataset, display: Display) -> dict[str, float]:
     """Return accuracies of the test images by what was done: feed-forward, settled as in training, and for longer."""
     batches, settles = evaluation_batches(run.config, dataset, run.network), run.config.algorithm != "bp"
-    learners = {"feed-forward": Backpropagation(run.network), "settled as in training": run.learner}
-    found = {
-        name: evaluate(learner, display.over(batches, f"test images, {name}"))[1]
-        for name, learner in learners.items()
-        if settles or name == "feed-forward"
-    }
+    learners = {"feed-forward": Backpropagation(run.network)}
+    learners |= {"settled as in training": run.learner} if settles else {}
+    found = {}
+    for name, learner in learners.items():
+        found[name] = evaluate(learner, display.over(batches, f"test images, {name}"))[1]
     if settles:
         rest = at_rest(run.learner, rest_batches(run.config, dataset, run.network))
         found[f"the same, {rest['images']} of the images"] = rest["as_trained"]
@@ -116,8 +115,8 @@ def model_card(
     """
     record = next(each for each in records if each["epoch"] == run.epoch)
     config, count = run.config, sum(array.size for array in run.network.parameters().values())
-    source = SOURCES.get(short_name(config.dataset))
     name = short_name(config.dataset)
+    source = SOURCES.get(name)
     images = f"{name} (licence: {source.licence})" if source else name
     later = f"; these weights are {batches} batch{'es' if batches > 1 else ''} later" if batches else ""
     rows = "\n".join(f"| {name} | {accuracy:.2%} |" for name, accuracy in accuracies.items())

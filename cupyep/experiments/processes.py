@@ -17,7 +17,7 @@ from typing import Any
 
 from cupyep.commands.system import THREAD_VARIABLES
 from cupyep.errors import CupyepError, OutOfTime
-from cupyep.training.interruption import NAMES
+from cupyep.training.interruption import SIGNALS
 
 _stop: Any = None  # in a process of `side_by_side`: the event that tells it to stop
 
@@ -63,9 +63,8 @@ def end_with(parent: int, stop: Any = None) -> None:
     _stop = stop
     warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr, flush=True)
     if stop is not None:
-        for name in NAMES:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

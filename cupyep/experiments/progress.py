@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from cupyep.backend import get_device
-from cupyep.batch import Batch
 from cupyep.data import Dataset
 from cupyep.errors import CheckpointError
 from cupyep.experiments.cells import check_same
@@ -112,7 +112,8 @@ def _seconds(config: TrainConfig, dataset: Dataset) -> tuple[float, float]:
     plain = dataclasses.replace(config, aug="le", teacher=None) if config.aug == "kd" else config  # asks no teacher
     learner = build_learner(config, network, build_signals(plain, network, dataset, None), np.random.default_rng(0))
     optimizer = build_optimizer(config, learner.parameters())
-    batches = _for_ever(lambda: iter(training_batches(config, dataset, network, np.random.default_rng(0))))
+    again = itertools.repeat(training_batches(config, dataset, network, np.random.default_rng(0)))
+    batches = itertools.chain.from_iterable(again)  # epoch after epoch
 
     def step() -> Any:
         return optimizer.step(learner.step(next(batches)).gradients, 0.0)
@@ -121,11 +122,6 @@ def _seconds(config: TrainConfig, dataset: Dataset) -> tuple[float, float]:
     batch = next(iter(tests))
     wait = network.device.synchronize
     return _timed(step, wait), len(tests) * _timed(lambda: learner.evaluate(batch), wait)
-
-
-def _for_ever(batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
-    while True:
-        yield from batches()
 
 
 def _timed(work: Callable[[], Any], wait: Callable[[], None]) -> float:

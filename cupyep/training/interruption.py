@@ -13,7 +13,8 @@ from typing import Any
 
 from cupyep.errors import Interrupted
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+# Windows has no SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _reasons: list[Callable[[], None]] = []
 
 
@@ -45,7 +46,7 @@ class Interruptions:
     def __enter__(self) -> Interruptions:
         self.received = 0
         if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
+            for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
         return self
