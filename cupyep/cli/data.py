@@ -46,18 +46,15 @@ def list_(names: tuple[str, ...], given: dict[str, str]) -> None:
         source = SOURCES[name]
         shape = " x ".join(map(str, source.shape))
         click.echo(f"{name}: {shape}, {source.train_count} training and {source.test_count} test images")
-        for title, text in _details(source, folder, bool(names)):
+        count = len(source.classes)
+        details = {
+            "classes": f"{count}: {few(source.classes, count if names else SHOWN)}",
+            "found": _found(source, folder),
+            "licence": source.licence,
+            "source": source.homepage,
+        }
+        for title, text in details.items():
             click.echo(f"  {title:<9} {text}")
-
-
-def _details(source: Source, folder: Path, all_classes: bool) -> list[tuple[str, str]]:
-    count = len(source.classes)
-    return [
-        ("classes", f"{count}: {few(source.classes, count if all_classes else SHOWN)}"),
-        ("found", _found(source, folder)),
-        ("licence", source.licence),
-        ("source", source.homepage),
-    ]
 
 
 def _found(source: Source, folder: Path) -> str:

@@ -58,14 +58,14 @@ def load_own(name: str, image_size: int | None, validation: int | None, **option
 def _dataset(name: str, arrays: dict[str, Any], validation: int | None, options: dict[str, Any]) -> Dataset:
     parts = {}
     for end in ("", "_val", "_test"):
-        pair = [arrays.get(f"x{end}"), arrays.get(f"y{end}")]
-        for what, other, value in (("x", "y", pair[0]), ("y", "x", pair[1])):
-            if value is None and (end == "" or arrays.get(f"{other}{end}") is not None):
-                raise DataError(f"holds no {what}{end}, but {', '.join(sorted(arrays)) or 'nothing'}; {MADE_BY}")
-        parts[end] = None if pair[0] is None else tuple(pair)
+        pair = (f"x{end}", f"y{end}")
+        lacking = [what for what in pair if what not in arrays]
+        if lacking and (end == "" or len(lacking) < 2):
+            raise DataError(f"holds no {lacking[0]}, but {', '.join(sorted(arrays)) or 'nothing'}; {MADE_BY}")
+        parts[end] = None if lacking else tuple(arrays[what] for what in pair)
     held = parts["_val"]
     require(held is None or validation is None, f"{name} has a validation part of its own; leave out --validation")
-    classes = None if arrays.get("classes") is None else [str(item) for item in np.ravel(arrays["classes"])]
+    classes = [str(item) for item in np.ravel(arrays["classes"])] if "classes" in arrays else None
     held = validation if held is None else held
     return Dataset.from_arrays(*parts[""], parts["_test"], classes, held, name=name, flip=True, **options)
 

@@ -89,13 +89,10 @@ def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> 
     """Return the intermediate signals; `teacher` is what distillation asks, an open `TeacherFile`."""
     if config.aug == "none":
         return []
+    common = {"layers": signal_layers(config, network), "kappa": config.kappa, "annealing": config.kappa_annealing}
     if maker := SIGNALS[config.aug]:
-        own = {"layers": signal_layers(config, network), "kappa": config.kappa, "annealing": config.kappa_annealing}
-        return [instance(f"what the maker of --aug {config.aug} returns", maker(**own), Augmenter)]
-    common = {
-        "layers": signal_layers(config, network),
-        "kappa": config.kappa,
-        "annealing": config.kappa_annealing,
+        return [instance(f"what the maker of --aug {config.aug} returns", maker(**common), Augmenter)]
+    common |= {
         "loss": config.signal_loss,
         "pool": config.signal_pool,
         "learned": config.learned_maps,

@@ -363,16 +363,13 @@ def parse_layers(text: str, depth: int, nodes: Sequence[str] | None = ()) -> lis
         if nodes and part.strip() in nodes:
             layers.append(nodes.index(part.strip()) + 1)
             continue
-        first, _, last = part.partition("-")
-        numeric = (
-            first.strip().isdecimal() and (not last or last.strip().isdecimal()) and not part.strip().endswith("-")
-        )
+        numeric = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if nodes is None and not numeric and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", part.strip()):
             continue
         names = f" or of {', '.join(nodes)}" if nodes else ""
-        require(numeric, f"--signal-layers must be like 2,3,4 or 2-5 or all{names} (got '{text}')")
+        require(numeric is not None, f"--signal-layers must be like 2,3,4 or 2-5 or all{names} (got '{text}')")
         require(len(part) <= 12, f"--signal-layers names a layer that no network has (got '{text}')")
-        begin, end = int(first), int(last or first)
+        begin, end = int(numeric[1]), int(numeric[2] or numeric[1])
         require(1 <= begin <= end, f"--signal-layers counts layers upwards from 1 (got '{text}')")
         require(end <= MOST_LAYERS, f"--signal-layers names a layer that no network has (got '{text}')")
         require(end <= depth, f"--signal-layers names layer {end}, but the network has layers 1 to {depth}")

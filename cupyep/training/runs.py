@@ -312,7 +312,7 @@ def _teacher(
 
     def kept() -> Path | None:
         other = expanded(config.teacher) if config.teacher else teacher_path(config, dataset)
-        return kept_teacher(run, [other])
+        return kept_teacher(run, other)
 
     if run is not None and (path := ranks.first(kept)):
         return path

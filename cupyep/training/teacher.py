@@ -240,14 +240,14 @@ def keep_teacher(path: Path, run: Path) -> None:
         write_file(run / CHECKSUM, f"{_checksum(kept)}  {KEPT}\n".encode())
 
 
-def kept_teacher(run: Path, others: Sequence[Path] = ()) -> Path | None:
+def kept_teacher(run: Path, other: Path) -> Path | None:
     """Return the file of the teacher that the run in the folder `run` started with; None if the run does not tell.
 
-    It may be in one of `others`, should the run's own copy be gone; `TeacherError` if none has the run's checksum.
+    It may be the `other`, should the run's own copy be gone; `TeacherError` if none has the run's checksum.
     """
     if not (run / CHECKSUM).is_file():
         return None
-    places = [run / KEPT, *others]
+    places = [run / KEPT, other]
     found = next((path for path in places if path.is_file() and is_teacher_of(run, path)), None)
     if found is None:
         raise TeacherError(

@@ -66,8 +66,7 @@ def as_settled(config: TrainConfig, saved: Checkpoint, given: Mapping[str, Any])
     A fixed gain stays that of the feedback that the run began with: it is no parameter.
     """
     if config.weights == FIXED and config.gain is None:
-        own = architecture(config.arch)
-        gain = default_gain(config.activation or own.activation, config.feedback, own.gains)
+        gain = default_gain(config.activation, config.feedback, architecture(config.arch).gains)
         config = dataclasses.replace(config, gain=gain)
     own = {name: value for name, value in saved.settling.items() if name in OPTIONS}
     return dataclasses.replace(config, **(own | dict(given)))

@@ -109,10 +109,9 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
 
 
-def integer_ticks(*axes: Any) -> None:
+def integer_ticks(axis: Any) -> None:
     """Put ticks at whole numbers only (epochs, layers, steps)."""
-    for axis in axes:
-        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def label_decades(axis: Any) -> None:
