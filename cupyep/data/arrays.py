@@ -157,8 +157,8 @@ def _numbered(labels: list[np.ndarray], classes: Sequence[str] | None) -> tuple[
             raise DataError(f"label '{unknown}' is no class of the training images: {', '.join(names[:8])}")
         numbers = [np.array([number_of[name] for name in array], np.int64) for array in labels]
     else:
-        numbers, most = labels, max((int(array.max(initial=-1)) for array in labels), default=-1)
-        least = min((int(array.min(initial=0)) for array in labels), default=0)
+        numbers, most = labels, max(int(array.max(initial=-1)) for array in labels)
+        least = min(int(array.min(initial=0)) for array in labels)
         if classes is None:
             present = np.bincount(labels[0][labels[0] >= 0], minlength=1)[: most + 1] > 0 if most < 10**6 else [False]
             if least < 0 or not all(present) or len(present) < most + 1:

@@ -78,11 +78,12 @@ def check_length(content: bytes | memoryview, expected: int, where: str | Path) 
         raise DataError(f"{where}: holds {len(content)} bytes, expected {expected}; truncated, get it again")
 
 
-def check_sum(content: bytes | memoryview, expected: str, where: str | Path, remedy: str = "") -> None:
+def check_sum(
+    content: bytes | memoryview, expected: str, where: str | Path, remedy: str = "get the original file"
+) -> None:
     """Raise `DataError` unless the MD5 sum of `content` is the published one."""
     found = hashlib.md5(content).hexdigest()
     if found != expected:
-        remedy = remedy or "get the original file"
         raise DataError(f"{where}: MD5 sum {found}, the original has {expected}; {remedy}")
 
 

@@ -105,9 +105,8 @@ def read_array(path: Path, shape: tuple[int, int, int], dtype: np.dtype) -> np.n
     except ARRAY_ERRORS as error:
         raise DataError(f"{path}: is not a readable .npy file ({one_line(error)})") from error
     image = image[..., None] if image.ndim == 2 else image
-    kinds = "u" if dtype == np.uint8 else "uif"
-    right = image.shape == shape and image.dtype.kind in kinds and (kinds != "u" or image.dtype == dtype)
-    if not right or not np.isfinite(image).all():
+    of_kind = image.dtype == dtype if dtype == np.uint8 else image.dtype.kind in "uif"
+    if image.shape != shape or not of_kind or not np.isfinite(image).all():
         raise DataError(f"{path}: should be one image, {dtype} {shape} and finite, but is {image.dtype} {image.shape}")
     return image.astype(dtype, copy=False)
 

@@ -192,7 +192,7 @@ class TeacherFile:
         rows, found = self._find(name, split.index)
         covered = self._index.get(name, np.arange(len(labels)))
         self._check(
-            bool(found.all()) and len(covered) > 0 and covered[-1] < split.total,
+            bool(found.all() and covered[-1] < split.total),
             f"covers {len(labels)} {name} samples of data set {dataset.name}, which has {split.total} "
             f"and of which {len(split)} are used, {int((~found).sum())} of these not in the file",
             remedy,
@@ -216,7 +216,7 @@ class TeacherFile:
 
     def _check_logits(self, name: str) -> None:
         logits, labels = self._file[f"{name}/logits"], self._file[f"{name}/labels"][...]
-        right, step = np.zeros(len(self.views)), max(1, BLOCK_BYTES // max(1, logits.nbytes // max(1, len(labels))))
+        right, step = np.zeros(len(self.views)), max(1, BLOCK_BYTES * len(labels) // logits.nbytes)
         for start in range(0, len(labels), step):
             rows = slice(start, start + step)
             values = logits[:, rows]

@@ -14,7 +14,7 @@ import numpy as np
 from cupyep.backend import get_device
 from cupyep.batch import Batch
 from cupyep.commands.memory import memory_report
-from cupyep.data import Loader
+from cupyep.data import Dataset, Loader
 from cupyep.diagnostics.checkup import PROBE_IMAGES
 from cupyep.errors import CheckpointError, DivergenceError, one_line
 from cupyep.experiments.design import Cell
@@ -273,7 +273,7 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     """
     if config.algorithm != "ep":
         return {}
-    batch = _first_images(replace(config, limit_test=1), network)
+    batch = _first_images(build_dataset(replace(config, limit_test=1)), network)
     how = config.take("beta", "free_steps", "nudged_steps", "scheme", "nudge", "schedule", "relaxation")
     ep = EquilibriumPropagation(network, **how)
     well = {"schedule": "evenodd", "relaxation": default_relaxation("evenodd", config.feedback)}
@@ -313,9 +313,9 @@ def _cosines(estimate: Mapping[str, Any], truth: Mapping[str, Any]) -> list[floa
     return [_short(compare(estimate[path], truth[path])["cosine"]) for path in truth]
 
 
-def _first_images(config: TrainConfig, network: Network, count: int = PROBE_IMAGES) -> Batch:
+def _first_images(dataset: Dataset, network: Network, count: int = PROBE_IMAGES) -> Batch:
     """Return the first training images, as they are."""
-    return next(iter(Loader(build_dataset(config), "train", count, network.device, network.dtype)))
+    return next(iter(Loader(dataset, "train", count, network.device, network.dtype)))
 
 
 def fidelity_cell(cell: Cell) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def fidelity_cell(cell: Cell) -> dict[str, Any]:
     config = replace(make_config(cell.options), limit_train=PROBE_IMAGES, limit_test=1)
     dataset = build_dataset(config)
     network = build_network(config, dataset, get_device(config.device, config.scratch_mb))
-    batch = _first_images(config, network, config.batch_size)
+    batch = _first_images(dataset, network, config.batch_size)
     signals = build_signals(config, network, dataset, None)
     how = config.take("beta", "free_steps", "nudged_steps", "scheme", "schedule", "relaxation", "tolerance")
     forms = compare_forms(network, batch, forms=FORMS, signals=signals, **how)
