@@ -55,7 +55,6 @@ COLUMNS = {
     "saturated": ("saturated", "9.0%"),
     "dead": ("dead", "5.0%"),
 }
-GROUPS = {"free phase": "free_", "nudged phase": "nudged_"}
 
 
 @dataclass
@@ -105,9 +104,9 @@ class Diagnosis:
             f"{shown[key][0]:>{widths[key]}}" for key in shown
         )
         above = " " * first
-        for title, prefix in GROUPS.items():
-            width = sum(widths[key] + 1 for key in shown if key.startswith(prefix))
-            above += f"{f' {title} ':-^{width - 1}} " if width else ""
+        for phase in ("free", "nudged"):
+            width = sum(widths[key] + 1 for key in shown if key.startswith(f"{phase}_"))
+            above += f"{f' {phase} phase ':-^{width - 1}} " if width else ""
         lines = [above.rstrip(), head]
         for row in self.rows:
             cells = (_cell(row.get(key), shown[key][1], widths[key]) for key in shown)

@@ -16,7 +16,6 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +84,20 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, keep_as: Path | No
 
     The file that is replaced goes to `keep_as`, if given. `CheckpointError` if the file cannot be written.
     """
-    path = Path(path)
+
+    def fill(file: h5py.File) -> None:
+        file.attrs["format"], file.attrs["version"] = f"cupyep-{KIND}", VERSION
+        for name in NUMBERS:
+            file.attrs[name] = getattr(checkpoint, name)
+        for name in TEXTS:
+            file.attrs[name] = json.dumps(getattr(checkpoint, name))
+        for group in GROUPS:
+            arrays = file.create_group(group)
+            for name, array in getattr(checkpoint, group).items():
+                arrays.create_dataset(name, data=np.asarray(array))
+
     with reporting(CheckpointError, f"cannot write checkpoint '{path}'"):
-        write_file(path, hdf5.image(partial(_fill, checkpoint=checkpoint)), keep_as)
-
-
-def _fill(file: h5py.File, checkpoint: Checkpoint) -> None:
-    file.attrs["format"], file.attrs["version"] = f"cupyep-{KIND}", VERSION
-    for name in NUMBERS:
-        file.attrs[name] = getattr(checkpoint, name)
-    for name in TEXTS:
-        file.attrs[name] = json.dumps(getattr(checkpoint, name))
-    for group in GROUPS:
-        arrays = file.create_group(group)
-        for name, array in getattr(checkpoint, group).items():
-            arrays.create_dataset(name, data=np.asarray(array))
+        write_file(Path(path), hdf5.image(fill), keep_as)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

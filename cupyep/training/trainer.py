@@ -249,7 +249,7 @@ class Trainer:
     def _summary(self) -> TrainSummary:
         record = self.records[-1]
         path = None if self.directory is None else self.directory.path
-        chosen = next(r for r in reversed(self.records) if r["epoch"] == self.best_epoch)["test_accuracy"]
+        chosen = self.records[self.best_epoch - 1]["test_accuracy"]
         best = (self.best_accuracy, self.best_epoch, chosen, self.best_split)
         last = (record["epoch"], record["test_accuracy"], record["test_loss"])
         return TrainSummary(*last, *best, self.elapsed_s, path)
