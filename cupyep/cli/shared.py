@@ -286,9 +286,9 @@ def _config_option(name: str, default: Any, with_word: bool) -> Any:
     rule, flag = OPTIONS[name].metadata, option_name(name)
     kind = rule["kind"]
     if kind is bool:
-        shown = "" if default is None else f"  [default: {flag if default else flag.replace('--', '--no-', 1)}]"
-        text = rule["text"] + shown
-        return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", name, default=None, help=text)
+        no = option_name(f"no_{name}")
+        text = rule["text"] + ("" if default is None else f"  [default: {flag if default else no}]")
+        return click.option(f"{flag}/{no}", name, default=None, help=text)
     if name == "plugin":  # before the options whose names it registers
         return click.option(flag, is_eager=True, callback=_load, metavar=PLUGIN, help=rule["text"])
     text, unset, rest = rule["text"].partition("; unset:")

@@ -28,7 +28,6 @@ OWN = "for images of your own use --dataset file:PATH"
 class Finding:
     """What was found of one data set in one place."""
 
-    name: str
     place: str
     good: bool
     text: str  # one line: what was right, or what is wrong and what to do
@@ -47,11 +46,11 @@ def _finding(source: Source, layout: Layout) -> Finding:
         check_original(source, layout.read(), layout.place)
         compared = sum(_check_file(source, file) for file in layout.files)
     except DataError as error:
-        return Finding(source.name, str(layout.place), False, str(error))
+        return Finding(str(layout.place), False, str(error))
     ranges = [f"{min(c)}" if min(c) == max(c) else f"{min(c)} to {max(c)}" for c in source.per_class]
     counts = f"{source.train_count} + {source.test_count} images, {' + '.join(ranges)} a class"
     sums = f"MD5 sums of {compared} files as published" if compared else "no MD5 sums published for these files"
-    return Finding(source.name, str(layout.place), True, f"{counts}; {sums}")
+    return Finding(str(layout.place), True, f"{counts}; {sums}")
 
 
 def _check_file(source: Source, file: Path) -> bool:
