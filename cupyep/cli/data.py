@@ -75,18 +75,18 @@ def verify_(names: tuple[str, ...], given: dict[str, str]) -> None:
 
     NAME is a data set that must be there; without any, those are read that are. Exit code 1 if anything is wrong.
     """
-    folder, wrong = data_directory(**given), []
+    folder, wrong = data_directory(**given), 0
     for name in names or DATASETS:
         findings = 0
         for finding in verify(name, folder):
             findings += 1
-            wrong += [] if finding.good else [finding]
+            wrong += not finding.good
             click.echo(f"{name}  {f'ok: {finding.place}, ' if finding.good else 'WRONG: '}{finding.text}")
         if not findings:
             click.echo(f"{name}  not {f'in {folder}' if SOURCES[name].remotes else 'installed: extra demo'}")
-            wrong += [name] if names else []
+            wrong += bool(names)
     if wrong:
-        raise DataError(f"{len(wrong)} of the data sets looked at are wrong or missing; see above")
+        raise DataError(f"{wrong} of the data sets looked at are wrong or missing; see above")
 
 
 @data.command()

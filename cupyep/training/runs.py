@@ -335,6 +335,6 @@ def _unequal(dataset: Dataset) -> str:
     if counts.max() <= counts.min() + 1:
         return ""
     shown = [f"{dataset.classes[c]} {counts[c]}" for c in np.argsort(-counts, kind="stable")]
-    middle = ["..."] if len(shown) > SHOWN_CLASSES else []
-    shown = shown[: SHOWN_CLASSES // 2] + middle + shown[-SHOWN_CLASSES // 2 :] if middle else shown
+    if len(shown) > SHOWN_CLASSES:
+        shown[SHOWN_CLASSES // 2 : -SHOWN_CLASSES // 2] = ["..."]
     return f"classes of unequal size: {', '.join(shown)} training images"
