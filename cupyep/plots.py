@@ -5,17 +5,14 @@ Every function takes a run directory, or what has a run's records: a `Trainer`, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cupyep.commands import plots as drawing
 from cupyep.commands.compare import run_names
-from cupyep.commands.plots import curves
 from cupyep.errors import ConfigurationError, require, wrong
 from cupyep.errors import path as checked_path
 from cupyep.training.display import Display
-from cupyep.training.run_directory import RunDirectory
 
 __all__ = [
     "confusion",
@@ -29,16 +26,6 @@ __all__ = [
     "settling",
     "units",
 ]
-
-
-class _Run(NamedTuple):
-    """What a figure is made of."""
-
-    name: str
-    records: Sequence[dict[str, Any]]
-    feedback: float
-    loss: str
-    directory: RunDirectory | None
 
 
 def overview(run: Any) -> Any:
@@ -56,8 +43,7 @@ def overview(run: Any) -> Any:
     CheckpointError
         If there is no run at a path, or its files are damaged.
     """
-    known = _of(run)
-    return _figure("overview", drawing.overview_of(known.name, known.records, known.feedback))
+    return _figure("overview", drawing.overview_of(_of(run)))
 
 
 def learning(*runs: Any) -> Any:
@@ -65,8 +51,8 @@ def learning(*runs: Any) -> Any:
     require(len(runs) > 0, "learning needs a run at least")
     known = [_of(run) for run in runs]
     paths = [Path(run.name) if run.directory is None else run.directory.path for run in known]
-    records = {name: run.records for name, run in zip(run_names(paths), known, strict=True)}
-    return curves.learning(records, [run.loss for run in known])
+    named = zip(known, run_names(paths), strict=True)
+    return drawing.learning_of_runs([run._replace(name=name) for run, name in named])
 
 
 def response(run: Any) -> Any:
@@ -91,20 +77,17 @@ def units(run: Any) -> Any:
 
 def settling(run: Any) -> Any:
     """Return the figure of the residuals of the last epoch's phases, step by step; of a run directory."""
-    known = _saved("settling", run)
-    return _figure("settling", drawing.settling_of(known.name, known.directory))
+    return _figure("settling", drawing.settling_of(_saved("settling", run)))
 
 
 def filters(run: Any) -> Any:
     """Return the figure of the first layer's filters in the best epoch; of a run directory."""
-    known = _saved("filters", run)
-    return _figure("filters", drawing.filters_of(known.name, known.directory, known.records))
+    return _figure("filters", drawing.filters_of(_saved("filters", run)))
 
 
 def filters_by_epoch(run: Any) -> Any:
     """Return the figure of the first layer's filters at some epochs, a row each; of a run directory."""
-    known = _saved("filters_by_epoch", run)
-    return _figure("filters_by_epoch", drawing.filters_by_epoch_of(known.name, known.directory, known.records))
+    return _figure("filters_by_epoch", drawing.filters_by_epoch_of(_saved("filters_by_epoch", run)))
 
 
 def confusion(run: Any, **given: Any) -> Any:
@@ -113,14 +96,12 @@ def confusion(run: Any, **given: Any) -> Any:
     The test images are settled once, with the options `given` in place of the run's: ``data_dir``, ``batch_size``,
     ``device``.
     """
-    known = _saved("confusion", run)
-    made = drawing.confusion_figure(known.name, known.directory, given, Display(quiet=True))
+    made = drawing.confusion_figure(_saved("confusion", run), given, Display(quiet=True))
     return _figure("confusion", made)
 
 
 def _map(kind: str, run: Any) -> Any:
-    known = _of(run)
-    return _figure(kind, drawing.map_of(kind, known.name, known.records, known.feedback))
+    return _figure(kind, drawing.map_of(kind, _of(run)))
 
 
 def _figure(kind: str, made: Any) -> Any:
@@ -129,20 +110,18 @@ def _figure(kind: str, made: Any) -> Any:
     return made
 
 
-def _saved(kind: str, run: Any) -> _Run:
+def _saved(kind: str, run: Any) -> drawing.Run:
     known = _of(run)
     require(known.directory is not None, f"no picture of {kind}: it needs a run directory")
     return known
 
 
-def _of(run: Any) -> _Run:
+def _of(run: Any) -> drawing.Run:
     records = getattr(run, "history", getattr(run, "records", None))
     if records is None:
         if not isinstance(run, (str, Path)):
             raise wrong("run", "a run directory, or a result with records", run)
-        directory = RunDirectory.open(checked_path("run", run))
-        config = directory.config
-        return _Run(directory.path.resolve().name, directory.metrics(), config.feedback, config.loss, directory)
+        return drawing.opened([checked_path("run", run)])[0]
     directory = getattr(run, "directory", None)
     name = "run" if directory is None else directory.path.resolve().name
-    return _Run(name, records, run.network.feedback, run.network.readout.criterion.name, directory)
+    return drawing.Run(name, records, run.network.feedback, run.network.readout.criterion.name, directory)

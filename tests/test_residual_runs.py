@@ -308,7 +308,7 @@ def test_pictures_by_names(run, monkeypatch):
     monkeypatch.setattr(
         maps, "over_epochs", lambda values, *more: seen.update({more[1]: values}) or over_epochs(values, *more)
     )
-    figures = dict(plots._figures("run", directory, directory.metrics(), {}, SILENT))
+    figures = dict(plots._figures(*plots.opened([path]), {}, SILENT))
     assert not [kind for kind, made in figures.items() if isinstance(made, str)]
     named = {"response": NODES, "gradient": [*NODES, "readout"], "distance": NODES, "units": NODES}
     for kind, names in named.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,27 @@ NO_FILTERS = "the first layer is not a convolution"
 FIRST = "filters of the first layer"
 
 
+class Run(NamedTuple):
+    """What figures are made of."""
+
+    name: str
+    records: Sequence[Record]
+    feedback: float
+    loss: str
+    directory: RunDirectory | None  # of a run that was saved
+
+    @property
+    def nodes(self) -> Any:
+        """What the last epoch calls the nodes of a network that is no chain."""
+        return self.records[-1].get("nodes") if self.records else None
+
+
+def opened(paths: Sequence[Path]) -> list[Run]:
+    """Return the runs in some directories, each by a name of its own."""
+    found = zip(run_names(paths), [RunDirectory.open(path) for path in paths], strict=True)
+    return [Run(name, run.metrics(), run.config.feedback, run.config.loss, run) for name, run in found]
+
+
 def draw_runs(
     paths: Sequence[Path],
     out: Path | None = None,
@@ -43,98 +64,90 @@ def draw_runs(
     damaged.
     """
     matplotlib_figure()
-    runs, records = _opened(paths)
+    runs = opened(paths)
     out = out or (paths[0] / "plots" if len(paths) == 1 else Path("plots"))
     out.mkdir(parents=True, exist_ok=True)
-    yield from map(str, save(_learning(runs, records), out / "learning", formats))
-    for name, run in runs.items():
-        prefix = "" if len(runs) == 1 else f"{name}-"
-        for kind, made in _figures(name, run, records[name], given or {}, display or Display()):
+    yield from map(str, save(learning_of_runs(runs), out / "learning", formats))
+    for run in runs:
+        prefix = "" if len(runs) == 1 else f"{run.name}-"
+        for kind, made in _figures(run, given or {}, display or Display()):
             if isinstance(made, str):
-                yield f"{name}: no picture of {kind}: {made}"
+                yield f"{run.name}: no picture of {kind}: {made}"
             else:
                 yield from map(str, save(made, out / f"{prefix}{kind}", formats))
 
 
 def learning_of(paths: Sequence[Path]) -> Any:
     """Return the figure of loss and accuracy of the runs in some directories."""
-    return _learning(*_opened(paths))
+    return learning_of_runs(opened(paths))
 
 
-def _opened(paths: Sequence[Path]) -> tuple[dict[str, RunDirectory], dict[str, list[Record]]]:
-    """Return the runs in some directories and their records, by their names in figures."""
-    runs = {name: RunDirectory.open(path) for name, path in zip(run_names(paths), paths, strict=True)}
-    return runs, {name: run.metrics() for name, run in runs.items()}
+def learning_of_runs(runs: Sequence[Run]) -> Any:
+    """Return the figure of loss and accuracy of some runs, whose names differ."""
+    return curves.learning({run.name: run.records for run in runs}, [run.loss for run in runs])
 
 
-def _learning(runs: Mapping[str, RunDirectory], records: Mapping[str, list[Record]]) -> Any:
-    return curves.learning(records, [run.config.loss for run in runs.values()])
-
-
-def _figures(
-    name: str, run: RunDirectory, records: list[Record], given: Mapping[str, Any], display: Display
-) -> Iterator[tuple[str, Any]]:
+def _figures(run: Run, given: Mapping[str, Any], display: Display) -> Iterator[tuple[str, Any]]:
     """Yield (kind, figure, or why there is none) of one run."""
-    yield "overview", overview_of(name, records, run.config.feedback)
+    yield "overview", overview_of(run)
     for kind in MAPS:
-        yield kind, map_of(kind, name, records, run.config.feedback)
-    yield "settling", settling_of(name, run)
-    yield "filters", filters_of(name, run, records)
-    yield "filters_by_epoch", filters_by_epoch_of(name, run, records)
-    yield "confusion", confusion_figure(name, run, given, display)
+        yield kind, map_of(kind, run)
+    yield "settling", settling_of(run)
+    yield "filters", filters_of(run)
+    yield "filters_by_epoch", filters_by_epoch_of(run)
+    yield "confusion", confusion_figure(run, given, display)
 
 
-def overview_of(name: str, records: Sequence[Record], feedback: float) -> Any:
+def overview_of(run: Run) -> Any:
     """Return the overview of a run, or why there is none."""
-    return overview(name, records, feedback) if records else NO_EPOCH
+    return overview(run.name, run.records, run.feedback) if run.records else NO_EPOCH
 
 
-def settling_of(name: str, run: RunDirectory) -> Any:
+def settling_of(run: Run) -> Any:
     """Return the figure of how the phases of the last epoch settled, or why there is none."""
-    trace = run.settling()
+    trace = run.directory.settling()
     if not (trace and "free" in trace):
         return "no phases are recorded"
-    return curves.settling(trace, f"{name}: settling of {trace['images']} training images, epoch {trace['epoch']}")
+    return curves.settling(trace, f"{run.name}: settling of {trace['images']} training images, epoch {trace['epoch']}")
 
 
-def filters_of(name: str, run: RunDirectory, records: Sequence[Record]) -> Any:
+def filters_of(run: Run) -> Any:
     """Return the figure of the first layer's filters in the best epoch, or why there is none."""
     try:
-        saved = run.load("best" if (run.path / BEST).exists() else "last")
+        saved = run.directory.load("best" if (run.directory.path / BEST).exists() else "last")
     except CheckpointError as error:
         return str(error)
-    weight = first_filters(saved, records[-1].get("nodes") if records else None)
-    return NO_FILTERS if weight is None else maps.filters(weight, f"{name}: {FIRST}, epoch {saved.epoch}")
+    weight = first_filters(saved, run.nodes)
+    return NO_FILTERS if weight is None else maps.filters(weight, f"{run.name}: {FIRST}, epoch {saved.epoch}")
 
 
-def filters_by_epoch_of(name: str, run: RunDirectory, records: Sequence[Record]) -> Any:
+def filters_by_epoch_of(run: Run) -> Any:
     """Return the figure of the first layer's filters at the epochs that a run keeps, or why there is none."""
     try:
-        saved = run.load("last")
+        saved = run.directory.load("last")
         kept = saved_filters(saved)
     except (CheckpointError, ValueError) as error:
         return str(error)
-    weight = first_filters(saved, records[-1].get("nodes") if records else None)
+    weight = first_filters(saved, run.nodes)
     if weight is None:
         return NO_FILTERS
     shown = {epoch: kept[epoch] for epoch in sorted(kept) if kept[epoch].shape == weight.shape}
     if not saved.batch:
         shown[saved.epoch] = weight
-    return maps.filters_by_epoch(shown, f"{name}: {FIRST} over the epochs") if shown else NO_EPOCH
+    return maps.filters_by_epoch(shown, f"{run.name}: {FIRST} over the epochs") if shown else NO_EPOCH
 
 
-def confusion_figure(name: str, run: RunDirectory, given: Mapping[str, Any], display: Display) -> Any:
+def confusion_figure(run: Run, given: Mapping[str, Any], display: Display) -> Any:
     """Return the figure of which class the best epoch takes for which, or why there is none."""
-    if not (run.path / BEST).exists():
+    if not (run.directory.path / BEST).exists():
         return NO_EPOCH
     try:
-        matrix, classes = confusion_of(run, given, display)
+        matrix, classes = confusion_of(run.directory, given, display)
     except CupyepError as error:
         return str(error)
-    share = np.trace(matrix) / matrix.sum()
-    return maps.confusion(
-        matrix, classes, f"{name}: {matrix.sum()} test images, epoch {run.load('best').epoch}, {share:.1%} right"
-    )
+    share, epoch = np.trace(matrix) / matrix.sum(), run.directory.load("best").epoch
+    title = f"{run.name}: {matrix.sum()} test images, epoch {epoch}, {share:.1%} right"
+    return maps.confusion(matrix, classes, title)
 
 
 def _limited(phase: str) -> str:
@@ -153,18 +166,17 @@ MAPS = {
 }  # fmt: skip
 
 
-def map_of(kind: str, name: str, records: Sequence[Record], feedback: float) -> Any:
+def map_of(kind: str, run: Run) -> Any:
     """Return a figure of `MAPS`, values a layer over the epochs, or why there is none."""
-    keys, label, title, log = MAPS[kind]
-    nodes = records[-1].get("nodes") if records else None
+    (keys, label, title, log), records = MAPS[kind], run.records
     panels = {panel: key for panel, key in keys.items() if records and records[-1].get(key)}
     if not panels:
         return "nothing is recorded" if records else NO_EPOCH
     shown = [record for record in records if all(record.get(key) for key in panels.values())]
     values = {panel: (1 if log else 100) * layer_course(shown, key) for panel, key in panels.items()}
     if kind == "response":
-        values[""] = scaled_responses(shown, feedback)
-        label = label if feedback == 1 else rf"$a_n\,$ {label}"
+        values[""] = scaled_responses(shown, run.feedback)
+        label = label if run.feedback == 1 else rf"$a_n\,$ {label}"
     readout = kind == "gradient" and len(shown[-1]["gradient_norm"]) > len(shown[-1]["activity"])
     epochs = [record["epoch"] for record in shown]
-    return maps.over_epochs(values, epochs, label, f"{name}: {title}", log, readout, list(nodes or ()))
+    return maps.over_epochs(values, epochs, label, f"{run.name}: {title}", log, readout, list(run.nodes or ()))
