@@ -13,7 +13,7 @@ import numpy as np
 from cupyep.backend import Device, get_device
 from cupyep.data import Dataset
 from cupyep.data.sources import absolute_name
-from cupyep.errors import CheckpointError, ConfigurationError, require
+from cupyep.errors import CheckpointError, require
 from cupyep.files import expanded
 from cupyep.initialization import lsuv
 from cupyep.network import Network
@@ -124,12 +124,7 @@ def resume_run(
         ranks.first(lambda: _check_teacher(directory.path, given))
         trainer, teacher = prepare(directory.config, display or Display(), ranks, directory.path)
         trainer.directory = directory
-        problem = trainer.resume()
-        try:
-            _show_stretch(trainer, epochs, stretch)
-        except ConfigurationError:
-            directory.unlock()
-            raise
+        problem = trainer.resume(lambda: _show_stretch(trainer, epochs, stretch))
         directory.write_config()
         if teacher:
             ranks.first(lambda: keep_teacher(teacher, directory.path))

@@ -16,7 +16,7 @@ from cupyep.backend.threads import get_threads
 from cupyep.batch import shared_out
 from cupyep.data import ImageFormat
 from cupyep.diagnostics.checkup import Checkup
-from cupyep.errors import ConfigurationError, ConvergenceWarning, DivergenceError, Interrupted, choose, integer, require
+from cupyep.errors import ConvergenceWarning, DivergenceError, Interrupted, choose, integer, require
 from cupyep.optim import Optimizer
 from cupyep.parallel import Communicator
 from cupyep.persistence.checkpoint import versions
@@ -188,21 +188,15 @@ class Trainer:
     def _ending(self) -> str:
         return f"stopped after epoch {self.epochs_done}: no better {self.best_split} accuracy since {self.best_epoch}"
 
-    def resume(self) -> str:
+    def resume(self, *checks: Callable[[], None]) -> str:
         """As `restore`, for a run that has epochs left; `ConfigurationError` if all are done."""
-        problem = self.restore()
-        try:
-            self.check_unfinished()
-        except ConfigurationError:
-            self.directory.unlock()
-            raise
-        return problem
+        return self.restore(self.check_unfinished, *checks)
 
-    def restore(self) -> str:
+    def restore(self, *checks: Callable[[], None]) -> str:
         """Take up the run of `directory` where its last checkpoint left it, and lock the directory until `run` ends.
 
         Returns why checkpoint.previous.h5 had to do, or an empty text. `CheckpointError` if no checkpoint is of use:
-        damaged, or of another network or run.
+        damaged, or of another network or run. Then come the `checks`, whose errors leave the directory unlocked, too.
         """
         self.directory.lock()
         try:
@@ -211,6 +205,8 @@ class Trainer:
                 restore_snapshot(self, path, saved)
                 self._compare_versions(saved.versions)
                 self.records = self.directory.metrics()
+            for check in checks:
+                check()
         except BaseException:
             self.directory.unlock()
             raise
