@@ -386,9 +386,10 @@ def test_findings_are_counted_by_epoch():
         {"epoch": 1, "findings": [{"signature": "a", "message": "x"}, {"signature": "a", "message": "y"}]},
         {"epoch": 2, "findings": None},
         {"epoch": 3, "findings": [{"signature": "b", "message": "z"}, {"signature": "a", "message": "w"}]},
+        {"epoch": 4, "findings": [{"signature": "a", "message": "u"}, {"signature": "a", "message": "v"}]},
     ]
     assert cells._found(records) == [
-        {"signature": "a", "epochs": 2, "last": 3, "message": "w"},
+        {"signature": "a", "epochs": 3, "last": 4, "message": "u; v"},
         {"signature": "b", "epochs": 1, "last": 3, "message": "z"},
     ]
 

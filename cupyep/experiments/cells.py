@@ -217,9 +217,12 @@ def _found(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each signature that checkups found, in how many ``epochs``, with the ``last`` one and its ``message``."""
     found: dict[str, dict[str, Any]] = {}
     for record in records:
-        for name, message in {f["signature"]: f["message"] for f in record.get("findings") or []}.items():
+        messages: dict[str, list[str]] = {}
+        for each in record.get("findings") or []:  # of a signature one a phase, the cause first
+            messages.setdefault(each["signature"], []).append(each["message"])
+        for name, message in messages.items():
             epochs = found.get(name, {}).get("epochs", 0) + 1
-            found[name] = {"signature": name, "epochs": epochs, "last": record["epoch"], "message": message}
+            found[name] = {"signature": name, "epochs": epochs, "last": record["epoch"], "message": "; ".join(message)}
     return list(found.values())
 
 
