@@ -49,9 +49,8 @@ def test_it_is_the_run_of_the_command_line(more, quadrants, tmp_path):
     if loss is not None:
         assert (result.history[-1]["test_loss"], result.summary.test_accuracy) == (loss, accuracy)
     for path, p in directory.load("last").weights().items():
-        if not path.startswith("signals."):
-            np.testing.assert_array_equal(result.network.parameters()[path], p)
-            np.testing.assert_array_equal(result.best.parameters()[path], directory.load("best").weights()[path])
+        np.testing.assert_array_equal(result.network.parameters()[path], p)
+        np.testing.assert_array_equal(result.best.parameters()[path], directory.load("best").weights()[path])
     assert result.network is net
     assert result.curves["epoch"] == [1, 2]
     assert result.curves["test_loss"] == [record["test_loss"] for record in result.history]
@@ -105,6 +104,17 @@ def test_a_callback_ends_a_run_of_ones_own_parts_and_it_goes_on(stop, where, tmp
         one, other = (getattr(r, name).parameters() for r in (longer, straight))
         for path, p in one.items():
             np.testing.assert_array_equal(p, other[path])
+
+
+def test_a_damaged_checkpoint_is_said(tmp_path, capsys):
+    data, path = quadrant_data(), tmp_path / "run"
+    ep.fit(own_network(), data, run_dir=path, epochs=2, **OPTIONS)
+    (path / "checkpoint.h5").write_bytes(b"")
+    capsys.readouterr()
+    result = ep.fit(own_network(), data, run_dir=path, resume=True, epochs=2, **OPTIONS | {"quiet": False})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("(truncated or damaged): no HDF5 signature; going on from checkpoint.previous.h5")
+    assert [record["epoch"] for record in result.history] == [1, 2]
 
 
 @pytest.mark.parametrize("answer", [1, 1.0, 0, "stopped", "", np.ones(2), np.ones(()), [True], None, np.False_])

@@ -34,7 +34,7 @@ from cupyep.training.display import Display
 from cupyep.training.initial import load_initial
 from cupyep.training.options import checked
 from cupyep.training.results import LONGER, at_rest, evaluate
-from cupyep.training.run_directory import PREVIOUS, RunDirectory, check_free, claim_path, default_path
+from cupyep.training.run_directory import RunDirectory, check_free, claim_path, default_path
 from cupyep.training.sharing import check_same, run_directory
 from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
 from cupyep.training.trained import TrainedRun, load_trained
@@ -124,12 +124,10 @@ def resume_run(
         ranks.first(lambda: _check_teacher(directory.path, given))
         trainer, teacher = prepare(directory.config, display or Display(), ranks, directory.path)
         trainer.directory = directory
-        problem = trainer.resume(lambda: _show_stretch(trainer, epochs, stretch))
+        trainer.resume(lambda: _show_stretch(trainer, epochs, stretch))
         directory.write_config()
         if teacher:
             ranks.first(lambda: keep_teacher(teacher, directory.path))
-    if problem:
-        trainer.display.show("warning", f"{problem}; going on from {PREVIOUS}")
     batch = f", batch {trainer.batches_done} of {len(trainer.train)}" if trainer.batches_done else ""
     show_start(trainer, f"resuming {path} after epoch {trainer.epochs_done} of {trainer.epochs}{batch}")
     return trainer

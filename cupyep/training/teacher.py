@@ -33,7 +33,7 @@ from cupyep.training.build import build_network, build_trainer, feature_name, si
 from cupyep.training.config import MACHINE, TrainConfig
 from cupyep.training.display import Display
 from cupyep.training.interruption import Interruptions
-from cupyep.training.run_directory import CONFIG, PREVIOUS, RunDirectory
+from cupyep.training.run_directory import CONFIG, RunDirectory
 from cupyep.training.sharing import run_directory
 from cupyep.training.trainer import Trainer
 
@@ -129,11 +129,9 @@ def _take_up(trainer: Trainer, path: Path, config: TrainConfig) -> None:
     try:
         trainer.directory = run_directory(lambda: RunDirectory.open(path), ranks)
         trainer.directory.config = config  # a checkpoint of another teacher is refused
-        problem = trainer.restore()
+        trainer.restore()
     except (CheckpointError, ConfigurationError) as error:
         raise CheckpointError(f"{error}; remove '{path}' to train the teacher anew") from error
-    if problem:
-        trainer.display.show("warning", f"{problem}; going on from {PREVIOUS}")
     trainer.display.show("note", f"going on in {path} after epoch {trainer.epochs_done} of {trainer.epochs}")
     if trainer.epochs_done == trainer.epochs:
         trainer.directory.unlock()

@@ -26,7 +26,7 @@ from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
 from cupyep.training.outlook import Outlook
 from cupyep.training.results import TrainSummary, evaluate
-from cupyep.training.run_directory import RunDirectory
+from cupyep.training.run_directory import PREVIOUS, RunDirectory
 from cupyep.training.schedules import Schedules
 from cupyep.training.snapshot import check_same_run, restore_snapshot, take_snapshot
 from cupyep.training.statistics import EpochStatistics, layer_names
@@ -188,15 +188,15 @@ class Trainer:
     def _ending(self) -> str:
         return f"stopped after epoch {self.epochs_done}: no better {self.best_split} accuracy since {self.best_epoch}"
 
-    def resume(self, *checks: Callable[[], None]) -> str:
+    def resume(self, *checks: Callable[[], None]) -> None:
         """As `restore`, for a run that has epochs left; `ConfigurationError` if all are done."""
-        return self.restore(self.check_unfinished, *checks)
+        self.restore(self.check_unfinished, *checks)
 
-    def restore(self, *checks: Callable[[], None]) -> str:
+    def restore(self, *checks: Callable[[], None]) -> None:
         """Take up the run of `directory` where its last checkpoint left it, and lock the directory until `run` ends.
 
-        Returns why checkpoint.previous.h5 had to do, or an empty text. `CheckpointError` if no checkpoint is of use:
-        damaged, or of another network or run. Then come the `checks`, whose errors leave the directory unlocked, too.
+        A warning says why checkpoint.previous.h5 has to do. `CheckpointError` if no checkpoint is of use: damaged, or
+        of another network or run. Then come the `checks`, whose errors leave the directory unlocked, too.
         """
         self.directory.lock()
         try:
@@ -210,7 +210,8 @@ class Trainer:
         except BaseException:
             self.directory.unlock()
             raise
-        return problem
+        if problem:
+            self.display.show("warning", f"{problem}; going on from {PREVIOUS}")
 
     def _compare_versions(self, saved: Mapping[str, str]) -> None:
         changed = [f"{name} {saved.get(name)} -> {now}" for name, now in versions().items() if saved.get(name) != now]
