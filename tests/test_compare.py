@@ -46,7 +46,7 @@ def made(tmp_path):
 def three(made):
     return [
         made("ep", [record(1, 0.5), record(2, 0.75), record(3, 0.75, 0.5, **UNSETTLED)], feedback=0.25),
-        made("bp", [record(1, 0.875, free_distance=None)], algorithm="bp", learning_rate=[0.1, 0.01]),
+        made("bp", [record(1, 0.875, free_distance=None)], algorithm="bp", feedback=0.1, learning_rate=[0.1, 0.01]),
         made("new", feedback=0.25, learning_rate=0.5),
     ]
 
@@ -54,7 +54,7 @@ def three(made):
 TABLE = """\
 run  feedback  algorithm  learning_rate  done  epochs  best_accuracy  best_epoch  last_accuracy  train_loss  test_loss  minutes  settled
 ep   0.25      ep         0.001          3     4       75.00%         2           75.00%         0.5000      0.7500     4.5      no
-bp   0.03      bp         0.1,0.01       1     4       87.50%         1           87.50%         1.5000      1.7500     1.5      -
+bp   0.1       bp         0.1,0.01       1     4       87.50%         1           87.50%         1.5000      1.7500     1.5      -
 new  0.25      ep         0.5            0     4       -              -           -              -           -          -        -
 """  # noqa: E501
 
