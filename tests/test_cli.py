@@ -170,7 +170,7 @@ def test_evaluate_shows_top_5_for_many_classes(invoke, tmp_path, monkeypatch):
     )
     line, rest = invoke("evaluate", tmp_path / "run")[1].splitlines()[1:]
     assert sum(settled) == 3 * len(arrays[1][0]), "every image once, then as trained and for longer"
-    assert re.fullmatch(r"at rest: .*% of 10 images settled 10 times as long, .*% of these as trained", rest)
+    assert re.fullmatch(r"at rest [0-9.]+% of 10 images \(10 times the steps; [0-9.]+% as trained\)", rest)
     record = records(tmp_path / "run")[-1]
     assert f"accuracy {record['test_accuracy']:.2%}, loss {record['test_loss']:.4f}, top-5 accuracy " in line
 

@@ -420,9 +420,9 @@ def test_evaluation_repeats_the_record_of_its_epoch(quadrants, tmp_path):
 
 def test_evaluation_says_what_is_left_at_rest(quadrants, tmp_path, monkeypatch):
     """Of one sweep at lambda 1, which is not the same; the first images of each class."""
-    monkeypatch.setattr(build.rest_batches, "__defaults__", ("test", 16))
+    monkeypatch.setattr(build.rest_batches, "__defaults__", ("test", (0, 1), 16))
     values = {"epochs": 5, "optimizer": "adam", "learning_rate": 1e-2, "batch_size": 16}
-    run({**values, "feedback": 1.0, "gain": 1.5, "free_steps": 1}, tmp_path / "run").run()
+    summary = run({**values, "feedback": 1.0, "gain": 1.5, "free_steps": 1}, tmp_path / "run").run()
     lines = []
     for split in ("test", "train"):
         *_, line = runs.evaluate_run(tmp_path / "run", "last", {}, display=SILENT, split=split)
@@ -432,10 +432,9 @@ def test_evaluation_says_what_is_left_at_rest(quadrants, tmp_path, monkeypatch):
         np.testing.assert_array_equal(batch.labels, first.labels)
         right = [(trained.network.predict(batch.images, steps=steps) == first.labels).mean() for steps in (10, 1)]
         lines.append(line)
-        assert (
-            line == f"at rest: {right[0]:.2%} of 16 images settled 10 times as long, {right[1]:.2%} of these as trained"
-        )
+        assert line == f"at rest {right[0]:.2%} of 16 images (10 times the steps; {right[1]:.2%} as trained)"
     assert len(set(right)) == len(set(lines)) == 2
+    assert f"; {lines[0]}; " in str(summary), "the run has said so at its end"
 
 
 def test_layer_wise_rates_need_one_number_a_layer(quadrants, tmp_path):

@@ -97,6 +97,7 @@ def train_cell(
                 display.after = lambda epoch: _keep_probe(folder, epoch, probe(trainer.network, config))
             if prepare:
                 prepare(trainer)
+            trainer.rest = None  # `rest` measures it
             trainer.run()
     records = RunDirectory.open(folder).metrics()
     if probe and not every_epoch:

@@ -193,12 +193,17 @@ def first_images(dataset: Dataset, network: Network, count: int, share: tuple[in
 
 
 def rest_batches(
-    config: TrainConfig, dataset: Dataset, network: Network, split: str = "test", count: int = REST_IMAGES
+    config: TrainConfig,
+    dataset: Dataset,
+    network: Network,
+    split: str = "test",
+    share: tuple[int, int] = (0, 1),
+    count: int = REST_IMAGES,
 ) -> Loader:
     """Return the batches of `count` images of a split (or all there are), the first of each class, for `at_rest`."""
     images = getattr(dataset, split)
     few = dataclasses.replace(dataset, **{split: images.balanced(min(count, len(images)))})
-    return evaluation_batches(config, few, network, split)
+    return evaluation_batches(config, few, network, split, share)
 
 
 def build_checkup(config: TrainConfig, learner: Any, batch: Batch) -> Checkup:
@@ -229,6 +234,7 @@ def build_trainer(
         generators={"learner": signs},
         images=ImageFormat.of(dataset),
         checkup=build_checkup(config, learner, first_images(dataset, network, PROBE_IMAGES, share)),
+        rest=rest_batches(config, dataset, network, share=share),
         display=display,
         communicator=communicator,
         **config.take("epochs", "lr_schedule", "warmup", "patience", "checkpoint_minutes", "on_divergence"),

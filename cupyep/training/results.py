@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from cupyep.batch import shared_out
 from cupyep.data import Loader
+from cupyep.errors import ConvergenceWarning
 from cupyep.parallel import Communicator
 
 LONGER = 10  # times the steps of training: is a network at rest?
@@ -36,6 +38,9 @@ class TrainSummary:
         All epochs together, those before a resume included.
     path : Path or None
         The run directory.
+    rest : dict or None
+        `at_rest` of test images after the last epoch; None of a learner that does not settle, and where a callback
+        ended the run.
     """
 
     epoch: int
@@ -47,12 +52,14 @@ class TrainSummary:
     best_split: str
     elapsed_s: float
     path: Path | None
+    rest: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         text = (
             f"test accuracy {self.test_accuracy:.2%} after the last epoch, {self.epoch}; "
             f"{self.best_test_accuracy:.2%} after epoch {self.best_epoch} (best.h5, chosen by {self.best_split} "
-            f"accuracy {self.best_accuracy:.2%}); {self.elapsed_s / 60:.1f} minutes"
+            f"accuracy {self.best_accuracy:.2%}); {f'{rest_text(self.rest)}; ' if self.rest else ''}"
+            f"{self.elapsed_s / 60:.1f} minutes"
         )
         return text if self.path is None else f"{text}, run directory {self.path}"
 
@@ -109,11 +116,28 @@ def _hits(learner: Any, scores: Any, batch: Any, k: int) -> Any:
     return (((scores > own[:, None]).sum(axis=1) < k) & finite).sum()
 
 
-def at_rest(learner: Any, batches: Loader) -> dict[str, Any]:
-    """Return how many ``images`` there are, and the accuracy ``as_trained`` and settled ``longer``, `LONGER` times."""
-    steps, found = learner.free_steps, {"images": len(batches.split), "as_trained": evaluate(learner, batches)[1]}
+def at_rest(
+    learner: Any, batches: Loader, communicator: Communicator | None = None, watched: Callable[[Any], Any] = iter
+) -> dict[str, Any]:
+    """Return how many ``images`` there are, and the accuracy ``as_trained`` and settled ``longer``, `LONGER` times.
+
+    `communicator` as in `evaluate`; `watched` is asked for the batches each time.
+    """
+    steps, found = learner.free_steps, {"images": len(batches.split)}
     try:
-        learner.free_steps = LONGER * steps
-        return found | {"longer": evaluate(learner, batches)[1]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            for name, times in (("as_trained", 1), ("longer", LONGER)):
+                learner.free_steps = times * steps
+                found[name] = evaluate(learner, watched(batches), communicator)[1]
     finally:
         learner.free_steps = steps
+    return found
+
+
+def rest_text(rest: Mapping[str, Any]) -> str:
+    """Return what `at_rest` found, in words."""
+    return (
+        f"at rest {rest['longer']:.2%} of {rest['images']} images ({LONGER} times the steps; {rest['as_trained']:.2%} "
+        "as trained)"
+    )

@@ -33,11 +33,11 @@ from cupyep.training.config import OPTIONS, RESUME_OPTIONS, TrainConfig, option_
 from cupyep.training.display import Display
 from cupyep.training.initial import load_initial
 from cupyep.training.options import checked
-from cupyep.training.results import LONGER, at_rest, evaluate
+from cupyep.training.results import at_rest, evaluate, rest_text
 from cupyep.training.run_directory import RunDirectory, check_free, claim_path, default_path
 from cupyep.training.sharing import check_same, run_directory
 from cupyep.training.teacher import cached_teacher, is_teacher_of, keep_teacher, kept_teacher, teacher_path
-from cupyep.training.trained import TrainedRun, load_trained
+from cupyep.training.trained import load_trained
 from cupyep.training.trainer import Trainer
 
 SHOWN_CLASSES = 10
@@ -245,16 +245,9 @@ def evaluate_run(
         f"{split} accuracy {accuracy:.2%}, loss {loss:.4f}",
     ]
     lines[1] += "".join(f", top-{top} accuracy {fraction:.2%}" for fraction in of_top)
-    return lines if config.algorithm == "bp" else [*lines, _rest_line(run, dataset, split)]
-
-
-def _rest_line(run: TrainedRun, dataset: Dataset, split: str) -> str:
-    """Return how much of the accuracy is left where the network comes to rest."""
-    rest = at_rest(run.learner, rest_batches(run.config, dataset, run.network, split))
-    return (
-        f"at rest: {rest['longer']:.2%} of {rest['images']} images settled {LONGER} times as long, "
-        f"{rest['as_trained']:.2%} of these as trained"
-    )
+    if config.algorithm != "bp":
+        lines.append(rest_text(at_rest(run.learner, rest_batches(config, dataset, run.network, split))))
+    return lines
 
 
 def prepare(

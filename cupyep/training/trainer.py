@@ -25,7 +25,7 @@ from cupyep.training.display import Display, epoch_text, progress_text
 from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
 from cupyep.training.outlook import Outlook
-from cupyep.training.results import TrainSummary, evaluate
+from cupyep.training.results import TrainSummary, at_rest, evaluate
 from cupyep.training.run_directory import PREVIOUS, RunDirectory
 from cupyep.training.schedules import Schedules
 from cupyep.training.snapshot import check_same_run, restore_snapshot, take_snapshot
@@ -80,6 +80,8 @@ class Trainer:
         Of the data set; kept in checkpoints, so that they can be used without it.
     checkup : Checkup, optional
         Looks at every finished epoch; what it finds is shown as warnings, and recorded.
+    rest : Loader, optional
+        Test images that a learner of phases is to settle far longer at the end, for `TrainSummary`.
     display : Display, optional
         Shows what is going on.
     on_epoch, on_batch : callable, optional
@@ -114,6 +116,7 @@ class Trainer:
         on_divergence: str = "stop",
         images: ImageFormat | None = None,
         checkup: Checkup | None = None,
+        rest: Any = None,
         display: Display | None = None,
         on_epoch: Callable[[dict[str, Any]], Any] | None = None,
         on_batch: Callable[[Any], Any] | None = None,
@@ -133,6 +136,7 @@ class Trainer:
         self.on_divergence = choose("on_divergence", on_divergence, ON_DIVERGENCE)
         self.images = images
         self.checkup = checkup
+        self.rest = rest if hasattr(learner, "free_steps") else None
         self.display = display or Display()
         self.outlook = Outlook(self.display)
         self.on_epoch, self.on_batch, self._stopped = on_epoch, on_batch, False
@@ -249,7 +253,13 @@ class Trainer:
         chosen = self.records[self.best_epoch - 1]["test_accuracy"]
         best = (self.best_accuracy, self.best_epoch, chosen, self.best_split)
         last = (record["epoch"], record["test_accuracy"], record["test_loss"])
-        return TrainSummary(*last, *best, self.elapsed_s, path)
+        return TrainSummary(*last, *best, self.elapsed_s, path, self._rest())
+
+    def _rest(self) -> dict[str, Any] | None:
+        if self.rest is None or self._stopped:
+            return None
+        with self.optimizer.averaged(), np.errstate(over="ignore", invalid="ignore"):
+            return at_rest(self.learner, self.rest, self.communicator, self._stoppable)
 
     def _take_back(self, error: DivergenceError) -> None:
         """Go back to the end of the last epoch with half the learning rates, or raise `error`."""
