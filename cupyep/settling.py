@@ -127,8 +127,8 @@ OVER_RELAXATION = 1.6  # docs/performance.md: VGG-5 at lambda 1 settles in a qua
 def default_steps(schedule: str, feedback: float) -> tuple[int, int]:
     """Return the numbers of free and nudged steps for a schedule and feedback weight.
 
-    A sweep crosses the whole network up and down, and little is left to settle where the feedback is weak; in the other
-    schedules news moves on by one layer a step.
+    A sweep crosses the whole network up and down, and little is left to settle where the feedback is weak, of the
+    response to the nudge, too, where it is `WEAK`; in the other schedules news moves on by one layer a step.
     """
     if schedule != "sweeps":
         return 60, UNROLLED_STEPS

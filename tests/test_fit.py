@@ -92,6 +92,8 @@ def test_a_callback_ends_a_run_of_ones_own_parts_and_it_goes_on(stop, where, tmp
     path = tmp_path / "broken"
     result = ep.fit(own_network(), data, run_dir=path, signals=signals(), **options, **{f"on_{where}": after})
     assert len(seen) == {"epoch": 1, "batch": 4}[where]
+    assert result.summary.rest is None, "whoever ends a run is not kept waiting"
+    assert straight.summary.rest["images"] == len(data.test)
     assert [record["epoch"] for record in result.history] == [1]
     saved = RunDirectory(path, None).load()
     assert (saved.epoch, saved.batch) == (1, {"epoch": 0, "batch": 1}[where])

@@ -21,6 +21,7 @@ from cupyep.losses import log_softmax
 from cupyep.memory.workspace import Workspace
 from cupyep.settling import SettleStats
 from cupyep.training import build, runs
+from cupyep.training import trainer as trainer_module
 from cupyep.training.config import TrainConfig
 from cupyep.training.results import evaluate
 from cupyep.training.run_directory import RunDirectory
@@ -435,6 +436,29 @@ def test_evaluation_says_what_is_left_at_rest(quadrants, tmp_path, monkeypatch):
         assert line == f"at rest {right[0]:.2%} of 16 images (10 times the steps; {right[1]:.2%} as trained)"
     assert len(set(right)) == len(set(lines)) == 2
     assert f"; {lines[0]}; " in str(summary), "the run has said so at its end"
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_what_a_run_says_of_rest_is_of_the_network_that_it_judges(ema, quadrants, tmp_path, monkeypatch):
+    """All 20 test images, as the last epoch's accuracy: of the average, where there is one."""
+    seen, look = [], trainer_module.at_rest
+
+    def watch(learner, *others):
+        seen.append({path: array.copy() for path, array in learner.network.parameters().items()})
+        return look(learner, *others)
+
+    monkeypatch.setattr(trainer_module, "at_rest", watch)
+    trainer = run({"epochs": 2, "ema": ema}, tmp_path / "run")
+    summary, (judged,) = trainer.run(), seen
+    saved = trainer.directory.load()
+    for path, array in saved.weights().items():
+        np.testing.assert_array_equal(judged[path], array)
+    alike = all(np.array_equal(judged[path], saved.parameters[path]) for path in judged)
+    assert alike == (ema is None), "the average is another network"
+    assert (summary.rest["images"], summary.rest["as_trained"]) == (20, summary.test_accuracy)
+    assert summary.values()["rest"] == summary.rest
+    assert trainer.learner.free_steps == 6
+    assert run({"epochs": 1, "algorithm": "bp"}, tmp_path / "bp").run().rest is None
 
 
 def test_layer_wise_rates_need_one_number_a_layer(quadrants, tmp_path):

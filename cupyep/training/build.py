@@ -188,7 +188,7 @@ def evaluation_batches(
 
 def first_images(dataset: Dataset, network: Network, count: int, share: tuple[int, int] = (0, 1)) -> Batch:
     """Return `count` training images (or all there are), the first of each class, not augmented; or a share of them."""
-    few = dataclasses.replace(dataset, train=dataset.train.balanced(min(count, len(dataset.train))))
+    few = _few(dataset, "train", count)
     return next(iter(Loader(few, "train", count, network.device, network.dtype, share=share)))
 
 
@@ -201,9 +201,12 @@ def rest_batches(
     count: int = REST_IMAGES,
 ) -> Loader:
     """Return the batches of `count` images of a split (or all there are), the first of each class, for `at_rest`."""
+    return evaluation_batches(config, _few(dataset, split, count), network, split, share)
+
+
+def _few(dataset: Dataset, split: str, count: int) -> Dataset:
     images = getattr(dataset, split)
-    few = dataclasses.replace(dataset, **{split: images.balanced(min(count, len(images)))})
-    return evaluation_batches(config, few, network, split, share)
+    return dataclasses.replace(dataset, **{split: images.balanced(min(count, len(images)))})
 
 
 def build_checkup(config: TrainConfig, learner: Any, batch: Batch) -> Checkup:

@@ -236,8 +236,8 @@ def evaluate_run(
     dataset = run.dataset()
     batches = evaluation_batches(config, dataset, run.network, split)
     top = 5 if run.network.classes >= 100 else 0
-    shown = (display or Display()).over(batches, f"{split} images")
-    loss, accuracy, *of_top = evaluate(run.learner, shown, top=top)
+    display = display or Display()
+    loss, accuracy, *of_top = evaluate(run.learner, display.over(batches, f"{split} images"), top=top)
     chosen = f"best, chosen by {'test' if dataset.validation is None else 'validation'} accuracy"
     lines = [
         f"{config.arch} on the {len(batches.split)} {split} images of {config.dataset}, epoch {run.epoch} "
@@ -246,7 +246,8 @@ def evaluate_run(
     ]
     lines[1] += "".join(f", top-{top} accuracy {fraction:.2%}" for fraction in of_top)
     if config.algorithm != "bp":
-        lines.append(rest_text(at_rest(run.learner, rest_batches(config, dataset, run.network, split))))
+        few = rest_batches(config, dataset, run.network, split)
+        lines.append(rest_text(at_rest(run.learner, few, watched=lambda shown: display.over(shown, "at rest"))))
     return lines
 
 

@@ -258,8 +258,12 @@ class Trainer:
     def _rest(self) -> dict[str, Any] | None:
         if self.rest is None or self._stopped:
             return None
-        with self.optimizer.averaged(), np.errstate(over="ignore", invalid="ignore"):
-            return at_rest(self.learner, self.rest, self.communicator, self._stoppable)
+
+        def watched(batches: Any) -> Iterator[Any]:
+            return self._stoppable(self.display.over(batches, "at rest"))
+
+        with self.optimizer.averaged():  # as the accuracies of the epochs
+            return at_rest(self.learner, self.rest, self.communicator, watched)
 
     def _take_back(self, error: DivergenceError) -> None:
         """Go back to the end of the last epoch with half the learning rates, or raise `error`."""
