@@ -37,7 +37,7 @@ class Batch:
     """
 
     images: Any
-    labels: np.ndarray
+    labels: np.ndarray | None
     index: np.ndarray | None = None
     view: np.ndarray | None = None
     checked: bool = False

@@ -128,13 +128,20 @@ class HopfieldEnergy:
             nodes.append(layer)
 
     def correlate(
-        self, connection: int, below: Any, above: Any, winners: Any, gradients: Mapping[str, Any], ops: Any, bias=True
+        self,
+        connection: int,
+        below: Any,
+        above: Any,
+        winners: Any,
+        gradients: Mapping[str, Any],
+        ops: Any,
+        bias: bool = True,
     ) -> None:
         """Add ``corr(below, U(above))`` to a connection's gradients by path, the sum of ``U(above)`` to its bias'."""
         path, edge = self.graph.paths[connection], self.edges[connection]
         if edge.parameters():
-            bias = gradients.get(f"{path}.bias") if bias else None
-            edge.add_gradient(below, above, winners, gradients[f"{path}.weight"], bias, ops)
+            of_bias = gradients.get(f"{path}.bias") if bias else None
+            edge.add_gradient(below, above, winners, gradients[f"{path}.weight"], of_bias, ops)
 
     def add_gradients(
         self,
@@ -153,15 +160,15 @@ class HopfieldEnergy:
         self,
         node: int,
         means: Sequence[Any],
-        changes: Sequence[Change | None],
+        changes: Mapping[int, Change],
         winners: Sequence[Any],
         gradients: Mapping[str, Any],
         ops: Sequence[Any],
     ) -> None:
         """Add ``corr(m^i, U(e^j)) + (a_j / a_i) corr(e^i, U(m^j))`` of every connection from i into node j.
 
-        The difference of the correlations of two states of means m and scaled differences ``e = a (s_1 - s_2)``, by
-        node, the image first: take nodes in topological order, differences are scaled in place.
+        The difference of the correlations of two states of means m, the image first, and scaled differences
+        ``e = a (s_1 - s_2)`` by node: take nodes in topological order, differences are scaled in place.
         """
         self.add_gradients(node, means, changes[node].array, winners, gradients, ops)
         for c in self.graph.into[node]:
@@ -275,7 +282,7 @@ class HopfieldEnergy:
         x, layers = self._wide(x, layers)
         workspace, nodes = self._workspace(x), [x, *layers]
         _, winners = self._drives(x, layers, workspace)
-        gradients = {}
+        gradients: dict[str, Any] = {}
         for c, (edge, path) in enumerate(zip(self.edges, self.graph.paths, strict=True)):
             arrays = {name: array for name, array in edge.parameters().items() if name in ("weight", "bias")}
             gradients |= {f"{path}.{name}": self.device.xp.zeros_like(array) for name, array in arrays.items()}

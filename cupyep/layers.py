@@ -57,6 +57,7 @@ class Edge:
     arguments: tuple[str, ...] = ()
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
     weight: Any
     bias: Any
     parametrisation: Parametrisation = Plain()
@@ -82,6 +83,30 @@ class Edge:
         self._trained = self.parametrisation.parameters(drawn)  # of plain weights the weight itself
         self.weight = drawn if self.parametrisation.shares else device.empty(drawn.shape, drawn.dtype)
         self.bias = device.asarray(np.zeros(self.weight_shape[-1], dtype))
+
+    def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> Any:
+        """Return the operations for `batch` samples, in chunks that take about `nbytes` of scratch."""
+        raise NotImplementedError(f"{type(self).__name__} must define prepare(batch, nbytes, precision, device)")
+
+    def drive(self, s: Any, out: Any, winners: Any, ops: Any) -> None:
+        """Write the drive d of a state `s` into `out`, and the pooling winners into `winners`, None without."""
+        raise NotImplementedError(f"{type(self).__name__} must define drive(s, out, winners, ops)")
+
+    def linear_drive(self, s: Any, out: Any, winners: Any, ops: Any) -> None:
+        """Write the part of the drive that is linear in `s`, at given `winners`, into `out`."""
+        raise NotImplementedError(f"{type(self).__name__} must define linear_drive(s, out, winners, ops)")
+
+    def topdown(self, s: Any, winners: Any, out: Any, ops: Any) -> None:
+        """Write the adjoint of `linear_drive`, of a state `s` above, into `out`."""
+        raise NotImplementedError(f"{type(self).__name__} must define topdown(s, winners, out, ops)")
+
+    def add_gradient(self, s_below: Any, s: Any, winners: Any, weight: Any, bias: Any, ops: Any) -> None:
+        """Add the derivative of ``<s, d(s_below)>`` at fixed winners to `weight` and (unless None) `bias`."""
+        raise NotImplementedError(f"{type(self).__name__} must define add_gradient(s_below, s, winners, ...)")
+
+    def flops(self) -> int:
+        """Return the operations of one direct product for one sample."""
+        raise NotImplementedError(f"{type(self).__name__} must define flops()")
 
     def make_weight(self) -> None:
         """Make the weight of its parameters, as they are now."""
@@ -141,7 +166,7 @@ class Conv2d(Edge):
 
     def __init__(
         self,
-        in_shape: tuple[int, int, int],
+        in_shape: tuple[int, ...],
         channels: int,
         kernel: int = 3,
         stride: int = 1,
@@ -150,7 +175,7 @@ class Conv2d(Edge):
         pool: int = 2,
         bias: bool = True,
     ):
-        self.in_shape = in_shape = shape("in_shape", in_shape, "H, W, C")
+        height, width, below = self.in_shape = shape("in_shape", in_shape, "H, W, C")
         self.channels = channels = integer("channels", channels)
         self.kernel = kernel = integer("kernel", kernel)
         self.stride = stride = integer("stride", stride)
@@ -160,7 +185,6 @@ class Conv2d(Edge):
         pool = integer("pool of max-pooling", pool, 1, LARGEST_WINDOW) if pooling == "max" else integer("pool", pool)
         self.pool = 1 if pooling == "none" else pool
         self.has_winners = pooling == "max"
-        height, width, _ = in_shape
         self.map_shape = (
             output_size(height, kernel, stride, padding),
             output_size(width, kernel, stride, padding),
@@ -172,9 +196,9 @@ class Conv2d(Edge):
                 f"a {height}x{width} map is too small for a {kernel}x{kernel} convolution (stride {stride}, padding "
                 f"{padding}) with {self.pool}x{self.pool} pooling; use larger images or fewer pools"
             )
-        self.weight_shape = (kernel, kernel, self.in_shape[2], channels)
+        self.weight_shape = (kernel, kernel, below, channels)
         self.geometry = ConvGeometry(
-            self.in_shape, self.map_shape, self.out_shape, kernel, stride, padding, pooling, self.pool
+            (height, width, below), self.map_shape, self.out_shape, kernel, stride, padding, pooling, self.pool
         )
 
     def __repr__(self) -> str:
@@ -261,7 +285,7 @@ class Linear(Edge):
         self.in_shape = shape("in_shape", in_shape)
         self.units, self.has_bias = integer("units", units), flag("bias", bias)
         self.out_shape = (self.units,)
-        self.weight_shape = (math.prod(self.in_shape), self.units)
+        self.weight_shape: tuple[int, int] = (math.prod(self.in_shape), self.units)
 
     def __repr__(self) -> str:
         return f"Linear({self.in_shape} -> {self.out_shape}{'' if self.has_bias else ', no bias'})"

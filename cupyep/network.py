@@ -17,7 +17,7 @@ from cupyep.errors import choose, flag, integer, is_number, items, number, requi
 from cupyep.heads import Nudge, ranked
 from cupyep.memory.layout import PhaseBuffers, PhaseShape, TermShape
 from cupyep.persistence.network_file import describe, read_network, write_network
-from cupyep.phases import Classical, Deviation
+from cupyep.phases import Classical, Deviation, Phase
 from cupyep.settling import check_betas, check_settling, reads_start, settle, watched
 from cupyep.signals import Augmenter
 from cupyep.state import State, joined
@@ -261,8 +261,9 @@ class Network(Structure):
                 buffers = self.memory.phase(shape)
         self._fill(buffers, start, shape, how)
         phase = Classical(self.energy, self.memory, shape, buffers, start is not None, batch.images)
-        stats = settle(phase, **_loop(how), name="free")
-        return State(buffers.states, buffers.drives, buffers.winners, stats, buffers=buffers)
+        state = State.of(buffers)
+        state.stats = settle(phase, **_loop(how), name="free")
+        return state
 
     @exclusive
     def settle_nudged(
@@ -283,21 +284,22 @@ class Network(Structure):
         check_betas(betas, self.readout.criterion.name, form == "tangent")
         batch = self.batch(batch)
         samples, phases = len(batch.images), len(betas)
+        phase: Phase
         self.check_start(free, samples, "free")
         shape = self.nudged_shape(form, samples, phases, nudges, retain, free.end, **how)
         buffers = self.memory.phase(shape)
         if form == "classical":
             self._fill(buffers, free, shape, how)
             phase = Classical(self.energy, self.memory, shape, buffers, True, batch.images, nudges, betas)
-            state = State(buffers.states, buffers.drives, buffers.winners, buffers=buffers)
+            state = State.of(buffers)
         else:
             require(
-                free.drives is not None and free.winners is not None,
+                bool(free.drives and free.winners),
                 "deviations start at a settled state with its drives and winners: pass what settle() returned",
             )
             self._fill(buffers, None, shape, how)
             phase = Deviation(self.energy, self.memory, shape, buffers, free, nudges, betas)
-            state = State([], None, free.winners, None, buffers.states, phase.weights, buffers)
+            state = State([], [], free.winners, None, buffers.states, phase.weights, buffers)
         state.stats = settle(phase, **_loop(how), name="nudged")
         return state
 
@@ -379,7 +381,7 @@ class Network(Structure):
     def _passed_up(self, batch: Batch) -> State:
         """Return the feed-forward states, in the memory of a free phase."""
         buffers = self.memory.phase(self.free_shape(len(batch.images), steps=1, schedule="sweeps"))
-        state = State(buffers.states, buffers.drives, buffers.winners)
+        state = State.of(buffers)
         several = [len(into) > 1 for into in self.graph.into[1:]]
         terms = [self.device.xp.empty_like(d) if more else None for d, more in zip(state.drives, several, strict=True)]
         self.energy.pass_up(batch.images, state, terms, self.memory.workspace(len(batch.images)).ops)

@@ -19,6 +19,7 @@ from cupyep.heads import LossTerm, Nudge
 from cupyep.memory.layout import PhaseBuffers, PhaseShape
 from cupyep.memory.workspace import Memory
 from cupyep.program import Drive, Instruction, TopDown, Update, Value
+from cupyep.state import State
 
 
 class Phase:
@@ -33,6 +34,7 @@ class Phase:
     relaxation = 1.0  # how far an update goes, in terms of what the rule says; `cupyep.settling.settle` sets it
     drives_current = False  # whether inputs belong to the start already
     scales_drives = False  # which of its inputs a node takes with the weight of feedback
+    winners: list[Any]  # of each connection, None for edges without
 
     def __init__(
         self,
@@ -201,8 +203,18 @@ class Classical(Phase):
 
     form = "classical"
 
-    def __init__(self, energy, memory, shape, buffers, warm, images, nudges=(), betas=(0.0,)):
-        self.winners, self.drives = buffers.winners, buffers.drives
+    def __init__(
+        self,
+        energy: HopfieldEnergy,
+        memory: Memory,
+        shape: PhaseShape,
+        buffers: PhaseBuffers,
+        warm: bool,
+        images: Any,
+        nudges: Sequence[Nudge] = (),
+        betas: Sequence[float] = (0.0,),
+    ):
+        self.winners, self.drives = buffers.winners, buffers.drives or []
         image_ops = memory.workspace(shape.samples).ops
         super().__init__(energy, memory, shape, buffers, warm, nudges, betas, energy.weights)
         for connection in self.program.unfound:
@@ -221,7 +233,7 @@ class Classical(Phase):
             if winners is not None:
                 winners[phase * n : (phase + 1) * n] = top
 
-    def _drive(self, connection, out):
+    def _drive(self, connection: int, out: Any) -> None:
         node = self.graph.below[connection]
         if node == 0:
             out[...] = self.buffers.values[Value("constant", self.graph.above[connection])]
@@ -229,15 +241,15 @@ class Classical(Phase):
         ops, winners = self.workspace.ops[connection], self.winners[connection]
         self.edges[connection].drive(self.states[node - 1], out, winners, ops)
 
-    def _seen(self, n, part, pool, dtype):
+    def _seen(self, n: int, part: slice, pool: int | None, dtype: Any) -> Any:
         s = self.states[n - 1][part]
         if pool is None and s.dtype == (self.precision.number if dtype is None else dtype):
             return s
         return self._see(n, len(s), pool, dtype, s, 1.0, None)
 
-    def _update(self, n, part, drive, topdown, residual):
+    def _update(self, n: int, part: slice, drive: Any, topdown: Any, residual: Any) -> None:
         s = self.states[n - 1][part]
-        g = None if self.drives is None or residual is None else self.drives[n - 1][part]
+        g = self.drives[n - 1][part] if self.drives and residual is not None else None
         force = self._force(n, part) if n in self._nudges else None
         feedback, scratch = self.feedback[n - 1], self.buffers.scratch
         self.updates.states(s, drive, topdown, feedback, force, g, residual, scratch, self.relaxation)
@@ -258,26 +270,35 @@ class Deviation(Phase):
     drives_current = True  # all zero, as at the free state
     scales_drives = True
 
-    def __init__(self, energy, memory, shape, buffers, free, nudges, betas):
+    def __init__(
+        self,
+        energy: HopfieldEnergy,
+        memory: Memory,
+        shape: PhaseShape,
+        buffers: PhaseBuffers,
+        free: State,
+        nudges: Sequence[Nudge],
+        betas: Sequence[float],
+    ):
         strength = max((abs(weight) for _, weight, _ in nudges), default=1.0) * max(map(abs, betas))
         self.scale = memory.precision.scale(strength)
         divisors = [1 / self.scale] * len(energy.weights)
         super().__init__(energy, memory, shape, buffers, True, nudges, betas, divisors)
         self.weights = [self.scale * a for a in self.weights]
         self.form, self.tangent = shape.form, shape.form == "tangent"
-        self.rest = free.drives
+        self.rest, self.slopes = free.drives, buffers.slopes or []
         self.winners = list(free.winners)
         if self.phases > 1:
             tiled = zip(free.winners, buffers.winners, strict=True)
             self.winners = [None if w is None else self._tile(w, out) for w, out in tiled]
         if self.tangent:
-            for g, slope in zip(self.rest, buffers.slopes, strict=True):
+            for g, slope in zip(self.rest, self.slopes, strict=True):
                 self.updates.slope(g, slope)
 
-    def _arrays(self):
+    def _arrays(self) -> list[Any]:
         return [*super()._arrays(), *self.winners, *self.rest]
 
-    def _drive(self, connection, out):
+    def _drive(self, connection: int, out: Any) -> None:
         node, ops = self.graph.below[connection], self.workspace.ops[connection]
         self.edges[connection].linear_drive(self.states[node - 1], out, self.winners[connection], ops)
 
@@ -287,16 +308,16 @@ class Deviation(Phase):
             return array
         return array[part.start % self.samples :][: part.stop - part.start]
 
-    def _seen(self, n, part, pool, dtype):
+    def _seen(self, n: int, part: slice, pool: int | None, dtype: Any) -> Any:
         """Return ``s* + eps / a``, s* in the tangent limit."""
         g, eps = self._at_rest(self.rest[n - 1], part), None if self.tangent else self.states[n - 1][part]
         return self._see(n, part.stop - part.start, pool, dtype, eps, 1 / self.weights[n - 1], g)
 
-    def _update(self, n, part, drive, topdown, residual):
+    def _update(self, n: int, part: slice, drive: Any, topdown: Any, residual: Any) -> None:
         force = self._force(n, part) if n in self._nudges else None
         shared = (self.states[n - 1][part], drive, topdown, self.feedback[n - 1], force)
         if self.tangent:
-            slope = self._at_rest(self.buffers.slopes[n - 1], part)
+            slope = self._at_rest(self.slopes[n - 1], part)
             self.updates.tangents(*shared, slope, residual, self.buffers.scratch, self.relaxation)
         else:
             g = self._at_rest(self.rest[n - 1], part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cupyep.backend import array_module
@@ -21,34 +21,40 @@ class State(Shown):
     ----------
     layers : list of arrays (B, *shape)
         s^1 .. s^L, of the nodes in topological order. With several phases in one batch, B = phases * N, phase-major.
-        None where `settle_nudged` leaves deviations alone.
-    drives : list of arrays or None
-        Total drive g^n of the last update, ``s^n = sigma(g^n)``.
-    winners : list of uint8 arrays or None
+        None of them where `settle_nudged` leaves deviations alone.
+    drives : list of arrays
+        Total drive g^n of the last update, ``s^n = sigma(g^n)``. This list and those below are empty where there are
+        none.
+    winners : list of uint8 arrays
         Max-pooling winners of the last drive of each connection, None for edges without. After a phase in deviation
         form those of the free state, of N samples however many phases.
     stats : SettleStats or None
-    deviations : list of arrays or None
+    deviations : list of arrays
         Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.
-    scales : list of float or None
+    scales : list of float
         The a_n that belong to them, times a power of two in float16.
     buffers : PhaseBuffers or None
         Where these arrays are in the network's memory; None for arrays of its own.
     """
 
     layers: list[Any]
-    drives: list[Any] | None = None
-    winners: list[Any] | None = None
+    drives: list[Any] = field(default_factory=list)
+    winners: list[Any] = field(default_factory=list)
     stats: SettleStats | None = None
-    deviations: list[Any] | None = None
-    scales: list[float] | None = None
+    deviations: list[Any] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     buffers: PhaseBuffers | None = None
 
+    @classmethod
+    def of(cls, buffers: PhaseBuffers) -> State:
+        """Return the state that a phase leaves in these arrays."""
+        return cls(buffers.states, buffers.drives or [], buffers.winners, buffers=buffers)
+
     def facts(self) -> dict[str, str]:
-        arrays = self.layers or self.deviations or []
+        arrays = self.layers or self.deviations
         states = ", ".join("x".join(map(str, s.shape[1:])) for s in arrays)
         ended = {} if self.stats is None else self.stats.facts()
-        form = {} if self.deviations is None else {"form": "deviations from the free state"}
+        form = {"form": "deviations from the free state"} if self.deviations else {}
         return {"samples": str(len(arrays[0]) if arrays else 0), "layers": states, **form, **ended}
 
     @property
@@ -61,8 +67,9 @@ class State(Shown):
 
     def copy(self) -> State:
         """Return a state whose arrays are its own."""
-        arrays = [_each(own, lambda a: a.copy()) for own in (self.layers, self.drives, self.winners, self.deviations)]
-        return State(*arrays[:3], self.stats, arrays[3], self.scales)
+        own = (self.layers, self.drives, self.winners, self.deviations)
+        layers, drives, winners, deviations = (_each(arrays, lambda a: a.copy()) for arrays in own)
+        return State(layers, drives, winners, self.stats, deviations, self.scales)
 
     def moved_from(self, free: State, dtype: Any) -> State:
         """Return this state with the layers that its deviations from `free` make, in the type to compute in."""
@@ -74,27 +81,29 @@ class State(Shown):
 
     def part(self, rows: slice) -> State:
         """Return the state of some of the samples, which shares its memory."""
-        arrays = (_each(own, lambda a: a[rows]) for own in (self.layers, self.drives, self.winners))
-        return State(*arrays, buffers=self.buffers)
+        own = (self.layers, self.drives, self.winners)
+        layers, drives, winners = (_each(arrays, lambda a: a[rows]) for arrays in own)
+        return State(layers, drives, winners, buffers=self.buffers)
 
 
-def _each(arrays: list[Any] | None, of: Callable[[Any], Any]) -> list[Any] | None:
+def _each(arrays: Sequence[Any], of: Callable[[Any], Any]) -> list[Any]:
     """Return what `of` makes of each of some arrays, those that are there."""
-    return None if arrays is None else [None if array is None else of(array) for array in arrays]
+    return [None if array is None else of(array) for array in arrays]
 
 
 def joined(states: Sequence[State], samples: Sequence[int], phases: int) -> State:
     """Return the state of all samples from those of parts of so many samples, each of some phases in one batch."""
 
-    def join(name):
+    def join(name: str) -> list[Any]:
         arrays = [getattr(state, name) for state in states]
-        return None if arrays[0] is None else [_joined(parts, samples) for parts in zip(*arrays, strict=True)]
+        return [_joined(parts, samples) for parts in zip(*arrays, strict=True)]
 
     if len(states) == 1:
         return states[0]
-    stats = functools.reduce(lambda one, other: one.joined(other, phases), (state.stats for state in states))
-    names = ("layers", "drives", "winners", "deviations")
-    return State(**{name: join(name) for name in names}, stats=stats, scales=states[0].scales)
+    settled = (state.stats for state in states if state.stats is not None)
+    stats = functools.reduce(lambda one, other: one.joined(other, phases), settled)
+    layers, drives, winners, deviations = map(join, ("layers", "drives", "winners", "deviations"))
+    return State(layers, drives, winners, stats, deviations, states[0].scales)
 
 
 def _joined(parts: Sequence[Any], samples: Sequence[int]) -> Any:

@@ -89,7 +89,7 @@ def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]
     late, after = settle(steps=total, tolerance=None, record=True)
     size = np.array([_rms(a) for a in after])
     phases = late.stats.per_sample.shape[1] // size.shape[1]
-    held = size / phases if late.deviations is not None else np.array([_rms(a) for a in _hosts(learner, late.layers)])
+    held = size / phases if late.deviations else np.array([_rms(a) for a in _hosts(learner, late.layers)])
     back = None
     if learner.schedule == "synchronous":
         _, earlier = settle(steps=total - 2, tolerance=None)
@@ -164,7 +164,7 @@ def _nudged(learner: Any, batch: Batch, free: State, share: float = 1.0, **how: 
     betas = [learner.beta] if learner.scheme == "random" else learner.betas()  # no draw: training goes on as without
     betas = [share * beta for beta in betas]
     state = learner.settle_nudged(batch, free, betas, learner.network.nudges(batch, learner.signals), **how)
-    if state.deviations is not None:  # a of the last node is 1: what is left of its scale is that of the number format
+    if state.deviations:  # a of the last node is 1: what is left of its scale is that of the number format
         parts = [eps / state.scales[-1] for eps in _hosts(learner, state.deviations)]
         rest = [0.0] * len(free.layers)
     else:
