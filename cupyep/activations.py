@@ -82,7 +82,7 @@ class Clip(Activation):
         require(self.low < self.high, f"low must be below high, not {self.low:g} and {self.high:g}")
         self.code = ("clip", (self.gain, self.low, self.high))
 
-    def value(self, g, out):
+    def value(self, g: Any, out: Any) -> None:
         xp = array_module(g)
         source = g
         if self.gain != 1.0:
@@ -91,7 +91,7 @@ class Clip(Activation):
         if self.high < math.inf:
             xp.minimum(out, self.high, out=out)
 
-    def slope(self, g, out):
+    def slope(self, g: Any, out: Any) -> None:
         xp = array_module(g)
         step = max(1, SLOPES_AT_ONCE // max(1, math.prod(g.shape[1:])))
         for start in range(0, len(g), step):
@@ -100,11 +100,11 @@ class Clip(Activation):
             inside &= part < self.high / self.gain
             xp.multiply(inside, self.gain, out=out[start : start + step])
 
-    def slope_bytes(self, shape):
+    def slope_bytes(self, shape: tuple[int, ...]) -> int:
         one = math.prod(shape[1:])
         return 2 * one * min(shape[0], max(1, SLOPES_AT_ONCE // max(1, one)))
 
-    def increment(self, g, dg, scratch):
+    def increment(self, g: Any, dg: Any, scratch: tuple[Any, Any]) -> None:
         # A difference of two clips would lose a response below the precision of s; a clamp of the change does not. It
         # clamps drives: `clipped`, and how far g lies beyond it, exactly zero where g is inside its bounds.
         xp, (clipped, bound) = array_module(dg), scratch
@@ -122,7 +122,7 @@ class Clip(Activation):
         if self.gain != 1.0:
             dg *= self.gain
 
-    def potential(self, s):
+    def potential(self, s: Any) -> Any:
         return s * s * (0.5 / self.gain)
 
 
@@ -138,7 +138,7 @@ class Tanh(Activation):
         self.high = self.center + self.height
         self.code = ("tanh", (self.center, self.height, self.rate))
 
-    def value(self, g, out):
+    def value(self, g: Any, out: Any) -> None:
         xp = array_module(g)
         xp.subtract(g, self.center, out=out)
         out *= self.rate
@@ -146,7 +146,7 @@ class Tanh(Activation):
         out *= self.height
         out += self.center
 
-    def _decay(self, g, out):
+    def _decay(self, g: Any, out: Any) -> None:
         """Write ``e^(-2 |a|)``, ``a = rate (g - center)``, into `out`."""
         xp = array_module(g)
         xp.subtract(g, self.center, out=out)
@@ -154,7 +154,7 @@ class Tanh(Activation):
         out *= -2 * self.rate
         xp.exp(out, out=out)
 
-    def slope(self, g, out):
+    def slope(self, g: Any, out: Any) -> None:
         # 1 - tanh(a)^2 would be rounded where it is tiny; 4 e / (1 + e)^2, e = e^(-2 |a|), is not.
         decay = g.copy()
         self._decay(g, decay)
@@ -163,10 +163,10 @@ class Tanh(Activation):
         array_module(g).divide(decay, out, out=out)
         out *= 4 * self.height * self.rate
 
-    def slope_bytes(self, shape):
+    def slope_bytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * 8  # of a copy, at most in float64
 
-    def increment(self, g, dg, scratch):
+    def increment(self, g: Any, dg: Any, scratch: tuple[Any, Any]) -> None:
         # tanh(a + b) - tanh(a) = sinh(b) / (cosh(a) cosh(a + b)), with e^-|x| in place of every e^|x|: each factor
         # keeps its digits, whether b is tiny or swings a saturated unit all the way back.
         xp, (first, second) = array_module(dg), scratch
@@ -194,7 +194,7 @@ class Tanh(Activation):
         dg /= first
         dg *= -2 * self.height
 
-    def potential(self, s):
+    def potential(self, s: Any) -> Any:
         xp = array_module(s)
         edge = 1 - float(np.finfo(s.dtype).eps)  # at the ends themselves arctanh is infinite, and the limit log 2
         t = ((s - self.center) / self.height).clip(-edge, edge)
@@ -218,26 +218,26 @@ class Gelu(Activation):
     name = "gelu"
     low = -0.17004075057125
 
-    def _half(self, g):
+    def _half(self, g: Any) -> Any:
         """Return u."""
         return self.RATE * (g + self.CUBE * g**3)
 
     @staticmethod
-    def _gate(u):
+    def _gate(u: Any) -> tuple[Any, Any]:
         """Return ``(1 + tanh(u)) / 2`` with all its digits, and ``e^(-2 |u|)``."""
         xp = array_module(u)
         decay = xp.exp(-2 * abs(u))
         return xp.where(u < 0, decay, 1) / (1 + decay), decay
 
-    def value(self, g, out):
+    def value(self, g: Any, out: Any) -> None:
         array_module(g).multiply(g, self._gate(self._half(g))[0], out=out)
 
-    def slope(self, g, out):
+    def slope(self, g: Any, out: Any) -> None:
         gate, decay = self._gate(self._half(g))
         steepness = self.RATE * (1 + 3 * self.CUBE * g * g)
         array_module(g).add(gate, 2 * g * decay / (1 + decay) ** 2 * steepness, out=out)
 
-    def increment(self, g, dg, scratch):
+    def increment(self, g: Any, dg: Any, scratch: tuple[Any, Any]) -> None:
         # With T = tanh(u) and T' = T + dT the increment is dg (1 + T) / 2 + (g + dg) dT / 2, dT as for the smooth clip.
         u = self._half(g)
         half = self.RATE * dg * (1 + self.CUBE * (3 * g * (g + dg) + dg * dg))
@@ -246,11 +246,11 @@ class Gelu(Activation):
         dg *= self._gate(u)[0]
         dg += half
 
-    def potential(self, s):
+    def potential(self, s: Any) -> Any:
         raise ConfigurationError("gelu is not increasing, so no energy belongs to it; use another activation")
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     activation.name: activation
     for activation in (
         Clip("hard_sigmoid", 1.0, 0.0, 1.0),

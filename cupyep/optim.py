@@ -148,13 +148,13 @@ class Optimizer:
                     scratch = self._scratch.get(parameter.dtype)
                     clip_units(gradients[path], parameter, self.clip_unit_norm, scratch)
         for path, parameter in self.parameters.items():
-            arrays = (parameter, gradients[path], *(self._buffers[f"{slot}.{path}"] for slot in self._slots))
+            buffers = [self._buffers[f"{slot}.{path}"] for slot in self._slots]
             rate = self.rates[path] * factor
             if not self._ops.needs_scratch:
-                self._advance(*arrays[:2], arrays[2:], None, rate)
+                self._advance(parameter, gradients[path], buffers, None, rate)
                 continue
             for piece in pieces(parameter.shape):
-                part, gradient, *slots = (array[piece] for array in arrays)
+                part, gradient, *slots = (array[piece] for array in (parameter, gradients[path], *buffers))
                 scratch = self._scratch[part.dtype][: part.size].reshape(part.shape)
                 self._advance(part, gradient, slots, scratch, rate)
 
@@ -261,8 +261,8 @@ class SGD(Optimizer):
         """Return the names of the buffers kept for every parameter."""
         return ("velocity",) if momentum > 0 else ()
 
-    def _update(self, parameter, gradient, slots, scratch, rate):
-        how = {"momentum": self.momentum, "nesterov": self.nesterov, "decay": self.weight_decay}
+    def _update(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
+        how: dict[str, Any] = {"momentum": self.momentum, "nesterov": self.nesterov, "decay": self.weight_decay}
         self._ops.sgd(parameter, gradient, slots[0] if slots else None, scratch, rate=rate, **how)
 
 
@@ -310,19 +310,20 @@ class Adam(Optimizer):
         ema: float | None = None,
         clip_unit_norm: float | None = None,
     ):
-        betas = [number("each of betas", beta, 0, below=1) for beta in items("betas", betas)]
-        require(len(betas) == 2, f"betas must be two numbers, not {betas}")
+        checked = [number("each of betas", beta, 0, below=1) for beta in items("betas", betas)]
+        require(len(checked) == 2, f"betas must be two numbers, not {checked}")
         number("epsilon", epsilon, above=0)
         super().__init__(parameters, learning_rate, weight_decay, self.SLOTS, ema, clip_unit_norm)
-        self.betas = (float(betas[0]), float(betas[1]))
+        self.betas = (checked[0], checked[1])
         self.epsilon = float(epsilon)
 
-    def _update(self, parameter, gradient, slots, scratch, rate):
+    def _update(self, parameter: Any, gradient: Any, slots: Sequence[Any], scratch: Any, rate: float) -> None:
+        mean, square = slots
         shrink = 1.0 - rate * self.weight_decay
         rate, correction = rate / (1.0 - self.betas[0] ** self.steps), 1.0 / (1.0 - self.betas[1] ** self.steps)
-        how = {"betas": self.betas, "correction": correction, "epsilon": self.epsilon}
+        how: dict[str, Any] = {"betas": self.betas, "correction": correction, "epsilon": self.epsilon}
         how |= {"decay": 0.0, "shrink": shrink} if self.decoupled else {"decay": self.weight_decay, "shrink": 1.0}
-        self._ops.adam(parameter, gradient, *slots, scratch, rate=rate, **how)
+        self._ops.adam(parameter, gradient, mean, square, scratch, rate=rate, **how)
 
 
 class AdamW(Adam):

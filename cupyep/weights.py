@@ -86,21 +86,21 @@ class Plain(Parametrisation):
 
     shares = True
 
-    def parameters(self, weight):
+    def parameters(self, weight: Any) -> dict[str, Any]:
         return {"weight": weight}
 
-    def forward(self, parameters, out):
+    def forward(self, parameters: dict[str, Any], out: Any) -> None:
         if out is not parameters["weight"]:
             out[...] = parameters["weight"]
 
-    def pullback(self, dw, parameters, out):
+    def pullback(self, dw: Any, parameters: dict[str, Any], out: dict[str, Any]) -> None:
         if out["weight"] is not dw:
             out["weight"][...] = dw
 
-    def scale(self, parameters, factor):
+    def scale(self, parameters: dict[str, Any], factor: float) -> None:
         parameters["weight"] *= factor
 
-    def assign(self, parameters, weight):
+    def assign(self, parameters: dict[str, Any], weight: np.ndarray) -> None:
         _write(parameters["weight"], weight)
 
 
@@ -138,9 +138,10 @@ class Standardized(Parametrisation):
         self.trained = flag("trained", trained)
         self.epsilon = number("epsilon", epsilon, above=0)
         self._of: Any = None  # which weight, in which memory, the rest belongs to
-        self._statistics = self._scratch = None
+        self._statistics: Any = None
+        self._scratch: Any = None
 
-    def parameters(self, weight):
+    def parameters(self, weight: Any) -> dict[str, Any]:
         require(
             _fan_in(weight.shape) > 1,
             f"a weight of shape {weight.shape} has filters of one number, which standardized would always be 0; use "
@@ -150,7 +151,7 @@ class Standardized(Parametrisation):
             return {"weight": weight}
         return {"weight": weight, "gain": array_module(weight).full(weight.shape[-1], self.gain, weight.dtype)}
 
-    def forward(self, parameters, out):
+    def forward(self, parameters: dict[str, Any], out: Any) -> None:
         v = _matrix(parameters["weight"])
         ops = standardize_ops(v)
         self._keep(v, ops)
@@ -159,7 +160,7 @@ class Standardized(Parametrisation):
             raise ConfigurationError("a standardized weight needs an array of its own: the optimizer has the other")
         ops.forward(v, *self._gains(parameters), self.epsilon, w, self._statistics, self._scratch)
 
-    def pullback(self, dw, parameters, out):
+    def pullback(self, dw: Any, parameters: dict[str, Any], out: dict[str, Any]) -> None:
         v = _matrix(parameters["weight"])
         if self._of != identity(v):
             raise ConfigurationError(
@@ -170,16 +171,16 @@ class Standardized(Parametrisation):
         gains = self._gains(parameters)
         standardize_ops(v).pullback(_matrix(dw), v, *gains, self._statistics, dv, dgain, self._scratch)
 
-    def shapes(self, shape):
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return {"weight": shape} | ({"gain": shape[-1:]} if self.trained else {})
 
-    def scale(self, parameters, factor):
+    def scale(self, parameters: dict[str, Any], factor: float) -> None:
         if self.trained:
             parameters["gain"] *= factor
         else:
             self.gain *= factor
 
-    def assign(self, parameters, weight):
+    def assign(self, parameters: dict[str, Any], weight: np.ndarray) -> None:
         fan_in = _fan_in(weight.shape)
         w = weight.reshape(fan_in, -1).astype(np.float64)
         centred = (np.abs(w.mean(axis=0)) <= 1e-4 * np.abs(w).max(axis=0)).all()
@@ -193,7 +194,7 @@ class Standardized(Parametrisation):
             require(same, f"the gains of these weights are not the fixed one, {self.gain:g}; use weights standardized")
         _write(parameters["weight"], (w * (drawn / np.where(deviation > 0, deviation, 1))).reshape(weight.shape))
 
-    def numbers(self, shape, is_gpu=False):
+    def numbers(self, shape: tuple[int, ...], is_gpu: bool = False) -> int:
         scratch = 0 if is_gpu else math.prod(StandardizeOps().scratch_shape((_fan_in(shape), shape[-1])))
         return 2 * shape[-1] + scratch
 
