@@ -158,7 +158,7 @@ class Head(LossTerm):
         if self.pool:
             size = output_size(min(shape[:2]), self.pool, self.pool, 0)
             require(size > 0, f"a pooled signal needs pool <= {min(shape[:2])} on layer {layer}, not {self.pool}")
-            self.inner_shape = (shape[0] // self.pool, shape[1] // self.pool, shape[2])
+            self.inner_shape: tuple[int, ...] = (shape[0] // self.pool, shape[1] // self.pool, shape[2])
         else:
             self.inner_shape = self.shape
         self.weight: Any = None
@@ -166,7 +166,7 @@ class Head(LossTerm):
         self._device: Device | None = None
         self._dtype: Any = None
         self._ops: HeadOps = HeadOps()
-        self._needs_back = self._adds_products = False
+        self._is_gpu = self._needs_back = self._adds_products = False
         self._matrix: Any = None  # the map as a factor
 
     def initialize(self, generator: np.random.Generator, gain: float, device: Device, dtype: Any) -> None:
@@ -184,26 +184,24 @@ class Head(LossTerm):
     def attach(self, device: Device, dtype: Any) -> None:
         """Learn where and in what type to compute; the map is not there yet."""
         self._device, self._dtype = device, np.dtype(dtype)
-        self._adds_products = device.adds_products
+        self._is_gpu, self._adds_products = device.is_gpu, device.adds_products
         self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
         if device.is_gpu:
             self._ops = CudaHeadOps(device.launcher(SOURCE))
         self.prepare(get_precision(self._dtype.name))
 
     def prepare(self, precision: Precision) -> None:
-        self._factors = Factors(precision, self._device.is_gpu)
+        self._factors = Factors(precision, self._is_gpu)
         self._up = UP if precision.name == "float16" else 1.0
         self._matrix = None
         if not self.identity and type(self).add_force is Head.add_force:  # a subclass may do something else there
             self.view = (self.pool, precision.stored)
+        size = math.prod(self.inner_shape) * self.classes
+        self.nbytes = size * self._factors.dtype.itemsize if self._halves else 0
 
     @property
     def _halves(self) -> bool:
         return self.view[1] is not None and self.view[1] != self._dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.weight.shape) * self._factors.dtype.itemsize if self._halves else 0
 
     def refresh(self) -> None:
         if not self._halves:
@@ -274,7 +272,7 @@ class Head(LossTerm):
         z = self.output(state)
         return self.criterion.value(z, target.reshape(z.shape))
 
-    def put_force(self, seen, target, scale, force, scratch, add):
+    def put_force(self, seen: Any, target: Any, scale: Any, force: Any, scratch: Any, add: bool) -> None:
         if self.view == (None, None):
             super().put_force(seen, target, scale, force, scratch, add)
             return
@@ -298,7 +296,7 @@ class Head(LossTerm):
 
     def _send(self, error: Any, matrix: Any, force: Any, back: Any, add: bool) -> None:
         """Write ``error matrix^T``, spread over the windows, into `force`, or add it; `back` is scratch."""
-        rows = back.reshape(len(force), -1) if back.size else None
+        rows: Any = back.reshape(len(force), -1) if back.size else None
         if self.pool:
             gemm(error, matrix.T, out=rows)
             self._ops.spread(rows.reshape(-1, *self.inner_shape), self.pool, force, add)
@@ -335,7 +333,9 @@ class Head(LossTerm):
             return {}
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
-    def add_parameter_gradient(self, state, target, scale, gradients, scratch=None):
+    def add_parameter_gradient(
+        self, state: Any, target: Any, scale: Any, gradients: dict[str, Any], scratch: Any = None
+    ) -> None:
         samples, product = len(state), None
         if scratch is None:
             scratch = array_module(state).empty(self.gradient_scratch_size(samples), self._dtype)
@@ -361,7 +361,8 @@ def readout_window(pool: int | str | None, shape: tuple[int, ...]) -> int | None
     require(len(shape) == 3, f"readout_pool {shown(pool)} needs a map as the last state, which is of shape {shape}")
     if not isinstance(pool, str) or pool != "global":
         rule = f"'global', None or an integer from 1 to {min(shape[:2])}, the side of the last map"
-        require(is_integer(pool) and 1 <= pool <= min(shape[:2]), f"readout_pool must be {rule}, not {shown(pool)}")
+        right = not isinstance(pool, str) and is_integer(pool) and 1 <= pool <= min(shape[:2])
+        require(right, f"readout_pool must be {rule}, not {shown(pool)}")
         return int(pool)
     require(shape[0] == shape[1], f"readout_pool 'global' needs a square last map, not {shape[0]}x{shape[1]}")
     return shape[0] if shape[0] > 1 else None

@@ -30,10 +30,10 @@ class _LayerTerm(LossTerm):
         self.augmenter = augmenter
         self.layer = layer
 
-    def loss(self, state, target):
+    def loss(self, state: Any, target: Any) -> Any:
         return self.augmenter.loss(self.layer, state, target)
 
-    def add_force(self, state, target, scale, force, scratch=None):
+    def add_force(self, state: Any, target: Any, scale: Any, force: Any, scratch: Any = None) -> None:
         gradient = self.augmenter.gradient(self.layer, state, target)
         shape = getattr(gradient, "shape", ())  # another one would be spread over the state
         if shape != state.shape:
@@ -59,6 +59,8 @@ class Augmenter:
 
     Attributes
     ----------
+    layers : list of int
+        Also with names, as given, before it is bound.
     kappa : float
         The current weight.
     nbytes : int
@@ -74,7 +76,7 @@ class Augmenter:
             f"signal layers must be numbers, a list of names, or 'all', not {shown(layers)}",
         )
         given = [] if self.every_layer else [layers] if is_integer(layers) else items("signal layers", layers)
-        self.layers = [_layer("each of the signal layers", layer) for layer in given]
+        self.layers: list[Any] = [_layer("each of the signal layers", layer) for layer in given]
         require(self.every_layer or len(given) > 0, "a signal needs at least one layer; layers are empty")
         require(len(set(self.layers)) == len(self.layers), f"signal layers must not repeat: {self.layers}")
         self.kappa = self.initial_kappa = number("kappa", kappa, 0)
@@ -154,24 +156,24 @@ class Augmenter:
 class _MapAugmenter(Augmenter):
     """A head a layer: a random (or learned) map from the state to the classes."""
 
-    def __init__(self, layers, kappa, annealing, loss, temperature, pool, learned, gain, seed):
-        super().__init__(layers, kappa, annealing)
+    def _map(self, loss: str, temperature: float, pool: int | None, learned: bool, gain: float, seed: int) -> None:
+        """Take up what the maps are, and what is asked of their outputs."""
         self.criterion = get_loss(loss, number("temperature", temperature, above=0))
         self.pool = None if pool is None else integer("pool", pool)
         self.learned = flag("learned", learned)
         self.gain = number("gain", gain, above=0)
         self.seed = errors.seed("seed", seed)
 
-    def make_term(self, layer, shape):
+    def make_term(self, layer: int, shape: tuple[int, ...]) -> LossTerm:
         head = Head(layer, shape, self.criterion, self.classes, learned=self.learned, pool=self.pool)
         head.initialize(np.random.default_rng([self.seed, layer]), self.gain, self.device, self.dtype)
         return head
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in ("pool", "learned", "gain", "seed")}
         return super().describe() | {"loss": self.criterion.name, "temperature": self.criterion.temperature} | settings
 
-    def nudges(self, batch):
+    def nudges(self, batch: Batch) -> list[Nudge]:
         if self.kappa == 0:
             return []
         target = _target(self, self.layers[0], batch)  # one serves all layers
@@ -207,9 +209,10 @@ class LocalError(_MapAugmenter):
         gain: float = 1.0,
         seed: int = 0,
     ):
-        super().__init__(layers, kappa, annealing, loss, 1.0, pool, learned, gain, seed)
+        super().__init__(layers, kappa, annealing)
+        self._map(loss, 1.0, pool, learned, gain, seed)
 
-    def target(self, layer, batch):
+    def target(self, layer: int, batch: Batch) -> Any:
         return batch.one_hot(self.classes, self.dtype, self.device)
 
 
@@ -246,7 +249,8 @@ class Distillation(_MapAugmenter):
         seed: int = 0,
         split: str = "train",
     ):
-        super().__init__(layers, kappa, annealing, loss, temperature, pool, learned, gain, seed)
+        super().__init__(layers, kappa, annealing)
+        self._map(loss, temperature, pool, learned, gain, seed)
         self.teacher = _that_has(teacher, "logits")
         self.split = choose("split", split, SPLITS)
         self._table: Any = None  # the teacher's logits on the device
@@ -255,7 +259,7 @@ class Distillation(_MapAugmenter):
         return vars(self) | {"_table": None}
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:  # type: ignore[override]  # of a table that is read first when it is asked for
         table = self.teacher.table(self.split) if isinstance(self.teacher, TeacherFile) else None
         return 0 if table is None else table.nbytes
 
@@ -264,7 +268,7 @@ class Distillation(_MapAugmenter):
         """Return a signal whose teacher is the file at `path` (see `cupyep.data.TeacherFile`)."""
         return cls(TeacherFile(path), layers, **options)
 
-    def target(self, layer, batch):
+    def target(self, layer: int, batch: Batch) -> Any:
         _require_index(batch)
         return self.criterion.soften(self._logits(batch).astype(self.dtype))
 
@@ -318,11 +322,11 @@ class FeatureDistillation(Augmenter):
         self.features = dict(features)
         self.split = choose("split", split, SPLITS)
 
-    def bind(self, shapes, classes, device, dtype):
+    def bind(self, shapes: Sequence[tuple[int, ...]], classes: int, device: Device, dtype: Any) -> None:
         self.features = dict(zip(self.layers, self.features.values(), strict=True))  # now by number
         super().bind(shapes, classes, device, dtype)
 
-    def make_term(self, layer, shape):
+    def make_term(self, layer: int, shape: tuple[int, ...]) -> LossTerm:
         name = self.features[layer]
         available = self.teacher.feature_layers
         choose("teacher feature", name, available)
@@ -335,10 +339,10 @@ class FeatureDistillation(Augmenter):
         head.initialize(np.random.default_rng(0), 1.0, self.device, self.dtype)
         return head
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return super().describe() | {"features": list(self.features.values())}
 
-    def target(self, layer, batch):
+    def target(self, layer: int, batch: Batch) -> Any:
         _require_index(batch)
         feature = self.teacher.feature(self.features[layer], self.split, batch.index, batch.view)
         _expect(self.teacher, self.split, batch, self.features[layer])
