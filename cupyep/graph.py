@@ -138,7 +138,7 @@ class Graph:
         ConfigurationError
             If there is none.
         """
-        if is_integer(name) and 1 <= name <= len(self.names):
+        if not isinstance(name, str) and is_integer(name) and 1 <= name <= len(self.names):
             return int(name)
         if isinstance(name, str) and name in self.names:
             return self.names.index(name) + 1
@@ -223,9 +223,9 @@ def _sorted_names(connections: Sequence[Connection]) -> list[str]:
             f"node {c.below} is not reached from the image: no connection leads into it",
         )
     while waiting:
-        ready = next((name for name, below in waiting.items() if below <= known), None)
+        ready = next((name for name, below in waiting.items() if below <= known), "")
         require(
-            ready is not None,
+            ready != "",
             f"the nodes {', '.join(waiting)} are connected in a cycle, or wait for one; take one connection out",
         )
         names.append(ready)

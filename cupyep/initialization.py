@@ -45,15 +45,15 @@ def lsuv(network: Network, images: Any) -> dict[str, float]:
     for node, name in enumerate(graph.names, 1):
         edges = [graph.edges[c] for c in graph.into[node]]
         if not any(isinstance(edge, Identity) for edge in edges):
-            factors[name] = _unit_drive(name, edges, lambda n=node: feed_forward.settled(batch).drives[n - 1])
+            factors[name] = _unit_drive(name, edges, lambda: feed_forward.settled(batch).drives, node)
     return factors
 
 
-def _unit_drive(name: str, edges: Sequence[Edge], drive: Callable[[], Any]) -> float:
+def _unit_drive(name: str, edges: Sequence[Edge], drives: Callable[[], Sequence[Any]], node: int) -> float:
     factor = 1.0
     for left in range(TRIES, -1, -1):
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-            deviation = math.sqrt(float(drive().var(dtype=np.float64)))
+            deviation = math.sqrt(float(drives()[node - 1].var(dtype=np.float64)))
         found = f"the drive of '{name}' has a standard deviation of {deviation:.3g} on this batch"
         if abs(deviation - 1) <= TOLERANCE:
             return factor

@@ -102,12 +102,11 @@ def architecture(arch: str, what: str = "architecture") -> Architecture:
     if isinstance(arch, str) and arch in TABLE:
         return TABLE[arch]
     text = arch if isinstance(arch, str) else shown(arch)
-    own = re.match(r"mlp:| *[0-9+]", text) if text is arch else None
     require(
-        own is not None,
+        text is arch and bool(re.match(r"mlp:| *[0-9+]", text)),
         f"unknown {what} '{text}'{nearest(text, TABLE)} (choose from {', '.join(TABLE)}; or {GRAMMAR})",
     )
-    count = len(_units(text)) if own.group() == "mlp:" else sum(map(len, _blocks(text)))
+    count = len(_units(text)) if text.startswith("mlp:") else sum(map(len, _blocks(text)))
     require(count <= MOST_LAYERS, f"an architecture has at most {MOST_LAYERS} layers, not {count}")
     return Architecture(text)
 
@@ -187,7 +186,7 @@ def build(
     weights = own.weights if weights is None else weights
     softmax = choose("loss", loss, LOSSES) == "cross_entropy"
     readout_pool = own.readout_pool if readout_pool is None and softmax else readout_pool
-    options = {"loss": loss, "feedback": feedback, "seed": seed, "precision": precision}
+    options: dict[str, Any] = {"loss": loss, "feedback": feedback, "seed": seed, "precision": precision}
     options |= {"weights": weights, "readout_pool": readout_pool}
     layers = _layers(arch, integer("classes", classes, 2), input_shape, width, pooling, loss)
     drawn = default_gain(activation, feedback, own.gains) if gain is None else gain
@@ -230,7 +229,7 @@ def _blocks(text: str) -> list[list[tuple[int, bool, bool]]]:
     for word in filter(None, re.sub(r" *\+ *", "+", text).split(" ")):
         found = [re.fullmatch(r"([1-9][0-9]{0,5})(s?)(p?)", item) for item in word.split("+")]
         require(None not in found, f"{shown(word)} is no layer or block; write {GRAMMAR}")
-        blocks.append([(int(item[1]), bool(item[2]), bool(item[3])) for item in found])
+        blocks.append([(int(item[1]), bool(item[2]), bool(item[3])) for item in found if item])
     return blocks
 
 

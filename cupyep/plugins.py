@@ -121,6 +121,8 @@ def load_plugin(text: str) -> None:
         if getattr(sys.modules.get(name), "__file__", None) == str(path):
             return
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None  # the name ends in .py
+        assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

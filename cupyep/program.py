@@ -26,7 +26,7 @@ class Value(NamedTuple):
     """
 
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name, which nobody asks a value for
 
 
 class Drive(NamedTuple):
@@ -131,9 +131,10 @@ class _Writer:
         self.varies = {node: any(graph.below[c] for c in graph.into[node]) for node in self.nodes}
         self._count: Counter[Value] = Counter()
 
-    def _product(self, kind: type, connection: int, out: Value, of: int) -> Instruction:
+    def _adds(self, out: Value, of: int) -> bool:
+        """Return whether the next product into `out`, of so many an iteration, is added to those before."""
         self._count[out] += 1
-        return kind(connection, out, (self._count[out] - 1) % of > 0)
+        return (self._count[out] - 1) % of > 0
 
     def into(self, node: int) -> list[int]:
         """Return the connections whose drives an iteration takes up, that of the image last."""
@@ -141,18 +142,20 @@ class _Writer:
         inner = [c for c in found if self.graph.below[c]]
         return inner + [c for c in found if not self.graph.below[c] and self.image]
 
-    def drive(self, connection: int, kind: str = "drive") -> Instruction:
+    def drive(self, connection: int, kind: str = "drive") -> Drive:
         node = self.graph.above[connection]
-        return self._product(Drive, connection, Value(kind, node), len(self.into(node)))
+        out = Value(kind, node)
+        return Drive(connection, out, self._adds(out, len(self.into(node))))
 
-    def topdown(self, connection: int) -> Instruction:
+    def topdown(self, connection: int) -> TopDown:
         node = self.graph.below[connection]
-        return self._product(TopDown, connection, Value("topdown", node), len(self.graph.out_of[node]))
+        out = Value("topdown", node)
+        return TopDown(connection, out, self._adds(out, len(self.graph.out_of[node])))
 
-    def drives(self, node: int, kind: str = "drive") -> Iterator[Instruction]:
+    def drives(self, node: int, kind: str = "drive") -> Iterator[Drive]:
         return (self.drive(c, kind) for c in self.into(node))
 
-    def topdowns(self, node: int) -> Iterator[Instruction]:
+    def topdowns(self, node: int) -> Iterator[TopDown]:
         return map(self.topdown, self.graph.out_of[node])
 
     def update(self, node: int, fresh: str = "") -> Update:
@@ -220,7 +223,8 @@ def make_program(graph: Graph, schedule: str, warm: bool, image: bool) -> Progra
     unmoved = _unmoved(graph, body)
     if not warm:
         return Program(schedule, body, (), unwritten, unfound, unmoved)
-    writer, start = _Writer(graph, image), []
+    writer = _Writer(graph, image)
+    start: list[Drive] = []
     for node in writer.nodes:
         wanted = [value for value in unwritten if value.index == node and value.kind in ("drive", "kept")]
         if wanted or any(c in unfound for c in graph.into[node]):
