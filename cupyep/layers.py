@@ -85,7 +85,7 @@ class Edge:
         self.bias = device.asarray(np.zeros(self.weight_shape[-1], dtype))
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> Any:
-        """Return the operations for `batch` samples, in chunks that take about `nbytes` of scratch."""
+        """Return chunks and operations for `batch` samples; their `bind` then gives them scratch, of about `nbytes`."""
         raise NotImplementedError(f"{type(self).__name__} must define prepare(batch, nbytes, precision, device)")
 
     def drive(self, s: Any, out: Any, winners: Any, ops: Any) -> None:
@@ -105,7 +105,7 @@ class Edge:
         raise NotImplementedError(f"{type(self).__name__} must define add_gradient(s_below, s, winners, ...)")
 
     def flops(self) -> int:
-        """Return the operations of one direct product for one sample."""
+        """Return the operations (multiply and add counted apart) of one direct product for one sample."""
         raise NotImplementedError(f"{type(self).__name__} must define flops()")
 
     def make_weight(self) -> None:
@@ -209,7 +209,6 @@ class Conv2d(Edge):
         )
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> ConvOps | WinogradOps:
-        """Return chunks and operations for `batch` samples; `ConvOps.bind` then gives them scratch memory."""
         topdown = {"has_topdown": not self.reads_image}
         if device.is_gpu:
             launcher = device.launcher(SOURCE)
@@ -265,7 +264,6 @@ class Conv2d(Edge):
             add_sum(s, bias)  # pooling adjoints keep the sum
 
     def flops(self) -> int:
-        """Return the operations (multiply and add counted apart) of one direct product for one sample."""
         return self.geometry.flops
 
 
@@ -291,7 +289,6 @@ class Linear(Edge):
         return f"Linear({self.in_shape} -> {self.out_shape}{'' if self.has_bias else ', no bias'})"
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> LinearOps:
-        """Return products and scratch for `batch` samples."""
         return LinearOps(self.weight_shape, batch, precision, device)
 
     def drive(self, s: Any, out: Any, winners: Any, ops: LinearOps) -> None:
@@ -314,7 +311,6 @@ class Linear(Edge):
             add_sum(s, bias)
 
     def flops(self) -> int:
-        """Return the operations of one product for one sample."""
         return 2 * math.prod(self.weight_shape)
 
 
@@ -353,7 +349,6 @@ class Identity(Edge):
         return {}
 
     def prepare(self, batch: int, nbytes: int, precision: Precision, device: Device) -> NoOps:
-        """Return operations that need nothing."""
         return NoOps()
 
     def refresh(self, ops: NoOps) -> None:
@@ -373,7 +368,6 @@ class Identity(Edge):
         """There are no parameters."""
 
     def flops(self) -> int:
-        """Return no operations: nothing is multiplied."""
         return 0
 
 

@@ -261,9 +261,7 @@ class Network(Structure):
                 buffers = self.memory.phase(shape)
         self._fill(buffers, start, shape, how)
         phase = Classical(self.energy, self.memory, shape, buffers, start is not None, batch.images)
-        state = State.of(buffers)
-        state.stats = settle(phase, **_loop(how), name="free")
-        return state
+        return State.of(buffers, settle(phase, **_loop(how), name="free"))
 
     @exclusive
     def settle_nudged(

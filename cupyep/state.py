@@ -46,9 +46,9 @@ class State(Shown):
     buffers: PhaseBuffers | None = None
 
     @classmethod
-    def of(cls, buffers: PhaseBuffers) -> State:
-        """Return the state that a phase leaves in these arrays."""
-        return cls(buffers.states, buffers.drives or [], buffers.winners, buffers=buffers)
+    def of(cls, buffers: PhaseBuffers, stats: SettleStats | None = None) -> State:
+        """Return the state that a free or classical phase leaves in these arrays."""
+        return cls(buffers.states, buffers.drives or [], buffers.winners, stats, buffers=buffers)
 
     def facts(self) -> dict[str, str]:
         arrays = self.layers or self.deviations

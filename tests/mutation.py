@@ -131,7 +131,7 @@ DEFECTS = [
            "products, program = self.pairs if two else self.edges", "products, program = self.edges",
            "test_benchmark"),
     Defect("operations: all steps are counted, though a tolerance ends a phase", "learning/operations.py",
-           "if result.nudged else ()", "if False else ()", "test_benchmark"),
+           "if result.free and result.nudged else ()", "if False else ()", "test_benchmark"),
     Defect("beta is blamed for a high gain", "training/divergence.py",
            "unrest > UNREST", "unrest < 0", "test_divergence"),
     Defect("a recipe's options may be idle, as those of bp with a beta", "training/config.py",

@@ -65,9 +65,7 @@ class Backpropagation(Learner):
             self._send_down(node, self._as_factor(here, passes.q[node - 1]), batch.images, passes, ops, gradients)
         return StepResult(gradients, **figures)
 
-    def _send_down(
-        self, node: int, q: Any, x: Any, passes: Passes, ops: Sequence[Any], gradients: dict[str, Any]
-    ) -> None:
+    def _send_down(self, node: int, q: Any, x: Any, passes: Passes, ops: Sequence[Any], gradients: Gradients) -> None:
         """Add the gradients of the connections into a node, and what its ``dL/dg`` sends to the nodes below."""
         graph, state = self.network.graph, passes.state
         for c in graph.into[node]:

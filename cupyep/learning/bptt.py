@@ -196,7 +196,7 @@ class BackpropagationThroughTime(Learner):
         for before in unrolled.history:
             _copy(phase.states, before.layers)
             iterate(settling, measure=True)
-            _copy(phase.drives, before.drives)
+            _copy(settling.drives, before.drives)
             _copy(phase.winners, before.winners)
         return stats_of(settling, 1)
 
@@ -290,9 +290,9 @@ def lay_out_unrolled(layout: Layout, stack: Stack, shape: UnrolledShape) -> Unro
     batch = [(samples, *size) for size in layout.shapes]
     mu, other = nodes("adjoint states", layout.number), nodes("adjoint states", layout.number)
     types = (layout.number, layout.number, layout.stored)
-    shared = [stack.take_one_of("adjoint states", batch, dtype) for dtype in types]
+    down, up, scaled = (stack.take_one_of("adjoint states", batch, dtype) for dtype in types)
     scratch = stack.take("update scratch", (shape.scratch,), layout.number)
-    return Unrolled(phase, history, mu, other, *shared, layout.factors(stack, batch), scratch)
+    return Unrolled(phase, history, mu, other, down, up, scaled, layout.factors(stack, batch), scratch)
 
 
 def _copy(arrays: Sequence[Any], into: Sequence[Any]) -> None:

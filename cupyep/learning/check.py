@@ -114,7 +114,7 @@ def compare_forms(
     check_parts(network, signals, batch)
     if unrolled_steps is None and schedule == "synchronous":
         unrolled_steps = nudged_steps
-    phases = {"schedule": schedule, "relaxation": relaxation}
+    phases: dict[str, Any] = {"schedule": schedule, "relaxation": relaxation}
     free = network.settle_free(batch, steps=free_steps, tolerance=tolerance, **phases).copy()
     truth = bptt_gradients(network, batch, free, signals, unrolled_steps)
     report = {}
@@ -148,8 +148,8 @@ def bptt_gradients(
 def compare_precisions(
     build: Callable[[str], tuple[Network, list[Augmenter]]],
     precision: str,
-    images: np.ndarray,
-    labels: np.ndarray,
+    images: Any,
+    labels: Any,
     *,
     betas: Sequence[float] = (0.05,),
     forms: Sequence[str] = FORMS,
@@ -224,7 +224,7 @@ def compare_precisions(
 class _Side:
     """A network in one of the precisions compared, with its signals and the batch as it sees it."""
 
-    def __init__(self, network: Network, signals: list[Augmenter], images: np.ndarray, labels: np.ndarray):
+    def __init__(self, network: Network, signals: list[Augmenter], images: Any, labels: Any):
         self.network, self.signals = network, signals
         self.batch = network.batch(images, labels)
 

@@ -103,7 +103,7 @@ def _check_term(name: str, term: LossTerm, target: Any, network: Network, sample
     require(bool((s == before).all()), f"{name}: the gradient changes the state that it is given")
     truth, added, written = [], [], []
     for v in _directions(generator, s.shape, device):
-        truth.append(_difference(lambda h, v=v: term.loss(s + h * v, target)))
+        truth.append(_difference(lambda step: term.loss(s + step, target), v))
         added.append(_rows(force - start, v))
         written.append(_rows(force, v))
     judge(f"{name}: the gradient", truth, added, written, device.to_numpy(scale))
@@ -146,13 +146,13 @@ def _check_parameter(
     """Compare what was added to `start` with the differences of `value()` as `array` moves."""
     truth, added, written = [], [], []
     kept = array.copy()
+
+    def moved(step: Any) -> Any:
+        array[...] = kept + step
+        return value().reshape(1)
+
     for v in _directions(np.random.default_rng(2), array.shape, device):
-
-        def at(h: float, v: Any = v) -> Any:
-            array[...] = kept + h * v
-            return value().reshape(1)
-
-        truth.append(_difference(at))
+        truth.append(_difference(moved, v))
         added.append(((gradient - start) * v).sum().reshape(1))
         written.append((gradient * v).sum().reshape(1))
     array[...] = kept
@@ -380,8 +380,8 @@ def _directions(generator: np.random.Generator, shape: tuple[int, ...], device: 
     return [device.asarray(generator.standard_normal(shape)) for _ in range(DIRECTIONS)]
 
 
-def _difference(value: Callable[[float], Any]) -> Any:
-    return (value(STEP) - value(-STEP)) / (2 * STEP)
+def _difference(value: Callable[[Any], Any], direction: Any) -> Any:
+    return (value(STEP * direction) - value(-STEP * direction)) / (2 * STEP)
 
 
 def _rows(force: Any, v: Any) -> Any:

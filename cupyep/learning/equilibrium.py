@@ -24,6 +24,7 @@ from cupyep.heads import Nudge
 from cupyep.layers import Conv2d
 from cupyep.learning.gradients import Gradients
 from cupyep.learning.learner import Learner, StepResult
+from cupyep.memory.layout import PhaseBuffers
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.winograd import tile_size
@@ -102,6 +103,7 @@ class EquilibriumPropagation(Learner):
         self.nudge = choose("nudge", nudge, FORMS)
         if scheme == "tangent" and nudge == "classical":
             raise ConfigurationError("the tangent scheme is the limit of the deviation form; use nudge 'deviation'")
+        self.takes_slopes = self.form == "tangent"
         check_betas([self.beta], network.readout.criterion.name, self.scheme == "tangent")
         steps = {"free_steps": self.free_steps, "nudged_steps": self.nudged_steps}
         check_settling(self.schedule, steps, tolerance, self.relaxation)
@@ -114,10 +116,6 @@ class EquilibriumPropagation(Learner):
     def form(self) -> str:
         """How nudged phases are represented: ``classical``, ``deviation`` or ``tangent``."""
         return "tangent" if self.scheme == "tangent" else self.nudge
-
-    @property
-    def takes_slopes(self) -> bool:
-        return self.form == "tangent"
 
     @property
     def _free(self) -> dict[str, Any]:
@@ -194,8 +192,8 @@ class EquilibriumPropagation(Learner):
         winners still change the two differ, and with them the gradient of Phi. Those of the image are constant.
         """
         network, samples, images = self.network, part.samples, part.batch.images
-        energy, buffers, two = network.energy, nudged.buffers, part.phases == 2
-        require(two or free.winners is not None, "a settled state has winners: pass what settle() returned")
+        energy, buffers, two = network.energy, _buffers(nudged), part.phases == 2
+        require(bool(two or free.winners), "a settled state has winners: pass what settle() returned")
         ops, response = network.memory.workspace(part.phases * samples).ops, []
         free_nodes = [images, *(s[samples:] if two else free.layers[n] for n, s in enumerate(nudged.layers))]
         if two:
@@ -214,7 +212,7 @@ class EquilibriumPropagation(Learner):
                 winners = energy.winners_at(node, free_nodes, free.winners, buffers.work_winners, work, ops)
                 network.device.xp.multiply(second, -1, out=work)
                 energy.add_gradients(node, free_nodes, work, winners, part.gradients, ops)
-        self._add_part_terms(part, nudged, lambda n, phase: nudged.layers[n - 1][part.rows(phase)])
+        self._add_part_terms(part, nudged, lambda phase, n: nudged.layers[n - 1][part.rows(phase)])
         return network.device.xp.stack(response) * (part.samples / part.total)
 
     def _response(self, first: Any, second: Any, work: Any) -> Any:
@@ -233,11 +231,11 @@ class EquilibriumPropagation(Learner):
         network, ops = self.network, self.network.memory.workspace(part.samples).ops
         response = network.device.xp.zeros(network.depth, network.dtype)
         self._add_part_terms(part, nudged, functools.partial(self._state_of_deviation, part, free, nudged))
-        means, changes = [part.batch.images], [None]
+        means, changes = [part.batch.images], {}
         for node in range(1, network.depth + 1):
             mean, difference = self._mean_and_difference(node, part, free, nudged, response[node - 1 : node])
             means.append(mean)
-            changes.append(Change(difference))
+            changes[node] = Change(difference)
             self._factors[node - 1] = -1 / (part.span * part.total * nudged.scales[-1])  # a of the last node is 1
             network.energy.add_gradients_of_change(node, means, changes, free.winners, part.gradients, ops)
         return response
@@ -248,7 +246,7 @@ class EquilibriumPropagation(Learner):
         With one phase m^n is in memory that others take over after the turn of the last node above. `size` gains the
         response, the mean ``|e^n| / a_n``, as a part of that of the whole batch.
         """
-        buffers, eps, a = nudged.buffers, nudged.deviations[n - 1], nudged.scales[n - 1]
+        buffers, eps, a = _buffers(nudged), nudged.deviations[n - 1], nudged.scales[n - 1]
         phases = [eps[part.rows(phase)] for phase in range(part.phases)]
         first, second = phases if part.phases == 2 else (eps, None)
         mean = buffers.means[n - 1] if second is None else first
@@ -257,20 +255,26 @@ class EquilibriumPropagation(Learner):
         updates = self.network.energy.updates
         return mean, updates.compare(first, second, free.drives[n - 1], share, mean, size, divisor, work)
 
-    def _state_of_deviation(self, part: Part, free: State, nudged: State, n: int, phase: int) -> Any:
+    def _state_of_deviation(self, part: Part, free: State, nudged: State, phase: int, n: int) -> Any:
         """Return ``s* + eps / a`` of one phase, s* in the tangent limit."""
-        s, work = (arrays[n - 1] for arrays in nudged.buffers.work)
+        s, work = (arrays[n - 1] for arrays in _buffers(nudged).work)
         eps = None if self.form == "tangent" else nudged.deviations[n - 1][part.rows(phase)]
         updates, g = self.network.energy.updates, free.drives[n - 1]
         updates.see(eps, 1 / nudged.scales[n - 1], g, None, s, work.reshape(-1))
         return s
 
     def _add_part_terms(self, part: Part, nudged: State, states: Callable[[int, int], Any]) -> None:
-        """Add the direct derivative of the loss, the mean over phases; `states` maps layer and phase to a state."""
+        """Add the direct derivative of the loss, the mean over phases; `states` maps phase and layer to a state."""
+        share, scratch = 1 / part.phases, _buffers(nudged).term_work
         for phase in range(part.phases):
-            of_phase = functools.partial(states, phase=phase)
-            share, scratch = 1 / part.phases, nudged.buffers.term_work
+            of_phase = functools.partial(states, phase)
             self._add_terms(part.gradients, part.nudges, of_phase, share, part.total, scratch)
+
+
+def _buffers(nudged: State) -> PhaseBuffers:
+    """Return where `Network.settle_nudged` left a state in the network's memory."""
+    assert nudged.buffers is not None  # only copies have none
+    return nudged.buffers
 
 
 @dataclass

@@ -114,17 +114,17 @@ class OperationCounter:
 
         def counted_add(gradients: Gradients, part: Batch, total: int, draw: Any) -> StepResult:
             result = add(gradients, part, total, draw)
-            steps = (result.free.steps, result.nudged.steps) if result.nudged else ()
+            steps = (result.free.steps, result.nudged.steps) if result.free and result.nudged else ()
             self._count(self._of_batch(len(part)).step(learner, *steps))
             return result
 
         def counted_settled(batch: Batch) -> State:
             state = settled(batch)
-            steps = state.stats.steps if isinstance(learner, EquilibriumPropagation) else None
+            steps = state.stats.steps if state.stats and isinstance(learner, EquilibriumPropagation) else None
             self._count(self._of_batch(len(state.layers[0])).prediction(learner, steps))
             return state
 
-        learner._add, learner.settled = counted_add, counted_settled
+        learner._add, learner.settled = counted_add, counted_settled  # type: ignore[method-assign]
 
     def _count(self, operations: int) -> None:
         with self._lock:
