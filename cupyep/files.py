@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from cupyep.errors import ConfigurationError
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows has no flock
@@ -91,7 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: bytes, keep_as: Path | None = None) -> None:
+def write_file(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
     """Write `content` to `path`, durably and as a whole; what `path` held before is then found at `keep_as`, if given.
 
     `path` keeps what it held if anything fails; `OSError` if the disk is full, for example.

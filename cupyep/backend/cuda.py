@@ -185,8 +185,9 @@ class CublasLibrary:
     def set_workspace(self, handle: Any, pointer: int, nbytes: int) -> None:
         self._call("cublasSetWorkspace_v2", handle, ctypes.c_void_p(pointer), ctypes.c_size_t(nbytes))
 
-    def gemm_ex(self, handle, transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc,
-                compute):  # fmt: skip
+    def gemm_ex(self, handle: Any, transa: int, transb: int, m: int, n: int, k: int, alpha: Any,
+                a: int, a_type: int, lda: int, b: int, b_type: int, ldb: int, beta: Any,
+                c: int, c_type: int, ldc: int, compute: int) -> None:  # fmt: skip
         """Call ``cublasGemmEx``; `alpha`, `beta` are ctypes numbers on the host, `a`, `b`, `c` device addresses."""
         number, pointer = ctypes.c_int, ctypes.c_void_p
         self._call(

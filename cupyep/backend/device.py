@@ -47,6 +47,14 @@ def _import_cupy() -> tuple[ModuleType | None, str]:
     return cupy, ""
 
 
+def _cupy() -> ModuleType:
+    """Return CuPy; `DeviceError` if it cannot be used."""
+    cupy, reason = _import_cupy()
+    if cupy is None:
+        raise DeviceError(reason)
+    return cupy
+
+
 def gpu_status() -> tuple[bool, str]:
     """Return ``(usable, reason)``; the reason is empty when a GPU can be used."""
     cupy, reason = _import_cupy()
@@ -65,10 +73,7 @@ def array_module(array: Any) -> ModuleType:
     if own is not None:
         return own
     if type(array).__module__.partition(".")[0] == "cupy":  # not cupyep
-        cupy, reason = _import_cupy()
-        if cupy is None:
-            raise DeviceError(reason)
-        return cupy
+        return _cupy()
     raise TypeError(f"expected a NumPy or CuPy array, got {type(array).__name__}")
 
 
@@ -86,9 +91,7 @@ def host_array(array: Any) -> np.ndarray:
     if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
         return np.asarray(array)
     if array.__dlpack_device__()[0] in ON_GPU:
-        cupy, reason = _import_cupy()
-        if cupy is None:
-            raise DeviceError(reason)
+        cupy = _cupy()
         return cupy.asnumpy(cupy.from_dlpack(array))
     return np.from_dlpack(array)
 
@@ -267,7 +270,7 @@ def gpu_of(name: str, place: int) -> str:
 @functools.cache
 def _cublas_of(index: int, thread: int) -> Cublas:
     """Return the handle of one thread on one device: a handle has one stream at a time."""
-    cupy, _ = _import_cupy()
+    cupy = _cupy()
     with cupy.cuda.Device(index):
         major = cupy.cuda.runtime.runtimeGetVersion() // 1000
         return Cublas(CublasLibrary(major), cupy, lambda: cupy.cuda.get_current_stream().ptr)
@@ -280,7 +283,7 @@ def _cublas(array: Any) -> Cublas:
 @functools.cache
 def _launcher_of(index: int, source: Path) -> Launcher:
     """Return what compiles and launches the kernels of a file on one device."""
-    return Launcher(source, _import_cupy()[0])
+    return Launcher(source, _cupy())
 
 
 def launcher_for(array: Any, source: Path) -> Launcher | None:

@@ -90,8 +90,8 @@ def own_cpus() -> set[int]:
 def _quota(root: Path) -> int | None:
     """Return the CPUs that the control group mounted at `root` grants, version 2 or 1; None for all."""
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return -(-int(quota) // int(period))  # of "max" there is no integer
+        quota, period = map(int, (root / "cpu.max").read_text().split())  # of "max" there is no integer
+        return -(-quota // period)
     with contextlib.suppress(OSError, ValueError):
         quota, period = (int((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return -(-quota // period) if quota > 0 else None
@@ -136,7 +136,7 @@ def works_for(owner: Any) -> bool:
 class Turns:
     """Lets threads do something in the order of the parts that they have in hand, one stage after the other."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._next: collections.Counter[int] = collections.Counter()  # by stage
         self._failed = False
         self._changed = threading.Condition()
@@ -179,7 +179,8 @@ def run_parts(owner: Any, count: int, work: Callable[[int, Turns], Any], most: i
     threads = 1 if getattr(_here, "owner", None) is not None else min(get_threads(), count, most)
     if threads == 1:
         return [work(part, turns) for part in range(count)]
-    parts, results, errors = itertools.count(), [None] * count, {}
+    parts, results = itertools.count(), [None] * count
+    errors: dict[int, BaseException] = {}
 
     def take_parts(number: int) -> None:
         _here.owner, _here.number, part = owner, number, -1

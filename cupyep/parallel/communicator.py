@@ -180,11 +180,11 @@ class Ranks(Communicator):
         answers = self._world.allgather((value, error))
         errors = [(rank, error) for rank, (_, error) in enumerate(answers) if error is not None]
         if errors:
-            rank, error = errors[0]
-            if rank and isinstance(error, CupyepError):
-                error.args = (f"rank {rank}: {error}",)
-            error.shared = True  # seen by `is_agreed`
-            raise error
+            rank, first = errors[0]
+            if rank and isinstance(first, CupyepError):
+                first.args = (f"rank {rank}: {first}",)
+            first.shared = True  # seen by `is_agreed`
+            raise first
         return [value for value, _ in answers]
 
     def _wait(self, request: Any, seconds: float = float("inf")) -> bool:

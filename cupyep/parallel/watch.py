@@ -49,15 +49,15 @@ def connect(ranks: Any, one_machine: bool) -> dict[int, socket.socket]:
             return host, listener.getsockname()[1], secrets.token_bytes(16)
         return None
 
-    place, found = ranks.first(listen), {}
+    place = ranks.first(listen)
     if place is None:
         return {}
-    if ranks.rank:
-        found = _call(*place, ranks.rank)
+    host, port, token = place
+    found = _call(host, port, token, ranks.rank) if ranks.rank else {}
     called = ranks.gather(len(found))
     if listener is not None:
         with listener:
-            found = _answer(listener, place[2], sum(called))
+            found = _answer(listener, token, sum(called))
     else:
         found = {rank: own for rank, own in found.items() if _heard(own) == WELCOME}
     known = ranks.gather(len(found))
@@ -78,7 +78,8 @@ def _call(host: str, port: int, token: bytes, rank: int) -> dict[int, socket.soc
 
 def _answer(listener: socket.socket, token: bytes, expected: int) -> dict[int, socket.socket]:
     """Welcome those that know the token."""
-    found, end = {}, time.monotonic() + CONNECT_S
+    end = time.monotonic() + CONNECT_S
+    found: dict[int, socket.socket] = {}
     while len(found) < expected and (left := end - time.monotonic()) > 0:
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             listener.settimeout(left)
@@ -131,9 +132,10 @@ class Watch:
                 selector.register(connection, selectors.EVENT_READ, rank)
             while selector.get_map():
                 for key, _ in selector.select():
-                    word = _heard(key.fileobj)
+                    connection = self._connections[key.data]
+                    word = _heard(connection)
                     if word == BYE:
-                        selector.unregister(key.fileobj)
+                        selector.unregister(connection)
                         continue
                     self.say(TOLD)
                     self._end(None if word == TOLD else key.data)

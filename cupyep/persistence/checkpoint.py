@@ -111,11 +111,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with hdf5.open_file(path) as file:
             hdf5.check_format(file, path, KIND, VERSION)
-            checkpoint = Checkpoint(
-                **{group: _read_arrays(file, group) for group in GROUPS},
-                **{name: _read_number(file, name) for name in NUMBERS},
-                **{name: _read_text(file, name) for name in TEXTS},
-            )
+            values: dict[str, Any] = {group: _read_arrays(file, group) for group in GROUPS}
+            values |= {name: _read_number(file, name) for name in NUMBERS}
+            values |= {name: _read_text(file, name) for name in TEXTS}
+            checkpoint = Checkpoint(**values)
     except CheckpointError:
         raise
     except hdf5.ERRORS as error:

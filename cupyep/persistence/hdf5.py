@@ -113,7 +113,7 @@ def open_file(path: str | Path) -> h5py.File:
 
 def blame(error: Exception, content: str = "truncated or damaged") -> str:
     """Return in a few words why a file cannot be read, given one of `ERRORS`: what is in the way, else `content`."""
-    return ELSEWHERE.get(error.errno, content) if isinstance(error, OSError) else content
+    return ELSEWHERE.get(error.errno or 0, content) if isinstance(error, OSError) else content
 
 
 def _is_sealed(path: str | Path) -> bool:
@@ -234,7 +234,7 @@ class Rows:
         # there; a type that NumPy has not just so, and whatever is stored in chunks, does not.
         plain = array.id.get_type() == h5py.h5t.py_create(array.dtype) and hasattr(os, "pread")
         self._offset = array.id.get_offset() if plain else None
-        self._file = None if self._offset is None else array.file.id.get_vfd_handle()
+        self._file = -1 if self._offset is None else array.file.id.get_vfd_handle()
 
     def expect(self, numbers: np.ndarray) -> None:
         """Begin to read some rows, in a thread; those of all but the last two calls are forgotten."""

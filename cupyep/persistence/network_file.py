@@ -119,7 +119,7 @@ def write_network(path: str | Path, network: Any) -> None:
     name, description = network.activation.name, describe(network)
     known = name in BUILT_IN and description["activation"] == _attributes(ACTIVATIONS[name], ("name", "low", "high"))
     require(known, f"activation '{name}' is not one of cupyep's; {remedy}")
-    structure = {
+    structure: dict[str, Any] = {
         **{name: description[name] for name in ("layers", "connections", "gains") if name in description},
         "options": {key: description[key] for key in OPTIONS} | {"activation": name},
         "settling": network.settling,
