@@ -67,7 +67,7 @@ class CudaCropOps(CropOps):
     def __init__(self, launcher: Any):
         self.launcher = launcher
 
-    def crop(self, stored, draws, scale, shift, pad, side, own):
+    def crop(self, stored: Any, draws: Any, scale: Any, shift: Any, pad: int, side: int, own: bool) -> Any:
         if stored.dtype.name not in STORED:
             return super().crop(stored, draws, scale, shift, pad, side, own)
         require_type(np.int64, draws)

@@ -18,7 +18,7 @@ import numpy as np
 
 from cupyep.backend.precision import Precision
 from cupyep.errors import require
-from cupyep.ops.buffers import Arena
+from cupyep.ops.buffers import Arena, Request
 from cupyep.ops.conv import ConvGeometry, ConvOps, part_of
 from cupyep.ops.launch import ACCESS_BYTES, launch_map, require_type, type_name, vector_width
 from cupyep.ops.reduction import add_sum
@@ -73,7 +73,7 @@ class CudaConvOps(ConvOps):
         self.pack = ACCESS_BYTES // self.precision.stored.itemsize
         return -(-self.geometry.window // self.pack) * self.pack
 
-    def _requests(self, samples: int) -> list[tuple[tuple[int, ...], Any]]:
+    def _requests(self, samples: int) -> list[Request]:
         g = self.geometry  # elements a sample of the column matrices of drive and top-down product
         down = math.prod(g.map_shape[:2]) * self.inputs
         up = math.prod(g.in_shape[:2]) * g.kernel**2 * g.map_shape[2] * self.has_topdown
@@ -84,7 +84,7 @@ class CudaConvOps(ConvOps):
         )
         stored, number = self.precision.stored.itemsize, self.precision.number.itemsize
         columns = max(down * stored, down * number * self.has_topdown if self.product_first else up * stored)
-        requests = [((samples * columns,), np.uint8)]
+        requests: list[Request] = [((samples * columns,), np.uint8)]
         if self.geometry.pooling != "none":
             requests.append(((samples, *self.geometry.map_shape), self.precision.number))
         return requests
@@ -94,7 +94,7 @@ class CudaConvOps(ConvOps):
         self._take_derived(derived)
         self.weight = None  # products are added
         views = arena.views(self.requests)
-        self._gradient = views.pop() if self.padded else None
+        self._gradient: Any = views.pop() if self.padded else None
         self._columns, *maps = views
         self._map = maps[0].reshape(-1).view(np.uint8) if maps else None
 

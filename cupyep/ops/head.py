@@ -64,7 +64,9 @@ class CudaHeadOps(HeadOps):
     def __init__(self, launcher: Any):
         self.launcher = launcher
 
-    def scaled_error(self, loss, z, bias, target, scale, column, error=None, down=1.0):
+    def scaled_error(
+        self, loss: Any, z: Any, bias: Any, target: Any, scale: Any, column: Any, error: Any = None, down: float = 1.0
+    ) -> None:
         require_type(z.dtype, bias, target, scale)
         error, number = z if error is None else error, z.dtype.type
         self.launcher.launch(
@@ -75,14 +77,14 @@ class CudaHeadOps(HeadOps):
             (z, error, bias, target, scale, number(loss.temperature), number(down), np.int32(z.shape[1])),
         )
 
-    def pool(self, s, p, out):
+    def pool(self, s: Any, p: int, out: Any) -> None:
         height, width, channels = out.shape[1:]
         vec = vector_width(channels, s, out)
         sizes = (*s.shape[1:3], height, width, channels // vec, p)
         types = [type_name(s.dtype), type_name(out.dtype), vec]
         launch_map(self.launcher, "window_means", types, (width * (channels // vec), height, len(s)), (s, out), sizes)
 
-    def spread(self, s, p, force, add):
+    def spread(self, s: Any, p: int, force: Any, add: bool) -> None:
         require_type(s.dtype, force)
         height, width, channels = s.shape[1:]
         vec = vector_width(channels, s, force)

@@ -48,7 +48,7 @@ def vector_width(channels: int, *arrays: Any) -> int:
     int
         As many as the narrowest floating type has in 16 bytes, or 1 where channels or addresses do not divide.
     """
-    arrays = [array for array in arrays if array is not None]
+    arrays = tuple(array for array in arrays if array is not None)
     width = ACCESS_BYTES // min(array.dtype.itemsize for array in arrays if array.dtype.kind != "u")
     divides = channels % width == 0 and all(
         address(array) % min(ACCESS_BYTES, width * array.dtype.itemsize) == 0 for array in arrays

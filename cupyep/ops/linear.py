@@ -9,7 +9,7 @@ import numpy as np
 
 from cupyep.backend.device import Device
 from cupyep.backend.precision import Precision
-from cupyep.ops.buffers import Arena
+from cupyep.ops.buffers import Arena, Request
 from cupyep.ops.factors import Factors
 
 
@@ -43,13 +43,13 @@ class LinearOps:
         copied = batch if self.factors.widens or self.factors.rounds else 0
         gradient = [] if device.adds_products else [shape]
         copies = [(copied, width) for width in shape]
-        self.requests = [(part, precision.number) for part in copies + gradient]
+        self.requests: list[Request] = [(part, precision.number) for part in copies + gradient]
         self.requests.append(((self.factors.scratch_size,), np.uint32))
         self.nbytes = Arena.size(self.requests)
 
     def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
         """Take views of the arena, and the arrays of `derived`."""
-        self.matrix = derived[0] if derived else None
+        self.matrix: Any = derived[0] if derived else None
         # copies of the states below and above, each a factor or a result, and a gradient on its way
         self._below, self._above, *gradient, self.factors.scratch = arena.views(self.requests)
         self.weight = gradient[0] if gradient else None

@@ -160,16 +160,19 @@ class CudaOptimizerOps(OptimizerOps):
     def __init__(self, launcher: Any):
         self.launcher = launcher
 
-    def sgd(self, parameter, gradient, velocity, scratch, *, rate, momentum, nesterov, decay):
+    def sgd(self, parameter: Any, gradient: Any, velocity: Any, scratch: Any, *,
+            rate: float, momentum: float, nesterov: bool, decay: float) -> None:  # fmt: skip
         momentum = 0.0 if velocity is None else momentum
         self._launch("sgd_step", (parameter, gradient, velocity), (rate, momentum, decay), (nesterov,))
 
-    def adam(self, parameter, gradient, mean, square, scratch, *, rate, betas, correction, epsilon, decay, shrink):
+    def adam(self, parameter: Any, gradient: Any, mean: Any, square: Any, scratch: Any, *, rate: float,
+             betas: tuple[float, float], correction: float, epsilon: float, decay: float,
+             shrink: float) -> None:  # fmt: skip
         b1, b2 = betas
         numbers = (rate, b1, 1.0 - b1, b2, 1.0 - b2, correction, epsilon, decay, shrink)
         self._launch("adam_step", (parameter, gradient, mean, square), numbers, ())
 
-    def average(self, average, parameter, scratch, *, share):
+    def average(self, average: Any, parameter: Any, scratch: Any, *, share: float) -> None:
         self._launch("average_step", (average, parameter), (share,), ())
 
     def _launch(self, kernel: str, arrays: tuple, numbers: tuple[float, ...], flags: tuple) -> None:

@@ -73,7 +73,7 @@ class CudaReductionOps(ReductionOps):
         self.launcher = launcher
         self._scratch = scratch
 
-    def add_sum(self, s, out):
+    def add_sum(self, s: Any, out: Any) -> None:
         require_type(arithmetic(s.dtype), out)
         rows, channels = _matrix(s)
         partials = self._partials(out)
@@ -89,7 +89,7 @@ class CudaReductionOps(ReductionOps):
         slabs, columns, vec, *sizes = plan
         self._launch("column_sums", [type_name(s.dtype), vec], (columns, slabs, 1), (s, out), (*sizes, accumulate))
 
-    def levels(self, s, top, dead, out, scratch):
+    def levels(self, s: Any, top: float, dead: float, out: Any, scratch: Any) -> None:
         number, (rows, channels) = out.dtype.type, _matrix(s)
         require_type(arithmetic(s.dtype), out)
         partials = self._partials(out)
@@ -97,12 +97,12 @@ class CudaReductionOps(ReductionOps):
         if 3 * slabs * channels > partials.size:  # tens of thousands of channels: CuPy has blocks enough for them
             super().levels(s, top, dead, out, scratch)
             return
-        arrays = s, partials, number(top)
-        self._launch("column_levels", [type_name(s.dtype), vec], (columns, slabs, 1), arrays, sizes)
-        arrays = partials, out, number(dead), number(s.size)
-        self._launch("level_shares", [type_name(out.dtype)], (1, 1, 1), arrays, (slabs, channels, _lanes(channels)))
+        arguments: tuple[Any, ...] = s, partials, number(top)
+        self._launch("column_levels", [type_name(s.dtype), vec], (columns, slabs, 1), arguments, sizes)
+        arguments = partials, out, number(dead), number(s.size)
+        self._launch("level_shares", [type_name(out.dtype)], (1, 1, 1), arguments, (slabs, channels, _lanes(channels)))
 
-    def norms(self, packed, bounds, places, out):
+    def norms(self, packed: Any, bounds: Sequence[int], places: Any, out: Any) -> None:
         require_type(arithmetic(packed.dtype), packed, out)
         segments, partials, types = len(bounds) - 1, self._partials(out), [type_name(out.dtype)]
         require(segments * SLABS <= partials.size, f"gradients of {segments} layers are more than a kernel adds up")

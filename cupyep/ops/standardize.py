@@ -92,13 +92,15 @@ class CudaStandardizeOps(StandardizeOps):
     def __init__(self, launcher: Any):
         self.launcher = launcher
 
-    def scratch_shape(self, shape):
+    def scratch_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         return (0, 0)
 
-    def forward(self, v, gain, factor, epsilon, w, statistics, scratch):
+    def forward(self, v: Any, gain: Any, factor: float, epsilon: float, w: Any, statistics: Any, scratch: Any) -> None:
         self._launch("standardize", v, (v, gain, w, statistics), (factor, epsilon))
 
-    def pullback(self, dw, v, gain, factor, statistics, dv, dgain, scratch):
+    def pullback(
+        self, dw: Any, v: Any, gain: Any, factor: float, statistics: Any, dv: Any, dgain: Any, scratch: Any
+    ) -> None:
         self._launch("standardize_pullback", v, (dw, v, gain, statistics, dv, dgain), (factor,))
 
     def _launch(self, kernel: str, v: Any, arrays: tuple, numbers: tuple[float, ...]) -> None:

@@ -283,13 +283,14 @@ class CudaUpdateOps(UpdateOps):
         self._rule = RULES[name]
         # Increments of a clip are clamped as drives, see `Clip.increment`.
         first, *others = self._numbers
-        self._increment = (first, *(number / first for number in others)) if name == "clip" else self._numbers
+        self._increments = (first, *(number / first for number in others)) if name == "clip" else self._numbers
 
     @staticmethod
-    def scratch_size(batch, size):
+    def scratch_size(batch: int, size: int) -> int:
         return batch * -(-size // BLOCK)  # one partial sum a block
 
-    def states(self, s, drive, topdown, feedback, force, g, residual, scratch, relaxation=1.0):
+    def states(self, s: Any, drive: Any, topdown: Any, feedback: float, force: Any,
+               g: Any, residual: Any, scratch: Any, relaxation: float = 1.0) -> None:  # fmt: skip
         number = arithmetic(s.dtype).type
         self._launch(
             ("update_states", self._rule, 1),
@@ -299,18 +300,20 @@ class CudaUpdateOps(UpdateOps):
             scratch,
         )
 
-    def deviations(self, eps, drive, topdown, feedback, force, weight, g, residual, scratch, relaxation=1.0):
+    def deviations(self, eps: Any, drive: Any, topdown: Any, feedback: float, force: Any, weight: float,
+                   g: Any, residual: Any, scratch: Any, relaxation: float = 1.0) -> None:  # fmt: skip
         number = arithmetic(eps.dtype).type
         weights = number(weight), number(1 / weight)
         self._launch(
             ("update_deviations", self._rule, len(eps) // len(g)),
-            (eps, drive, topdown, number(feedback), force, *weights, g, *map(number, self._increment)),
+            (eps, drive, topdown, number(feedback), force, *weights, g, *map(number, self._increments)),
             number(relaxation),
             residual,
             scratch,
         )
 
-    def tangents(self, eps, drive, topdown, feedback, force, slope, residual, scratch, relaxation=1.0):
+    def tangents(self, eps: Any, drive: Any, topdown: Any, feedback: float, force: Any,
+                 slope: Any, residual: Any, scratch: Any, relaxation: float = 1.0) -> None:  # fmt: skip
         number = arithmetic(eps.dtype).type
         unused = [number(0)] * 3
         self._launch(
@@ -321,19 +324,19 @@ class CudaUpdateOps(UpdateOps):
             scratch,
         )
 
-    def value(self, g, out):
+    def value(self, g: Any, out: Any) -> None:
         self.see(None, 1.0, g, None, out, None)
 
-    def slope(self, g, out):
+    def slope(self, g: Any, out: Any) -> None:
         require_type(arithmetic(g.dtype), g, out)
         vec = vector_width(g.size, g, out)
-        types, numbers = [type_name(g.dtype), vec, self._rule], map(g.dtype.type, self._increment)
+        types, numbers = [type_name(g.dtype), vec, self._rule], map(g.dtype.type, self._increments)
         launch_map(self.launcher, "slopes", types, (g.size // vec, 1, 1), (g, out, *numbers), (g.size // vec,))
 
-    def slope_bytes(self, shape):
+    def slope_bytes(self, shape: tuple[int, ...]) -> int:
         return 0
 
-    def see(self, s, scale, g, pool, out, scratch):
+    def see(self, s: Any, scale: float, g: Any, pool: int | None, out: Any, scratch: Any) -> None:
         number, moved = arithmetic(out.dtype), out if s is None else s
         require_type(number, g)
         p = 1 if pool is None else pool
@@ -348,7 +351,9 @@ class CudaUpdateOps(UpdateOps):
         types = [type_name(moved.dtype), type_name(out.dtype), vec, rule]
         launch_map(self.launcher, "see", types, threads, (s, g, out, *numbers), sizes)
 
-    def compare(self, first, second, g, share, mean, size, divisor, work):
+    def compare(
+        self, first: Any, second: Any, g: Any, share: float, mean: Any, size: Any, divisor: float, work: tuple[Any, Any]
+    ) -> Any:
         number, samples, units = arithmetic(first.dtype), len(first), math.prod(first.shape[1:])
         arrays, partials = (first, second, g), work[1]
         require_type(first.dtype, second, mean)

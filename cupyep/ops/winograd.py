@@ -237,7 +237,7 @@ class WinogradOps:
         self._factors.product(dm, u.transpose(0, 2, 1), dv)
         self._transform("B", "one", "two", "one", m, channels)
         padded, windows = self._windows("two", "one", m, channels)
-        inner_view(padded, tuple(count * self._m for count in self._tiles), 0)
+        inner_view(padded, (self._tiles[0] * self._m, self._tiles[1] * self._m), 0)
         for number, (place, inputs) in enumerate(windows):
             if number == 0:
                 place[...] = inputs
