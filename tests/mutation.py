@@ -684,10 +684,10 @@ DEFECTS = [
     Defect("exported graph: the readout sees the map and not its averages", "export/onnx_graph.py",
            "if readout.pool:", "if False:", "test_export"),
     Defect("exported graph without lambda", "export/onnx_graph.py",
-           "if down is None or ratio == 1 else self.node", "if True else self.node", "test_export test_residual_runs"),
+           "if down and ratio != 1 else down", "if False else down", "test_export test_residual_runs"),
     Defect("exported graph: winners of the first step for all steps", "export/onnx_graph.py",
-           "pooled, self.winners[c] = self.node(\"MaxPool\", u, outputs=2, **pool)",
-           "pooled, fresh = self.node(\"MaxPool\", u, outputs=2, **pool)\n        "
+           "u, self.winners[c] = self.node(\"MaxPool\", u, outputs=2, **_pool(edge.pool))",
+           "u, fresh = self.node(\"MaxPool\", u, outputs=2, **_pool(edge.pool))\n            "
            "self.winners[c] = self.winners[c] or fresh", "test_export"),
     Defect("settled judged by the mean of the layers", "commands/predict.py",
            "state.stats.per_sample.max(axis=0)", "state.stats.per_sample.mean(axis=0)", "test_trained"),

@@ -22,7 +22,7 @@ from cupyep._version import __version__
 from cupyep.activations import Clip, Gelu, Tanh
 from cupyep.errors import ConfigurationError, needing, require
 from cupyep.export.weights import torch_layout
-from cupyep.layers import Conv2d, Identity, Linear
+from cupyep.layers import Conv2d, Identity
 from cupyep.network import Network
 from cupyep.program import Drive, Program, Update, Value, make_program
 from cupyep.settling import check_relaxation
@@ -103,7 +103,7 @@ def onnx_model(
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(proto, producer_name="cupyep", producer_version=__version__, opset_imports=opsets)
     model.ir_version = IR_VERSION
-    how = {"schedule": "feedforward"}
+    how: dict[str, Any] = {"schedule": "feedforward"}
     if not feedforward:
         how = {"schedule": schedule, "relaxation": relaxation, "steps": steps, "unrolled_steps": unrolled_steps}
     pixels = "pixels in [0, 1]" if mean is not None else "normalised images"
@@ -114,7 +114,7 @@ def onnx_model(
 
 
 class _Graph:
-    """Executes programs; states and the values between products and updates are names of tensors, None for zeros."""
+    """Executes programs; states and the values between products and updates are names of tensors, empty for zeros."""
 
     def __init__(self, network: Network, helper: Any):
         low, high = network.activation.low, network.activation.high
@@ -126,9 +126,9 @@ class _Graph:
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
         self._constant_names: dict[tuple, str] = {}
-        self.states: list[str | None] = [None] * (network.depth + 1)  # the first is the image
-        self.values: dict[Value | None, str | None] = {}
-        self.winners: list[str | None] = [None] * len(self.edges)
+        self.states = [""] * (network.depth + 1)  # the first is the image
+        self.values: dict[Value | None, str] = {}
+        self.winners = [""] * len(self.edges)
         for name, array in torch_layout(network).items():
             self.constants[name] = array.astype(np.float32)
 
@@ -205,22 +205,22 @@ class _Graph:
     def _product(self, instruction: Any) -> None:
         connection, out = instruction.connection, instruction.out
         fresh = self._drive(connection) if isinstance(instruction, Drive) else self._topdown(connection)
-        self.values[out] = self._sum(self.values.get(out), fresh) if instruction.add else fresh
+        self.values[out] = self._sum(self.values.get(out, ""), fresh) if instruction.add else fresh
 
     def _update(self, update: Update, relaxation: float) -> None:
         n = update.node
-        total = self._sum(self.values.get(update.drive), self.values.get(update.topdown))
+        total = self._sum(self.values.get(update.drive, ""), self.values.get(update.topdown, ""))
         fresh, old = self._activation(total), self.states[n]
         if relaxation != 1:  # old + omega (fresh - old)
             fresh = self.node("Mul", fresh, self.constant(relaxation))
-            if old is not None:
+            if old:
                 fresh = self.node("Add", fresh, self.node("Mul", old, self.constant(1 - relaxation)))
         self.states[n] = fresh
         if update.keep is not None:
-            self.values[Value("kept", n)] = self.values.get(update.keep)
+            self.values[Value("kept", n)] = self.values.get(update.keep, "")
 
-    def _sum(self, one: str | None, other: str | None) -> str | None:
-        return one or other if None in (one, other) else self.node("Add", one, other)
+    def _sum(self, one: str, other: str) -> str:
+        return self.node("Add", one, other) if one and other else one or other
 
     # --- pieces ----------------------------------------------------------------------------------------------------
 
@@ -237,39 +237,38 @@ class _Graph:
 
     def _drive(self, c: int) -> str:
         edge, below = self.edges[c], self.states[self.below[c]] or self._zeros(self.below[c])
-        if type(edge) is Identity:
+        if isinstance(edge, Identity):
             return below
         parameters = [f"layers.{c}.weight", *[f"layers.{c}.bias"] * edge.has_bias]
-        if type(edge) is Linear:
-            return self.node("Gemm", self._flat(below, self._shape_below(c)), *parameters, transB=1)
-        u = self.node("Conv", below, *parameters, **_window(edge))
-        pool = _pool(edge.pool)
-        if edge.pooling == "average":
-            return self.node("AveragePool", u, **pool)
-        if edge.pooling == "none":
-            return u
-        pooled, self.winners[c] = self.node("MaxPool", u, outputs=2, **pool)
-        return pooled
+        if isinstance(edge, Conv2d):
+            return self._pooled(c, edge, self.node("Conv", below, *parameters, **_window(edge)))
+        return self.node("Gemm", self._flat(below, self._shape_below(c)), *parameters, transB=1)
 
-    def _topdown(self, c: int) -> str | None:
-        """Return what a connection sends down from the state above it, with its weight; None for nothing."""
+    def _pooled(self, c: int, edge: Conv2d, u: str) -> str:
+        if edge.pooling == "average":
+            return self.node("AveragePool", u, **_pool(edge.pool))
+        if edge.pooling == "max":
+            u, self.winners[c] = self.node("MaxPool", u, outputs=2, **_pool(edge.pool))
+        return u
+
+    def _topdown(self, c: int) -> str:
+        """Return what a connection sends down from the state above it, with its weight; empty for nothing."""
         state, ratio = self.states[self.above[c]], self.network.energy.ratios[c]
-        down = None if state is None else self._adjoint(c, state)
-        return down if down is None or ratio == 1 else self.node("Mul", down, self.constant(ratio))
+        down = self._adjoint(c, state) if state else ""
+        return self.node("Mul", down, self.constant(ratio)) if down and ratio != 1 else down
 
     def _adjoint(self, c: int, state: str) -> str:
         edge, weight, below = self.edges[c], f"layers.{c}.weight", self._shape_below(c)
-        if type(edge) is Identity:
+        if isinstance(edge, Identity):
             return state
-        if type(edge) is Linear:
-            down = self.node("Gemm", state, weight)
-            shape = self.constant([0, *_channels_first(below)], np.int64)
-            return down if len(below) == 1 else self.node("Reshape", down, shape)
-        # What stride and window leave over of the map below gets nothing.
-        reached = [(size - 1) * edge.stride + edge.kernel - 2 * edge.padding for size in edge.map_shape[:2]]
-        spare = [size - end for size, end in zip(below[:2], reached, strict=True)]
-        u = self._unpooled(c, edge, state)
-        return self.node("ConvTranspose", u, weight, output_padding=spare, **_window(edge))
+        if isinstance(edge, Conv2d):  # what stride and window leave over of the map below gets nothing
+            reached = [(size - 1) * edge.stride + edge.kernel - 2 * edge.padding for size in edge.map_shape[:2]]
+            spare = [size - end for size, end in zip(below[:2], reached, strict=True)]
+            u = self._unpooled(c, edge, state)
+            return self.node("ConvTranspose", u, weight, output_padding=spare, **_window(edge))
+        down = self.node("Gemm", state, weight)
+        shape = self.constant([0, *_channels_first(below)], np.int64)
+        return down if len(below) == 1 else self.node("Reshape", down, shape)
 
     def _unpooled(self, c: int, edge: Conv2d, state: str) -> str:
         height, width, channels = edge.map_shape
@@ -305,9 +304,9 @@ def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
 
 
-def _pool(side: int) -> dict[str, list[int]]:
+def _pool(side: int) -> dict[str, Any]:
     return {"kernel_shape": [side] * 2, "strides": [side] * 2}
 
 
-def _window(edge: Conv2d) -> dict[str, list[int]]:
+def _window(edge: Conv2d) -> dict[str, Any]:
     return {"kernel_shape": [edge.kernel] * 2, "strides": [edge.stride] * 2, "pads": [edge.padding] * 4}
