@@ -76,7 +76,7 @@ def probe_settling(learner: Learner, batch: Batch, ranks: Communicator | None = 
         warnings.simplefilter("ignore", ConvergenceWarning)  # the caller sees it in the result
         seen, state = _look(learner, learner.free_steps, lambda **how: _free(learner, batch, **how))
         phases = {"free": _judge(learner, seen, own, ranks)}
-        if hasattr(learner, "settle_nudged"):
+        if hasattr(learner, "nudged_steps"):
             seen, _ = _look(learner, learner.nudged_steps, lambda **how: _nudged(learner, batch, state, **how))
             phases["nudged"] = _judge(learner, seen, own, ranks)
     return phases
@@ -88,6 +88,7 @@ def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]
     total = steps + (more | 1)  # odd: an oscillation of period two is not back where it was
     late, after = settle(steps=total, tolerance=None, record=True)
     size = np.array([_rms(a) for a in after])
+    assert late.stats is not None  # as of all that has settled
     phases = late.stats.per_sample.shape[1] // size.shape[1]
     held = size / phases if late.deviations else np.array([_rms(a) for a in _hosts(learner, late.layers)])
     back = None
@@ -96,6 +97,7 @@ def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]
         back = np.array([_rms(a - b) for a, b in zip(after, earlier, strict=True)])
     own, now = settle()
     distance = [_relative(_rms(a - b), np.maximum(_rms(a), _rms(b))) for a, b in zip(after, now, strict=True)]
+    assert own.stats is not None
     per_sample = own.stats.per_sample.reshape(len(now), -1, size.shape[1]).max(axis=1)
     trace, steps = np.array(late.stats.trace), own.stats.steps
     return _Seen(steps, trace, per_sample, np.array(distance), size, phases, held, back), own
@@ -125,7 +127,7 @@ def _joined(learner: Any, every: Sequence[_Seen], counts: Sequence[int]) -> Phas
     def samples(name: str) -> np.ndarray:
         return np.concatenate([getattr(seen, name) for seen in every], axis=1)
 
-    residual = sum(seen.residual * n for seen, n in zip(every, counts, strict=True)) / sum(counts)
+    residual = np.sum([seen.residual * n for seen, n in zip(every, counts, strict=True)], axis=0) / sum(counts)
     size = samples("size").mean(axis=1) / every[0].phases
     rounding = _relative(ROUNDING * learner.network.precision.spacing * samples("held").mean(axis=1), size)
     oscillating = np.zeros(len(size), bool)
@@ -166,7 +168,7 @@ def _nudged(learner: Any, batch: Batch, free: State, share: float = 1.0, **how: 
     state = learner.settle_nudged(batch, free, betas, learner.network.nudges(batch, learner.signals), **how)
     if state.deviations:  # a of the last node is 1: what is left of its scale is that of the number format
         parts = [eps / state.scales[-1] for eps in _hosts(learner, state.deviations)]
-        rest = [0.0] * len(free.layers)
+        rest: list[Any] = [0.0] * len(free.layers)
     else:
         parts, rest = _hosts(learner, state.layers), _hosts(learner, free.layers)
     n = len(batch)

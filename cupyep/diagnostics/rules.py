@@ -150,7 +150,7 @@ def is_settled(record: Record) -> bool | None:
     return all(finding.get("signature") != "convergence" for finding in record.get("findings") or ())
 
 
-def unsettled_layers(fractions: Sequence[float]) -> tuple[int, ...]:
+def unsettled_layers(fractions: Sequence[float] | np.ndarray) -> tuple[int, ...]:
     """Return the layers, counted from 1, in which too large a fraction of the samples is unsettled."""
     return _numbers(np.asarray(fractions) > LIMITS["unsettled samples"].value)
 

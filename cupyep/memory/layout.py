@@ -220,7 +220,7 @@ class Layout:
         The latter are returned as one array, too.
         """
         constant = [Value("constant", self.graph.above[c]) for c in self.graph.out_of[0] if shape.has_images]
-        found, top = {}, stack.top
+        found: dict[Value, Any] = {}
         for lives in (dict.fromkeys(constant, ALWAYS), self.program(shape).lifetimes()):
             top = stack.top
             requests = [Request((shape.rows, *self._value_shape(v)), self.stored, alive) for v, alive in lives.items()]
@@ -249,21 +249,16 @@ class Layout:
     def retained(self, stack: Stack, shape: PhaseShape) -> tuple[Any, Any, Any, Any, int]:
         """Take what outlasts a phase and its states; return `_states`, drives, winners, slopes, where the first end."""
         if not shape.has_images:
-            states = self._states(stack, "deviations", shape.rows)
+            deviations = self._states(stack, "deviations", shape.rows)
             tangent = shape.form == "tangent"
             slopes = self.nodes(stack, "slopes", shape.samples, self.number) if tangent else None
-            return states, None, [None] * len(self.edges), slopes, stack.top
+            return deviations, None, [None] * len(self.edges), slopes, stack.top
         name = "free" if shape.form == "free" else "nudged"
-        states = drives = None
-        if shape.retain != "drives":
-            states = self._states(stack, f"{name} states", shape.rows)
-        if shape.retain != "states":
-            drives = self.nodes(stack, f"{name} drives", shape.rows, self.number)
+        states = self._states(stack, f"{name} states", shape.rows) if shape.retain != "drives" else None
+        drives = self.nodes(stack, f"{name} drives", shape.rows, self.number) if shape.retain != "states" else None
         winners = self.winners(stack, shape.rows)
         end = stack.top
-        if states is None:
-            states = self._states(stack, f"{name} states", shape.rows)
-        return states, drives, winners, None, end
+        return states or self._states(stack, f"{name} states", shape.rows), drives, winners, None, end
 
     def copied(self, layer: int, samples: int) -> int:
         """Return the elements of a copy of a state in the type to compute in; none where it is stored in that."""

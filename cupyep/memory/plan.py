@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupyep.backend.cuda import WORKSPACE_BYTES
+from cupyep.backend.cuda import WORKSPACE_BYTES, Launcher
 from cupyep.backend.device import Device, gemm, gpu_scratch
 from cupyep.backend.threads import get_threads, one_blas_thread
 from cupyep.batch import Batch
@@ -51,8 +52,9 @@ class BlankDevice(Device):
     def use(self) -> None:
         """There is nothing to use."""
 
-    def launcher(self, source: Any) -> None:
-        """There is nothing to launch."""
+    def launcher(self, source: Path) -> Launcher:
+        """Return one that is asked to launch nothing."""
+        return Launcher(source, self.xp)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return a read-only array of zeros of the shape and type, all of them in one place."""
@@ -171,17 +173,17 @@ def _follower(cupy: Any) -> Any:
 
         name = "cupyep peak"
 
-        def __init__(self):
+        def __init__(self) -> None:
             self.used = self.peak = 0
             self._taken: dict[int, int] = {}  # address -> bytes
 
-        def malloc_postprocess(self, device_id, size, mem_size, mem_ptr, pmem_id):
+        def malloc_postprocess(self, device_id: int, size: int, mem_size: int, mem_ptr: int, pmem_id: int) -> None:
             if mem_ptr:  # 0: there was no memory
                 self._taken[mem_ptr] = mem_size
                 self.used += mem_size
                 self.peak = max(self.peak, self.used)
 
-        def free_postprocess(self, device_id, mem_size, mem_ptr, pmem_id):
+        def free_postprocess(self, device_id: int, mem_size: int, mem_ptr: int, pmem_id: int) -> None:
             self.used -= self._taken.pop(mem_ptr, 0)
 
     return Follower()
