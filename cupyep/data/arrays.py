@@ -41,7 +41,8 @@ def parts_of_arrays(
     """
     flag("channels_first", channels_first)
     whose, images, labels = ["train"], [_images("x", x, channels_first)], [_labels("y", y)]
-    for what, pair in (("test", test), ("validation", None if is_integer(validation) else validation)):
+    pairs: dict[str, Any] = {"test": test, "validation": None if is_integer(validation) else validation}
+    for what, pair in pairs.items():
         if pair is not None:
             require(isinstance(pair, (tuple, list)) and len(pair) == 2, f"{what} must be (x, y), not {shown(pair)}")
             whose.append(what)
@@ -66,14 +67,14 @@ def gathered(what: str, samples: Any) -> tuple[np.ndarray, np.ndarray]:
     right = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
     require(right, f"{what} must be a map-style data set, with a length and numbered samples, not {shown(samples)}")
     require(len(samples) > 0, f"{what} holds no samples")
-    images, labels = None, []
+    labels = []
     for n in range(len(samples)):
         try:
             image, label = samples[n]
         except (TypeError, ValueError, LookupError) as error:
             raise DataError(f"sample {n} of {what} is no pair (image, label): {one_line(error)}") from error
         pixels = _pixels(f"image {n} of {what}", image)
-        if images is None:
+        if n == 0:
             images = np.empty((len(samples), *pixels.shape), pixels.dtype)
         if pixels.shape != images.shape[1:] or pixels.dtype != images.dtype:
             raise DataError(

@@ -40,9 +40,9 @@ class Split(Shown):
     """
 
     name: str
-    images: np.ndarray
+    images: Any
     labels: np.ndarray
-    index: np.ndarray | None = None
+    index: Any = None  # an array from `__post_init__` on
     total: int = 0
 
     def __post_init__(self) -> None:
@@ -231,9 +231,10 @@ class Dataset(Shown):
             x, y, test, classes, validation, test_fraction, seed, name, channels_first
         )
         limits = (limit_train, limit_test)
-        check_limits(name, len(train[1]), len(tested[1]), *limits, validation if held is None else len(held))
-        if held is None and validation is not None:
-            held = stratified(train[1], int(validation), seed, HELD)
+        count: Any = validation if held is None else len(held)  # a pair has become rows
+        check_limits(name, len(train[1]), len(tested[1]), *limits, count)
+        if held is None and count is not None:
+            held = stratified(train[1], int(count), seed, HELD)
         pad = max(1, min(train[0].shape[1:3]) // PAD_SHARE) if pad is None else pad
         return assembled(name, names, Split("train", *train), Split("test", *tested), held, limits, flip, pad)
 
@@ -293,5 +294,5 @@ def assembled(
     validation = None if held is None else train.select(held, "validation")
     if held is not None:
         train = train.select(np.setdiff1d(np.arange(len(train)), held, assume_unique=True))
-    parts = (part if n is None else part.balanced(n) for part, n in zip((train, test), limits, strict=True))
-    return Dataset(name, classes, *parts, mean, std, flip, pad, validation)
+    train, test = (part if n is None else part.balanced(n) for part, n in zip((train, test), limits, strict=True))
+    return Dataset(name, classes, train, test, mean, std, flip, pad, validation)

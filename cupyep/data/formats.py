@@ -113,12 +113,12 @@ def _read_cifar(source: Source, form: Form, place: Path) -> tuple[Arrays, Arrays
 
     def split(names: tuple[str, ...], count: int) -> Arrays:
         images, labels = np.empty((count, *source.shape), np.uint8), np.empty(count, np.int64)
-        size = count // len(names)
+        size, key = count // len(names), form.labels
         height, width, channels = source.shape
-        decode = partial(_decode_binary, form.head) if isinstance(form.labels, int) else _decode_python
+        decode = partial(_decode_binary, form.head, key) if isinstance(key, int) else partial(_decode_python, key)
         for k, name in enumerate(names):
             rows = slice(k * size, (k + 1) * size)
-            pixels, labels[rows] = decode(source, form.labels, content(name), size, prefix + name)
+            pixels, labels[rows] = decode(source, content(name), size, prefix + name)
             check_labels(labels[rows], len(source.classes), prefix + name)
             planes = pixels.reshape(size, channels, height, width)
             for channel in range(channels):  # plane by plane: twice as fast as one transposing copy
@@ -149,14 +149,14 @@ def _tar_members(content: bytes, archive: Path, folder: str) -> dict[str, memory
     return members
 
 
-def _decode_binary(head: int, source: Source, labels: int, content: Content, count: int, where: str) -> Arrays:
+def _decode_binary(head: int, labels: int, source: Source, content: Content, count: int, where: str) -> Arrays:
     record = head + _bytes(source, 1)
     check_length(content, count * record, where)
     records = np.frombuffer(content, np.uint8).reshape(count, record)
     return records[:, head:], records[:, labels]
 
 
-def _decode_python(source: Source, labels: str, content: Content, count: int, where: str) -> Arrays:
+def _decode_python(labels: str, source: Source, content: Content, count: int, where: str) -> Arrays:
     remedy = "a pickle can run code, so no other is read: get the original file or the binary version"
     check_sum(content, source.sums[Path(where).name], where, remedy)
     batch = BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
@@ -203,7 +203,8 @@ def _read_svhn(source: Source, files: tuple[Path, ...]) -> tuple[Arrays, Arrays]
     *train, (images, labels) = (split(file, max(source.train_count, source.test_count)) for file in files)
     if len(train) == 1:
         return train[0], (images, labels)
-    return tuple(np.concatenate(arrays) for arrays in zip(*train, strict=True)), (images, labels)
+    pixels, classes = map(np.concatenate, zip(*train, strict=True))
+    return (pixels, classes), (images, labels)
 
 
 # --- the 8 x 8 digits of scikit-learn: data for a first run on any machine, without network or files ----------------

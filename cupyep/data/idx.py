@@ -65,7 +65,7 @@ def _read(source: Source, files: tuple[Path, ...], archive: Path | None = None) 
             pixels = np.ascontiguousarray(pixels.transpose(0, 2, 1))
         return pixels[..., None], classes
 
-    return split(*files[:2], source.train_count), split(*files[2:], source.test_count)
+    return split(files[0], files[1], source.train_count), split(files[2], files[3], source.test_count)
 
 
 def read_idx(path: Path, shape: tuple[int, ...], archive: Path | None = None) -> np.ndarray:

@@ -34,8 +34,8 @@ class ImageFormat:
     def of(cls, dataset: Dataset) -> ImageFormat:
         """Return the format of the images of `dataset`."""
         names = ("name", "classes", "image_shape", "mean", "std", "unit", "fingerprint")
-        sums = _checksum(dataset.train), _checksum(dataset.validation, dataset.test)
-        return cls(*(getattr(dataset, name) for name in names), *sums)
+        samples, judged = _checksum(dataset.train), _checksum(dataset.validation, dataset.test)
+        return cls(**{name: getattr(dataset, name) for name in names}, samples=samples, judged=judged)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes; numbers come back bit for bit."""

@@ -123,11 +123,11 @@ class Loader:
         require(self.cutout <= side, f"cutout must be at most {side}, the side of the images (got {cutout})")
         require(augment or not self.cutout, "cutout needs augment")
         self.label_smoothing = number("label_smoothing", label_smoothing, 0, below=1)
-        share = items("share", share)
-        require(len(share) == 2, f"share must be two integers, not {shown(share)}")
-        parts = integer("the second of share", share[1])
-        self.share = (integer("the first of share", share[0], 0, parts - 1), parts)
-        self._images = self._placed() if self._has_room() else None
+        pair = items("share", share)
+        require(len(pair) == 2, f"share must be two integers, not {shown(pair)}")
+        parts = integer("the second of share", pair[1])
+        self.share = (integer("the first of share", pair[0], 0, parts - 1), parts)
+        self._images: Any = self._placed() if self._has_room() else None
         self._normalise = Normaliser(dataset.mean, dataset.std, self.device, self.dtype, dataset.unit)
 
     def _has_room(self) -> bool:
@@ -181,9 +181,11 @@ class Loader:
         """Return the random numbers of an epoch, a row for each position in it, as `CropOps.crop` takes them."""
         count, rng = len(self.split), self.generator
         draws = np.zeros((count, 6), np.int64)
-        draws[:, ORDER] = rng.permutation(count) if self.shuffle and not self.balance else np.arange(count)
-        if self.balance:
-            draws[:, ORDER] = evened(self.split.labels, rng)
+        draws[:, ORDER] = np.arange(count)
+        if rng is None:  # which `__init__` allows where nothing is drawn
+            return draws
+        if self.shuffle:
+            draws[:, ORDER] = evened(self.split.labels, rng) if self.balance else rng.permutation(count)
         if self.augment:
             draws[:, 1:3] = rng.integers(0, 2 * self.pad, (2, count), endpoint=True).T
             if self.flip:
@@ -207,8 +209,8 @@ class Loader:
         else:
             images = self._normalise(self._images[rows])
         after, _ = self._own(start + self.batch_size)
-        (index, view), coming = self._looked_up(draws, rows), self._looked_up(draws, after)
-        coming = coming if len(coming[0]) else None
+        (index, view), next_up = self._looked_up(draws, rows), self._looked_up(draws, after)
+        coming = next_up if len(next_up[0]) else None
         return Batch(images, self.split.labels[places], index, view, True, coming, self.label_smoothing, share)
 
     def _own(self, start: int) -> tuple[slice, tuple[int, int] | None]:

@@ -56,18 +56,18 @@ def load_own(name: str, image_size: int | None, validation: int | None, **option
 
 
 def _dataset(name: str, arrays: dict[str, Any], validation: int | None, options: dict[str, Any]) -> Dataset:
-    parts = {}
+    parts: dict[str, Any] = {}
     for end in ("", "_val", "_test"):
         pair = (f"x{end}", f"y{end}")
         lacking = [what for what in pair if what not in arrays]
         if lacking and (end == "" or len(lacking) < 2):
             raise DataError(f"holds no {lacking[0]}, but {', '.join(sorted(arrays)) or 'nothing'}; {MADE_BY}")
         parts[end] = None if lacking else tuple(arrays[what] for what in pair)
-    held = parts["_val"]
+    (x, y), held = parts[""], parts["_val"]
     require(held is None or validation is None, f"{name} has a validation part of its own; leave out --validation")
     classes = [str(item) for item in np.ravel(arrays["classes"])] if "classes" in arrays else None
     held = validation if held is None else held
-    return Dataset.from_arrays(*parts[""], parts["_test"], classes, held, name=name, flip=True, **options)
+    return Dataset.from_arrays(x, y, parts["_test"], classes, held, name=name, flip=True, **options)
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _in_place(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -
             for first, last in itertools.pairwise(ends if len(numbers) else []):
                 part = flat[first * size : last * size]
                 file.seek(start + int(numbers[first]) * size)
-                if file.readinto(part) != len(part):
+                if file.readinto(part.data) != len(part):
                     raise DataError(f"{path}: became shorter while it was read")
         return found
 

@@ -16,6 +16,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -128,7 +129,7 @@ class TeacherFile:
 
     def _read_split(self, name: str) -> dict[str, tuple[int, ...]]:
         """Check one group; return the shapes of its features."""
-        group = hdf5.find(self._file, name)
+        group: Any = hdf5.find(self._file, name)
         self._check(isinstance(group, h5py.Group), f"has no group '{name}'")
         labels, logits = self._array(f"{name}/labels"), self._array(f"{name}/logits")
         self._check(labels.ndim == 1 and labels.dtype.kind in "iu", f"{name}/labels is not a list of integers")
@@ -140,7 +141,7 @@ class TeacherFile:
             self._index[name] = self._read_index(name, len(labels))
         accuracy = hdf5.attribute(group, "accuracy")
         self._check(
-            isinstance(accuracy, np.floating) and 0 <= accuracy <= 1,
+            isinstance(accuracy, np.floating) and bool(0 <= accuracy <= 1),
             f"{name}: attribute 'accuracy' is {accuracy}, expected a number from 0 to 1",
         )
         layers = {}
@@ -349,7 +350,7 @@ class TeacherFile:
             raise TeacherError(f"teacher file {self.path}: {why}") from error
 
 
-def _integers(name: str, value: np.ndarray | int) -> np.ndarray:
+def _integers(name: str, value: Any) -> np.ndarray:
     """Return integers of Python or NumPy as an array."""
     if isinstance(value, (list, tuple, int, np.integer)) and not isinstance(value, bool):
         value = np.asarray(value)

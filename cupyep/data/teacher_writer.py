@@ -59,7 +59,7 @@ class TeacherWriter:
         dataset: Dataset,
         teacher: str,
         views: Sequence[str] = VIEWS,
-        features: Mapping[str, tuple[int, int, int]] | None = None,
+        features: Mapping[str, tuple[int, ...]] | None = None,
         dtype: Any = np.float32,
     ):
         self.path = errors.path("path", path)

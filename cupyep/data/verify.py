@@ -69,7 +69,7 @@ def fingerprint(arrays: Arrays) -> str:
     """Return the MD5 sum of all labels (a byte each) and of every n-th image, about `SAMPLES` of them."""
     images, labels = arrays
     digest = hashlib.md5(labels.astype(np.uint8).tobytes())
-    digest.update(np.ascontiguousarray(images[:: max(1, len(images) // SAMPLES)]))
+    digest.update(np.ascontiguousarray(images[:: max(1, len(images) // SAMPLES)]).data)
     return digest.hexdigest()
 
 
