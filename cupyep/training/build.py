@@ -16,6 +16,7 @@ from cupyep.data.sources import is_own
 from cupyep.diagnostics.checkup import PROBE_IMAGES, Checkup
 from cupyep.diagnostics.pace import Pace
 from cupyep.errors import instance, require
+from cupyep.errors import path as checked_path
 from cupyep.learning import Backpropagation, BackpropagationThroughTime, EquilibriumPropagation
 from cupyep.learning.gradients import layer_of
 from cupyep.models import build
@@ -62,7 +63,7 @@ def build_signals(
     """Return the intermediate signals: none, local error, or distillation from the file `teacher`, which is shown."""
     if config.aug != "kd":
         return make_signals(config, network)
-    file = TeacherFile(teacher)
+    file = TeacherFile(checked_path("path", teacher))
     file.check(dataset)
     if config.flip and dataset.flip:
         file.logits("train", dataset.train.index[:1], 1)  # one without mirrored views is refused before the first batch
@@ -89,7 +90,7 @@ def make_signals(config: TrainConfig, network: Network, teacher: Any = None) -> 
     """Return the intermediate signals; `teacher` is what distillation asks, an open `TeacherFile`."""
     if config.aug == "none":
         return []
-    common = {"layers": signal_layers(config, network), "kappa": config.kappa, "annealing": config.kappa_annealing}
+    common = config.take("kappa") | {"layers": signal_layers(config, network), "annealing": config.kappa_annealing}
     if maker := SIGNALS[config.aug]:
         return [instance(f"what the maker of --aug {config.aug} returns", maker(**common), Augmenter)]
     common |= {
@@ -126,7 +127,7 @@ def build_learner(
         return Backpropagation(network, **shared)
     shared |= config.take("free_steps", "schedule", "tolerance", "relaxation")
     if config.algorithm == "bptt":
-        return BackpropagationThroughTime(network, unrolled_steps=config.nudged_steps, **shared)
+        return BackpropagationThroughTime(network, unrolled_steps=config.take("nudged_steps")["nudged_steps"], **shared)
     return EquilibriumPropagation(
         network, generator=generator, **config.take("beta", "nudged_steps", "scheme", "nudge"), **shared
     )

@@ -75,17 +75,18 @@ class TrainConfig:
         On construction, if a value breaks the rule of its option or two options contradict each other.
     """
 
+    # A default of None that the type has not is replaced: `__post_init__` chooses.
     # fmt: off
     arch: str = NETWORK("vgg5", str, "Architecture, by name or as a text: '32 32p 64s 64+64' are convolutions with "
                         "so many channels, s stride 2, p pooling, + a residual block; mlp:512,512 dense layers.",
                         choices=ARCHITECTURES, check=architecture)
     width: float = NETWORK(1.0, float, "Multiplies the number of channels of every layer.", above=0)
-    activation: str | None = NETWORK(None, str, "Activation of the states; unset: that of the architecture, "
-                                     "hard_sigmoid, but relu6 of hopfield-resnet13 and relu of resnet9, resnet18.",
-                                     choices=ACTIVATIONS)
-    weights: str | None = NETWORK(None, str, "plain: weights are trained as they are; standardized: filter by filter "
-                                  "of mean 0, with a gain a channel that is trained, or fixed; unset: plain, but "
-                                  "standardized of resnet9, resnet18.", choices=tuple(PARAMETRISATIONS))
+    activation: str = NETWORK(None, str, "Activation of the states; unset: that of the architecture, "
+                              "hard_sigmoid, but relu6 of hopfield-resnet13 and relu of resnet9, resnet18.",
+                              choices=ACTIVATIONS)
+    weights: str = NETWORK(None, str, "plain: weights are trained as they are; standardized: filter by filter "
+                           "of mean 0, with a gain a channel that is trained, or fixed; unset: plain, but "
+                           "standardized of resnet9, resnet18.", choices=tuple(PARAMETRISATIONS))
     readout_pool: str | None = NETWORK(None, str, "The softmax readout sees averages of the last map over N x N "
                                        "pixels, or global ones; unset: the map, but global of resnet9 and resnet18.",
                                        check=check_readout_pool, needs=("readout",))
@@ -126,21 +127,21 @@ class TrainConfig:
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
     beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0, needs=("ep", "finite"))
-    free_steps: int | str | None = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
-                                            "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
-                                            word=AUTO, word_text=", or auto: after every epoch as many as it was found "
-                                            "to need", needs=("settling",))
-    nudged_steps: int | str | None = GRADIENT(None, int, "Steps of a nudged phase (of bptt those unrolled); unset: 1 "
-                                              "sweep, 2 with a feedback above 0.03, 4 above 0.3, 20 otherwise.", low=1,
-                                              word=AUTO, word_text=", or auto", needs=("settling",))
+    free_steps: int | str = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
+                                     "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
+                                     word=AUTO, word_text=", or auto: after every epoch as many as it was found "
+                                     "to need", needs=("settling",))
+    nudged_steps: int | str = GRADIENT(None, int, "Steps of a nudged phase (of bptt those unrolled); unset: 1 "
+                                       "sweep, 2 with a feedback above 0.03, 4 above 0.3, 20 otherwise.", low=1,
+                                       word=AUTO, word_text=", or auto", needs=("settling",))
     on_unsettled: str = GRADIENT("warn", str, "With auto steps, when a phase does not contract or needs more than 8 "
                                  "sweeps (200 other steps): say so, also halve the feedback, or also stop.",
                                  choices=ON_UNSETTLED, needs=("auto",))
     schedule: str = GRADIENT("sweeps", str, "Order in which layers are updated.", choices=SCHEDULES,
                              needs=("settling",))
-    relaxation: float | None = GRADIENT(None, float, "How far an update goes, in terms of what the rule says: above 1 "
-                                        "evenodd settles strong feedback in fewer steps; unset: 1.6 for evenodd with "
-                                        "a feedback above 0.3, 1 otherwise.", above=0, below=2, needs=("settling",))
+    relaxation: float = GRADIENT(None, float, "How far an update goes, in terms of what the rule says: above 1 "
+                                 "evenodd settles strong feedback in fewer steps; unset: 1.6 for evenodd with "
+                                 "a feedback above 0.3, 1 otherwise.", above=0, below=2, needs=("settling",))
     tolerance: float | None = GRADIENT(None, float, "End a phase when the residual is below this; unset: "
                                               "never.", above=0, needs=("settling",))
     scheme: str = GRADIENT("centered", str, "Which nudged phases estimate the gradient.", choices=SCHEMES,
@@ -160,8 +161,8 @@ class TrainConfig:
                                       needs=("mapped", "maps"))
     temperature: float = SIGNALS(1.0, float, "Temperature of the teacher's outputs (kd).", above=0,
                                  needs=("kd", "maps", "softmax"))
-    learned_maps: bool | None = SIGNALS(None, bool, "Learn the maps of the signals instead of fixing them; unset: kd "
-                                        "learns them, le does not.", needs=("mapped", "maps"))
+    learned_maps: bool = SIGNALS(None, bool, "Learn the maps of the signals instead of fixing them; unset: kd "
+                                 "learns them, le does not.", needs=("mapped", "maps"))
     teacher_features: bool = SIGNALS(False, bool, "Follow the teacher's own activations of the same shape, unweighted, "
                                      "instead of its outputs (kd; needs --no-crop).", needs=("kd",))
     teacher: str | None = SIGNALS(None, str, "Teacher file (kd); unset: train one by backpropagation.", needs=("kd",),
@@ -182,8 +183,8 @@ class TrainConfig:
                               low=0)
     momentum: float = OPTIMIZER(0.9, float, "Momentum of sgd.", low=0, below=1, needs=("sgd",))
     nesterov: bool = OPTIMIZER(False, bool, "Nesterov's form of the momentum.", needs=("sgd",))
-    weight_decay: float | None = OPTIMIZER(None, float, "L2 penalty on every parameter, decoupled from the gradient by "
-                                           "adamw; unset: 0, but 0.01 of adamw.", low=0)
+    weight_decay: float = OPTIMIZER(None, float, "L2 penalty on every parameter, decoupled from the gradient by "
+                                    "adamw; unset: 0, but 0.01 of adamw.", low=0)
     clip_unit_norm: float | None = OPTIMIZER(None, float, "Clip the gradient of every unit (filter) to so many times "
                                              "the norm of its weights, such as 0.02 (AGC); unset: no.", above=0)
     label_smoothing: float = OPTIMIZER(0.0, float, "Part of a training label that goes to all classes alike, such as "
@@ -212,7 +213,7 @@ class TrainConfig:
                              "does; unset: none.")
     # fmt: on
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for spec in fields(self):
             setattr(self, spec.name, checked(spec, getattr(self, spec.name), option_name(spec.name), self.plugin))
         self.dataset = absolute_name(self.dataset)
@@ -340,8 +341,8 @@ def require_used(given: Mapping[str, Any], *settings: Mapping[str, Any], where: 
 def differing(config: TrainConfig, other: TrainConfig) -> list[str]:
     """Return the names of the options that are not the same in two runs, those that have no effect in both left out."""
     ours, theirs = vars(config), vars(other)
-    other = [spec for spec in OPTIONS.values() if ours[spec.name] != theirs[spec.name]]
-    return [spec.name for spec in other if not (missing(spec, ours) and missing(spec, theirs))]
+    changed = [spec for spec in OPTIONS.values() if ours[spec.name] != theirs[spec.name]]
+    return [spec.name for spec in changed if not (missing(spec, ours) and missing(spec, theirs))]
 
 
 def check_option(name: str) -> None:
@@ -367,7 +368,8 @@ def parse_layers(text: str, depth: int, nodes: Sequence[str] | None = ()) -> lis
         if nodes is None and not numeric and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", part.strip()):
             continue
         names = f" or of {', '.join(nodes)}" if nodes else ""
-        require(numeric is not None, f"--signal-layers must be like 2,3,4 or 2-5 or all{names} (got '{text}')")
+        if numeric is None:
+            raise ConfigurationError(f"--signal-layers must be like 2,3,4 or 2-5 or all{names} (got '{text}')")
         require(len(part) <= 12, f"--signal-layers names a layer that no network has (got '{text}')")
         begin, end = int(numeric[1]), int(numeric[2] or numeric[1])
         require(1 <= begin <= end, f"--signal-layers counts layers upwards from 1 (got '{text}')")

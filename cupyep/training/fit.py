@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ def fit(
     for name, there in needs.items():
         require(run_dir is not None or not there, f"{name} needs run_dir, the folder of the checkpoints")
     path, display = None if run_dir is None else checked_path("run_dir", run_dir), Display(flag("quiet", quiet))
-    going_on = resume and (path / CONFIG).is_file()
-    begun = _as_begun(net, RunDirectory(path, None)) if going_on else {}
+    old = path if path is not None and resume and (path / CONFIG).is_file() else None  # the run to go on with
+    begun = {} if old is None else _as_begun(net, RunDirectory(old, TrainConfig()))
     config = _config(net, data, {name: begun.get(name) for name in KEPT}, options)
     require(not signals or config.aug == "none", "give either signals or the option aug")
     known = config.arch != OWN and (config.dataset in DATASETS or is_own(config.dataset))
@@ -137,11 +138,11 @@ def fit(
         if isinstance(teacher, TeacherFile):
             teacher.check(data)
     net.settling = config.settling
-    if path is not None and not going_on:
+    if path is not None and old is None:
         check_free(path)
-    trainer, teacher = prepare(config, display, Communicator(), path if going_on else None, data, net, signals)
-    if going_on:
-        trainer.directory = RunDirectory(path, config)
+    trainer, teacher = prepare(config, display, Communicator(), old, data, net, signals)
+    if old is not None:
+        trainer.directory = RunDirectory(old, config)
         trainer.resume()
         if text := stretch_text(trainer, begun.get("epochs", trainer.epochs)):
             display.show("warning", text)
@@ -154,7 +155,7 @@ def fit(
         show_start(trainer, f"run directory {path}")
     kept: dict[str, Any] = {}
     trainer.on_batch = on_batch
-    trainer.on_epoch = lambda record: _keep(trainer, record, kept) or (on_epoch and on_epoch(record))
+    trainer.on_epoch = partial(_on_epoch, trainer, kept, on_epoch)
     summary = trainer.run()
     with trainer.optimizer.averaged():
         weights = _copies(net)
@@ -181,7 +182,7 @@ def _config(net: Network, data: Dataset, kept: dict[str, Any], options: dict[str
         choose("option", name, OPTIONS)
         require(name not in OF_THE_NETWORK, f"the option {name} belongs to the network; build it so")
         require(name not in OF_THE_DATA, f"the option {name} belongs to the data set; load it so")
-    built = {name: net.config[name] for name in ("arch", "width", "pooling", "gain", "seed") if name in net.config}
+    built = {name: value for name, value in net.config.items() if name in ("arch", "width", "pooling", "gain", "seed")}
     own = {"loss": net.readout.criterion.name, "feedback": net.feedback, "precision": net.precision.name}
     own |= {"weights": net.weights, "device": net.device.name}
     pool = net.readout.pool
@@ -222,8 +223,9 @@ def _copies(net: Network) -> dict[str, np.ndarray]:
     return {path: net.device.to_numpy(p).copy() for path, p in net.parameters().items()}
 
 
-def _keep(trainer: Any, record: dict[str, Any], kept: dict[str, Any]) -> None:
-    """Keep the weights of the epoch that has just been done if it was the best."""
+def _on_epoch(trainer: Any, kept: dict[str, Any], on_epoch: Callable[..., Any] | None, record: dict[str, Any]) -> Any:
+    """Keep the weights of the epoch that has just been done if it was the best; return what `on_epoch` does."""
     if trainer.best_epoch == record["epoch"]:
         with trainer.optimizer.averaged():
             kept.update(_copies(trainer.network))
+    return on_epoch and on_epoch(record)

@@ -123,7 +123,8 @@ def at_rest(
 
     `communicator` as in `evaluate`; `watched` is asked for the batches each time.
     """
-    steps, found = learner.free_steps, {"images": len(batches.split)}
+    steps = learner.free_steps
+    found: dict[str, Any] = {"images": len(batches.split)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

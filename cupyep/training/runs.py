@@ -297,13 +297,10 @@ def _teacher(
     if config.aug != "kd":
         return None
 
-    def kept() -> Path | None:
-        other = expanded(config.teacher) if config.teacher else teacher_path(config, dataset)
-        return kept_teacher(run, other)
-
-    if run is not None and (path := ranks.first(kept)):
+    given = expanded(config.teacher) if config.teacher else None
+    if run is not None and (path := ranks.first(lambda: kept_teacher(run, given or teacher_path(config, dataset)))):
         return path
-    return expanded(config.teacher) if config.teacher else cached_teacher(config, dataset, device, display, ranks)
+    return given or cached_teacher(config, dataset, device, display, ranks)
 
 
 def _headline(config: TrainConfig, dataset: Dataset, network: Network) -> str:

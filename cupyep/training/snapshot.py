@@ -58,7 +58,7 @@ def take_snapshot(trainer: Any) -> Checkpoint:
 def first_filters(checkpoint: Checkpoint, nodes: Iterable[str] | None) -> np.ndarray | None:
     """Return the weight (kh, kw, C, K) of the first layer (of those `nodes`); None if it is no convolution."""
     weight = checkpoint.weights().get(f"layers.{next(iter(nodes or ()), '1')}.weight")
-    return weight if np.ndim(weight) == 4 else None
+    return weight if weight is not None and weight.ndim == 4 else None
 
 
 def kept_filters(filters: Mapping[int, np.ndarray], epoch: int, weight: np.ndarray | None) -> dict[int, np.ndarray]:

@@ -53,7 +53,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     Losses and accuracies of all splits share a chart (``loss/train``); so do the layers of a list (``dead/2``, by its
     name where the network is no chain; the norm of the readout's gradient is ``gradient_norm/readout``).
     """
-    depth, found = len(record["activity"]), {}
+    depth = len(record["activity"])
+    found: dict[str, float] = {}
     for key, value in record.items():
         if key in LEFT_OUT or value is None:
             continue

@@ -49,7 +49,7 @@ def load_trained(path: str | Path, which: str = "best", given: Mapping[str, Any]
     directory = RunDirectory.open(path)
     saved = directory.load(which)
     file = directory.path / CHECKPOINT_FILES[which]
-    plain = {"aug": "none", "teacher": None, "teacher_features": False}
+    plain: dict[str, Any] = {"aug": "none", "teacher": None, "teacher_features": False}
     config = as_settled(dataclasses.replace(directory.config, **plain), saved, given or {})
     require_used(given or {}, vars(config))
     images = _image_format(file, saved, config)

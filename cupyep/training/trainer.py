@@ -26,7 +26,7 @@ from cupyep.training.divergence import ON_DIVERGENCE, LossWatch
 from cupyep.training.interruption import Interruptions
 from cupyep.training.outlook import Outlook
 from cupyep.training.results import TrainSummary, at_rest, evaluate
-from cupyep.training.run_directory import PREVIOUS, RunDirectory
+from cupyep.training.run_directory import PREVIOUS
 from cupyep.training.schedules import Schedules
 from cupyep.training.snapshot import check_same_run, restore_snapshot, take_snapshot
 from cupyep.training.statistics import EpochStatistics, layer_names
@@ -66,7 +66,7 @@ class Trainer:
         Epochs in which the learning rates rise to those of the schedule.
     patience : int, optional
         The run ends after so many epochs that were no better than the best one.
-    directory : RunDirectory, optional
+    directory : RunDirectory or SharedDirectory, optional
         Without one nothing is written.
     generators : mapping of str to numpy.random.Generator
         Every generator that the training draws from besides that of `train`; their states belong to the checkpoint.
@@ -110,7 +110,7 @@ class Trainer:
         lr_schedule: str = "constant",
         warmup: float = 0.0,
         patience: int | None = None,
-        directory: RunDirectory | None = None,
+        directory: Any = None,
         generators: Mapping[str, np.random.Generator] | None = None,
         checkpoint_minutes: float = 10.0,
         on_divergence: str = "stop",
@@ -251,9 +251,8 @@ class Trainer:
         record = self.records[-1]
         path = None if self.directory is None else self.directory.path
         chosen = self.records[self.best_epoch - 1]["test_accuracy"]
-        best = (self.best_accuracy, self.best_epoch, chosen, self.best_split)
-        last = (record["epoch"], record["test_accuracy"], record["test_loss"])
-        return TrainSummary(*last, *best, self.elapsed_s, path, self._rest())
+        figures = (record["epoch"], record["test_accuracy"], record["test_loss"], self.best_accuracy, self.best_epoch)
+        return TrainSummary(*figures, chosen, self.best_split, self.elapsed_s, path, self._rest())
 
     def _rest(self) -> dict[str, Any] | None:
         if self.rest is None or self._stopped:
