@@ -379,12 +379,14 @@ def test_an_interrupted_run_says_how_it_goes_on(invoke, monkeypatch):
         ("../mine", 2, "--plugin ../mine: neither a module (package.module) nor a file that ends in .py"),
         ("raising.py", 1, "--plugin raising.py: ZeroDivisionError"),
         ("unreadable.py", 1, "--plugin unreadable.py: SyntaxError"),
+        ("leaving.py", 1, "Error: not on this machine"),
         ("taking.py", 2, "'vgg5' is a name of the package's own; choose another"),
     ],
 )
 def test_wrong_plugins(text, code, message, invoke):
     Path("raising.py").write_text("1 / 0")
     Path("unreadable.py").write_text("def")
+    Path("leaving.py").write_text("raise SystemExit('not on this machine')")
     Path("taking.py").write_text("import cupyep as ep\nep.register_architecture('vgg5', '4 4')\n")
     for command in (TRAIN, ["evaluate", "run"]):
         got, out, err = invoke(*command, "--plugin", text)

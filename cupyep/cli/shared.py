@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -46,7 +46,7 @@ class OneLineErrors(click.Command):
     nobody reads.
     """
 
-    def main(self, *args: Any, **kwargs: Any) -> None:
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
         open_streams()
         streams = (sys.stdout, sys.stderr)
@@ -94,7 +94,7 @@ class OneLineErrors(click.Command):
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoSuchOption as error:
-            params = error.ctx.command.get_params(error.ctx)
+            params = error.ctx.command.get_params(error.ctx) if error.ctx else []
             known = [name for param in params for name in (*param.opts, *param.secondary_opts)]
             return 2, f"no such option '{error.option_name}'{_instead(error.option_name, known)}"
         except click.ClickException as error:
@@ -112,8 +112,10 @@ class OneLineErrors(click.Command):
                 return 128 + SIGPIPE, ""
             place = error.filename2 or error.filename
             return 1, f"cannot use '{place}': {error.strerror}" if place else str(error)
-        except SystemExit as error:  # click's own, of a completion, or because nobody reads the output
-            return (error.code or 0) if sys.stdout is stdout else 128 + SIGPIPE, ""
+        except SystemExit as error:  # a plugin's, or click's own, of a completion, or because nobody reads the output
+            if sys.stdout is not stdout:
+                return 128 + SIGPIPE, ""
+            return (1, error.code) if isinstance(error.code, str) else (error.code or 0, "")
         except click.Abort:
             return 130, "interrupted"
         return code if isinstance(code, int) else 0, ""
@@ -175,7 +177,7 @@ def choice(flag: str, *names: str, among: Iterable[str], default: str | None = N
 def threads_option(command: Any) -> Any:
     """Add the option that sets the threads of this process: results do not depend on it, and no run remembers it."""
     text = "Threads that take the parts of a batch on a CPU; the results are the same bits.  [default: usable CPUs]"
-    how = {"type": click.IntRange(1), "expose_value": False, "help": text}
+    how: dict[str, Any] = {"type": click.IntRange(1), "expose_value": False, "help": text}
     return click.option("--threads", callback=lambda *values: set_threads(values[-1]), **how)(command)
 
 
@@ -188,8 +190,8 @@ def _load(context: click.Context, param: click.Parameter, value: str | None) -> 
 def plugin_option(of: str) -> Any:
     """Return the decorator of an option that imports the plugin `of` a run, or of a file that names one."""
     text = f"The plugin {of}: a module or file .py, whose code is run.  [default: none]"
-    how = {"is_eager": True, "expose_value": False, "callback": _load, "metavar": PLUGIN, "help": text}
-    return click.option("--plugin", **how)
+    how: dict[str, Any] = {"expose_value": False, "callback": _load, "metavar": PLUGIN, "help": text}
+    return click.option("--plugin", is_eager=True, **how)
 
 
 run_plugin_option = plugin_option("that the run was trained with")
@@ -305,8 +307,8 @@ def value_type(name: str, with_word: bool = True) -> click.ParamType:
         return IntegerOr(rule["word"])
     if "choices" in rule:
         return Names(option_name(name), rule["choices"], rule.get("check"))
-    types = {int: click.INT, float: click.FLOAT, bool: click.BOOL, list: Numbers(), str: click.STRING}
-    return types[rule["kind"]]
+    types: dict[type, click.ParamType] = {int: click.INT, float: click.FLOAT, bool: click.BOOL, str: click.STRING}
+    return Numbers() if rule["kind"] is list else types[rule["kind"]]
 
 
 def chosen_config(
