@@ -57,7 +57,7 @@ LINKS_GB = (50.0, 10.0)  # between ranks
 WEAK_FEEDBACK, SWEEPS = 0.1, 2
 RESIDUAL = 1e-4
 CHECK_EVERY = 5
-PATHS = {
+PATHS: dict[str, dict[str, Any]] = {
     "synchronous": {"schedule": "synchronous"},
     "evenodd": {"schedule": "evenodd"},
     "relaxed": {"schedule": "evenodd", "relaxation": 1.6},
@@ -83,9 +83,9 @@ class Run:
     def operations(self) -> Operations:
         return Operations(self.network, len(self.batch))
 
-    def counts(self, count: Callable[[Operations], int]) -> tuple[int, int]:
-        """Return the operations of direct convolutions, and those done."""
-        return count(self.operations), count(Operations(self.network, len(self.batch), done=True))
+    def counts(self, count: Callable[..., int], *how: Any) -> tuple[int, int]:
+        """Return the operations of direct convolutions, and those done: what `count` makes of them with `how`."""
+        return count(self.operations, *how), count(Operations(self.network, len(self.batch), done=True), *how)
 
     def build(self, **changes: Any) -> ep.Network:
         return ep.build(**{**self.network.config, **changes}, device=self.network.device)
@@ -118,7 +118,7 @@ def time_edges(run: Run) -> dict[str, Timing]:
     graph, nodes = network.graph, [run.batch.images, *state.layers]
     for c, (edge, n, m) in enumerate(zip(network.layers, graph.below, graph.above, strict=True)):
         name = f"edge {m}" if graph.is_chain else f"{graph.connections[c].below} to {graph.connections[c].above}"
-        winners, ops, flops = state.winners[c], workspace.ops[c], run.counts(lambda count, c=c: count.edges[c])
+        winners, ops, flops = state.winners[c], workspace.ops[c], run.counts(lambda count, c: count.edges[c], c)
         # The drive finds the winners, of the same states, that are there already.
         cases[f"{name} drive"] = Case(functools.partial(edge.drive, nodes[n], up[m - 1], winners, ops), *flops)
         if n:
@@ -154,7 +154,8 @@ def time_steps(run: Run, phases: dict[str, Callable[..., Any]]) -> dict[str, Tim
 
 def time_settle_steps(run: Run) -> dict[str, Timing]:
     """Time one step of every schedule."""
-    network, reference, phases = run.network, run.reference, {}
+    network, reference = run.network, run.reference
+    phases: dict[str, Callable[..., Any]] = {}
     for schedule in SCHEDULES:
         phases[schedule] = functools.partial(network.settle_free, run.batch, schedule=schedule)
         if network.device.graphs is not None:
@@ -178,8 +179,8 @@ def time_settle_steps(run: Run) -> dict[str, Timing]:
 
 def time_scratch(run: Run) -> dict[str, Timing]:
     """Time one synchronous step with other budgets for what a chunk of a batch needs."""
-    device, phases = run.network.device, {}
-    usual = device.scratch_bytes
+    device, usual = run.network.device, run.network.device.scratch_bytes
+    phases: dict[str, Callable[..., Any]] = {}
     for budget in run.options["scratch_mb"]:
         device.scratch_bytes = int(budget * 1e6)
         network = run.build()
@@ -198,14 +199,12 @@ def time_learning(run: Run) -> dict[str, Timing]:
     cases = {
         f"EP step, {form}": Case(
             functools.partial(learner(network, free, nudged, form, schedule).step, batch),
-            *run.counts(lambda count, form=form: count.ep_step(free, nudged, form, schedule)),
+            *run.counts(Operations.ep_step, free, nudged, form, schedule),
         )
         for form in ("classical", "deviation")
     }
     bptt = ep.BackpropagationThroughTime(network, free, nudged, schedule=schedule, relaxation=1.0)
-    cases["BPTT step"] = Case(
-        functools.partial(bptt.step, batch), *run.counts(lambda count: count.bptt_step(free, nudged))
-    )
+    cases["BPTT step"] = Case(functools.partial(bptt.step, batch), *run.counts(Operations.bptt_step, free, nudged))
     cases["BP step"] = Case(functools.partial(ep.Backpropagation(network).step, batch), *run.counts(Operations.bp_step))
     if run.reference is not None:
         arguments = (run.reference.images(batch.images), run.reference.labels(batch.labels), BETA, free, nudged)
@@ -230,7 +229,7 @@ def time_weak_feedback(run: Run) -> dict[str, Timing]:
     cases = {
         f"EP step, {form}, {SWEEPS} + {nudged}": Case(
             functools.partial(learner(network, SWEEPS, nudged, form, "sweeps").step, batch),
-            *run.counts(lambda count, form=form, nudged=nudged: count.ep_step(SWEEPS, nudged, form, "sweeps")),
+            *run.counts(Operations.ep_step, SWEEPS, nudged, form, "sweeps"),
         )
         for form, nudged in (("deviation", SWEEPS), ("deviation", 1), ("tangent", SWEEPS))
     }
@@ -245,7 +244,7 @@ def time_to_residual(run: Run) -> dict[str, Timing]:
     """Time free phases until no layer of any sample moves by more; those that never get there are only named."""
     cases, steps, network = {}, {}, run.network
     most = 30 if run.options["quick"] else MOST_STEPS
-    shared = {"steps": most, "tolerance": RESIDUAL, "check_every": CHECK_EVERY}
+    shared: dict[str, Any] = {"steps": most, "tolerance": RESIDUAL, "check_every": CHECK_EVERY}
     for name, how in PATHS.items():
         stats = network.settle_free(run.batch, **shared, **how).stats
         steps[name] = stats.steps if stats.converged else None
@@ -282,7 +281,7 @@ def measure_parts(run: Run) -> None:
     """Print where the time of a training step of EP and of BP goes, what the machine can do, and the products alone."""
     network, samples, device = run.network, len(run.batch), run.network.device
     steps, usual = training_steps(run, network), device.scratch_bytes
-    others = {}
+    others: dict[str, TrainingStep] = {}
     for budget in run.options["scratch_mb"]:
         device.scratch_bytes = int(budget * 1e6)
         others |= {f"{name}, {budget:g} MB": step for name, step in training_steps(run, run.build()).items()}
@@ -314,7 +313,8 @@ def measure_scaling(run: Run) -> None:
     network, batch, reference, ranks = run.network, run.batch, run.reference, join()
     ranks.use(network.device)
     own = learner(network, free, nudged, "classical", schedule)
-    works = {"EP": lambda: own.step(batch), "BP": functools.partial(ep.Backpropagation(network).step, batch)}
+    works: dict[str, Callable[[], Any]] = {"EP": functools.partial(own.step, batch)}
+    works["BP"] = functools.partial(ep.Backpropagation(network).step, batch)
     if reference is not None:
         arguments = (reference.images(batch.images), reference.labels(batch.labels), BETA, free, nudged)
 
@@ -340,7 +340,7 @@ def measure_memory(run: Run) -> list[tuple[str, int, int]]:
     ):
         for steps in MEMORY_STEPS:
 
-            def prepare(make=make, steps=steps):
+            def prepare(make: Any = make, steps: int = steps) -> Callable[[], Any]:
                 return functools.partial(make(run.build(), steps).step, run.batch)
 
             rows.append((name, steps, peak_bytes(prepare, run.network.device)))

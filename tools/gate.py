@@ -80,7 +80,9 @@ def _check_gradient(network: ep.Network, batch: ep.Batch, reference: Any, limit:
             raise WrongResult(f"{told}; nothing was timed")
 
 
-def learner(network: ep.Network, free_steps: int, nudged_steps: int, form: str, schedule: str = "synchronous"):
+def learner(
+    network: ep.Network, free_steps: int, nudged_steps: int, form: str, schedule: str = "synchronous"
+) -> ep.EquilibriumPropagation:
     """Return the EP learner of a form: classical or deviation, both centered, or tangent."""
-    how = {"scheme": "tangent"} if form == "tangent" else {"scheme": "centered", "nudge": form}
+    how: dict[str, Any] = {"scheme": "tangent"} if form == "tangent" else {"scheme": "centered", "nudge": form}
     return ep.EquilibriumPropagation(network, BETA, free_steps, nudged_steps, schedule=schedule, relaxation=1.0, **how)

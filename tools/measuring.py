@@ -105,18 +105,18 @@ class Stopwatch:
         factors = Factors(precision, device.is_gpu)
         a, b = (device.asarray(generator.standard_normal((size, size)), factors.dtype) for _ in range(2))
         out = device.xp.empty_like(a)
-        self._product = Case(lambda: factors.product(a, b, out), 2.0 * size**3)
+        self._product, self._flops = Case(lambda: factors.product(a, b, out)), 2.0 * size**3
         self.product_rates: list[float] = []
 
-    def measure(self, cases: dict[str, Case]) -> dict[str, Timing]:
+    def measure(self, cases: dict[Any, Case]) -> dict[Any, Timing]:
         """Return the timings of `cases` by name, after a warm-up call of each."""
         calls = {name: self._calls(case) for name, case in cases.items()}
         product_calls = self._calls(self._product)
-        seconds: dict[str, list[float]] = {name: [] for name in cases}
-        rates: dict[str, list[float]] = {name: [] for name in cases}
+        seconds: dict[Any, list[float]] = {name: [] for name in cases}
+        rates: dict[Any, list[float]] = {name: [] for name in cases}
         for _ in range(self.repeats):
             for name, case in cases.items():
-                rates[name].append(self._product.flops / self._read(self._product, product_calls))
+                rates[name].append(self._flops / self._read(self._product, product_calls))
                 seconds[name].append(self._read(case, calls[name]))
         self.product_rates += [rate for row in rates.values() for rate in row]
         return {

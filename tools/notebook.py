@@ -24,7 +24,8 @@ def run(cells: list[dict[str, Any]]) -> None:
     space: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate((c for c in cells if c["cell_type"] == "code"), start=1):
         printed, body = io.StringIO(), ast.parse("".join(cell["source"]))
-        last = ast.Expression(body.body.pop().value) if isinstance(body.body[-1], ast.Expr) else None
+        last = ast.Expression(end.value) if isinstance(end := body.body[-1], ast.Expr) else None
+        body.body = body.body[:-1] if last else body.body
         with contextlib.redirect_stdout(printed):
             exec(compile(body, f"cell {number}", "exec"), space)
             value = None if last is None else eval(compile(last, f"cell {number}", "eval"), space)

@@ -57,7 +57,7 @@ class Product:
     columns: int
     factor: np.dtype
     out: np.dtype
-    transposed: tuple[bool, bool]
+    transposed: tuple[bool, ...]
     adds: bool
 
     @property
@@ -109,8 +109,10 @@ class Recorder:
     def _product(self, adds: bool, factors: Factors, a: Any, b: Any, out: Any, *scratch: Any) -> None:
         self.work.products += 1
         self.work.nbytes += a.nbytes + b.nbytes + out.nbytes * (1 + adds)
+        rows, inner = a.shape
         transposed = tuple(x.strides[0] < x.strides[1] for x in (a, b))
-        self.products[Product(*a.shape, b.shape[1], np.dtype(a.dtype), np.dtype(out.dtype), transposed, adds)] += 1
+        product = Product(rows, inner, b.shape[1], np.dtype(a.dtype), np.dtype(out.dtype), transposed, adds)
+        self.products[product] += 1
 
     def _launch(self, launcher: Any, kernel: str, types: Any, grid: Any, block: Any, arguments: Any) -> None:
         self.work.kernels += 1
@@ -142,19 +144,20 @@ class TrainingStep:
     def __init__(self, learner: ep.learning.Learner, samples: int):
         network, self.device = learner.network, learner.network.device
         generator = np.random.default_rng(0)
-        splits = []
-        for name in ("train", "test"):
-            count = max(SPLIT_IMAGES, samples) // samples * samples
+        count = max(SPLIT_IMAGES, samples) // samples * samples
+
+        def split(name: str) -> ep.data.Split:
             images = generator.integers(0, 256, (count, *network.input_shape), np.uint8)
-            splits.append(ep.data.Split(name, images, generator.integers(0, network.classes, count)))
+            return ep.data.Split(name, images, generator.integers(0, network.classes, count))
+
         classes = tuple(map(str, range(network.classes)))
-        data = ep.data.Dataset.from_splits("noise", classes, *splits, flip=True, pad=4)
-        how = {"augment": True, "shuffle": True, "generator": generator}
+        data = ep.data.Dataset.from_splits("noise", classes, split("train"), split("test"), flip=True, pad=4)
+        how: dict[str, Any] = {"augment": True, "shuffle": True, "generator": generator}
         self.loader = ep.Loader(data, "train", samples, self.device, network.dtype, **how)
         self.learner, self.samples = learner, samples
         self.optimizer = ep.Adam(learner.parameters())
         self.statistics = EpochStatistics(self.device, 1, layer_names(learner.parameters()))
-        self._batches = iter(())
+        self._batches: Iterator[ep.Batch] = iter(())
 
     def next_batch(self) -> ep.Batch:
         batch = next(self._batches, None)
@@ -267,9 +270,10 @@ def _alone(product: Product, factors: Factors, device: ep.Device) -> Callable[[]
         array = device.asarray(drawn, product.factor)
         arrays.append(array.T if transposed else array)
     out = device.asarray(np.zeros((product.rows, product.columns)), product.out)
+    a, b = arrays
     if product.adds:
-        return functools.partial(factors.add_product, *arrays, out, device.xp.empty_like(out))
-    return functools.partial(factors.product, *arrays, out)
+        return functools.partial(factors.add_product, a, b, out, device.xp.empty_like(out))
+    return functools.partial(factors.product, a, b, out)
 
 
 def moving_cases(network: ep.Network, samples: int) -> dict[str, tuple[Case, int]]:

@@ -79,8 +79,9 @@ def readme_table(found: dict[str, Found]) -> str:
 def _accuracy(experiment: Experiment, scale: str, measured: Found, key: str) -> str:
     if scale not in experiment.scales or key not in {row.key for row in experiment.at(scale).rows}:
         return "-"
-    values = measured[scale][0].values(key, COLUMNS["accuracy"].value) if scale in measured else ()
-    return f"{values.mean():.1f}" if len(values) else OPEN
+    if scale not in measured or not len(values := measured[scale][0].values(key, COLUMNS["accuracy"].value)):
+        return OPEN
+    return f"{values.mean():.1f}"
 
 
 def _finding(experiment: Experiment, scale: str, measured: tuple[Results, dict[str, Any]] | None) -> str:

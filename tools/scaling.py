@@ -94,7 +94,7 @@ def simulated(learner: Any, batch: Any, ranks: int, links: Sequence[float], late
     return lines
 
 
-def thread_table(works: dict[str, Callable[[], Any]], threads: Sequence[int], samples: int) -> list[str]:
+def thread_table(works: dict[str, Callable[[], Any]], threads: list[int], samples: int) -> list[str]:
     """Return lines: images/s and efficiency of each work by numbers of threads, the best of rounds taken in turn."""
     best = {name: dict.fromkeys(threads, math.inf) for name in works}
     for name, work in works.items():

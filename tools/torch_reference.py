@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from cupyep.activations import Clip
-from cupyep.errors import require
+from cupyep.errors import ConfigurationError, require
 from cupyep.layers import Conv2d, Edge
 from cupyep.network import Network
 
@@ -38,7 +38,8 @@ class TorchReference:
     def __init__(self, network: Network, device: str = "cpu", dtype: str = "float32"):
         plain = network.graph.is_chain and network.weights == "plain"
         require(plain, "the reference takes chains with plain weights: compare networks with skips without --against")
-        require(isinstance(network.activation, Clip), f"the reference has no activation '{network.activation.name}'")
+        if not isinstance(network.activation, Clip):
+            raise ConfigurationError(f"the reference has no activation '{network.activation.name}'")
         self.network = network
         self.device, self.dtype = device, getattr(torch, dtype)
         self.activation = network.activation
