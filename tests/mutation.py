@@ -65,7 +65,7 @@ DEFECTS = [
     Defect("images for a teacher shifted by half a pixel", "data/images.py",
            "(np.arange(new) + 0.5) * scale - 0.5", "np.arange(new) * scale", "test_data_dataset"),
     Defect("a teacher gets pixels of the data set's statistics for its own", "commands/teacher.py",
-           "(dataset.std / std).astype", "(std / dataset.std).astype", "test_teacher_command"),
+           "(dataset.std / spread).astype", "(spread / dataset.std).astype", "test_teacher_command"),
     Defect("drop the 1/2 of 2 beta", "learning/equilibrium.py",
            "self.betas[0] - (self.betas[1] if self.phases == 2 else 0.0)", "self.betas[0]", EP),
     Defect("both phases nudged with +beta", "phases.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     return Comparison([name for name in OPTIONS if name not in MEASURES and len(values[name]) > 1], rows)
 
 
-def measures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def measures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the `MEASURES` but for ``epochs``, which no record knows, of the records of a run."""
     last = records[-1] if records else {}
     best = best_record(records) or {}
@@ -96,7 +96,7 @@ def measures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def best_record(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def best_record(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the record of the epoch that best.h5 is of: chosen by validation images where there are some."""
     split = "test" if any(r.get("validation_accuracy") is None for r in records) else "validation"
     judged = [record for record in records if record.get(f"{split}_accuracy") is not None]

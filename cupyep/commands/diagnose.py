@@ -135,7 +135,7 @@ def diagnose(path: str | Path, which: str = "last", given: Mapping[str, Any] | N
     file, saved, config = _open(Path(path), which)
     given = given or {}
     follows = {"relaxation": None} if "schedule" in given else {}  # that of the run belongs to the run's schedule
-    config = as_settled(config, saved, follows | given)
+    config = as_settled(config, saved, {**follows, **given})
     require_used(given, vars(config))
     dataset = build_dataset(config)
     check_unchanged(f"checkpoint '{file}'", saved.images.get("fingerprint", ""), dataset)

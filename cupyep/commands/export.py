@@ -35,7 +35,7 @@ def export_run(path: str | Path, form: str, output: Path, which: str = "best", s
     require(steps is None or (form == "onnx" and settles), "--steps is for --format onnx of a network that settles")
     require(steps is None or steps >= 1, f"--steps must be at least 1 (got {steps})")
     with reporting(CheckpointError, f"cannot write '{output}'"):
-        lines = write(run, output, steps or run.config.free_steps)
+        lines = write(run, output, steps or run.config.settling["steps"])
     count = sum(array.size for array in run.network.parameters().values())
     epoch = f"epoch {run.epoch} ({which})"
     return [f"{output}: {run.config.arch} on {run.config.dataset}, {epoch}, {count:,} parameters", *lines]
@@ -48,7 +48,7 @@ def _normalisation(run: TrainedRun) -> str:
 
 
 def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
-    arrays = torch_layout(run.network)
+    arrays: dict[str, Any] = torch_layout(run.network)
     names = ("arch", "width", "activation", "pooling", "loss", "feedback", "schedule", "relaxation", "algorithm")
     settings = {
         **run.config.take(*names),
@@ -58,7 +58,7 @@ def _write_npz(run: TrainedRun, output: Path, steps: int) -> list[str]:
         "network": run.network.describe(),
         "cupyep": __version__,
     }
-    texts = {"classes": np.array(run.images.classes), "settings": np.array(json.dumps(settings))}
+    texts: dict[str, Any] = {"classes": np.array(run.images.classes), "settings": np.array(json.dumps(settings))}
     with replacing(output) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, mean=run.images.mean, std=run.images.std, **texts)
     return [f"arrays {', '.join(arrays)}; mean, std, classes, settings", _normalisation(run)]

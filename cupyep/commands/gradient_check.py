@@ -69,7 +69,7 @@ class GradientReport:
         These are of the first beta; ``"betas"``, a list of ``{"beta", "forms": {form: rows}}``, has all of them.
         """
         betas = [{"beta": beta, "forms": forms} for beta, forms in self.betas.items()]
-        parts = [{"nudge": form, "layers": rows} for form, rows in betas[0]["forms"].items()]
+        parts = [{"nudge": form, "layers": rows} for form, rows in next(iter(self.betas.values())).items()]
         content = {**parts[0], "other": parts[1] if len(parts) > 1 else None, "betas": betas}
         content["options"] = self.config.take(*CHECK_OPTIONS)
         write_json(Path(path), content, indent=1)

@@ -31,7 +31,7 @@ from cupyep.training.build import (
     make_signals,
     optimizer_slots,
 )
-from cupyep.training.config import TrainConfig
+from cupyep.training.config import TrainConfig, make_config
 
 #: The options that a step's memory depends on.
 MEMORY_OPTIONS = (
@@ -231,7 +231,7 @@ def device_of(config: TrainConfig, kind: str | None) -> Device:
 def _of(config: TrainConfig, algorithm: str, steps: int | None) -> TrainConfig:
     """Return the configuration of a step with T steps."""
     changes = {"ep": {"free_steps": steps}, "bptt": {"free_steps": 1, "nudged_steps": steps}, "bp": {}}[algorithm]
-    return dataclasses.replace(config, algorithm=algorithm, **changes)
+    return make_config(vars(config), {"algorithm": algorithm}, changes)
 
 
 def planned_step(config: TrainConfig, device: Device) -> dict[str, int]:

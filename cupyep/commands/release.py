@@ -18,7 +18,7 @@ from cupyep.files import LOCK, temporary_path, write_file
 from cupyep.learning import Backpropagation
 from cupyep.persistence import Checkpoint, save_checkpoint
 from cupyep.training.build import build_dataset, evaluation_batches, rest_batches
-from cupyep.training.config import MACHINE, OPTIONS, TrainConfig
+from cupyep.training.config import MACHINE, OPTIONS, TrainConfig, make_config
 from cupyep.training.display import Display
 from cupyep.training.results import LONGER, at_rest, evaluate
 from cupyep.training.run_directory import BEST, METRICS, SETTLING, RunDirectory, check_free
@@ -45,7 +45,7 @@ def release_run(path: str | Path, output: Path, which: str = "best", display: Di
     dataset = build_dataset(run.config)
     check_unchanged("this checkpoint", checkpoint.images.get("fingerprint", ""), dataset)
     with _folder(output) as folder:
-        config = dataclasses.replace(run.config, **{name: OPTIONS[name].default for name in (*MACHINE, "init_from")})
+        config = make_config(vars(run.config), {name: OPTIONS[name].default for name in (*MACHINE, "init_from")})
         new = RunDirectory.create(folder, config)
         for name in filter(lambda name: (run.path / name).is_file(), (METRICS, SETTLING)):
             shutil.copyfile(run.path / name, folder / name)
@@ -153,7 +153,7 @@ def _settling(config: TrainConfig, record: Mapping[str, Any]) -> str:
     if record.get("free_distance") is None:
         return "This network does not settle: one pass up."
     unit = {"sweeps": "sweep"}.get(config.schedule, "step")
-    steps, left = config.free_steps, max(record["free_distance"])
+    steps, left = config.settling["steps"], max(record["free_distance"])
     return (
         f"After {steps} {unit}{'s' if steps > 1 else ''} of the free phase the layer that is farthest from rest has "
         f"{left:.0%} of its size left to go (a few training images, epoch {record['epoch']})."

@@ -290,7 +290,7 @@ def _rescaling(
     if dtype == "uint8":
         require(dataset.unit == 255, f"images of {dataset.name} are floats: a teacher that takes uint8 cannot see them")
         require(mean is None and std is None, "a teacher that takes uint8 gets pixels as they are: no --mean, no --std")
-        mean, std = np.zeros(channels), np.full(channels, 1 / 255)
-    mean = dataset.mean if mean is None else np.asarray(mean)
-    std = dataset.std if std is None else np.asarray(std)
-    return (dataset.std / std).astype(np.float32), ((dataset.mean - mean) / std).astype(np.float32)
+        mean, std = [0.0] * channels, [1 / 255] * channels
+    centre = dataset.mean if mean is None else np.asarray(mean)
+    spread = dataset.std if std is None else np.asarray(std)
+    return (dataset.std / spread).astype(np.float32), ((dataset.mean - centre) / spread).astype(np.float32)

@@ -39,6 +39,12 @@ class Run(NamedTuple):
         """What the last epoch calls the nodes of a network that is no chain."""
         return self.records[-1].get("nodes") if self.records else None
 
+    @property
+    def files(self) -> RunDirectory:
+        """The directory, for figures of what only a saved run has."""
+        assert self.directory is not None  # or nobody asks for such a figure
+        return self.directory
+
 
 def opened(paths: Sequence[Path]) -> list[Run]:
     """Return the runs in some directories, each by a name of its own."""
@@ -105,7 +111,7 @@ def overview_of(run: Run) -> Any:
 
 def settling_of(run: Run) -> Any:
     """Return the figure of how the phases of the last epoch settled, or why there is none."""
-    trace = run.directory.settling()
+    trace = run.files.settling()
     if not (trace and "free" in trace):
         return "no phases are recorded"
     return curves.settling(trace, f"{run.name}: settling of {trace['images']} training images, epoch {trace['epoch']}")
@@ -114,7 +120,7 @@ def settling_of(run: Run) -> Any:
 def filters_of(run: Run) -> Any:
     """Return the figure of the first layer's filters in the best epoch, or why there is none."""
     try:
-        saved = run.directory.load("best" if (run.directory.path / BEST).exists() else "last")
+        saved = run.files.load("best" if (run.files.path / BEST).exists() else "last")
     except CheckpointError as error:
         return str(error)
     weight = first_filters(saved, run.nodes)
@@ -124,7 +130,7 @@ def filters_of(run: Run) -> Any:
 def filters_by_epoch_of(run: Run) -> Any:
     """Return the figure of the first layer's filters at the epochs that a run keeps, or why there is none."""
     try:
-        saved = run.directory.load("last")
+        saved = run.files.load("last")
         kept = saved_filters(saved)
     except (CheckpointError, ValueError) as error:
         return str(error)
@@ -139,13 +145,13 @@ def filters_by_epoch_of(run: Run) -> Any:
 
 def confusion_figure(run: Run, given: Mapping[str, Any], display: Display) -> Any:
     """Return the figure of which class the best epoch takes for which, or why there is none."""
-    if not (run.directory.path / BEST).exists():
+    if not (run.files.path / BEST).exists():
         return NO_EPOCH
     try:
-        matrix, classes = confusion_of(run.directory, given, display)
+        matrix, classes = confusion_of(run.files, given, display)
     except CupyepError as error:
         return str(error)
-    share, epoch = np.trace(matrix) / matrix.sum(), run.directory.load("best").epoch
+    share, epoch = np.trace(matrix) / matrix.sum(), run.files.load("best").epoch
     title = f"{run.name}: {matrix.sum()} test images, epoch {epoch}, {share:.1%} right"
     return maps.confusion(matrix, classes, title)
 

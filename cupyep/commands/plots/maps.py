@@ -23,6 +23,7 @@ NUMBERED_EPOCHS = 8  # so many epochs leave room for a number in every cell
 DECADES = 6  # a logarithmic scale shows no more below its largest value
 NAMED_CLASSES = 20
 FILTERS = 16  # side by side over the epochs
+PERCENT: dict[str, Any] = {"vmin": 0.0, "vmax": 100.0}  # the colours of a scale that is not logarithmic
 BETWEEN = (0.8, 0.87, 0.95)  # the colour between filters, which none of a grey one has
 
 
@@ -44,7 +45,7 @@ def over_epochs(
     layers = max(values.shape[1] for values in maps.values())
     figure = new_figure(5.2 * len(maps) + 0.6, 1.5 + 0.24 * max(layers, 5))
     axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
-    scale = log_scale(np.concatenate([v.ravel() for v in maps.values()])) if log else {"vmin": 0.0, "vmax": 100.0}
+    scale = log_scale(np.concatenate([v.ravel() for v in maps.values()])) if log else PERCENT
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         image = draw_map(axis, values, epochs, log, scale)
         axis.set(xlabel="epoch", title=name)

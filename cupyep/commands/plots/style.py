@@ -7,6 +7,7 @@ import io
 import math
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def whole_decades(values: Any) -> tuple[float, float]:
     return 10.0**low, 10.0 ** max(high, low + 1)
 
 
-def save(figure: Any, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+def save(figure: Any, path: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Write the figure to `path` with each format's suffix and return the files; the same data give the same bytes."""
     import matplotlib
 
