@@ -17,10 +17,10 @@ EXAMPLES = 3  # in the short help
 class LongCommand(OneLineErrors):
     """A command whose ``--help`` lists its `common` options only, in that order, and its first examples."""
 
-    def __init__(self, *args: Any, common: Sequence[str], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.common = common
-        shown = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _show_all}
+    def __init__(self, *, common: Sequence[str], epilog: str, **kwargs: Any):
+        super().__init__(epilog=epilog, **kwargs)
+        self.common, self.examples = common, epilog
+        shown: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _show_all}
         self._help_all = click.Option(["--help-all"], help="Show all options and exit.", **shown)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -32,7 +32,7 @@ class LongCommand(OneLineErrors):
             return
         found = {param.name: param for param in self.get_params(ctx)}
         with formatter.section("Common options"):
-            formatter.write_dl([found[name].get_help_record(ctx) for name in self.common])
+            formatter.write_dl([line for name in self.common if (line := found[name].get_help_record(ctx))])
 
     def format_all_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -41,7 +41,7 @@ class LongCommand(OneLineErrors):
         if ctx.meta.get(ALL):
             super().format_epilog(ctx, formatter)
             return
-        head, title, *examples = self.epilog.splitlines()
+        head, title, *examples = self.examples.splitlines()
         for text in ("\n".join([head, title, *examples[:EXAMPLES]]), f"All options: {ctx.command_path} --help-all"):
             formatter.write_paragraph()
             with formatter.indentation():

@@ -12,7 +12,7 @@ from cupyep.backend.threads import set_threads
 from cupyep.cli.shared import choice, config_options
 from cupyep.cli.types import FilePath, Names
 from cupyep.commands.plots.style import matplotlib_figure
-from cupyep.errors import Interrupted, require
+from cupyep.errors import ConfigurationError, Interrupted, require
 from cupyep.experiments import EXPERIMENTS, SCALES, Experiment, find, load_results, write_report
 from cupyep.experiments import reproduce as run_experiment
 from cupyep.experiments.cells import UNTRAINED
@@ -102,7 +102,8 @@ def reproduce(
         for experiment in EXPERIMENTS.values():
             click.echo(f"{experiment.name:<20} {experiment.title}")
         return
-    require(name is not None, "reproduce what? give the NAME of an experiment; --list shows them")
+    if name is None:
+        raise ConfigurationError("reproduce what? give the NAME of an experiment; --list shows them")
     experiment, folder = find(name), output or Path("reports") / f"{name}-{scale}"
     experiment.at(scale)
     place = {name: value for name, value in given.items() if name in MACHINE}
@@ -128,8 +129,8 @@ def reproduce(
     if not report_only:
         words = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
         command = shlex.join(["cupyep", "reproduce", name, "--scale", scale, *words])
-        how = {"command": command, "quiet": quiet, "report": click.echo, "jobs": jobs, "defaults": defaults}
-        how["rows"] = [key.strip() for key in rows.split(",")] if rows else ()
+        how: dict[str, Any] = {"command": command, "quiet": quiet, "report": click.echo, "jobs": jobs}
+        how |= {"defaults": defaults, "rows": [key.strip() for key in rows.split(",")] if rows else ()}
         try:
             run_experiment(experiment, folder, scale, seeds, max_minutes, place, **how)
         except Interrupted:

@@ -121,7 +121,7 @@ def teacher(
     else:
         if onnx is not None:
             model, name = onnx_teacher(onnx, config.device, logits), onnx.name
-        else:
+        elif torch is not None:  # the only one left
             model = torch_teacher(torch, weights, config.device, logits)
             name = f"{torch} with {'its own weights' if weights is None else weights.name}"
         dataset = build_dataset(config)

@@ -117,13 +117,14 @@ def train(
             writer_class()  # its absence is said before anything is made
         stretches = not stretch_schedule or (resume and "epochs" in given)
         require(stretches, "--stretch-schedule needs --resume and --epochs")
-        require(jobs is None or sweeps, "--jobs needs --sweep")
+        require(jobs is None or bool(sweeps), "--jobs needs --sweep")
         if sweeps:
             require(ranks.size == 1, "--sweep is for one process: start it without mpirun; --jobs runs several")
             require(
                 log_format == "text", "--sweep writes no --log-format json; the runs' metrics.jsonl is for programs"
             )
-            require(run_dir is not None, "--sweep needs --run-dir, the folder of its runs")
+            if run_dir is None:
+                raise ConfigurationError("--sweep needs --run-dir, the folder of its runs")
             points = grid(swept_values(sweeps, given), run_dir, given, {} if recipe is None else read_recipe(recipe))
             how = {"stretch": stretch_schedule, "tensorboard": tensorboard, "plugin": given.get("plugin")}
             failed = sweep(points, jobs or 1, resume, display, how)
@@ -133,8 +134,8 @@ def train(
                 raise CupyepError(f"{failed} of {len(points)} runs failed, {again}")
             return
         if resume:
-            given_right = run_dir is not None and recipe is None
-            require(given_right, "--resume needs --run-dir and takes no --recipe: options come from the run")
+            if run_dir is None or recipe is not None:
+                raise ConfigurationError("--resume needs --run-dir and takes no --recipe: options come from the run")
             run = runs.resume_run(run_dir, given, display, stretch_schedule, ranks)
         else:
             run = runs.start_run(chosen_config(given, recipe), run_dir, display, ranks)
@@ -147,6 +148,7 @@ def train(
             summary = run.run()
         except Interrupted as error:
             raise Interrupted(f"{error}; {ranks.remedy}", error.number) from None
+        assert summary is not None  # without callbacks a run ends after an epoch
         display.show("end", str(summary), status="done", **summary.values())
 
 

@@ -73,14 +73,15 @@ class FilePath(click.Path):
         super().__init__(path_type=Path, **how)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return super().convert(expanded(value), param, ctx)
+        found: Any = super().convert(expanded(value), param, ctx)  # click's annotation knows no `path_type`
+        return found
 
 
 class NewFile(FilePath):
     """The path of a file to be written, in a folder that is there; a link stands for what it leads to."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path, name = super().convert(value, param, ctx), param.opts[0]
+        path, name = super().convert(value, param, ctx), param.opts[0] if param else self.name
         path = path.resolve() if path.is_symlink() else path
         require(path.parent.is_dir(), f"{name}: there is no folder '{path.parent}'")
         require(not path.is_dir(), f"{name}: '{path}' is a folder, not a file")
@@ -95,7 +96,7 @@ class NewJson(NewFile):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if str(value) == "-":
             return Path(value)
-        path, name = super().convert(value, param, ctx), param.opts[0]
+        path, name = super().convert(value, param, ctx), param.opts[0] if param else self.name
         right = path.suffix in (".json", ".jsonl")
         require(right, f"{name}: a file to write ends in .json or .jsonl (got '{path}'); without one, put {name} last")
         return path
