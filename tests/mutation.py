@@ -157,7 +157,7 @@ DEFECTS = [
     Defect("estimates: a teacher costs nothing", "experiments/progress.py",
            "hours, _ = hours_of(teacher_config(config))", "hours = 0.0", "test_medium"),
     Defect("reports: BP minus EP", "experiments/details.py",
-           "accuracy(own) - accuracy(other)", "accuracy(other) - accuracy(own)", "test_medium"),
+           "return [own - other for", "return [other - own for", "test_medium"),
     Defect("reports: other gains are the same start", "experiments/details.py",
            "if ours[name] != theirs[name]", "if False", "test_medium"),
     Defect("options: idle in one of two runs is idle in both", "training/config.py",

@@ -374,6 +374,8 @@ def test_sections_of_a_report_by_hand():
     assert rows[0].tuning in text
     quiet = Results(rows, {name: measured[name] for name in ("ep-0.1/0", "bp/0")}, 1)
     assert "Nothing: all are above chance, and no checkup found anything." in "\n".join(details(quiet))
+    lossless = Results(rows, {"ep-0.1/0": cell(0.80, None, 90, [100, 300]), "bp/0": measured["bp/0"]}, 1)
+    assert "| EP, lambda = 0.1 | yes | -1.00 | - | 3.00 | 2.00 |" in "\n".join(details(lossless))
     experiment = find("hopfield-resnet13")
     assert experiment.verdict(Results(rows[:2], measured, 1)).startswith(
         "EP, lambda = 0.1: 80.00 % (-1.00 points from BP, in 3.0 times its time); BP, same network: 81.00 %"

@@ -169,12 +169,11 @@ def _lacking(folder: Path) -> CheckpointError:
 class _Watch(Display):
     """Shows a cell's training and calls `after` with the number of every epoch that is safely kept."""
 
-    def after(self, epoch: int) -> None:
-        """Do nothing: the epochs of a teacher, which is trained first."""
+    after: Callable[[int], None] | None = None  # not yet in the epochs of a teacher, which is trained first
 
     def show(self, event: str, text: str = "", **values: Any) -> None:
         super().show(event, text, **values)
-        if event == "epoch":
+        if event == "epoch" and self.after is not None:
             self.after(values["epoch"])
 
 
@@ -261,7 +260,7 @@ def _of_epoch(network: Network, config: TrainConfig) -> int:
     return Operations(network, len(dataset.train)).step(learner) + Operations(network, judged).prediction(learner)
 
 
-def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | None]]:
+def cosines(network: Network, config: TrainConfig) -> dict[str, list[Any]]:
     """Return the cosines of EP's weight gradients with BPTT's, from the same free state, and with BP's, a layer each.
 
     EP as `config` says, on the first training images, from a state that is settled well: a comparison of gradients
@@ -287,7 +286,7 @@ def cosines(network: Network, config: TrainConfig) -> dict[str, list[float | Non
     as_trained, response = _weights(network, step.gradients), network.device.to_numpy(step.nudge_response).tolist()
     bp = _weights(network, Backpropagation(network).step(batch).gradients)
     of_layers = dict(zip((f"layers.{name}" for name in network.graph.names), response, strict=True))
-    found = {
+    found: dict[str, list[Any]] = {
         "weights": [path.removeprefix("layers.").removesuffix(".weight") for path in bp],
         "bp": _cosines(estimate, bp),
         "bp_trained": _cosines(as_trained, bp),

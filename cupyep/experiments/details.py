@@ -11,7 +11,7 @@ import numpy as np
 
 from cupyep.data.sources import SOURCES
 from cupyep.diagnostics.checkup import PROBE_IMAGES
-from cupyep.experiments.design import SEEN, Results, Row, cell_name
+from cupyep.experiments.design import SEEN, Results, Row, Value, cell_name
 from cupyep.experiments.findings import COLUMNS
 from cupyep.models import architecture, default_gain
 from cupyep.training.config import OPTIONS, make_config
@@ -52,8 +52,10 @@ def _line(parts: Sequence[str]) -> str:
     return f"| {' | '.join(parts)} |"
 
 
-def mean_and_deviation(values: Sequence[float], form: str) -> str:
-    """Return the mean of at least one value, of more of them also the standard deviation."""
+def mean_and_deviation(values: Sequence[float] | np.ndarray, form: str) -> str:
+    """Return the mean of some values, of more than one also the standard deviation; of none a dash."""
+    if not len(values):
+        return "-"
     mean = format(float(np.mean(values)), form)
     return mean if len(values) < 2 else f"{mean} ± {format(float(np.std(values, ddof=1)), form.lstrip('+'))}"
 
@@ -94,21 +96,27 @@ def _beside(results: Results) -> str:
 def _pairs(results: Results, row: Row) -> list[Pair]:
     """Return the cells of a row and of BP with the same seed, where both were measured to the end."""
     names = ((cell_name(row.key, seed), cell_name(row.beside, seed)) for seed in range(results.seeds))
-    found = (tuple(results.cells.get(name, {}) for name in pair) for pair in names)
+    found = ((results.cells.get(own, {}), results.cells.get(bp, {})) for own, bp in names)
     return [pair for pair in found if all("test_accuracy" in cell for cell in pair)]
 
 
 def _beside_line(row: Row, bp: Row, pairs: Sequence[Pair]) -> list[str]:
-    accuracy, loss = (COLUMNS[name].value for name in ("accuracy", "loss"))
+    accuracy, loss = (_differences(COLUMNS[name].value, pairs) for name in ("accuracy", "loss"))
     rated = [pair for pair in pairs if all(cell.get("rates") for cell in pair)]
     return [
         row.label,
         _same_start(row, bp),
-        mean_and_deviation([accuracy(own) - accuracy(other) for own, other in pairs], "+.2f"),
-        mean_and_deviation([loss(own) - loss(other) for own, other in pairs], "+.3f"),
+        mean_and_deviation(accuracy, "+.2f"),
+        mean_and_deviation(loss, "+.3f"),
         mean_and_deviation([own["minutes"] / other["minutes"] for own, other in pairs], ".2f"),
-        mean_and_deviation([max(o["rates"]) / max(own["rates"]) for own, o in rated], ".2f") if rated else "-",
+        mean_and_deviation([max(o["rates"]) / max(own["rates"]) for own, o in rated], ".2f"),
     ]
+
+
+def _differences(value: Value, pairs: Sequence[Pair]) -> list[float]:
+    """Return by how much the figure of a row is above that of BP, for the pairs that have both."""
+    found = ((value(own), value(other)) for own, other in pairs)
+    return [own - other for own, other in found if own is not None and other is not None]
 
 
 def _same_start(row: Row, bp: Row) -> str:
@@ -184,8 +192,9 @@ def _findings(results: Results) -> str:
 def _at_chance(cell: Mapping[str, Any]) -> list[str]:
     """Return that a cell ends at no more than `CHANCE` times chance, where that is known."""
     accuracy, source = cell["test_accuracy"][-1], SOURCES.get(cell["options"]["dataset"])
-    at_chance = source is not None and accuracy <= CHANCE / len(source.classes)
-    return [f"ends near chance ({accuracy:.1%} of {len(source.classes)} classes)"] if at_chance else []
+    if source is None or accuracy > CHANCE / len(source.classes):
+        return []
+    return [f"ends near chance ({accuracy:.1%} of {len(source.classes)} classes)"]
 
 
 def _finding(epochs: int, found: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,11 @@ def _lines(results: Results, xlabel: str, panels: Sequence[Panel], legend: Mappi
             found = [values for cell in results.of(row.key) if (values := points(cell))]
             if found:
                 count = min(map(len, found))
-                values, style = np.array([course[:count] for course in found], float), _style(number)
+                drawn, style = np.array([course[:count] for course in found], float), _style(number)
                 x = range(1, count + 1)
-                axis.plot(x, values.mean(axis=0), label=row.label, **style)
-                if len(values) > 1:
-                    low, high = values.min(axis=0), values.max(axis=0)
+                axis.plot(x, drawn.mean(axis=0), label=row.label, **style)
+                if len(drawn) > 1:
+                    low, high = drawn.min(axis=0), drawn.max(axis=0)
                     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=title, **how)
         integer_ticks(axis.xaxis)
@@ -61,7 +62,7 @@ def _add_key(axis: Any, how: Mapping[str, Any]) -> None:
 def courses(results: Results) -> Any:
     """Draw loss and accuracy over the epochs."""
     names = ("train_loss", "test_accuracy")
-    return _lines(results, "epoch", [(AXES[name], lambda cell, name=name: cell.get(name), {}) for name in names])
+    return _lines(results, "epoch", [(AXES[name], methodcaller("get", name), {}) for name in names])
 
 
 def layers(results: Results) -> Any:

@@ -206,7 +206,7 @@ def _cost_verdict(rows: Rows) -> str:
     missed = [label for label, value in minutes.items() if math.isnan(value)]
     if len(missed) == len(minutes):
         return f"None reaches {TARGET:.0%} here."
-    ranked = sorted((label for label in minutes if label not in missed), key=minutes.get)
+    ranked = sorted((label for label in minutes if label not in missed), key=lambda label: minutes[label])
     tail = f"; not reached by {', '.join(missed)}" if missed else ""
     order = "; ".join(f"{label}: {minutes[label]:.2f}" for label in ranked)
     return f"Minutes to {TARGET:.0%} test accuracy, fastest first: {order}{tail}."

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -22,7 +22,9 @@ from cupyep.training.interruption import SIGNALS
 _stop: Any = None  # in a process of `side_by_side`: the event that tells it to stop
 
 
-def side_by_side(work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+def side_by_side(
+    work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], jobs: int
+) -> Generator[Any, None, None]:
     """Yield ``work(*arguments)`` for each of `arguments`, from `jobs` processes, in the order in which they end.
 
     Where the caller leaves early, by a signal for example, nothing new begins, and `check_stop` raises in the others.
@@ -33,8 +35,7 @@ def side_by_side(work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]],
         return
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    ends = {"initializer": end_with, "initargs": (os.getpid(), stop)}
-    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context, **ends) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(jobs, context, end_with, (os.getpid(), stop)) as pool:
         waiting = [pool.submit(work, *words) for words in arguments]
         try:
             for future in as_completed(waiting):

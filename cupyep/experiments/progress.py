@@ -47,9 +47,10 @@ def status(cells: Sequence[Cell], estimate: bool = False, jobs: int = 1) -> Iter
         left.append(hours)
         yield f"{cell.name:<{width}}  {text}"
     yield f"run directories: {cells[0].out / WORK}/ROW-seedK"
-    if None not in left and any(left):
+    known = [hours for hours in left if hours is not None]
+    if len(known) == len(left) and any(known):
         told = "one after the other" if jobs == 1 else f"{jobs} at a time, each with one thread"
-        yield f"left: {_time(longest(left, jobs))}, {told}"
+        yield f"left: {_time(longest(known, jobs))}, {told}"
 
 
 def longest(hours: Sequence[float], jobs: int) -> float:

@@ -156,7 +156,7 @@ def load_results(experiment: Experiment, out: str | Path) -> tuple[Results, dict
     content = _read_json(path)
     held = content.get("experiment")
     _check(held == experiment.name, f"'{path}' is of experiment '{held}', not '{experiment.name}'")
-    scale, seeds, measured = content.get("scale"), content.get("seeds"), _cells(path, content)
+    scale, seeds, measured = content.get("scale", ""), content.get("seeds", ""), _cells(path, content)
     content.pop("cells")
     _check(scale in list(experiment.scales), f"'{path}' is damaged (no scale of '{held}'); give another --output")
     _check(type(seeds) is int, f"'{path}' is damaged (no seeds); leave out --report-only, and it is written anew")
@@ -213,7 +213,7 @@ def kept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 
 def _cells(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the cells in the content of the results.json at `path`."""
-    cells = content.get("cells")
+    cells = content.get("cells", "")
     whole = isinstance(cells, dict) and all(isinstance(cell, dict) and "minutes" in cell for cell in cells.values())
     _check(whole, f"'{path}' is damaged (no cells, or one without minutes); remove it to measure anew")
     return cells

@@ -196,14 +196,16 @@ def _trained(
         run = resume_run(point.folder, given, display, stretch)
     if tensorboard:
         run.events = EventLog(point.folder / FOLDER, run.records)
-    return str(dataclasses.replace(run.run(), path=None))
+    summary = run.run()
+    assert summary is not None  # without callbacks a run ends after an epoch
+    return str(dataclasses.replace(summary, path=None))
 
 
 def is_finished(run: RunDirectory) -> bool:
     """Return whether a run has done all epochs, or ended early by its options, and its last checkpoint says so."""
     records, config = run.metrics(), run.config
-    done = len(records)
-    stale = done > 0 and config.patience is not None and done - best_record(records)["epoch"] >= config.patience
+    done, best = len(records), best_record(records)
+    stale = best is not None and config.patience is not None and done - best["epoch"] >= config.patience
     found = records[-1].get("findings") or () if records else ()
     stopped = config.on_unsettled == "stop" and any(each["signature"] == "contraction" for each in found)
     try:
