@@ -203,7 +203,7 @@ class Network(Structure):
             If a tolerance was given and not reached.
         """
         steps, schedule, relaxation = self.settles(steps, schedule, relaxation)
-        how = {
+        how: dict[str, Any] = {
             "steps": steps,
             "schedule": schedule,
             "tolerance": tolerance,
@@ -218,7 +218,7 @@ class Network(Structure):
         flag("record", record)
         choose("nudge", nudge, NUDGES)
         signals = items("signals", signals, Augmenter)
-        betas = [beta] if is_number(beta) else items("beta", beta)
+        betas: list[Any] = [beta] if is_number(beta) else items("beta", beta)
         if targets is None and not isinstance(x, Batch):
             require(betas == [0], "a nudged phase (beta not 0) needs targets")
         is_free = is_number(beta) and beta == 0
@@ -226,7 +226,7 @@ class Network(Structure):
         require(is_free or start is not None, "a nudged phase starts at a free state: settle without targets first")
 
         def settled(batch: Batch, start: State | None) -> State:
-            if is_free:
+            if is_free or start is None:
                 return self.settle_free(batch, start, **how)
             state = self.settle_nudged(batch, start, betas, self.nudges(batch, signals), nudge, **how)
             return state if nudge == "classical" else state.moved_from(start, self.dtype)
@@ -297,7 +297,7 @@ class Network(Structure):
             )
             self._fill(buffers, None, shape, how)
             phase = Deviation(self.energy, self.memory, shape, buffers, free, nudges, betas)
-            state = State([], [], free.winners, None, buffers.states, phase.weights, buffers)
+            state = State([], [], free.winners, deviations=buffers.states, scales=phase.weights, buffers=buffers)
         state.stats = settle(phase, **_loop(how), name="nudged")
         return state
 

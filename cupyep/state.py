@@ -28,7 +28,8 @@ class State(Shown):
     winners : list of uint8 arrays
         Max-pooling winners of the last drive of each connection, None for edges without. After a phase in deviation
         form those of the free state, of N samples however many phases.
-    stats : SettleStats or None
+    stats : SettleStats
+        None of a state that was not settled, but made of arrays.
     deviations : list of arrays
         Scaled deviations ``eps^n = a_n (s^n - s*^n)`` of a nudged phase in deviation form.
     scales : list of float
@@ -40,13 +41,13 @@ class State(Shown):
     layers: list[Any]
     drives: list[Any] = field(default_factory=list)
     winners: list[Any] = field(default_factory=list)
-    stats: SettleStats | None = None
+    stats: SettleStats = None  # type: ignore[assignment]  # so that what settled can be used as it is
     deviations: list[Any] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     buffers: PhaseBuffers | None = None
 
     @classmethod
-    def of(cls, buffers: PhaseBuffers, stats: SettleStats | None = None) -> State:
+    def of(cls, buffers: PhaseBuffers, stats: Any = None) -> State:
         """Return the state that a free or classical phase leaves in these arrays."""
         return cls(buffers.states, buffers.drives or [], buffers.winners, stats, buffers=buffers)
 
@@ -100,8 +101,7 @@ def joined(states: Sequence[State], samples: Sequence[int], phases: int) -> Stat
 
     if len(states) == 1:
         return states[0]
-    settled = (state.stats for state in states if state.stats is not None)
-    stats = functools.reduce(lambda one, other: one.joined(other, phases), settled)
+    stats = functools.reduce(lambda one, other: one.joined(other, phases), (state.stats for state in states))
     layers, drives, winners, deviations = map(join, ("layers", "drives", "winners", "deviations"))
     return State(layers, drives, winners, stats, deviations, states[0].scales)
 

@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -31,9 +31,10 @@ from cupyep.weights import PARAMETRISATIONS
 
 JUDGING = ("steps", "schedule", "tolerance", "relaxation", "check_every", "record")
 SETTLING = ("steps", "schedule", "relaxation", "tolerance", "unrolled_steps", "feedforward")
+Method = TypeVar("Method", bound="Callable[..., Any]")
 
 
-def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+def exclusive(method: Method) -> Method:
     """Let one thread at a time into a network, or into the one that a learner is of: all share its memory."""
 
     @functools.wraps(method)
@@ -44,7 +45,7 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
         with network.lock, one_blas_thread():
             return method(self, *args, **options)
 
-    return locked
+    return cast(Method, locked)
 
 
 class Structure:

@@ -88,7 +88,6 @@ def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]
     total = steps + (more | 1)  # odd: an oscillation of period two is not back where it was
     late, after = settle(steps=total, tolerance=None, record=True)
     size = np.array([_rms(a) for a in after])
-    assert late.stats is not None  # as of all that has settled
     phases = late.stats.per_sample.shape[1] // size.shape[1]
     held = size / phases if late.deviations else np.array([_rms(a) for a in _hosts(learner, late.layers)])
     back = None
@@ -97,7 +96,6 @@ def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]
         back = np.array([_rms(a - b) for a, b in zip(after, earlier, strict=True)])
     own, now = settle()
     distance = [_relative(_rms(a - b), np.maximum(_rms(a), _rms(b))) for a, b in zip(after, now, strict=True)]
-    assert own.stats is not None
     per_sample = own.stats.per_sample.reshape(len(now), -1, size.shape[1]).max(axis=1)
     trace, steps = np.array(late.stats.trace), own.stats.steps
     return _Seen(steps, trace, per_sample, np.array(distance), size, phases, held, back), own

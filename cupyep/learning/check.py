@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ def compare_forms(
 
 def bptt_gradients(
     network: Network, batch: Batch, free: State, signals: Sequence[Augmenter] = (), steps: int | None = None
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Return the gradients of BPTT from a free state, over so many synchronous steps or as many as change them.
 
     `DivergenceError` if they never stop changing, as at a state that is no stable equilibrium.
@@ -241,7 +241,7 @@ class _Side:
         return EquilibriumPropagation(self.network, signals=self.signals, **settings).step_from(self.batch, free)
 
 
-def _rows(network: Network, estimate: StepResult, truth: dict[str, Any]) -> list[Row]:
+def _rows(network: Network, estimate: StepResult, truth: Mapping[str, Any]) -> list[Row]:
     response = network.device.to_numpy(estimate.nudge_response)
     rows, layers = [], [f"layers.{name}" for name in network.graph.names]
     for path, gradient in estimate.gradients.items():
