@@ -23,9 +23,9 @@ def tool(monkeypatch):
     sys.modules.pop("results", None)
 
 
-def write(folder, name, scale, accuracy, missing=()):
+def write(folder, name, scale, accuracy, missing=(), **more):
     rows = EXPERIMENTS[name].at(scale).rows
-    cell = {"train_loss": [1.0], "test_accuracy": [accuracy], "nudge_response": [[1e-3, 1e-2]], "minutes": 2.0}
+    cell = {**more, "train_loss": [1.0], "test_accuracy": [accuracy], "nudge_response": [[1e-3, 1e-2]], "minutes": 2.0}
     cells = {cell_name(row.key, 0): cell for row in rows if row.key not in missing}
     about = {"experiment": name, "scale": scale, "seeds": 1, "command": "the command", "date": "2026-01-02"}
     place = folder / f"{name}-{scale}"
@@ -57,9 +57,10 @@ def test_open_and_measured_rows(tool, tmp_path):
     write(tmp_path, "baseline", "small", 0.5)
     write(tmp_path, "signals", "small", 0.3, missing=("kd",))
     lines = tool.readme_table(tool.collect(tmp_path)).splitlines()
-    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | 90.1 | open |" in lines
-    assert "| VGG-7 on CIFAR-10: BP, same layers | - | 90.1 | open |" in lines
-    assert "| VGG-12 on CIFAR-100: EP, lambda = 1, KD | 64.75 | open | open |" in lines
+    assert "| test accuracy, % | published | full size | small scale | at rest (as trained) |" in lines
+    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | 90.1 | open | - |" in lines
+    assert "| VGG-7 on CIFAR-10: BP, same layers | - | 90.1 | open | - |" in lines
+    assert "| VGG-12 on CIFAR-100: EP, lambda = 1, KD | 64.75 | open | open | - |" in lines
     page = tool.results_page(tool.collect(tmp_path))
     (baseline,) = (line for line in page.splitlines() if "[`baseline`]" in line)
     assert baseline.startswith("| [`baseline`](results/baseline-small/REPORT.md) | small | Plain EP converges: 50.0 %")
@@ -76,20 +77,18 @@ def test_medium_scale_takes_the_place_of_small(tool, tmp_path):
     before = tool.readme_table(tool.collect(tmp_path))
     assert "best-" not in before
     assert "medium" not in before
-    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | open | 30.0 |" in before
-    write(tmp_path, "best-cifar10", "medium", 0.9134)
+    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | 30.0 | - |" in before
+    rest = {"images": 1000, "as_trained": 0.9, "longer": 0.805}
+    write(tmp_path, "best-cifar10", "medium", 0.9134, probes=[{}, {"rest": rest}])
     write(tmp_path, "best-svhn", "medium", 0.95)
     lines = tool.readme_table(tool.collect(tmp_path)).splitlines()
-    assert "| test accuracy, % | published | full size | medium scale |" in lines
-    name = "a residual graph by weak feedback on CIFAR-10"
-    assert f"| {name}: EP, lambda = 0.03 | 89.67 | - | 91.3 |" in lines
-    assert f"| {name}: BP, same network | - | - | 91.3 |" in lines
-    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | open | open |" in lines
-    assert "| VGG-12 on CIFAR-100: EP, lambda = 1, KD | 64.75 | open | - |" in lines
-    assert not any("CIFAR-100: EP, lambda = 0.03 |" in line and "residual" in line for line in lines)
+    assert "| test accuracy, % | published | medium scale | at rest (as trained) |" in lines
+    assert "| Hopfield-ResNet13 on CIFAR-10: EP, lambda = 0.03 | 89.67 | 91.3 | 80.5 (90.0) |" in lines
+    assert "| Hopfield-ResNet13 on CIFAR-10: BP, same network | - | 91.3 | 80.5 (90.0) |" in lines
+    assert "| VGG-7 on CIFAR-10: EP, lambda = 1, KD | 89.67 | open | - |" in lines
+    assert not any("CIFAR-100" in line for line in lines), "no report of this scale"
     assert not any("EP, lambda = 1, LE" in line for line in lines), "nothing published, nothing measured"
-    (settings,) = (line for line in lines if line.startswith("Medium scale, "))
-    assert "`best-cifar10`: Hopfield-ResNet13's graph" in settings
+    assert lines[-1] == "Reports, with all settings: [`best-cifar10`](docs/results/best-cifar10-medium/REPORT.md)."
     page = tool.results_page(tool.collect(tmp_path))
     assert "[`best-svhn`](results/best-svhn-medium/REPORT.md) | medium | EP, lambda = 0.01: 95.00 %" in page
     assert "[`graphs`](results/graphs-small/REPORT.md) | small |" in page

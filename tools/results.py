@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from cupyep.errors import ConfigurationError, require
 from cupyep.experiments import EXPERIMENTS, Experiment, Results, load_results
 from cupyep.experiments.cells import UNTRAINED
 from cupyep.experiments.design import SEEN, seen
-from cupyep.experiments.findings import COLUMNS
+from cupyep.experiments.details import markdown_table
+from cupyep.experiments.findings import COLUMNS, at
 from cupyep.experiments.report import OPEN, table
 from cupyep.experiments.runner import RESULTS
 from cupyep.files import write_file
@@ -25,10 +27,12 @@ from cupyep.training.config import TrainConfig, make_config
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTE = "<!-- Made by tools/results.py from docs/results; do not edit. -->"
-HEADLINES = ("vgg7-kd-cifar10", "vgg12-kd-cifar100")
+HEADLINES = ("vgg7-kd-cifar10", "vgg11-kd-cifar100", "vgg12-kd-cifar100")
 BEST = ("best-cifar10", "resnet9-cifar10", "best-cifar100")  # headlines of medium scale
 IMAGES = 50_000  # training images of CIFAR-10 and CIFAR-100
 RATE = 100e12  # operations a second
+SCALES = {"full": "full size", "medium": "medium scale", "small": "small scale"}
+REST = ("longer", "as_trained")
 ROOT = Path(__file__).resolve().parents[1]
 
 Found = dict[str, tuple[Results, dict[str, Any]]]
@@ -51,29 +55,30 @@ def collect(folder: Path) -> dict[str, Found]:
 
 
 def readme_table(found: dict[str, Found]) -> str:
-    """Return the table of README.md: the headline rows beside the published figures.
+    """Return the table of README.md: the headline rows beside the published figures, and where they are at rest.
 
-    Beside full size it shows medium scale where there is a report of it, else small scale; never both. Rows of which
-    nothing is published and nothing measured are left out.
+    It shows medium scale where there is a report of it, else small scale, never both, and full size where there is
+    any. Rows of which nothing is published and nothing measured are left out.
     """
     best = [name for name in BEST if "medium" in found[name]]
     size = "medium" if best or any("medium" in found[name] for name in HEADLINES) else "small"
-    names = [*best, *HEADLINES]
-    lines = [NOTE, "", f"| test accuracy, % | published | full size | {size} scale |", "| --- | ---: | ---: | ---: |"]
+    names, lines = [*best, *HEADLINES], []
+    shown = ["full", size] if any("full" in found[name] for name in names) else [size]
     for name in names:
         experiment = EXPERIMENTS[name]
         scales = [scale for scale in (size, "full") if scale in experiment.scales]
         rows = {row.key: row for scale in scales for row in experiment.at(scale).rows}  # in the order of what we have
         for row in rows.values():
             published = row.published.get(COLUMNS["accuracy"].title)
-            ours = [_accuracy(experiment, scale, found[name], row.key) for scale in ("full", size)]
-            if published is None and not set(ours) - {OPEN, "-"}:
+            ours = [_accuracy(experiment, scale, found[name], row.key) for scale in shown]
+            if set(ours) <= {"-"} or (published is None and set(ours) <= {OPEN, "-"}):
                 continue  # nothing to compare
             label = f"{experiment.title.partition(',')[0]}: {row.label}"
-            lines.append(f"| {label} | {'-' if published is None else f'{published:g}'} | {' | '.join(ours)} |")
-    settings = [f"`{name}`: {EXPERIMENTS[name].at(size).setting}" for name in names if size in found[name]]
-    lines += ["", f"{size.capitalize()} scale, " + " ".join(settings)]
-    return "\n".join(lines)
+            told = "-" if published is None else f"{published:g}"
+            lines.append([label, told, *ours, _rest(found[name], size, row.key)])
+    heads = ["test accuracy, %", "published", *(SCALES[scale] for scale in shown), "at rest (as trained)"]
+    reports = [f"[`{name}`](docs/results/{name}-{size}/REPORT.md)" for name in names if size in found[name]]
+    return f"{NOTE}\n\n{markdown_table(heads, lines)}\n\nReports, with all settings: {', '.join(reports)}."
 
 
 def _accuracy(experiment: Experiment, scale: str, measured: Found, key: str) -> str:
@@ -82,6 +87,14 @@ def _accuracy(experiment: Experiment, scale: str, measured: Found, key: str) -> 
     if scale not in measured or not len(values := measured[scale][0].values(key, COLUMNS["accuracy"].value)):
         return OPEN
     return f"{values.mean():.1f}"
+
+
+def _rest(measured: Found, scale: str, key: str) -> str:
+    """Return the accuracy at rest, and in brackets as trained, of the images that it was measured on."""
+    if scale not in measured:
+        return "-"
+    longer, trained = (measured[scale][0].mean(key, at("probes", -1, "rest", n, times=100)) for n in REST)
+    return f"{longer:.1f} ({trained:.1f})" if math.isfinite(longer) else "-"
 
 
 def _finding(experiment: Experiment, scale: str, measured: tuple[Results, dict[str, Any]] | None) -> str:
