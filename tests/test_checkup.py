@@ -84,6 +84,21 @@ def test_failing_networks_are_diagnosed_in_words(case, train):
         assert f"Warning: epoch {trainer.epochs}: {text}" in lines
 
 
+def test_what_does_not_settle_is_said_before_anything_is_trained(train, tmp_path, capsys):
+    """And once: a run that was stopped in its first epoch does not say it again."""
+    options = {"feedback": 1.0, "free_steps": 1, "nudged_steps": 1}
+    _, lines = train(**options, epochs=2)
+    told = "Warning: before training: the free phase does not settle: after 1 sweep layer "
+    assert lines[0].startswith(told)
+    assert sum(told in line for line in lines) == 1
+    stopped = runs.start_run(make_config(SMALL, options), tmp_path / "stopped", Display(quiet=True))
+    stopped.on_batch = lambda _: True
+    stopped.run()
+    assert told in capsys.readouterr().err
+    runs.resume_run(tmp_path / "stopped", {}, Display(quiet=True)).run()
+    assert "before training" not in capsys.readouterr().err
+
+
 def test_a_checkup_leaves_the_training_as_it_is(train, monkeypatch, tmp_path):
     options = {"scheme": "random", "aug": "le", "epochs": 2, "crop": True}
     watched, _ = train(**options)

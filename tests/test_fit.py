@@ -24,10 +24,10 @@ def built(data, **more):
     return build_network(make_config(TINY, more), data, ep.get_device("cpu"))
 
 
-def own_network():
+def own_network(feedback=0.1):
     layers = [ep.Conv2d((16, 16, 3), 4, pooling="max"), Halved((8, 8, 4), 6)]
     activation = ep.Clip("two_sided", slope=1.0, low=-1.0, high=1.0)
-    return ep.Network(layers, 2, activation=activation, gain=1.0, feedback=0.1, device="cpu")
+    return ep.Network(layers, 2, activation=activation, gain=1.0, feedback=feedback, device="cpu")
 
 
 def without_times(history):
@@ -156,9 +156,9 @@ def test_it_settles_as_the_network_does_and_leaves_it_so(tmp_path):
 
 def test_steps_that_have_been_found_are_those_of_the_network():
     """As recorded: of the last epoch, and of the best one; they take the place of a tolerance."""
-    data, net = quadrant_data(), own_network()
+    data, net = quadrant_data(), own_network(feedback=1.0)
     net.settling = {"steps": 50, "tolerance": 0.01}
-    found = ep.fit(net, data, epochs=3, batch_size=16, quiet=True, free_steps="auto")
+    found = ep.fit(net, data, epochs=3, batch_size=16, quiet=True, free_steps="auto", learning_rate=0.02)
     steps = [record["free_steps"] for record in found.history]
     assert len(set(steps)) > 1, "else this says nothing"
     assert net.settling == {"steps": steps[-1], "schedule": "sweeps", "relaxation": 1.0}

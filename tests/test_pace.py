@@ -193,6 +193,23 @@ def test_steps_follow_the_contraction_and_feedback_stays_where_it_is_fine():
     assert pace.next["free_steps"] > 2
 
 
+@pytest.mark.parametrize(("weight", "contracts"), [(0.6, True), (1.1, False)])
+def test_the_first_steps_are_those_of_the_network_before_it_is_trained(weight, contracts):
+    """A phase that does not contract keeps its own."""
+    net, batch = pair(weight)
+    learner = learner_of(net)
+    pace, probes = Pace(learner, batch, ("free",)), probe_settling(learner, batch, Communicator())
+    needed = steps_to_rest(probes["free"])
+    assert (needed is not None) == contracts
+    found = pace.start(probes)
+    assert [finding.signature for finding in found] == ([] if contracts else ["contraction"])
+    assert all("does not contract" in finding.message for finding in found)
+    assert pace.now() == {"free_steps": 2, "nudged_steps": 2, "feedback": 1.0}
+    pace.begin()
+    assert pace.now() == {"free_steps": needed or 2, "nudged_steps": 2, "feedback": 1.0}
+    assert needed is None or needed > 2
+
+
 def test_a_slow_phase_gets_the_most_and_is_told_of():
     pace, _, findings = follow(*pair(0.97))
     assert (pace.next["free_steps"], pace.next["nudged_steps"]) == (8, 8)
@@ -294,6 +311,16 @@ def test_a_healthy_run_keeps_one_or_two_sweeps(quadrants, tmp_path):
     assert not [f for record in trainer.records for f in record["findings"] if f["signature"] == "contraction"]
     assert 'free_steps = "auto"' in (tmp_path / "run" / "config.toml").read_text()
     assert trainer.directory.settling()["free"]["contraction"] == trainer.records[-1]["free_contraction"]
+
+
+def test_the_first_epoch_settles_by_what_was_seen_before_it(quadrants, tmp_path):
+    options = {**AUTO, "schedule": "evenodd", "feedback": 1.0, "epochs": 1}
+    trainer = run(options, tmp_path / "run")
+    probes = probe_settling(trainer.learner, trainer.checkup.batch, Communicator())
+    trainer.run()
+    needed = {f"{phase}_steps": steps_to_rest(probe) for phase, probe in probes.items()}
+    assert needed == {name: trainer.records[0][name] for name in needed}
+    assert needed["free_steps"] < 60, "what a run without auto takes"
 
 
 def test_a_run_without_auto_records_and_keeps_its_steps(quadrants, tmp_path):

@@ -14,7 +14,7 @@ from cupyep.batch import Batch, shared_out
 from cupyep.diagnostics.contraction import contraction
 from cupyep.diagnostics.pace import Pace, settled_with
 from cupyep.diagnostics.probe import PhaseProbe, probe_settling
-from cupyep.diagnostics.rules import Record, Setting, find, finite, probe_record
+from cupyep.diagnostics.rules import Finding, Record, Setting, find, finite, probe_record
 from cupyep.parallel import Communicator
 
 PROBE_IMAGES = 32
@@ -38,6 +38,17 @@ class Checkup:
     def ends(self) -> bool:
         """Whether the run is to end after what was seen last."""
         return self.pace is not None and self.pace.ends
+
+    def start(self, ranks: Communicator | None = None) -> list[Finding]:
+        """Look at the network before it is trained; return what does not settle, or not contract.
+
+        A pace takes its first steps from it.
+        """
+        probes = probe_settling(self.learner, self.batch, ranks or Communicator())
+        if self.pace is not None:
+            return self.pace.start(probes)
+        setting = Setting.of(self.learner, self.batch_size)
+        return find(probe_record(probes, setting.tolerance), setting, probes)
 
     def begin(self) -> None:
         """Let the learner follow what was seen last: an epoch begins."""

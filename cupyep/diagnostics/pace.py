@@ -36,6 +36,11 @@ class Pace:
         """Return ``free_steps``, ``nudged_steps`` (where there are such) and ``feedback`` of the learner."""
         return settled_with(self.learner)
 
+    def start(self, probes: Mapping[str, PhaseProbe]) -> list[Finding]:
+        """Take the first steps from probes of the network before it is trained; return what does not contract."""
+        self.next, problem = self.now() | self._steps(probes), self._problem(probes)
+        return [Finding("contraction", (), f"{problem}; lower --feedback or --gain")] if problem else []
+
     def begin(self) -> None:
         """Let the learner settle as the last look found best, from here on."""
         self._set(self.next)

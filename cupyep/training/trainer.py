@@ -302,11 +302,20 @@ class Trainer:
         self._end_epoch(record)
         return record
 
+    def _look_before(self, checkup: Checkup) -> None:
+        """Say what does not settle before anything is trained: after an epoch, the next look, may be in hours."""
+        begin = time.monotonic()
+        for finding in checkup.start(self.communicator):
+            self.display.show("warning", f"before training: {finding.message}")
+        self.elapsed_s += time.monotonic() - begin
+
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         """Step through the training batches that are left; return the epoch's means."""
         if self.batches_done == 0:
             self.begin_epoch()
             if self.checkup is not None:
+                if epoch == 1:
+                    self._look_before(self.checkup)
                 self.checkup.begin()
         title = f"epoch {epoch}/{self.epochs}"
         showing = self.display.progress(title, len(self.train.split), self.statistics.count, epoch=epoch)
