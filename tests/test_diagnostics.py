@@ -13,7 +13,7 @@ from cupyep.diagnostics.probe import PhaseProbe
 from cupyep.diagnostics.rules import LIMITS, Setting, find, probe_record
 
 LAYERS = 4
-SETTING = Setting((1.0,) * LAYERS, (64, 64, 16, 16), 50, "deviation", 1e-7, "sweeps", None, 6, 4)
+SETTING = Setting((1.0,) * LAYERS, (64, 64, 16, 16), 50, "deviation", 1e-7, free_steps=6, nudged_steps=4)
 HEALTHY = {
     "epoch": 3,
     "train_accuracy": 0.4,
@@ -115,6 +115,16 @@ def test_with_a_tolerance_the_residual_counts():
     ).message
     assert "layer 3 has residual 2.0e-03, above the tolerance 1e-03 in 30% of the samples (layer 3)" in text
     assert text.endswith("or raise --tolerance")
+
+
+@pytest.mark.parametrize(("relaxation", "rate", "said"), [(1.6, 0.67, True), (1.6, 0.72, False), (1.0, 0.05, False)])
+def test_an_iteration_that_leaves_what_over_relaxation_does(relaxation, rate, said):
+    residual = np.repeat(rate ** np.arange(15.0), LAYERS).reshape(15, LAYERS)
+    seen = dataclasses.replace(probe(6, 0), residual=residual)
+    setting = dataclasses.replace(SETTING, schedule="evenodd", relaxation=relaxation)
+    found = the_finding(setting, {"free": seen}, free_unsettled=[0.0, 0.3, 0.0, 0.0])
+    knob = "--relaxation, --feedback or --gain" if said else "--feedback or --gain"
+    assert found.message.endswith(f"; raise --free-steps, or lower {knob}")
 
 
 def test_unsettled_samples_are_counted_by_their_distance():
@@ -259,10 +269,10 @@ def test_the_setting_of_a_learner():
         schedule="evenodd",
         tolerance=1e-3,
         signals=[ep.LocalError([1])],
-        relaxation=1.0,
+        relaxation=1.3,
     )
     units = tuple(int(np.prod(shape)) for shape in net.state_shapes)
-    expected = Setting((8, 4, 2, 1), units, 50, "classical", 2.0**-23, "evenodd", 1e-3, 7, 5, True, True)
+    expected = Setting((8, 4, 2, 1), units, 50, "classical", 2.0**-23, "evenodd", 1e-3, 7, 5, 1.3, True, True)
     assert Setting.of(learner, 50) == expected
     assert Setting.of(ep.EquilibriumPropagation(net, scheme="tangent", schedule="synchronous"), 50).form == "tangent"
     assert Setting.of(ep.Backpropagation(net), 50).form is None

@@ -47,6 +47,8 @@ LIMITS = {
     "accuracy": Limit(0.75, "training accuracy against its best epoch"),
     "nonlinearity": Limit(0.1, "part by which twice the response to half the nudge differs in size; seen: 0.02 to 0.07 "
                                "at beta 0.5, 0.01 at beta 0.1, where EP trains well"),
+    "relaxation": Limit(0.1, "what an iteration leaves of the way, beyond relaxation - 1; seen: 0.05 to 0.07 in VGG-11 "
+                             "at 1.6, which takes twice the iterations of 1.4, 0.11 in VGG-7, where 1.6 is best"),
     "kappa": Limit(1.0, "a signal that weighs as much as the readout"),
 }  # fmt: skip
 DEAD_IMAGES = 16  # in smaller batches many channels are still by chance
@@ -73,6 +75,7 @@ class Setting:
     tolerance: float | None = None
     free_steps: int = 0
     nudged_steps: int = 0
+    relaxation: float = 1.0
     signals: bool = False  # whether there are intermediate ones
     plain: bool = False  # whether weights are trained as they are, without a parametrisation
     names: tuple[str, ...] = ()  # of the nodes; empty for a chain, whose layers have numbers
@@ -81,7 +84,7 @@ class Setting:
     def of(cls, learner: Any, batch_size: int) -> Setting:
         """Return the setting of `learner`."""
         network = learner.network
-        phases = ("form", "schedule", "tolerance", "free_steps", "nudged_steps")
+        phases = ("form", "schedule", "relaxation", "tolerance", "free_steps", "nudged_steps")
         return cls(
             tuple(network.energy.weights),
             tuple(math.prod(shape) for shape in network.state_shapes),
@@ -191,7 +194,18 @@ def _remedy(phase: str, setting: Setting, probe: PhaseProbe | None) -> str:
         standardized = ", or train anew with --weights standardized" if setting.plain else ""
         return f"it grows all the time: lower --feedback or --gain, or raise --free-steps{standardized}"
     tolerance = "" if setting.tolerance is None else ", or raise --tolerance"
-    return f"raise --{phase}-steps, or lower --feedback or --gain{tolerance}"
+    over = probe is not None and _over_relaxed(setting.relaxation, probe)
+    lower = "--relaxation, --feedback" if over else "--feedback"
+    return f"raise --{phase}-steps, or lower {lower} or --gain{tolerance}"
+
+
+def _over_relaxed(relaxation: float, probe: PhaseProbe) -> bool:
+    """Return whether an iteration leaves about ``relaxation - 1``, the least that it can: less of it may do more.
+
+    So it is at the best relaxation and above (Young 1954).
+    """
+    rate = contraction(probe)
+    return relaxation > 1 and rate is not None and rate < relaxation - 1 + LIMITS["relaxation"].value
 
 
 # --- vanishing response --------------------------------------------------------------------------------------------
