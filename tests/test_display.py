@@ -200,6 +200,17 @@ def test_a_run_in_json(cifar, invoke, tmp_path, monkeypatch):
     assert {"epoch", "images", "of", "images_per_s", "left_s", "loss", "accuracy", "free_residual"} < set(progress)
 
 
+def test_what_is_found_before_training_in_json(cifar, invoke, tmp_path):
+    """As findings of an epoch, of which it is number 0."""
+    wild = ["--feedback", 1, "--free-steps", 1, "--nudged-steps", 1]
+    options = ["--epochs", 1, "--run-dir", tmp_path / "run", "--log-format", "json"]
+    code, out, _ = invoke("train", *TINY, *wild, *options)
+    first = next(o for o in objects(out) if o["event"] == "warning")
+    assert (code, first["epoch"], first["signature"]) == (0, 0, "convergence")
+    assert first["message"].startswith("the free phase does not settle: after 1 sweep layer")
+    assert first["layers"]
+
+
 @pytest.mark.parametrize(
     ("happens", "status", "code", "message"),
     [

@@ -306,7 +306,7 @@ class Trainer:
         """Say what does not settle before anything is trained: after an epoch, the next look, may be in hours."""
         begin = time.monotonic()
         for finding in checkup.start(self.communicator):
-            self.display.show("warning", f"before training: {finding.message}")
+            self.display.show("warning", f"before training: {finding.message}", epoch=0, **finding._asdict())
         self.elapsed_s += time.monotonic() - begin
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
