@@ -1,4 +1,4 @@
-"""The three failures of EP, found and put into words. Oracle: records made by hand, just inside and outside a limit."""
+"""The failures of EP, found and put into words. Oracle: records made by hand, just inside and outside a limit."""
 
 from __future__ import annotations
 
@@ -181,6 +181,16 @@ def test_a_nudge_that_has_not_arrived_does_not_vanish():
     late = {"nudged_unsettled": [1.0, 0.0, 0.0, 0.0], "nudged_distance": [1.0, 0.0, 0.0, 0.0]}
     assert the_finding(**response, **late).signature == "convergence"
     assert the_finding(**response).signature == "vanishing"
+
+
+def test_a_nudge_that_is_too_strong_for_a_derivative():
+    assert findings(nonlinearity=[0.1, 0.2, 0.3, 0.49]) == []
+    finding = the_finding(nonlinearity=[0.1, 0.6, 0.3, 0.75])
+    assert (finding.signature, finding.layers) == ("nonlinearity", (2, 4))
+    assert "75% of the response of layer 4 is no multiple of that to half the nudge (layers 2, 4)" in finding.message
+    assert finding.message.endswith("; lower --beta, or use --scheme tangent, its limit")
+    classical = dataclasses.replace(SETTING, form="classical", precision=1e-16)
+    assert "; use --nudge deviation, or lower --beta" in the_finding(classical, nonlinearity=[0.6] * 4).message
 
 
 def test_rounding_drowns_the_classical_form_only():

@@ -21,7 +21,7 @@ import cupyep as ep
 from cupyep.backend import nccl, threads
 from cupyep.data import Loader
 from cupyep.diagnostics.checkup import Checkup
-from cupyep.diagnostics.probe import nonlinearity, probe_settling
+from cupyep.diagnostics.probe import probe_settling
 from cupyep.errors import CheckpointError, ConfigurationError, DataError, DeviceError, Interrupted
 from cupyep.parallel import Communicator, communicator
 from cupyep.parallel import launch as launching
@@ -294,19 +294,18 @@ def test_a_checkup_of_three_ranks_is_that_of_one_process(kind, samples):
         batch = next(iter(Loader(data, "train", samples, "cpu", "float64", share=share)))
         learner = PROBED[kind](ep.vgg(5, **NET))
         checkup = Checkup(learner, batch, samples)
-        return probe_settling(learner, batch, ranks), nonlinearity(learner, batch, ranks), checkup, ranks
+        return probe_settling(learner, batch, ranks), checkup, ranks
 
-    whole, curved, checkup, alone = look(Communicator())
+    whole, checkup, alone = look(Communicator())
     checkup.look({"epoch": 1}, [], alone)
     assert list(whole) == {"bp": [], "bptt": ["free"]}.get(kind, ["free", "nudged"])
 
     def work(ranks):
-        *seen, shared, _ = look(ranks)
+        probes, shared, _ = look(ranks)
         shared.look({"epoch": 1}, [], ranks)
-        return *seen, shared.trace
+        return probes, shared.trace
 
-    for probes, bend, trace in in_ranks(3, work):
-        assert bend == (curved if curved is None else pytest.approx(curved, rel=1e-9))
+    for probes, trace in in_ranks(3, work):
         assert trace.keys() == checkup.trace.keys()
         for phase in whole:
             found, expected = (each.pop(phase) for each in (trace, dict(checkup.trace)))
@@ -317,6 +316,9 @@ def test_a_checkup_of_three_ranks_is_that_of_one_process(kind, samples):
         assert probes.keys() == whole.keys()
         for phase, probe in probes.items():
             for name, value in vars(whole[phase]).items():
+                if value is None:
+                    assert getattr(probe, name) is None
+                    continue
                 np.testing.assert_allclose(getattr(probe, name), value, rtol=1e-9, atol=1e-15, err_msg=name)
 
 

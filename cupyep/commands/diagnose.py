@@ -91,6 +91,8 @@ class Diagnosis:
             parts.append(f"the {phase} phase {what} (limit {most:.0%})")
             rates += [f"{rho:.2g} {phase}"] if (rho := self.trace[phase].get("contraction")) is not None else []
         parts += [f"a {unit} contracts by {' and '.join(rates)}"] if rates else []
+        bends = [row["nonlinearity"] for row in layers if "nonlinearity" in row]
+        parts += [f"the response is proportional to the nudge within {max(bends):.0%}"] if bends else []
         parts += ["the nudge reaches every layer"] if "nudge_response" in layers[0] else []
         return "healthy: " + ", ".join([*parts, "no layer has collapsed"])
 
@@ -221,6 +223,8 @@ def _rows(record: Record, setting: Setting, probes: Mapping[str, PhaseProbe]) ->
         columns[f"{phase}_distance"] = record[f"{phase}_distance"]
         columns[f"{phase}_unsettled"] = record[f"{phase}_unsettled"]
         columns[f"{phase}_oscillating"] = probe.oscillating.tolist()
+    if "nonlinearity" in record:
+        columns["nonlinearity"] = record["nonlinearity"]
     if record["nudge_response"] is not None:
         columns["nudge_response"] = record["nudge_response"]
         columns["scaled_response"] = scaled_response(record, setting.weights).tolist()

@@ -40,15 +40,16 @@ class Checkup:
         return self.pace is not None and self.pace.ends
 
     def start(self, ranks: Communicator | None = None) -> list[Finding]:
-        """Look at the network before it is trained; return what does not settle, or not contract.
+        """Look at the network before it is trained; return what is wrong with its phases.
 
         A pace takes its first steps from it.
         """
-        probes = probe_settling(self.learner, self.batch, ranks or Communicator())
-        if self.pace is not None:
-            return self.pace.start(probes)
         setting = Setting.of(self.learner, self.batch_size)
-        return find(probe_record(probes, setting.tolerance), setting, probes)
+        probes = probe_settling(self.learner, self.batch, ranks or Communicator())
+        found = find(probe_record(probes, setting.tolerance), setting, probes)
+        if self.pace is None:
+            return found
+        return self.pace.start(probes) + [finding for finding in found if finding.signature != "convergence"]
 
     def begin(self) -> None:
         """Let the learner follow what was seen last: an epoch begins."""
@@ -58,8 +59,8 @@ class Checkup:
     def look(self, record: Record, records: Sequence[Record], ranks: Communicator | None = None) -> Record:
         """Return what is to be added to the `record` of an epoch, given the `records` of the epochs before.
 
-        That is how the epoch settled (``free_steps``, ``nudged_steps``, ``feedback``), `probe_record`, with a pace
-        ``nonlinearity``, and ``findings``, a list of ``{"signature", "layers", "message"}``.
+        That is how the epoch settled (``free_steps``, ``nudged_steps``, ``feedback``), `probe_record`, and
+        ``findings``, a list of ``{"signature", "layers", "message"}``.
         """
         setting = Setting.of(self.learner, self.batch_size)  # a pace changes it
         ranks = ranks or Communicator()
@@ -68,8 +69,7 @@ class Checkup:
         seen = settled_with(self.learner) | probe_record(probes, setting.tolerance)
         findings = find(record | seen, setting, probes, records)
         if self.pace is not None:
-            more, found = self.pace.follow(probes, ranks)
-            seen, findings = seen | more, [*findings, *found]
+            findings += self.pace.follow(probes, ranks)
         # Lists, as a file gives them back.
         return {**seen, "findings": [finding._asdict() | {"layers": list(finding.layers)} for finding in findings]}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from cupyep.batch import Batch
 from cupyep.diagnostics.contraction import contraction, most_steps, steps_to_rest
-from cupyep.diagnostics.probe import PhaseProbe, nonlinearity, probe_settling
-from cupyep.diagnostics.rules import LIMITS, Finding
+from cupyep.diagnostics.probe import PhaseProbe, probe_settling
+from cupyep.diagnostics.rules import Finding
 from cupyep.errors import ConfigurationError, choose
 from cupyep.parallel import Communicator
 
@@ -51,28 +51,19 @@ class Pace:
             if name != "feedback":
                 setattr(self.learner, name, value)
 
-    def follow(self, probes: Mapping[str, PhaseProbe], ranks: Communicator) -> tuple[dict[str, Any], list[Finding]]:
-        """Decide on the next epoch, given the probes of this one; return what to record, and what is wrong."""
-        self.next, record, findings = self._decide(probes, ranks)
-        self.ends = self.on_unsettled == "stop" and any(each.signature == "contraction" for each in findings)
-        return record, findings
-
-    def _decide(
-        self, probes: Mapping[str, PhaseProbe], ranks: Communicator
-    ) -> tuple[dict[str, Any], dict[str, Any], list[Finding]]:
-        now, problem, off = self.now(), self._problem(probes), nonlinearity(self.learner, self.batch, ranks)
+    def follow(self, probes: Mapping[str, PhaseProbe], ranks: Communicator) -> list[Finding]:
+        """Decide on the next epoch, given the probes of this one; return what does not contract."""
+        now, problem = self.now(), self._problem(probes)
         try:
             if problem and self.on_unsettled == "lower":
                 probes = self._lower(now["feedback"], probes, ranks)
-            then = now | {"feedback": self.network.feedback} | self._steps(probes)
+            self.next = now | {"feedback": self.network.feedback} | self._steps(probes)
         finally:
             self._set(now)
-        findings = []
-        if problem:
-            findings.append(Finding("contraction", (), f"{problem}; {self._remedy(now, then, self._problem(probes))}"))
-        if off is not None and off > LIMITS["nonlinearity"].value:
-            findings.append(Finding("nonlinearity", (), self._off(off)))
-        return then, {} if off is None else {"nonlinearity": off}, findings
+        self.ends = bool(problem) and self.on_unsettled == "stop"
+        if not problem:
+            return []
+        return [Finding("contraction", (), f"{problem}; {self._remedy(now, self.next, self._problem(probes))}")]
 
     def _lower(
         self, feedback: float, probes: Mapping[str, PhaseProbe], ranks: Communicator
@@ -117,13 +108,6 @@ class Pace:
             )
         enough = f", which is not enough: {left}" if left else ""
         return f"the feedback goes from {now['feedback']:g} to {then['feedback']:g}{enough}"
-
-    def _off(self, off: float) -> str:
-        form = "use --nudge deviation, or " if self.learner.form == "classical" else ""
-        return (
-            f"the response is not proportional to the nudge: twice that to half of it differs by {off:.0%} in size; "
-            f"{form}lower --beta"
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return `now` and what is next, by names that begin with ``next_``."""

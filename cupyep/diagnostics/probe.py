@@ -43,6 +43,9 @@ class PhaseProbe:
         scaled deviation), after all iterations, mean over the samples.
     rounding : ndarray of shape (L,)
         Residual by rounding alone, at most, as a part of the `size`.
+    nonlinearity : ndarray of shape (L,), or None
+        What part of a layer's response is no multiple of that to half the nudge, ``min_c |z - c z_half| / |z|``,
+        Euclidean norms over the samples; 0 of a linear response. None without finite nudges of a known sign.
     """
 
     steps: int
@@ -52,6 +55,7 @@ class PhaseProbe:
     oscillating: np.ndarray
     size: np.ndarray
     rounding: np.ndarray
+    nonlinearity: np.ndarray | None = None
 
     @property
     def growing(self) -> np.ndarray:
@@ -79,6 +83,7 @@ def probe_settling(learner: Learner, batch: Batch, ranks: Communicator | None = 
         if hasattr(learner, "nudged_steps"):
             seen, _ = _look(learner, learner.nudged_steps, lambda **how: _nudged(learner, batch, state, **how))
             phases["nudged"] = _judge(learner, seen, own, ranks)
+            phases["nudged"].nonlinearity = _nonlinearity(learner, batch, state, own, ranks)
     return phases
 
 
@@ -136,22 +141,14 @@ def _joined(learner: Any, every: Sequence[_Seen], counts: Sequence[int]) -> Phas
     return PhaseProbe(steps, residual, samples("per_sample"), samples("distance"), oscillating, size, rounding)
 
 
-def nonlinearity(learner: Learner, batch: Batch, ranks: Communicator | None = None) -> float | None:
-    """Return by how much the size of twice the response to half the nudge differs from that to the nudge, as a part.
-
-    Euclidean norms over the batch, in the worst layer: 0 of a linear response. None without finite nudges of a known
-    sign.
-    """
-    if getattr(learner, "scheme", None) not in ("centered", "onesided"):
+def _nonlinearity(learner: Any, batch: Batch, free: State, own: int, ranks: Communicator) -> np.ndarray | None:
+    if learner.scheme not in ("centered", "onesided"):
         return None
-    with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        state, _ = _free(learner, batch)
-        whole, half = (_nudged(learner, batch, state, share)[1] for share in (1.0, 0.5))
-        ranks, own = ranks or Communicator(), shared_out(batch)[0]
-        squares = ranks.gather(np.array([[(z[:own] ** 2).sum() for z in response] for response in (whole, half)]))
-        sizes = np.sqrt(ranks.first(lambda: sum(squares)))
-        return float(_relative(abs(2 * sizes[1] - sizes[0]), 2 * sizes[1]).max())
+    pairs = zip(*(_nudged(learner, batch, free, share)[1] for share in (1.0, 0.5)), strict=True)
+    own_pairs = [(whole[:own], half[:own]) for whole, half in pairs]
+    products = ranks.gather(np.array([[(z * z).sum(), (h * h).sum(), (z * h).sum()] for z, h in own_pairs]))
+    whole, half, both = ranks.first(lambda: sum(products)).T  # of two vectors: sin^2 = 1 - cos^2
+    return np.sqrt(np.maximum(_relative(whole - _relative(both, half) * both, whole), 0.0))
 
 
 def _free(learner: Any, batch: Batch, **how: Any) -> tuple[State, list[np.ndarray]]:
