@@ -34,7 +34,7 @@ METRICS = {
     "learning_rate", "kappa", "free_residual", "nudged_residual", "images_per_s", "elapsed_s", "peak_memory_bytes",
     "activity", "nudge_response", "gradient_norm", "halvings", "free_residual_per_layer", "nudged_residual_per_layer",
     "free_unsettled", "nudged_unsettled", "free_distance", "nudged_distance", "saturated", "dead", "findings",
-    "free_steps", "nudged_steps", "feedback", "free_contraction", "nudged_contraction", "threads",
+    "free_steps", "nudged_steps", "feedback", "free_contraction", "nudged_contraction", "nonlinearity", "threads",
 }  # fmt: skip
 
 
