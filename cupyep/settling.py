@@ -119,20 +119,30 @@ def watched(schedule: str, steps: int, tolerance: float | None) -> bool:
     return tolerance is not None and schedule == "synchronous" and steps >= 2
 
 
-WEAK = 0.03  # the default feedback: close to BP at the same price as 0.1, which costs VGG-7 two points more
+WEAK = 0.01  # the default feedback: deep networks stay near to their feed-forward pass, and to rest
 STRONG = 0.3  # feedback above this makes what a sweep leaves come back
+SWEEPS = {0.03: (2, 1), STRONG: (2, 2), 1.0: (6, 4)}  # by default, of feedback up to so much
 OVER_RELAXATION = 1.6  # docs/performance.md: VGG-5 at lambda 1 settles in a quarter of the iterations
 
 
 def default_steps(schedule: str, feedback: float) -> tuple[int, int]:
     """Return the numbers of free and nudged steps for a schedule and feedback weight.
 
-    A sweep crosses the whole network up and down, and little is left to settle where the feedback is weak, of the
-    response to the nudge, too, where it is `WEAK`; in the other schedules news moves on by one layer a step.
+    A sweep crosses the whole network up and down, and the weaker the feedback, the less is left to settle; in the
+    other schedules news moves on by one layer a step.
     """
     if schedule != "sweeps":
         return 60, UNROLLED_STEPS
-    return (2, 1) if feedback <= WEAK else (2, 2) if feedback <= STRONG else (6, 4)
+    return next(steps for most, steps in SWEEPS.items() if feedback <= most)
+
+
+def default_beta(feedback: float) -> float:
+    """Return the strength of the nudge: a derivative where the feedback is weak, and where it is strong a bounded one.
+
+    0.5 is too much of one for layers that are nearly silent (docs/diagnostics.md); but where a response grows for long
+    before it settles, ends of the range bound it.
+    """
+    return 0.05 if feedback <= STRONG else 0.5
 
 
 UNROLLED_STEPS = 20  # of BPTT, which are synchronous

@@ -232,7 +232,7 @@ DAMAGE = {
         "config.toml",
         b"width = 0.02\nfeedback = 0.3",
         1,
-        "another network: feedback: saved 0.03, this network 0.3",
+        "another network: feedback: saved 0.01, this network 0.3",
     ),
     "no metrics": ("metrics.jsonl", b"\xff\n\xfe", 1, "metrics.jsonl' line 1 is not a record of an epoch"),
 }
@@ -345,5 +345,5 @@ def test_what_a_run_does_not_use_cannot_be_changed(cifar, invoke, tmp_path, comm
     assert invoke("train", *small, "--algorithm", "bp")[0] == 0
     code, _, err = invoke(command, path, *([picture] if command == "predict" else []), *option)
     assert (code, "needs --algorithm ep" in err) == ((2, True) if option else (0, False))
-    code, _, err = invoke("train", "--run-dir", path, "--resume", "--beta", 0.5)
+    code, _, err = invoke("train", "--run-dir", path, "--resume", "--beta", 0.05)
     assert (code, err) == (2, "Error: --beta needs --algorithm ep\n")

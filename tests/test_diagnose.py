@@ -149,7 +149,7 @@ def test_a_missing_teacher_is_said_and_the_rest_shown(run):
 
 def test_the_command_draws_and_writes_and_exits_0_for_an_unhealthy_network(run, invoke):
     pytest.importorskip("matplotlib")
-    path = run(gain=5.0, feedback=0.1)
+    path = run(gain=5.0, feedback=0.1, beta=0.5)
     target = path / "diagnosis.json"
     code, out, err = invoke("diagnose", path, "--bptt", "--json", target, "--plot", path / "d.svg")
     assert (code, err) == (0, "")

@@ -408,8 +408,8 @@ def test_probes_are_kept_by_epoch(tmp_path):
     experiment = study(lambda cell: train_cell(cell, probe, every_epoch=True), ROWS[1:], DIGITS)
     results = reproduce(experiment, tmp_path, seeds=1, report=silent)
     assert results.cells["two/0"]["probes"] == [
-        {"epoch": 1, "cosines": [1.0], "beta": 0.5},
-        {"epoch": 2, "cosines": [2.0], "beta": 0.5},
+        {"epoch": 1, "cosines": [1.0], "beta": 0.05},
+        {"epoch": 2, "cosines": [2.0], "beta": 0.05},
     ]
 
 

@@ -47,7 +47,10 @@ PREDICTED = {
     ("best-cifar100", "bp"): f"{BEST100} --feedback 0.03 --algorithm bp",
     ("best-fashion-mnist", "ep"): f"{BEST} --width 0.25 --epochs 10 --dataset fashion-mnist {EP} --feedback 0.01",
     ("best-svhn", "bp"): f"{BEST} --width 0.25 --epochs 10 --dataset svhn --feedback 0.03 --algorithm bp",
-    ("vgg7-kd-cifar10", "feedback0.1"): f"{VGG} --arch vgg7 --epochs 5 --feedback 0.1 --free-steps 2 --nudged-steps 1",
+    (
+        "vgg7-kd-cifar10",
+        "feedback0.1",
+    ): f"{VGG} --arch vgg7 --epochs 5 --feedback 0.1 --beta 0.5 --free-steps 2 --nudged-steps 1",
     ("vgg7-kd-cifar10", "bp"): f"{VGG} --arch vgg7 --epochs 5 --feedback 0.1 --algorithm bp",
     (
         "vgg7-kd-cifar10",

@@ -276,10 +276,10 @@ def test_gain_a_layer(device):
     ],
 )
 def test_defaults_are_what_the_documentation_says(device, feedback, schedule, steps, nudged, relaxation):
-    """Gain 1, feedback 0.03; by 2 + 1 sweeps, above it 2 + 2, above 0.3 6 + 4, or 60 + 20 steps."""
+    """Gain 1, feedback 0.01; by 2 + 1 sweeps, above 0.03 2 + 2, above 0.3 6 + 4, or 60 + 20 steps."""
     given = {} if feedback is None else {"feedback": feedback}
     net = ep.Network([ep.Linear((400,), 100), ep.Linear((100,), 7)], 2, device=device, **given)
-    assert net.feedback == (feedback or 0.03)
+    assert net.feedback == (feedback or 0.01)
     assert float(net.layers[0].weight.std()) == pytest.approx(1 / 20, rel=0.02)
     images = np.random.default_rng(0).uniform(0, 1, (3, 400))
     told = {} if schedule is None else {"schedule": schedule}

@@ -303,7 +303,7 @@ def test_a_healthy_run_keeps_one_or_two_sweeps(quadrants, tmp_path):
         assert record["free_steps"] in (1, 2)
         assert record["nudged_steps"] in (1, 2, 3)
         assert 0 < record["free_contraction"] < 0.5
-        assert record["feedback"] == 0.03
+        assert record["feedback"] == 0.01
         assert max(record["nonlinearity"]) < 0.2
     assert not [f for record in trainer.records for f in record["findings"] if f["signature"] == "contraction"]
     assert 'free_steps = "auto"' in (tmp_path / "run" / "config.toml").read_text()
@@ -323,7 +323,7 @@ def test_the_first_epoch_settles_by_what_was_seen_before_it(quadrants, tmp_path)
 def test_a_run_without_auto_records_and_keeps_its_steps(quadrants, tmp_path):
     trainer = run({"epochs": 2}, tmp_path / "run")
     trainer.run()
-    assert [(r["free_steps"], r["nudged_steps"], r["feedback"]) for r in trainer.records] == [(6, 4, 0.03)] * 2
+    assert [(r["free_steps"], r["nudged_steps"], r["feedback"]) for r in trainer.records] == [(6, 4, 0.01)] * 2
     assert trainer.directory.load().settling == {}
 
 

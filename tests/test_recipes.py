@@ -109,7 +109,7 @@ def test_rows_that_are_compared_differ_in_what_is_compared_only():
     assert {key for key in plain if plain[key] != le[key]} <= {"aug", "kappa"}
     assert {key for key in le if le[key] != kd[key]} == {"aug", "temperature", "learned_maps"}
     ep, bp = vars(load("vgg11-feedback0.1-cifar10")), vars(load("vgg11-bp-cifar10"))
-    assert {key for key in ep if ep[key] != bp[key]} == {"algorithm"}
+    assert {key for key in ep if ep[key] != bp[key]} == {"algorithm", "scheme", "free_steps", "nudged_steps"}
 
 
 def test_published_settings():
@@ -237,7 +237,7 @@ def test_what_had_no_effect_in_a_run_is_no_setting_of_it(tmp_path):
     ("change", "message"),
     [
         (("epochs = 10", "epoch = 10"), r"config.toml': unknown option 'epoch'; did you mean 'epochs'\?"),
-        (("beta = 0.5", "beta = -1.0"), r"config.toml': beta must be above 0 \(got -1.0\)"),
+        (("beta = 0.05", "beta = -1.0"), r"config.toml': beta must be above 0 \(got -1.0\)"),
         (("free_steps = 2", 'free_steps = "auto"\ntolerance = 0.1'), "--tolerance ends every phase by itself"),
         (("arch = ", "arch = = "), "config.toml' is not valid TOML"),
     ],
@@ -251,7 +251,22 @@ def test_a_damaged_one_is_refused(change, message, tmp_path):
 
 def test_a_run_by_the_options_of_a_run_is_that_run(cifar, invoke, tmp_path):
     """Bit for bit, by train and by a sweep; check takes its nudge."""
-    tiny = ["--width", 0.06, "--batch-size", 25, "--device", "cpu", "--seed", 3, "--aug", "le", "--epochs", 1]
+    tiny = [
+        "--width",
+        0.06,
+        "--batch-size",
+        25,
+        "--device",
+        "cpu",
+        "--seed",
+        3,
+        "--aug",
+        "le",
+        "--epochs",
+        1,
+        "--beta",
+        0.2,
+    ]
     assert invoke("train", *tiny, "--run-dir", tmp_path / "run", "--quiet")[0] == 0
     recipe = ["--recipe", tmp_path / "run" / "config.toml"]
     code, _, err = invoke("train", *recipe, "--run-dir", tmp_path / "again", "--quiet")
@@ -263,5 +278,5 @@ def test_a_run_by_the_options_of_a_run_is_that_run(cifar, invoke, tmp_path):
     assert first.config == again.config == swept.config
     json_path = tmp_path / "check.json"
     assert invoke("check", *recipe, "--tolerance", 1e-3, "--json", json_path)[0] == 0
-    assert json.loads(json_path.read_text())["options"]["beta"] == 0.5, "the run's, not the check's own"
+    assert json.loads(json_path.read_text())["options"]["beta"] == 0.2, "the run's, not the check's own"
     assert invoke("recipes", recipe[1]) == (0, recipe[1].read_text(), "")

@@ -248,7 +248,7 @@ def test_arrays_and_state_dict(trained, invoke, tmp_path):
         "vgg5",
         "sweeps",
         4,
-        0.03,
+        0.01,
     )
     weights = {name: array for name, array in arrays.items() if name.startswith(("layers.", "readout."))}
     network = load_trained(path).network

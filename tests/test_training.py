@@ -276,12 +276,12 @@ def test_more_epochs_and_no_other_change_on_resume(quadrants, tmp_path):
     straight = run({**values, "epochs": 3}, tmp_path / "straight")
     straight.run()
     run({**values, "epochs": 1}, tmp_path / "short").run()
-    longer = runs.resume_run(tmp_path / "short", {"epochs": 3, "beta": 0.5}, display=SILENT, stretch=True)
+    longer = runs.resume_run(tmp_path / "short", {"epochs": 3, "beta": 0.05}, display=SILENT, stretch=True)
     longer.run()
     assert_same_state(longer.directory.load(), straight.directory.load())
     assert RunDirectory.open(tmp_path / "short").config.epochs == 3
     with pytest.raises(
-        ConfigurationError, match="--beta 0.3 is not the run's 0.5; a resumed run may only change --epo"
+        ConfigurationError, match="--beta 0.3 is not the run's 0.05; a resumed run may only change --epo"
     ):
         runs.resume_run(tmp_path / "short", {"beta": 0.3}, display=SILENT)
 

@@ -64,7 +64,7 @@ def test_library_training_and_check_agree_on_their_defaults(quadrants, algorithm
     assert (own.describe(), own.config) == (network.describe(), network.config)
     for path, p in own.parameters().items():
         np.testing.assert_array_equal(p, network.parameters()[path])
-    assert ep.Network([ep.Linear((2,), 2)], 2, device="cpu").feedback == TrainConfig().feedback == 0.03
+    assert ep.Network([ep.Linear((2,), 2)], 2, device="cpu").feedback == TrainConfig().feedback == 0.01
     usual = dict(zip(("steps", "schedule", "relaxation"), own.settles(**schedule), strict=True))
     assert network.settling == usual | ({"unrolled_steps": 20} if algorithm == "bptt" else {})
     made = {"ep": ep.EquilibriumPropagation, "bptt": ep.BackpropagationThroughTime}[algorithm](own, **schedule)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from quadrants import SILENT, TIMES, quadrant_data
 
+import cupyep as ep
 from cupyep.cli.shared import chosen_config
 from cupyep.data.sources import SOURCES
 from cupyep.errors import ConfigurationError
@@ -115,6 +116,7 @@ def test_numbers_of_numpy_are_those_of_python(integer, real):
     ("values", "steps"),
     [
         ({}, (2, 1)),
+        ({"feedback": 0.03}, (2, 1)),
         ({"feedback": 0.1}, (2, 2)),
         ({"feedback": 1.0}, (6, 4)),
         ({"schedule": "synchronous"}, (60, 20)),
@@ -127,6 +129,17 @@ def test_steps_that_are_not_given_follow_schedule_and_feedback(values, steps):
     settings = TrainConfig(**values)
     assert (settings.free_steps, settings.nudged_steps) == steps
     assert tomllib.loads(settings.to_toml())["free_steps"] == steps[0], "config.toml says what was run"
+
+
+@pytest.mark.parametrize(
+    ("values", "beta"),
+    [({}, 0.05), ({"feedback": 0.3}, 0.05), ({"feedback": 0.31}, 0.5), ({"feedback": 1.0, "beta": 0.2}, 0.2)],
+)
+def test_beta_that_is_not_given_follows_feedback(values, beta):
+    settings = TrainConfig(**values)
+    assert settings.beta == tomllib.loads(settings.to_toml())["beta"] == beta
+    net = ep.Network([ep.Linear((4,), 3)], 2, device="cpu", feedback=settings.feedback)
+    assert ep.EquilibriumPropagation(net, values.get("beta")).beta == beta
 
 
 @pytest.mark.parametrize(

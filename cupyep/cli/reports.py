@@ -52,7 +52,7 @@ CHECK_COMMON = ("recipe", "arch", "width", "dataset", "image_size", "feedback", 
     "--betas",
     "beta",
     type=Numbers(),
-    help=f"{OPTIONS['beta'].metadata['text'].rstrip('.')}, or several, such as 0.5,0.05, for a table each.  "
+    help=f"{OPTIONS['beta'].metadata['text'].partition(';')[0]}, or several, such as 0.5,0.05, for a table each.  "
     f"[default: {gradient_check.CHECK_DEFAULTS['beta']}]",
 )
 @json_option("the table")

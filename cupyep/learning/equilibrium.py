@@ -28,7 +28,7 @@ from cupyep.memory.layout import PhaseBuffers
 from cupyep.memory.workspace import Needs
 from cupyep.network import Network
 from cupyep.ops.winograd import tile_size
-from cupyep.settling import check_betas, check_settling, default_steps
+from cupyep.settling import check_betas, check_settling, default_beta, default_steps
 from cupyep.signals import Augmenter
 from cupyep.state import State
 from cupyep.structure import exclusive
@@ -43,8 +43,9 @@ class EquilibriumPropagation(Learner):
     Parameters
     ----------
     network : Network
-    beta : float
-        Strength of the nudge, positive, with squared error below 1; unused by the tangent scheme.
+    beta : float, optional
+        Strength of the nudge, positive, with squared error below 1; unused by the tangent scheme. By default
+        `cupyep.settling.default_beta` of the network's feedback.
     free_steps, nudged_steps : int, optional
         Iterations of each phase (the maximum, where a tolerance is given); by default as many as the network settles
         with (`Network.settling`), and `cupyep.settling.default_steps` of the nudged ones.
@@ -82,7 +83,7 @@ class EquilibriumPropagation(Learner):
     def __init__(
         self,
         network: Network,
-        beta: float = 0.5,
+        beta: float | None = None,
         free_steps: int | None = None,
         nudged_steps: int | None = None,
         scheme: str = "centered",
@@ -95,6 +96,7 @@ class EquilibriumPropagation(Learner):
         relaxation: float | None = None,
     ):
         super().__init__(network, signals, micro_batch)
+        beta = default_beta(network.feedback) if beta is None else beta
         self.beta = number("beta, the strength of the nudge,", beta, above=0)
         self._settle_by(free_steps, schedule, tolerance, relaxation)
         default = default_steps(self.schedule, network.feedback)[1]

@@ -34,6 +34,7 @@ from cupyep.settling import (
     WEAK,
     check_betas,
     check_relaxation,
+    default_beta,
     default_relaxation,
     default_steps,
 )
@@ -126,7 +127,8 @@ class TrainConfig:
 
     algorithm: str = GRADIENT("ep", str, "ep: Equilibrium Propagation; bptt: backpropagation through time; bp: "
                               "feed-forward backpropagation.", choices=("ep", "bptt", "bp"))
-    beta: float = GRADIENT(0.5, float, "Strength of the nudge.", above=0, needs=("ep", "finite"))
+    beta: float = GRADIENT(None, float, "Strength of the nudge; unset: 0.05, 0.5 with a feedback above 0.3.", above=0,
+                           needs=("ep", "finite"))
     free_steps: int | str = GRADIENT(None, int, "Steps of the free phase (the most, with --tolerance); unset: 2 "
                                      "sweeps, 6 with a feedback above 0.3, 60 of the other schedules.", low=1,
                                      word=AUTO, word_text=", or auto: after every epoch as many as it was found "
@@ -238,6 +240,7 @@ class TrainConfig:
         auto = AUTO in (self.free_steps, self.nudged_steps)
         require(not auto or self.tolerance is None, "--tolerance ends every phase by itself: give it, or auto steps")
         require(self.nudged_steps != AUTO or self.algorithm != "bptt", "--nudged-steps auto needs --algorithm ep")
+        self.beta = self.beta or default_beta(self.feedback)
         self.relaxation = self.relaxation or default_relaxation(self.schedule, self.feedback)
         check_relaxation(self.relaxation, self.schedule)
         if self.algorithm == "ep":
