@@ -483,7 +483,7 @@ DEFECTS = [
     Defect("a checkpoint settles as its run began", "training/trained.py",
            "**(own | dict(given))", "**dict(given)", "test_pace"),
     Defect("half the nudge is taken for the nudge", "diagnostics/probe.py",
-           "for share in (1.0, 0.5)", "for share in (1.0, 1.0)", "test_pace"),
+           "_nudged(learner, batch, free, 0.5)", "_nudged(learner, batch, free, 1.0)", "test_pace"),
     Defect("probe: as many steps again, an even number", "diagnostics/probe.py",
            "total = steps + (more | 1)", "total = steps + (more & ~1)", "test_probe"),
     Defect("probe: distance against the own state only", "diagnostics/probe.py",

@@ -78,17 +78,21 @@ def probe_settling(learner: Learner, batch: Batch, ranks: Communicator | None = 
     ranks, own = ranks or Communicator(), shared_out(batch)[0]
     with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the caller sees it in the result
-        seen, state = _look(learner, learner.free_steps, lambda **how: _free(learner, batch, **how))
+        seen, state, _ = _look(learner, learner.free_steps, lambda **how: _free(learner, batch, **how))
         phases = {"free": _judge(learner, seen, own, ranks)}
         if hasattr(learner, "nudged_steps"):
-            seen, _ = _look(learner, learner.nudged_steps, lambda **how: _nudged(learner, batch, state, **how))
+            seen, _, response = _look(
+                learner, learner.nudged_steps, lambda **how: _nudged(learner, batch, state, **how)
+            )
             phases["nudged"] = _judge(learner, seen, own, ranks)
-            phases["nudged"].nonlinearity = _nonlinearity(learner, batch, state, own, ranks)
+            phases["nudged"].nonlinearity = _nonlinearity(learner, batch, state, response, own, ranks)
     return phases
 
 
-def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]]]) -> tuple[_Seen, State]:
-    """Return what `settle`, called with its own and with more steps, shows, and the state after its own."""
+def _look(
+    learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]]]
+) -> tuple[_Seen, State, list[np.ndarray]]:
+    """Return what `settle`, called with its own and with more steps, shows, and what it returns after its own."""
     more = max(MORE_STEPS, steps, 0 if learner.schedule == "sweeps" else 2 * learner.network.depth)  # news gets round
     total = steps + (more | 1)  # odd: an oscillation of period two is not back where it was
     late, after = settle(steps=total, tolerance=None, record=True)
@@ -103,7 +107,7 @@ def _look(learner: Any, steps: int, settle: Callable[..., tuple[State, list[Any]
     distance = [_relative(_rms(a - b), np.maximum(_rms(a), _rms(b))) for a, b in zip(after, now, strict=True)]
     per_sample = own.stats.per_sample.reshape(len(now), -1, size.shape[1]).max(axis=1)
     trace, steps = np.array(late.stats.trace), own.stats.steps
-    return _Seen(steps, trace, per_sample, np.array(distance), size, phases, held, back), own
+    return _Seen(steps, trace, per_sample, np.array(distance), size, phases, held, back), own, now
 
 
 @dataclass
@@ -141,12 +145,14 @@ def _joined(learner: Any, every: Sequence[_Seen], counts: Sequence[int]) -> Phas
     return PhaseProbe(steps, residual, samples("per_sample"), samples("distance"), oscillating, size, rounding)
 
 
-def _nonlinearity(learner: Any, batch: Batch, free: State, own: int, ranks: Communicator) -> np.ndarray | None:
+def _nonlinearity(
+    learner: Any, batch: Batch, free: State, response: list[np.ndarray], own: int, ranks: Communicator
+) -> np.ndarray | None:
     if learner.scheme not in ("centered", "onesided"):
         return None
-    pairs = zip(*(_nudged(learner, batch, free, share)[1] for share in (1.0, 0.5)), strict=True)
-    own_pairs = [(whole[:own], half[:own]) for whole, half in pairs]
-    products = ranks.gather(np.array([[(z * z).sum(), (h * h).sum(), (z * h).sum()] for z, h in own_pairs]))
+    _, halves = _nudged(learner, batch, free, 0.5)
+    pairs = [(z[:own], h[:own]) for z, h in zip(response, halves, strict=True)]
+    products = ranks.gather(np.array([[(z * z).sum(), (h * h).sum(), (z * h).sum()] for z, h in pairs]))
     whole, half, both = ranks.first(lambda: sum(products)).T  # of two vectors: sin^2 = 1 - cos^2
     return np.sqrt(np.maximum(_relative(whole - _relative(both, half) * both, whole), 0.0))
 
