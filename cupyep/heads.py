@@ -34,11 +34,14 @@ class LossTerm:
         or of the one to compute in (None).
     nbytes : int
         Bytes of what `refresh` makes.
+    map_size : int
+        Numbers that `put_force` reads however few samples it is for.
     """
 
     layer: int
     view: tuple[int | None, Any] = (None, None)
     nbytes = 0
+    map_size = 0
 
     def prepare(self, precision: Precision) -> None:
         """Learn the precision of the products of nudged phases; called by the network."""
@@ -196,8 +199,8 @@ class Head(LossTerm):
         self._matrix = None
         if not self.identity and type(self).add_force is Head.add_force:  # a subclass may do something else there
             self.view = (self.pool, precision.stored)
-        size = math.prod(self.inner_shape) * self.classes
-        self.nbytes = size * self._factors.dtype.itemsize if self._halves else 0
+        self.map_size = 0 if self.identity else math.prod(self.inner_shape) * self.classes
+        self.nbytes = self.map_size * self._factors.dtype.itemsize if self._halves else 0
 
     @property
     def _halves(self) -> bool:

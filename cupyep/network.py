@@ -318,7 +318,8 @@ class Network(Structure):
         """Return what decides on the memory of nudged phases; `base` is the `end` of the state that they start at."""
         targets = {id(target): (tuple(target.shape[1:]), target.dtype) for *_, target in nudges if target is not None}
         terms = tuple(
-            TermShape(term.layer, term.scratch_size, term.gradient_scratch_size, term.view) for term, *_ in nudges
+            TermShape(term.layer, term.scratch_size, term.gradient_scratch_size, term.view, term.map_size)
+            for term, *_ in nudges
         )
         return PhaseShape(
             form,

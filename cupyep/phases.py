@@ -86,9 +86,14 @@ class Phase:
         return out
 
     def _force(self, n: int, part: slice) -> Any:
-        """Return ``sum of scale * dloss/ds`` of layer n's nudges for some rows."""
-        force, scratch = self.buffers.force[n][: part.stop - part.start], self.buffers.scratch
-        view = seen = None
+        """Return ``sum of scale * dloss/ds`` of layer n's nudges for some rows, None without nudges."""
+        if n not in self._nudges:
+            return None
+        return self._put_force(n, part, self.buffers.force[n][: part.stop - part.start])
+
+    def _put_force(self, n: int, part: slice, force: Any) -> Any:
+        """Write ``sum of scale * dloss/ds`` of layer n's nudges for some rows into `force`; return that."""
+        view, seen, scratch = None, None, self.buffers.scratch
         for number, (term, target, scale) in enumerate(self._nudges[n]):
             if view is None or term.view != view:
                 view, seen = term.view, self._seen(n, part, *term.view)
@@ -250,8 +255,7 @@ class Classical(Phase):
     def _update(self, n: int, part: slice, drive: Any, topdown: Any, residual: Any) -> None:
         s = self.states[n - 1][part]
         g = self.drives[n - 1][part] if self.drives and residual is not None else None
-        force = self._force(n, part) if n in self._nudges else None
-        feedback, scratch = self.feedback[n - 1], self.buffers.scratch
+        feedback, force, scratch = self.feedback[n - 1], self._force(n, part), self.buffers.scratch
         self.updates.states(s, drive, topdown, feedback, force, g, residual, scratch, self.relaxation)
 
 
@@ -294,6 +298,9 @@ class Deviation(Phase):
         if self.tangent:
             for g, slope in zip(self.rest, self.slopes, strict=True):
                 self.updates.slope(g, slope)
+            for n, parts in buffers.term_parts.items():
+                for part in parts:
+                    self._put_force(n, part, buffers.force[n][part])
 
     def _arrays(self) -> list[Any]:
         return [*super()._arrays(), *self.winners, *self.rest]
@@ -301,6 +308,12 @@ class Deviation(Phase):
     def _drive(self, connection: int, out: Any) -> None:
         node, ops = self.graph.below[connection], self.workspace.ops[connection]
         self.edges[connection].linear_drive(self.states[node - 1], out, self.winners[connection], ops)
+
+    def _force(self, n: int, part: slice) -> Any:
+        """Return the force on some rows: the tangent's is that at s*, which does not change."""
+        if not self.tangent or n not in self._nudges:
+            return super()._force(n, part)
+        return self.buffers.force[n][part]
 
     def _at_rest(self, array: Any, part: slice) -> Any:
         """Return the rows of an array (N, ...) of the rest point that belong to a part: once, if it is all phases."""
@@ -314,8 +327,7 @@ class Deviation(Phase):
         return self._see(n, part.stop - part.start, pool, dtype, eps, 1 / self.weights[n - 1], g)
 
     def _update(self, n: int, part: slice, drive: Any, topdown: Any, residual: Any) -> None:
-        force = self._force(n, part) if n in self._nudges else None
-        shared = (self.states[n - 1][part], drive, topdown, self.feedback[n - 1], force)
+        shared = (self.states[n - 1][part], drive, topdown, self.feedback[n - 1], self._force(n, part))
         if self.tangent:
             slope = self._at_rest(self.slopes[n - 1], part)
             self.updates.tangents(*shared, slope, residual, self.buffers.scratch, self.relaxation)

@@ -20,6 +20,7 @@ from cupyep.ops.update import UpdateOps
 from cupyep.program import Program, Value, make_program
 
 PART_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # scratch of an update; on a CPU it stays in cache
+MAP_READS = 2  # the rows whose force is made at once take so many times the numbers of the map that is read for them
 ALWAYS = -1  # all bits
 Shape = tuple[int, ...]
 
@@ -115,6 +116,7 @@ class TermShape(NamedTuple):
     scratch_size: Callable[[int], int]
     gradient_scratch_size: Callable[[int], int]
     view: tuple[int | None, Any] = (None, None)
+    map_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,9 @@ class PhaseBuffers:
     inputs: Any  # the memory of all of them, but for the constant ones
     residual: Any  # (nodes, rows)
     parts: list[list[slice]]  # rows of each node that are updated at once
+    term_parts: dict[int, list[slice]]  # node -> its rows whose force is made at once; of a tangent phase other ones
     scratch: Any  # for an update, or one term of the loss
-    force: dict[int, Any]  # node -> the force of its terms on the rows of a part
+    force: dict[int, Any]  # node -> the force of its terms on the rows of a part, in a tangent phase on all rows
     nudged: dict[int, Any]  # node -> room for the states of a part as a term sees them
     targets: list[Any]
     scales: list[Any]  # for each term a factor a row
@@ -281,33 +284,47 @@ class Layout:
         return stack.take_one_of("adjoint states", batch if self.halves else [(0,)] * len(batch), self.stored)
 
     def _update(self, stack: Stack, shape: PhaseShape) -> dict[str, Any]:
-        """Return rows of the parts of an update, its scratch, forces, targets and factors."""
-        parts, scratch, force, nudged = [], 0, {}, {}
+        """Return rows of the parts of updates and of forces, their scratch, forces, targets and factors.
+
+        Forces of a tangent phase do not change: they are made once, for all rows. In others a part's are made when the
+        part is updated, so its states are read once for both.
+        """
+        parts, term_parts, scratch, force, nudged = [], {}, 0, {}, {}
+        once = shape.form == "tangent"
         for n, size in enumerate(self.sizes, 1):
             terms = [term for term in shape.terms if term.layer == n]
-            row, seen = shape.update_scratch(1, size), 0
+            row = shape.update_scratch(1, size)
+            parts.append(self._rows(shape, row))
             if terms:
                 seen = max(self.seen_size(term, not shape.has_images) for term in terms)
                 row += size + seen + max(term.scratch_size(1) for term in terms)
-            parts.append(rows_of_parts(shape.samples, shape.phases, self.part_bytes // (row * self.number.itemsize)))
-            longest = max(part.stop - part.start for part in parts[-1])
-            scratch = max(scratch, shape.update_scratch(longest, size), *(t.scratch_size(longest) for t in terms))
-            if terms:
-                force[n] = (longest, *self.shapes[n - 1])
-            if seen:
-                nudged[n] = (longest, seen)
-        forces = [
-            dict(zip(sizes, stack.take_one_of("forces", list(sizes.values()), self.number), strict=True))
-            for sizes in (force, nudged)
-        ]
+                term_parts[n] = self._rows(shape, row, MAP_READS * max(term.map_size for term in terms))
+                longest = _longest(term_parts[n])
+                scratch = max(scratch, *(term.scratch_size(longest) for term in terms))
+                force[n] = (shape.rows if once else longest, *self.shapes[n - 1])
+                if seen:
+                    nudged[n] = (longest, seen)
+                if not once:
+                    parts[-1] = term_parts[n]
+            scratch = max(scratch, shape.update_scratch(_longest(parts[-1]), size))
+        forces = []
+        for sizes, alive in ((force, once), (nudged, False)):
+            requests = [Request(size, self.number, ALWAYS if alive else 1 << n) for n, size in sizes.items()]
+            forces.append(dict(zip(sizes, stack.take_all("forces", requests), strict=True)))
         return {
             "parts": parts,
+            "term_parts": term_parts,
             "force": forces[0],
             "nudged": forces[1],
             "scratch": stack.take("update scratch", (scratch,), self.number),
             "targets": [stack.take("targets", (shape.rows, *size), dtype) for size, dtype in shape.targets],
             "scales": [stack.take("targets", (shape.rows,), self.number) for _ in shape.terms],
         }
+
+    def _rows(self, shape: PhaseShape, row: int, least: int = 0) -> list[slice]:
+        """Return the rows that are taken at once where each takes `row` numbers: `part_bytes`, or `least` numbers."""
+        most = max(self.part_bytes // self.number.itemsize, least) // row
+        return rows_of_parts(shape.samples, shape.phases, most)
 
     def _work(self, stack: Stack, shape: PhaseShape) -> dict[str, Any]:
         classical = shape.form == "classical"
@@ -350,6 +367,10 @@ class Layout:
         requests = [Request((samples, *self.edges[c].out_shape), "uint8", 1 << self.graph.above[c]) for c in pooled]
         arrays = dict(zip(pooled, stack.take_all("work", requests), strict=True))
         return [arrays.get(c) for c in range(len(self.edges))]
+
+
+def _longest(parts: Sequence[slice]) -> int:
+    return max(part.stop - part.start for part in parts)
 
 
 def rows_of_parts(samples: int, phases: int, most: int) -> list[slice]:
