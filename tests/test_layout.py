@@ -7,7 +7,7 @@ import pytest
 from small import batch_of, network, signals_of
 
 import cupyep as ep
-from cupyep.memory.layout import Layout, PhaseShape, Stack, rows_of_parts
+from cupyep.memory.layout import Layout, PhaseShape, Stack, TermShape, rows_of_parts
 from cupyep.memory.workspace import Memory
 from cupyep.ops.update import UpdateOps
 
@@ -159,6 +159,26 @@ def test_lean_phases_have_the_bits_of_lavish_ones(loss, schedule, parts):
     assert (max(len(layer) for phase in phases for layer in phase.parts) > 4) is parts
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+def test_a_tangent_in_parts_is_that_of_all_rows(loss, schedule):
+    """Its forces are made before the updates, in parts of their own. Two phases: the tangent to either side."""
+    found = []
+    for part_bytes in (1 << 20, 900):
+        net, batch = case(loss=loss, precision="float64")
+        net.memory.layout.part_bytes = part_bytes
+        signals = [net.bind(signal) for signal in signals_of("le") + signals_of("kd")]
+        how = {"steps": STEPS, "schedule": schedule, "relaxation": 1.0}
+        free = net.settle(batch, **how)
+        found.append(net.settle(batch, free, targets=batch, beta=[1.0, -1.0], nudge="tangent", signals=signals, **how))
+        parts = next(b for shape, b in net.memory._laid_out.items() if getattr(shape, "form", "") == "tangent")
+        assert (len(parts.parts[0]) > 1, len(parts.term_parts[1]) > 1) == (part_bytes == 900,) * 2
+    whole, in_parts = found
+    assert_close(in_parts.deviations, whole.deviations)
+    assert all(np.abs(d[:4]).max() > 0 for d in whole.deviations)
+    assert_close([d[:4] for d in whole.deviations], [-d[4:] for d in whole.deviations])
+
+
 def test_parts_of_an_update_cover_all_rows_and_cross_no_phase():
     for samples in (1, 2, 5, 8):
         for phases in (1, 2):
@@ -170,6 +190,28 @@ def test_parts_of_an_update_cover_all_rows_and_cross_no_phase():
                     assert all(part.start // samples == (part.stop - 1) // samples for part in parts)
     assert rows_of_parts(6, 2, 5) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)], "of equal length"
     assert rows_of_parts(6, 2, 12) == [slice(0, 12)], "one, if all rows fit"
+
+
+@pytest.mark.parametrize("form", ["classical", "deviation", "tangent"])
+def test_a_large_map_is_read_for_many_rows(form):
+    """A row takes some four states of numbers; the map of 40 states is read for twice as many numbers, so for 20 rows.
+
+    The forces of a tangent, which are made once, have parts of their own and room for all rows.
+    """
+    net, _ = case()
+    layout, size = net.memory.layout, net.memory.layout.sizes[0]
+    layout.part_bytes = 4 * 4 * (4 * size + 1)  # four rows with a force
+    shapes = [
+        PhaseShape(form, 40, "evenodd", terms=(TermShape(1, lambda samples: 0, lambda samples: 0, map_size=numbers),))
+        for numbers in (0, 40 * size)
+    ]
+    without, large = (net.memory.phase(shape) for shape in shapes)
+    most = {"classical": 26, "deviation": 19, "tangent": 19}[form]  # 80 s / (3 s + 1) or, seen apart, / (4 s + 1)
+    assert large.term_parts == {1: rows_of_parts(40, 1, most)}
+    assert without.term_parts == {1: rows_of_parts(40, 1, {"classical": 5}.get(form, 4))}
+    assert len(large.force[1]) == (40 if form == "tangent" else large.term_parts[1][0].stop)
+    assert large.parts[0] == (rows_of_parts(40, 1, 7) if form == "tangent" else large.term_parts[1])
+    assert large.parts[1:] == without.parts[1:], "nodes without a term"
 
 
 @pytest.mark.parametrize(

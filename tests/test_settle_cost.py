@@ -8,6 +8,7 @@ from small import CLASSES, Teacher, batch_of
 
 import cupyep as ep
 from cupyep import settling
+from cupyep.heads import Head
 from cupyep.ops import factors
 
 SCHEDULES = ("synchronous", "evenodd", "sweeps")
@@ -88,6 +89,23 @@ def test_a_step_allocates_nothing_after_the_first(
         np.setbufsize(buffer_size)
     assert len(peaks) == 5
     assert max(peaks[1:]) < 8192, peaks
+
+
+@pytest.mark.parametrize("phase", ["classical", "deviation", "tangent"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_forces_of_a_tangent_are_made_once(monkeypatch, schedule, phase):
+    """It takes them at the free state, which does not change; other phases take a node's at every update of it."""
+    net, batch, signals = costly_case("max")
+    free = net.settle(batch, steps=1, schedule=schedule, relaxation=1.0)
+    put_force, layers = Head.put_force, []
+    monkeypatch.setattr(Head, "put_force", lambda own, *a, **k: layers.append(own.layer) or put_force(own, *a, **k))
+    counts = []
+    for steps in (3, 7):
+        layers.clear()
+        settle_phase(net, batch, signals, phase, schedule, steps, free)
+        counts.append(len(layers))
+    once = 5 * len(net.parts(len(batch)))  # four signals and the readout
+    assert counts == [once, once] if phase == "tangent" else counts[1] - counts[0] >= 4 * once
 
 
 @pytest.mark.parametrize("phase", ["free", "classical", "deviation", "tangent"])

@@ -308,8 +308,8 @@ class Layout:
                     parts[-1] = term_parts[n]
             scratch = max(scratch, shape.update_scratch(_longest(parts[-1]), size))
         forces = []
-        for sizes, alive in ((force, once), (nudged, False)):
-            requests = [Request(size, self.number, ALWAYS if alive else 1 << n) for n, size in sizes.items()]
+        for sizes, kept in ((force, once), (nudged, False)):
+            requests = [Request(size, self.number, ALWAYS if kept else 1 << n) for n, size in sizes.items()]
             forces.append(dict(zip(sizes, stack.take_all("forces", requests), strict=True)))
         return {
             "parts": parts,
