@@ -161,6 +161,26 @@ def test_chunks_change_nothing(rng, pooling, m, kilobytes, chunks):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("channels", "samples_at_once", "copies"),  # 4 tiles an image; 10^6 multiplications a product where 32 rows have less
+    [((64, 64), [40], 2), ((128, 128), [14, 14, 12], 2), ((176, 177), [8] * 5, 2), ((176, 178), [20, 20], 1)],
+)
+def test_small_products(rng, channels, samples_at_once, copies):
+    """With their own transposed copy of what the weight is transformed to; large ones take a view."""
+    inputs, units = channels
+    edge = edge_of((8, 8, inputs), units, rng.standard_normal((3, 3, *channels)), pooling="none")
+    ops, direct = (prepared(edge, 40, float, make=make) for make in (WinogradOps, ConvOps))
+    assert [count for _, count in ops.chunks] == samples_at_once
+    assert len(ops.derived) == copies
+    s, found, expected = rng.standard_normal((40, 8, 8, units)), *np.empty((2, 40, 8, 8, inputs))
+    for weight in (edge.weight, rng.standard_normal(edge.weight.shape)):
+        edge.weight = weight
+        for its, out in ((ops, found), (direct, expected)):
+            its.refresh(weight)
+            edge.topdown(s, None, out, its)
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+
+
 LEARNERS = {
     "deviation": lambda net: ep.EquilibriumPropagation(net, 0.3, 30, 10, schedule="synchronous"),
     "classical": lambda net: ep.EquilibriumPropagation(

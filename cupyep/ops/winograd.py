@@ -40,7 +40,9 @@ LEAST_WORK = 1 << 15  # units of all tiles times channels
 # Rows of a product, where the budget allows as many: at least the first; more where channels are few. Fewer are many
 # short operations, with which threads stand in each other's way, more leave the caches (docs/performance.md).
 ROWS, UNITS = 128, 1 << 14
-SMALL = 10**6  # multiplications of a product that OpenBLAS does without copying its factors
+# Multiplications of a product that OpenBLAS does without copying its factors: a third faster, another third if none is
+# transposed. As large are those of a chunk where this leaves `LEAST_ROWS`.
+SMALL = 10**6
 TRANSFORMED = 250_000  # multiplications of a product of a transform: factor and product stay in the innermost caches
 GRADIENT_CHANNELS = 32  # input channels whose weight gradient is transformed back at once
 
@@ -143,15 +145,19 @@ class WinogradOps:
             max(count + 1, -(-(size + 2 * geometry.padding) // m))
             for count, size in zip(self._tiles, geometry.in_shape[:2], strict=True)
         ]
-        rows = max(ROWS, UNITS // max(geometry.in_shape[2], geometry.map_shape[2]))
-        most = -(-rows // math.prod(self._tiles))
-        self.chunks = chunked(batch, min(most, nbytes // Arena.size(self._map_requests(1))))
         channels, outputs = geometry.in_shape[2], geometry.map_shape[2]
+        rows, count = max(ROWS, UNITS // max(channels, outputs)), math.prod(self._tiles)
+        most, small = -(-rows // count), SMALL // (channels * outputs)
+        if small >= LEAST_ROWS:
+            most = min(most, max(1, small // count))
+        self.chunks = chunked(batch, min(most, nbytes // Arena.size(self._map_requests(1))))
         self.flops = 2 * multiplications(geometry, m)
         gradient = (((m + 2) ** 2 + 9) * min(channels, GRADIENT_CHANNELS) * outputs,)
         self.requests = [*self._map_requests(self.chunks[0][1]), (gradient, dtype)]
         self.nbytes = Arena.size(self.requests)
         self.derived = [(((m + 2) ** 2, channels, outputs), dtype)]
+        if small >= LEAST_ROWS:
+            self.derived.append((((m + 2) ** 2, outputs, channels), dtype))
         at, g, bt = matrices(m)
         self._to_u = xp.asarray(np.kron(g, g), dtype)
         to_y, to_v = (xp.asarray(each, dtype) for each in (at, bt))
@@ -172,8 +178,9 @@ class WinogradOps:
         ]
 
     def bind(self, arena: Arena, derived: Sequence[Any]) -> None:
-        """Take views of the arena, and the array of `derived`."""
-        (self._u,) = derived
+        """Take views of the arena, and the arrays of `derived`."""
+        self._u, *self._transposed = derived
+        self._u_transposed = self._transposed[0] if self._transposed else self._u.transpose(0, 2, 1)
         one, *others = arena.views(self.requests)
         low, high = one[: len(one) // 2], one[len(one) // 2 :]
         names = ("one", "two", "mask", "winners", "gradient", "low", "high")
@@ -184,6 +191,8 @@ class WinogradOps:
         """Take up a weight (3, 3, C, K): make ``U = G w G^T``."""
         if self.derives:
             self._transform_weight(self._to_u, weight.reshape(9, *self._u.shape[1:]), self._u.reshape(-1))
+            for copy in self._transposed:
+                copy[...] = self._u.transpose(0, 2, 1)
 
     @kept
     def _tiled(self, block: str, places: int, m: int, channels: int) -> Any:
@@ -232,9 +241,9 @@ class WinogradOps:
 
     def topdown(self, s: Any, winners: Any, out: Any, m: int) -> None:
         """Write ``weight^T * U(s)`` into `out` (m, H, W, C), the weight being that of the last `refresh`."""
-        u, channels = self._u, out.shape[3]
+        u, channels = self._u_transposed, out.shape[3]
         dm, dv = self._products(s, winners, m), self._tiled("one", len(u), m, channels)
-        self._factors.product(dm, u.transpose(0, 2, 1), dv)
+        self._factors.product(dm, u, dv)
         self._transform("B", "one", "two", "one", m, channels)
         padded, windows = self._windows("two", "one", m, channels)
         inner_view(padded, (self._tiles[0] * self._m, self._tiles[1] * self._m), 0)
