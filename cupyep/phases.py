@@ -34,6 +34,7 @@ class Phase:
     relaxation = 1.0  # how far an update goes, in terms of what the rule says; `cupyep.settling.settle` sets it
     drives_current = False  # whether inputs belong to the start already
     scales_drives = False  # which of its inputs a node takes with the weight of feedback
+    tangent = False  # whether forces are made before the iterations, which they do not depend on
     winners: list[Any]  # of each connection, None for edges without
 
     def __init__(
@@ -169,7 +170,8 @@ class Phase:
     def _capture_key(self) -> tuple[Any, ...] | None:
         """Return all that an iteration depends on besides the content of arrays; None: it must not be captured."""
         parts = [self.activation.code, *(edge.capture_key() for edge in self.edges)]
-        parts += [term.capture_key() for n, terms in self._nudges.items() for term, *_ in terms]
+        if not self.tangent:
+            parts += [term.capture_key() for n, terms in self._nudges.items() for term, *_ in terms]
         if None in parts:
             return None
         arrays = (None if array is None else identity(array) for array in self._arrays())

@@ -279,7 +279,7 @@ def test_plan_is_what_a_gpu_takes():
 
 
 def test_parts_of_two_lengths_may_derive_two_things_of_a_weight():
-    """31 samples are parts of 16, enough for tiles (transformed, both ways), and of 15, whose columns want the weight mirrored."""
+    """31 samples are parts of 16, whose tiles want the weight transformed (two ways), and of 15: mirrored."""
     net = ep.Network([ep.Conv2d((8, 8, 3), 32), ep.Conv2d((8, 8, 32), 32)], 3, device="cpu", feedback=0.5)
     how = {"free_steps": 2, "nudged_steps": 2, "schedule": "sweeps", "scheme": "onesided", "micro_batch": 16}
     learner, batch = ep.EquilibriumPropagation(net, **how), np.zeros((31, 8, 8, 3), np.float32)

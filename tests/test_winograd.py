@@ -162,7 +162,7 @@ def test_chunks_change_nothing(rng, pooling, m, kilobytes, chunks):
 
 
 @pytest.mark.parametrize(
-    ("channels", "samples_at_once", "copies"),  # 4 tiles an image; 10^6 multiplications a product where 32 rows have less
+    ("channels", "samples_at_once", "copies"),  # 4 tiles an image; at most 10^6 multiplications where 32 rows are fewer
     [((64, 64), [40], 2), ((128, 128), [14, 14, 12], 2), ((176, 177), [8] * 5, 2), ((176, 178), [20, 20], 1)],
 )
 def test_small_products(rng, channels, samples_at_once, copies):
