@@ -13,6 +13,7 @@ from cupyep.backend.device import Device, add_gemm, gemm
 from cupyep.backend.precision import Precision, get_precision
 from cupyep.errors import DivergenceError, is_integer, require, shown
 from cupyep.losses import CrossEntropy, SquaredError
+from cupyep.ops import update
 from cupyep.ops.columns import output_size
 from cupyep.ops.factors import Factors
 from cupyep.ops.head import SOURCE, CudaHeadOps, HeadOps
@@ -190,7 +191,7 @@ class Head(LossTerm):
         self._is_gpu, self._adds_products = device.is_gpu, device.adds_products
         self._needs_back = bool(self.pool) or not (self.identity or device.adds_products)
         if device.is_gpu:
-            self._ops = CudaHeadOps(device.launcher(SOURCE))
+            self._ops = CudaHeadOps(device.launcher(SOURCE), device.launcher(update.SOURCE))
         self.prepare(get_precision(self._dtype.name))
 
     def prepare(self, precision: Precision) -> None:

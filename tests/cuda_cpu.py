@@ -79,9 +79,6 @@ def _update_instances():
 def _head_instances():
     pairs = [("float", "float"), ("double", "double"), ("float", "__half"), ("float", "__nv_bfloat16")]
     names = [name_expression("scaled_error", [*pair, loss]) for pair in pairs for loss in (0, 1)]
-    for t in WIDTHS:
-        number = "double" if t == "double" else "float"
-        names += [name_expression("window_means", [t, number, vec]) for vec in _widths(t)]
     numbers, flags = ("float", "double"), ("true", "false")
     return names + [name_expression("spread", [t, add, vec]) for t in numbers for add in flags for vec in _widths(t)]
 

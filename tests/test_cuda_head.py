@@ -12,13 +12,13 @@ from oracle import softmax
 
 from cupyep.activations import get_activation
 from cupyep.losses import CrossEntropy, SquaredError
+from cupyep.ops import update
 from cupyep.ops.head import SOURCE, CudaHeadOps, HeadOps
-from cupyep.ops.update import CudaUpdateOps
 
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-6}
 
 
-ops = twins(SOURCE, HeadOps, CudaHeadOps)
+ops = twins(SOURCE, HeadOps, lambda launcher: CudaHeadOps(launcher, launcher_of(update.SOURCE)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -108,25 +108,27 @@ def test_spread_is_the_adjoint_of_the_mean(ops, rng, add, shape, p, dtype):
 @pytest.mark.skipif(compiler() is None, reason="g++ is not installed: kernels cannot run on the CPU")
 def test_launches(rng):
     """One launch an operation, in packs of 16 bytes where the channels divide."""
-    ops = CudaHeadOps(launcher_of(SOURCE))
-    del launcher_of(SOURCE).launched[:]
+    own, updates = launcher_of(SOURCE), launcher_of(update.SOURCE)
+    ops = CudaHeadOps(own, updates)
+    del own.launched[:], updates.launched[:]
     s, z = np.zeros((2, 4, 4, 8), np.float32), np.zeros((2, 10), np.float32)
     ops.pool(s, 2, np.zeros((2, 2, 2, 8), np.float32))
     ops.spread(np.zeros((2, 2, 2, 3), np.float32), 2, np.zeros((2, 4, 4, 3), np.float32), True)
     ops.spread(np.zeros((2, 2, 2, 4), np.float32), 2, np.zeros((2, 4, 4, 4), np.float32), False)
     ops.scaled_error(CrossEntropy(), z, None, z.copy(), z[:, 0].copy(), None)
     spreads = ["spread<float, true, 1>", "spread<float, false, 4>"]
-    assert launcher_of(SOURCE).launched == ["window_means<float, float, 4>", *spreads, "scaled_error<float, float, 0>"]
+    assert own.launched == [*spreads, "scaled_error<float, float, 0>"]
+    assert updates.launched == ["see<float, float, 4, 3>"]
 
 
 def test_arrays_that_a_kernel_would_misread_are_refused():
     """NumPy and CuPy cast on the way; a kernel does not."""
-    ops, z = CudaHeadOps(None), np.zeros((2, 3), np.float32)
+    ops, z = CudaHeadOps(None, None), np.zeros((2, 3), np.float32)
     with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
         ops.scaled_error(CrossEntropy(), z, None, np.zeros((2, 3)), z[:, 0].copy(), None)
     with pytest.raises(TypeError, match="for float32 cannot read an array of float64"):
         ops.spread(np.zeros((1, 1, 1, 1), np.float32), 1, np.zeros((1, 1, 1, 1)), True)
-    updates = CudaUpdateOps(np, get_activation("relu"), None)
+    updates = update.CudaUpdateOps(np, get_activation("relu"), None)
     s = np.zeros((2, 4), np.float32)
     for position in range(3):
         given = [s, s, s]

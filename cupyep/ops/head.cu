@@ -64,33 +64,7 @@ __global__ void scaled_error(
         error[c] = narrow<E>(factor * temperature * (z[c] / sum - target[c]));
 }
 
-// out (n, height, width, C) = means over the p x p windows of s (n, map_height, map_width, C), C = groups * VEC.
-template <typename S, typename A, int VEC>
-__global__ void window_means(
-    const S* __restrict__ s, A* __restrict__ out, int map_height, int map_width, int height, int width, int groups,
-    int p)
-{
-    const int item = blockIdx.x * blockDim.x + threadIdx.x;
-    if (item >= width * groups) return;
-    const int y = blockIdx.y, x = item / groups, group = item - x * groups, right = groups * VEC;
-    const size_t sample = blockIdx.z;
-    s += ((sample * map_height + y * p) * map_width + x * p) * right + group * VEC;
-    Pack<A, VEC> mean;
-    mean.clear();
-    for (int dy = 0; dy < p; ++dy) {
-        for (int dx = 0; dx < p; ++dx) {
-            Pack<S, VEC> unit;
-            unit.load(s + (size_t(dy) * map_width + dx) * right);
-#pragma unroll
-            for (int i = 0; i < VEC; ++i) mean.values[i] += widen(unit.values[i]);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) mean.values[i] *= A(1) / A(p * p);
-    mean.store(out + ((sample * height + y) * width + x) * right + group * VEC);
-}
-
-// force (n, map_height, map_width, C) = adjoint of `window_means` of s (n, height, width, C), zero outside of all windows,
+// force (n, map_height, map_width, C) = adjoint of the window means of s (n, height, width, C), zero outside of all windows,
 // or += it with ADD. One thread a pack: with ADD of the windows' units, `columns` of them in a row, else of all.
 template <typename A, bool ADD, int VEC>
 __global__ void spread(

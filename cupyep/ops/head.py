@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyep.ops import update
 from cupyep.ops.launch import launch_map, require_type, type_name, vector_width
 from cupyep.ops.pooling import add_average_scatter, average_pool, average_scatter, clear_remainder, windows
 
@@ -59,10 +60,10 @@ class HeadOps:
 
 
 class CudaHeadOps(HeadOps):
-    """`HeadOps` through the kernels of ``head.cu``, `launcher` being that of `SOURCE`."""
+    """`HeadOps` through the kernels of ``head.cu``, `launcher` being that of `SOURCE`, and ``see`` of ``update.cu``."""
 
-    def __init__(self, launcher: Any):
-        self.launcher = launcher
+    def __init__(self, launcher: Any, updates: Any):
+        self.launcher, self.updates = launcher, updates
 
     def scaled_error(
         self, loss: Any, z: Any, bias: Any, target: Any, scale: Any, column: Any, error: Any = None, down: float = 1.0
@@ -78,11 +79,7 @@ class CudaHeadOps(HeadOps):
         )
 
     def pool(self, s: Any, p: int, out: Any) -> None:
-        height, width, channels = out.shape[1:]
-        vec = vector_width(channels, s, out)
-        sizes = (*s.shape[1:3], height, width, channels // vec, p)
-        types = [type_name(s.dtype), type_name(out.dtype), vec]
-        launch_map(self.launcher, "window_means", types, (width * (channels // vec), height, len(s)), (s, out), sizes)
+        update.launch_see(self.updates, s, 1.0, None, p, out)
 
     def spread(self, s: Any, p: int, force: Any, add: bool) -> None:
         require_type(s.dtype, force)

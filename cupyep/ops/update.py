@@ -337,19 +337,7 @@ class CudaUpdateOps(UpdateOps):
         return 0
 
     def see(self, s: Any, scale: float, g: Any, pool: int | None, out: Any, scratch: Any) -> None:
-        number, moved = arithmetic(out.dtype), out if s is None else s
-        require_type(number, g)
-        p = 1 if pool is None else pool
-        maps = (1, 1, math.prod(out.shape[1:])) if pool is None else out.shape[1:]
-        height, width, channels = maps
-        map_height, map_width = (1, 1) if pool is None else (s if g is None else g).shape[1:3]
-        vec = vector_width(channels, s, g, out)
-        threads = (width * (channels // vec), height, len(out) if g is None else len(g))
-        sizes = (len(out), map_height, map_width, height, width, channels // vec, p)
-        numbers = map(number.type, (scale, *self._numbers))
-        rule = STATE if g is None else self._rule
-        types = [type_name(moved.dtype), type_name(out.dtype), vec, rule]
-        launch_map(self.launcher, "see", types, threads, (s, g, out, *numbers), sizes)
+        launch_see(self.launcher, s, scale, g, pool, out, STATE if g is None else self._rule, self._numbers)
 
     def compare(
         self, first: Any, second: Any, g: Any, share: float, mean: Any, size: Any, divisor: float, work: tuple[Any, Any]
@@ -399,3 +387,18 @@ class CudaUpdateOps(UpdateOps):
         """Add the sums of each `parts` partials, divided, to the elements of `out`."""
         arguments = (partials, out, np.int32(parts), out.dtype.type(divisor))
         self.launcher.launch("add_partials", [type_name(out.dtype)], (len(out), 1, 1), (block, 1, 1), arguments)
+
+
+def launch_see(launcher: Any, s: Any, scale: float, g: Any, pool: int | None, out: Any,
+               rule: int = STATE, numbers: tuple[float, ...] = (0.0, 0.0, 0.0)) -> None:  # fmt: skip
+    """Launch `UpdateOps.see`; `rule` and `numbers` are those of the activation, `STATE` and none without a `g`."""
+    number, moved = arithmetic(out.dtype), out if s is None else s
+    require_type(number, g)
+    p = 1 if pool is None else pool
+    height, width, channels = (1, 1, math.prod(out.shape[1:])) if pool is None else out.shape[1:]
+    map_height, map_width = (1, 1) if pool is None else (s if g is None else g).shape[1:3]
+    vec = vector_width(channels, s, g, out)
+    threads = (width * (channels // vec), height, len(out) if g is None else len(g))
+    sizes = (len(out), map_height, map_width, height, width, channels // vec, p)
+    types = [type_name(moved.dtype), type_name(out.dtype), vec, rule]
+    launch_map(launcher, "see", types, threads, (s, g, out, *map(number.type, (scale, *numbers))), sizes)
