@@ -317,10 +317,7 @@ class Network(Structure):
     ) -> PhaseShape:
         """Return what decides on the memory of nudged phases; `base` is the `end` of the state that they start at."""
         targets = {id(target): (tuple(target.shape[1:]), target.dtype) for *_, target in nudges if target is not None}
-        terms = tuple(
-            TermShape(term.layer, term.scratch_size, term.gradient_scratch_size, term.view, term.map_size)
-            for term, *_ in nudges
-        )
+        terms = tuple(TermShape.of(term) for term, *_ in nudges)
         return PhaseShape(
             form,
             samples,

@@ -118,6 +118,10 @@ class TermShape(NamedTuple):
     view: tuple[int | None, Any] = (None, None)
     map_size: int = 0
 
+    @classmethod
+    def of(cls, term: Any) -> TermShape:
+        return cls(term.layer, term.scratch_size, term.gradient_scratch_size, term.view, term.map_size)
+
 
 @dataclass(frozen=True)
 class PhaseShape:
